@@ -1,0 +1,1 @@
+"""What decides. Pure: takes `now` and a random generator, returns effects, never awaits."""

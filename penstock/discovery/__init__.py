@@ -1,0 +1,1 @@
+"""Who exists: leased registrations of worker instances. Nothing about load or cache."""

@@ -1,0 +1,1 @@
+"""Engines behind the `Engine` port: they turn attempts into steps."""

@@ -1,0 +1,1 @@
+"""A graph's services as local processes."""

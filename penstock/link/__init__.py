@@ -1,0 +1,1 @@
+"""The one connection per (frontend, worker): asyncio shells around `penstock.wire`."""

@@ -1,0 +1,121 @@
+"""The ports: what the shells need from the outside, each with several adapters behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from penstock.structs import Attempt, EngineCard, EngineStep, Handoff, Registration
+
+
+class Engine(Protocol):
+    """Turns attempts into steps. All methods are called on the event loop's thread.
+
+    Every submitted attempt gets exactly one Output with a finish_reason, unless the engine dies, which
+    ends `steps()` with a RemoteError. Nothing here blocks: an engine that computes does so in a thread
+    or process of its own.
+    """
+
+    async def start(self) -> EngineCard:
+        """Load the model. Raises ConfigError when it cannot."""
+
+    def submit(self, attempt: Attempt) -> None:
+        """Queue an attempt. Bad input ends it with an ERROR output; this never raises."""
+
+    def cancel(self, attempt_id: str) -> None:
+        """End an attempt early; its last output is CANCELLED. Unknown or ended ids are ignored."""
+
+    def release(self, handoff_id: str) -> None:
+        """Drop the KV held for a handoff that nobody will pull. Unknown ids are ignored."""
+
+    def cached_hashes(self) -> Sequence[int]:
+        """Sequence hashes of all cached blocks, consistent with the steps already handed out."""
+
+    def steps(self) -> AsyncIterator[EngineStep]:
+        """One item per engine step, and one when the load changes without a step."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Finish running attempts for at most `grace_s`, cancel the rest, free everything."""
+
+
+class Pulled(msgspec.Struct, frozen=True):
+    """How a pull ended. `error` is None exactly when every block arrived and the holder confirmed that
+    it still held them after the last byte was read."""
+
+    blocks: int
+    bytes: int
+    seconds: float
+    error: str | None = None
+
+
+class KvTransfer(Protocol):
+    """Moves blocks between the pools of two workers. Methods may be called from any thread and return
+    at once; callbacks come on a thread of the transfer's own and must return at once."""
+
+    name: str
+
+    def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
+        """Begin serving.
+
+        Args:
+            pool: the KV pool, writable, shape (total_blocks, bytes per block), format 'B', C-contiguous.
+            on_pulled: called with a handoff_id once its reader has everything: it may be freed.
+        """
+
+    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
+        """Allow one reader to pull these blocks. Returns (address, params) for the Handoff."""
+
+    def retract(self, handoff_id: str) -> bool:
+        """Stop allowing it. True when no reader is reading and none will: the blocks may be reused.
+        False while a read is under way; ask again later (on_pulled follows, or the read's timeout)."""
+
+    def pull(
+        self,
+        handoff: Handoff,
+        source_indices: Sequence[int],
+        block_ids: Sequence[int],
+        timeout_s: float,
+        on_done: Callable[[Pulled], None],
+    ) -> None:
+        """Read the handoff's blocks number `source_indices` into own pool rows `block_ids`.
+
+        `source_indices` may be empty (everything was cached): the holder is told to let go.
+        `on_done` is called exactly once, within `timeout_s` and a little; after it nothing is written.
+        """
+
+    def stop(self) -> None:
+        """Close everything and join its threads."""
+
+
+class Lease(Protocol):
+    """A live registration."""
+
+    async def close(self) -> None:
+        """Deregister at once."""
+
+
+class Discovery(Protocol):
+    """Who exists. Level-based: a watcher always gets the whole set."""
+
+    async def register(self, registration: Registration) -> Lease:
+        """Register until the lease is closed or this process dies."""
+
+    def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
+        """The current instances by id, at once and after each change. Never raises for an outage of
+        the directory: it keeps the last set and tries again."""
+
+    async def close(self) -> None:
+        """Release what is open. Leases are closed on their own."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back (the `tokenizers` library, or vLLM's)."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+JsonObject = dict[str, Any]

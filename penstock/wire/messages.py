@@ -1,0 +1,147 @@
+"""The messages of the link, one msgspec Struct each, as msgpack with a `t` tag.
+
+A connection, in order (F frontend, W worker):
+
+    W  Challenge                who is there, and a nonce
+    F  Hello                    the frontend, its nonce, and proof that it knows the secret
+    W  Welcome                  the worker's Card, and its proof     (or Refused, then close)
+    W  Snapshot ...             its cached block hashes, in chunks, `last` on the final one
+    W  Step, Heartbeat          from here on ordered deltas to that snapshot; at least a Heartbeat a second
+    F  Generate, Cancel, Release, AssetRequest, Ping
+    W  Bounce, Asset, Draining, Goodbye
+
+Each `Generate` carries a `seq` that counts up from 1 on its connection; a `Step` or `Heartbeat` says the
+highest one that its `load` already includes, so the frontend adds only what is still on its way.
+
+Fields are only added, with defaults; unknown fields and trailing ones are ignored.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.structs import Attempt, Card, Load, Output
+
+PROTOCOL_VERSION = 1
+
+
+class _Message(msgspec.Struct, tag_field="t", tag=str.lower, omit_defaults=True):
+    """Base: tagged with the lower-cased class name."""
+
+
+class Challenge(_Message):
+    """W: the first bytes on a connection."""
+
+    protocol: int
+    nonce: bytes
+
+
+class Hello(_Message):
+    """F: answers a Challenge. `proof` as in wire/handshake.py."""
+
+    protocol: int
+    frontend_id: str
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(_Message):
+    """W: accepts a Hello."""
+
+    card: Card
+    proof: bytes
+
+
+class Refused(_Message):
+    """W: rejects a Hello (version or secret), with the reason in words; the connection ends."""
+
+    reason: str
+
+
+class Snapshot(_Message):
+    """W: part of the set of sequence hashes that are cached now."""
+
+    hashes: list[int]
+    last: bool = False
+
+
+class Step(_Message):
+    """W: one engine step: this frontend's outputs, everybody's KV events and load."""
+
+    seen: int
+    load: Load
+    outputs: list[Output] = []
+    stored: list[int] = []
+    removed: list[int] = []
+    cleared: bool = False
+
+
+class Heartbeat(_Message):
+    """W: still here, between steps."""
+
+    seen: int
+    load: Load
+
+
+class Bounce(_Message):
+    """W: will not take this attempt (full, draining, bad handoff...). Nothing of it remains here."""
+
+    attempt_id: str
+    reason: str
+    retry_after_s: float = 0.0
+
+
+class Asset(_Message):
+    """W: part of a file named by its sha256; `last` on the final part; `missing` when unknown."""
+
+    sha256: str
+    data: bytes = b""
+    last: bool = False
+    missing: bool = False
+
+
+class Draining(_Message):
+    """W: takes no new attempts; what runs goes on."""
+
+    reason: str = ""
+
+
+class Goodbye(_Message):
+    """W: the last message: the engine is gone or the worker is leaving."""
+
+    reason: str
+
+
+class Generate(_Message):
+    """F: run this attempt."""
+
+    seq: int
+    attempt: Attempt
+
+
+class Cancel(_Message):
+    """F: end this attempt. Its last Output is CANCELLED."""
+
+    attempt_id: str
+
+
+class Release(_Message):
+    """F: this handoff will not be pulled."""
+
+    handoff_id: str
+
+
+class AssetRequest(_Message):
+    """F: send the file with this sha256."""
+
+    sha256: str
+
+
+class Ping(_Message):
+    """F: still here; at least one a second."""
+
+
+ToFrontend = (
+    Challenge | Welcome | Refused | Snapshot | Step | Heartbeat | Bounce | Asset | Draining | Goodbye
+)
+ToWorker = Hello | Generate | Cancel | Release | AssetRequest | Ping
