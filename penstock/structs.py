@@ -141,6 +141,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     held_handoffs: int = 0
     steps: int = 0  # engine steps so far: that it grows under load is the proof of progress
     rates: Rates = Rates()
+    submitted: int = 0  # attempts submitted to the engine so far that this load includes
 
 
 class EngineStep(msgspec.Struct):

@@ -1,0 +1,405 @@
+"""One request's life: attempts, deadlines, handoff, another try, the end.
+
+Theory. A request is served by a chain of attempts, one at a time. What must survive an attempt is only
+the tokens it already gave: the next attempt continues from prompt + tokens so far, as output, so
+penalties, seeds, min_tokens and max_tokens go on as if nothing had happened (structs.Attempt). Outputs
+of any attempt but the current one are therefore noise: they are dropped, and KV they offer is released.
+
+    phase     event                      next      effects
+    --------  -------------------------  --------  ------------------------------------------------
+    (new)     start                      QUEUED    Choose
+    QUEUED    Chosen, with prefill       PREFILL   Send(prefill attempt)
+    QUEUED    Chosen, without            DECODE    Send(attempt, with the handoff if one is held)
+    QUEUED    NoCandidate                QUEUED    none; whoever drives it asks again by Retry
+    QUEUED    Retry                      QUEUED    Choose
+    PREFILL   Output, prefilled          DECODE    Emit, Send(attempt with handoff) to the decode worker
+    PREFILL   Output, stop or length     DONE      Emit
+    DECODE    Output, no finish          DECODE    Emit
+    DECODE    Output, stop or length     DONE      Emit
+    PREFILL,  Output, error/cancelled;   QUEUED    Choose without that instance (Fail after the limit)
+    DECODE    InstanceLost; phase late
+    PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
+    DECODE
+    any       request deadline, queue    DONE      Cancel, Release, Fail
+              deadline
+    any       ClientGone                 DONE      Cancel, Release
+
+Every phase has a deadline: `deadline` says when `Tick` must be called at the latest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.structs import Attempt, Delta, FinishReason, Handoff, Output, Request
+
+
+class Phase(Enum):
+    QUEUED = "queued"  # no instance has it
+    PREFILL = "prefill"  # a prefill worker computes the prompt
+    DECODE = "decode"  # a decode or aggregated worker has it, its prompt still to compute or pull
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long each phase may take before it is given up, and how often it is tried again."""
+
+    queue_s: float = 30.0
+    """Seconds without any instance to send to, before 503: longer than a worker's restart."""
+
+    first_token_s: float = 120.0
+    """Seconds from sending an attempt to its first token, an engine's queue included. Dead and frozen
+    workers are noticed by the link within seconds; this is for engines that lost a request."""
+
+    stall_s: float = 60.0
+    """Seconds between two outputs of an attempt; long enough for a preempted request's return."""
+
+    request_s: float = 1800.0
+    """Seconds for the whole request, whatever happens."""
+
+    max_attempts: int = 4
+    """Attempts that may fail before the request does: one bad instance, a bad second choice, and a
+    margin; a request that kills engines must not visit them all."""
+
+    max_bounces: int = 100
+    """Refusals by full workers before the request is answered with 429."""
+
+    handoff_margin_s: float = 1.0
+    """A handoff with less life than this is not used: the pull could not finish."""
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+class Chosen(msgspec.Struct):
+    """The router's answer to Choose. `prefill` is None when the decode worker prefills itself."""
+
+    decode: str
+    prefill: str | None = None
+
+
+class NoCandidate(msgspec.Struct):
+    """The router's answer to Choose when no instance can take the request now."""
+
+    reason: str
+
+
+class Retry(msgspec.Struct):
+    """Something changed: a queued request may ask again."""
+
+
+class Bounced(msgspec.Struct):
+    attempt_id: str
+    reason: str
+
+
+class InstanceLost(msgspec.Struct):
+    """An instance is gone with all it had; attempts there are lost and handoffs void."""
+
+    instance_id: str
+    reason: str
+
+
+class Tick(msgspec.Struct):
+    """Time has passed."""
+
+
+class ClientGone(msgspec.Struct):
+    """Nobody wants the rest."""
+
+
+# --- effects ------------------------------------------------------------------------------------
+
+
+class Choose(msgspec.Struct):
+    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed."""
+
+    avoid: frozenset[str]
+    handed: bool = False
+
+
+class Send(msgspec.Struct):
+    instance_id: str
+    attempt: Attempt
+
+
+class Cancel(msgspec.Struct):
+    instance_id: str
+    attempt_id: str
+
+
+class Release(msgspec.Struct):
+    instance_id: str
+    handoff_id: str
+
+
+class Emit(msgspec.Struct):
+    delta: Delta
+
+
+class Fail(msgspec.Struct):
+    error: PenstockError
+
+
+Event = Chosen | NoCandidate | Retry | Bounced | InstanceLost | Tick | ClientGone | Output
+Effect = Choose | Send | Cancel | Release | Emit | Fail
+
+
+class Lifecycle:
+    """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
+
+    __slots__ = (
+        "_attempt_id",
+        "_attempt_number",
+        "_avoid",
+        "_bounces",
+        "_cached_reported",
+        "_decode_id",
+        "_failures",
+        "_handoff",
+        "_handoff_at",
+        "_instance_id",
+        "_limits",
+        "_request_deadline",
+        "_sent_handoff",
+        "deadline",
+        "phase",
+        "request",
+        "token_ids",
+        "trouble",
+    )
+
+    def __init__(self, request: Request, limits: Deadlines, now: float) -> None:
+        self.request = request
+        self.phase = Phase.QUEUED
+        self.token_ids = list(request.token_ids)  # prompt + output so far
+        self.deadline = now + limits.queue_s
+        self.trouble = ""  # why the last attempt ended, for logs and the final error
+        self._limits = limits
+        self._request_deadline = now + limits.request_s
+        self._attempt_number = 0
+        self._attempt_id = ""  # the current attempt; empty when there is none
+        self._instance_id = ""  # where it runs
+        self._decode_id = ""  # during PREFILL: who decodes afterwards
+        self._handoff: Handoff | None = None  # received, and not yet given to a decode worker
+        self._handoff_at = 0.0
+        self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
+        self._avoid: set[str] = set()
+        self._failures = 0
+        self._bounces = 0
+        self._cached_reported = False
+
+    def start(self) -> list[Effect]:
+        """The first effects."""
+        return [self._choose()]
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event at `now` (seconds), return what to do. Nothing happens after DONE, except
+        that KV offered too late is released."""
+        return _HANDLERS[type(event)](self, event, now)
+
+    # --- placing --------------------------------------------------------------------------------
+
+    def _choose(self) -> Choose:
+        return Choose(frozenset(self._avoid), handed=self._handoff is not None)
+
+    def _on_chosen(self, event: Chosen, now: float) -> list[Effect]:
+        if self.phase is not Phase.QUEUED:
+            return []
+        if event.prefill is None:
+            return self._send_decode(event.decode, now)
+        self.phase = Phase.PREFILL
+        self._decode_id = event.decode
+        return [*self._drop_handoff(), self._send(event.prefill, now, prefill_only=True)]
+
+    def _send_decode(self, instance_id: str, now: float) -> list[Effect]:
+        self.phase = Phase.DECODE
+        handoff, self._handoff = self._handoff, None
+        effects: list[Effect] = []
+        if handoff is not None:
+            left_s = handoff.ttl_s - (now - self._handoff_at)
+            if left_s < self._limits.handoff_margin_s:
+                effects.append(Release(handoff.instance_id, handoff.handoff_id))
+                handoff = None
+            else:
+                self._sent_handoff = handoff
+                handoff = msgspec.structs.replace(handoff, ttl_s=left_s)
+        effects.append(self._send(instance_id, now, handoff=handoff))
+        return effects
+
+    def _send(
+        self, instance_id: str, now: float, *, prefill_only: bool = False, handoff: Handoff | None = None
+    ) -> Send:
+        self._attempt_number += 1
+        self._attempt_id = f"{self.request.request_id}.{self._attempt_number}"
+        self._instance_id = instance_id
+        self._set_deadline(now + self._limits.first_token_s)
+        attempt = Attempt(
+            attempt_id=self._attempt_id,
+            request_id=self.request.request_id,
+            token_ids=list(self.token_ids),
+            prompt_len=len(self.request.token_ids),
+            sampling=self.request.sampling,
+            prefill_only=prefill_only,
+            handoff=handoff,
+            cache_salt=self.request.cache_salt,
+            priority=self.request.priority,
+        )
+        return Send(instance_id, attempt)
+
+    def _on_no_candidate(self, event: NoCandidate, now: float) -> list[Effect]:
+        # Who was avoided for this request may be the only one left: better it than nobody.
+        self._avoid.clear()
+        self.trouble = self.trouble or event.reason
+        return []
+
+    def _on_retry(self, event: Retry, now: float) -> list[Effect]:
+        return [self._choose()] if self.phase is Phase.QUEUED else []
+
+    # --- what workers say -----------------------------------------------------------------------
+
+    def _on_output(self, output: Output, now: float) -> list[Effect]:
+        if output.attempt_id != self._attempt_id:
+            return _release_late(output)
+        reason = output.finish_reason
+        if reason is None:
+            self._sent_handoff = None
+            self.token_ids += output.token_ids
+            self._set_deadline(now + self._limits.stall_s)
+            return [self._emit(output, None)] if output.token_ids else []
+        self._attempt_id = ""
+        if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
+            self.token_ids += output.token_ids
+            self.phase = Phase.DONE
+            return [self._emit(output, reason)]
+        if reason is FinishReason.PREFILLED and output.handoff is not None:
+            self.token_ids += output.token_ids
+            self._handoff, self._handoff_at = output.handoff, now
+            emitted = self._emit(output, None)
+            if self._decode_id:
+                return [emitted, *self._send_decode(self._decode_id, now)]
+            return [emitted, *self._queue(now)]
+        # Tokens of a failed step were not committed by the engine; they are computed again.
+        return self._lost(output.error or f"attempt ended as {reason}", now)
+
+    def _emit(self, output: Output, reason: FinishReason | None) -> Emit:
+        cached = None
+        if not self._cached_reported and output.cached_tokens is not None:
+            # Later attempts find the request's own earlier work cached: not what the client means.
+            cached = min(output.cached_tokens, len(self.request.token_ids))
+            self._cached_reported = True
+        return Emit(Delta(output.token_ids, output.logprobs, reason, cached))
+
+    def _on_bounced(self, event: Bounced, now: float) -> list[Effect]:
+        if event.attempt_id != self._attempt_id:
+            return []
+        self._bounces += 1
+        self._handoff, self._sent_handoff = self._sent_handoff, None  # a bounced attempt pulled nothing
+        self.trouble = f"{self._instance_id}: {event.reason}"
+        if self._bounces > self._limits.max_bounces:
+            return self._fail(
+                RequestRejected(
+                    429, f"every worker is full ({self.trouble})", code="overloaded", retry_after_s=5.0
+                )
+            )
+        self._avoid.add(self._instance_id)
+        return self._queue(now)
+
+    def _on_instance_lost(self, event: InstanceLost, now: float) -> list[Effect]:
+        if event.instance_id == self._decode_id:
+            self._decode_id = ""  # another is chosen when the handoff arrives
+        if self._handoff is not None and self._handoff.instance_id == event.instance_id:
+            self._handoff = None
+        if self._sent_handoff is not None and self._sent_handoff.instance_id == event.instance_id:
+            self._sent_handoff = None  # the decode worker recomputes by itself
+        if event.instance_id != self._instance_id or not self._attempt_id:
+            return []
+        return self._lost(event.reason, now)
+
+    def _lost(self, reason: str, now: float) -> list[Effect]:
+        self._failures += 1
+        self._attempt_id = ""
+        self.trouble = f"{self._instance_id}: {reason}"
+        self._avoid.add(self._instance_id)
+        effects = self._drop_handoff()
+        if self._failures >= self._limits.max_attempts:
+            message = f"{self._failures} attempts failed; the last on {self.trouble}"
+            return [*effects, *self._fail(RequestRejected(502, message, code="attempts_failed"))]
+        return [*effects, *self._queue(now)]
+
+    def _queue(self, now: float) -> list[Effect]:
+        self.phase = Phase.QUEUED
+        self._attempt_id = self._instance_id = self._decode_id = ""
+        self._set_deadline(now + self._limits.queue_s)
+        return [self._choose()]
+
+    # --- time and the client --------------------------------------------------------------------
+
+    def _set_deadline(self, deadline: float) -> None:
+        self.deadline = min(deadline, self._request_deadline)
+
+    def _on_tick(self, event: Tick, now: float) -> list[Effect]:
+        if now < self.deadline or self.phase is Phase.DONE:
+            return []
+        if now >= self._request_deadline:
+            message = f"request took longer than {self._limits.request_s:g} s (in {self.phase.value})"
+            return [*self._abandon(), *self._fail(RequestRejected(504, message, code="request_timeout"))]
+        if self.phase is Phase.QUEUED:
+            message = f"no worker could take the request within {self._limits.queue_s:g} s"
+            if self.trouble:
+                message += f" ({self.trouble})"
+            return self._fail(RequestRejected(503, message, code="no_worker", retry_after_s=5.0))
+        cancel = self._abandon()
+        return [*cancel, *self._lost(f"no output in time during {self.phase.value}", now)]
+
+    def _on_client_gone(self, event: ClientGone, now: float) -> list[Effect]:
+        if self.phase is Phase.DONE:
+            return []
+        effects = [*self._abandon(), *self._drop_handoff()]
+        self.phase = Phase.DONE
+        return effects
+
+    def _abandon(self) -> list[Effect]:
+        if not self._attempt_id:
+            return []
+        effect = Cancel(self._instance_id, self._attempt_id)
+        self._attempt_id = ""
+        return [effect]
+
+    def _drop_handoff(self) -> list[Effect]:
+        """Let go of KV that this request will not pull, or whose reader is not needed any more."""
+        handoff = self._handoff or self._sent_handoff
+        self._handoff = self._sent_handoff = None
+        return [Release(handoff.instance_id, handoff.handoff_id)] if handoff is not None else []
+
+    def _fail(self, error: PenstockError) -> list[Effect]:
+        effects = self._drop_handoff()
+        self.phase = Phase.DONE
+        self._attempt_id = ""
+        return [*effects, Fail(error)]
+
+
+def _release_late(output: Output) -> list[Effect]:
+    """A forgotten attempt offers KV that nobody will pull."""
+    if output.handoff is None:
+        return []
+    return [Release(output.handoff.instance_id, output.handoff.handoff_id)]
+
+
+_HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
+    Chosen: Lifecycle._on_chosen,
+    NoCandidate: Lifecycle._on_no_candidate,
+    Retry: Lifecycle._on_retry,
+    Output: Lifecycle._on_output,
+    Bounced: Lifecycle._on_bounced,
+    InstanceLost: Lifecycle._on_instance_lost,
+    Tick: Lifecycle._on_tick,
+    ClientGone: Lifecycle._on_client_gone,
+}
