@@ -12,7 +12,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     QUEUED    Chosen, without            DECODE    Send(attempt, with the handoff if one is held)
     QUEUED    NoCandidate                QUEUED    none; whoever drives it asks again by Retry
     QUEUED    Retry                      QUEUED    Choose
-    PREFILL   Output, prefilled          DECODE    Emit, Send(attempt with handoff) to the decode worker
+    PREFILL   Output, prefilled          DECODE    Send(attempt with handoff) to the decode worker, Emit
     PREFILL   Output, stop or length     DONE      Emit
     DECODE    Output, no finish          DECODE    Emit
     DECODE    Output, stop or length     DONE      Emit
@@ -24,7 +24,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
               deadline
     any       ClientGone                 DONE      Cancel, Release
 
-Every phase has a deadline: `deadline` says when `Tick` must be called at the latest.
+Every phase has a deadline: `deadline` says when `Tick` must be called at the latest. An Emit is always
+the last effect: whoever gets the delta may answer with ClientGone at once.
 """
 
 from __future__ import annotations
@@ -283,9 +284,10 @@ class Lifecycle:
             self.token_ids += output.token_ids
             self._handoff, self._handoff_at = output.handoff, now
             emitted = self._emit(output, None)
+            # The decode worker first: its pull may start while the client reads the first token.
             if self._decode_id:
-                return [emitted, *self._send_decode(self._decode_id, now)]
-            return [emitted, *self._queue(now)]
+                return [*self._send_decode(self._decode_id, now), emitted]
+            return [*self._queue(now), emitted]
         # Tokens of a failed step were not committed by the engine; they are computed again.
         return self._lost(output.error or f"attempt ended as {reason}", now)
 

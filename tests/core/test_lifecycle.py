@@ -1,0 +1,371 @@
+"""One request's life, told as events and effects, without a clock or a socket."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.lifecycle import (
+    Bounced,
+    Cancel,
+    Choose,
+    Chosen,
+    ClientGone,
+    Deadlines,
+    Effect,
+    Emit,
+    Fail,
+    InstanceLost,
+    Lifecycle,
+    NoCandidate,
+    Phase,
+    Release,
+    Retry,
+    Send,
+    Tick,
+)
+from penstock.errors import RequestRejected
+from penstock.structs import FinishReason, Handoff, Output, Request, Sampling
+
+LIMITS = Deadlines(queue_s=30, first_token_s=120, stall_s=60, request_s=1000, max_attempts=3, max_bounces=5)
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def lifecycle() -> Lifecycle:
+    return Lifecycle(Request("r", "m", list(PROMPT), Sampling(max_tokens=8, seed=7)), LIMITS, now=0.0)
+
+
+def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Handoff:
+    return Handoff(attempt_id, instance_id, 1, len(PROMPT), 4, 99, "layout", ttl_s, "tcp", "127.0.0.1:1")
+
+
+def sent(effects: list[Effect]) -> Send:
+    (send,) = (effect for effect in effects if isinstance(effect, Send))
+    return send
+
+
+def emitted(effects: list[Effect]) -> list[int]:
+    return [token for effect in effects if isinstance(effect, Emit) for token in effect.delta.token_ids]
+
+
+def prefilled(life: Lifecycle, token: int = 10, ttl_s: float = 30.0, now: float = 1.0) -> list[Effect]:
+    """Place on p0 with d0 to decode, and let the prefill worker answer."""
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    output = Output(
+        attempt.attempt_id,
+        [token],
+        FinishReason.PREFILLED,
+        cached_tokens=0,
+        handoff=handoff(attempt.attempt_id, ttl_s=ttl_s),
+    )
+    return life.handle(output, now)
+
+
+def test_starts_by_asking_for_a_place() -> None:
+    life = lifecycle()
+    assert life.start() == [Choose(frozenset())]
+    assert life.phase is Phase.QUEUED
+    assert life.deadline == 30.0
+
+
+def test_local_request_runs_to_its_end() -> None:
+    life = lifecycle()
+    send = sent(life.handle(Chosen("d0"), 0.0))
+    assert send.instance_id == "d0"
+    assert not send.attempt.prefill_only
+    assert send.attempt.token_ids == PROMPT
+    assert emitted(life.handle(Output(send.attempt.attempt_id, [10], cached_tokens=4), 1.0)) == [10]
+    assert life.deadline == 61.0
+    last = life.handle(Output(send.attempt.attempt_id, [11], FinishReason.STOP), 2.0)
+    assert last == [
+        Emit(msgspec.convert({"token_ids": [11], "finish_reason": "stop"}, type(last[0].delta)))
+    ]
+    assert life.phase is Phase.DONE
+
+
+def test_prefill_token_is_emitted_and_decode_continues_with_the_handoff() -> None:
+    life = lifecycle()
+    effects = prefilled(life, token=10)
+    assert emitted(effects) == [10]
+    assert isinstance(effects[-1], Emit)
+    send = sent(effects)
+    assert send.instance_id == "d0"
+    assert send.attempt.token_ids == [*PROMPT, 10]
+    assert send.attempt.prompt_len == len(PROMPT)
+    assert send.attempt.handoff is not None
+    assert send.attempt.handoff.num_tokens == len(PROMPT)
+    assert life.phase is Phase.DECODE
+
+
+def test_first_token_that_ends_the_request_needs_no_decode_worker() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    effects = life.handle(Output(attempt.attempt_id, [10], FinishReason.LENGTH), 1.0)
+    assert emitted(effects) == [10]
+    assert life.phase is Phase.DONE
+
+
+def test_lost_decode_worker_continues_from_the_tokens_so_far() -> None:
+    life = lifecycle()
+    first = sent(prefilled(life, token=10)).attempt
+    life.handle(Output(first.attempt_id, [11, 12]), 2.0)
+    assert life.handle(InstanceLost("d0", "link down"), 3.0) == [Choose(frozenset({"d0"}))]
+    again = sent(life.handle(Chosen("d1"), 3.0)).attempt
+    assert again.token_ids == [*PROMPT, 10, 11, 12]
+    assert again.prompt_len == len(PROMPT)
+    assert again.handoff is None
+    assert again.sampling == first.sampling
+    assert again.attempt_id != first.attempt_id
+
+
+def test_output_of_a_forgotten_attempt_is_dropped_and_its_kv_released() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    life.handle(InstanceLost("p0", "silent"), 1.0)
+    late = Output(attempt.attempt_id, [9], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
+    assert life.handle(late, 2.0) == [Release("p0", attempt.attempt_id)]
+    assert life.token_ids == PROMPT
+
+
+def test_lost_decode_worker_during_prefill_is_replaced_when_the_handoff_comes() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    assert life.handle(InstanceLost("d0", "gone"), 0.5) == []
+    output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
+    effects = life.handle(output, 1.0)
+    assert Choose(frozenset(), handed=True) in effects
+    send = sent(life.handle(Chosen("d1"), 1.0))
+    assert send.instance_id == "d1"
+    assert send.attempt.handoff is not None
+
+
+def test_handoff_loses_life_while_it_waits_here() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    life.handle(InstanceLost("d0", "gone"), 0.5)
+    offered = handoff(attempt.attempt_id, ttl_s=10.0)
+    life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
+    send = sent(life.handle(Chosen("d1"), 5.0))
+    assert send.attempt.handoff is not None
+    assert send.attempt.handoff.ttl_s == pytest.approx(6.0)
+
+
+def test_handoff_too_old_is_released_not_used() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    life.handle(InstanceLost("d0", "gone"), 0.5)
+    offered = handoff(attempt.attempt_id, ttl_s=10.0)
+    life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
+    effects = life.handle(Chosen("d1"), 10.5)
+    assert effects[0] == Release("p0", attempt.attempt_id)
+    assert sent(effects).attempt.handoff is None
+
+
+def test_bounced_decode_keeps_the_handoff_for_the_next_one() -> None:
+    life = lifecycle()
+    send = sent(prefilled(life))
+    effects = life.handle(Bounced(send.attempt.attempt_id, "full"), 2.0)
+    assert effects == [Choose(frozenset({"d0"}), handed=True)]
+    again = sent(life.handle(Chosen("d1"), 2.0)).attempt
+    assert again.handoff is not None
+    assert again.handoff.ttl_s == pytest.approx(29.0)
+
+
+def test_lost_decode_attempt_releases_the_handoff_it_may_not_have_pulled() -> None:
+    life = lifecycle()
+    prefilled(life)
+    effects = life.handle(InstanceLost("d0", "killed"), 2.0)
+    assert effects == [Release("p0", "r.1"), Choose(frozenset({"d0"}))]
+
+
+def test_failing_everywhere_ends_with_the_last_reason() -> None:
+    life = lifecycle()
+    for number, instance in enumerate(("d0", "d1", "d2"), start=1):
+        attempt = sent(life.handle(Chosen(instance), 0.0)).attempt
+        effects = life.handle(
+            Output(attempt.attempt_id, [], FinishReason.ERROR, error=f"boom {number}"), 1.0
+        )
+    (fail,) = effects
+    assert isinstance(fail, Fail)
+    assert "boom 3" in str(fail.error)
+    assert "d2" in str(fail.error)
+    assert life.phase is Phase.DONE
+
+
+def test_bounces_end_in_429() -> None:
+    life = lifecycle()
+    for _ in range(LIMITS.max_bounces + 1):
+        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        effects = life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
+    (fail,) = effects
+    assert isinstance(fail.error, RequestRejected)
+    assert fail.error.status == 429
+    assert fail.error.retry_after_s
+
+
+def test_queue_deadline_names_the_trouble() -> None:
+    life = lifecycle()
+    life.handle(NoCandidate("no decode worker is ready"), 0.0)
+    assert life.handle(Tick(), 29.9) == []
+    (fail,) = life.handle(Tick(), 30.0)
+    assert fail.error.status == 503
+    assert "no decode worker is ready" in fail.error.message
+
+
+def test_avoided_instances_are_forgiven_when_nobody_else_is_there() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
+    life.handle(NoCandidate("all avoided"), 0.0)
+    assert life.handle(Retry(), 0.1) == [Choose(frozenset())]
+
+
+def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    life.handle(Output(attempt.attempt_id, [10]), 1.0)
+    effects = life.handle(Tick(), 61.0)
+    assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}))]
+
+
+def test_request_deadline_bounds_everything() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    for second in range(0, 1000, 50):
+        life.handle(Output(attempt.attempt_id, [second]), float(second))
+    cancel, fail = life.handle(Tick(), 1000.0)
+    assert cancel == Cancel("d0", attempt.attempt_id)
+    assert fail.error.status == 504
+
+
+def test_client_gone_cancels_and_releases() -> None:
+    life = lifecycle()
+    send = sent(prefilled(life))
+    assert life.handle(ClientGone(), 2.0) == [Cancel("d0", send.attempt.attempt_id), Release("p0", "r.1")]
+    assert life.handle(ClientGone(), 3.0) == []
+    assert life.handle(Tick(), 1e6) == []
+
+
+def test_cached_tokens_are_those_of_the_first_attempt() -> None:
+    life = lifecycle()
+    first = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    effects = life.handle(Output(first.attempt_id, [10], cached_tokens=4), 1.0)
+    assert effects[0].delta.cached_tokens == 4
+    life.handle(InstanceLost("d0", "gone"), 2.0)
+    second = sent(life.handle(Chosen("d1"), 2.0)).attempt
+    effects = life.handle(Output(second.attempt_id, [11], cached_tokens=0), 3.0)
+    assert effects[0].delta.cached_tokens is None
+
+
+# --- whatever happens -----------------------------------------------------------------------------
+
+
+class Story:
+    """Plays a random history as the router would, and holds the invariants at every event."""
+
+    def __init__(self) -> None:
+        self.life = lifecycle()
+        self.now = 0.0
+        self.next_token = 100
+        self.running: dict[str, Send] = {}  # what workers believe they run
+        self.held: set[str] = set()  # handoffs that prefill workers hold
+        self.used: set[str] = set()
+        self.emitted: list[int] = []
+        self.ended = 0
+        self.gone = False
+        self.waiting = True
+        self.perform(self.life.start())
+
+    def perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Choose():
+                    self.waiting = True
+                case Send(_, attempt):
+                    assert self.life.phase in (Phase.PREFILL, Phase.DECODE)
+                    assert attempt.token_ids == [*PROMPT, *self.emitted] or self.emission_follows(attempt)
+                    self.running[attempt.attempt_id] = effect
+                    if attempt.handoff is not None:
+                        assert attempt.handoff.ttl_s >= LIMITS.handoff_margin_s
+                case Cancel(_, attempt_id):
+                    self.running.pop(attempt_id, None)
+                case Release(_, handoff_id):
+                    self.held.discard(handoff_id)
+                case Emit(delta):
+                    self.emitted += delta.token_ids
+                    self.ended += delta.finish_reason is not None
+                case Fail():
+                    self.ended += 1
+        assert self.life.token_ids == [*PROMPT, *self.emitted]
+        assert self.ended == (self.life.phase is Phase.DONE and not self.gone)
+
+    def emission_follows(self, attempt: object) -> bool:
+        return attempt.token_ids[:-1] == [*PROMPT, *self.emitted]
+
+    def step(self, action: str, pick: int) -> None:
+        self.now += 0.5
+        sends = list(self.running.values())
+        send = sends[pick % len(sends)] if sends else None
+        if action == "choose" and self.waiting and self.life.phase is Phase.QUEUED:
+            self.waiting = False
+            prefill = f"p{pick % 3}" if pick % 2 and not self.handed() else None
+            self.perform(self.life.handle(Chosen(f"d{pick % 3}", prefill), self.now))
+        elif action == "lose":
+            instance = f"{'pd'[pick % 2]}{pick % 3}"
+            gone = [key for key, value in self.running.items() if value.instance_id == instance]
+            for key in gone:
+                del self.running[key]
+            self.perform(self.life.handle(InstanceLost(instance, "lost"), self.now))
+        elif action == "bounce" and send is not None:
+            del self.running[send.attempt.attempt_id]
+            self.perform(self.life.handle(Bounced(send.attempt.attempt_id, "full"), self.now))
+        elif action in ("token", "finish", "error") and send is not None:
+            self.answer(action, send)
+        elif action == "tick":
+            self.now += 50.0
+            self.perform(self.life.handle(Tick(), self.now))
+
+    def handed(self) -> bool:
+        return self.life._handoff is not None
+
+    def answer(self, action: str, send: Send) -> None:
+        attempt = send.attempt
+        self.next_token += 1
+        output = Output(attempt.attempt_id, [self.next_token])
+        if attempt.handoff is not None and attempt.handoff.handoff_id not in self.used:
+            self.used.add(attempt.handoff.handoff_id)
+            self.held.discard(attempt.handoff.handoff_id)
+        if action == "error":
+            output = Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom")
+        elif attempt.prefill_only and action == "token":
+            output.finish_reason = FinishReason.PREFILLED
+            output.handoff = handoff(attempt.attempt_id, send.instance_id)
+            self.held.add(attempt.attempt_id)
+        elif action == "finish":
+            output.finish_reason = FinishReason.STOP
+        if output.finish_reason is not None:
+            del self.running[attempt.attempt_id]
+        self.perform(self.life.handle(output, self.now))
+
+
+ACTIONS = st.sampled_from(
+    ["choose", "choose", "token", "token", "finish", "error", "lose", "bounce", "tick"]
+)
+
+
+@given(st.lists(st.tuples(ACTIONS, st.integers(0, 11)), max_size=60))
+def test_any_history_ends_once_and_leaks_nothing(history: list[tuple[str, int]]) -> None:
+    story = Story()
+    for action, pick in history:
+        story.step(action, pick)
+    story.gone = story.ended == 0
+    story.perform(story.life.handle(ClientGone(), story.now))
+    assert story.life.phase is Phase.DONE
+    current = {send.attempt.attempt_id for send in story.running.values()}
+    # Whatever workers still believe to run was lost to us by a deadline or an instance's death, and
+    # whatever they still hold is held for one of those: late outputs release it.
+    for attempt_id in current:
+        late = Output(attempt_id, [1], FinishReason.PREFILLED, handoff=handoff(attempt_id))
+        assert story.life.handle(late, story.now) == [Release("p0", attempt_id)]
