@@ -1,0 +1,333 @@
+"""Logging and Prometheus metrics: what an operator sees of a process.
+
+Log lines are one line each, `time level component message`, with values as key=value. Metrics live in a
+registry of their own, and are written so that nothing on the path of a token costs more than a bisect:
+what changes with every engine step (latencies between tokens, a worker's load) is kept in plain Python
+and turned into samples only when somebody scrapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from penstock.errors import ConfigError
+from penstock.structs import Load
+
+METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second as a deployment of Dynamo sets it
+_COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+
+TTFT_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 30, 60, 120)
+ITL_BUCKETS_S = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.2,
+    0.5,
+    1,
+    5,
+)
+DURATION_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+
+
+# --- logging --------------------------------------------------------------------------------------
+
+
+class LineFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z INFO  router message`; a traceback follows on lines of its own."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        )
+        level = f"{record.levelname:<7}"
+        component = record.name.removeprefix("penstock.")
+        if self._colour:
+            when, component = f"{_DIM}{when}{_RESET}", f"{_DIM}{component}{_RESET}"
+            level = f"{_COLOURS.get(record.levelno, '')}{level}{_RESET}"
+        # A client may choose parts of a message (a model's name): no line breaks from there.
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        line = f"{when} {level} {component} {message}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def setup_logging(
+    level: str | None = None, *, environ: Mapping[str, str] = os.environ, stream: TextIO | None = None
+) -> None:
+    """Send this process's logs to `stream` (default: standard error).
+
+    The level is the flag's, else PENSTOCK_LOG's, else DYN_LOG's, else `info`. A filter list after a comma
+    (`info,penstock.router=debug`) sets single components. Raises ConfigError for an unknown level.
+    """
+    source, wanted = "--log-level", level
+    for name in LEVEL_VARIABLES:
+        if wanted is None and environ.get(name):
+            source, wanted = name, environ[name]
+    root_level, components = _parse_levels(source, wanted or "info")
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter(colour=stream.isatty() and "NO_COLOR" not in environ))
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    # Libraries speak up only when something is wrong; the level asked for is Penstock's own.
+    root.setLevel(max(root_level, logging.WARNING))
+    logging.getLogger("penstock").setLevel(root_level)
+    for component, component_level in components.items():
+        logging.getLogger(component).setLevel(component_level)
+
+
+def _parse_levels(source: str, text: str) -> tuple[int, dict[str, int]]:
+    root_level = logging.INFO
+    components = {}
+    for part in text.split(","):
+        component, equals, level_name = part.strip().rpartition("=")
+        level = LEVELS.get(level_name.strip().lower())
+        if level is None:
+            raise ConfigError(f"{source}: unknown level {level_name!r}; one of {', '.join(LEVELS)}")
+        if equals:
+            components[component.strip()] = level
+        else:
+            root_level = level
+    return root_level, components
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+class LatencyHistogram(Collector):
+    """A histogram per model that takes a step's observations in a fraction of a microsecond."""
+
+    def __init__(
+        self, name: str, documentation: str, buckets_s: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._buckets_s = list(buckets_s)
+        self._counts: dict[str, list[int]] = {}  # model -> per bucket, and one for above all of them
+        self._sums: dict[str, float] = {}
+        registry.register(self)
+
+    def observe(self, model: str, seconds: float, count: int = 1) -> None:
+        """Count `count` observations of `seconds` each."""
+        counts = self._counts.get(model)
+        if counts is None:
+            counts = self._counts[model] = [0] * (len(self._buckets_s) + 1)
+            self._sums[model] = 0.0
+        counts[bisect_left(self._buckets_s, seconds)] += count
+        self._sums[model] += seconds * count
+
+    def describe(self) -> Iterator[HistogramMetricFamily]:
+        yield HistogramMetricFamily(self._name, self._documentation, labels=["model"])
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["model"])
+        for model, counts in self._counts.items():
+            buckets, total = [], 0
+            for bound, count in zip([*map(float, self._buckets_s), "+Inf"], counts, strict=True):
+                total += count
+                buckets.append((str(bound), total))
+            family.add_metric([model], buckets, self._sums[model])
+        yield family
+
+
+class FrontendMetrics:
+    """What the frontend counts, per model and endpoint."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "penstock_requests",
+            "Requests answered, by HTTP status (499: the client left)",
+            ["model", "endpoint", "status"],
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "penstock_time_to_first_token_seconds",
+            "From the request's last byte read to the first token",
+            ["model"],
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token_latency = LatencyHistogram(
+            "penstock_inter_token_latency_seconds",
+            "Between tokens after the first; a step that brings k tokens counts k times its k-th part",
+            ITL_BUCKETS_S,
+            registry,
+        )
+        self.request_duration = Histogram(
+            "penstock_request_duration_seconds",
+            "From the request's last byte read to the answer's last byte written",
+            ["model"],
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self.queued = Gauge(
+            "penstock_queued_requests", "Requests without a first token yet", ["model"], registry=registry
+        )
+        self.inflight = Gauge(
+            "penstock_inflight_requests", "Requests not answered yet", ["model"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "penstock_prompt_tokens",
+            "Prompt tokens of requests that got tokens",
+            ["model"],
+            registry=registry,
+        )
+        self.output_tokens = Counter(
+            "penstock_output_tokens", "Tokens generated", ["model"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "penstock_cached_tokens", "Prompt tokens found in a cache", ["model"], registry=registry
+        )
+
+
+class RouterMetrics:
+    """What the router counts, and the latest word of each worker.
+
+    A worker's series exist exactly as long as the router knows the instance.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._decisions = Counter(
+            "penstock_decisions", "Routing decisions", ["policy", "path"], registry=registry
+        )
+        self._predicted = Counter(
+            "penstock_predicted_overlap_blocks", "Cached blocks that the index predicted", registry=registry
+        )
+        self._actual = Counter(
+            "penstock_actual_cached_tokens", "Cached prompt tokens that engines reported", registry=registry
+        )
+        self._attempts = Counter(
+            "penstock_attempts", "Attempts ended", ["role", "outcome"], registry=registry
+        )
+        self._bounces = Counter(
+            "penstock_bounces", "Attempts a worker refused", ["role"], registry=registry
+        )
+        self._retries = Counter(
+            "penstock_retries", "Further attempts after a failed one", registry=registry
+        )
+        self._transfers = Counter("penstock_transfers", "Prompts whose KV was pulled", registry=registry)
+        self._transferred = Counter("penstock_transferred_blocks", "KV blocks pulled", registry=registry)
+        self._workers = _WorkerGauges(registry)
+
+    def decided(self, policy: str, path: str) -> None:
+        """A request was placed. `path` is local, remote or aggregated."""
+        self._decisions.labels(policy, path).inc()
+
+    def overlap(self, predicted_blocks: int, cached_tokens: int) -> None:
+        """An attempt's first output came: what the index had promised, and what was there."""
+        self._predicted.inc(predicted_blocks)
+        self._actual.inc(cached_tokens)
+
+    def attempt_ended(self, role: str, outcome: str) -> None:
+        """`outcome` is a FinishReason's value, or `lost`."""
+        self._attempts.labels(role, outcome).inc()
+
+    def bounced(self, role: str) -> None:
+        self._bounces.labels(role).inc()
+
+    def retried(self) -> None:
+        self._retries.inc()
+
+    def transferred(self, blocks: int) -> None:
+        """A decode worker pulled this many blocks for a prompt."""
+        self._transfers.inc()
+        self._transferred.inc(blocks)
+
+    def connected(self, instance_id: str, role: str, connected: bool) -> None:
+        """An instance's link came up or went down."""
+        self._workers.connected[instance_id] = (role, connected)
+        if not connected:
+            self._workers.loads.pop(instance_id, None)
+
+    def load(self, instance_id: str, load: Load) -> None:
+        """The latest load of a connected instance. Called for every step: one dictionary write."""
+        self._workers.loads[instance_id] = load
+
+    def instance_gone(self, instance_id: str) -> None:
+        """Remove all series of an instance. Unknown ids are ignored."""
+        self._workers.connected.pop(instance_id, None)
+        self._workers.loads.pop(instance_id, None)
+
+
+class _WorkerGauges(Collector):
+    """Gauges per instance, made from the latest loads at each scrape."""
+
+    FIELDS = ("running", "waiting", "prefill_tokens", "used_blocks", "total_blocks")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.connected: dict[str, tuple[str, bool]] = {}  # instance id -> role, link is up
+        self.loads: dict[str, Load] = {}
+        registry.register(self)
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        return self._families()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for family in self._families():
+            field = family.name.removeprefix("penstock_worker_")
+            for instance_id, (role, connected) in self.connected.items():
+                load = self.loads.get(instance_id)
+                if field == "connected":
+                    family.add_metric([instance_id, role], float(connected))
+                elif load is not None:
+                    family.add_metric([instance_id, role], float(getattr(load, field)))
+            yield family
+
+    def _families(self) -> Iterator[GaugeMetricFamily]:
+        for field in (*self.FIELDS, "connected"):
+            words = field.replace("_", " ")
+            yield GaugeMetricFamily(
+                f"penstock_worker_{field}", f"Worker's latest: {words}", labels=["instance", "role"]
+            )
+
+
+class Metrics:
+    """All metrics of one frontend process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.frontend = FrontendMetrics(self._registry)
+        self.router = RouterMetrics(self._registry)
+
+    def render(self) -> bytes:
+        """The exposition format, as METRICS_CONTENT_TYPE says."""
+        return generate_latest(self._registry)
