@@ -1,0 +1,164 @@
+"""The index against a brute-force oracle, and the cost of forgetting."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from penstock.core.prefix_index import SWEEP_BLOCKS, PrefixIndex
+
+# Few distinct hashes and workers, so that sequences of events meet; 256 apart shares a shard.
+HASHES = st.sampled_from([1, 2, 3, 257, 258, 259, 2**64 - 1, 513])
+WORKERS = st.sampled_from(["a", "b", "c", "d"])
+
+
+def oracle_overlaps(cached: dict[str, set[int]], hashes: list[int]) -> dict[str, int]:
+    found = {}
+    for worker, blocks in cached.items():
+        depth = 0
+        while depth < len(hashes) and hashes[depth] in blocks:
+            depth += 1
+        if depth:
+            found[worker] = depth
+    return found
+
+
+class IndexAgainstOracle(RuleBasedStateMachine):
+    """Any sequence of events leaves the index saying what plain sets of hashes say."""
+
+    sweep_blocks = SWEEP_BLOCKS
+
+    @initialize()
+    def start(self) -> None:
+        self.index = PrefixIndex(sweep_blocks=self.sweep_blocks)
+        self.cached: dict[str, set[int]] = {}
+
+    @rule(worker=WORKERS)
+    def add(self, worker: str) -> None:
+        self.index.add_worker(worker)
+        self.cached.setdefault(worker, set())
+
+    @rule(worker=WORKERS)
+    def remove(self, worker: str) -> None:
+        self.index.remove_worker(worker)
+        self.cached.pop(worker, None)
+
+    @rule(worker=WORKERS, hashes=st.lists(HASHES, max_size=8))
+    def stored(self, worker: str, hashes: list[int]) -> None:
+        if worker in self.cached:
+            self.index.stored(worker, hashes)
+            self.cached[worker].update(hashes)
+
+    @rule(worker=WORKERS, hashes=st.lists(HASHES, max_size=4))
+    def removed(self, worker: str, hashes: list[int]) -> None:
+        if worker in self.cached:
+            self.index.removed(worker, hashes)
+            self.cached[worker].difference_update(hashes)
+
+    @rule(worker=WORKERS, hashes=st.lists(HASHES, max_size=8))
+    def replace(self, worker: str, hashes: list[int]) -> None:
+        if worker in self.cached:
+            self.index.replace(worker, hashes)
+            self.cached[worker] = set(hashes)
+
+    @rule(worker=WORKERS)
+    def cleared(self, worker: str) -> None:
+        if worker in self.cached:
+            self.index.cleared(worker)
+            self.cached[worker] = set()
+
+    @rule()
+    def sweep(self) -> None:
+        self.index.sweep()
+
+    @rule(hashes=st.lists(HASHES, max_size=6))
+    def query(self, hashes: list[int]) -> None:
+        assert self.index.overlaps(hashes) == oracle_overlaps(self.cached, hashes)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        if hasattr(self, "index"):
+            assert {w: self.index.held(w) for w in self.index.workers} == {
+                w: len(blocks) for w, blocks in self.cached.items()
+            }
+
+    def teardown(self) -> None:
+        if not hasattr(self, "index"):
+            return
+        for worker in list(self.cached):
+            self.index.remove_worker(worker)
+        while self.index.sweep():
+            pass
+        assert len(self.index) == 0
+
+
+class SlowSweepAgainstOracle(IndexAgainstOracle):
+    """The same when a sweep takes many events: retired slots are then met at every stage."""
+
+    sweep_blocks = 1
+
+
+TestIndexAgainstOracle = IndexAgainstOracle.TestCase
+TestSlowSweepAgainstOracle = SlowSweepAgainstOracle.TestCase
+for case in (TestIndexAgainstOracle, TestSlowSweepAgainstOracle):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_hole_ends_the_overlap() -> None:
+    index = PrefixIndex()
+    index.add_worker("w")
+    index.stored("w", [1, 2, 3, 4])
+    index.removed("w", [2])
+    assert index.overlaps([1, 2, 3, 4]) == {"w": 1}
+
+
+def test_no_hashes_no_overlap() -> None:
+    index = PrefixIndex()
+    index.add_worker("w")
+    assert index.overlaps([]) == {}
+    assert index.overlaps([7]) == {}
+
+
+def test_a_worker_that_returns_has_nothing_before_its_snapshot() -> None:
+    index = PrefixIndex()
+    index.add_worker("w")
+    index.stored("w", [1, 2])
+    index.remove_worker("w")
+    index.add_worker("w")
+    assert index.overlaps([1, 2]) == {}
+    index.replace("w", [1])
+    assert index.overlaps([1, 2]) == {"w": 1}
+
+
+def test_unknown_workers() -> None:
+    index = PrefixIndex()
+    index.remove_worker("nobody")
+    for event in (index.stored, index.removed, index.replace):
+        with pytest.raises(KeyError):
+            event("nobody", [1])
+    with pytest.raises(KeyError):
+        index.cleared("nobody")
+
+
+def test_forgetting_sweeps_a_bounded_part_and_ends() -> None:
+    index = PrefixIndex()
+    for worker in ("gone", "stays"):
+        index.add_worker(worker)
+        index.stored(worker, range(30_000))
+    index.remove_worker("gone")
+    assert index.overlaps([1, 2]) == {"stays": 2}
+    sweeps = 2  # removing did one, the last below finds the end
+    while index.sweep():
+        sweeps += 1
+    assert 30_000 // SWEEP_BLOCKS <= sweeps <= 30_000 // SWEEP_BLOCKS + 2
+    index.add_worker("new")
+    assert index.overlaps([1]) == {"stays": 1}, "a swept slot starts empty"
+
+
+def test_a_storm_of_clears_reuses_slots() -> None:
+    index = PrefixIndex()
+    index.add_worker("w")
+    for round_ in range(1_000):
+        index.stored("w", range(round_, round_ + 100))
+        index.cleared("w")
+    assert len(index._owners) < 10
