@@ -1,0 +1,326 @@
+"""Discovery over a directory: one JSON file per instance, its mtime a lease.
+
+An instance is live while its file's mtime moves at least every `lease_s`. A file whose writer ran on this
+machine vanishes as soon as that process is gone; for a folder shared by several machines only the lease
+counts, measured by each watcher's own clock from when it last saw the mtime move, so that clocks need not
+agree. Whoever sees a dead file removes it: a live owner that was merely slow writes it again, as all owners
+do when somebody deletes the whole directory.
+
+The directory is 0700 and writing to it is the only credential: keep it where only its owner writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from penstock.errors import ConfigError
+from penstock.structs import Registration
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".json"
+_TEMPORARY_SUFFIX = ".tmp"
+
+
+class FileDiscoverySettings(msgspec.Struct, frozen=True):
+    """How fast a directory notices.
+
+    lease_s: an instance whose file has not been touched for this long is gone. Short enough that another
+        machine's death is noticed, long enough for a busy machine or a slow NFS server.
+    poll_s: how often a watcher lists the directory. 4 listings a second cost about 1 ms of CPU.
+    files_max: files beyond this many are ignored, with a warning.
+    file_bytes_max: a larger file is garbage.
+    """
+
+    lease_s: float = 5.0
+    poll_s: float = 0.25
+    files_max: int = 1024
+    file_bytes_max: int = 16 * 1024
+
+    @property
+    def refresh_s(self) -> float:
+        """Three chances to touch the file before the lease is over."""
+        return self.lease_s / 3
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What a file holds. `pid` means something only to processes of the same `pid_space`."""
+
+    registration: Registration
+    pid_space: str = ""
+    pid: int = 0
+
+
+class FileDiscovery:
+    """The `Discovery` port over a directory, created 0700 when missing."""
+
+    def __init__(self, directory: Path, settings: FileDiscoverySettings | None = None) -> None:
+        self.directory = directory
+        self._settings = settings or FileDiscoverySettings()
+        self._closed = asyncio.Event()
+
+    async def register(self, registration: Registration) -> FileLease:
+        """Write this instance's file and keep touching it until the lease is closed.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        lease = FileLease(self.directory, registration, self._settings)
+        try:
+            await asyncio.to_thread(lease.write)
+        except OSError as error:
+            raise ConfigError(f"discovery: cannot write to {self.directory}: {error.strerror}") from error
+        lease.start()
+        return lease
+
+    async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
+        scan = DirectoryScan(self.directory, self._settings)
+        previous: Mapping[str, Registration] | None = None
+        while not self._closed.is_set():
+            current = await asyncio.to_thread(scan.instances)
+            if current != previous:
+                yield current
+                previous = current
+            try:
+                await asyncio.wait_for(self._closed.wait(), self._settings.poll_s)
+            except TimeoutError:
+                pass
+
+    async def close(self) -> None:
+        """End all watches."""
+        self._closed.set()
+
+
+class FileLease:
+    """One instance's file, and the task that keeps it fresh."""
+
+    def __init__(
+        self, directory: Path, registration: Registration, settings: FileDiscoverySettings
+    ) -> None:
+        self._path = directory / (quote(registration.instance_id, safe="") + _SUFFIX)
+        self._epoch = registration.epoch
+        self._content = msgspec.json.encode(_Record(registration, pid_space(), os.getpid()))
+        self._settings = settings
+        self._refresher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin refreshing; ends with `close`."""
+        self._refresher = asyncio.create_task(self._refresh_forever(), name=f"lease {self._path.stem}")
+
+    async def close(self) -> None:
+        if self._refresher is not None:
+            self._refresher.cancel()
+            await asyncio.gather(self._refresher, return_exceptions=True)
+            self._refresher = None
+            await asyncio.to_thread(self._remove)
+
+    def write(self) -> None:
+        """Replace the file at once, so that no reader ever sees half of it."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+        temporary.write_bytes(self._content)
+        temporary.replace(self._path)
+
+    async def _refresh_forever(self) -> None:
+        warned = False
+        while True:
+            await asyncio.sleep(self._settings.refresh_s)
+            try:
+                superseded = not await asyncio.to_thread(self._refresh)
+            except OSError as error:
+                if not warned:
+                    log.warning("discovery: cannot refresh %s (%s), trying on", self._path, error.strerror)
+                warned = True
+                continue
+            warned = False
+            if superseded:
+                log.warning("discovery: a newer incarnation took over %s", self._path.name)
+                return
+
+    def _refresh(self) -> bool:
+        """Touch the file, or write it again when it was removed. False: a newer incarnation owns it."""
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            self.write()
+            return True
+        if content == self._content:
+            os.utime(self._path)
+        elif _epoch_in(content) > self._epoch:
+            return False
+        else:
+            self.write()
+        return True
+
+    def _remove(self) -> None:
+        try:
+            if self._path.read_bytes() == self._content:
+                self._path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("discovery: cannot remove %s: %s", self._path, error.strerror)
+
+
+class _Seen(msgspec.Struct):
+    """A file as a watcher knows it."""
+
+    stamp: tuple[int, int, int]  # inode, mtime in ns, size: while equal, the content is not read again
+    record: _Record | None  # None: garbage
+    moved_at: float  # this process's monotonic clock when the mtime was last seen to move
+
+
+class DirectoryScan:
+    """Repeated listings of one directory. Blocking: run it in a thread, one call at a time."""
+
+    def __init__(self, directory: Path, settings: FileDiscoverySettings) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._seen: dict[str, _Seen] = {}
+        self._instances: dict[str, Registration] = {}
+        self._warned: set[str] = set()  # what has been warned of and not yet ended
+
+    def instances(self) -> dict[str, Registration]:
+        """The live instances by id; while the directory cannot be read, those of the last listing."""
+        now = time.monotonic()
+        try:
+            seen = self._list(now)
+        except OSError as error:
+            self._warn_once(
+                "outage", f"cannot read {self._directory}: {error.strerror}; keeping what is known"
+            )
+            return self._instances
+        self._warned.discard("outage")
+        self._seen = {name: entry for name, entry in seen.items() if self._keep(name, entry, now)}
+        self._instances = {
+            entry.record.registration.instance_id: entry.record.registration
+            for entry in self._seen.values()
+            if entry.record is not None
+        }
+        return self._instances
+
+    def _list(self, now: float) -> dict[str, _Seen]:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        seen = {}
+        for entry in self._entries():
+            try:
+                seen[entry.name] = self._look(entry, now)
+            except FileNotFoundError:
+                continue  # deregistered between the listing and the look
+        return seen
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        count = 0
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or not entry.name.endswith(_SUFFIX):
+                    continue
+                count += 1
+                if count > self._settings.files_max:
+                    self._warn_once(
+                        "crowded", f"{self._directory} has over {count - 1} files; ignoring the rest"
+                    )
+                    return
+                yield entry
+        self._warned.discard("crowded")
+
+    def _look(self, entry: os.DirEntry[str], now: float) -> _Seen:
+        status = entry.stat()
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        known = self._seen.get(entry.name)
+        if known is not None and known.stamp == stamp:
+            return known
+        record = self._read(entry, status.st_size)
+        if known is None and record is not None and record.pid_space == pid_space():
+            age_s = max(0.0, time.time() - status.st_mtime)  # same machine, same clock
+        else:
+            age_s = 0.0
+        return _Seen(stamp, record, now - age_s)
+
+    def _read(self, entry: os.DirEntry[str], size: int) -> _Record | None:
+        try:
+            if size > self._settings.file_bytes_max:
+                raise msgspec.ValidationError(f"{size} bytes is too large")
+            record = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Record)
+        except FileNotFoundError:
+            raise
+        except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+            self._warn_once(entry.path, f"ignoring {entry.path}: {error}")
+            return None
+        self._warned.discard(entry.path)
+        return record
+
+    def _keep(self, name: str, entry: _Seen, now: float) -> bool:
+        """Whether this file still stands for an instance (or is garbage that is not ours to judge)."""
+        record = entry.record
+        if record is None:
+            return True
+        owner_gone = record.pid_space == pid_space() and not _process_exists(record.pid)
+        expired = now - entry.moved_at > self._settings.lease_s
+        if owner_gone or expired:
+            self._remove_stale(self._directory / name, entry.stamp)
+            return False
+        return True
+
+    def _remove_stale(self, path: Path, stamp: tuple[int, int, int]) -> None:
+        """Unlink unless it has changed since; if it changes in between, its owner writes it again."""
+        try:
+            status = path.stat()
+            if (status.st_ino, status.st_mtime_ns, status.st_size) == stamp:
+                path.unlink()
+        except OSError:
+            return  # gone already, or a folder we may only read: the entry is dropped all the same
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned and len(self._warned) < self._settings.files_max:
+            self._warned.add(key)
+            log.warning("discovery: %s", message)
+
+
+@functools.cache
+def pid_space() -> str:
+    """Names the set of processes whose pids this process can check: host, boot and pid namespace."""
+    return "/".join(
+        (socket.gethostname(), _first_line("/proc/sys/kernel/random/boot_id"), _pid_namespace())
+    )
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""  # not Linux: the host's name has to do, and the lease covers a reboot
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return ""
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _epoch_in(content: bytes) -> int:
+    try:
+        return msgspec.json.decode(content, type=_Record).registration.epoch
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return -1

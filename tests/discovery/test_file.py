@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
+from penstock.errors import ConfigError
+
+
+def _load_contract():
+    """The suite shared by all adapters' tests: tests are no package, so it is loaded by path."""
+    spec = importlib.util.spec_from_file_location(
+        "discovery_contract", Path(__file__).parent / "contract.py"
+    )
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "DiscoveryContract"):
+        spec.loader.exec_module(module)
+    return module
+
+
+contract = _load_contract()
+registration, Watcher = contract.registration, contract.Watcher
+
+FAST = FileDiscoverySettings(lease_s=0.9, poll_s=0.05)
+
+# Writes its registration, says so, and holds the lease until it is killed.
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
+from penstock.structs import Registration, Role
+
+async def main():
+    discovery = FileDiscovery(Path(sys.argv[1]), FileDiscoverySettings(lease_s=float(sys.argv[2])))
+    await discovery.register(Registration("child-0", 1, Role.DECODE, "tiny", "127.0.0.1:1"))
+    print("up", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def open_discovery(tmp_path: Path) -> AsyncIterator[object]:
+    opened = []
+    leases = []
+
+    class Recording(FileDiscovery):
+        async def register(self, registration):
+            leases.append(await super().register(registration))
+            return leases[-1]
+
+    def open_one(settings: FileDiscoverySettings = FAST) -> FileDiscovery:
+        opened.append(Recording(tmp_path / "discovery", settings))
+        return opened[-1]
+
+    yield open_one
+    for lease in leases:
+        await lease.close()
+    for discovery in opened:
+        await discovery.close()
+
+
+class TestFileDiscovery(contract.DiscoveryContract):
+    pass
+
+
+def start_owner(directory: Path, lease_s: float) -> subprocess.Popen[str]:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(directory), str(lease_s)], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout.readline() == "up\n"
+    return owner
+
+
+def reap(owner: subprocess.Popen[str]) -> None:
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+
+
+async def test_an_instance_whose_process_is_killed_vanishes_long_before_its_lease(
+    tmp_path, open_discovery
+) -> None:
+    directory = tmp_path / "discovery"
+    owner = await asyncio.to_thread(start_owner, directory, 60.0)
+    async with Watcher(open_discovery(FileDiscoverySettings(lease_s=60.0, poll_s=0.05))) as watcher:
+        try:
+            await watcher.until("child-0")
+        finally:
+            await asyncio.to_thread(reap, owner)
+        await watcher.until(within_s=1.0)
+    assert list(directory.iterdir()) == []
+
+
+async def test_another_machines_instance_lives_by_its_lease_alone(tmp_path, open_discovery) -> None:
+    directory = tmp_path / "discovery"
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until()
+        lease = await open_discovery().register(registration())
+        await watcher.until("w-0")
+        path = directory / "w-0.json"
+        content = json.loads(path.read_bytes())
+        await lease.close()
+        path.write_text(json.dumps(content | {"pid_space": "elsewhere/boot/1", "pid": 2**22 + 1}))
+        os.utime(path, (1, 1))  # its clock may be anywhere
+        await watcher.until("w-0")
+        await asyncio.sleep(FAST.lease_s / 2)
+        assert set(watcher.latest) == {"w-0"}
+        await watcher.until(within_s=2.0)
+        assert not path.exists()
+
+
+async def test_a_live_lease_outlasts_its_length(open_discovery) -> None:
+    await open_discovery().register(registration())
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until("w-0")
+        await asyncio.sleep(2.2 * FAST.lease_s)
+        assert set(watcher.latest) == {"w-0"}
+        assert watcher.updates == 1
+
+
+async def test_all_come_back_after_the_directory_is_deleted(tmp_path, open_discovery) -> None:
+    await open_discovery().register(registration("w-0"))
+    await open_discovery().register(registration("w-1"))
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until("w-0", "w-1")
+        shutil.rmtree(tmp_path / "discovery")
+        await watcher.until()
+        await watcher.until("w-0", "w-1", within_s=2 * FAST.lease_s)
+
+
+async def test_an_outage_keeps_the_last_set(tmp_path, open_discovery, caplog) -> None:
+    directory = tmp_path / "discovery"
+    lease = await open_discovery().register(registration())
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until("w-0")
+        shutil.rmtree(directory)
+        directory.write_text("a file where the directory was")
+        await asyncio.sleep(2 * FAST.lease_s)
+        assert set(watcher.latest) == {"w-0"}
+        directory.unlink()
+        await asyncio.sleep(FAST.lease_s)
+        assert set(watcher.latest) == {"w-0"}
+        await lease.close()
+        await watcher.until()
+    assert sum("cannot read" in record.message for record in caplog.records) == 1
+
+
+async def test_garbage_is_named_once_and_ignored(tmp_path, open_discovery, caplog) -> None:
+    directory = tmp_path / "discovery"
+    directory.mkdir()
+    (directory / "half.json").write_text('{"registration": {"instance_id"')
+    (directory / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (directory / "huge.json").write_bytes(b" " * (FAST.file_bytes_max + 1))
+    (directory / "folder.json").mkdir()
+    (directory / "README").write_text("not an instance")
+    await open_discovery().register(registration())
+    with caplog.at_level(logging.WARNING):
+        async with Watcher(open_discovery()) as watcher:
+            await watcher.until("w-0")
+            await asyncio.sleep(0.3)
+    for name in ("half.json", "binary.json", "huge.json", "folder.json"):
+        assert sum(name in record.message for record in caplog.records) == 1, name
+    assert not any("README" in record.message for record in caplog.records)
+    assert (directory / "half.json").exists()
+
+
+async def test_files_beyond_the_limit_are_ignored(tmp_path, open_discovery, caplog) -> None:
+    directory = tmp_path / "discovery"
+    few = FileDiscoverySettings(lease_s=0.9, poll_s=0.05, files_max=2)
+    for index in range(4):
+        await open_discovery().register(registration(f"w-{index}"))
+    assert len(list(directory.iterdir())) == 4
+    async with Watcher(open_discovery(few)) as watcher:
+        assert len(await watcher.until_true(lambda latest: latest is not None)) == 2
+    assert sum("ignoring the rest" in record.message for record in caplog.records) == 1
+
+
+async def test_an_older_incarnation_gives_way(tmp_path, open_discovery, caplog) -> None:
+    await open_discovery().register(registration(epoch=1, port=1))
+    await open_discovery().register(registration(epoch=2, port=2))
+    await asyncio.sleep(FAST.lease_s)
+    assert json.loads((tmp_path / "discovery" / "w-0.json").read_bytes())["registration"]["epoch"] == 2
+    assert any("took over" in record.message for record in caplog.records)
+
+
+async def test_the_directory_is_private(tmp_path, open_discovery) -> None:
+    await open_discovery().register(registration())
+    assert (tmp_path / "discovery").stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_directory_that_cannot_be_written_refuses_to_start(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"discovery: cannot write to .*file"):
+        await FileDiscovery(tmp_path / "file", FAST).register(registration())
+
+
+async def test_stale_files_of_this_machine_are_not_even_seen_at_first(tmp_path, open_discovery) -> None:
+    directory = tmp_path / "discovery"
+    owner = await asyncio.to_thread(start_owner, directory, 60.0)
+    await asyncio.to_thread(reap, owner)
+    assert (directory / "child-0.json").exists()
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until()
+        assert watcher.updates == 1
