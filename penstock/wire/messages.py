@@ -7,13 +7,14 @@ A connection, in order (F frontend, W worker):
     W  Welcome                  the worker's Card, and its proof     (or Refused, then close)
     W  Snapshot ...             its cached block hashes, in chunks, `last` on the final one
     W  Step, Heartbeat          from here on ordered deltas to that snapshot; at least a Heartbeat a second
-    F  Generate, Cancel, Release, AssetRequest, Ping
+    F  Generate, Cancel, Release, AssetRequest, Ping        at least a Ping a second
     W  Bounce, Asset, Draining, Goodbye
 
 Each `Generate` carries a `seq` that counts up from 1 on its connection; a `Step` or `Heartbeat` says the
 highest one that its `load` already includes, so the frontend adds only what is still on its way.
 
-Fields are only added, with defaults; unknown fields and trailing ones are ignored.
+Fields are only added, with defaults; unknown fields and trailing ones are ignored. A new message, or a
+new meaning of an old one, is a new protocol version, and versions do not mix.
 """
 
 from __future__ import annotations
@@ -53,16 +54,19 @@ class Welcome(_Message):
 
 
 class Refused(_Message):
-    """W: rejects a Hello (version or secret), with the reason in words; the connection ends."""
+    """W: rejects a Hello (version, secret, too many frontends), with the reason in words; the connection
+    ends."""
 
     reason: str
 
 
 class Snapshot(_Message):
-    """W: part of the set of sequence hashes that are cached now."""
+    """W: part of the set of sequence hashes that are cached now. The load that goes with the set is on
+    the last part."""
 
     hashes: list[int]
     last: bool = False
+    load: Load = Load()
 
 
 class Step(_Message):

@@ -1,0 +1,24 @@
+"""Addresses as text: `host:port`, with an IPv6 host in brackets."""
+
+from __future__ import annotations
+
+from penstock.errors import ConfigError
+
+_MAX_PORT = 65535
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`. Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ConfigError(f"address {address!r}: an IPv6 host needs brackets, as in [::1]:9000")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= _MAX_PORT):
+        raise ConfigError(f"address {address!r} is not host:port")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The text that `split_address` reads."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

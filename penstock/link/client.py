@@ -1,0 +1,162 @@
+"""A frontend's link to one worker: connects, reconnects, and sends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+
+from penstock.clock import Clock, MonotonicClock
+from penstock.errors import ConfigError, RemoteError
+from penstock.link import tls
+from penstock.link.address import split_address
+from penstock.link.session import LinkListener, Session
+from penstock.link.settings import ClientSettings
+from penstock.structs import Attempt
+from penstock.wire.handshake import NONCE_BYTES, FrontendHandshake
+from penstock.wire.messages import Cancel, Release
+
+__all__ = ["LinkClient", "LinkListener"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_DOUBLINGS = 16
+
+
+class LinkClient:
+    """The link to the worker at one address.
+
+    Args:
+        address: host:port of the worker's link. Raises ConfigError when it is not that.
+        listener: told when the worker is up, what it says, and when it is down.
+        frontend_id: this process; unique among the running frontends.
+        instance_id, epoch: who must answer there; another instance is treated as a refusal.
+        rng: for the jitter of pauses.
+        clock: for pauses and ticks.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        listener: LinkListener,
+        settings: ClientSettings,
+        *,
+        frontend_id: str,
+        instance_id: str | None = None,
+        epoch: int | None = None,
+        rng: random.Random | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.address = address
+        self._host, self._port = split_address(address)
+        self._listener = listener
+        self._settings = settings
+        self._frontend_id = frontend_id
+        self._instance_id = instance_id
+        self._epoch = epoch
+        self._rng = rng or random.Random()
+        self._clock = clock or MonotonicClock()
+        self._session: Session | None = None
+        self._reason = "not connected yet"  # why there is no session
+        self._logged_reason = ""
+        if settings.tls:
+            tls.client_context(settings.tls)  # a bad file refuses to start
+
+    @property
+    def up(self) -> bool:
+        """Whether the worker can be sent to."""
+        return self._session is not None and self._session.live
+
+    def generate(self, attempt: Attempt) -> int:
+        """Send an attempt. Returns its `seq` on this connection, which `seen` in steps and heartbeats
+        will reach. Raises RemoteError when down, ProtocolError for an attempt longer than a frame."""
+        return self._live_session().generate(attempt)
+
+    def cancel(self, attempt_id: str) -> None:
+        """End an attempt early. Raises RemoteError when down."""
+        self._live_session().send(Cancel(attempt_id=attempt_id))
+
+    def release(self, handoff_id: str) -> None:
+        """Let the worker drop a handoff. Raises RemoteError when down."""
+        self._live_session().send(Release(handoff_id=handoff_id))
+
+    async def asset(self, sha256: str) -> bytes:
+        """A file of the worker's card, by its SHA-256 in hex. Raises RemoteError when it cannot be had
+        (down, unknown there, too long, too late, or not what its hash says)."""
+        download = self._live_session().download(sha256)
+        timeout_s = self._settings.asset_timeout_s
+        await asyncio.wait([download.done], timeout=timeout_s)
+        outcome = download.done.result() if download.done.done() else f"not here in {timeout_s:g} s"
+        if isinstance(outcome, str):
+            raise RemoteError(f"file {sha256} from {self.address}: {outcome}")
+        return outcome
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled; then hang up."""
+        failures = 0
+        while True:
+            session = await self._serve_once()
+            failures = 0 if session.live_s >= self._settings.retry_max_s else failures + 1
+            await self._clock.sleep(self._pause_s(failures, session.refused))
+
+    def _pause_s(self, failures: int, refused: bool) -> float:
+        settings = self._settings
+        doublings = min(max(0, failures - 1), _MAX_DOUBLINGS)
+        pause_s = min(settings.retry_min_s * 2**doublings, settings.retry_max_s)
+        return (settings.refused_retry_s if refused else pause_s) * self._rng.uniform(0.5, 1.0)
+
+    def _live_session(self) -> Session:
+        if self._session is None or not self._session.live:
+            raise RemoteError(f"{self.address} is down: {self._reason}")
+        return self._session
+
+    async def _serve_once(self) -> Session:
+        """Connect and stay until the connection has ended. The session tells how far it came."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        handshake = FrontendHandshake(self._settings.secret, nonce, self._frontend_id)
+        session = Session(self._settings, handshake, self._instance_id, self._epoch, self._listener)
+        self._session = session  # before `on_up`, which may already send
+        try:
+            await self._connect(session)
+        except (OSError, UnicodeError, ConfigError) as error:
+            self._log_down(f"cannot connect: {str(error) or 'timed out'}")
+            return session
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                ticking = tasks.create_task(self._tick(session))
+                reason = await asyncio.shield(session.connection.ended)
+                ticking.cancel()
+        finally:
+            session.connection.cut("closed here")
+            await asyncio.shield(session.connection.ended)
+        if session.was_live:
+            self._logged_reason = ""
+        self._log_down(reason)
+        return session
+
+    async def _connect(self, session: Session) -> None:
+        settings = self._settings
+        context = tls.client_context(settings.tls) if settings.tls else None  # anew: files get renewed
+        server_name = (settings.tls.server_name or self._host) if settings.tls else None
+        async with asyncio.timeout(settings.connect_timeout_s):
+            await asyncio.get_running_loop().create_connection(
+                lambda: session.connection,
+                self._host,
+                self._port,
+                ssl=context,
+                server_hostname=server_name,
+                ssl_shutdown_timeout=settings.close_timeout_s if context else None,
+            )
+
+    async def _tick(self, session: Session) -> None:
+        while True:
+            await self._clock.sleep(self._settings.ping_s)
+            session.tick(self._settings.ping_s)
+
+    def _log_down(self, reason: str) -> None:
+        """Log a reason once, however often it comes back before the worker is up again."""
+        self._reason = reason
+        level = logging.DEBUG if reason == self._logged_reason else logging.WARNING
+        _logger.log(level, "worker at %s is down: %s", self.address, reason)
+        self._logged_reason = reason

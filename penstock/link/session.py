@@ -1,0 +1,236 @@
+"""A frontend's end of one connection: from the worker's Challenge to its end.
+
+handshake   waits for the Challenge, then for the Welcome
+snapshot    collects the worker's cached blocks
+live        passes everything on to the listener
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+from penstock.errors import ProtocolError, RemoteError
+from penstock.link.connection import Connection
+from penstock.link.download import Download
+from penstock.link.settings import ClientSettings
+from penstock.structs import Attempt, Card, Load
+from penstock.wire import frames
+from penstock.wire.handshake import FrontendHandshake
+from penstock.wire.messages import (
+    Asset,
+    AssetRequest,
+    Bounce,
+    Challenge,
+    Draining,
+    Generate,
+    Goodbye,
+    Heartbeat,
+    Ping,
+    Refused,
+    Snapshot,
+    Step,
+    ToFrontend,
+    ToWorker,
+    Welcome,
+)
+
+_PING = frames.encode(Ping())
+
+
+class LinkListener(Protocol):
+    """What a frontend does with one worker's link. All methods are called on the event loop's thread and
+    return at once; what they raise ends the connection."""
+
+    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+        """The worker is there, and this is its whole cache; the list is the listener's to keep."""
+
+    def on_step(self, step: Step) -> None:
+        """An engine step: the change since `on_up` and the steps before."""
+
+    def on_heartbeat(self, seen: int, load: Load) -> None:
+        """The load now, and the highest `seq` of a Generate that it includes."""
+
+    def on_bounce(self, bounce: Bounce) -> None:
+        """An attempt was not taken."""
+
+    def on_draining(self, reason: str) -> None:
+        """The worker takes no new attempts."""
+
+    def on_down(self, reason: str) -> None:
+        """The worker is gone, with all its attempts. Exactly once after each `on_up`, and then nothing
+        until the next `on_up`."""
+
+
+class Phase(enum.Enum):
+    """How far a session has come."""
+
+    HANDSHAKE = "handshake"
+    SNAPSHOT = "snapshot"
+    LIVE = "live"
+    ENDED = "ended"
+
+
+class Session:
+    """One connection to a worker.
+
+    Args:
+        settings: of the client.
+        handshake: fresh for this connection.
+        instance_id, epoch: who must answer; None for whoever does.
+        listener: told from `on_up` to `on_down`.
+    """
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        handshake: FrontendHandshake,
+        instance_id: str | None,
+        epoch: int | None,
+        listener: LinkListener,
+    ) -> None:
+        self.connection = Connection(self, settings.max_frame_bytes, settings.max_unsent_bytes)
+        self.phase = Phase.HANDSHAKE
+        self.refused = False  # it ended in a way that only a person can mend
+        self.was_live = False  # once it has ended: whether `on_up` and `on_down` were called
+        self.live_s = 0.0  # how long it was live, once it has ended
+        self._settings = settings
+        self._handshake = handshake
+        self._instance_id = instance_id
+        self._epoch = epoch
+        self._listener = listener
+        self._card: Card | None = None
+        self._hashes: list[int] = []
+        self._seq = 0
+        self._downloads: dict[str, Download] = {}
+
+    @property
+    def live(self) -> bool:
+        """Whether attempts can be sent."""
+        return self.phase is Phase.LIVE and self.connection.usable
+
+    def generate(self, attempt: Attempt) -> int:
+        """Send an attempt; see LinkClient."""
+        frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
+        if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
+            raise ProtocolError(f"an attempt of {len(frame)} bytes is too long for a frame")
+        self._seq += 1
+        self.connection.write(frame)
+        return self._seq
+
+    def send(self, message: ToWorker) -> None:
+        """Send anything else."""
+        self.connection.write(frames.encode(message))
+
+    def download(self, sha256: str) -> Download:
+        """Ask for a file, or join those who wait for it. Raises RemoteError when too many are asked for."""
+        download = self._downloads.get(sha256)
+        if download is None:
+            if len(self._downloads) >= self._settings.max_pending_assets:
+                raise RemoteError(f"{len(self._downloads)} files are asked for already")
+            download = Download(sha256, self._settings.max_asset_bytes)
+            self._downloads[sha256] = download
+            self.send(AssetRequest(sha256=sha256))
+        return download
+
+    def tick(self, seconds: float) -> None:
+        """Let time pass: send a ping, and cut the connection when a deadline has passed."""
+        self.connection.tick(seconds)
+        settings = self._settings
+        if self.phase is Phase.HANDSHAKE:
+            if self.connection.phase_s > settings.handshake_timeout_s:
+                self.connection.cut(f"no handshake in {settings.handshake_timeout_s:g} s")
+            return
+        if self.connection.silent_s >= settings.silence_s:
+            self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
+        elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
+            self.connection.cut(f"no snapshot in {settings.snapshot_timeout_s:g} s")
+        else:
+            self.connection.write(_PING)
+
+    # What the connection calls.
+
+    def opened(self) -> None:
+        pass  # the worker speaks first
+
+    def received(self, body: memoryview) -> None:
+        message = frames.decode_to_frontend(body)
+        if self.phase is Phase.LIVE:
+            self._pass_on(message)
+        elif self.phase is Phase.SNAPSHOT:
+            self._collect(message)
+        else:
+            self._greet(message)
+
+    def ended(self, reason: str) -> None:
+        self.was_live = self.phase is Phase.LIVE
+        self.live_s = self.connection.phase_s if self.was_live else 0.0
+        self.phase = Phase.ENDED
+        for download in self._downloads.values():
+            download.fail(reason)
+        if self.was_live:
+            self._listener.on_down(reason)
+
+    def _greet(self, message: ToFrontend) -> None:
+        try:
+            match message:
+                case Challenge():
+                    self.send(self._handshake.answer(message))
+                case Welcome() | Refused():
+                    self._welcome(self._handshake.finish(message))
+                case _:
+                    raise ProtocolError(f"a {type(message).__name__} in the handshake")
+        except ProtocolError:
+            self.refused = True
+            raise
+
+    def _welcome(self, card: Card) -> None:
+        if self._instance_id not in (None, card.instance_id) or self._epoch not in (None, card.epoch):
+            raise ProtocolError(
+                f"found instance {card.instance_id!r} of epoch {card.epoch} "
+                f"instead of {self._instance_id!r} of epoch {self._epoch}"
+            )
+        self._card = card
+        self.phase = Phase.SNAPSHOT
+        self.connection.phase_s = 0.0
+
+    def _collect(self, message: ToFrontend) -> None:
+        assert self._card is not None
+        if isinstance(message, Goodbye):
+            self.connection.cut(f"the worker left: {message.reason}")
+            return
+        if not isinstance(message, Snapshot):
+            raise ProtocolError(f"a {type(message).__name__} in the snapshot")
+        self._hashes += message.hashes
+        if len(self._hashes) > self._settings.max_snapshot_blocks:
+            raise ProtocolError(f"a snapshot of more than {self._settings.max_snapshot_blocks} blocks")
+        if message.last:
+            hashes, self._hashes = self._hashes, []
+            self.phase = Phase.LIVE
+            self.connection.phase_s = 0.0
+            self._listener.on_up(self._card, hashes, message.load)
+
+    def _pass_on(self, message: ToFrontend) -> None:
+        match message:
+            case Step():
+                self._listener.on_step(message)
+            case Heartbeat():
+                self._listener.on_heartbeat(message.seen, message.load)
+            case Bounce():
+                self._listener.on_bounce(message)
+            case Asset():
+                self._take_part(message)
+            case Draining():
+                self._listener.on_draining(message.reason)
+            case Goodbye():
+                self.connection.cut(f"the worker left: {message.reason}")
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} after the snapshot")
+
+    def _take_part(self, part: Asset) -> None:
+        download = self._downloads.get(part.sha256)
+        if download is None:
+            raise ProtocolError("a file that was not asked for")
+        download.add(part)
+        if part.last:
+            del self._downloads[part.sha256]
