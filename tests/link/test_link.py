@@ -1,0 +1,334 @@
+"""Both ends together, over real sockets, on both event loops (conftest.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from penstock.errors import RemoteError
+from penstock.structs import Load, Output
+from penstock.wire.messages import Bounce, Step
+
+
+def send_step(server: Any, worker: Any, stored: int) -> None:
+    worker.cached.add(stored)
+    for peer in server.peers:
+        peer.send(Step(seen=peer.seen, load=worker.load(), stored=[stored]))
+
+
+async def test_up_with_the_cache_and_the_load(bench: Any) -> None:
+    worker, listener = bench.worker(range(5)), bench.listener()
+    worker.running = 4
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        assert not client.up
+        await bench.until(lambda: client.up)
+        assert listener.calls == [("up", worker.card())]
+        assert listener.cached == worker.cached
+        assert listener.load == Load(running=4)
+        assert [peer.frontend_id for peer in server.peers] == ["f1"]
+    assert listener.downs == ["closed here"]
+    assert len(worker.lost) == 1
+
+
+async def test_requests_reach_the_worker_in_order_and_answers_come_back(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        seqs = [client.generate(bench.attempt(f"a{i}")) for i in range(100)]
+        client.cancel("a3")
+        client.release("h1")
+        await bench.until(lambda: worker.released)
+        assert seqs == list(range(1, 101))
+        assert worker.generated == [("f1", f"a{i}") for i in range(100)]
+        assert (worker.cancelled, worker.released) == (["a3"], ["h1"])
+        (peer,) = server.peers
+        assert peer.seen == 100
+        peer.send(Bounce(attempt_id="a1", reason="full"))
+        peer.send(Step(seen=peer.seen, load=worker.load(), outputs=[Output("a2", [7])]))
+        await bench.until(lambda: listener.steps)
+        assert ("bounce", "a1") in listener.calls
+        assert listener.steps[0].outputs == [Output("a2", [7])]
+        await bench.until(lambda: ("heartbeat", 100) in listener.calls)
+
+
+async def test_a_snapshot_and_the_steps_during_it_add_up(bench: Any) -> None:
+    """Frontends connect while the cache changes at every turn of the loop."""
+    worker = bench.worker(range(100_000))
+    listeners = [bench.listener() for _ in range(3)]
+    rng = random.Random(1)
+    async with bench.server(worker) as server, asyncio.TaskGroup() as tasks:
+        done = asyncio.Event()
+
+        async def follow(listener: Any, number: int) -> None:
+            async with bench.client(server.address, listener, f"f{number}"):
+                await done.wait()
+                await bench.until(lambda: listener.cached == worker.cached)
+
+        for number, listener in enumerate(listeners):
+            tasks.create_task(follow(listener, number))
+        while not all(len(listener.steps) > 50 for listener in listeners):
+            removed, stored = rng.choice(range(100_000)), rng.randrange(2**64)
+            worker.cached.discard(removed)
+            worker.cached.add(stored)
+            for peer in server.peers:
+                peer.send(Step(seen=0, load=worker.load(), removed=[removed], stored=[stored]))
+            await asyncio.sleep(0)
+        done.set()
+    assert [listener.ups for listener in listeners] == [1, 1, 1]
+
+
+async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    rng = random.Random(2)
+    worker.cached = {rng.randrange(2**64) for _ in range(1_000_000)}
+    gaps = [0.0]
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        last = time.perf_counter()
+        while not client.up:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+        send_step(server, worker, 5)
+        await bench.until(lambda: listener.steps)
+        assert listener.cached == worker.cached
+    # The longest turns are the worker's copy and this listener's own set of a million numbers.
+    assert sorted(gaps)[-5] < 0.1
+
+
+async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
+    worker, listener = bench.worker({1}), bench.listener()
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        client.generate(bench.attempt())
+        await bench.until(lambda: worker.generated)
+        worker.cached = {2, 3}
+        (peer,) = server.peers
+        peer.connection.cut("pulled")
+        await bench.until(lambda: listener.downs)
+        with pytest.raises(RemoteError, match="is down"):
+            client.generate(bench.attempt())
+        await bench.until(lambda: client.up)
+        assert listener.cached == {2, 3}
+        assert client.generate(bench.attempt()) == 1
+        assert worker.lost == [peer]
+    assert [call[0] for call in listener.calls if call[0] != "heartbeat"] == ["up", "down", "up", "down"]
+
+
+async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    async with bench.client(f"127.0.0.1:{port}", listener) as client:
+        await asyncio.sleep(0.05)
+        assert not client.up
+        for life in (1, 2):
+            async with bench.server(worker, port=port):
+                await bench.until(lambda: client.up)
+            await bench.until(lambda: len(listener.downs) == life)  # noqa: B023
+    assert listener.downs == ["the worker left: the test is over"] * 2
+
+
+async def test_draining_reaches_those_connected_and_those_to_come(bench: Any) -> None:
+    first, second = bench.listener(), bench.listener()
+    async with bench.server(bench.worker()) as server, bench.client(server.address, first, "f1") as client:
+        await bench.until(lambda: client.up)
+        server.drain("upgrade")
+        await bench.until(lambda: ("draining", "upgrade") in first.calls)
+        async with bench.client(server.address, second, "f2"):
+            await bench.until(lambda: ("draining", "upgrade") in second.calls)
+            assert second.calls[0][0] == "up"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1024 * 1024, 1024 * 1024 + 1, 5_000_000])
+async def test_files(bench: Any, size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    sha256 = hashlib.sha256(content).hexdigest()
+    worker, listener = bench.worker(), bench.listener()
+    worker.assets[sha256] = content
+    # The limit of unsent bytes is below the file's length: files wait for the network instead.
+    limits = {"max_unsent_bytes": 3_000_000, "max_frame_bytes": 2_000_000}
+    async with bench.server(worker, **limits) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        both = await asyncio.gather(client.asset(sha256), client.asset(sha256))
+        assert both == [content, content]
+        assert listener.downs == []
+
+
+async def test_many_files_one_after_the_other_and_at_once(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    contents = [random.Random(i).randbytes(300_000) for i in range(8)]
+    names = [hashlib.sha256(content).hexdigest() for content in contents]
+    worker.assets = dict(zip(names, contents, strict=True))
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        for _ in range(5):
+            assert await asyncio.gather(*map(client.asset, names)) == contents
+        for name, content in zip(names, contents, strict=True):
+            assert await client.asset(name) == content
+        waits = [asyncio.ensure_future(client.asset(name)) for name in names]
+        await asyncio.sleep(0)
+        with pytest.raises(RemoteError, match="8 files are asked for already"):
+            await client.asset("one more")
+        assert await asyncio.gather(*waits) == contents
+
+
+async def test_files_that_cannot_be_had(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    worker.assets = {"0" * 64: b"tampered", "1" * 64: bytes(2_000_001)}
+    async with (
+        bench.server(worker) as server,
+        bench.client(server.address, listener, max_asset_bytes=2_000_000) as client,
+    ):
+        with pytest.raises(RemoteError, match="is down"):
+            await client.asset("0" * 64)
+        await bench.until(lambda: client.up)
+        with pytest.raises(RemoteError, match="another hash"):
+            await client.asset("0" * 64)
+        with pytest.raises(RemoteError, match="2000001 bytes"):
+            await client.asset("1" * 64)
+        with pytest.raises(RemoteError, match="does not have it"):
+            await client.asset("2" * 64)
+        assert client.up
+
+
+async def test_a_slow_reader_is_cut_and_the_others_notice_nothing(bench: Any) -> None:
+    worker, good, slow = bench.worker(), bench.listener(), bench.listener()
+    limits = {"max_unsent_bytes": 400_000, "max_frame_bytes": 200_000}
+    async with (
+        bench.server(worker, **limits) as server,
+        bench.client(server.address, good, "good") as client,
+    ):
+        await bench.until(lambda: client.up)
+        async with bench.client(server.address, slow, "slow") as slow_client:
+            await bench.until(lambda: slow_client.up)
+            stopped = slow_client._session.connection._transport
+            stopped.pause_reading()
+            sent = 0
+            while len(server.peers) == 2:
+                assert sent < 2000
+                for peer in server.peers:
+                    peer.send(Step(seen=sent, load=Load(), stored=list(range(5000))))
+                sent += 1
+                await bench.until(lambda: len(good.steps) == sent)  # noqa: B023
+            assert [peer.frontend_id for peer in worker.lost] == ["slow"]
+            stopped.resume_reading()
+            await bench.until(lambda: slow.downs)
+        assert [step.seen for step in good.steps] == list(range(sent))
+        assert good.downs == []
+
+
+async def test_a_frozen_worker_is_noticed(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    async with (
+        bench.server(worker, heartbeat_s=0.02, peer_timeout_s=60) as server,
+        bench.client(server.address, listener, silence_s=0.2) as client,
+    ):
+        await bench.until(lambda: client.up)
+        await asyncio.sleep(0.4)
+        assert client.up  # heartbeats keep it
+        (peer,) = server.peers
+        peer.tick = lambda seconds: None  # connected, but silent
+        started = time.monotonic()
+        await bench.until(lambda: listener.downs)
+        assert 0.1 < time.monotonic() - started < 1.0
+        assert listener.downs == ["nothing heard in 0.2 s"]
+
+
+async def test_a_frozen_frontend_is_noticed(bench: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    async with (
+        bench.server(worker, heartbeat_s=0.02, peer_timeout_s=0.2) as server,
+        bench.client(server.address, listener, ping_s=0.05) as client,
+    ):
+        await bench.until(lambda: client.up)
+        await asyncio.sleep(0.4)
+        assert client.up  # pings keep it
+        client._session.tick = lambda seconds: None
+        await bench.until(lambda: worker.lost)
+
+
+async def test_a_process_that_was_held_up_blames_nobody(bench: Any) -> None:
+    listener = bench.listener()
+    async with (
+        bench.server(bench.worker(), peer_timeout_s=0.2) as server,
+        bench.client(server.address, listener, silence_s=0.2) as client,
+    ):
+        await bench.until(lambda: client.up)
+        time.sleep(0.5)  # noqa: ASYNC251
+        await asyncio.sleep(0.1)
+        assert client.up
+        assert listener.downs == []
+
+
+async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -> None:
+    worker, first, second = bench.worker(), bench.listener(), bench.listener()
+    async with (
+        bench.server(worker) as server,
+        bench.client(server.address, first, "f", retry_min_s=30, retry_max_s=30) as client,
+    ):
+        await bench.until(lambda: client.up)
+        async with bench.client(server.address, second, "f") as again:
+            await bench.until(lambda: again.up and first.downs)
+            await bench.until(lambda: len(worker.lost) == 1)
+            assert len(server.peers) == 1
+
+
+async def test_secrets(bench: Any) -> None:
+    right, wrong, none = bench.listener(), bench.listener(), bench.listener()
+    async with (
+        bench.server(bench.worker(), secret="s") as server,
+        bench.client(server.address, right, "right", secret="s") as client,
+        bench.client(server.address, wrong, "wrong", secret="t"),
+        bench.client(server.address, none, "none"),
+    ):
+        await bench.until(lambda: client.up)
+        await asyncio.sleep(0.05)
+        assert [peer.frontend_id for peer in server.peers] == ["right"]
+    assert wrong.calls == none.calls == []
+
+
+async def test_another_instance_at_the_address_is_not_used(bench: Any, caplog: Any) -> None:
+    listener, right = bench.listener(), bench.listener()
+    async with (
+        bench.server(bench.worker()) as server,
+        bench.client(server.address, listener, "f1", instance_id="w1", epoch=2),
+        bench.client(server.address, right, "f2", instance_id="w1", epoch=1) as client,
+    ):
+        await bench.until(lambda: client.up)
+        await bench.until(lambda: "found instance 'w1' of epoch 1" in caplog.text)
+    assert listener.calls == []
+    assert caplog.text.count("found instance") == 1
+
+
+async def test_too_many_frontends(bench: Any, caplog: Any) -> None:
+    first, second = bench.listener(), bench.listener()
+    async with (
+        bench.server(bench.worker(), max_peers=1) as server,
+        bench.client(server.address, first, "f1") as client,
+    ):
+        await bench.until(lambda: client.up)
+        async with bench.client(server.address, second, "f2"):
+            await bench.until(lambda: "the worker has 1 frontends, its most" in caplog.text)
+            assert client.up
+    assert second.calls == []
+
+
+async def test_a_listener_that_raises_ends_its_connection_only(bench: Any) -> None:
+    """A bug above the link must not leave a connection that looks alive and is not listened to."""
+    worker, listener = bench.worker(), bench.listener()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        listener.on_bounce = lambda bounce: 1 / 0
+        (peer,) = server.peers
+        peer.send(Bounce(attempt_id="a", reason="r"))
+        await bench.until(lambda: listener.ups == 2)
+        assert len(listener.downs) == 1
