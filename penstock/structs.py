@@ -220,3 +220,26 @@ class Delta(msgspec.Struct):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None  # STOP or LENGTH, on the last delta
     cached_tokens: int | None = None  # on the first delta
+
+
+class ModelView(msgspec.Struct):
+    """A served model, as the frontend needs it to render, check and tokenize."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    sampling_defaults: dict[str, float]
+    assets: dict[str, bytes]  # file name -> content
+    fingerprint: str  # changes when anything above does
+
+
+class InstanceView(msgspec.Struct):
+    """One instance as the router sees it, for /health."""
+
+    instance_id: str
+    role: Role
+    model: str
+    state: str  # core/membership.py: State
+    address: str
+    load: Load

@@ -105,10 +105,10 @@ class Membership:
         del self.members[instance_id]
         return [Disconnect(instance_id)]
 
-    def ready(self, model: str) -> list[Member]:
+    def ready(self, model: str) -> list[Card]:
         """Who may get a new attempt for this model."""
         return [
-            member
+            member.card
             for member in self.members.values()
             if member.state is State.READY and member.card is not None and member.card.model == model
         ]

@@ -37,7 +37,7 @@ def test_takes_part_only_when_loaded() -> None:
     membership.up("d0", card("d0"))
     assert membership.ready("m") == []
     membership.loaded("d0")
-    assert [member.registration.instance_id for member in membership.ready("m")] == ["d0"]
+    assert [card.instance_id for card in membership.ready("m")] == ["d0"]
     assert membership.ready("other") == []
 
 

@@ -1,0 +1,178 @@
+"""What one frontend knows of all workers' caches and loads, and the choices made from it.
+
+Brings the index, the load book and the overlap check together behind the few words that the router
+needs: an instance came up, said something, went away; choose for this request; this attempt was sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from penstock.core.hashing import root_hash, sequence_hashes
+from penstock.core.load import LoadBook
+from penstock.core.overlap_check import OverlapCheck
+from penstock.core.policy import Candidate, Decision, Query, Scored, choose
+from penstock.core.prefix_index import PrefixIndex
+from penstock.core.scorers import EXPECTED_OUTPUT_TOKENS
+from penstock.structs import Attempt, Card, Load, Request
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """One request's standing in the books."""
+
+    request: Request
+    hashes: dict[int, list[int]] = field(default_factory=dict)  # by block size
+    overlap_tokens: dict[str, int] = field(default_factory=dict)  # by instance, as of the last choice
+    booked_on: str = ""  # the decode worker promised to it, while a prefill worker has it
+    runs_on: str = ""  # where its current attempt is
+    predicted_tokens: int | None = None  # cached there, as foreseen; None when there is nothing to check
+
+
+class Placement:
+    """Pure, but for its random generator, which breaks ties."""
+
+    def __init__(self, policy: str, disagg: str, rng: random.Random) -> None:
+        self._policy = policy
+        self._disagg = disagg
+        self._rng = rng
+        self._index = PrefixIndex()
+        self._book = LoadBook()
+        self._check = OverlapCheck()
+        self._ordinal = 0
+
+    # --- what instances say -------------------------------------------------------------------------
+
+    def up(self, instance_id: str, hashes: list[int], load: Load) -> None:
+        """An instance is connected; this is all that it has cached."""
+        self._index.add_worker(instance_id)
+        self._index.replace(instance_id, hashes)
+        self._book.reported(instance_id, 0, load)
+
+    def down(self, instance_id: str) -> None:
+        """Everything known of it is void."""
+        self._index.remove_worker(instance_id)
+        self._book.forget(instance_id)
+        self._check.forget(instance_id)
+
+    def cache_changed(
+        self, instance_id: str, stored: Sequence[int], removed: Sequence[int], cleared: bool
+    ) -> None:
+        """One step's KV events."""
+        if cleared:
+            self._index.cleared(instance_id)
+        if removed:
+            self._index.removed(instance_id, removed)
+        if stored:
+            self._index.stored(instance_id, stored)
+
+    def reported(self, instance_id: str, seen: int, load: Load) -> None:
+        """Its load, which includes every attempt up to `seen`."""
+        self._book.reported(instance_id, seen, load)
+
+    def load(self, instance_id: str) -> Load:
+        """The load that the instance itself last reported."""
+        return self._book.reported_load(instance_id)
+
+    # --- a request ----------------------------------------------------------------------------------
+
+    def choose(self, placed: Placed, tokens: list[int], cards: list[Card], handed: bool) -> Decision | None:
+        """Choose among these instances for a prompt (with what was generated of it so far).
+
+        `handed`: its KV is ready on a prefill worker, so only a decode worker is needed. None: none of
+        them can. The decode worker of a disaggregated request is booked until `sent` or `ended`.
+        """
+        self._ordinal += 1
+        query = Query(
+            prompt_tokens=len(tokens),
+            ordinal=self._ordinal,
+            expected_output_tokens=min(EXPECTED_OUTPUT_TOKENS, placed.request.sampling.max_tokens),
+            handed=handed,
+        )
+        candidates = self._candidates(placed, tokens, cards)
+        decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
+        self._unbook(placed)
+        if decision is not None and decision.prefill is not None:
+            placed.booked_on = decision.decode
+            self._book.book(decision.decode, placed.request.request_id, len(tokens))
+        return decision
+
+    def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
+        overlaps = {
+            size: self._index.overlaps(_hashes(placed, tokens, size))
+            for size in {card.block_size for card in cards}
+        }
+        candidates = []
+        for card in cards:
+            overlap = overlaps[card.block_size].get(card.instance_id, 0)
+            placed.overlap_tokens[card.instance_id] = overlap * card.block_size
+            candidates.append(
+                Candidate(
+                    instance_id=card.instance_id,
+                    role=card.role,
+                    load=self._book.view(card.instance_id),
+                    block_size=card.block_size,
+                    overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
+                )
+            )
+        return candidates
+
+    def sent(self, placed: Placed, instance_id: str, seq: int, attempt: Attempt) -> None:
+        """An attempt left for this instance as number `seq` on its link."""
+        tokens = len(attempt.token_ids)
+        overlap = min(placed.overlap_tokens.get(instance_id, 0), tokens - 1)
+        have = overlap if attempt.handoff is None else max(overlap, attempt.handoff.num_tokens)
+        self._book.sent(instance_id, seq, uncached_tokens=max(1, tokens - have), context_tokens=tokens)
+        if placed.booked_on == instance_id:
+            self._unbook(placed)
+        placed.runs_on = instance_id
+        # What the engine reports after a handoff includes the blocks it pulled: not the index's doing.
+        placed.predicted_tokens = overlap if attempt.handoff is None else None
+
+    def ended(self, placed: Placed) -> None:
+        """The request wants nothing more."""
+        self._unbook(placed)
+
+    def _unbook(self, placed: Placed) -> None:
+        if placed.booked_on:
+            self._book.release(placed.booked_on, placed.request.request_id)
+            placed.booked_on = ""
+
+    def cached(self, placed: Placed, instance_id: str, cached_tokens: int) -> tuple[int, str | None] | None:
+        """An engine reports how much of the prompt it had cached. Returns what was predicted and, when
+        the router's trust in that instance's events changes, why; None when there is nothing to compare."""
+        predicted = placed.predicted_tokens
+        if predicted is None or placed.runs_on != instance_id:
+            return None
+        placed.predicted_tokens = None
+        return predicted, self._check.observe(instance_id, predicted, cached_tokens)
+
+
+def _hashes(placed: Placed, tokens: list[int], block_size: int) -> list[int]:
+    """The block hashes of a prompt, computed once per request (again only if it grew by a block)."""
+    hashes = placed.hashes.get(block_size)
+    if hashes is None or len(hashes) != len(tokens) // block_size:
+        root = root_hash(placed.request.model, placed.request.cache_salt)
+        hashes = placed.hashes[block_size] = sequence_hashes(tokens, block_size, root)
+    return hashes
+
+
+def explain(request_id: str, decision: Decision, avoided: Collection[str] = ()) -> str:
+    """The decision and every candidate's reasons, on one line."""
+    line = (
+        f"routing decision: request={request_id} path={decision.path} decode={decision.decode} "
+        f"prefill={decision.prefill or '-'} reason={decision.reason!r} candidates="
+        + " ".join(map(_explain_one, decision.scores))
+    )
+    return f"{line} avoided={','.join(sorted(avoided))}" if avoided else line
+
+
+def _explain_one(scored: Scored) -> str:
+    return (
+        f"[{scored.instance_id} {scored.path} overlap={scored.overlap_blocks} "
+        f"uncached={scored.uncached_tokens} queue_ms={scored.queue_ms:.1f} "
+        f"prefill_ms={scored.prefill_ms:.1f} inflicted_ms={scored.inflicted_ms:.1f} transfer_ms={scored.transfer_ms:.1f} "
+        f"decode_ms={scored.decode_ms:.1f} total_ms={scored.total_ms:.1f}]"
+    )

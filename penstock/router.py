@@ -1,0 +1,439 @@
+"""The router: follows discovery, keeps a link to every instance, and serves requests over them.
+
+A shell. It decides nothing itself: `core/membership.py` says which instances take part,
+`core/policy.py` which of them gets a request, `core/lifecycle.py` what happens to the request next. All of
+it runs on one event loop; every callback below finishes without awaiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+
+from penstock.clock import Clock, MonotonicClock
+from penstock.core import lifecycle as life
+from penstock.core.catalog import Catalog
+from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
+from penstock.core.membership import Connect, Disconnect, Membership
+from penstock.core.placement import Placed, Placement, explain
+from penstock.errors import PenstockError, RemoteError, RequestRejected
+from penstock.link.client import LinkClient
+from penstock.link.settings import ClientSettings
+from penstock.observability import RouterMetrics
+from penstock.ports import Discovery
+from penstock.structs import (
+    Attempt,
+    Card,
+    Delta,
+    InstanceView,
+    Load,
+    ModelView,
+    Output,
+    Registration,
+    Request,
+    Role,
+)
+from penstock.wire.messages import Bounce, Step
+
+log = logging.getLogger("penstock.router")
+
+OnDelta = Callable[[Delta], None]
+OnError = Callable[[PenstockError], None]
+
+
+class RouterSettings(msgspec.Struct, frozen=True):
+    """How a router chooses and how long it waits."""
+
+    policy: str = "kv"
+    """Name of the policy in core/policy.py."""
+
+    disagg: str = "auto"
+    """`auto` weighs the costs, `always` uses a prefill worker whenever there is one, `never` does not."""
+
+    expect: tuple[Role, ...] = ()
+    """Roles that must be connected for the graph to be healthy."""
+
+    max_queued: int = 1024
+    """Requests that may wait here for an instance; the next one is answered with 429."""
+
+    tick_s: float = 0.1
+    """Seconds between looks at deadlines and at queued requests: a small part of the shortest deadline."""
+
+    load_retry_s: float = 5.0
+    """Seconds before an instance whose model files could not be fetched, or differ, is tried again."""
+
+    deadlines: Deadlines = Deadlines()
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A submitted request that has not ended."""
+
+    lifecycle: Lifecycle
+    on_delta: OnDelta
+    on_error: OnError
+    placed: Placed
+
+
+class Ticket:
+    """A submitted request, for whoever may want to end it early."""
+
+    __slots__ = ("_live", "_router")
+
+    def __init__(self, router: Router, live: _Live) -> None:
+        self._router = router
+        self._live = live
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: no further callbacks, and the engine stops. Idempotent."""
+        self._router._event(self._live, life.ClientGone())
+
+
+class Router:
+    """Serves requests over all instances that discovery shows.
+
+    `run()` must be running; everything else is called on its event loop.
+    """
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        settings: RouterSettings,
+        link_settings: ClientSettings,
+        metrics: RouterMetrics,
+        *,
+        frontend_id: str,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._discovery = discovery
+        self._settings = settings
+        self._link_settings = link_settings
+        self._metrics = metrics
+        self._frontend_id = frontend_id
+        self._clock = clock or MonotonicClock()
+        self._placement = Placement(settings.policy, settings.disagg, rng or random.Random())
+        self._membership = Membership()
+        self._links: dict[str, _Link] = {}
+        self._live: dict[str, _Live] = {}
+        self._queued: dict[str, _Live] = {}
+        self._catalog = Catalog()
+        self._tasks: asyncio.TaskGroup  # of `run`
+
+    # --- for the frontend -------------------------------------------------------------------------
+
+    def models(self) -> list[ModelView]:
+        """Models that some ready instance serves."""
+        return [view for view in self._catalog.views() if self._membership.ready(view.name)]
+
+    def model(self, name: str) -> ModelView:
+        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+        view = self._catalog.view(name)
+        if view is None:
+            raise RequestRejected(
+                404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
+            )
+        if not self._membership.ready(name):
+            raise RequestRejected(
+                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
+            )
+        return view
+
+    def instances(self) -> list[InstanceView]:
+        """All known instances, for /health."""
+        return [
+            InstanceView(
+                instance_id=instance_id,
+                role=member.registration.role,
+                model=member.registration.model,
+                state=member.state.value,
+                address=member.registration.address,
+                load=self._placement.load(instance_id),
+            )
+            for instance_id, member in sorted(self._membership.members.items())
+        ]
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether every role the graph needs is connected; else which is missing."""
+        missing = self._membership.missing(self._settings.expect)
+        return not missing, ", ".join(missing)
+
+    def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
+        """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
+        or `on_error` is called once. Raises RequestRejected(429) when too many wait already."""
+        if len(self._queued) >= self._settings.max_queued:
+            raise RequestRejected(
+                429, "Too many requests are waiting for a worker.", code="overloaded", retry_after_s=1.0
+            )
+        lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now())
+        live = _Live(lifecycle, on_delta, on_error, Placed(request))
+        self._live[request.request_id] = live
+        self._perform(live, lifecycle.start())
+        return Ticket(self, live)
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follow discovery and watch deadlines until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
+                self._tasks.create_task(self._tick_forever())
+                async for current in self._discovery.watch():
+                    self._apply(self._membership.discovered(current))
+            finally:
+                for link in self._links.values():
+                    link.close()
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await self._clock.sleep(self._settings.tick_s)
+            self._tick()
+
+    def _tick(self) -> None:
+        now = self._clock.now()
+        for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
+            self._event(live, life.Tick())
+        self._retry_queued()
+
+    def _retry_queued(self) -> None:
+        for live in list(self._queued.values()):
+            self._event(live, life.Retry())
+
+    def _apply(self, effects: list[Connect | Disconnect]) -> None:
+        for effect in effects:
+            match effect:
+                case Connect(registration):
+                    self._links[registration.instance_id] = _Link(self, registration, self._tasks)
+                case Disconnect(instance_id):
+                    self._links.pop(instance_id).close()
+                    self._metrics.instance_gone(instance_id)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def _event(self, live: _Live, event: life.Event) -> None:
+        self._perform(live, live.lifecycle.handle(event, self._clock.now()))
+
+    def _perform(self, live: _Live, effects: list[life.Effect]) -> None:
+        todo = deque(effects)
+        while todo:
+            match todo.popleft():
+                case life.Emit(delta):
+                    self._emit(live, delta)
+                case life.Choose() as wanted:
+                    answer = self._choose(live, wanted)
+                    # What follows from an effect comes before the effects after it: Emit stays last.
+                    todo.extendleft(reversed(live.lifecycle.handle(answer, self._clock.now())))
+                case life.Send(instance_id, attempt):
+                    reason = self._send(live, instance_id, attempt)
+                    if reason is not None:
+                        lost = life.InstanceLost(instance_id, reason)
+                        todo.extendleft(reversed(live.lifecycle.handle(lost, self._clock.now())))
+                case life.Cancel(instance_id, attempt_id):
+                    self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
+                case life.Release(instance_id, handoff_id):
+                    self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id))
+                case life.Fail(error):
+                    live.on_error(error)
+        self._file(live)
+
+    def _emit(self, live: _Live, delta: Delta) -> None:
+        try:
+            live.on_delta(delta)
+        except Exception:
+            # A mistake in one request's callback must not end the link with everybody's requests.
+            log.exception("request %s: its output could not be delivered", live.placed.request.request_id)
+            self._event(live, life.ClientGone())
+
+    def _file(self, live: _Live) -> None:
+        """Keep the books by phase."""
+        request_id = live.lifecycle.request.request_id
+        if live.lifecycle.phase is Phase.QUEUED:
+            self._queued[request_id] = live
+        else:
+            self._queued.pop(request_id, None)
+        if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
+            self._placement.ended(live.placed)
+
+    def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate:
+        request = live.lifecycle.request
+        cards = [
+            card
+            for card in self._membership.ready(request.model)
+            if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
+        ]
+        decision = self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
+        if decision is None:
+            return life.NoCandidate(f"no worker is ready to decode for {request.model}")
+        self._metrics.decided(self._settings.policy, decision.path)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", explain(request.request_id, decision, wanted.avoid))
+        return life.Chosen(decision.decode, decision.prefill)
+
+    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
+        """Send and book an attempt. Returns why it could not be sent."""
+        link = self._links.get(instance_id)
+        if link is None:
+            return "no longer known"
+        try:
+            seq = link.client.generate(attempt)
+        except PenstockError as error:
+            return str(error)
+        self._placement.sent(live.placed, instance_id, seq, attempt)
+        return None
+
+    def _tell(self, instance_id: str, message: Callable[[LinkClient], None]) -> None:
+        """Say something that loses its meaning when the instance is gone."""
+        link = self._links.get(instance_id)
+        if link is not None and link.client.up:
+            message(link.client)
+
+    # --- what instances say ---------------------------------------------------------------------------
+
+    def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
+        self._membership.up(link.instance_id, card)
+        self._placement.up(link.instance_id, hashes, load)
+        self._metrics.connected(link.instance_id, card.role, True)
+        log.info(
+            "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
+            link.instance_id,
+            card.role,
+            card.model,
+            card.engine,
+            len(hashes),
+        )
+
+    async def _load(self, link: _Link, card: Card) -> None:
+        """Fetch what the model needs, then let the instance take part."""
+        while not await self._fetch(link, card):
+            await self._clock.sleep(self._settings.load_retry_s)
+        self._catalog.publish(card)
+        self._membership.loaded(link.instance_id)
+        log.info("instance ready: %s", link.instance_id)
+        self._retry_queued()
+
+    async def _fetch(self, link: _Link, card: Card) -> bool:
+        try:
+            for sha256 in self._catalog.wanted(card):
+                self._catalog.put(sha256, await link.client.asset(sha256))
+        except RemoteError as error:
+            log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
+            return False
+        if self._catalog.agrees(card) or not self._membership.ready(card.model):
+            return True
+        log.error(
+            "%s is kept out: its tokenizer, template or limits for %s differ from those of the workers "
+            "that serve it already",
+            link.instance_id,
+            card.model,
+        )
+        return False
+
+    def _down(self, link: _Link, reason: str) -> None:
+        instance_id = link.instance_id
+        effects = self._membership.down(instance_id)
+        self._placement.down(instance_id)
+        self._metrics.connected(instance_id, link.role, False)
+        log.warning("instance down: %s: %s", instance_id, reason)
+        for live in list(self._live.values()):
+            self._event(live, life.InstanceLost(instance_id, reason))
+        self._apply(effects)
+
+    def _step(self, link: _Link, step: Step) -> None:
+        instance_id = link.instance_id
+        self._placement.cache_changed(instance_id, step.stored, step.removed, step.cleared)
+        self._reported(link, step.seen, step.load)
+        for output in step.outputs:
+            live = self._live.get(_request_id(output.attempt_id))
+            if live is not None:
+                if output.cached_tokens is not None:
+                    self._compare(live, link, output)
+                if output.finish_reason is not None:
+                    self._metrics.attempt_ended(link.role, output.finish_reason)
+                self._event(live, output)
+            elif output.handoff is not None:
+                link.client.release(output.handoff.handoff_id)  # its request ended meanwhile
+
+    def _reported(self, link: _Link, seen: int, load: Load) -> None:
+        self._placement.reported(link.instance_id, seen, load)
+        self._metrics.load(link.instance_id, load)
+
+    def _compare(self, live: _Live, link: _Link, output: Output) -> None:
+        """Hold the predicted overlap against what the engine found cached (invariant 9)."""
+        assert output.cached_tokens is not None
+        if output.transferred_blocks:
+            self._metrics.transferred(output.transferred_blocks)
+        found = self._placement.cached(live.placed, link.instance_id, output.cached_tokens)
+        if found is None:
+            return
+        predicted, verdict = found
+        self._metrics.overlap(predicted, output.cached_tokens)
+        if verdict is not None:
+            log.warning("kv overlap check: %s: %s", link.instance_id, verdict)
+
+    def _bounce(self, link: _Link, bounce: Bounce) -> None:
+        self._metrics.bounced(link.role)
+        live = self._live.get(_request_id(bounce.attempt_id))
+        if live is not None:
+            self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
+
+
+def _request_id(attempt_id: str) -> str:
+    """The lifecycle names attempts `<request id>.<number>`."""
+    return attempt_id.rpartition(".")[0]
+
+
+class _Link:
+    """One instance's link, with the task that keeps it up. Implements LinkListener."""
+
+    def __init__(self, router: Router, registration: Registration, tasks: asyncio.TaskGroup) -> None:
+        self.instance_id = registration.instance_id
+        self.role = registration.role
+        self._router = router
+        self._tasks = tasks
+        self._loading: asyncio.Task[None] | None = None
+        self.client = LinkClient(
+            registration.address,
+            self,
+            router._link_settings,
+            frontend_id=router._frontend_id,
+            instance_id=registration.instance_id,
+            epoch=registration.epoch,
+        )
+        self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
+
+    def close(self) -> None:
+        self._running.cancel()
+        if self._loading is not None:
+            self._loading.cancel()
+
+    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+        self._router._up(self, card, hashes, load)
+        self._loading = self._tasks.create_task(
+            self._router._load(self, card), name=f"load {self.instance_id}"
+        )
+
+    def on_step(self, step: Step) -> None:
+        self._router._step(self, step)
+
+    def on_heartbeat(self, seen: int, load: Load) -> None:
+        self._router._reported(self, seen, load)
+
+    def on_bounce(self, bounce: Bounce) -> None:
+        self._router._bounce(self, bounce)
+
+    def on_draining(self, reason: str) -> None:
+        log.info("instance draining: %s (%s)", self.instance_id, reason)
+        self._router._membership.draining(self.instance_id)
+
+    def on_down(self, reason: str) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            self._loading = None
+        self._router._down(self, reason)

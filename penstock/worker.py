@@ -1,0 +1,276 @@
+"""The worker: one engine, its registration, and a link to every frontend.
+
+A shell around an `Engine`: attempts come down the links and go into the engine; each engine step goes up
+as one message per frontend, with that frontend's outputs and everybody's KV events and load. The worker
+is the one place where choosing and reserving meet: it admits or bounces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from penstock.clock import Clock, MonotonicClock
+from penstock.errors import PenstockError, RemoteError
+from penstock.link.address import join_address
+from penstock.link.server import LinkServer, Peer
+from penstock.link.settings import ServerSettings
+from penstock.ports import Discovery, Engine, Lease
+from penstock.structs import Attempt, Card, EngineCard, EngineStep, Load, Output, Registration, Role
+from penstock.wire.messages import Bounce, Step
+
+log = logging.getLogger("penstock.worker")
+
+_DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
+_LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What a worker is, and how much it admits."""
+
+    instance_id: str
+    epoch: int
+    """Milliseconds since 1970 at the start: grows with every incarnation."""
+
+    role: Role
+    model: str = ""
+    """Served name; the engine's own when empty."""
+
+    advertise_host: str = ""
+    """The host under which frontends reach the link; the one it listens on when empty."""
+
+    max_waiting: int = 256
+    """Attempts that may wait in the engine; the next one is bounced to another worker. A few seconds of
+    work for a small engine: longer queues only hide overload."""
+
+    bounce_retry_s: float = 0.25
+    """Seconds after which a bounced attempt may be offered again."""
+
+    drain_s: float = 30.0
+    """Seconds that a leaving worker gives its attempts and handoffs to end."""
+
+
+class Worker:
+    """Runs until told to stop, or until its engine dies. Implements the link's LinkHandler."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        discovery: Discovery,
+        settings: WorkerSettings,
+        link_settings: ServerSettings,
+        clock: Clock | None = None,
+    ) -> None:
+        self._engine = engine
+        self._discovery = discovery
+        self._settings = settings
+        self._clock = clock or MonotonicClock()
+        self._host = settings.advertise_host or link_settings.host
+        self._tls = link_settings.tls is not None
+        self._server = LinkServer(link_settings, self, self._clock)
+        self._card: Card | None = None
+        self._assets: dict[str, bytes] = {}  # sha256 -> content
+        self._load = Load()  # as of the engine's latest step
+        self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
+        self._submitted = 0
+        self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
+        self._card = self._describe(await self._engine.start())
+        await self._server.start()
+        address = join_address(self._host, self._server.port)
+        lease = await self._discovery.register(self._registration(address))
+        log.info("worker ready: %s", self._summary(address))
+        reason = "stopped"
+        try:
+            await self._serve(stop, lease)
+        except PenstockError as error:
+            reason = f"engine died: {error}"
+            log.error("%s", reason)
+            raise
+        finally:
+            await lease.close()
+            await self._server.close(reason)
+
+    async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:
+        pump = asyncio.create_task(self._pump(), name="engine steps")
+        beat = asyncio.create_task(self._server.run(), name="heartbeats")
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            done, _ = await asyncio.wait({pump, beat, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if done == {stopping}:
+                await self._drain(lease, pump)
+                await self._engine.stop(grace_s=0.0)
+                await asyncio.wait_for(pump, timeout=_LAST_STEPS_S)
+            for task in done - {stopping}:
+                task.result()
+                raise RemoteError(f"{task.get_name()} ended by itself")
+        finally:
+            for task in (pump, beat, stopping):
+                task.cancel()
+            await asyncio.gather(pump, beat, stopping, return_exceptions=True)
+
+    async def _drain(self, lease: Lease, pump: asyncio.Task[None]) -> None:
+        """Leave without losing anything: no new work, let attempts end and handoffs be pulled."""
+        self._draining = True
+        log.info("draining: attempts=%d handoffs=%d", len(self._owners), self._load.held_handoffs)
+        self._server.drain("stopping")
+        await lease.close()
+        deadline = self._clock.now() + self._settings.drain_s
+        while (self._owners or self._load.held_handoffs) and not pump.done():
+            left_s = deadline - self._clock.now()
+            if left_s <= 0:
+                log.warning(
+                    "drain deadline passed: attempts=%d handoffs=%d are given up",
+                    len(self._owners),
+                    self._load.held_handoffs,
+                )
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left_s, _DRAIN_LOOK_S))
+
+    async def _pump(self) -> None:
+        async for step in self._engine.steps():
+            self._publish(step)
+
+    def _publish(self, step: EngineStep) -> None:
+        """One message per frontend: its outputs, everybody's events and load."""
+        arrived = step.load.submitted - self._load.submitted
+        for _ in range(arrived):
+            self._on_the_way.popleft()
+        self._load = step.load
+        outputs: dict[Peer, list[Output]] = {peer: [] for peer in self._server.peers}
+        for output in step.outputs:
+            owner = self._owners.get(output.attempt_id)
+            if output.finish_reason is not None:
+                self._owners.pop(output.attempt_id, None)
+            if owner in outputs:
+                outputs[owner].append(output)
+            elif output.handoff is not None:  # its frontend is gone
+                self._engine.release(output.handoff.handoff_id)
+        load = self.load()
+        for peer, mine in outputs.items():
+            peer.send(
+                Step(
+                    seen=peer.seen,
+                    load=load,
+                    outputs=mine,
+                    stored=step.stored,
+                    removed=step.removed,
+                    cleared=step.cleared,
+                )
+            )
+        self._changed.set()
+
+    # --- LinkHandler --------------------------------------------------------------------------------
+
+    def card(self) -> Card:
+        assert self._card is not None  # the server starts after the engine
+        return self._card
+
+    def snapshot(self) -> tuple[Sequence[int], Load]:
+        return self._engine.cached_hashes(), self.load()
+
+    def load(self) -> Load:
+        """The engine's load, and what was submitted since."""
+        if not self._on_the_way:
+            return self._load
+        return msgspec.structs.replace(
+            self._load,
+            waiting=self._load.waiting + len(self._on_the_way),
+            prefill_tokens=self._load.prefill_tokens + sum(self._on_the_way),
+        )
+
+    def asset(self, sha256: str) -> bytes | None:
+        return self._assets.get(sha256)
+
+    def on_generate(self, peer: Peer, attempt: Attempt) -> None:
+        refusal = self._refusal(attempt)
+        if refusal:
+            retry_after_s = self._settings.bounce_retry_s
+            peer.send(Bounce(attempt_id=attempt.attempt_id, reason=refusal, retry_after_s=retry_after_s))
+            return
+        self._submitted += 1
+        self._on_the_way.append(0 if attempt.handoff is not None else len(attempt.token_ids))
+        self._owners[attempt.attempt_id] = peer
+        self._engine.submit(attempt)
+
+    def _refusal(self, attempt: Attempt) -> str:
+        """Why this attempt is not admitted; empty when it is."""
+        if self._draining:
+            return "draining"
+        waiting = self._load.waiting + len(self._on_the_way)
+        if waiting >= self._settings.max_waiting:
+            return f"full: {waiting} attempts are waiting"
+        if attempt.attempt_id in self._owners:
+            return "this attempt is here already"
+        return ""
+
+    def on_cancel(self, peer: Peer, attempt_id: str) -> None:
+        if self._owners.get(attempt_id) is peer:
+            self._engine.cancel(attempt_id)
+
+    def on_release(self, handoff_id: str) -> None:
+        self._engine.release(handoff_id)
+
+    def on_peer_lost(self, peer: Peer) -> None:
+        orphans = [attempt_id for attempt_id, owner in self._owners.items() if owner is peer]
+        if orphans:
+            log.warning("frontend %s is gone: cancelling its %d attempts", peer.frontend_id, len(orphans))
+        for attempt_id in orphans:
+            self._engine.cancel(attempt_id)
+
+    # --- what this worker is --------------------------------------------------------------------------
+
+    def _describe(self, card: EngineCard) -> Card:
+        names = {name: hashlib.sha256(content).hexdigest() for name, content in card.assets.items()}
+        self._assets = {names[name]: content for name, content in card.assets.items()}
+        return Card(
+            instance_id=self._settings.instance_id,
+            epoch=self._settings.epoch,
+            role=self._settings.role,
+            model=self._settings.model or card.model,
+            engine=card.engine,
+            block_size=card.block_size,
+            total_blocks=card.total_blocks,
+            max_model_len=card.max_model_len,
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            layout=card.layout,
+            transport=card.transport,
+            sampling_defaults=card.sampling_defaults,
+            assets=names,
+        )
+
+    def _registration(self, address: str) -> Registration:
+        card = self.card()
+        return Registration(
+            instance_id=card.instance_id,
+            epoch=card.epoch,
+            role=card.role,
+            model=card.model,
+            address=address,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            tls=self._tls,
+        )
+
+    def _summary(self, address: str) -> str:
+        card = self.card()
+        return (
+            f"instance={card.instance_id} role={card.role} model={card.model} engine={card.engine!r} "
+            f"address={address} blocks={card.total_blocks}x{card.block_size} "
+            f"transport={card.transport or 'none'}"
+        )

@@ -1,0 +1,174 @@
+"""The real thing: `penstock up` in its own process, with its workers and its frontend."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = "tiny"
+START_S = 90.0  # a busy machine starts five Python processes
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Graph:
+    """A running graph and its surroundings: state folder, logs, metrics."""
+
+    def __init__(self, file: Path, state: Path, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.state = state
+        self.env = {
+            **os.environ,
+            "PENSTOCK_STATE_DIR": str(state),
+            "PENSTOCK_LOG": "debug",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.console = state.parent / f"{state.name}-console.log"
+        with self.console.open("w") as console:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "penstock", "up", str(file), "--port", str(self.port), *options],
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                cwd=ROOT,
+            )
+
+    # --- talking to it ------------------------------------------------------------------------------
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options
+        )
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "penstock", *arguments],
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def status(self) -> dict[str, Any]:
+        result = self.command("status", "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry these labels."""
+        total = 0.0
+        for line in self.get("/metrics")[1].splitlines():
+            match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            if match and match[1] == name:
+                found = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+                if labels.items() <= found.items():
+                    total += float(match[3])
+        return total
+
+    # --- its life -----------------------------------------------------------------------------------
+
+    def wait_healthy(self, instances: int | None = None, timeout_s: float = START_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        seen = ""
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"penstock up ended:\n{self.console_text()[-4000:]}"
+            with contextlib.suppress(OSError):
+                status, seen = self.get("/health")
+                if status == 200 and instances in (None, self.ready_instances(seen)):
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"not healthy in {timeout_s} s: {seen}\n{self.console_text()[-4000:]}")
+
+    @staticmethod
+    def ready_instances(health: str) -> int:
+        return sum(instance["state"] == "ready" for instance in json.loads(health)["instances"])
+
+    def console_text(self) -> str:
+        return self.console.read_text(errors="replace")
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def running(file: Path, state: Path, *options: str, instances: int | None = None) -> Iterator[Graph]:
+    graph = Graph(file, state, *options)
+    try:
+        graph.wait_healthy(instances)
+        yield graph
+    finally:
+        code = graph.stop()
+    assert code == 0, graph.console_text()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def local_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    """deploy/local.yaml as shipped: 1 frontend, 2 prefill and 2 decode workers."""
+    state = tmp_path_factory.mktemp("local") / "state"
+    with running(ROOT / "deploy" / "local.yaml", state, instances=4) as graph:
+        yield graph
+
+
+@pytest.fixture(scope="session")
+def aggregated_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    """One aggregated worker: what disaggregated answers are held against."""
+    folder = tmp_path_factory.mktemp("aggregated")
+    file = folder / "aggregated.yaml"
+    file.write_text(
+        f"""
+apiVersion: nvidia.com/v1alpha1
+kind: DynamoGraphDeployment
+metadata:
+  name: aggregated
+spec:
+  services:
+    Frontend:
+      componentType: frontend
+      extraPodSpec:
+        mainContainer:
+          command: [penstock, frontend, --router-mode, kv]
+    Worker:
+      componentType: worker
+      extraPodSpec:
+        mainContainer:
+          command: [penstock, worker, --role, aggregated, --engine, reference, --model, {ROOT}/models/tiny]
+"""
+    )
+    with running(file, folder / "state", instances=1) as graph:
+        yield graph

@@ -1,0 +1,122 @@
+"""Scaling and dying under load: no request is lost."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL, ROOT, Graph, running
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    """A graph that may be hurt."""
+    state: Path = tmp_path_factory.mktemp("scaling") / "state"
+    with running(ROOT / "deploy" / "local.yaml", state, instances=4) as graph:
+        yield graph
+
+
+class Load:
+    """Eight clients that ask for Alice's name until told to stop."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.stop = threading.Event()
+        self.answers: list[str | None] = []
+        self.errors: list[str] = []
+
+    def __enter__(self) -> Load:
+        self.pool = concurrent.futures.ThreadPoolExecutor(8)
+        self.clients = [self.pool.submit(self.ask, number) for number in range(8)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for client in self.clients:
+            client.result(timeout=60)
+        self.pool.shutdown()
+
+    def ask(self, number: int) -> None:
+        client = self.graph.client()
+        turn = 0
+        while not self.stop.is_set():
+            turn += 1
+            try:
+                answer = client.chat.completions.create(
+                    model=MODEL,
+                    messages=[
+                        {"role": "user", "content": "My name is Alice."},
+                        {"role": "assistant", "content": "Hello Alice! Nice to meet you."},
+                        {"role": "user", "content": "What is my name?"},
+                    ],
+                    max_tokens=50,
+                    temperature=0,
+                    extra_body={"cache_salt": f"{number} {turn}"},
+                )
+                self.answers.append(answer.choices[0].message.content)
+            except openai.OpenAIError as error:  # whatever a client can see is the finding
+                self.errors.append(repr(error))
+
+    def wait_for_more(self, count: int = 8) -> None:
+        target = len(self.answers) + count
+        deadline = time.monotonic() + 60
+        while len(self.answers) < target and not self.errors:
+            assert time.monotonic() < deadline, "no answers"
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        assert self.errors == []
+        assert set(self.answers) == {"Your name is Alice."}
+
+
+def replicas(graph: Graph, service: str) -> list[dict]:
+    return [replica for replica in graph.status()["replicas"] if replica["service"] == service]
+
+
+def test_scaling_under_load(graph: Graph) -> None:
+    with Load(graph) as load:
+        load.wait_for_more()
+        assert graph.command("scale", "PrefillWorker=3", "DecodeWorker=1").returncode == 0
+        graph.wait_healthy(instances=4)
+        load.wait_for_more()
+        assert graph.command("scale", "PrefillWorker=2", "DecodeWorker=2").returncode == 0
+        graph.wait_healthy(instances=4)
+        load.wait_for_more()
+    load.check()
+
+
+@pytest.mark.parametrize("service", ["PrefillWorker", "DecodeWorker"])
+def test_killed_worker_loses_no_request(graph: Graph, service: str) -> None:
+    graph.wait_healthy(instances=4)
+    with Load(graph) as load:
+        load.wait_for_more()
+        victim = replicas(graph, service)[0]
+        os.kill(victim["pid"], signal.SIGKILL)
+        load.wait_for_more()
+        time.sleep(1)  # let /health notice before it is asked
+        graph.wait_healthy(instances=4)  # the launcher has started it again
+        load.wait_for_more()
+    load.check()
+    assert victim["pid"] not in [replica["pid"] for replica in replicas(graph, service)]
+
+
+def test_frozen_worker_loses_no_request(graph: Graph) -> None:
+    graph.wait_healthy(instances=4)
+    victim = replicas(graph, "DecodeWorker")[0]
+    with Load(graph) as load:
+        load.wait_for_more()
+        os.kill(victim["pid"], signal.SIGSTOP)
+        try:
+            load.wait_for_more(24)
+        finally:
+            os.kill(victim["pid"], signal.SIGCONT)
+        graph.wait_healthy(instances=4)
+    load.check()
