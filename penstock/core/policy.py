@@ -1,0 +1,149 @@
+"""Which worker serves a request.
+
+A policy shortlists the workers of a pool; among those left, the cheapest plan wins, with ties broken by
+the random generator. So every policy uses the same costs to decide between local and remote prefill
+(core/disagg.py), and `kv`, which shortlists everybody, is nothing but the costs:
+
+    prefill worker   p* = argmin queue(p) + T(p)
+    decode worker    d* = argmin min(local(d), remote(p*, d)) + decode(d)
+    aggregated       a competes with the decode workers by local(a) + decode(a)
+
+    policy         shortlist of each pool
+    -------------  --------------------------------------------------------------------
+    kv             all
+    round-robin    the next one, in order of instance ids
+    random         any one
+    least-loaded   those with the fewest requests, then the fewest prompt tokens to compute
+    power-of-two   the less loaded of two random ones
+
+Pure: no state, no side effects; equal arguments and an equally seeded generator give equal decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import TypeVar
+
+import msgspec
+
+from penstock.core.disagg import Ahead, Disagg, Path, Scored, ahead, plan
+from penstock.core.scorers import Candidate, Query
+
+__all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `scores` are
+    the plans that were compared, cheapest first."""
+
+    decode: str
+    prefill: str | None
+    path: Path
+    reason: str
+    scores: list[Scored]
+
+
+Shortlist = Callable[[Query, Sequence[Candidate], Random], Sequence[Candidate]]
+
+
+def choose(
+    query: Query,
+    candidates: Sequence[Candidate],
+    *,
+    policy: str = "kv",
+    disagg: str = Disagg.AUTO,
+    rng: Random,
+) -> Decision | None:
+    """Place a request on the candidates, which all serve its model and take new attempts now.
+
+    Args:
+        policy: a key of POLICIES.
+        disagg: a value of Disagg.
+        rng: breaks ties, and draws for the random policies.
+
+    Returns:
+        None when no candidate can decode.
+    """
+    shortlist = POLICIES[policy]
+    mode = Disagg(disagg)
+    decoders = [candidate for candidate in candidates if candidate.role.decodes]
+    if not decoders:
+        return None
+    first = None
+    prefills = [candidate for candidate in candidates if not candidate.role.decodes]
+    if prefills and mode is not Disagg.NEVER and not query.handed:
+        plans = [ahead(query, candidate) for candidate in shortlist(query, prefills, rng)]
+        first = _cheapest(plans, rng)
+    scores = [plan(query, candidate, first, mode) for candidate in shortlist(query, decoders, rng)]
+    best = _cheapest(scores, rng)
+    scores.sort(key=_total_ms)
+    return Decision(
+        decode=best.instance_id,
+        prefill=first.instance_id if first is not None and best.path is Path.REMOTE else None,
+        path=best.path,
+        reason=_reason(best),
+        scores=scores,
+    )
+
+
+_Costed = TypeVar("_Costed", Ahead, Scored)
+
+
+def _total_ms(costed: Ahead | Scored) -> float:
+    return costed.total_ms
+
+
+def _cheapest(plans: Sequence[_Costed], rng: Random) -> _Costed:
+    least_ms = min(map(_total_ms, plans))
+    return rng.choice([costed for costed in plans if costed.total_ms == least_ms])
+
+
+def _reason(best: Scored) -> str:
+    """In words for the log, e.g. `remote: uncached 96 tokens, local 21.3 ms > remote 14.2 ms`."""
+    reason = f"{best.path}: uncached {best.uncached_tokens} tokens, "
+    if best.other_ms is None:
+        return reason + f"{best.start_ms:.1f} ms"
+    if best.path is Path.REMOTE:
+        return reason + f"local {best.other_ms:.1f} ms > remote {best.start_ms:.1f} ms"
+    if best.start_ms <= best.other_ms:
+        return reason + f"local {best.start_ms:.1f} ms <= remote {best.other_ms:.1f} ms"
+    return reason + "less than a block"
+
+
+# --- shortlists -----------------------------------------------------------------------------------
+
+
+def _all(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
+    return pool
+
+
+def _next(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
+    in_order = sorted(pool, key=lambda candidate: candidate.instance_id)
+    return [in_order[query.ordinal % len(in_order)]]
+
+
+def _any(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
+    return [rng.choice(pool)]
+
+
+def _least_loaded(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
+    least = min(map(_work, pool))
+    return [rng.choice([candidate for candidate in pool if _work(candidate) == least])]
+
+
+def _power_of_two(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
+    return _least_loaded(query, rng.sample(pool, min(2, len(pool))), rng)
+
+
+def _work(candidate: Candidate) -> tuple[int, int]:
+    return candidate.requests, candidate.load.prefill_tokens
+
+
+POLICIES: Mapping[str, Shortlist] = {
+    "kv": _all,
+    "round-robin": _next,
+    "random": _any,
+    "least-loaded": _least_loaded,
+    "power-of-two": _power_of_two,
+}
