@@ -1,0 +1,147 @@
+"""A batch of rows as flat arrays: one entry per token, grouped by what attention reads for them.
+
+A query at position p attends to p + 1 keys. Rounding that up to a multiple of `span` keys gives products
+whose shape depends on the query's own position only, never on the batch: the other half (beside
+`tiles`) of results that do not depend on what else is computed. Queries of one such *window* width are
+computed together; those that decode bring a block list each, those of one prefill share one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.engines.batch import Row
+from penstock.engines.reference.kv import Integers
+from penstock.engines.reference.tiles import padded_rows
+
+_SPAN_TOKENS = 64  # keys by which windows grow: at most as many are computed in vain
+_WINDOW_KEYS = 4096  # keys gathered at a time for decoding rows, so that they stay in cache
+_TILE_SCORES = 1 << 15  # query rows x keys at a time within a prefill, likewise
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTile:
+    """Tokens `first` to `stop` of the flat batch; each sees the first keys of its window's `width`.
+
+    `offsets`, shape (tokens,), are the queries' positions within the window's last span.
+    """
+
+    first: int
+    stop: int
+    width: int
+    offsets: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Blocks to gather, shape (sequences, blocks), and the queries that read them: one per sequence, or
+    any number of one sequence."""
+
+    block_ids: Integers
+    tiles: list[QueryTile]
+
+
+@dataclass(slots=True)
+class FlatBatch:
+    """Tokens of all rows; padded to whole tiles of tokens, `count` of them real.
+
+    `last[i]` is the index of the last token of the i-th row that samples. `fresh_blocks` are blocks
+    that get their first token in this batch without being filled by it.
+    """
+
+    count: int
+    token_ids: Integers
+    positions: Integers
+    block_ids: Integers  # of each token
+    windows: list[Window] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+    fresh_blocks: list[int] = field(default_factory=list)
+
+
+def span_tokens(block_size: int) -> int:
+    """By how many keys windows grow: whole blocks, so that none is read in part."""
+    return max(1, _SPAN_TOKENS // block_size) * block_size
+
+
+def flatten(batch: list[Row], block_size: int) -> FlatBatch:
+    """Lay out a batch: decoding rows first, by window width, then each prefill."""
+    span = span_tokens(block_size)
+    decodes: dict[int, list[Row]] = defaultdict(list)
+    prefills: list[Row] = []
+    for row in batch:
+        if row.count == 1:
+            decodes[row.start // span].append(row)
+        else:
+            prefills.append(row)
+    ordered = [row for rows in decodes.values() for row in rows] + prefills
+    flat = _tokens(ordered, block_size)
+    first = 0
+    for spans, rows in decodes.items():
+        width = (spans + 1) * span
+        step = max(1, _WINDOW_KEYS // width)
+        for group in (rows[at : at + step] for at in range(0, len(rows), step)):
+            flat.windows.append(_decode_window(group, first, width, span, block_size))
+            first += len(group)
+    for row in prefills:
+        flat.windows.append(_prefill_window(row, first, span, block_size))
+        first += row.count
+    ends = np.cumsum([row.count for row in ordered]).tolist()
+    last = {id(row): end - 1 for row, end in zip(ordered, ends, strict=True)}
+    flat.last = [last[id(row)] for row in batch if row.sample]
+    flat.fresh_blocks = [
+        row.sequence.block_ids[end // block_size]
+        for row, end in ((row, row.start + row.count) for row in batch)
+        if end % block_size and row.start <= end - end % block_size
+    ]
+    return flat
+
+
+def _tokens(rows: list[Row], block_size: int) -> FlatBatch:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    block_ids: list[int] = []
+    for row in rows:
+        sequence, start, stop = row.sequence, row.start, row.start + row.count
+        if row.count == 1:
+            token_ids.append(sequence.token_ids[start])
+            positions.append(start)
+            block_ids.append(sequence.block_ids[start // block_size])
+        else:
+            token_ids += sequence.token_ids[start:stop]
+            positions += range(start, stop)
+            block_ids += [sequence.block_ids[at // block_size] for at in range(start, stop)]
+    count = len(token_ids)
+    padding = [0] * (padded_rows(count) - count)
+    return FlatBatch(
+        count, np.array(token_ids + padding), np.array(positions + padding), np.array(block_ids)
+    )
+
+
+def _window_blocks(row: Row, width: int, block_size: int) -> list[int]:
+    """The row's blocks that hold tokens; the first one fills up the window, never a stranger's."""
+    block_ids = row.sequence.block_ids[: -(-(row.start + row.count) // block_size)]
+    return block_ids + block_ids[:1] * (width // block_size - len(block_ids))
+
+
+def _decode_window(rows: list[Row], first: int, width: int, span: int, block_size: int) -> Window:
+    block_ids = np.array([_window_blocks(row, width, block_size) for row in rows])
+    offsets = np.array([row.start % span for row in rows])
+    return Window(block_ids, [QueryTile(first, first + len(rows), width, offsets)])
+
+
+def _prefill_window(row: Row, first: int, span: int, block_size: int) -> Window:
+    end = row.start + row.count
+    widest = -(-end // span) * span
+    tiles = []
+    position = row.start
+    while position < end:
+        width = (position // span + 1) * span
+        stop = min(end, width, position + max(1, _TILE_SCORES // width))
+        at = first + position - row.start
+        offsets = np.arange(position, stop) % span
+        tiles.append(QueryTile(at, at + stop - position, width, offsets))
+        position = stop
+    return Window(np.array([_window_blocks(row, widest, block_size)]), tiles)
