@@ -170,9 +170,9 @@ def explain(request_id: str, decision: Decision, avoided: Collection[str] = ()) 
 
 
 def _explain_one(scored: Scored) -> str:
-    return (
-        f"[{scored.instance_id} {scored.path} overlap={scored.overlap_blocks} "
-        f"uncached={scored.uncached_tokens} queue_ms={scored.queue_ms:.1f} "
-        f"prefill_ms={scored.prefill_ms:.1f} inflicted_ms={scored.inflicted_ms:.1f} transfer_ms={scored.transfer_ms:.1f} "
-        f"decode_ms={scored.decode_ms:.1f} total_ms={scored.total_ms:.1f}]"
+    terms = " ".join(
+        f"{term}_ms={getattr(scored, f'{term}_ms'):.1f}"
+        for term in ("queue", "prefill", "inflicted", "transfer", "decode", "total")
     )
+    overlap = f"overlap={scored.overlap_blocks} uncached={scored.uncached_tokens}"
+    return f"[{scored.instance_id} {scored.path} {overlap} {terms}]"
