@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> None:
         self._pump_scheduled = False
-        if not self._paced or self._paused:
+        if not self._paced or self._paused or self._reason:
             return
         frame = next(self._paced[0], None)
         if frame is None:

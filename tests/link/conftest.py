@@ -14,7 +14,7 @@ import uvloop
 from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.server import LinkServer
-from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
 from penstock.structs import Attempt, Card, Load, Role, Sampling
 from penstock.wire.frames import FrameDecoder, encode
 from penstock.wire.messages import Bounce, Step
@@ -205,6 +205,20 @@ class LinkBench:
         )
         async with running(client.run()):
             yield client
+
+    @asynccontextmanager
+    async def client_of_tls(
+        self,
+        worker: FakeWorker,
+        listener: FakeListener,
+        worker_tls: TlsSettings | None,
+        frontend_tls: TlsSettings | None,
+    ) -> AsyncIterator[tuple[LinkServer, LinkClient]]:
+        async with (
+            self.server(worker, tls=worker_tls) as server,
+            self.client(server.address, listener, tls=frontend_tls, handshake_timeout_s=0.3) as client,
+        ):
+            yield server, client
 
 
 @asynccontextmanager

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from penstock.errors import ProtocolError, RemoteError
+from penstock.link.session import Session
+from penstock.link.settings import ClientSettings
+from penstock.structs import Card, Load, Role
+from penstock.wire.frames import decode_to_worker
+from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
+from penstock.wire.messages import (
+    Asset,
+    AssetRequest,
+    Bounce,
+    Challenge,
+    Draining,
+    Goodbye,
+    Heartbeat,
+    Ping,
+    Refused,
+    Snapshot,
+    Step,
+    Welcome,
+)
+
+CARD = Card("w1", 1, Role.DECODE, "m", "e", 16, 10, 100, 1000)
+STEP = Step(seen=0, load=Load())
+
+
+class Case:
+    """A session on a transport without a network."""
+
+    def __init__(self, bench: Any, instance_id: str | None = None, **settings: Any) -> None:
+        self.listener = bench.listener()
+        handshake = FrontendHandshake("s", b"f" * 16, "f1")
+        self.session = Session(
+            ClientSettings(secret="s", **settings), handshake, instance_id, None, self.listener
+        )
+        self.transport = bench.transport(self.session.connection)
+        self.transport.open()
+        self.worker = WorkerHandshake("s", b"w" * 16)
+
+    def greet(self) -> None:
+        self.transport.receive(self.worker.challenge())
+        (hello,) = self.take()
+        self.transport.receive(self.worker.answer(hello, CARD))
+
+    def go_live(self) -> None:
+        self.greet()
+        self.transport.receive(Snapshot(hashes=[1], last=True))
+        assert self.session.live
+
+    def take(self) -> list[Any]:
+        return self.transport.take(decode_to_worker)
+
+    async def ended(self) -> str:
+        return await asyncio.wait_for(self.session.connection.ended, 1)
+
+
+async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
+    case = Case(bench)
+    case.greet()
+    case.transport.receive(Snapshot(hashes=[1, 2]))
+    assert case.listener.calls == []
+    case.transport.receive(Snapshot(hashes=[3], last=True, load=Load(running=2)))
+    assert case.listener.calls == [("up", CARD)]
+    assert case.listener.cached == {1, 2, 3}
+    assert case.listener.load == Load(running=2)
+    case.transport.receive(STEP)
+    case.transport.receive(Draining(reason="d"))
+    assert case.listener.steps == [STEP]
+    assert case.listener.calls[-1] == ("draining", "d")
+
+
+async def test_the_listener_may_send_from_on_up(bench: Any) -> None:
+    case = Case(bench)
+    case.listener.on_up = lambda card, hashes, load: case.session.generate(bench.attempt())
+    case.go_live()
+    assert [message.seq for message in case.take()] == [1]
+
+
+async def test_down_once_with_the_reason(bench: Any) -> None:
+    case = Case(bench)
+    case.go_live()
+    case.transport.receive(Goodbye(reason="leaving"))
+    assert not case.session.live
+    case.transport.receive(STEP)
+    assert await case.ended() == "the worker left: leaving"
+    assert case.listener.downs == ["the worker left: leaving"]
+    assert case.listener.steps == []
+    assert not case.session.refused
+
+
+@pytest.mark.parametrize("message", [Goodbye(reason="x"), STEP, Welcome(card=CARD, proof=b"")])
+async def test_no_up_no_down(bench: Any, message: Any) -> None:
+    case = Case(bench)
+    case.greet()
+    case.transport.receive(message)
+    await case.ended()
+    assert case.listener.calls == []
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Refused(reason="full"), "refused: 'full'"),
+        (Welcome(card=CARD, proof=b"forged"), "the worker does not know the link secret"),
+        (STEP, "a Step in the handshake"),
+        (Challenge(protocol=1, nonce=b""), "a second Challenge"),
+    ],
+)
+async def test_a_failed_handshake_is_a_refusal(bench: Any, message: Any, reason: str) -> None:
+    case = Case(bench)
+    case.transport.receive(case.worker.challenge())
+    case.transport.receive(message)
+    assert await case.ended() == reason
+    assert case.session.refused
+
+
+async def test_another_instance(bench: Any) -> None:
+    case = Case(bench, instance_id="w2")
+    case.greet()
+    assert "found instance 'w1'" in await case.ended()
+    assert case.session.refused
+
+
+@pytest.mark.parametrize("message", [Snapshot(hashes=[]), Refused(reason="x"), Asset(sha256="unasked")])
+async def test_what_may_not_come_when_live(bench: Any, message: Any) -> None:
+    case = Case(bench)
+    case.go_live()
+    case.transport.receive(message)
+    await case.ended()
+    assert len(case.listener.downs) == 1
+
+
+async def test_an_endless_snapshot(bench: Any) -> None:
+    case = Case(bench, max_snapshot_blocks=10)
+    case.greet()
+    for _ in range(11):
+        case.transport.receive(Snapshot(hashes=[1]))
+    assert await case.ended() == "a snapshot of more than 10 blocks"
+
+
+async def test_pings_and_silence(bench: Any) -> None:
+    case = Case(bench, silence_s=1.0, ping_s=0.5)
+    case.go_live()
+    case.session.tick(0.5)
+    assert case.take() == [Ping()]
+    case.transport.receive(Heartbeat(seen=3, load=Load()))
+    assert case.listener.calls[-1] == ("heartbeat", 3)
+    case.session.tick(0.5)
+    assert case.session.live
+    case.session.tick(0.5)
+    assert not case.session.live
+    assert await case.ended() == "nothing heard in 1 s"
+    assert case.listener.downs == ["nothing heard in 1 s"]
+
+
+async def test_deadlines_of_the_handshake_and_the_snapshot(bench: Any) -> None:
+    case = Case(bench, handshake_timeout_s=1.0, silence_s=1.0)
+    case.session.tick(1.0)
+    assert case.take() == []  # no ping to one that has not said who it is
+    case.session.tick(1.0)
+    assert await case.ended() == "no handshake in 1 s"
+    case = Case(bench, snapshot_timeout_s=1.0)
+    case.greet()
+    for _ in range(3):
+        case.session.tick(0.5)
+        case.transport.receive(Snapshot(hashes=[1]))
+    assert await case.ended() == "no snapshot in 1 s"
+
+
+async def test_an_attempt_too_long_for_a_frame_takes_no_seq(bench: Any) -> None:
+    case = Case(bench, max_frame_bytes=10_000)
+    case.go_live()
+    with pytest.raises(ProtocolError, match="too long for a frame"):
+        case.session.generate(bench.attempt(tokens=10_000))
+    assert case.session.generate(bench.attempt()) == 1
+    assert len(case.take()) == 1
+
+
+async def test_a_worker_that_does_not_read_is_down(bench: Any) -> None:
+    case = Case(bench, max_frame_bytes=50_000, max_unsent_bytes=100_000)
+    case.go_live()
+    case.transport.stuck = True
+    for _ in range(12):
+        case.session.generate(bench.attempt(tokens=3000))
+    assert not case.session.live
+    assert "it does not read" in await case.ended()
+    assert len(case.listener.downs) == 1
+
+
+async def test_files_are_lost_with_the_connection(bench: Any) -> None:
+    case = Case(bench, max_pending_assets=2)
+    case.go_live()
+    first, second = case.session.download("a"), case.session.download("b")
+    assert case.session.download("a") is first
+    with pytest.raises(RemoteError, match="2 files are asked for already"):
+        case.session.download("c")
+    assert case.take() == [AssetRequest(sha256="a"), AssetRequest(sha256="b")]
+    case.transport.receive(Asset(sha256="a", last=True, missing=True))
+    case.transport.receive(Bounce(attempt_id="x", reason="r"))
+    case.session.connection.cut("pulled")
+    await case.ended()
+    assert await first.done == "the worker does not have it"
+    assert await second.done == "pulled"

@@ -1,0 +1,157 @@
+"""TLS, with an authority and certificates made by the openssl program for each run."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.link.settings import TlsSettings
+from penstock.link.tls import client_context, server_context
+
+
+def openssl(*args: str, cwd: Path) -> None:
+    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True, timeout=30)
+
+
+def make_authority(folder: Path, name: str) -> None:
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key"]
+    openssl("req", "-x509", *key, "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2", cwd=folder)
+
+
+def make_certificate(folder: Path, name: str, authority: str, names: str) -> None:
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key"]
+    openssl("req", *key, "-out", f"{name}.csr", "-subj", f"/CN={name}", cwd=folder)
+    (folder / f"{name}.ext").write_text(f"subjectAltName={names}\n")
+    signed_by = ["-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial"]
+    files = ["-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", f"{name}.ext"]
+    openssl("x509", "-req", *files, *signed_by, "-days", "2", cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca signs worker (127.0.0.1), named (penstock-worker) and frontend; other_ca signs stranger."""
+    folder = tmp_path_factory.mktemp("pki")
+    for authority in ("ca", "other_ca"):
+        make_authority(folder, authority)
+    make_certificate(folder, "worker", "ca", "IP:127.0.0.1")
+    make_certificate(folder, "named", "ca", "DNS:penstock-worker")
+    make_certificate(folder, "frontend", "ca", "DNS:frontend")
+    make_certificate(folder, "stranger", "other_ca", "IP:127.0.0.1")
+    openssl("ec", "-in", "worker.key", "-aes256", "-passout", "pass:x", "-out", "locked.key", cwd=folder)
+    (folder / "both.pem").write_text(
+        (folder / "worker.pem").read_text() + (folder / "worker.key").read_text()
+    )
+    (folder / "empty.pem").write_text("")
+    return folder
+
+
+def files(pki: Path, own: str = "", ca: str = "", **more: str) -> TlsSettings:
+    return TlsSettings(
+        cert_file=str(pki / f"{own}.pem") if own else "",
+        key_file=str(pki / f"{own}.key") if own else "",
+        ca_file=str(pki / f"{ca}.pem") if ca else "",
+        **more,
+    )
+
+
+async def exchange(bench: Any, worker_tls: TlsSettings, frontend_tls: TlsSettings | None) -> None:
+    """A link comes up and carries a file (more than one TLS record) and an orderly close."""
+    content = bytes(range(256)) * 10_000
+    name = hashlib.sha256(content).hexdigest()
+    worker, listener = bench.worker(range(20_000)), bench.listener()
+    worker.assets[name] = content
+    async with bench.client_of_tls(worker, listener, worker_tls, frontend_tls) as (server, client):
+        await bench.until(lambda: client.up)
+        assert listener.cached == worker.cached
+        assert await client.asset(name) == content
+        client.generate(bench.attempt(tokens=50_000))
+        await bench.until(lambda: worker.generated)
+        await server.close("done")
+        await bench.until(lambda: listener.downs)
+        assert listener.downs == ["the worker left: done"]
+
+
+async def refused(
+    bench: Any, worker_tls: TlsSettings | None, frontend_tls: TlsSettings | None, reason: str, caplog: Any
+) -> None:
+    listener = bench.listener()
+    async with bench.client_of_tls(bench.worker(), listener, worker_tls, frontend_tls):
+        await bench.until(lambda: reason in caplog.text.lower())
+    assert listener.calls == []
+
+
+async def test_the_worker_is_verified(bench: Any, pki: Path) -> None:
+    await exchange(bench, files(pki, "worker"), files(pki, ca="ca"))
+
+
+async def test_both_are_verified(bench: Any, pki: Path) -> None:
+    await exchange(bench, files(pki, "worker", ca="ca"), files(pki, "frontend", ca="ca"))
+
+
+async def test_a_name_of_its_own(bench: Any, pki: Path) -> None:
+    named = files(pki, ca="ca", server_name="penstock-worker")
+    await exchange(bench, files(pki, "named"), named)
+
+
+async def test_a_worker_of_another_authority(bench: Any, pki: Path, caplog: Any) -> None:
+    await refused(bench, files(pki, "stranger"), files(pki, ca="ca"), "certificate verify failed", caplog)
+
+
+async def test_a_worker_of_another_name(bench: Any, pki: Path, caplog: Any) -> None:
+    await refused(bench, files(pki, "named"), files(pki, ca="ca"), "ip address mismatch", caplog)
+
+
+@pytest.mark.parametrize("own", ["", "stranger"])
+async def test_a_frontend_without_the_right_certificate(
+    bench: Any, pki: Path, caplog: Any, own: str
+) -> None:
+    await refused(bench, files(pki, "worker", ca="ca"), files(pki, own, ca="ca"), "is down: c", caplog)
+
+
+async def test_tls_on_one_side_only(bench: Any, pki: Path, caplog: Any) -> None:
+    await refused(bench, files(pki, "worker"), None, "is down", caplog)
+    await refused(bench, None, files(pki, ca="ca"), "cannot connect", caplog)
+
+
+def test_only_tls_1_3(pki: Path) -> None:
+    for context in (server_context(files(pki, "worker")), client_context(files(pki, ca="ca"))):
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert server_context(files(pki, "worker")).verify_mode is ssl.CERT_NONE
+    assert server_context(files(pki, "worker", ca="ca")).verify_mode is ssl.CERT_REQUIRED
+    assert client_context(files(pki, ca="ca")).check_hostname
+    assert client_context(TlsSettings()).verify_mode is ssl.CERT_REQUIRED
+
+
+def test_key_and_certificate_in_one_file(pki: Path) -> None:
+    server_context(TlsSettings(cert_file=str(pki / "both.pem")))
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "ca", "message"),
+    [
+        ("", "", "", r"tls\.cert_file: a worker needs"),
+        ("missing.pem", "worker.key", "", r"tls\.cert_file: cannot read"),
+        ("worker.pem", "missing.key", "", r"tls\.key_file: cannot read"),
+        ("worker.pem", "", "", r"tls\.cert_file: not usable"),
+        ("worker.pem", "named.key", "", r"tls\.cert_file and tls\.key_file: not usable"),
+        ("worker.pem", "locked.key", "", r"tls\.cert_file and tls\.key_file: not usable"),
+        ("worker.pem", "worker.key", "missing.pem", r"tls\.ca_file: cannot read"),
+        ("worker.pem", "worker.key", "empty.pem", r"tls\.ca_file: not usable"),
+    ],
+)
+def test_bad_files_name_their_setting(pki: Path, cert: str, key: str, ca: str, message: str) -> None:
+    paths = [str(pki / name) if name else "" for name in (cert, key, ca)]
+    tls = TlsSettings(cert_file=paths[0], key_file=paths[1], ca_file=paths[2])
+    with pytest.raises(ConfigError, match=message):
+        server_context(tls)
+
+
+def test_a_frontend_with_a_key_and_no_certificate(pki: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tls\.key_file"):
+        client_context(TlsSettings(key_file=str(pki / "worker.key")))
