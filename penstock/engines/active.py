@@ -1,0 +1,115 @@
+"""An attempt inside an engine: its tokens, its blocks, when it ends, and whether it may begin at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from penstock.core.hashing import last_hash, root_hash
+from penstock.engines.batch import Sequence
+from penstock.structs import Attempt, EngineCard, FinishReason, Handoff
+
+
+class Phase(Enum):
+    """Where an attempt is; scheduler.py has the transitions."""
+
+    WAITING = "waiting"  # holds no blocks
+    PULLING = "pulling"  # a transfer is writing into its blocks
+    RUNNING = "running"  # takes part in batches
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class ActiveAttempt(Sequence):
+    """A sequence, and what the scheduler knows of it."""
+
+    rank: tuple[int, int]  # (priority, order of arrival): lower goes first
+    prefill_only: bool
+    cache_salt: str
+    stops: frozenset[int]  # token ids that end it
+    stop_from: int  # a stop token ends it only from this length on, in tokens
+    max_len: int  # prompt and output together, in tokens
+
+    phase: Phase = Phase.WAITING
+    capacity: int = 0  # tokens that block_ids have room for
+    cached_blocks: int = 0  # the first so many of block_ids are in the prefix cache
+    cache_at: int = 0  # the value of `computed` from which there is another block to cache
+
+    handoff: Handoff | None = None  # until it is pulled or refused
+    handoff_deadline: float = 0.0
+    uncached_tokens: int = 0  # while waiting: an estimate of what will have to be computed
+    reused_tokens: int | None = None  # tokens whose KV was found or pulled when it began
+    transferred_blocks: int | None = None  # None: it came without a handoff
+    answered: bool = False  # its first output has been made
+
+    def end_reason(self, token_id: int) -> FinishReason | None:
+        """Why it ends with this token, its latest; None when it goes on."""
+        length = len(self.token_ids)
+        if token_id in self.stops and length >= self.stop_from:
+            return FinishReason.STOP
+        if length >= self.max_len:
+            return FinishReason.LENGTH
+        return FinishReason.PREFILLED if self.prefill_only else None
+
+
+def activate(attempt: Attempt, card: EngineCard, order: int) -> ActiveAttempt:
+    """The attempt as the scheduler keeps it, with a copy of its tokens. `fault` must have found nothing."""
+    sampling = attempt.sampling
+    stops = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stops = stops.union(card.eos_token_ids)
+    return ActiveAttempt(
+        attempt_id=attempt.attempt_id,
+        token_ids=list(attempt.token_ids),
+        prompt_len=attempt.prompt_len,
+        sampling=sampling,
+        rank=(attempt.priority, order),
+        prefill_only=attempt.prefill_only,
+        cache_salt=attempt.cache_salt,
+        stops=stops,
+        stop_from=attempt.prompt_len + sampling.min_tokens,
+        max_len=min(attempt.prompt_len + sampling.max_tokens, _longest(card)),
+    )
+
+
+def fault(attempt: Attempt, card: EngineCard) -> str | None:
+    """Why this attempt cannot be served, in words; None when it can."""
+    length = len(attempt.token_ids)
+    if not length or attempt.prompt_len < 1:
+        return "the prompt is empty"
+    if attempt.prompt_len > length:
+        return f"prompt_len is {attempt.prompt_len}, but there are only {length} tokens"
+    if attempt.prompt_len >= _longest(card):
+        return f"the prompt has {attempt.prompt_len} tokens; at most {_longest(card) - 1} fit"
+    low, high = min(attempt.token_ids), max(attempt.token_ids)
+    if low < 0 or high >= card.vocab_size:
+        return f"token id {low if low < 0 else high} is not in the vocabulary of {card.vocab_size}"
+    if attempt.sampling.max_tokens < 1:
+        return f"max_tokens is {attempt.sampling.max_tokens}; at least 1 is needed"
+    if attempt.prefill_only and not card.transport:
+        return "this engine has no KV transfer to hand a prompt over with"
+    return None
+
+
+def mismatch(handoff: Handoff, attempt: Attempt, card: EngineCard) -> str | None:
+    """Why this handoff's KV must not be used for this attempt here, in words; None when it may be."""
+    if handoff.ttl_s <= 0:
+        return "expired"
+    if not card.transport or handoff.transport != card.transport:
+        return f"transport is {handoff.transport!r}, here {card.transport!r}"
+    if handoff.layout != card.layout:
+        return f"layout is {handoff.layout!r}, here {card.layout!r}"
+    if handoff.block_size != card.block_size:
+        return f"block_size is {handoff.block_size}, here {card.block_size}"
+    if not 0 < handoff.num_tokens <= len(attempt.token_ids):
+        return f"num_tokens is {handoff.num_tokens}, of {len(attempt.token_ids)}"
+    root = root_hash(card.model, attempt.cache_salt)
+    expected = last_hash(attempt.token_ids[: handoff.num_tokens], card.block_size, root)
+    if handoff.last_hash != expected:
+        return f"last_hash is {handoff.last_hash:016x}, here {expected:016x}"
+    return None
+
+
+def _longest(card: EngineCard) -> int:
+    """The most tokens, prompt and output, that the model takes and the pool holds."""
+    return min(card.max_model_len, card.total_blocks * card.block_size)
