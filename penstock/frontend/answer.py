@@ -1,0 +1,92 @@
+"""One answer in the making: a choice's tokens in, its text out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from penstock.frontend.detokenize import Detokenizer
+from penstock.frontend.stop_strings import StopMatcher
+from penstock.structs import Delta, FinishReason, TokenLogprob
+
+LOGPROB_CHARS = 128  # about what one token's log-probabilities add to an answer not yet sent
+
+
+class Answer:
+    """Feed it deltas, take from it what is new. `finish_reason` is set with the last of its text."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_logprobs",
+        "_min_tokens",
+        "_parts",
+        "_stop_tokens",
+        "_stops",
+        "cached_tokens",
+        "finish_reason",
+        "index",
+        "output_tokens",
+        "token_at",
+        "unsent_chars",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        *,
+        stops: StopMatcher | None = None,
+        min_tokens: int = 0,
+        stop_tokens: Collection[int] = (),
+    ) -> None:
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self.unsent_chars = 0
+        self.token_at: float | None = None  # when the latest tokens came; kept by the call
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._min_tokens = min_tokens
+        self._stop_tokens = stop_tokens
+        self._parts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def feed(self, delta: Delta) -> None:
+        """Take one step's tokens. Must not be called once `finish_reason` is set."""
+        token_ids = delta.token_ids
+        self.output_tokens += len(token_ids)
+        if delta.cached_tokens is not None:
+            self.cached_tokens = delta.cached_tokens
+        if delta.logprobs is not None:
+            self._logprobs += delta.logprobs
+            self.unsent_chars += LOGPROB_CHARS * len(delta.logprobs)
+        reason = delta.finish_reason
+        if reason is not None:
+            if reason is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_tokens:
+                token_ids = token_ids[:-1]  # what ended the answer is not part of its text
+            self.finish_reason = reason
+        text = self._detokenizer.push(token_ids)
+        if reason is not None:
+            text += self._detokenizer.flush()
+        if self._stops is not None and self.output_tokens > self._min_tokens:
+            text = self._match(self._stops, text)
+        if text:
+            self._parts.append(text)
+            self.unsent_chars += len(text)
+
+    def _match(self, stops: StopMatcher, text: str) -> str:
+        text = stops.push(text)
+        if stops.matched:
+            self.finish_reason = FinishReason.STOP
+        elif self.finish_reason is not None:
+            text += stops.flush()
+        return text
+
+    def take(self) -> tuple[str, list[TokenLogprob]]:
+        """The text and the tokens' log-probabilities since the last call."""
+        parts, logprobs = self._parts, self._logprobs
+        self._parts = []
+        if logprobs:
+            self._logprobs = []
+        self.unsent_chars = 0
+        return parts[0] if len(parts) == 1 else "".join(parts), logprobs

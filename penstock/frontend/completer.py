@@ -1,0 +1,45 @@
+"""What the frontend needs of a router: tokens in, tokens out, and who is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from penstock.errors import PenstockError
+from penstock.structs import Delta, InstanceView, ModelView, Request
+
+
+class Ticket(Protocol):
+    """A submitted request."""
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: no further callbacks, and the engine stops. Idempotent."""
+
+
+class Completer(Protocol):
+    """Serves tokenized requests. Everything is called on the event loop, and returns at once."""
+
+    def models(self) -> list[ModelView]:
+        """The models that can be served now."""
+
+    def model(self, name: str) -> ModelView:
+        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+
+    def instances(self) -> list[InstanceView]:
+        """All known instances."""
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether every role that is needed is there; else which are missing, comma-separated."""
+
+    def submit(
+        self,
+        request: Request,
+        on_delta: Callable[[Delta], None],
+        on_error: Callable[[PenstockError], None],
+    ) -> Ticket:
+        """Serve a request.
+
+        Callbacks come from the event loop, one `on_delta` per engine step, the last with a
+        finish_reason; or one `on_error` instead of it. They may come before this returns.
+        Raises RequestRejected when the request cannot even be queued.
+        """

@@ -1,0 +1,143 @@
+"""One HTTP request and its response, over ASGI: bodies within limits, writes that cannot hang.
+
+Raw ASGI instead of a framework's response classes, because a streamed token should cost one `send`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.responses import error_object, status_of
+from penstock.frontend.settings import FrontendSettings
+
+ABORT_EXTENSION = "penstock.abort"
+"""ASGI extension (frontend/server.py): a function that drops the connection with all it has unsent."""
+
+JSON = b"application/json"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+CLIENT_GONE = 499  # nginx's status for it; only in metrics and logs
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Exchange:
+    """The two sides of one HTTP exchange."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings) -> None:
+        self.status: int | None = None  # as sent; None as long as the response has not begun
+        self.writing_since: float | None = None
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._settings = settings
+        self._stall_timer: asyncio.TimerHandle | None = None
+        given = self.header(b"x-request-id") or b""
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of this (lower-case) name."""
+        return next((value for key, value in self._scope["headers"] if key == name), None)
+
+    async def body(self) -> bytes:
+        """The whole request body.
+
+        Raises RequestRejected: 413 as soon as it is known to be too long, 408 when it comes too slowly,
+        499 when the client leaves instead."""
+        limit = self._settings.max_body_bytes
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        chunks, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                while more:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise RequestRejected(CLIENT_GONE, "The client left.")
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > limit:
+                        raise _too_large(limit)
+                    chunks.append(chunk)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            message_text = f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
+            raise RequestRejected(408, message_text, code="request_timeout") from None
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def disconnected(self) -> None:
+        """Wait until the client leaves (or its response is complete)."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def respond(self, status: int, body: bytes, headers: Headers | None = None) -> None:
+        """A whole JSON response."""
+        length = (b"content-length", b"%d" % len(body))
+        await self._begin(status, [(b"content-type", JSON), length, *(headers or [])])
+        await self.write(body, more=False)
+
+    async def reject(self, error: PenstockError) -> None:
+        """A whole response that says what is wrong, in OpenAI's shape."""
+        headers: Headers = []
+        retry_after_s = getattr(error, "retry_after_s", None)
+        if retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
+        status = status_of(error)
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if status in (408, 413):
+            headers.append((b"connection", b"close"))  # the rest of the body is not read
+        await self.respond(status, msgspec.json.encode(error_object(error)), headers)
+
+    async def begin_stream(self) -> None:
+        """The head of an event stream. From here on a client that takes nothing for
+        `client_stall_s` is dropped."""
+        # Proxies such as nginx would otherwise collect the events into large pieces.
+        uncached = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._begin(200, [(b"content-type", EVENT_STREAM), *uncached])
+        self._check_stall()
+
+    async def write(self, body: bytes, *, more: bool = True) -> None:
+        """Send a part of the body; waits while the client is behind."""
+        self.writing_since = time.monotonic()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self.writing_since = None
+
+    def abort(self) -> None:
+        """Drop the connection at once; `disconnected` returns thereafter."""
+        abort = self._scope.get("extensions", {}).get(ABORT_EXTENSION)
+        if abort is not None:
+            abort()
+
+    def close(self) -> None:
+        """The exchange is over."""
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+    async def _begin(self, status: int, headers: Headers) -> None:
+        self.status = status
+        headers.append((b"x-request-id", self.request_id))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _check_stall(self) -> None:
+        """Look again whenever a stall might have become too long: one timer, not one per write."""
+        allowed_s = self._settings.client_stall_s
+        stalled_s = 0.0 if self.writing_since is None else time.monotonic() - self.writing_since
+        if stalled_s >= allowed_s:
+            self.abort()
+            return
+        loop = asyncio.get_running_loop()
+        self._stall_timer = loop.call_later(allowed_s - stalled_s, self._check_stall)
+
+
+def _too_large(limit: int) -> RequestRejected:
+    return RequestRejected(413, f"The request body is longer than {limit} bytes.", code="body_too_large")

@@ -1,0 +1,158 @@
+"""From messages and texts to token ids, with each model's own template and tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jinja2
+from tokenizers import Tokenizer
+
+from penstock.errors import RequestRejected
+from penstock.frontend.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
+from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
+from penstock.frontend.openai import ChatRequest
+from penstock.frontend.segments import SegmentCache, Segmenter
+from penstock.frontend.settings import FrontendSettings
+from penstock.ports import JsonObject
+from penstock.structs import ModelView
+
+# One prompt at a time gains nothing from the library's own threads, which cost a wake-up each.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TOKENIZER_FILE = "tokenizer.json"
+MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is loaded again when needed
+
+
+class ModelText:
+    """One model's text side: its template, its tokenizer and what its tokens stand for."""
+
+    def __init__(self, view: ModelView, cache_bytes: int) -> None:
+        """Loads the files: up to a second of work. Raises RequestRejected(500) when they are unusable."""
+        try:
+            content = view.assets[TOKENIZER_FILE].decode()
+            self._tokenizer = Tokenizer.from_str(content)
+            config = json.loads(view.assets.get(CONFIG_FILE, b"{}"))
+            self.template = ChatTemplate.of(view.assets)
+        except KeyError:
+            raise _unusable(view, f"it came without {TOKENIZER_FILE}") from None
+        except jinja2.TemplateSyntaxError as error:
+            raise _unusable(view, f"chat template, line {error.lineno}: {error}") from None
+        except Exception as error:  # noqa: BLE001 `tokenizers` raises bare Exception for a broken file
+            raise _unusable(view, str(error)) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._table = TokenTable.of(self._tokenizer, json.loads(content), view.vocab_size)
+        self._segmenter = Segmenter(self._tokenizer.get_added_tokens_decoder().values())
+        self._cache = SegmentCache(cache_bytes)
+        self._prefix, self._suffix = _affixes(self._tokenizer, config)
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """A detokenizer for one answer to this prompt."""
+        if self._table is not None:
+            return TableDetokenizer(self._table)
+        return WindowDetokenizer(self._tokenizer, prompt_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, special tokens by their names; for logprobs."""
+        if self._table is not None:
+            return self._table.raw_pieces[token_id]
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, executor: ThreadPoolExecutor, long_text_chars: int
+    ) -> list[int]:
+        """The text's ids; what takes long runs on the executor."""
+        segments = self._segmenter.split(text)
+        known = {segment: self._cache.get(segment) for segment in segments}
+        missing = [segment for segment, token_ids in known.items() if token_ids is None]
+        if missing:
+            if sum(map(len, missing)) > long_text_chars:
+                loop = asyncio.get_running_loop()
+                encoded = await loop.run_in_executor(executor, self._encode_segments, missing)
+            else:
+                encoded = self._encode_segments(missing)
+            known.update(zip(missing, encoded, strict=True))
+            for segment, token_ids in zip(missing, encoded, strict=True):
+                self._cache.put(segment, token_ids)
+        whole = list(self._prefix) if add_special_tokens else []
+        for segment in segments:
+            whole.extend(known[segment] or ())
+        return whole + self._suffix if add_special_tokens else whole
+
+    def _encode_segments(self, segments: list[str]) -> list[array[int]]:
+        # The batch call releases the GIL and computes no offsets, which a single encode() does not.
+        encodings = self._tokenizer.encode_batch_fast(segments, add_special_tokens=False)
+        return [array("I", encoding.ids) for encoding in encodings]
+
+
+class Preprocessor:
+    """Keeps the loaded models, and the thread for what would hold up the event loop."""
+
+    def __init__(self, settings: FrontendSettings) -> None:
+        self._settings = settings
+        self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by fingerprint
+        self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+
+    async def text_of(self, view: ModelView) -> ModelText:
+        """The model's text side, loaded once for each fingerprint."""
+        loading = self._texts.get(view.fingerprint)
+        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
+            loop = asyncio.get_running_loop()
+            loading = loop.run_in_executor(
+                self._executor, ModelText, view, self._settings.segment_cache_bytes
+            )
+            self._texts[view.fingerprint] = loading
+            while len(self._texts) > MAX_LOADED_MODELS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(view.fingerprint)
+        # One client that leaves must not end the loading for the others.
+        return loading.result() if loading.done() else await asyncio.shield(loading)
+
+    async def chat_ids(self, text: ModelText, request: ChatRequest) -> list[int]:
+        """The prompt of a chat. Its template writes the special tokens itself."""
+        if text.template is None:
+            raise RequestRejected(
+                400, f"`{request.model}` has no chat template; use /v1/completions.", field="model"
+            )
+        return await self.encode(text, text.template.render(request), add_special_tokens=False)
+
+    async def encode(self, text: ModelText, prompt: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of a plain prompt."""
+        return await text.encode(
+            prompt,
+            add_special_tokens=add_special_tokens,
+            executor=self._executor,
+            long_text_chars=self._settings.long_text_chars,
+        )
+
+    def close(self) -> None:
+        """End the thread; what it works on is finished first."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _unusable(view: ModelView, reason: str) -> RequestRejected:
+    message = f"The tokenizer of `{view.name}` cannot be used: {reason}"
+    return RequestRejected(500, message, code="unusable_tokenizer")
+
+
+def _affixes(tokenizer: Tokenizer, config: JsonObject) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after a text. `add_bos_token` and
+    `add_eos_token` in tokenizer_config.json overrule it, as in transformers."""
+    inner = tokenizer.encode("a", add_special_tokens=False).ids
+    outer = tokenizer.encode("a", add_special_tokens=True).ids
+    places = range(len(outer) - len(inner) + 1)
+    start = next((place for place in places if outer[place : place + len(inner)] == inner), 0)
+    prefix, suffix = outer[:start], outer[start + len(inner) :]
+    tokens = special_tokens(config)
+    bos, eos = (tokenizer.token_to_id(tokens.get(name, "")) for name in ("bos_token", "eos_token"))
+    if bos is not None and (wanted := config.get("add_bos_token")) is not None:
+        prefix = [bos] if wanted else [token_id for token_id in prefix if token_id != bos]
+    if eos is not None and (wanted := config.get("add_eos_token")) is not None:
+        suffix = [eos] if wanted else [token_id for token_id in suffix if token_id != eos]
+    return prefix, suffix

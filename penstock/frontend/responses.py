@@ -1,0 +1,119 @@
+"""Response bodies of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.answer import Answer
+from penstock.frontend.logprobs import LogprobFormat
+from penstock.ports import JsonObject
+from penstock.structs import ModelView
+
+OWNER = "penstock"
+
+
+class Envelope(msgspec.Struct):
+    """What every chunk or answer of one call repeats."""
+
+    id: str
+    object: str
+    created: int  # seconds since 1970
+    model: str
+    system_fingerprint: str
+
+
+class Usage(msgspec.Struct):
+    """Token counts of a call: its prompts once each, all of its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+def usage_of(prompt_lengths: Sequence[int], answers: Sequence[Answer]) -> Usage:
+    """`answers` holds each prompt's choices, prompt by prompt; the first choice tells what was cached."""
+    choices = len(answers) // len(prompt_lengths)
+    prompt_tokens = sum(prompt_lengths)
+    output_tokens = sum(answer.output_tokens for answer in answers)
+    cached_tokens = sum(answer.cached_tokens for answer in answers[::choices])
+    return Usage(
+        prompt_tokens, output_tokens, prompt_tokens + output_tokens, {"cached_tokens": cached_tokens}
+    )
+
+
+def fingerprint_of(model: ModelView) -> str:
+    return f"fp_{model.fingerprint[:12]}"
+
+
+def chat_body(
+    envelope: Envelope, answers: Sequence[Answer], formats: Sequence[LogprobFormat], usage: Usage
+) -> bytes:
+    """A whole chat completion. `formats` is empty when no log-probabilities were asked for."""
+    choices = []
+    for answer in answers:
+        text, logprobs = answer.take()
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choices.append(
+            {
+                "index": answer.index,
+                "message": message,
+                "logprobs": formats[answer.index].render(logprobs) if formats else None,
+                "finish_reason": answer.finish_reason,
+            }
+        )
+    return _body(envelope, choices, usage)
+
+
+def completion_body(
+    envelope: Envelope, answers: Sequence[Answer], formats: Sequence[LogprobFormat], usage: Usage
+) -> bytes:
+    """A whole text completion. `formats` as above."""
+    choices = []
+    for answer in answers:
+        text, logprobs = answer.take()
+        choices.append(
+            {
+                "index": answer.index,
+                "text": text,
+                "logprobs": formats[answer.index].render(logprobs) if formats else None,
+                "finish_reason": answer.finish_reason,
+            }
+        )
+    return _body(envelope, choices, usage)
+
+
+def _body(envelope: Envelope, choices: list[JsonObject], usage: Usage) -> bytes:
+    return msgspec.json.encode({**msgspec.structs.asdict(envelope), "choices": choices, "usage": usage})
+
+
+def model_object(model: ModelView, created: int) -> JsonObject:
+    """A model as /v1/models shows it."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "max_model_len": model.max_model_len,
+    }
+
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def status_of(error: PenstockError) -> int:
+    """The HTTP status; 502 for what came from a worker."""
+    return error.status if isinstance(error, RequestRejected) else 502
+
+
+def error_object(error: PenstockError) -> JsonObject:
+    """An error in OpenAI's shape."""
+    status = status_of(error)
+    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    field: Any = getattr(error, "field", None)
+    code: Any = getattr(error, "code", None)
+    return {"error": {"message": str(error), "type": kind, "param": field, "code": code}}

@@ -1,0 +1,55 @@
+"""What can be set about a frontend."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class FrontendSettings(msgspec.Struct, frozen=True):
+    """How the HTTP side listens, what it accepts and how long it waits."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Only this machine, unless the graph says otherwise."""
+
+    port: int = 8000
+    """0 takes any free port."""
+
+    api_keys: frozenset[str] = frozenset()
+    """Keys of which a request must bring one (`Authorization: Bearer KEY`); empty: none needed."""
+
+    max_body_bytes: int = 16 * 1024 * 1024
+    """Largest request body: a prompt of a million token ids fits."""
+
+    body_timeout_s: float = 30.0
+    """From a request's headers to the last byte of its body."""
+
+    header_timeout_s: float = 30.0
+    """From a connection's start to the end of its first request's headers."""
+
+    keep_alive_s: float = 75.0
+    """How long an idle connection is kept; longer than common load balancers' 60 s, so that they and not
+    the server close first."""
+
+    request_timeout_s: float = 3600.0
+    """For a whole request, slow readers included: beyond every deadline of the router, as a last resort."""
+
+    client_stall_s: float = 60.0
+    """How long a stream's client may take no bytes at all before its request is cancelled."""
+
+    max_unsent_chars: int = 1024 * 1024
+    """Text a stream may hold for a client that reads too slowly, before its request is cancelled."""
+
+    max_inflight: int = 8192
+    """Requests at one time; the next one is answered with 429."""
+
+    default_max_tokens: int = 32768
+    """Most tokens a chat request gets that sets no max_tokens (less when the context ends before)."""
+
+    segment_cache_bytes: int = 64 * 1024 * 1024
+    """For token ids of prompt segments that were seen before."""
+
+    tokenizer_threads: int = 1
+    """Threads for long prompts, so that tokenizing them does not hold up everybody's tokens."""
+
+    long_text_chars: int = 8192
+    """Text not seen before that is tokenized on such a thread instead of at once: about 2 ms of work."""
