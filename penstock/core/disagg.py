@@ -1,16 +1,13 @@
 """Whether a prefill worker goes first: the cheaper of two plans for a decode worker, in milliseconds.
 
-With T the time to compute the prompt's uncached tokens, and the terms of core/scorers.py:
+In the terms of core/scorers.py:
 
-    local(d)     = queue(d) + T(d) + inflicted(d)
-    inflicted(d) = T(d) * max(1, running(d))
-    remote(p, d) = max(queue(p) + T(p), queue(d)) + transfer(d)
+    local(d)     = queue(d) + prefill(d) + inflicted(d)
+    remote(p, d) = max(queue(p) + prefill(p), queue(d)) + transfer(d)
 
-`inflicted` is what computing there costs the others: every running request of d stalls for T while the
-prompt is computed. One is assumed even on an idle worker, because by the end of a prompt that is worth
-moving another request may have come; so moving pays exactly when the move costs less than computing.
-On the remote path the queue of d drains while p computes. A prompt with less than a block to compute has
-nothing worth handing over and stays.
+On the remote path d's queue drains while p computes, and nobody's output stalls, as a prefill worker has
+none. On idle workers `inflicted` is about `prefill`, so a prompt moves exactly when that costs less than
+computing it. A prompt with less than a block to compute has nothing worth handing over and stays.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from penstock.core.scorers import (
     Candidate,
     Query,
     decode_ms,
+    inflicted_ms,
     prefill_ms,
     queue_ms,
     transfer_ms,
@@ -108,14 +106,13 @@ def plan(query: Query, candidate: Candidate, first: Ahead | None, disagg: Disagg
 
 
 def _local(query: Query, candidate: Candidate) -> Scored:
-    computing_ms = prefill_ms(query, candidate)
     return _scored(
         query,
         candidate,
         Path.AGGREGATED if candidate.role is Role.AGGREGATED else Path.LOCAL,
         queue=queue_ms(query, candidate),
-        prefill=computing_ms,
-        inflicted=computing_ms * max(1, candidate.load.running),
+        prefill=prefill_ms(query, candidate),
+        inflicted=inflicted_ms(query, candidate),
     )
 
 

@@ -4,7 +4,7 @@ A policy shortlists the workers of a pool; among those left, the cheapest plan w
 the random generator. So every policy uses the same costs to decide between local and remote prefill
 (core/disagg.py), and `kv`, which shortlists everybody, is nothing but the costs:
 
-    prefill worker   p* = argmin queue(p) + T(p)
+    prefill worker   p* = argmin queue(p) + prefill(p)
     decode worker    d* = argmin min(local(d), remote(p*, d)) + decode(d)
     aggregated       a competes with the decode workers by local(a) + decode(a)
 
