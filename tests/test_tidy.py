@@ -14,14 +14,14 @@ PACKAGE = ROOT / "penstock"
 # Each layer may import from the layers below its own, and from its own package; siblings never meet.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"structs"},
+    {"structs", "checked"},
     {"core", "wire"},
     {"ports", "clock"},
     {"engines", "discovery", "link", "transfer", "observability"},
     {"router"},
     {"frontend", "worker"},
-    {"graph"},
     {"config"},
+    {"graph"},
     {"launcher", "bench", "operator", "simulator"},
     {"cli", "__main__"},
 ]

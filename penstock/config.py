@@ -1,0 +1,351 @@
+"""The flags of `penstock frontend` and `penstock worker`: one struct each, for the CLI, the launcher and
+manifests alike.
+
+A field is a flag (`http_port` is `--http-port`) with its type, limits, default and help. A field may also
+name environment variables, the first that is set counts; a flag wins over them. Anything wrong is a
+ConfigError that names the flag or variable.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, inspect
+
+from penstock.checked import problems, shown, suggestion
+from penstock.errors import ConfigError
+from penstock.structs import Role
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=1)]
+DiscoveryKind = Literal["file", "etcd", "kubernetes"]
+
+SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
+STATE_VARIABLE = "PENSTOCK_STATE_DIR"
+
+_SECRET_CHARS_MIN = 16
+
+
+def flag(help_text: str, *variables: str) -> Meta:
+    """A field's help, and the environment variables that may set it."""
+    return Meta(description=help_text, extra={"env": variables})
+
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What frontends and workers have in common."""
+
+    namespace: Annotated[
+        str, flag("Only instances of the same namespace meet.", "PENSTOCK_NAMESPACE", "DYN_NAMESPACE")
+    ] = "default"
+    discovery: Annotated[
+        str,
+        flag(
+            "Who exists: file:[DIRECTORY], etcd://HOST:PORT[,...] or kubernetes:[NAMESPACE].",
+            "PENSTOCK_DISCOVERY",
+        ),
+    ] = "file:"
+    link_secret_file: Annotated[
+        str,
+        flag(
+            f"File with the secret that all workers and frontends share "
+            f"(or the secret itself in {SECRET_VARIABLE}).",
+            "PENSTOCK_LINK_SECRET_FILE",
+        ),
+    ] = ""
+    link_tls_cert: Annotated[str, flag("Own certificate for the link, PEM with its chain.")] = ""
+    link_tls_key: Annotated[str, flag("Its private key, PEM.")] = ""
+    link_tls_ca: Annotated[
+        str, flag("Authorities, PEM, from which the other side's certificate must come.")
+    ] = ""
+    drain_s: Annotated[
+        float, Meta(ge=0), flag("Seconds that running requests get to end on SIGTERM.", "PENSTOCK_DRAIN_S")
+    ] = 30.0
+    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
+        None
+    )
+
+
+class FrontendOptions(_Options, frozen=True, kw_only=True):
+    """The flags of `penstock frontend`."""
+
+    http_host: Annotated[
+        str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST")
+    ] = "127.0.0.1"
+    http_port: Annotated[Port, flag("Port to listen on; 0 takes a free one.")] = 8000
+    http_tls_cert: Annotated[str, flag("Serve HTTPS with this certificate, PEM with its chain.")] = ""
+    http_tls_key: Annotated[str, flag("Its private key, PEM.")] = ""
+    api_key: Annotated[str, flag("Key that clients must bring.", "PENSTOCK_API_KEY")] = ""
+    api_keys_file: Annotated[str, flag("File with one such key per line.")] = ""
+    max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
+    router_mode: Annotated[
+        Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],
+        flag("How a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),
+    ] = "kv"
+    disagg: Annotated[
+        Literal["auto", "always", "never"], flag("When a prefill worker goes first: auto weighs the costs.")
+    ] = "auto"
+    link_tls_server_name: Annotated[
+        str, flag("Name that workers' certificates must carry; the host of their address when empty.")
+    ] = ""
+    expect: Annotated[
+        str, flag("Roles that /health waits for, e.g. prefill,decode; none: whatever can serve.")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        _both(self, "http_tls_cert", "http_tls_key")
+        _both(self, "link_tls_cert", "link_tls_key")
+        parse_discovery(self.discovery)
+        self.expected_roles  # noqa: B018 - checks it
+
+    @property
+    def expected_roles(self) -> tuple[Role, ...]:
+        """`expect` as roles."""
+        names = [name.strip() for name in self.expect.split(",") if name.strip()]
+        for name in names:
+            if name not in list(Role):
+                raise ConfigError(f"--expect: expected roles of {', '.join(Role)}, got {shown(name)}")
+        return tuple(Role(name) for name in names)
+
+
+class WorkerOptions(_Options, frozen=True, kw_only=True):
+    """The flags of `penstock worker`. What follows `--` goes to the engine as it is."""
+
+    role: Annotated[Role, flag("What this worker does for a request.")] = Role.AGGREGATED
+    engine: Annotated[
+        Literal["reference", "vllm", "sim"],
+        flag("reference runs Qwen3 and Llama on the CPU, vllm is for GPUs, sim only keeps time."),
+    ] = "reference"
+    model: Annotated[str, flag("Model folder, or a name that the engine can download.")]
+    served_model_name: Annotated[str, flag("Name that clients use; the model's own when empty.")] = ""
+    host: Annotated[str, flag("Address that the link listens on.", "PENSTOCK_HOST")] = "127.0.0.1"
+    port: Annotated[Port, flag("Port of the link; 0 takes a free one.")] = 0
+    advertise_host: Annotated[
+        str,
+        flag(
+            "Host under which frontends and workers reach this one; --host when empty.",
+            "PENSTOCK_ADVERTISE_HOST",
+        ),
+    ] = ""
+    instance_id: Annotated[
+        str,
+        flag("Name of this instance; made from role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
+    ] = ""
+    system_port: Annotated[
+        Port | None,
+        flag(
+            "Port of /live, /health and /metrics; none when unset.",
+            "PENSTOCK_SYSTEM_PORT",
+            "DYN_SYSTEM_PORT",
+        ),
+    ] = None
+    block_size: Annotated[Count | None, flag("Tokens per KV block; the engine's choice when unset.")] = None
+    kv_cache_mib: Annotated[
+        Count | None, flag("KV cache of the reference engine, in MiB; its choice when unset.")
+    ] = None
+    max_model_len: Annotated[Count | None, flag("Longest context, in tokens; the model's when unset.")] = (
+        None
+    )
+    max_batch_tokens: Annotated[
+        Count | None, flag("Most tokens in one engine step; the engine's choice when unset.")
+    ] = None
+    max_running: Annotated[
+        Count | None, flag("Most requests in one engine step; the engine's choice when unset.")
+    ] = None
+    max_waiting: Annotated[
+        int, Meta(ge=0), flag("Requests that may wait here; the next goes to another worker.")
+    ] = 256
+    transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
+    handoff_ttl_s: Annotated[
+        float, Meta(gt=0), flag("Seconds for which a prefill worker keeps KV that nobody has pulled.")
+    ] = 60.0
+    sim_cost_model: Annotated[str, flag("JSON file with the sim engine's step costs.")] = ""
+    sim_speedup: Annotated[float, Meta(gt=0), flag("How much faster than time the sim engine runs.")] = 1.0
+    engine_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--model: missing")
+        if self.engine_args and self.engine != "vllm":
+            raise ConfigError(
+                f"{self.engine_args[0]}: the {self.engine} engine takes no arguments after --"
+            )
+        if self.transfer == "nixl" and self.engine == "sim":
+            raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
+        _both(self, "link_tls_cert", "link_tls_key")
+        parse_discovery(self.discovery)
+
+
+Options = TypeVar("Options", FrontendOptions, WorkerOptions)
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """One field of an options struct, as a command line sees it."""
+
+    field: str
+    name: str  # with dashes, without the leading two
+    type: inspect.Type
+    default: Any
+    required: bool
+    help: str
+    variables: tuple[str, ...]  # environment, the first one set counts
+
+
+def flags_of(options: type[FrontendOptions] | type[WorkerOptions]) -> dict[str, Flag]:
+    """All flags of an options struct by name, its own before the common ones."""
+    described_fields: list[Flag] = []
+    common = set(_Options.__struct_fields__)
+    kind = inspect.type_info(options)
+    assert isinstance(kind, inspect.StructType)
+    for field in sorted(kind.fields, key=lambda field: field.name in common):
+        if field.name == "engine_args":
+            continue
+        schema, extra = _metadata(field.type)
+        described_fields.append(
+            Flag(
+                field.name,
+                field.name.replace("_", "-"),
+                field.type,
+                None if field.required else field.default,
+                field.required,
+                schema.get("description", ""),
+                extra.get("env", ()),
+            )
+        )
+    return {flag.name: flag for flag in described_fields}
+
+
+def build_options(
+    options: type[Options],
+    given: Mapping[str, str],
+    environ: Mapping[str, str],
+    engine_args: Sequence[str] = (),
+) -> Options:
+    """Options from flags as text (`{"http-port": "8000"}`) and, below them, environment variables.
+
+    Raises:
+        ConfigError: a line for each flag that is unknown, missing, or has a wrong value.
+    """
+    flags = flags_of(options)
+    known = [f"--{name}" for name in flags]
+    values: dict[str, Any] = {}
+    wrong = [
+        f"--{name}: unknown flag{suggestion('--' + name, known)}" for name in given if name not in flags
+    ]
+    for name, flag in flags.items():
+        source, text = _source_of(flag, given, environ)
+        if text is None:
+            if flag.required:
+                wrong.append(f"--{name}: missing")
+            continue
+        value = _from_text(text, flag.type)
+        wrong += problems(value, flag.type, source)
+        values[flag.field] = value
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    if engine_args:
+        values["engine_args"] = tuple(engine_args)
+    return msgspec.convert(values, options)
+
+
+class DiscoveryUrl(msgspec.Struct, frozen=True):
+    """Where discovery is: a directory, etcd's endpoints, or a Kubernetes namespace (empty: the default)."""
+
+    kind: DiscoveryKind
+    location: str
+
+
+def parse_discovery(url: str) -> DiscoveryUrl:
+    """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` or `kubernetes:[NAMESPACE]`. Raises ConfigError."""
+    kind, colon, location = url.partition(":")
+    if kind == "etcd" and location.startswith("//") and len(location) > len("//"):
+        return DiscoveryUrl("etcd", location.removeprefix("//"))
+    if kind == "file" and colon:
+        return DiscoveryUrl("file", location.removeprefix("//"))
+    if kind == "kubernetes":
+        return DiscoveryUrl("kubernetes", location.removeprefix("//"))
+    raise ConfigError(f"--discovery: expected file:, etcd://HOST:PORT or kubernetes:, got {shown(url)}")
+
+
+def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str, str]) -> Path:
+    """The directory of a `file:` URL; without one, a place private to this user on this machine."""
+    if url.location:
+        return Path(url.location).expanduser() / namespace
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    base = (
+        Path(runtime) / "penstock" if runtime else Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}"
+    )
+    return base / "discovery" / namespace
+
+
+def link_secret(options: FrontendOptions | WorkerOptions, environ: Mapping[str, str]) -> str:
+    """The secret that workers and frontends share; empty when none is set. Raises ConfigError."""
+    if not options.link_secret_file:
+        source, secret = SECRET_VARIABLE, environ.get(SECRET_VARIABLE, "")
+        if not secret:
+            return ""
+    else:
+        source = "--link-secret-file"
+        try:
+            secret = Path(options.link_secret_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: cannot read {options.link_secret_file}: {error}") from error
+    if len(secret) < _SECRET_CHARS_MIN:
+        raise ConfigError(f"{source}: a secret needs at least {_SECRET_CHARS_MIN} characters")
+    return secret
+
+
+def api_keys(options: FrontendOptions) -> frozenset[str]:
+    """Keys of which a client must bring one; empty: none needed. Raises ConfigError."""
+    keys = {options.api_key} if options.api_key else set()
+    if options.api_keys_file:
+        try:
+            lines = Path(options.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys-file: cannot read {options.api_keys_file}: {error}") from error
+        keys |= {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+        if not keys:  # an empty file must not open the door
+            raise ConfigError(f"--api-keys-file: {options.api_keys_file} holds no keys")
+    return frozenset(keys)
+
+
+def _source_of(flag: Flag, given: Mapping[str, str], environ: Mapping[str, str]) -> tuple[str, str | None]:
+    if flag.name in given:
+        return f"--{flag.name}", given[flag.name]
+    for variable in flag.variables:
+        if environ.get(variable):
+            return variable, environ[variable]
+    return f"--{flag.name}", None
+
+
+def _from_text(text: str, kind: inspect.Type) -> Any:
+    """The value that a text stands for; the text itself when it does not fit, for `problems` to name."""
+    match kind:
+        case inspect.Metadata():
+            return _from_text(text, kind.type)
+        case inspect.UnionType():
+            return _from_text(text, next(t for t in kind.types if not isinstance(t, inspect.NoneType)))
+        case inspect.IntType() | inspect.FloatType():
+            number = int if isinstance(kind, inspect.IntType) else float
+            try:
+                return number(text)
+            except ValueError:
+                return text
+    return text
+
+
+def _metadata(kind: inspect.Type) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not isinstance(kind, inspect.Metadata):
+        return {}, {}
+    return kind.extra_json_schema or {}, kind.extra or {}
+
+
+def _both(options: _Options, one: str, other: str) -> None:
+    """Two flags that only make sense together."""
+    if bool(getattr(options, one)) != bool(getattr(options, other)):
+        given, missing = (one, other) if getattr(options, one) else (other, one)
+        raise ConfigError(f"--{given.replace('_', '-')}: needs --{missing.replace('_', '-')} too")

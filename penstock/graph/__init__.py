@@ -1,0 +1,20 @@
+"""A DynamoGraphDeployment as what Penstock runs: services with a role, replicas, flags and environment.
+
+`manifest` checks the YAML into structs, `command` reads what a container runs, `model` joins the two into a
+`Graph`.
+"""
+
+from penstock.graph.command import ServiceKind
+from penstock.graph.manifest import Manifest, parse_manifest
+from penstock.graph.model import Graph, Overrides, Service, build_graph, load_graph
+
+__all__ = [
+    "Graph",
+    "Manifest",
+    "Overrides",
+    "Service",
+    "ServiceKind",
+    "build_graph",
+    "load_graph",
+    "parse_manifest",
+]

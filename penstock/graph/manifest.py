@@ -1,0 +1,210 @@
+"""The DynamoGraphDeployment API, `nvidia.com/v1alpha1`, checked into structs.
+
+Typed are the fields that mean something to a process. Those that only mean something to a cluster are known
+by name (`ACCEPTED`), so that a user's manifest works and a typing error in it is still found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from penstock.checked import converted, problems, shown
+from penstock.errors import ConfigError
+
+ComponentType = Literal["main", "frontend", "worker", "prefill", "decode", "planner", "epp"]
+
+API_VERSION = "nvidia.com/v1alpha1"
+KIND = "DynamoGraphDeployment"
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
+_NAME_CHARS_MAX = 45  # Kubernetes gives 63 to a pod's labels; the service's name and a suffix join this one
+_SERVICES_MAX = 25  # as in the API's next version
+_FILE_BYTES_MAX = 1024 * 1024
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+class _Manifest(msgspec.Struct, frozen=True, rename="camel"):
+    """Base: camelCase names."""
+
+    ACCEPTED: ClassVar[frozenset[str]] = frozenset()
+
+
+class Env(_Manifest, frozen=True):
+    """An environment variable. `value_from` needs a cluster."""
+
+    name: str
+    value: str | None = None
+    value_from: dict[str, Any] | None = None
+
+
+class Amounts(_Manifest, frozen=True):
+    """Resource amounts, as strings in Kubernetes' notation."""
+
+    cpu: str | None = None
+    memory: str | None = None
+    gpu: str | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names("custom gpuType nodes")
+
+
+class Resources(_Manifest, frozen=True):
+    """What a replica asks for, and what it may use."""
+
+    requests: Amounts | None = None
+    limits: Amounts | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names("claims")
+
+
+class Container(_Manifest, frozen=True):
+    """What a replica runs."""
+
+    image: str | None = None
+    working_dir: str | None = None
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: tuple[Env, ...] = ()
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names(
+        "envFrom imagePullPolicy lifecycle livenessProbe name ports readinessProbe resizePolicy resources"
+        " restartPolicy securityContext startupProbe stdin stdinOnce terminationMessagePath"
+        " terminationMessagePolicy tty volumeDevices volumeMounts"
+    )
+
+
+class PodSpec(_Manifest, frozen=True):
+    """A Kubernetes PodSpec, and `mainContainer` for the container that Dynamo names `main`."""
+
+    main_container: Container | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names(
+        "activeDeadlineSeconds affinity automountServiceAccountToken containers dnsConfig dnsPolicy"
+        " enableServiceLinks ephemeralContainers hostAliases hostIPC hostNetwork hostPID hostUsers hostname"
+        " imagePullSecrets initContainers nodeName nodeSelector os overhead preemptionPolicy priority"
+        " priorityClassName readinessGates resourceClaims restartPolicy runtimeClassName schedulerName"
+        " schedulingGates securityContext serviceAccount serviceAccountName setHostnameAsFQDN"
+        " shareProcessNamespace subdomain terminationGracePeriodSeconds tolerations"
+        " topologySpreadConstraints volumes"
+    )
+
+
+class ServiceSpec(_Manifest, frozen=True):
+    """One service: replicas of one container."""
+
+    component_type: ComponentType | None = None
+    dynamo_namespace: str | None = None
+    replicas: Annotated[int, Meta(ge=0)] = 1
+    resources: Resources | None = None
+    envs: tuple[Env, ...] = ()
+    env_from_secret: str | None = None
+    extra_pod_spec: PodSpec | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names(
+        "annotations autoscaling checkpoint eppConfig extraPodMetadata frontendSidecar"
+        " globalDynamoNamespace ingress labels livenessProbe modelRef multinode pvc pvcs readinessProbe"
+        " scalingAdapter serviceName sharedMemory subComponentType topologyConstraint volumeMounts"
+    )
+
+
+class Spec(_Manifest, frozen=True):
+    """The graph: its services, and the environment that all of them share."""
+
+    services: dict[str, ServiceSpec]
+    envs: tuple[Env, ...] = ()
+    backend_framework: Literal["vllm", "sglang", "trtllm"] | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names(
+        "annotations dynamoGraph experimental labels priorityClassName pvcs restart topologyConstraint"
+    )
+
+
+class Metadata(_Manifest, frozen=True):
+    """The object's name."""
+
+    name: str
+    namespace: str | None = None
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names(
+        "annotations creationTimestamp deletionTimestamp finalizers generateName generation labels"
+        " managedFields ownerReferences resourceVersion selfLink uid"
+    )
+
+
+class Manifest(_Manifest, frozen=True):
+    """A DynamoGraphDeployment."""
+
+    api_version: str
+    kind: str
+    metadata: Metadata
+    spec: Spec
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names("status")
+
+
+def parse_manifest(text: str, source: str) -> Manifest:
+    """The one DynamoGraphDeployment in a YAML text; other documents in it are left alone.
+
+    Args:
+        text: one or several YAML documents.
+        source: the file's name, for messages.
+
+    Raises:
+        ConfigError: one line for each wrong field, `source: path: expected ..., got ...`.
+    """
+    graphs = [document for document in _documents(text, source) if _is_graph(document)]
+    if len(graphs) != 1:
+        raise ConfigError(f"{source}: expected one {KIND}, found {len(graphs) or 'none'}")
+    wrong = list(_manifest_problems(graphs[0]))
+    if wrong:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in wrong))
+    return converted(graphs[0], Manifest)
+
+
+def _documents(text: str, source: str) -> list[Any]:
+    if len(text) > _FILE_BYTES_MAX:
+        raise ConfigError(f"{source}: larger than {_FILE_BYTES_MAX} bytes")
+    try:
+        return list(yaml.safe_load_all(text))
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ConfigError(f"{source}:{line} not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _is_graph(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("kind") == KIND
+
+
+def _manifest_problems(document: dict[str, Any]) -> Iterator[str]:
+    version = document.get("apiVersion")
+    if version != API_VERSION:
+        yield f"apiVersion: expected {API_VERSION}, got {shown(version)}"
+    wrong = list(problems(document, Manifest, ""))
+    if wrong:
+        yield from (line.removeprefix(".") for line in wrong)
+        return
+    name, services = document["metadata"]["name"], document["spec"]["services"]
+    if not _NAME.fullmatch(name) or len(name) > _NAME_CHARS_MAX:
+        yield (
+            f"metadata.name: expected at most {_NAME_CHARS_MAX} of a-z, 0-9 and -, starting and ending with"
+            f" a letter or digit, got {shown(name)}"
+        )
+    if not 1 <= len(services) <= _SERVICES_MAX:
+        yield f"spec.services: expected 1 to {_SERVICES_MAX} services, got {len(services)}"
+    for service in services:
+        if not _SERVICE_NAME.fullmatch(service):
+            yield f"spec.services: expected a name of letters, digits and -, got {shown(service)}"
+    folded = {service.lower() for service in services}
+    if len(folded) < len(services):
+        yield "spec.services: two names differ only in upper and lower case"

@@ -1,0 +1,237 @@
+"""A manifest's services as Penstock commands: what the launcher starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from penstock.config import FrontendOptions, WorkerOptions, build_options
+from penstock.errors import ConfigError
+from penstock.graph.command import Command, ServiceKind, expand_references, parse_command
+from penstock.graph.manifest import Container, Env, Manifest, ServiceSpec, Spec, parse_manifest
+from penstock.structs import Role
+
+_NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
+_FRONTEND_TYPES = ("main", "frontend")
+_DEFAULT_FRONTEND = ("penstock", "frontend")
+
+
+class Service(msgspec.Struct, frozen=True):
+    """One service of a graph: replicas of one Penstock command."""
+
+    name: str  # its key in spec.services
+    kind: ServiceKind
+    role: Role | None  # None for frontends
+    replicas: int
+    flags: dict[str, str]  # names without the leading dashes, checked against config.py
+    engine_args: tuple[str, ...]
+    env: dict[str, str]
+    gpus: int  # per replica
+
+    @property
+    def label(self) -> str:
+        """What people call it: frontend, prefill, decode or aggregated."""
+        return (self.role or self.kind).value
+
+    def argv(self) -> list[str]:
+        """The words after `penstock`."""
+        flags = [word for name, value in self.flags.items() for word in (f"--{name}", value)]
+        tail = ["--", *self.engine_args] if self.engine_args else []
+        return [self.kind.value, *flags, *tail]
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """What one manifest asks for. `notes` tell in words what of it has no effect."""
+
+    name: str
+    namespace: str
+    services: tuple[Service, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The workers' roles that have at least one replica, in the order of a request."""
+        present = {service.role for service in self.services if service.replicas}
+        return tuple(role for role in Role if role in present)
+
+
+class Overrides(msgspec.Struct, frozen=True):
+    """What a command line changes in every worker of a graph. Empty: as the manifest says."""
+
+    engine: str = ""
+    model: str = ""
+
+
+def load_graph(path: Path, overrides: Overrides = Overrides()) -> Graph:  # noqa: B008 - frozen
+    """The graph of a manifest file.
+
+    A relative model folder in it is looked up from the file's folder, that folder's parent, and the
+    working directory, in this order; found in none, it is taken for a model's name. An overriding model
+    is looked up from the working directory alone.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read {path}: {reason}") from error
+    graph = build_graph(parse_manifest(text, path.name), overrides, path.name)
+    folder = path.resolve().parent
+    places = [Path.cwd()] if overrides.model else [folder, folder.parent, Path.cwd()]
+    services = tuple(_with_model_found(service, places) for service in graph.services)
+    return msgspec.structs.replace(graph, services=services)
+
+
+def build_graph(manifest: Manifest, overrides: Overrides, source: str = "manifest") -> Graph:
+    """The graph of a checked manifest.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong, `source: path: reason`.
+    """
+    builder = _Builder(manifest.spec, overrides)
+    services = builder.services()
+    namespace = builder.namespace()
+    if builder.wrong:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in builder.wrong))
+    name = manifest.metadata.name
+    return Graph(name, namespace or name, services, tuple(builder.notes))
+
+
+class _Builder:
+    """Reads all services, collecting everything that is wrong instead of stopping at the first."""
+
+    def __init__(self, spec: Spec, overrides: Overrides) -> None:
+        self._spec = spec
+        self._overrides = overrides
+        self.wrong: list[str] = []
+        self.notes: list[str] = []
+
+    def namespace(self) -> str:
+        """The one that all services share; empty when none names one."""
+        names = sorted(
+            {spec.dynamo_namespace for spec in self._spec.services.values() if spec.dynamo_namespace}
+        )
+        if len(names) > 1:
+            self.wrong.append(f"spec.services: expected one dynamoNamespace, got {', '.join(names)}")
+        return names[0] if names else ""
+
+    def services(self) -> tuple[Service, ...]:
+        commands = dict(self._commands())
+        has_prefill = any(command.flags.get("role") == Role.PREFILL for command in commands.values())
+        services = []
+        for name, command in commands.items():
+            if command.decode_or_aggregated:
+                command.flags["role"] = Role.DECODE if has_prefill else Role.AGGREGATED
+            with self._noting(name):
+                services.append(self._service(name, command))
+        if not self.wrong:
+            kinds = {service.kind for service in services}
+            self.wrong += [
+                f"spec.services: there is no {kind}" for kind in ServiceKind if kind not in kinds
+            ]
+        return tuple(services)
+
+    def _commands(self) -> Iterator[tuple[str, Command]]:
+        for name, spec in self._spec.services.items():
+            if spec.component_type in _NOT_RUN:
+                self.notes.append(f"{name}: {_NOT_RUN[spec.component_type]} are not run")
+                continue
+            with self._noting(name):
+                yield name, self._command(name, spec)
+
+    def _command(self, name: str, spec: ServiceSpec) -> Command:
+        container = _container(spec)
+        env = self._environment(name, (*self._spec.envs, *spec.envs, *container.env))
+        is_frontend = spec.component_type in _FRONTEND_TYPES
+        argv = [*container.command, *container.args]
+        if not argv and is_frontend:
+            argv = list(_DEFAULT_FRONTEND)
+        command = parse_command(argv, env)
+        if spec.component_type is not None and is_frontend != (command.kind is ServiceKind.FRONTEND):
+            raise ConfigError(
+                f"componentType is {spec.component_type}, but its command runs a {command.kind}"
+            )
+        return msgspec.structs.replace(command, env=env | command.env)
+
+    def _environment(self, name: str, entries: Iterable[Env]) -> dict[str, str]:
+        """Later entries win, and may refer to earlier ones as `$(NAME)`."""
+        env: dict[str, str] = {}
+        for entry in entries:
+            if entry.value_from is not None:
+                self.notes.append(
+                    f"{name}: {entry.name} is set by the cluster; set it yourself if it is needed"
+                )
+            elif entry.value is not None:
+                env[entry.name] = expand_references(entry.value, env)
+        return env
+
+    def _service(self, name: str, command: Command) -> Service:
+        role = None
+        self.notes += [f"{name}: {flag} has no meaning here and is ignored" for flag in command.ignored]
+        if command.kind is ServiceKind.WORKER:
+            self._override(name, command)
+            role = build_options(WorkerOptions, command.flags, command.env, command.engine_args).role
+        else:
+            build_options(FrontendOptions, command.flags, command.env)
+        spec = self._spec.services[name]
+        return Service(
+            name=name,
+            kind=command.kind,
+            role=role,
+            replicas=spec.replicas,
+            flags=command.flags,
+            engine_args=tuple(command.engine_args),
+            env=command.env,
+            gpus=_gpus(spec),
+        )
+
+    def _override(self, name: str, command: Command) -> None:
+        if self._overrides.engine:
+            command.flags["engine"] = self._overrides.engine
+            if command.engine_args and self._overrides.engine != "vllm":
+                self.notes.append(f"{name}: {' '.join(command.engine_args)} is for vLLM and is ignored")
+                command.engine_args = []
+        if self._overrides.model:
+            command.flags["model"] = self._overrides.model
+
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            self.wrong += [f"spec.services.{name}: {line}" for line in str(error).splitlines()]
+
+
+def _container(spec: ServiceSpec) -> Container:
+    pod = spec.extra_pod_spec
+    return pod.main_container if pod and pod.main_container else Container()
+
+
+def _gpus(spec: ServiceSpec) -> int:
+    """GPUs of one replica, from its limits, else its requests."""
+    resources = spec.resources
+    for place, amounts in (
+        ("limits", resources and resources.limits),
+        ("requests", resources and resources.requests),
+    ):
+        if amounts and amounts.gpu is not None:
+            if not amounts.gpu.isascii() or not amounts.gpu.isdigit():
+                raise ConfigError(f"resources.{place}.gpu: expected a whole number, got {amounts.gpu!r}")
+            return int(amounts.gpu)
+    return 0
+
+
+def _with_model_found(service: Service, places: Sequence[Path]) -> Service:
+    model = service.flags.get("model", "")
+    if not model or Path(model).is_absolute():
+        return service
+    for place in places:
+        if (place / model).is_dir():
+            flags = {**service.flags, "model": str((place / model).resolve())}
+            return msgspec.structs.replace(service, flags=flags)
+    return service

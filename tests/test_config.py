@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from penstock.config import (
+    DiscoveryUrl,
+    FrontendOptions,
+    WorkerOptions,
+    api_keys,
+    build_options,
+    discovery_directory,
+    flags_of,
+    link_secret,
+    parse_discovery,
+)
+from penstock.errors import ConfigError
+from penstock.structs import Role
+
+
+def errors_of(options: type, given: dict[str, str], environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build_options(options, given, environ or {})
+    return str(caught.value).splitlines()
+
+
+def test_flags_as_text_become_typed_options() -> None:
+    flags = {"model": "m", "role": "prefill", "port": "70", "handoff-ttl-s": "1.5", "block-size": "16"}
+    worker = build_options(WorkerOptions, flags, {})
+    assert worker.role is Role.PREFILL
+    assert (worker.port, worker.handoff_ttl_s, worker.block_size, worker.max_running) == (70, 1.5, 16, None)
+    assert build_options(FrontendOptions, {}, {}) == FrontendOptions()
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    environ = {"DYN_ROUTER_MODE": "random", "PENSTOCK_HTTP_HOST": "0.0.0.0", "PENSTOCK_DRAIN_S": ""}
+    options = build_options(FrontendOptions, {}, environ)
+    assert (options.router_mode, options.http_host, options.drain_s) == ("random", "0.0.0.0", 30.0)
+    environ["PENSTOCK_ROUTER_MODE"] = "round-robin"
+    assert build_options(FrontendOptions, {}, environ).router_mode == "round-robin"
+    assert build_options(FrontendOptions, {"router-mode": "kv"}, environ).router_mode == "kv"
+
+
+def test_every_wrong_flag_gets_a_line() -> None:
+    wrong = {"http-port": "700000", "routr-mode": "kv", "router-mode": "kvx", "max-body-bytes": "x"}
+    assert errors_of(FrontendOptions, wrong) == [
+        "--routr-mode: unknown flag (did you mean --router-mode?)",
+        "--http-port: expected an integer from 0 to 65535, got 700000",
+        '--max-body-bytes: expected an integer > 0, got "x"',
+        '--router-mode: expected one of kv, least-loaded, power-of-two, random, round-robin, got "kvx"',
+    ]
+    assert errors_of(WorkerOptions, {}) == ["--model: missing"]
+    assert errors_of(WorkerOptions, {"model": ""}) == ["--model: missing"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "0x10", ""])
+def test_numbers_are_finite_and_in_range(value: str) -> None:
+    assert errors_of(WorkerOptions, {"model": "m", "handoff-ttl-s": value})[0].startswith(
+        "--handoff-ttl-s: "
+    )
+
+
+def test_a_wrong_variable_is_named() -> None:
+    line = 'DYN_SYSTEM_PORT: expected an integer from 0 to 65535, got "x"'
+    assert errors_of(WorkerOptions, {"model": "m"}, {"DYN_SYSTEM_PORT": "x"}) == [line]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "error"),
+    [
+        (
+            FrontendOptions,
+            {"expect": "prefill,foo"},
+            "--expect: expected roles of prefill, decode, aggregated",
+        ),
+        (FrontendOptions, {"http-tls-key": "k"}, "--http-tls-key: needs --http-tls-cert too"),
+        (FrontendOptions, {"link-tls-cert": "k"}, "--link-tls-cert: needs --link-tls-key too"),
+        (FrontendOptions, {"discovery": "zookeeper:x"}, "--discovery: expected file:, etcd://HOST:PORT or"),
+        (
+            WorkerOptions,
+            {"model": "m", "discovery": "etcd:"},
+            "--discovery: expected file:, etcd://HOST:PORT",
+        ),
+        (
+            WorkerOptions,
+            {"model": "m", "engine": "sim", "transfer": "nixl"},
+            "--transfer: the sim engine has no",
+        ),
+    ],
+)
+def test_flags_must_make_sense_together(options: type, flags: dict[str, str], error: str) -> None:
+    assert errors_of(options, flags)[0].startswith(error)
+
+
+def test_engine_arguments_are_for_vllm() -> None:
+    options = build_options(WorkerOptions, {"model": "m", "engine": "vllm"}, {}, ["--enforce-eager"])
+    assert options.engine_args == ("--enforce-eager",)
+    with pytest.raises(ConfigError, match=r"^--enforce-eager: the reference engine takes no arguments"):
+        build_options(WorkerOptions, {"model": "m"}, {}, ["--enforce-eager"])
+
+
+def test_expected_roles() -> None:
+    assert FrontendOptions(expect="prefill, decode").expected_roles == (Role.PREFILL, Role.DECODE)
+    assert FrontendOptions().expected_roles == ()
+
+
+@pytest.mark.parametrize("options", [FrontendOptions, WorkerOptions])
+def test_every_flag_has_help_of_one_sentence(options: type) -> None:
+    flags = flags_of(options)
+    assert {flag.field for flag in flags.values()} | {"engine_args"} >= set(options.__struct_fields__)
+    for flag in flags.values():
+        assert flag.help.endswith("."), flag.name
+
+
+def test_discovery_urls() -> None:
+    assert parse_discovery("file:/a/b") == parse_discovery("file:///a/b") == DiscoveryUrl("file", "/a/b")
+    assert parse_discovery("etcd://a:1,b:2") == DiscoveryUrl("etcd", "a:1,b:2")
+    assert parse_discovery("kubernetes:") == parse_discovery("kubernetes") == DiscoveryUrl("kubernetes", "")
+
+
+def test_namespaces_do_not_share_a_directory() -> None:
+    url = DiscoveryUrl("file", "/shared")
+    assert discovery_directory(url, "a", {}) == Path("/shared/a")
+    own = DiscoveryUrl("file", "")
+    assert discovery_directory(own, "a", {"XDG_RUNTIME_DIR": "/run/u"}) == Path(
+        "/run/u/penstock/discovery/a"
+    )
+    assert str(os.getuid()) in str(discovery_directory(own, "a", {}))
+
+
+def test_link_secrets(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    options = FrontendOptions(link_secret_file=str(path))
+    with pytest.raises(ConfigError, match=r"^--link-secret-file: cannot read "):
+        link_secret(options, {})
+    path.write_text("0123456789abcdef\n")
+    assert link_secret(options, {"PENSTOCK_LINK_SECRET": "unused unused unused"}) == "0123456789abcdef"
+    assert link_secret(FrontendOptions(), {}) == ""
+    with pytest.raises(ConfigError, match=r"^PENSTOCK_LINK_SECRET: a secret needs at least 16 characters$"):
+        link_secret(FrontendOptions(), {"PENSTOCK_LINK_SECRET": "short"})
+
+
+def test_api_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\none\n\n two \n")
+    assert api_keys(FrontendOptions(api_key="zero", api_keys_file=str(path))) == {"zero", "one", "two"}
+    assert api_keys(FrontendOptions()) == frozenset()
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no keys"):
+        api_keys(FrontendOptions(api_keys_file=str(path)))
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        FrontendOptions().http_port = 1
+    assert msgspec.structs.replace(FrontendOptions(), http_port=1).http_port == 1
