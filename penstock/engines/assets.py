@@ -1,0 +1,34 @@
+"""The files of a model folder that a frontend needs to render prompts, tokenize and detokenize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from penstock.errors import ConfigError
+
+ASSET_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+MAX_ASSET_BYTES = 32 * 1024 * 1024
+"""Of one file. Tokenizers of 250,000 tokens take 10 to 20 MB; assets are kept in memory on both sides."""
+
+
+def assets_from(folder: Path | str) -> dict[str, bytes]:
+    """File name -> content, of those in ASSET_NAMES that the folder has.
+
+    Raises ConfigError when the folder does not exist, or a file is too large or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    return {name: _read(folder / name) for name in ASSET_NAMES if (folder / name).exists()}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_ASSET_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > MAX_ASSET_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_ASSET_BYTES} bytes")
+    return content

@@ -1,0 +1,178 @@
+"""One turn of an engine: plan, compute, commit, and what the transfer has to do in between.
+
+A turn is the same whoever drives it: a thread (stepping.py) or an event loop on a virtual clock
+(virtual.py). A driver applies commands between turns, never during one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import msgspec
+
+from penstock.engines.batch import Row, Runner
+from penstock.engines.effects import Export, Pull, Retract
+from penstock.engines.scheduler import Scheduler
+from penstock.engines.settings import SchedulerSettings
+from penstock.errors import PenstockError, RemoteError
+from penstock.ports import KvTransfer, Pulled
+from penstock.structs import EngineCard, EngineStep, Load
+
+log = logging.getLogger("penstock.engine")
+
+MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the engine is given up: one may be a single bad attempt, which has
+then ended; several mean that the runner is broken, and attempts are better served elsewhere."""
+
+Command = Callable[[float], None]
+"""Something for the scheduler, called between turns with the time in seconds."""
+
+
+class LoadedModel(msgspec.Struct):
+    """What an engine is built around."""
+
+    card: EngineCard
+    """`transport` is filled in by `build_cycle`."""
+
+    runner: Runner
+
+    pool: memoryview
+    """The KV pool, as KvTransfer.start wants it."""
+
+
+class EngineCycle:
+    """Drives a scheduler, a runner and a transfer through steps. Used from one thread at a time.
+
+    Args:
+        transfer: None when KV never moves; started and stopped by whoever owns the engine.
+        now: the clock, in seconds.
+        post: takes a Command from any thread, to be applied between two turns.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        transfer: KvTransfer | None,
+        now: Callable[[], float],
+        post: Callable[[Command], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._transfer = transfer
+        self._now = now
+        self._post = post
+        self._failed_steps = 0
+        self._stop_at: float | None = None
+        self._reported = Load()
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the next turn must begin at the latest, even without commands or a batch."""
+        deadlines = (self.scheduler.next_deadline, self._stop_at)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Told to stop, and either out of work or out of time."""
+        return self._stop_at is not None and (self.scheduler.idle or self._now() >= self._stop_at)
+
+    def stop(self, grace_s: float, now: float) -> None:
+        """A Command: finish within `grace_s`."""
+        self._stop_at = now + grace_s
+
+    def begin(self, commands: Iterable[Command]) -> list[Row]:
+        """Apply commands in order and plan the next batch, for `compute`; empty when there is nothing to
+        compute. Starts pulls."""
+        for command in commands:
+            command(self._now())
+        batch = self.scheduler.plan(self._now())
+        self._act()
+        return batch
+
+    def compute(self, batch: list[Row]) -> None:
+        """Run a planned batch, and commit or fail it. Raises RemoteError when the engine is broken."""
+        try:
+            samples = self._runner.run(batch)
+        except Exception as error:  # whatever a model raises, it is this step's attempts that fail
+            log.exception("step failed: rows=%d", len(batch))
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise RemoteError(f"{self._failed_steps} steps in a row failed, last: {error!r}") from error
+            self.scheduler.fail_batch(f"step failed: {error!r}")
+        else:
+            self._failed_steps = 0
+            self.scheduler.commit(samples, self._now())
+        self._act()
+
+    def cancel_all(self) -> None:
+        """End what is left when the time is up."""
+        self.scheduler.cancel_all(self._now())
+        self._act()
+
+    def report(self) -> EngineStep | None:
+        """All that is new since the last report; None when nothing is."""
+        step = self.scheduler.report()
+        if not (step.outputs or step.stored or step.removed) and step.load == self._reported:
+            return None
+        self._reported = step.load
+        return step
+
+    def _act(self) -> None:
+        for effect in self.scheduler.effects():
+            assert self._transfer is not None, "a scheduler without a transfer has no effects"
+            match effect:
+                case Export():
+                    self._export(self._transfer, effect)
+                case Pull():
+                    self._pull(self._transfer, effect)
+                case Retract(handoff_id):
+                    done = self._transfer.retract(handoff_id)
+                    self.scheduler.retracted(handoff_id, done, self._now())
+
+    def _export(self, transfer: KvTransfer, export: Export) -> None:
+        handoff_id = export.handoff.handoff_id
+        try:
+            address, params = transfer.export(handoff_id, export.block_ids)
+        except PenstockError as error:
+            log.warning("KV transfer cannot export: handoff=%s: %s", handoff_id, error)
+            self.scheduler.export_failed(export, str(error), self._now())
+        else:
+            self.scheduler.exported(export, address, params)
+
+    def _pull(self, transfer: KvTransfer, pull: Pull) -> None:
+        def on_done(pulled: Pulled) -> None:  # on a thread of the transfer's
+            self._post(partial(self.scheduler.pull_done, pull.attempt_id, pulled))
+
+        try:
+            transfer.pull(pull.handoff, pull.source_indices, pull.block_ids, pull.timeout_s, on_done)
+        except PenstockError as error:
+            on_done(Pulled(blocks=0, bytes=0, seconds=0.0, error=str(error)))
+
+
+def build_cycle(
+    model: LoadedModel,
+    settings: SchedulerSettings,
+    transfer: KvTransfer | None,
+    now: Callable[[], float],
+    post: Callable[[Command], None],
+) -> EngineCycle:
+    """A cycle around a loaded model, its transfer started and its card complete. May block for as long as
+    the transfer takes to start; arguments as of EngineCycle."""
+    card = model.card
+    if transfer is not None:
+        card.transport = transfer.name
+    scheduler = Scheduler(card, settings)
+    if transfer is not None:
+        transfer.start(model.pool, lambda handoff_id: post(partial(scheduler.pulled, handoff_id)))
+    log.info(
+        "engine ready: %s, model %s, %d blocks of %d tokens, transport %s",
+        card.engine,
+        card.model,
+        card.total_blocks,
+        card.block_size,
+        card.transport or "none",
+    )
+    return EngineCycle(scheduler, model.runner, transfer, now, post)

@@ -1,0 +1,74 @@
+"""What every engine around an EngineCycle has on the event loop: commands go in, steps come out."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from penstock.engines.cycle import Command, EngineCycle
+from penstock.engines.outbox import Outbox
+from penstock.engines.scheduler import Scheduler
+from penstock.errors import PenstockError, RemoteError
+from penstock.structs import Attempt, EngineStep
+
+log = logging.getLogger("penstock.engine")
+
+
+class EngineShell(ABC):
+    """The part of the Engine port that does not depend on who takes the turns."""
+
+    def __init__(self) -> None:
+        self._outbox = Outbox()
+        self._cycle: EngineCycle | None = None  # until started
+
+    def submit(self, attempt: Attempt) -> None:
+        """As Engine.submit, once started."""
+        self._post(partial(self.scheduler.add, attempt))
+
+    def cancel(self, attempt_id: str) -> None:
+        """As Engine.cancel."""
+        self._post(partial(self.scheduler.cancel, attempt_id))
+
+    def release(self, handoff_id: str) -> None:
+        """As Engine.release."""
+        self._post(partial(self.scheduler.release, handoff_id))
+
+    def cached_hashes(self) -> Sequence[int]:
+        """As Engine.cached_hashes; a copy."""
+        return self._outbox.cached_hashes()
+
+    def steps(self) -> AsyncIterator[EngineStep]:
+        """As Engine.steps, for one reader. Ends after `stop`; RemoteError when the engine broke."""
+        return self._outbox.read()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The state behind the steps. It belongs to whoever takes the turns; others may only look."""
+        assert self._cycle is not None, "the engine was not started"
+        return self._cycle.scheduler
+
+    @abstractmethod
+    def _post(self, command: Command) -> None:
+        """Take a command for the next turn."""
+
+    def _hand_out(self, cycle: EngineCycle) -> None:
+        step = cycle.report()
+        if step is not None:
+            self._outbox.push(step)
+
+    @contextmanager
+    def _ending_steps(self) -> Iterator[None]:
+        """Whatever ends the turns ends `steps()` too, or every client would wait for ever."""
+        error: PenstockError | None = None
+        try:
+            yield
+        except PenstockError as reason:
+            error = reason
+        except Exception as bug:  # ours, as the runner's are mapped in the cycle
+            log.exception("the engine broke")
+            error = RemoteError(f"the engine broke: {bug!r}")
+        finally:
+            self._outbox.close(error)
