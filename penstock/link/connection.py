@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol, cast
 
 from penstock.errors import ProtocolError
+from penstock.link.address import join_address
 from penstock.wire.frames import FrameDecoder
 
 _HIGH_WATER_BYTES = 256 * 1024
@@ -55,17 +56,18 @@ class Connection(asyncio.Protocol):
         self._paced: deque[Iterator[bytes]] = deque()
         self._paused = False
         self._pump_scheduled = False
+        self._resting = False
 
     @property
     def usable(self) -> bool:
         """Whether what is written now has a chance to arrive."""
-        return self._transport is not None and not self._reason
+        return self._open() is not None
 
     @property
     def peer_address(self) -> str:
         """Where the other end is, for the log."""
-        address = self._transport and self._transport.get_extra_info("peername")
-        return f"{address[0]}:{address[1]}" if address else "?"
+        name = self._transport and self._transport.get_extra_info("peername")
+        return join_address(name[0], name[1]) if name else "unknown"
 
     def limit_frames(self, max_frame_bytes: int) -> None:
         """Change the longest body that may arrive."""
@@ -78,18 +80,18 @@ class Connection(asyncio.Protocol):
 
     def write(self, frame: bytes) -> None:
         """Send a frame; cut the connection when too much is unsent. Nothing happens once it is ending."""
-        if self._transport is None or self._reason:
-            return
-        self._transport.write(frame)
-        self.check_unsent(0)
+        transport = self._open()
+        if transport is not None:
+            transport.write(frame)
+            self.check_unsent(0)
 
     def check_unsent(self, held_bytes: int) -> None:
         """Cut the connection when the unsent bytes, and those the owner holds back, are too many."""
-        if self._transport is None or self._reason:
-            return
-        unsent_bytes = self._transport.get_write_buffer_size() + held_bytes
-        if unsent_bytes > self._max_unsent_bytes:
-            self.cut(f"it does not read: {unsent_bytes} bytes unsent")
+        transport = self._open()
+        if transport is not None:
+            unsent_bytes = transport.get_write_buffer_size() + held_bytes
+            if unsent_bytes > self._max_unsent_bytes:
+                self.cut(f"it does not read: {unsent_bytes} bytes unsent")
 
     def write_paced(self, frames: Iterator[bytes]) -> None:
         """Send frames one per turn of the event loop, and only as the network takes them; what `write`
@@ -97,12 +99,22 @@ class Connection(asyncio.Protocol):
         self._paced.append(frames)
         self._schedule_pump()
 
+    def rest(self) -> None:
+        """Read on in the next turn of the event loop. Otherwise a peer that sends fast is read for as long
+        as it does, and a large snapshot holds up everyone else's tokens."""
+        transport = self._open()
+        if transport is not None and not self._resting:
+            self._resting = True
+            transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
+
     def close(self, reason: str) -> None:
         """End in order: what was written still leaves, as far as the peer reads it. The owner sets the
         deadline, with `cut`."""
-        if self._transport is not None and not self._reason:
+        transport = self._open()
+        if transport is not None:
             self._reason = reason
-            self._transport.close()
+            transport.close()
 
     def cut(self, reason: str) -> None:
         """End at once, dropping what is unsent. After `close` it keeps that reason."""
@@ -145,6 +157,15 @@ class Connection(asyncio.Protocol):
         finally:
             if not self.ended.cancelled():
                 self.ended.set_result(self._reason)
+
+    def _open(self) -> asyncio.Transport | None:
+        return None if self._reason else self._transport
+
+    def _read_on(self) -> None:
+        self._resting = False
+        transport = self._open()
+        if transport is not None:
+            transport.resume_reading()
 
     def _schedule_pump(self) -> None:
         if self._paced and not self._paused and not self._pump_scheduled:

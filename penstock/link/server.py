@@ -161,7 +161,8 @@ class _Door:
         self._strangers.pop(peer, None)
         self.peers.pop(peer, None)
         if peer.welcomed:
-            _logger.warning("frontend %s is gone: %s", peer.frontend_id, reason)
+            level = logging.INFO if self.closed else logging.WARNING
+            _logger.log(level, "frontend %s is gone: %s", peer.frontend_id, reason)
         else:
             self._log.warning("a link from %s did not begin: %s", peer.connection.peer_address, reason)
 

@@ -141,7 +141,7 @@ class Session:
             if self.connection.phase_s > settings.handshake_timeout_s:
                 self.connection.cut(f"no handshake in {settings.handshake_timeout_s:g} s")
             return
-        if self.connection.silent_s >= settings.silence_s:
+        if self.connection.silent_s > settings.silence_s:
             self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
         elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"no snapshot in {settings.snapshot_timeout_s:g} s")
@@ -209,6 +209,8 @@ class Session:
             self.phase = Phase.LIVE
             self.connection.phase_s = 0.0
             self._listener.on_up(self._card, hashes, message.load)
+        else:
+            self.connection.rest()
 
     def _pass_on(self, message: ToFrontend) -> None:
         match message:
@@ -234,3 +236,5 @@ class Session:
         download.add(part)
         if part.last:
             del self._downloads[part.sha256]
+        else:
+            self.connection.rest()

@@ -111,6 +111,7 @@ class FakeTransport(asyncio.Transport):
         self.unsent_bytes = 0
         self.stuck = False
         self.paused = False
+        self.reading = True
         self.ending = ""
         self.high_bytes = 0
 
@@ -135,6 +136,12 @@ class FakeTransport(asyncio.Transport):
             if self.unsent_bytes > self.high_bytes and not self.paused:
                 self.paused = True
                 self.protocol.pause_writing()
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
 
     def unstick(self) -> None:
         self.stuck = False

@@ -159,3 +159,15 @@ async def test_the_end_is_told_even_when_the_owner_fails(connection: Connection,
     with pytest.raises(ZeroDivisionError):
         connection.connection_lost(None)
     assert connection.ended.done()
+
+
+async def test_rest_lasts_one_turn(connection: Connection, transport: Any) -> None:
+    connection.rest()
+    connection.rest()
+    assert not transport.reading
+    await asyncio.sleep(0)
+    assert transport.reading
+    connection.rest()
+    connection.cut("enough")
+    await asyncio.sleep(0)
+    assert not transport.reading

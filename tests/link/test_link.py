@@ -6,12 +6,15 @@ import asyncio
 import hashlib
 import random
 import socket
+import statistics
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
 from penstock.errors import RemoteError
+from penstock.link.peer import SNAPSHOT_PART_BLOCKS
 from penstock.structs import Load, Output
 from penstock.wire.messages import Bounce, Step
 
@@ -85,8 +88,7 @@ async def test_a_snapshot_and_the_steps_during_it_add_up(bench: Any) -> None:
 
 async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
     worker, listener = bench.worker(), bench.listener()
-    rng = random.Random(2)
-    worker.cached = {rng.randrange(2**64) for _ in range(1_000_000)}
+    worker.cached = {number * 0x9E3779B97F4A7C15 % 2**64 for number in range(1_000_000)}
     gaps = [0.0]
     async with bench.server(worker) as server, bench.client(server.address, listener) as client:
         last = time.perf_counter()
@@ -98,8 +100,10 @@ async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
         send_step(server, worker, 5)
         await bench.until(lambda: listener.steps)
         assert listener.cached == worker.cached
-    # The longest turns are the worker's copy and this listener's own set of a million numbers.
-    assert sorted(gaps)[-5] < 0.1
+    # The longest turns are the worker's copy and this listener's own set of a million numbers; a loop
+    # that is held up by the link would take about 100 ms for all of the rest at once.
+    assert len(gaps) > 1_000_000 / SNAPSHOT_PART_BLOCKS
+    assert statistics.quantiles(gaps, n=20)[-1] < 0.05
 
 
 async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
@@ -332,3 +336,39 @@ async def test_a_listener_that_raises_ends_its_connection_only(bench: Any) -> No
         peer.send(Bounce(attempt_id="a", reason="r"))
         await bench.until(lambda: listener.ups == 2)
         assert len(listener.downs) == 1
+
+
+async def test_whatever_is_cut_comes_back_and_agrees(bench: Any) -> None:
+    """Random cuts on either side while the cache changes and attempts run."""
+    rng = random.Random(11)
+    worker = bench.worker(range(1000))
+    listeners = [bench.listener() for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(bench.server(worker))
+        clients = [
+            await stack.enter_async_context(bench.client(server.address, listener, f"f{number}"))
+            for number, listener in enumerate(listeners)
+        ]
+        sent = 0
+        while sum(listener.ups for listener in listeners) < 40:
+            await asyncio.sleep(0.001)
+            stored, removed = rng.randrange(2**64), rng.choice(list(worker.cached))
+            worker.cached.remove(removed)
+            worker.cached.add(stored)
+            for peer in server.peers:
+                peer.send(Step(seen=peer.seen, load=worker.load(), stored=[stored], removed=[removed]))
+            client = rng.choice(clients)
+            if client.up:
+                client.generate(bench.attempt())
+                sent += 1
+            if rng.random() < 0.2 and server.peers:
+                rng.choice(list(server.peers)).connection.cut("fault at the worker")
+            elif rng.random() < 0.2 and client.up:
+                client._session.connection.cut("fault at the frontend")
+        await bench.until(lambda: all(client.up for client in clients) and len(server.peers) == 3)
+        await bench.until(lambda: all(listener.cached == worker.cached for listener in listeners))
+        assert 0 < len(worker.generated) <= sent
+        assert len(worker.lost) == len(set(worker.lost)) >= sum(listener.ups for listener in listeners) - 3
+    for listener in listeners:
+        order = [call[0] for call in listener.calls if call[0] in ("up", "down")]
+        assert order == ["up", "down"] * (len(order) // 2)

@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from penstock.link.peer import SNAPSHOT_PART_BLOCKS, Peer
 from penstock.link.settings import ServerSettings
-from penstock.structs import Load
+from penstock.structs import Attempt, Load, Sampling
 from penstock.wire.frames import decode_to_frontend, encode
 from penstock.wire.handshake import FrontendHandshake
 from penstock.wire.messages import (
@@ -264,3 +266,32 @@ async def test_the_door_hears_of_the_end_even_when_the_worker_fails(bench: Any) 
     with pytest.raises(ZeroDivisionError):
         case.transport.protocol.connection_lost(None)
     assert case.door.calls[-1] == "closed by the other side"
+
+
+MESSAGES = st.one_of(
+    st.builds(Hello, st.integers(0, 2), st.text(max_size=3), st.binary(max_size=17), st.just(b"")),
+    st.builds(Generate, st.integers(0, 3), st.just(Attempt("a", "r", [1], 1, Sampling(max_tokens=1)))),
+    st.builds(Cancel, st.text(max_size=3)),
+    st.builds(AssetRequest, st.sampled_from(["00", "11"])),
+    st.just(Ping()),
+    st.binary(min_size=1, max_size=30),
+)
+
+
+@given(st.booleans(), st.lists(MESSAGES, max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+async def test_no_order_of_messages_does_more_than_end_the_connection(
+    bench: Any, greeted: bool, messages: list[Any]
+) -> None:
+    case = Case(bench)
+    case.worker.assets["00"] = b"content"
+    if greeted:
+        case.greet()
+    for message in messages:
+        body = message if isinstance(message, bytes) else encode(message)[4:]
+        case.transport.protocol.data_received(len(body).to_bytes(4, "big") + body)
+        case.peer.tick(0.1)
+        await turns(1)
+    case.peer.connection.cut("the test is over")
+    await case.ended()
+    assert case.worker.lost == ([case.peer] if case.peer.welcomed else [])
