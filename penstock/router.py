@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +79,7 @@ class _Live:
     on_delta: OnDelta
     on_error: OnError
     placed: Placed
+    filed: Phase | None = None  # the phase that the router's books are up to date with
 
 
 class Ticket:
@@ -221,27 +221,24 @@ class Router:
         self._perform(live, live.lifecycle.handle(event, self._clock.now()))
 
     def _perform(self, live: _Live, effects: list[life.Effect]) -> None:
-        todo = deque(effects)
-        while todo:
-            match todo.popleft():
+        for effect in effects:
+            match effect:
                 case life.Emit(delta):
                     self._emit(live, delta)
                 case life.Choose() as wanted:
-                    answer = self._choose(live, wanted)
-                    # What follows from an effect comes before the effects after it: Emit stays last.
-                    todo.extendleft(reversed(live.lifecycle.handle(answer, self._clock.now())))
+                    self._event(live, self._choose(live, wanted))
                 case life.Send(instance_id, attempt):
                     reason = self._send(live, instance_id, attempt)
                     if reason is not None:
-                        lost = life.InstanceLost(instance_id, reason)
-                        todo.extendleft(reversed(live.lifecycle.handle(lost, self._clock.now())))
+                        self._event(live, life.InstanceLost(instance_id, reason))
                 case life.Cancel(instance_id, attempt_id):
                     self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
                 case life.Release(instance_id, handoff_id):
                     self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id))
                 case life.Fail(error):
                     live.on_error(error)
-        self._file(live)
+        if live.filed is not live.lifecycle.phase:
+            self._file(live)
 
     def _emit(self, live: _Live, delta: Delta) -> None:
         try:
@@ -253,6 +250,7 @@ class Router:
 
     def _file(self, live: _Live) -> None:
         """Keep the books by phase."""
+        live.filed = live.lifecycle.phase
         request_id = live.lifecycle.request.request_id
         if live.lifecycle.phase is Phase.QUEUED:
             self._queued[request_id] = live
@@ -298,7 +296,7 @@ class Router:
 
     def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
         self._membership.up(link.instance_id, card)
-        self._placement.up(link.instance_id, hashes, load)
+        self._placement.up(card, hashes, load)
         self._metrics.connected(link.instance_id, card.role, True)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -349,6 +347,7 @@ class Router:
         instance_id = link.instance_id
         self._placement.cache_changed(instance_id, step.stored, step.removed, step.cleared)
         self._reported(link, step.seen, step.load)
+        now = self._clock.now()
         for output in step.outputs:
             live = self._live.get(_request_id(output.attempt_id))
             if live is not None:
@@ -356,7 +355,7 @@ class Router:
                     self._compare(live, link, output)
                 if output.finish_reason is not None:
                     self._metrics.attempt_ended(link.role, output.finish_reason)
-                self._event(live, output)
+                self._perform(live, live.lifecycle.handle(output, now))
             elif output.handoff is not None:
                 link.client.release(output.handoff.handoff_id)  # its request ended meanwhile
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
-from penstock.core.overlap_check import OverlapCheck
+from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
 from penstock.core.prefix_index import PrefixIndex
 from penstock.core.scorers import EXPECTED_OUTPUT_TOKENS
@@ -41,18 +41,21 @@ class Placement:
         self._index = PrefixIndex()
         self._book = LoadBook()
         self._check = OverlapCheck()
+        self._block_sizes: dict[str, int] = {}  # of the connected instances
         self._ordinal = 0
 
     # --- what instances say -------------------------------------------------------------------------
 
-    def up(self, instance_id: str, hashes: list[int], load: Load) -> None:
+    def up(self, card: Card, hashes: list[int], load: Load) -> None:
         """An instance is connected; this is all that it has cached."""
-        self._index.add_worker(instance_id)
-        self._index.replace(instance_id, hashes)
-        self._book.reported(instance_id, 0, load)
+        self._block_sizes[card.instance_id] = card.block_size
+        self._index.add_worker(card.instance_id)
+        self._index.replace(card.instance_id, hashes)
+        self._book.reported(card.instance_id, 0, load)
 
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""
+        self._block_sizes.pop(instance_id, None)
         self._index.remove_worker(instance_id)
         self._book.forget(instance_id)
         self._check.forget(instance_id)
@@ -140,14 +143,23 @@ class Placement:
             self._book.release(placed.booked_on, placed.request.request_id)
             placed.booked_on = ""
 
-    def cached(self, placed: Placed, instance_id: str, cached_tokens: int) -> tuple[int, str | None] | None:
+    def cached(
+        self, placed: Placed, instance_id: str, cached_tokens: int
+    ) -> tuple[int, Verdict | None] | None:
         """An engine reports how much of the prompt it had cached. Returns what was predicted and, when
-        the router's trust in that instance's events changes, why; None when there is nothing to compare."""
+        the trust in that instance's events changes, why; None when there is nothing to compare."""
         predicted = placed.predicted_tokens
         if predicted is None or placed.runs_on != instance_id:
             return None
         placed.predicted_tokens = None
-        return predicted, self._check.observe(instance_id, predicted, cached_tokens)
+        verdict = self._check.observe(
+            instance_id,
+            predicted,
+            cached_tokens,
+            self._block_sizes[instance_id],
+            held_blocks=self._index.held(instance_id),
+        )
+        return predicted, verdict
 
 
 def _hashes(placed: Placed, tokens: list[int], block_size: int) -> list[int]:
