@@ -102,7 +102,7 @@ class TensorFile:
             begin, end = fields["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(name, "malformed header entry") from error
-        if dtype not in _ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
             raise self._error(name, f"dtype {dtype!r}; expected one of {', '.join(_ITEM_BYTES)}")
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
             raise self._error(name, "malformed shape or data_offsets")

@@ -187,7 +187,7 @@ def _refuse_unsupported(source: _Fields) -> None:
         if source.get(name) is not None:
             raise source.error(name, "not supported")
     layer_types = source.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise source.error("layer_types", f"only full_attention is supported, got {layer_types!r}")
     if source.get("hidden_act") not in (None, "silu"):
         raise source.error("hidden_act", f"only silu is supported, got {source.get('hidden_act')!r}")

@@ -63,14 +63,14 @@ class Sampler:
         ]
 
     def _adjust(self, logits: Floats, sequence: Sequence) -> None:
-        """Apply what changes even a greedy choice, in place."""
+        """Apply what changes even a greedy choice, in place. Ids outside the vocabulary have no effect."""
         sampling = sequence.sampling
         if len(sequence.token_ids) - sequence.prompt_len < sampling.min_tokens:
             eos = () if sampling.ignore_eos else self._eos_token_ids
             stops = [*eos, *sampling.stop_token_ids]
-            logits[[token_id for token_id in stops if token_id < len(logits)]] = -np.inf
+            logits[[token_id for token_id in stops if 0 <= token_id < len(logits)]] = -np.inf
         for token_id, bias in sampling.logit_bias.items():
-            if token_id < len(logits):
+            if 0 <= token_id < len(logits):
                 logits[token_id] += np.float32(bias)
         if sampling.repetition_penalty != 1.0:
             _penalise_repetition(logits, sequence.token_ids, sampling.repetition_penalty)

@@ -212,6 +212,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in CASES}
 
 
+@pytest.fixture
+def prompt() -> list[int]:
+    return list(PROMPT)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small Qwen3 checkpoint of its own, to be tampered with."""
+    write_checkpoint(CASES["qwen3-tied-bf16"], tmp_path / "model")
+    return tmp_path / "model"
+
+
 @pytest.fixture(params=list(CASES))
 def case_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -18,7 +18,6 @@ from penstock.engines.reference.config import Rope
 from penstock.engines.reference.model import rotations
 
 LOGIT_TOLERANCE = 1e-3
-PROMPT = [3, 17, 88, 41, 5, 99, 23, 61, 2, 77, 30, 118, 9, 54, 12, 66, 101, 8, 45, 70, 31, 90, 14]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +41,9 @@ def generate(bench: Any, sequence: Sequence, count: int) -> list[int]:
 
 
 def test_tokens_and_logits_equal_those_of_transformers(
-    bench: Any, case_name: str, goldens: dict[str, np.ndarray]
+    bench: Any, case_name: str, goldens: dict[str, np.ndarray], prompt: list[int]
 ) -> None:
-    sequence = bench.sequence(PROMPT)
+    sequence = bench.sequence(prompt)
     for step, token_id in enumerate(goldens[f"{case_name} tokens"].tolist()):
         logits = bench.logits(rest(sequence))[0]
         if step in (0, 31, 63):
@@ -53,8 +52,8 @@ def test_tokens_and_logits_equal_those_of_transformers(
         assert bench.run(rest(sequence)) == [token_id]
 
 
-def test_logits_are_equal_bit_for_bit_however_a_text_is_chunked(bench: Any) -> None:
-    token_ids = [*PROMPT, *range(100)]  # crosses window widths of 64 keys
+def test_logits_are_equal_bit_for_bit_however_a_text_is_chunked(bench: Any, prompt: list[int]) -> None:
+    token_ids = [*prompt, *range(100)]  # crosses window widths of 64 keys
     whole = bench.logits(rest(bench.sequence(token_ids)))
     for size in (1, 3, 7, 16, 64, 100):
         sequence = bench.sequence(token_ids, room=0)
@@ -64,9 +63,9 @@ def test_logits_are_equal_bit_for_bit_however_a_text_is_chunked(bench: Any) -> N
         bench.next_block = 40
 
 
-def test_logits_are_equal_bit_for_bit_whatever_else_is_in_the_batch(bench: Any) -> None:
+def test_logits_are_equal_bit_for_bit_whatever_else_is_in_the_batch(bench: Any, prompt: list[int]) -> None:
     rng = random.Random(5)
-    token_ids = [*PROMPT, *range(50)]
+    token_ids = [*prompt, *range(50)]
     whole = bench.logits(rest(bench.sequence(token_ids, room=0)))[0]
     for others in (1, 2, 6, 7, 8, 17):
         bench.next_block = 0
@@ -79,11 +78,11 @@ def test_logits_are_equal_bit_for_bit_whatever_else_is_in_the_batch(bench: Any) 
         assert np.array_equal(bench.logits(*rows)[at], whole), others
 
 
-def test_generation_is_equal_batched_interleaved_and_alone(bench: Any) -> None:
-    prompts = [PROMPT[:length] for length in (1, 4, 9, 17, 23)]
-    alone = [generate(bench, bench.sequence(prompt, room=12), 10) for prompt in prompts]
+def test_generation_is_equal_batched_interleaved_and_alone(bench: Any, prompt: list[int]) -> None:
+    prompts = [prompt[:length] for length in (1, 4, 9, 17, 23)]
+    alone = [generate(bench, bench.sequence(text, room=12), 10) for text in prompts]
     bench.next_block = 0
-    sequences = [bench.sequence(prompt, room=12) for prompt in prompts]
+    sequences = [bench.sequence(text, room=12) for text in prompts]
     rng = random.Random(3)
     while any(len(s.token_ids) < s.prompt_len + 10 for s in sequences):
         unfinished = [s for s in sequences if len(s.token_ids) < s.prompt_len + 10]
@@ -92,49 +91,51 @@ def test_generation_is_equal_batched_interleaved_and_alone(bench: Any) -> None:
     assert [s.token_ids[s.prompt_len :][:10] for s in sequences] == alone
 
 
-def test_a_prefix_hit_and_a_preemption_change_nothing(bench: Any) -> None:
+def test_a_prefix_hit_and_a_preemption_change_nothing(bench: Any, prompt: list[int]) -> None:
     size = bench.model.pool.block_size
-    first = bench.sequence(PROMPT, room=24)
+    first = bench.sequence(prompt, room=24)
     expected = generate(bench, first, 20)
-    hit = bench.sequence(PROMPT, room=24)
-    shared = (len(PROMPT) - 1) // size
+    hit = bench.sequence(prompt, room=24)
+    shared = (len(prompt) - 1) // size
     hit.block_ids[:shared] = first.block_ids[:shared]
     hit.computed = shared * size
     assert generate(bench, hit, 20) == expected
-    preempted = bench.sequence(PROMPT, room=24)
+    preempted = bench.sequence(prompt, room=24)
     generate(bench, preempted, 9)
-    preempted.block_ids = bench.sequence(PROMPT, room=24).block_ids
+    preempted.block_ids = bench.sequence(prompt, room=24).block_ids
     preempted.computed = 0
     generate(bench, preempted, 11)
-    assert preempted.token_ids[len(PROMPT) :] == expected
+    assert preempted.token_ids[len(prompt) :] == expected
 
 
-def test_blocks_moved_as_bytes_continue_in_another_pool(bench: Any, folders: Any, case_name: str) -> None:
+def test_blocks_moved_as_bytes_continue_in_another_pool(
+    bench: Any, folders: Any, case_name: str, prompt: list[int]
+) -> None:
     """What a KV transfer does: the last, partial block moves as well."""
-    here = bench.sequence(PROMPT)
+    here = bench.sequence(prompt)
     expected = generate(bench, here, 20)
     there = type(bench)(bench.load(folders[case_name]))
     there.next_block = 11
-    moved = there.sequence(PROMPT)
+    moved = there.sequence(prompt)
     moved.token_ids.append(expected[0])
     source, target = bench.model.pool.raw(), there.model.pool.raw()
-    again = bench.sequence(PROMPT)
+    again = bench.sequence(prompt)
     bench.run(rest(again))
     for old, new in zip(again.block_ids[:6], moved.block_ids[:6], strict=True):
         np.asarray(target)[new] = np.asarray(source)[old]
-    moved.computed = len(PROMPT)
+    moved.computed = len(prompt)
     assert generate(there, moved, 19) == expected[1:]
 
 
-def test_what_a_block_held_before_cannot_be_seen(bench: Any) -> None:
-    expected = generate(bench, bench.sequence(PROMPT), 20)
+def test_what_a_block_held_before_cannot_be_seen(bench: Any, prompt: list[int]) -> None:
+    expected = generate(bench, bench.sequence(prompt), 20)
     bench.model.pool.array[:] = np.nan
     bench.next_block = 0
-    assert generate(bench, bench.sequence(PROMPT), 20) == expected
+    assert generate(bench, bench.sequence(prompt), 20) == expected
 
 
-def test_a_batch_without_samples_gives_no_logits(bench: Any) -> None:
-    assert bench.logits(rest(bench.sequence(PROMPT), 5)).shape == (0, 128)
+def test_a_batch_without_samples_gives_no_logits(bench: Any, prompt: list[int]) -> None:
+    assert bench.logits(rest(bench.sequence(prompt), 5)).shape == (0, 128)
 
 
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:

@@ -1,0 +1,125 @@
+"""The reference engine, put together: a model folder in, an Engine out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from penstock import __version__
+from penstock.engines.assets import assets_from
+from penstock.engines.cycle import LoadedModel
+from penstock.engines.reference.config import ModelConfig, read_config
+from penstock.engines.reference.kv import KvPool, block_bytes
+from penstock.engines.reference.model import Model
+from penstock.engines.reference.runner import ReferenceRunner
+from penstock.engines.reference.tiles import positions_agree
+from penstock.engines.reference.weights import Weights, fingerprint, load_weights
+from penstock.engines.settings import SchedulerSettings
+from penstock.engines.stepping import SteppingEngine
+from penstock.errors import ConfigError
+from penstock.ports import KvTransfer
+from penstock.structs import EngineCard
+
+log = logging.getLogger("penstock.engine")
+
+MAX_BLOCK_SIZE = 1024
+
+
+class ReferenceSettings(msgspec.Struct, frozen=True):
+    """What a reference engine serves, and with how much memory."""
+
+    model: str
+    """Folder with config.json, safetensors weights and the tokenizer's files."""
+
+    served_name: str = ""
+    """What clients call the model; empty: the folder's name."""
+
+    block_size: int = 16
+    """Tokens per KV block. Smaller blocks share more of a prefix, larger ones cost less to look up."""
+
+    kv_cache_bytes: int = 256 * 1024 * 1024
+    """Address space of the KV pool. Memory is used as blocks are first written."""
+
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; None: what the model was made for, or what the pool holds."""
+
+    scheduler: SchedulerSettings = SchedulerSettings()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ConfigError(f"block_size must be from 1 to {MAX_BLOCK_SIZE}, got {self.block_size}")
+        if self.kv_cache_bytes < 1:
+            raise ConfigError(f"kv_cache_bytes must be more than 0, got {self.kv_cache_bytes}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"max_model_len must be more than 0, got {self.max_model_len}")
+
+
+def reference_engine(settings: ReferenceSettings, transfer: KvTransfer | None = None) -> SteppingEngine:
+    """An Engine that loads the model when it is started. The transfer becomes the engine's own."""
+    return SteppingEngine(lambda: load_model(settings), settings.scheduler, transfer)
+
+
+def load_model(settings: ReferenceSettings) -> LoadedModel:
+    """Read a model folder.
+
+    Raises:
+        ConfigError: the folder, the model or the settings cannot be served.
+    """
+    folder = Path(settings.model)
+    assets = assets_from(folder)
+    config = read_config(folder)
+    total_blocks = settings.kv_cache_bytes // block_bytes(config, settings.block_size)
+    max_model_len = _max_model_len(settings, config, total_blocks)
+    weights = load_weights(folder, config)
+    _check_reproducible(weights)
+    pool = _pool(config, total_blocks, settings.block_size)
+    card = EngineCard(
+        engine=f"reference {__version__}",
+        model=settings.served_name or folder.resolve().name,
+        block_size=settings.block_size,
+        total_blocks=total_blocks,
+        max_model_len=max_model_len,
+        vocab_size=config.vocab_size,
+        eos_token_ids=list(config.eos_token_ids),
+        layout=fingerprint(folder, config),
+        sampling_defaults=config.sampling_defaults,
+        assets=assets,
+    )
+    model = Model(config, weights, pool, max_model_len)
+    return LoadedModel(card, ReferenceRunner(model, config.eos_token_ids), pool.raw())
+
+
+def _max_model_len(settings: ReferenceSettings, config: ModelConfig, total_blocks: int) -> int:
+    pool_tokens = total_blocks * settings.block_size
+    if pool_tokens == 0:
+        needed = block_bytes(config, settings.block_size)
+        raise ConfigError(f"kv_cache_bytes: {settings.kv_cache_bytes} hold no block of {needed} bytes")
+    asked = settings.max_model_len
+    if asked is None:
+        return min(config.max_positions, pool_tokens)
+    if asked > config.max_positions:
+        raise ConfigError(
+            f"max_model_len: {asked} is more than the model's {config.max_positions} positions"
+        )
+    if asked > pool_tokens:
+        raise ConfigError(f"max_model_len: {asked} is more than the {pool_tokens} tokens of kv_cache_bytes")
+    return asked
+
+
+def _pool(config: ModelConfig, total_blocks: int, block_size: int) -> KvPool:
+    try:
+        return KvPool(config, total_blocks, block_size)
+    except (MemoryError, ValueError) as error:  # more than the machine, or than numpy, can address
+        raise ConfigError(f"kv_cache_bytes: cannot be allocated: {error}") from error
+
+
+def _check_reproducible(weights: Weights) -> None:
+    layer = weights.layers[0]
+    matrices = (layer.qkv, layer.output, layer.gate_up, layer.down, weights.head)
+    if not all(positions_agree(matrix) for matrix in matrices):
+        log.warning(
+            "this machine's BLAS computes equal rows differently by their place: nearly equal tokens may be"
+            " chosen differently when the same request is batched or chunked in another way"
+        )
