@@ -1,0 +1,294 @@
+"""Decisions on small pools, each told as a story."""
+
+from random import Random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from penstock.core.policy import POLICIES, Candidate, Decision, Disagg, Path, Query, choose
+from penstock.structs import Load, Rates, Role
+
+RATES = Rates(step_ms=1.0, prefill_token_ms=0.15, decode_request_ms=0.3, transfer_ms=3.0)
+
+
+def worker(
+    instance_id: str,
+    role: Role = Role.AGGREGATED,
+    *,
+    overlap_blocks: int = 0,
+    rates: Rates = RATES,
+    running: int = 0,
+    waiting: int = 0,
+    prefill_tokens: int = 0,
+    used_blocks: int = 0,
+) -> Candidate:
+    load = Load(
+        running=running,
+        waiting=waiting,
+        prefill_tokens=prefill_tokens,
+        used_blocks=used_blocks,
+        total_blocks=1000,
+        rates=rates,
+    )
+    return Candidate(instance_id, role, load, block_size=16, overlap_blocks=overlap_blocks)
+
+
+def decide(query: Query, *candidates: Candidate, policy: str = "kv", disagg: str = "auto") -> Decision:
+    decision = choose(query, candidates, policy=policy, disagg=disagg, rng=Random(0))
+    assert decision is not None
+    return decision
+
+
+def test_nobody_can_serve() -> None:
+    assert choose(Query(10), [], rng=Random(0)) is None
+    assert choose(Query(10), [worker("p", Role.PREFILL)], rng=Random(0)) is None
+
+
+def test_unknown_names_are_our_bug() -> None:
+    with pytest.raises(KeyError):
+        decide(Query(10), worker("a"), policy="best")
+    with pytest.raises(ValueError, match="sometimes"):
+        decide(Query(10), worker("a"), disagg="sometimes")
+
+
+# --- one pool ---------------------------------------------------------------------------------------
+
+
+def test_the_cached_prefix_wins_on_equal_load() -> None:
+    decision = decide(Query(1000), worker("a"), worker("b", overlap_blocks=50), worker("c"))
+    assert decision.decode == "b"
+    assert decision.prefill is None
+    assert decision.path is Path.AGGREGATED
+    assert decision.scores[0].uncached_tokens == 200
+    assert decision.scores[0].instance_id == "b"
+    assert decision.scores[0].total_ms < decision.scores[1].total_ms
+
+
+def test_a_long_queue_outweighs_the_cache() -> None:
+    busy = worker("b", overlap_blocks=50, prefill_tokens=5000, waiting=3)
+    assert decide(Query(1000), worker("a"), busy).decode == "a"
+
+
+def test_a_short_queue_does_not() -> None:
+    assert (
+        decide(Query(1000), worker("a"), worker("b", overlap_blocks=50, prefill_tokens=300)).decode == "b"
+    )
+
+
+def test_resident_context_is_no_reason_to_give_up_a_prefix() -> None:
+    """Four streams decoding cost a new request far less than 800 tokens to compute."""
+    busy = worker("b", overlap_blocks=50, running=4, used_blocks=700)
+    cheap_decode = Rates(step_ms=10.0, prefill_token_ms=0.5, decode_request_ms=0.02)
+    assert (
+        decide(
+            Query(1000, expected_output_tokens=200),
+            worker("a", rates=cheap_decode),
+            Candidate("b", busy.role, _with_rates(busy.load, cheap_decode), 16, 50),
+        ).decode
+        == "b"
+    )
+
+
+def _with_rates(load: Load, rates: Rates) -> Load:
+    return Load(running=load.running, used_blocks=load.used_blocks, total_blocks=1000, rates=rates)
+
+
+def test_the_faster_worker_wins() -> None:
+    slow = Rates(step_ms=5.0, prefill_token_ms=1.0, decode_request_ms=1.0)
+    assert decide(Query(100), worker("slow", rates=slow), worker("fast")).decode == "fast"
+
+
+def test_full_blocks_are_avoided() -> None:
+    full = worker("full", overlap_blocks=30, running=2, waiting=1, used_blocks=1000)
+    free = worker("free", running=2)
+    assert decide(Query(1000), full, free).decode == "free"
+    alone = decide(Query(1000), full)
+    assert alone.decode == "full"
+    assert alone.scores[0].queue_ms > 100
+
+
+def test_ties_are_broken_by_the_generator() -> None:
+    pool = [worker(name) for name in "abcd"]
+    chosen = {choose(Query(100), pool, rng=Random(seed)).decode for seed in range(50)}  # type: ignore[union-attr]
+    assert chosen == set("abcd")
+
+
+# --- prefill workers --------------------------------------------------------------------------------
+
+PD = (worker("p", Role.PREFILL), worker("d", Role.DECODE))
+
+
+@pytest.mark.parametrize("tokens", [60, 100, 150, 4000])
+@pytest.mark.parametrize("prefill_token_ms", [0.1, 0.2])
+@pytest.mark.parametrize("transfer_ms", [2.0, 5.0])
+def test_a_prompt_on_idle_workers_is_prefilled_remotely(
+    tokens: int, prefill_token_ms: float, transfer_ms: float
+) -> None:
+    rates = Rates(1.0, prefill_token_ms, 0.3, transfer_ms, 0.05)
+    decision = decide(
+        Query(tokens), worker("p", Role.PREFILL, rates=rates), worker("d", Role.DECODE, rates=rates)
+    )
+    assert (decision.path, decision.decode, decision.prefill) == (Path.REMOTE, "d", "p")
+
+
+@pytest.mark.parametrize("prefill_token_ms", [0.1, 0.2, 10.0])
+def test_less_than_a_block_to_compute_stays_local(prefill_token_ms: float) -> None:
+    rates = Rates(1.0, prefill_token_ms, 0.3, 2.0, 0.05)
+    pool = (
+        worker("p", Role.PREFILL, rates=rates),
+        worker("d", Role.DECODE, rates=rates, overlap_blocks=10),
+    )
+    decision = decide(Query(175), *pool)
+    assert (decision.path, decision.decode, decision.prefill) == (Path.LOCAL, "d", None)
+    assert "uncached 15 tokens" in decision.reason
+
+
+def test_the_reason_shows_both_costs() -> None:
+    decision = decide(Query(96), *PD)
+    assert decision.reason == "remote: uncached 96 tokens, local 29.8 ms > remote 18.7 ms"
+    busy_prefill = worker("p", Role.PREFILL, prefill_tokens=10_000)
+    decision = decide(Query(96), busy_prefill, PD[1])
+    assert decision.reason.startswith("local: uncached 96 tokens, local 29.8 ms <= remote 15")
+
+
+def test_a_conversation_that_the_decode_worker_knows_needs_no_prefill_worker() -> None:
+    pool = (worker("p", Role.PREFILL), worker("d", Role.DECODE, overlap_blocks=62))
+    assert decide(Query(1010), *pool).path is Path.LOCAL
+
+
+def test_a_busy_decode_worker_gives_its_prompts_away_sooner() -> None:
+    rates = Rates(1.0, 0.15, 0.3, transfer_ms=30.0)
+    prefill = worker("p", Role.PREFILL, rates=rates)
+    idle, busy = (worker("d", Role.DECODE, rates=rates, running=running) for running in (0, 8))
+    assert decide(Query(100), prefill, idle).path is Path.LOCAL
+    assert decide(Query(100), prefill, busy).path is Path.REMOTE
+
+
+def test_the_prefill_worker_with_the_prefix_is_used() -> None:
+    pool = (
+        worker("p1", Role.PREFILL),
+        worker("p2", Role.PREFILL, overlap_blocks=60),
+        worker("d", Role.DECODE),
+    )
+    assert decide(Query(1000), *pool).prefill == "p2"
+
+
+def test_missing_blocks_decide_between_decode_workers() -> None:
+    rates = Rates(1.0, 0.15, 0.3, 3.0, transfer_block_ms=2.0)
+    pool = (
+        worker("p", Role.PREFILL, overlap_blocks=60, rates=rates),
+        worker("d1", Role.DECODE, rates=rates),
+        worker("d2", Role.DECODE, overlap_blocks=20, rates=rates),
+    )
+    decision = decide(Query(1000), *pool)
+    assert (decision.path, decision.decode) == (Path.REMOTE, "d2")
+
+
+def test_modes() -> None:
+    assert decide(Query(5), *PD, disagg="always").path is Path.REMOTE
+    assert decide(Query(4000), *PD, disagg="never").path is Path.LOCAL
+    assert decide(Query(4000), PD[1], disagg="always").path is Path.LOCAL, "nobody to go first"
+
+
+def test_aggregated_workers_compete_for_the_whole() -> None:
+    assert decide(Query(4000), worker("p", Role.PREFILL), worker("a")).path is Path.AGGREGATED
+    decision = decide(Query(4000), *PD, worker("a", overlap_blocks=249))
+    assert (decision.path, decision.decode, decision.prefill) == (Path.AGGREGATED, "a", None)
+    assert decide(Query(4000), *PD, worker("a", running=20)).decode == "d"
+
+
+def test_a_handed_over_prompt_needs_only_a_place_to_decode() -> None:
+    pool = (*PD, worker("d2", Role.DECODE, prefill_tokens=5000), worker("d3", Role.DECODE, running=9))
+    decision = decide(Query(4000, handed=True), *pool, disagg="never")
+    assert (decision.path, decision.decode, decision.prefill) == (Path.REMOTE, "d", None)
+
+
+# --- the other policies -----------------------------------------------------------------------------
+
+
+def test_round_robin_goes_around_both_pools() -> None:
+    pool = [worker(f"{role[0]}{number}", Role(role)) for role in ("prefill", "decode") for number in (0, 1)]
+    taken = [decide(Query(500, ordinal), *pool, policy="round-robin") for ordinal in range(4)]
+    assert [decision.decode for decision in taken] == ["d0", "d1", "d0", "d1"]
+    assert [decision.prefill for decision in taken] == ["p0", "p1", "p0", "p1"]
+
+
+def test_least_loaded() -> None:
+    pool = (worker("a", running=3), worker("b", waiting=1), worker("c", waiting=1, prefill_tokens=9))
+    assert decide(Query(500), *pool, policy="least-loaded").decode == "b"
+
+
+def test_power_of_two_never_takes_the_most_loaded() -> None:
+    pool = [worker(f"w{number}", running=number) for number in range(5)]
+    rng = Random(0)
+    taken = {
+        decision.decode
+        for _ in range(200)
+        if (decision := choose(Query(5), pool, policy="power-of-two", rng=rng))
+    }
+    assert taken == {"w0", "w1", "w2", "w3"}
+
+
+WORKERS = st.lists(
+    st.tuples(
+        st.sampled_from(Role),
+        st.integers(0, 300),  # overlap_blocks
+        st.integers(0, 64),  # running
+        st.integers(0, 64),  # waiting
+        st.integers(0, 100_000),  # prefill_tokens
+        st.integers(0, 1000),  # used_blocks
+    ),
+    max_size=6,
+)
+
+
+@given(
+    WORKERS,
+    st.integers(1, 5000),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(Disagg),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_every_decision_can_be_carried_out(
+    workers: list[tuple[Role, int, int, int, int, int]],
+    tokens: int,
+    policy: str,
+    disagg: Disagg,
+    handed: bool,
+    seed: int,
+) -> None:
+    pool = [
+        worker(
+            f"w{number}",
+            role,
+            overlap_blocks=overlap,
+            running=running,
+            waiting=waiting,
+            prefill_tokens=prefill_tokens,
+            used_blocks=used,
+        )
+        for number, (role, overlap, running, waiting, prefill_tokens, used) in enumerate(workers)
+    ]
+    roles = {candidate.instance_id: candidate.role for candidate in pool}
+    query = Query(tokens, ordinal=seed, handed=handed)
+    decision = choose(query, pool, policy=policy, disagg=disagg, rng=Random(seed))
+    again = choose(query, pool, policy=policy, disagg=disagg, rng=Random(seed))
+    assert decision == again
+    if decision is None:
+        assert Role.DECODE not in roles.values()
+        assert Role.AGGREGATED not in roles.values()
+        return
+    assert roles[decision.decode].decodes
+    assert (decision.path is Path.AGGREGATED) <= (roles[decision.decode] is Role.AGGREGATED)
+    if decision.prefill is not None:
+        assert roles[decision.prefill] is Role.PREFILL
+        assert decision.path is Path.REMOTE
+    else:
+        assert handed or decision.path is not Path.REMOTE
+    for score in decision.scores:
+        parts = (score.queue_ms, score.prefill_ms, score.inflicted_ms, score.transfer_ms, score.decode_ms)
+        assert min(parts) >= 0.0
+        assert score.total_ms == pytest.approx(sum(parts))
+        assert score.uncached_tokens >= 1
