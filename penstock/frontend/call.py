@@ -46,6 +46,7 @@ class Call:
         self._now = now
         self._tickets: dict[int, Ticket] = {}
         self._open = len(answers)
+        self._queued = False
         self._changed: dict[Answer, None] = {}
         self._waiter: asyncio.Future[None] | None = None
 
@@ -55,12 +56,10 @@ class Call:
 
     def start(self, completer: Completer, requests: Sequence[Request]) -> None:
         """Submit one request per answer. Raises RequestRejected when one of them is not even queued."""
+        self._metrics.queued.labels(self._model).inc()
+        self._queued = True
         for answer, request in zip(self.answers, requests, strict=True):
-            try:
-                ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
-            except PenstockError:
-                self.cancel()
-                raise
+            ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
             self._tickets[answer.index] = ticket
             if self.ended or answer.finish_reason is not None:  # it came before the ticket did
                 ticket.cancel()
@@ -78,8 +77,9 @@ class Call:
 
     def hang_up(self) -> None:
         """The client is gone."""
-        self.gone = True
-        self._end()
+        if not self.ended:
+            self.gone = True
+            self._end()
 
     def fail(self, error: PenstockError) -> None:
         """One choice's failure is the call's. Only the first counts, and none after the end."""
@@ -87,14 +87,15 @@ class Call:
             self.error = error
             self._end()
 
-    def cancel(self) -> None:
-        """Let go of all that still runs. Idempotent."""
+    def close(self) -> None:
+        """Let go of all that still runs. Must be called in the end. Idempotent."""
         for ticket in self._tickets.values():
             ticket.cancel()
         self._tickets.clear()
+        self._leave_queue()
 
     def _end(self) -> None:
-        self.cancel()
+        self.close()
         self._wake()
 
     def _on_delta(self, answer: Answer, delta: Delta) -> None:
@@ -122,6 +123,11 @@ class Call:
             self._observe_itl(self._model, (now - before) / tokens, tokens)
         elif self.first_token_at is None:
             self.first_token_at = now
+            self._leave_queue()
+
+    def _leave_queue(self) -> None:
+        if self._queued:
+            self._queued = False
             self._metrics.queued.labels(self._model).dec()
 
     def _wake(self) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -26,7 +27,7 @@ CLIENT_GONE = 499  # nginx's status for it; only in metrics and logs
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
-Headers = list[tuple[bytes, bytes]]
+Header = tuple[bytes, bytes]
 
 
 class Exchange:
@@ -79,15 +80,17 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def respond(self, status: int, body: bytes, headers: Headers | None = None) -> None:
-        """A whole JSON response."""
+    async def respond(
+        self, status: int, body: bytes, headers: Sequence[Header] = (), content_type: bytes = JSON
+    ) -> None:
+        """A whole response."""
         length = (b"content-length", b"%d" % len(body))
-        await self._begin(status, [(b"content-type", JSON), length, *(headers or [])])
+        await self._begin(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, more=False)
 
     async def reject(self, error: PenstockError) -> None:
         """A whole response that says what is wrong, in OpenAI's shape."""
-        headers: Headers = []
+        headers: list[Header] = []
         retry_after_s = getattr(error, "retry_after_s", None)
         if retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
@@ -123,7 +126,7 @@ class Exchange:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 
-    async def _begin(self, status: int, headers: Headers) -> None:
+    async def _begin(self, status: int, headers: list[Header]) -> None:
         self.status = status
         headers.append((b"x-request-id", self.request_id))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

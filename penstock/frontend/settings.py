@@ -14,6 +14,12 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     port: int = 8000
     """0 takes any free port."""
 
+    tls_cert: str = ""
+    """Serve HTTPS with this certificate, a PEM file with its chain; empty: HTTP."""
+
+    tls_key: str = ""
+    """Its private key, PEM."""
+
     api_keys: frozenset[str] = frozenset()
     """Keys of which a request must bring one (`Authorization: Bearer KEY`); empty: none needed."""
 

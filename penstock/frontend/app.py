@@ -1,0 +1,143 @@
+"""The frontend as an ASGI application: paths, keys, and errors in OpenAI's shape.
+
+Starlette's router finds the endpoint. Its application class is not used: its two middlewares would wrap
+each `send`, once per streamed chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from penstock import __version__
+from penstock.errors import RequestRejected
+from penstock.frontend.api_keys import ApiKeys
+from penstock.frontend.completer import Completer
+from penstock.frontend.exchange import Exchange
+from penstock.frontend.generation import CHAT, TEXT, Generation, Kind
+from penstock.frontend.plan import Planner
+from penstock.frontend.preprocess import Preprocessor
+from penstock.frontend.responses import model_object
+from penstock.frontend.settings import FrontendSettings
+from penstock.observability import METRICS_CONTENT_TYPE, Metrics
+
+log = logging.getLogger("penstock.frontend")
+
+_EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
+
+
+class App:
+    """The ASGI application. Call `close` after its last request."""
+
+    def __init__(self, completer: Completer, settings: FrontendSettings, metrics: Metrics) -> None:
+        self._completer = completer
+        self._settings = settings
+        self._metrics = metrics
+        self._keys = ApiKeys(settings.api_keys)
+        self._preprocessor = Preprocessor(settings)
+        planner = Planner(self._preprocessor, settings, random.SystemRandom())
+        self._generation = Generation(completer, planner, settings, metrics.frontend)
+        self._created = int(time.time())
+        self._router = Router(
+            [
+                _route("POST", "/v1/chat/completions", self._generate(CHAT)),
+                _route("POST", "/v1/completions", self._generate(TEXT)),
+                _route("GET", "/v1/models", self._models),
+                _route("GET", "/v1/models/{name:path}", self._model),
+                _route("GET", "/health", self._health),
+                _route("GET", "/live", self._live),
+                _route("GET", "/metrics", self._render_metrics),
+                _route("GET", "/version", self._version),
+            ],
+            redirect_slashes=False,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = scope[_EXCHANGE] = Exchange(scope, receive, send, self._settings)
+        scope["app"] = self  # makes the router raise for what it does not find
+        try:
+            await self._router(scope, receive, send)
+        except RequestRejected as error:
+            await exchange.reject(error)
+        except HTTPException as error:
+            message = f"{scope['method']} {scope['path']}: {error.detail}"
+            await exchange.reject(RequestRejected(error.status_code, message, code="not_found"))
+        except Exception:  # the top of the request's task: a bug of ours, which must not end the process
+            log.exception("request_id=%s failed", exchange.request_id.decode())
+            if exchange.status is not None:
+                raise  # the server drops the connection
+            await exchange.reject(RequestRejected(500, "Internal error.", code="internal_error"))
+
+    async def drain(self, grace_s: float) -> None:
+        """/health turns 503, new calls are refused, calls under way may finish for `grace_s`."""
+        await self._generation.drain(grace_s)
+
+    def close(self) -> None:
+        """Free the tokenizer threads."""
+        self._preprocessor.close()
+
+    # --- endpoints --------------------------------------------------------------------------------
+
+    def _generate(self, kind: Kind) -> Callable[[Exchange, Scope], Awaitable[None]]:
+        async def generate(exchange: Exchange, scope: Scope) -> None:
+            self._keys.check(exchange.header(b"authorization"))
+            await self._generation.serve(kind, exchange)
+
+        return generate
+
+    async def _models(self, exchange: Exchange, scope: Scope) -> None:
+        self._keys.check(exchange.header(b"authorization"))
+        models = [model_object(model, self._created) for model in self._completer.models()]
+        await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
+
+    async def _model(self, exchange: Exchange, scope: Scope) -> None:
+        self._keys.check(exchange.header(b"authorization"))
+        model = self._completer.model(scope["path_params"]["name"])
+        await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
+
+    async def _health(self, exchange: Exchange, scope: Scope) -> None:
+        healthy, missing = self._completer.healthy()
+        healthy = healthy and not self._generation.draining
+        status = "healthy" if healthy else "unhealthy"
+        answer = {
+            "status": status,
+            "missing": [role.strip() for role in missing.split(",") if role.strip()],
+            "draining": self._generation.draining,
+            "instances": self._completer.instances(),
+        }
+        await exchange.respond(200 if healthy else 503, msgspec.json.encode(answer))
+
+    async def _live(self, exchange: Exchange, scope: Scope) -> None:
+        await exchange.respond(200, b'{"status":"live"}')
+
+    async def _version(self, exchange: Exchange, scope: Scope) -> None:
+        await exchange.respond(200, msgspec.json.encode({"version": __version__}))
+
+    async def _render_metrics(self, exchange: Exchange, scope: Scope) -> None:
+        await exchange.respond(200, self._metrics.render(), content_type=METRICS_CONTENT_TYPE.encode())
+
+
+def create_app(router: Completer, settings: FrontendSettings, metrics: Metrics) -> App:
+    """The frontend over a router. Must be called inside the event loop that will serve it."""
+    return App(router, settings, metrics)
+
+
+class _Endpoint:
+    """An endpoint as an ASGI application; Starlette would wrap a plain function in more."""
+
+    def __init__(self, handle: Callable[[Exchange, Scope], Awaitable[None]]) -> None:
+        self._handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handle(scope[_EXCHANGE], scope)
+
+
+def _route(method: str, path: str, handle: Callable[[Exchange, Scope], Awaitable[None]]) -> Route:
+    return Route(path, endpoint=_Endpoint(handle), methods=[method])

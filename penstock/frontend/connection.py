@@ -1,0 +1,94 @@
+"""A client's connection: uvicorn's HTTP protocol with the limits that it leaves open.
+
+uvicorn has deadlines for idle connections and none for slow ones. Here a request's head has a deadline
+and a size, and a closing connection whose client takes nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, cast
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penstock.errors import RequestRejected
+from penstock.frontend.exchange import ABORT_EXTENSION
+from penstock.frontend.responses import error_object
+from penstock.frontend.settings import FrontendSettings
+
+MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers; common servers allow 8 to 64 KiB
+
+
+class Connection(HttpToolsProtocol):
+    """Adds: a deadline and a limit for the head, a way to abort, and errors in OpenAI's shape."""
+
+    settings: FrontendSettings  # set by connection_class
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._head_bytes = 0
+        self._linger_timer: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_complete()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, f"The request's head is longer than {MAX_HEAD_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions = {ABORT_EXTENSION: self.transport.abort}
+        cast(dict[str, Any], self.scope)["extensions"] = extensions
+        if self._head_timer is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_complete()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing() and self._linger_timer is None:
+            linger_s = self.settings.client_stall_s
+            self._linger_timer = self.loop.call_later(linger_s, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        # A plain close would wait, without end, for a client that does not take its response.
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is not even a request, and close."""
+        body = msgspec.json.encode(error_object(RequestRejected(status, message, code="invalid_http")))
+        head = (
+            f"HTTP/1.1 {status} Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
+
+    def _head_complete(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def connection_class(settings: FrontendSettings) -> type[asyncio.Protocol]:
+    """The protocol class for uvicorn, which makes the instances itself."""
+    return type("Connection", (Connection,), {"settings": settings})

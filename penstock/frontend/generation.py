@@ -1,0 +1,262 @@
+"""POST /v1/chat/completions and /v1/completions: from an HTTP request to its last byte."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.call import Call
+from penstock.frontend.completer import Completer
+from penstock.frontend.exchange import CLIENT_GONE, Exchange
+from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
+from penstock.frontend.plan import Plan, Planner
+from penstock.frontend.responses import (
+    Envelope,
+    chat_body,
+    completion_body,
+    fingerprint_of,
+    status_of,
+    usage_of,
+)
+from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.sse import DONE, ChunkFormat, error_event
+from penstock.observability import FrontendMetrics
+
+log = logging.getLogger("penstock.frontend")
+
+RETRY_AFTER_S: Final = 1.0  # for what passes by itself: a full or a leaving frontend
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What differs between the two endpoints."""
+
+    endpoint: str  # in metrics
+    id_prefix: str
+    object: str
+    chunk_object: str
+    decode: Callable[[bytes], ChatRequest | CompletionRequest]
+    body: Callable[..., bytes]
+
+
+CHAT: Final = Kind(
+    "chat_completions", "chatcmpl-", "chat.completion", "chat.completion.chunk", decode_chat, chat_body
+)
+TEXT: Final = Kind(
+    "completions", "cmpl-", "text_completion", "text_completion", decode_completion, completion_body
+)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of a call, for its log line and its metrics."""
+
+    began: float  # perf_counter, once the request was read
+    model: str = ""  # only when it is known to exist: metrics keep a series per model
+    plan: Plan | None = None
+    call: Call | None = None
+    error: PenstockError | None = None
+
+
+class Generation:
+    """Serves both endpoints, and knows every call that is under way."""
+
+    def __init__(
+        self, completer: Completer, planner: Planner, settings: FrontendSettings, metrics: FrontendMetrics
+    ) -> None:
+        self._completer = completer
+        self._planner = planner
+        self._settings = settings
+        self._metrics = metrics
+        self._calls: set[Call] = set()
+        self._inflight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new calls, let those under way finish, and fail what is left after `grace_s`."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            log.warning("shutting down with requests=%d unfinished after %g s", self._inflight, grace_s)
+            for call in list(self._calls):
+                call.fail(_leaving())
+
+    async def serve(self, kind: Kind, exchange: Exchange) -> None:
+        """Answer one request, be it with an error."""
+        record = Record(time.perf_counter())
+        self._inflight += 1
+        self._idle.clear()
+        try:
+            try:
+                async with asyncio.timeout(self._settings.request_timeout_s):
+                    await self._serve(kind, exchange, record)
+            except PenstockError as error:
+                record.error = error
+            except TimeoutError:
+                message = f"The request took longer than {self._settings.request_timeout_s:g} s."
+                record.error = RequestRejected(504, message, code="request_timeout")
+            if record.error is not None:
+                await _tell(exchange, record.error)
+        finally:
+            exchange.close()
+            self._account(kind, exchange, record)
+            self._inflight -= 1
+            if self._inflight == 0:
+                self._idle.set()
+
+    async def _serve(self, kind: Kind, exchange: Exchange, record: Record) -> None:
+        if self.draining:
+            raise _leaving()
+        if self._inflight > self._settings.max_inflight:
+            raise RequestRejected(
+                429, "Too many requests at a time.", code="overloaded", retry_after_s=RETRY_AFTER_S
+            )
+        body = kind.decode(await exchange.body())
+        record.began = time.perf_counter()
+        view = self._completer.model(body.model)
+        record.model = view.name
+        with self._metrics.inflight.labels(view.name).track_inprogress():
+            call_id = kind.id_prefix + uuid.uuid4().hex
+            record.plan = plan = await self._planner.plan(call_id, body, view)
+            record.call = call = Call(
+                plan.answers,
+                model=view.name,
+                metrics=self._metrics,
+                streaming=bool(body.stream),
+                max_unsent_chars=self._settings.max_unsent_chars,
+                on_overflow=exchange.abort,
+            )
+            created = int(time.time())
+            name = kind.chunk_object if body.stream else kind.object
+            envelope = Envelope(call_id, name, created, view.name, fingerprint_of(view))
+            async with self._watched(call, exchange):
+                call.start(self._completer, plan.requests)
+                if body.stream:
+                    await _stream(kind, exchange, call, plan, envelope, body.include_usage)
+                else:
+                    await _respond(kind, exchange, call, plan, envelope)
+
+    @contextlib.asynccontextmanager
+    async def _watched(self, call: Call, exchange: Exchange) -> AsyncIterator[None]:
+        """While this lasts, the call ends when its client leaves or the frontend does."""
+
+        async def watch() -> None:
+            await exchange.disconnected()
+            call.hang_up()
+
+        watcher = asyncio.create_task(watch())
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+            call.close()
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+    def _account(self, kind: Kind, exchange: Exchange, record: Record) -> None:
+        ended = time.perf_counter()
+        call, plan, metrics = record.call, record.plan, self._metrics
+        gone = (call is not None and call.gone) or (exchange.status is None and record.error is not None)
+        status = CLIENT_GONE if gone else exchange.status or 500
+        metrics.requests.labels(record.model, kind.endpoint, status).inc()
+        prompt = output = cached = 0
+        ttft_s = 0.0
+        if call is not None and plan is not None:
+            usage = usage_of(plan.prompt_lengths, plan.answers)
+            prompt, output = usage.prompt_tokens, usage.completion_tokens
+            cached = usage.prompt_tokens_details["cached_tokens"]
+            metrics.request_duration.labels(record.model).observe(ended - record.began)
+            if call.first_token_at is not None:
+                ttft_s = call.first_token_at - record.began
+                metrics.time_to_first_token.labels(record.model).observe(ttft_s)
+                metrics.prompt_tokens.labels(record.model).inc(prompt)
+                metrics.output_tokens.labels(record.model).inc(output)
+                metrics.cached_tokens.labels(record.model).inc(cached)
+        log.info(
+            "request_id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
+            " ttft_ms=%.1f duration_ms=%.1f finish=%s",
+            exchange.request_id.decode(),
+            kind.endpoint,
+            record.model or "-",
+            status,
+            prompt,
+            output,
+            cached,
+            ttft_s * 1e3,
+            (ended - record.began) * 1e3,
+            _finish(record, gone),
+        )
+
+
+async def _respond(kind: Kind, exchange: Exchange, call: Call, plan: Plan, envelope: Envelope) -> None:
+    await call.changed()
+    if call.error is not None:
+        raise call.error
+    if not call.gone:
+        usage = usage_of(plan.prompt_lengths, plan.answers)
+        await exchange.respond(200, kind.body(envelope, plan.answers, plan.formats, usage))
+
+
+async def _stream(
+    kind: Kind, exchange: Exchange, call: Call, plan: Plan, envelope: Envelope, include_usage: bool
+) -> None:
+    """The response begins with the first token, so that what fails before still gets its status."""
+    chunks = ChunkFormat(
+        envelope,
+        chat=kind is CHAT,
+        choices=len(plan.answers),
+        include_usage=include_usage,
+        formats=plan.formats,
+    )
+    changed = await call.changed()
+    if call.error is not None and not changed:
+        raise call.error
+    if not call.gone:
+        await exchange.begin_stream()
+    while not call.ended:
+        body = b"".join([chunks.chunk(answer) for answer in changed])
+        if body:
+            await exchange.write(body)
+        changed = await call.changed()
+    if call.gone:
+        return
+    last = [chunks.chunk(answer) for answer in changed]
+    if call.error is not None:
+        await exchange.write(b"".join(last))
+        raise call.error
+    if include_usage:
+        last.append(chunks.usage(usage_of(plan.prompt_lengths, plan.answers)))
+    await exchange.write(b"".join((*last, DONE)), more=False)
+
+
+async def _tell(exchange: Exchange, error: PenstockError) -> None:
+    if exchange.status is not None:
+        await exchange.write(error_event(error), more=False)
+    elif status_of(error) != CLIENT_GONE:
+        await exchange.reject(error)
+
+
+def _leaving() -> RequestRejected:
+    return RequestRejected(
+        503, "This server is shutting down.", code="shutting_down", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def _finish(record: Record, gone: bool) -> str:
+    if record.error is not None:
+        return str(getattr(record.error, "code", None) or type(record.error).__name__)
+    if gone:
+        return "gone"
+    reasons = {answer.finish_reason for answer in record.plan.answers} if record.plan else set()
+    return ",".join(sorted(reason for reason in reasons if reason is not None))

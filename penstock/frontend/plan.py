@@ -1,0 +1,102 @@
+"""What a checked request body comes to: one tokenized request and one empty answer per choice."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import msgspec
+
+from penstock.errors import RequestRejected
+from penstock.frontend.answer import Answer
+from penstock.frontend.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
+from penstock.frontend.openai import ChatRequest, CompletionRequest
+from penstock.frontend.preprocess import ModelText, Preprocessor
+from penstock.frontend.sampling import check_vocabulary, choice_seed, first_seed, sampling_of, with_room
+from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.stop_strings import StopMatcher
+from penstock.structs import ModelView, Request, Sampling
+
+
+@dataclass(slots=True)
+class Plan:
+    """Choices are numbered prompt by prompt: choice k of prompt p has index p * n + k."""
+
+    prompt_lengths: list[int]  # tokens, per prompt
+    requests: list[Request]
+    answers: list[Answer]
+    formats: list[LogprobFormat]  # per choice; empty when no log-probabilities are wanted
+
+
+class Planner:
+    """Makes plans. Holds what does not change from one call to the next."""
+
+    def __init__(self, preprocessor: Preprocessor, settings: FrontendSettings, rng: random.Random) -> None:
+        self._preprocessor = preprocessor
+        self._settings = settings
+        self._rng = rng
+
+    async def plan(self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView) -> Plan:
+        """Render, tokenize and check. Raises RequestRejected(400) naming the field."""
+        sampling = sampling_of(body, view, first_seed(body, self._rng))
+        text = await self._preprocessor.text_of(view)
+        prompts = await self._prompt_ids(body, text, view)
+        plan = Plan([len(prompt) for prompt in prompts], [], [], [])
+        stop_tokens = frozenset((*view.eos_token_ids, *sampling.stop_token_ids))
+        for prompt in prompts:
+            fitted = with_room(sampling, body, view, len(prompt), self._settings.default_max_tokens)
+            for choice in range(body.n or 1):
+                index = len(plan.requests)
+                own = fitted if choice == 0 else _reseeded(fitted, choice)
+                plan.requests.append(
+                    Request(
+                        request_id=f"{call_id}-{index}",
+                        model=view.name,
+                        token_ids=prompt,
+                        sampling=own,
+                        cache_salt=body.cache_salt or "",
+                        priority=body.priority,
+                    )
+                )
+                plan.answers.append(_answer(index, body, text, prompt, stop_tokens))
+                if own.logprobs is not None:
+                    kind = ChatLogprobs if isinstance(body, ChatRequest) else CompletionLogprobs
+                    plan.formats.append(kind(text.token_bytes, own.logprobs))
+        return plan
+
+    async def _prompt_ids(
+        self, body: ChatRequest | CompletionRequest, text: ModelText, view: ModelView
+    ) -> list[list[int]]:
+        if isinstance(body, ChatRequest):
+            return [await self._preprocessor.chat_ids(text, body)]
+        prompts = []
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                special = body.add_special_tokens
+                prompt = await self._preprocessor.encode(text, prompt, add_special_tokens=special)
+            else:
+                check_vocabulary("prompt", prompt, view.vocab_size)
+            if not prompt:
+                raise RequestRejected(400, "A prompt is empty.", field="prompt")
+            prompts.append(prompt)
+        return prompts
+
+
+def _reseeded(sampling: Sampling, choice: int) -> Sampling:
+    return msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, choice))
+
+
+def _answer(
+    index: int,
+    body: ChatRequest | CompletionRequest,
+    text: ModelText,
+    prompt: list[int],
+    stop_tokens: frozenset[int],
+) -> Answer:
+    return Answer(
+        index,
+        text.detokenizer(prompt),
+        stops=StopMatcher(body.stops, body.include_stop_str_in_output) if body.stops else None,
+        min_tokens=body.min_tokens or 0,
+        stop_tokens=stop_tokens,
+    )

@@ -1,0 +1,112 @@
+"""The HTTP server: uvicorn in the running loop.
+
+Signals are the caller's: nothing here touches them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import uvicorn
+
+from penstock.errors import ConfigError
+from penstock.frontend.app import App
+from penstock.frontend.connection import connection_class
+from penstock.frontend.settings import FrontendSettings
+
+log = logging.getLogger("penstock.frontend")
+
+BACKLOG: Final = 2048  # connections the kernel holds until they are accepted
+CLOSE_GRACE_S: Final = 2  # for writing what is left after the last call has ended
+
+
+async def serve(
+    app: App,
+    settings: FrontendSettings,
+    *,
+    stop: asyncio.Event,
+    grace_s: float = 30.0,
+    on_listening: Callable[[str, int], None] | None = None,
+) -> None:
+    """Serve until `stop` is set, then let calls finish for at most `grace_s`, and return.
+
+    `on_listening` is called with the host and port once connections are accepted. Raises ConfigError
+    when the address cannot be listened on. Cancelling this drops everything at once.
+    """
+    listener = _listen(settings.host, settings.port)
+    port = listener.getsockname()[1]
+
+    def started() -> None:
+        log.info("listening on http://%s:%d", settings.host, port)
+        if on_listening is not None:
+            on_listening(settings.host, port)
+
+    config = uvicorn.Config(
+        app,
+        http=connection_class(settings),
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+        timeout_keep_alive=max(1, round(settings.keep_alive_s)),
+        timeout_graceful_shutdown=CLOSE_GRACE_S,
+    )
+    server = _Server(config, started)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.serve([listener]))
+            await stop.wait()
+            await app.drain(grace_s)
+            server.should_exit = True
+    finally:
+        server.drop_all()
+        listener.close()
+        app.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, without its signal handlers, and with a word when it has started."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+        self.servers: list[asyncio.base_events.Server] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def drop_all(self) -> None:
+        """Close what is still open."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    ipv6 = ":" in host
+    try:
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+            backlog=BACKLOG,
+            dualstack_ipv6=ipv6 and host == "::" and socket.has_dualstack_ipv6(),
+        )
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None

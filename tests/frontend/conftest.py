@@ -1,0 +1,270 @@
+"""A scripted router, tokenizers of several families, and a real server around them."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import openai
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.app import create_app
+from penstock.frontend.server import serve
+from penstock.frontend.settings import FrontendSettings
+from penstock.observability import Metrics
+from penstock.structs import Delta, FinishReason, InstanceView, Load, ModelView, Request, Role
+
+SAMPLE = """The quick brown fox jumps over the lazy dog. What is my name? My name is Ottoline.
+You are a helpful assistant. Answer in one short sentence. def main(): return 42
+Größe, café, naïve, 你好世界, こんにちは, привет, 😀 👍🏽 and a few numbers: 1234 567.
+"""
+
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """As Qwen's: NFC, GPT-4-like words, byte-level BPE, ChatML's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return tokenizer
+
+
+def sentencepiece_tokenizer(scheme: str = "first") -> Tokenizer:
+    """As Llama 2's: BPE over Metaspace with byte fallback, `<s>` put before each prompt."""
+    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted(set("▁" + SAMPLE.split("Größe")[0].replace(" ", "").replace("\n", "")))
+    vocabulary = {piece: number for number, piece in enumerate([*marks, *letters])}
+    merges = []
+    for left, right in (("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("i", "n"), ("▁", "a"), ("e", "r"), ("▁", "▁")):
+        merges.append((left, right))
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return tokenizer
+
+
+def word_piece_tokenizer() -> Tokenizer:
+    """As BERT's: lower-cased, decoded with a view to its neighbours."""
+    words = {word.strip(".,?:()").lower() for word in SAMPLE.split()}
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *sorted(words | {".", ",", "?", "##s", "##ing", "a", "##n"})]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces)) if piece}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    return tokenizer
+
+
+def view_of(tokenizer: Tokenizer, *, name="tiny", template=CHATML, **changes) -> ModelView:
+    config = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}
+    if template is not None:
+        config["chat_template"] = template
+    config.update(changes.pop("config", {}))
+    end = tokenizer.token_to_id("<|im_end|>")
+    fields = {
+        "max_model_len": 2048,
+        "vocab_size": tokenizer.get_vocab_size() + 8,  # padded, as real models' are
+        "eos_token_ids": [end] if end is not None else [],
+        "sampling_defaults": {},
+        "assets": {
+            "tokenizer.json": tokenizer.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        },
+        "fingerprint": f"{name}-0123456789abcdef",
+    }
+    return ModelView(name=name, **{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def view(tokenizer) -> ModelView:
+    return view_of(tokenizer)
+
+
+# --- the router -----------------------------------------------------------------------------------
+
+
+class ScriptedTicket:
+    def __init__(self, owner: "ScriptedCompleter", request_id: str) -> None:
+        self._owner = owner
+        self.request_id = request_id
+        self.cancelled = False
+        self.done = False
+
+    def cancel(self) -> None:
+        if not self.done and not self.cancelled:
+            self.cancelled = True
+            self._owner.cancelled.append(self.request_id)
+
+
+Script = Callable[[Request], list[Delta | PenstockError]]
+
+
+@dataclass
+class ScriptedCompleter:
+    """Plays a script for each request: one item per `step_s`, from the event loop."""
+
+    views: list[ModelView]
+    script: Script
+    step_s: float = 0.0
+    requests: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    missing: str = ""
+    serving: bool = True
+    submit_error: RequestRejected | None = None
+
+    def models(self) -> list[ModelView]:
+        return self.views
+
+    def model(self, name: str) -> ModelView:
+        view = next((view for view in self.views if view.name == name), None)
+        if view is None:
+            raise RequestRejected(404, f"no `{name}`", code="model_not_found", field="model")
+        if not self.serving:
+            raise RequestRejected(503, "nobody serves it", code="no_worker", retry_after_s=5.0)
+        return view
+
+    def instances(self) -> list[InstanceView]:
+        return [InstanceView("w-1", Role.AGGREGATED, "tiny", "ready", "127.0.0.1:1", Load(running=2))]
+
+    def healthy(self) -> tuple[bool, str]:
+        return not self.missing, self.missing
+
+    def submit(self, request, on_delta, on_error) -> ScriptedTicket:
+        if self.submit_error is not None:
+            raise self.submit_error
+        self.requests.append(request)
+        ticket = ScriptedTicket(self, request.request_id)
+        steps = iter(self.script(request))
+
+        def step() -> None:
+            item = next(steps, None)
+            if item is None or ticket.cancelled:
+                return
+            if isinstance(item, PenstockError):
+                ticket.done = True
+                on_error(item)
+                return
+            ticket.done = item.finish_reason is not None
+            on_delta(item)
+            asyncio.get_running_loop().call_later(self.step_s, step)
+
+        asyncio.get_running_loop().call_later(self.step_s, step)
+        return ticket
+
+
+def deltas(token_ids, *, finish=FinishReason.LENGTH, cached=0, per_step=1) -> list[Delta]:
+    """The tokens, `per_step` at a time; the last ones with `finish`."""
+    pieces = [token_ids[start : start + per_step] for start in range(0, len(token_ids), per_step)]
+    out = [Delta(piece) for piece in pieces]
+    out[0].cached_tokens = cached
+    out[-1].finish_reason = finish
+    return out
+
+
+def saying(tokenizer, text, **options) -> Script:
+    """A script that always answers with `text`."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return lambda request: deltas(token_ids, **options)
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    completer: ScriptedCompleter
+    metrics: Metrics
+    settings: FrontendSettings
+    host: str
+    port: int
+    stop: asyncio.Event
+    client: openai.AsyncOpenAI
+    http: httpx.AsyncClient
+    task: asyncio.Task
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+@asynccontextmanager
+async def serving(completer, *, grace_s=5.0, **settings):
+    settings = FrontendSettings(port=0, **settings)
+    metrics, stop = Metrics(), asyncio.Event()
+    app = create_app(completer, settings, metrics)
+    listening = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(
+        serve(app, settings, stop=stop, grace_s=grace_s, on_listening=lambda *at: listening.set_result(at))
+    )
+    await asyncio.wait([task, listening], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+    host, port = listening.result()
+    url = f"http://{host}:{port}"
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=10.0) as http,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=10.0) as client,
+    ):
+        try:
+            yield Served(completer, metrics, settings, host, port, stop, client, http, task)
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, 20)
+
+
+@pytest.fixture
+async def served(view, tokenizer):
+    completer = ScriptedCompleter([view], saying(tokenizer, "Hello, 你好 😀!", finish=FinishReason.LENGTH))
+    async with serving(completer) as running:
+        yield running
