@@ -1,0 +1,100 @@
+"""The reader's connections, kept open between pulls so that each costs one round trip."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from collections import OrderedDict
+
+from penstock.errors import RemoteError
+from penstock.transfer.settings import TransferSettings
+from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
+
+
+class Connections:
+    """Idle and busy connections to holders. Thread-safe."""
+
+    def __init__(self, settings: TransferSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[Stream, tuple[str, float]] = OrderedDict()  # address, since; oldest first
+        self._busy: set[Stream] = set()
+        self._closed = False
+
+    def reuse(self, address: str) -> Stream | None:
+        """An open connection to this holder, the one used last."""
+        with self._lock:
+            found = next((s for s in reversed(self._idle) if self._idle[s][0] == address), None)
+            if found is None:
+                return None
+            _, since = self._idle.pop(found)
+            # The holder closes at idle_timeout_s; half of it leaves no race worth having.
+            fresh = time.monotonic() - since < self._settings.idle_timeout_s / 2
+            if fresh and not found.is_stale():
+                self._busy.add(found)
+                return found
+        found.close()
+        return None
+
+    def open(self, address: str, deadline: float) -> Stream:
+        """A new connection.
+
+        Raises:
+            RemoteError: there is no such holder, or it did not answer in time.
+        """
+        host, port = _host_and_port(address)
+        left_s = min(deadline - time.monotonic(), self._settings.connect_timeout_s)
+        if left_s <= 0:
+            raise DeadlinePassed("the deadline passed")
+        try:
+            stream = Stream(socket.create_connection((host, port), timeout=left_s))
+        except TimeoutError as error:
+            raise DeadlinePassed(f"cannot connect to {address} within {left_s:.1f} s") from error
+        except OSError as error:
+            raise ConnectionLost(f"cannot connect to {address}: {error.strerror or error}") from error
+        with self._lock:
+            if not self._closed:
+                self._busy.add(stream)
+                return stream
+        stream.close()
+        raise ConnectionLost("the transfer was stopped")
+
+    def keep(self, address: str, stream: Stream) -> None:
+        """A connection's exchange went to its end: keep it for the next."""
+        oldest = None
+        with self._lock:
+            self._busy.discard(stream)
+            if self._closed:
+                oldest = stream
+            else:
+                self._idle[stream] = (address, time.monotonic())
+                if len(self._idle) > self._settings.max_idle_connections:
+                    oldest, _ = self._idle.popitem(last=False)
+        if oldest is not None:
+            oldest.close()
+
+    def drop(self, stream: Stream) -> None:
+        """A connection's exchange broke off: nobody knows what its next bytes mean."""
+        with self._lock:
+            self._busy.discard(stream)
+        stream.close()
+
+    def close(self) -> None:
+        """Close what is idle and cut what is busy; from here on none is opened."""
+        with self._lock:
+            self._closed = True
+            for stream in self._busy:
+                stream.cut()
+            for stream in self._idle:
+                stream.close()
+            self._idle.clear()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    try:
+        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
+    except ValueError:
+        raise RemoteError(f"not an IP address and port: {address[:60]!r}") from None

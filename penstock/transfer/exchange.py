@@ -1,0 +1,179 @@
+"""All of a pull but how its bytes move: `tcp` and `nixl` add that.
+
+The reader, on a thread of the pull queue, asks for blocks, fetches them, and hears that they were held.
+The holder, on that connection's thread, grants the read, lends the blocks, and lets go of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from penstock.errors import PenstockError, RemoteError
+from penstock.ports import Pulled
+from penstock.structs import Handoff
+from penstock.transfer.connections import Connections
+from penstock.transfer.grants import Grants, Refused
+from penstock.transfer.messages import PROTOCOL, Granted, Held, Read
+from penstock.transfer.pull_queue import Pull, PullQueue
+from penstock.transfer.server import Server
+from penstock.transfer.settings import TransferSettings
+from penstock.transfer.stream import ConnectionLost, Stream
+
+log = logging.getLogger(__name__)
+
+
+class Exchange(ABC):
+    """The `KvTransfer` port, less `_lend` and `_fetch`.
+
+    Args:
+        instance_id, epoch: of the worker whose pool this serves; handoffs name them.
+    """
+
+    name: str
+
+    def __init__(self, instance_id: str, epoch: int, settings: TransferSettings) -> None:
+        self.instance_id = instance_id
+        self.epoch = epoch
+        self.settings = settings
+        self._server = Server(settings, self._serve)
+        self._connections = Connections(settings)
+        self._pulls = PullQueue(settings.max_pulls, settings.max_waiting_pulls)
+
+    def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
+        """See `KvTransfer.start`. Raises ConfigError when the port cannot be had."""
+        if pool.readonly or pool.ndim != 2 or pool.format != "B" or not pool.c_contiguous:
+            raise ValueError("a pool is writable, C-contiguous, of format 'B' and two dimensions")
+        self.total_blocks, self.block_bytes = pool.shape or (0, 0)
+        self._flat = pool.cast("B")
+        self._on_pulled = on_pulled
+        self._grants = Grants(self.instance_id, self.epoch, self.total_blocks, self.block_bytes)
+        self.address = self._server.start()
+        self._pulls.start()
+
+    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
+        """See `KvTransfer.export`."""
+        return self.address, self._grants.add(handoff_id, block_ids)
+
+    def retract(self, handoff_id: str) -> bool:
+        """See `KvTransfer.retract`."""
+        return self._grants.retract(handoff_id)
+
+    def pull(
+        self,
+        handoff: Handoff,
+        source_indices: Sequence[int],
+        block_ids: Sequence[int],
+        timeout_s: float,
+        on_done: Callable[[Pulled], None],
+    ) -> None:
+        """See `KvTransfer.pull`."""
+        indices, rows = list(source_indices), list(block_ids)
+        if len(indices) != len(rows) or any(not 0 <= row < self.total_blocks for row in rows):
+            raise ValueError("a pull needs one own block for each source block")
+        now = time.monotonic()
+        run = partial(self._run, handoff, indices, rows, now, now + timeout_s)
+        self._pulls.submit(Pull(run, on_done, now, now + timeout_s))
+
+    def stop(self) -> None:
+        """See `KvTransfer.stop`."""
+        self._connections.close()
+        self._pulls.stop(self.settings.stop_timeout_s)
+        self._server.stop()
+
+    @abstractmethod
+    def _lend(self, stream: Stream, rows: list[int], deadline: float) -> None:
+        """Holder: grant a read of these pool rows, and return once they have been read."""
+
+    @abstractmethod
+    def _fetch(self, stream: Stream, granted: Granted, rows: list[int], deadline: float) -> None:
+        """Reader: bring what was granted into these pool rows. Nothing is written after the return."""
+
+    def _run(
+        self, handoff: Handoff, indices: list[int], rows: list[int], started: float, deadline: float
+    ) -> Pulled:
+        error = None
+        try:
+            self._pull_once(handoff, indices, rows, deadline)
+        except PenstockError as failed:
+            error = str(failed)
+        except Exception as failed:
+            # The top of a pull: a defect here must still become the one answer its caller waits for.
+            log.exception("transfer: pulling %s failed", handoff.handoff_id)
+            error = f"internal error: {failed!r}"
+        blocks = 0 if error else len(rows)
+        return Pulled(blocks, blocks * self.block_bytes, time.monotonic() - started, error)
+
+    def _pull_once(self, handoff: Handoff, indices: list[int], rows: list[int], deadline: float) -> None:
+        if handoff.transport != self.name:
+            raise RemoteError(f"the handoff is for {handoff.transport[:20]!r}, this is {self.name!r}")
+        stream, granted = self._ask(handoff, indices, deadline)
+        try:
+            if granted.refused:
+                raise RemoteError(f"refused by the holder: {granted.refused}")
+            self._fetch(stream, granted, rows, deadline)
+            stream.receive(Held, deadline)
+        except BaseException:
+            self._connections.drop(stream)
+            raise
+        self._connections.keep(handoff.address, stream)
+
+    def _ask(self, handoff: Handoff, indices: list[int], deadline: float) -> tuple[Stream, Granted]:
+        """Send the Read, over a connection kept from an earlier pull if there is one.
+
+        Such a one may have been closed by the holder just now; then the Read goes once more, over a new
+        one. Should the first have arrived all the same, the second is refused: granted once.
+        """
+        stream = self._connections.reuse(handoff.address)
+        if stream is not None:
+            try:
+                return stream, self._question(stream, handoff, indices, deadline)
+            except ConnectionLost:
+                pass
+        stream = self._connections.open(handoff.address, deadline)
+        return stream, self._question(stream, handoff, indices, deadline)
+
+    def _question(self, stream: Stream, handoff: Handoff, indices: list[int], deadline: float) -> Granted:
+        read = Read(
+            PROTOCOL,
+            handoff.handoff_id,
+            handoff.instance_id,
+            handoff.epoch,
+            handoff.params,
+            self.block_bytes,
+            indices,
+            deadline - time.monotonic(),
+        )
+        try:
+            stream.send(read, deadline)
+            return stream.receive(Granted, deadline)
+        except BaseException:
+            self._connections.drop(stream)
+            raise
+
+    def _serve(self, stream: Stream, read: Read) -> bool:
+        """Holder: one exchange. Whether the Read was granted."""
+        deadline = time.monotonic() + min(read.timeout_s, self.settings.read_timeout_s)
+        try:
+            rows = self._grants.begin(read)
+        except Refused as refused:
+            stream.send(Granted(refused=str(refused)), deadline)
+            return False
+        try:
+            self._lend(stream, rows, deadline)
+            self._pulled(read.handoff_id)
+        finally:
+            self._grants.end(read.handoff_id)
+        # Last, so that a reader that knows of its success finds the holder knowing too.
+        stream.send(Held(), deadline)
+        return True
+
+    def _pulled(self, handoff_id: str) -> None:
+        try:
+            self._on_pulled(handoff_id)
+        except Exception:
+            # The engine's defect: its reader has the blocks all the same.
+            log.exception("transfer: on_pulled failed for %s", handoff_id)

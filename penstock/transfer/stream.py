@@ -1,0 +1,152 @@
+"""A TCP connection with deadlines, that moves messages and pool rows.
+
+The socket blocks, with the time left set as its timeout before each call: one system call then moves
+megabytes (MSG_WAITALL), where a polled socket wakes for every segment and takes twice as long.
+Deadlines are of `time.monotonic`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+from penstock.errors import RemoteError
+from penstock.transfer.messages import LENGTH_BYTES, M, Message, check_length, frame, parsed
+
+_WINDOW_BYTES = 4 * 1024 * 1024  # per system call: a deadline is looked at in between
+_WINDOW_VIEWS = 1024  # IOV_MAX of Linux and macOS
+_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: wait for the bytes that follow before sending a segment
+
+
+class ConnectionLost(RemoteError):
+    """The other end closed the connection, or it broke."""
+
+
+class DeadlinePassed(RemoteError):
+    """The other end took too long."""
+
+
+class Stream:
+    """One connection. Used by one thread at a time, except for `cut`."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        connected.setblocking(True)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: Message, deadline: float, *, more: bool = False) -> None:
+        """Send a message; with `more`, along with what is sent next."""
+        self._move(self._sender(more), [memoryview(frame(message))], deadline)
+
+    def receive(self, kind: type[M], deadline: float) -> M:
+        """The next message, which must be a `kind`.
+
+        Raises:
+            ProtocolError: it is something else.
+        """
+        length = int.from_bytes(self._receive_bytes(LENGTH_BYTES, deadline), "big")
+        check_length(length)
+        return parsed(kind, self._receive_bytes(length, deadline))
+
+    def send_rows(self, rows: list[memoryview], deadline: float) -> None:
+        """Send memory as it is, along with the message that follows."""
+        self._move(self._sender(more=True), rows, deadline)
+
+    def receive_rows(self, rows: list[memoryview], deadline: float) -> None:
+        """Fill memory from the connection."""
+        self._move(self._receive_some, rows, deadline)
+
+    def is_stale(self) -> bool:
+        """Whether an idle connection was closed by the other end, or has bytes nobody asked for."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def cut(self) -> None:
+        """End the connection under the thread that uses it; its call ends with ConnectionLost."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended by itself
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _receive_bytes(self, count: int, deadline: float) -> bytes:
+        data = bytearray(count)
+        self._move(self._receive_some, [memoryview(data)], deadline)
+        return bytes(data)
+
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+
+    def _sender(self, more: bool) -> Callable[[list[memoryview]], int]:
+        flags = _MORE if more else 0
+        return lambda views: self._socket.sendmsg(views, (), flags)
+
+    def _move(
+        self, call: Callable[[list[memoryview]], int], views: list[memoryview], deadline: float
+    ) -> None:
+        for window in _windows(views):
+            while window:
+                self._set_timeout(deadline)
+                try:
+                    moved = call(window)
+                except BlockingIOError:
+                    continue  # the timeout: `_set_timeout` says so
+                except OSError as error:
+                    raise ConnectionLost(f"connection lost: {error.strerror or error}") from error
+                if moved == 0:
+                    raise ConnectionLost("connection closed by the other end")
+                window = _behind(window, moved)
+
+    def _set_timeout(self, deadline: float) -> None:
+        left_us = int((deadline - time.monotonic()) * 1e6)
+        if left_us <= 0:
+            raise DeadlinePassed("the deadline passed")
+        timeval = struct.pack("@ll", left_us // 1_000_000, left_us % 1_000_000)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        except OSError as error:
+            raise ConnectionLost(f"connection lost: {error.strerror or error}") from error
+
+
+def pool_rows(flat: memoryview, block_bytes: int, block_ids: list[int]) -> list[memoryview]:
+    """Views of these blocks, in this order; neighbours in memory that follow each other share one."""
+    views = []
+    start = 0
+    for end in range(1, len(block_ids) + 1):
+        if end < len(block_ids) and block_ids[end] == block_ids[end - 1] + 1:
+            continue
+        views.append(flat[block_ids[start] * block_bytes : (block_ids[end - 1] + 1) * block_bytes])
+        start = end
+    return views
+
+
+def _windows(views: list[memoryview]) -> Iterator[list[memoryview]]:
+    """The views in order, as much at a time as one system call is to move."""
+    window: list[memoryview] = []
+    size = 0
+    for view in views:
+        window.append(view)
+        size += len(view)
+        if size >= _WINDOW_BYTES or len(window) == _WINDOW_VIEWS:
+            yield window
+            window, size = [], 0
+    yield window
+
+
+def _behind(views: list[memoryview], moved: int) -> list[memoryview]:
+    """What is left of the views after their first `moved` bytes."""
+    for index, view in enumerate(views):
+        if moved < len(view):
+            return [view[moved:], *views[index + 1 :]]
+        moved -= len(view)
+    return []
