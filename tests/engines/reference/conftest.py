@@ -179,7 +179,6 @@ class Bench:
 
     model: Model
     next_block: int = 0
-    load: Callable[[Path], Model] = load_model
 
     def sequence(self, token_ids: list[int], sampling: Sampling = GREEDY, room: int = 96) -> Sequence:
         """A sequence with blocks for `room` tokens more than it has."""
@@ -198,6 +197,13 @@ class Bench:
             if sampled:
                 row.sequence.token_ids.append(sampled.token_id)
         return [sampled.token_id if sampled else None for sampled in drawn]
+
+    @staticmethod
+    def rest(sequence: Sequence, count: int | None = None) -> Row:
+        """A row for the next `count` tokens without KV, or all of them; it samples when none is left."""
+        left = len(sequence.token_ids) - sequence.computed
+        count = left if count is None else min(count, left)
+        return Row(sequence, sequence.computed, count, count == left)
 
     def logits(self, *rows: Row) -> np.ndarray:
         return self.model.logits(list(rows)).copy()
@@ -227,6 +233,22 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture(params=list(CASES))
 def case_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def case(case_name: str) -> Case:
+    return CASES[case_name]
+
+
+@pytest.fixture
+def make_checkpoint() -> Callable[[Case, Path], None]:
+    return write_checkpoint
+
+
+@pytest.fixture
+def make_bench() -> Callable[[Path], Bench]:
+    """A fresh model of a folder."""
+    return lambda folder: Bench(load_model(folder))
 
 
 @pytest.fixture

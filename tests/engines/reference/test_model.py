@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import Sequence
 from penstock.engines.reference.config import Rope
 from penstock.engines.reference.model import rotations
 
@@ -26,17 +26,10 @@ def goldens() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def rest(sequence: Sequence, count: int | None = None) -> Row:
-    """A row for the next `count` tokens without KV, or all of them, with sampling at the end."""
-    left = len(sequence.token_ids) - sequence.computed
-    count = left if count is None else min(count, left)
-    return Row(sequence, sequence.computed, count, count == left)
-
-
 def generate(bench: Any, sequence: Sequence, count: int) -> list[int]:
     """Greedy tokens: everything without KV at once, then one by one."""
     for _ in range(count):
-        bench.run(rest(sequence))
+        bench.run(bench.rest(sequence))
     return sequence.token_ids[-count:]
 
 
@@ -45,34 +38,34 @@ def test_tokens_and_logits_equal_those_of_transformers(
 ) -> None:
     sequence = bench.sequence(prompt)
     for step, token_id in enumerate(goldens[f"{case_name} tokens"].tolist()):
-        logits = bench.logits(rest(sequence))[0]
+        logits = bench.logits(bench.rest(sequence))[0]
         if step in (0, 31, 63):
             expected = goldens[f"{case_name} logits"][(0, 31, 63).index(step)]
             assert np.abs(logits - expected).max() < LOGIT_TOLERANCE
-        assert bench.run(rest(sequence)) == [token_id]
+        assert bench.run(bench.rest(sequence)) == [token_id]
 
 
 def test_logits_are_equal_bit_for_bit_however_a_text_is_chunked(bench: Any, prompt: list[int]) -> None:
     token_ids = [*prompt, *range(100)]  # crosses window widths of 64 keys
-    whole = bench.logits(rest(bench.sequence(token_ids)))
+    whole = bench.logits(bench.rest(bench.sequence(token_ids)))
     for size in (1, 3, 7, 16, 64, 100):
         sequence = bench.sequence(token_ids, room=0)
         while len(token_ids) - sequence.computed > size:
-            bench.run(rest(sequence, size))
-        assert np.array_equal(bench.logits(rest(sequence)), whole), size
+            bench.run(bench.rest(sequence, size))
+        assert np.array_equal(bench.logits(bench.rest(sequence)), whole), size
         bench.next_block = 40
 
 
 def test_logits_are_equal_bit_for_bit_whatever_else_is_in_the_batch(bench: Any, prompt: list[int]) -> None:
     rng = random.Random(5)
     token_ids = [*prompt, *range(50)]
-    whole = bench.logits(rest(bench.sequence(token_ids, room=0)))[0]
+    whole = bench.logits(bench.rest(bench.sequence(token_ids, room=0)))[0]
     for others in (1, 2, 6, 7, 8, 17):
         bench.next_block = 0
-        rows = [rest(bench.sequence(token_ids, room=0))]
+        rows = [bench.rest(bench.sequence(token_ids, room=0))]
         for _ in range(others):
             other = bench.sequence(rng.choices(range(128), k=rng.randrange(1, 40)), room=0)
-            rows.append(rest(other, rng.choice([1, 5, None])))
+            rows.append(bench.rest(other, rng.choice([1, 5, None])))
         rng.shuffle(rows)
         at = [row.sequence.token_ids for row in rows if row.sample].index(token_ids)
         assert np.array_equal(bench.logits(*rows)[at], whole), others
@@ -87,7 +80,7 @@ def test_generation_is_equal_batched_interleaved_and_alone(bench: Any, prompt: l
     while any(len(s.token_ids) < s.prompt_len + 10 for s in sequences):
         unfinished = [s for s in sequences if len(s.token_ids) < s.prompt_len + 10]
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        bench.run(*(rest(sequence, rng.choice([1, 2, 5, 30])) for sequence in chosen))
+        bench.run(*(bench.rest(sequence, rng.choice([1, 2, 5, 30])) for sequence in chosen))
     assert [s.token_ids[s.prompt_len :][:10] for s in sequences] == alone
 
 
@@ -109,18 +102,18 @@ def test_a_prefix_hit_and_a_preemption_change_nothing(bench: Any, prompt: list[i
 
 
 def test_blocks_moved_as_bytes_continue_in_another_pool(
-    bench: Any, folders: Any, case_name: str, prompt: list[int]
+    bench: Any, make_bench: Any, folders: Any, case_name: str, prompt: list[int]
 ) -> None:
     """What a KV transfer does: the last, partial block moves as well."""
     here = bench.sequence(prompt)
     expected = generate(bench, here, 20)
-    there = type(bench)(bench.load(folders[case_name]))
+    there = make_bench(folders[case_name])
     there.next_block = 11
     moved = there.sequence(prompt)
     moved.token_ids.append(expected[0])
     source, target = bench.model.pool.raw(), there.model.pool.raw()
     again = bench.sequence(prompt)
-    bench.run(rest(again))
+    bench.run(bench.rest(again))
     for old, new in zip(again.block_ids[:6], moved.block_ids[:6], strict=True):
         np.asarray(target)[new] = np.asarray(source)[old]
     moved.computed = len(prompt)
@@ -135,7 +128,7 @@ def test_what_a_block_held_before_cannot_be_seen(bench: Any, prompt: list[int]) 
 
 
 def test_a_batch_without_samples_gives_no_logits(bench: Any, prompt: list[int]) -> None:
-    assert bench.logits(rest(bench.sequence(prompt), 5)).shape == (0, 128)
+    assert bench.logits(bench.rest(bench.sequence(prompt), 5)).shape == (0, 128)
 
 
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
