@@ -1,0 +1,237 @@
+"""One process of a graph: its options in, a running frontend or worker out.
+
+The only place where concrete adapters are chosen: discovery, engine, KV transfer. An adapter's module is
+imported when it is chosen, so a frontend never loads numpy, and a worker never loads an HTTP server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from penstock.config import (
+    FrontendOptions,
+    WorkerOptions,
+    api_keys,
+    discovery_directory,
+    link_secret,
+    parse_discovery,
+)
+from penstock.discovery.file import FileDiscovery
+from penstock.engines.settings import SchedulerSettings
+from penstock.errors import ConfigError, PenstockError
+from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
+from penstock.observability import Metrics, setup_logging
+from penstock.ports import Discovery, Engine, KvTransfer
+from penstock.structs import Role
+
+log = logging.getLogger("penstock.process")
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run a process's coroutine; SIGTERM and SIGINT set its stop event.
+
+    Errors of the tree are raised as they are, one of several when tasks failed together.
+    """
+
+    async def with_signals() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await main(stop)
+
+    with _one_error(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(with_signals())
+
+
+def run_frontend(options: FrontendOptions) -> None:
+    """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
+    setup_logging(options.log_level)
+    from penstock.frontend.app import create_app
+    from penstock.frontend.server import serve
+    from penstock.frontend.settings import FrontendSettings
+    from penstock.router import Router, RouterSettings
+
+    settings = FrontendSettings(
+        host=options.http_host,
+        port=options.http_port,
+        api_keys=api_keys(options),
+        max_body_bytes=options.max_body_bytes,
+        tls_cert=options.http_tls_cert,
+        tls_key=options.http_tls_key,
+    )
+    router_settings = RouterSettings(
+        policy=options.router_mode, disagg=options.disagg, expect=options.expected_roles
+    )
+    link_settings = ClientSettings(secret=link_secret(options, os.environ), tls=_tls(options))
+
+    async def main(stop: asyncio.Event) -> None:
+        metrics = Metrics()
+        discovery = _discovery(options)
+        router = Router(
+            discovery, router_settings, link_settings, metrics.router, frontend_id=_unique_name("frontend")
+        )
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(router.run())
+            await serve(create_app(router, settings, metrics), settings, stop=stop, grace_s=options.drain_s)
+            following.cancel()
+        await discovery.close()
+
+    run(main)
+
+
+def run_worker(options: WorkerOptions) -> None:
+    """Serve attempts until a signal, then drain. Raises ConfigError; RemoteError when the engine dies."""
+    setup_logging(options.log_level)
+    from penstock.worker import Worker, WorkerSettings
+
+    epoch = int(time.time() * 1000)
+    instance_id = options.instance_id or _unique_name(options.role)
+    settings = WorkerSettings(
+        instance_id=instance_id,
+        epoch=epoch,
+        role=options.role,
+        model=options.served_model_name,
+        advertise_host=options.advertise_host,
+        max_waiting=options.max_waiting,
+        drain_s=options.drain_s,
+    )
+    link_settings = ServerSettings(
+        host=options.host, port=options.port, secret=link_secret(options, os.environ), tls=_tls(options)
+    )
+    engine = _engine(options, instance_id, epoch)
+
+    async def main(stop: asyncio.Event) -> None:
+        discovery = _discovery(options)
+        await Worker(engine, discovery, settings, link_settings).run(stop)
+        await discovery.close()
+
+    run(main)
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+def _discovery(options: FrontendOptions | WorkerOptions) -> Discovery:
+    url = parse_discovery(options.discovery)
+    if url.kind == "file":
+        return FileDiscovery(discovery_directory(url, options.namespace, os.environ))
+    raise ConfigError(f"--discovery: {url.kind} is not built into this version; use file:DIRECTORY")
+
+
+def _engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+    match options.engine:
+        case "reference":
+            return _reference_engine(options, instance_id, epoch)
+        case "sim":
+            return _sim_engine(options, instance_id, epoch)
+        case "vllm":
+            raise ConfigError("--engine: vllm is not built into this version; use reference or sim")
+
+
+def _reference_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+    from penstock.engines.reference.engine import ReferenceSettings, reference_engine
+
+    given = _given(options, "block_size", "max_model_len")
+    if options.kv_cache_mib is not None:
+        given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024
+    settings = ReferenceSettings(
+        model=options.model,
+        served_name=options.served_model_name,
+        scheduler=_scheduler(options, instance_id, epoch),
+        **given,
+    )
+    return reference_engine(settings, _transfer(options, instance_id, epoch))
+
+
+def _sim_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+    from penstock.engines.sim import SimSettings, sim_engine
+
+    given = _given(options, "block_size", "max_model_len")
+    if options.sim_cost_model:
+        given["cost_model"] = options.sim_cost_model
+    folder = Path(options.model)
+    settings = SimSettings(
+        model=options.served_model_name or folder.name,
+        speedup=options.sim_speedup,
+        assets=str(folder) if folder.is_dir() else "",
+        scheduler=_scheduler(options, instance_id, epoch),
+        **given,
+    )
+    return sim_engine(settings, _transfer(options, instance_id, epoch))
+
+
+def _scheduler(options: WorkerOptions, instance_id: str, epoch: int) -> SchedulerSettings:
+    return SchedulerSettings(
+        instance_id=instance_id,
+        epoch=epoch,
+        handoff_ttl_s=options.handoff_ttl_s,
+        **_given(options, "max_batch_tokens", "max_running"),
+    )
+
+
+def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfer | None:
+    """None for aggregated workers: nobody hands over to them, nor they to anybody."""
+    if options.role is Role.AGGREGATED:
+        return None
+    kind = options.transfer
+    if kind == "auto":
+        kind = "nixl" if find_spec("nixl") is not None and options.engine != "sim" else "tcp"
+    advertised = options.advertise_host or options.host
+    if kind == "nixl":
+        from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
+
+        return NixlTransfer(
+            instance_id, epoch, NixlTransferSettings(host=options.host, advertise_host=advertised)
+        )
+    from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
+
+    return TcpTransfer(
+        instance_id, epoch, TcpTransferSettings(host=options.host, advertise_host=advertised)
+    )
+
+
+def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:
+    """The options among these that are set; what is not is the engine's choice."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _tls(options: FrontendOptions | WorkerOptions) -> TlsSettings | None:
+    if not (options.link_tls_cert or options.link_tls_ca):
+        return None
+    name = options.link_tls_server_name if isinstance(options, FrontendOptions) else ""
+    return TlsSettings(
+        cert_file=options.link_tls_cert,
+        key_file=options.link_tls_key,
+        ca_file=options.link_tls_ca,
+        server_name=name,
+    )
+
+
+def _unique_name(kind: str) -> str:
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Out of a task group's errors, raise the first one that a person can act on."""
+    try:
+        yield
+    except* PenstockError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
