@@ -1,0 +1,129 @@
+"""Where the output of instances goes: a bounded file each, and the terminal, prefixed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+_LINE_BYTES_MAX = 32 * 1024  # longer lines are shown in parts
+_PENDING_LINES_MAX = 10_000  # for a terminal that is slower than the instances
+_COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
+_CLOSE_TIMEOUT_S = 2.0
+
+
+class LogFile:
+    """Appends to a file; at `bytes_max` it becomes PATH.1, in place of the one before."""
+
+    def __init__(self, path: Path, bytes_max: int) -> None:
+        self._path = path
+        self._bytes_max = bytes_max
+        self._file: BinaryIO | None = None
+        self._size = 0
+        self.error = ""  # why the latest write was lost; a full disk must not stop what is logged
+
+    def write(self, chunk: bytes) -> None:
+        try:
+            if self._file is None or self._size >= self._bytes_max:
+                self._file = self._open()
+            self._file.write(chunk)
+            self._size += len(chunk)
+            self.error = ""
+        except OSError as error:
+            self.error = f"cannot write to {self._path}: {error.strerror}"
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        self.close()
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._path.exists() and self._path.stat().st_size >= self._bytes_max:
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+        file = self._path.open("ab", buffering=0)
+        self._size = file.tell()
+        return file
+
+
+class LineSplitter:
+    """Chunks to lines. What follows the last line break waits, up to `_LINE_BYTES_MAX`."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        while len(self._rest) > _LINE_BYTES_MAX:
+            lines.append(self._rest[:_LINE_BYTES_MAX])
+            self._rest = self._rest[_LINE_BYTES_MAX:]
+        return lines
+
+    def flush(self) -> list[bytes]:
+        rest, self._rest = self._rest, b""
+        return [rest] if rest else []
+
+
+class Console:
+    """Prints lines as `prefill-0 | ...`, from a thread: a stopped terminal holds up nobody.
+
+    A terminal that cannot keep up misses lines, and is told how many; the files have them all.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, colour: bool | None = None, width: int = 10
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._colour = self._stream.isatty() if colour is None else colour
+        self._width = width
+        self._colours: dict[str, str] = {}
+        self._pending: deque[tuple[str, str]] = deque()
+        self._missed = 0
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._print_all, name="console", daemon=True)
+        self._thread.start()
+
+    def write(self, name: str, line: str) -> None:
+        """Queue one line. Returns at once."""
+        with self._wake:
+            if len(self._pending) >= _PENDING_LINES_MAX:
+                self._missed += 1
+                return
+            self._pending.append((name, line))
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Print what is queued, as long as the terminal takes it."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _print_all(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._pending or self._closing)
+                batch = [self._format(name, line) for name, line in self._pending]
+                self._pending.clear()
+                if self._missed:
+                    batch.append(self._format("penstock", f"{self._missed} lines not shown here"))
+                    self._missed = 0
+                last = self._closing
+            try:
+                self._stream.write("".join(batch))
+                self._stream.flush()
+            except (OSError, ValueError):
+                return  # the terminal is gone (or closed): the files go on
+            if last:
+                return
+
+    def _format(self, name: str, line: str) -> str:
+        prefix = f"{name:<{self._width}} |"
+        if self._colour:
+            colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
+            prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
+        return f"{prefix} {line}\n"

@@ -1,0 +1,86 @@
+"""One child process: started in a group of its own, its output as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+_READ_BYTES = 64 * 1024
+
+
+class Child:
+    """A running process. Its output must be read to the end, or it will block on it."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        output: asyncio.StreamReader,
+        transport: asyncio.ReadTransport,
+    ) -> None:
+        self._process = process
+        self._output = output
+        self._transport = transport
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def read(self) -> bytes:
+        """The next output, stdout and stderr as they came; empty at the end."""
+        return await self._output.read(_READ_BYTES)
+
+    async def wait(self) -> int:
+        """The exit code; the negative signal number when one ended it."""
+        return await self._process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM to the process alone: it knows best how to end what it started itself."""
+        if self._process.returncode is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL to it and all that it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # all gone
+
+    def close(self) -> None:
+        """Stop reading, whoever may still hold the other end."""
+        self._transport.close()
+
+
+async def start_child(argv: Sequence[str], env: Mapping[str, str]) -> Child:
+    """Start a program. Raises OSError when it cannot be started."""
+    read_end, write_end = os.pipe()
+    output = os.fdopen(read_end, "rb", buffering=0)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            env=dict(env),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=write_end,
+            process_group=0,  # a terminal's Ctrl-C reaches the supervisor alone, which stops all in order
+        )
+    except OSError:
+        output.close()
+        raise
+    finally:
+        os.close(write_end)
+    reader = asyncio.StreamReader(limit=_READ_BYTES)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), output)
+    return Child(process, reader, transport)
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

@@ -1,0 +1,227 @@
+"""One replica: its process, restarted whenever it ends, until told to stop.
+
+starting --ready--> ready --exit--> waiting --pause over--> starting
+any but failed --stop--> stopping --exit--> stopped
+starting, ready --exit with code 2--> failed            a wrong setting: starting it again is no help
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from penstock.launcher.logs import Console, LineSplitter, LogFile
+from penstock.launcher.plan import Launch
+from penstock.launcher.process import Child, describe_exit, start_child
+from penstock.launcher.settings import LauncherSettings
+
+CONFIG_EXIT_CODE = 2  # of a Penstock command that refused to start
+
+_LAST_OUTPUT_S = 2.0  # for what is still in the pipe of a process that ended
+
+
+class ReplicaState(StrEnum):
+    """As in the module's table."""
+
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting"
+    FAILED = "failed"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """A replica as `penstock status` shows it."""
+
+    name: str
+    instance_id: str
+    state: ReplicaState
+    pid: int | None = None  # while its process runs
+    restarts: int = 0
+    uptime_s: float = 0.0  # of the process
+    address: str = ""  # URL of a frontend, host:port of a worker's link, once ready
+    last_exit: str = ""  # in words
+    gpus: tuple[str, ...] = ()
+
+
+class Backoff:
+    """Pauses between restarts: doubling up to a limit, back to the shortest after a stable run."""
+
+    def __init__(self, settings: LauncherSettings) -> None:
+        self._settings = settings
+        self._next_s = settings.restart_min_s
+
+    def pause_after(self, ran_s: float) -> float:
+        """Seconds to wait after a process that ran for `ran_s`."""
+        if ran_s >= self._settings.stable_s:
+            self._next_s = self._settings.restart_min_s
+        pause_s = self._next_s
+        self._next_s = min(2 * pause_s, self._settings.restart_max_s)
+        return pause_s
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """What a replica is given by its supervisor.
+
+    program: the words before a launch's own.
+    ready: waits until the launch's process of this pid is ready; its address.
+    notice: tells people, one line.
+    changed: called after each change of a replica's state.
+    """
+
+    program: Sequence[str]
+    settings: LauncherSettings
+    console: Console | None  # None: output goes to the files alone
+    ready: Callable[[Launch, int], Awaitable[str]]
+    notice: Callable[[str], None]
+    changed: Callable[[], None]
+
+
+class Replica:
+    """Runs one launch. `run` once; `stop` and `kill` from anywhere on the same event loop."""
+
+    def __init__(self, launch: Launch, index: int, log: LogFile, surroundings: Surroundings) -> None:
+        self.launch = launch
+        self.index = index
+        self.state = ReplicaState.STARTING
+        self.last_line = ""
+        self._log = log
+        self._around = surroundings
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+        self._child: Child | None = None
+        self._started_at = 0.0
+        self._restarts = 0
+        self._address = ""
+        self._last_exit = ""
+
+    @property
+    def leaving(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL when its drain time and the margin are over."""
+        self._stop.set()
+
+    def kill(self) -> None:
+        """Stop it without more patience."""
+        self._stop.set()
+        self._force.set()
+
+    def status(self) -> ReplicaStatus:
+        running = self._child is not None
+        return ReplicaStatus(
+            name=self.launch.name,
+            instance_id=self.launch.instance_id,
+            state=self.state,
+            pid=self._child.pid if self._child else None,
+            restarts=self._restarts,
+            uptime_s=round(time.monotonic() - self._started_at, 1) if running else 0.0,
+            address=self._address,
+            last_exit=self._last_exit,
+            gpus=self.launch.gpus,
+        )
+
+    async def run(self) -> None:
+        """Keep it running until stopped."""
+        backoff = Backoff(self._around.settings)
+        while not self.leaving:
+            self._become(ReplicaState.STARTING)
+            self._started_at = time.monotonic()
+            try:
+                code = await self._run_once()
+                self._last_exit = describe_exit(code)
+            except OSError as error:  # no memory or no processes left: may pass
+                code = 1
+                self._last_exit = f"cannot be started ({error.strerror})"
+            ran_s = time.monotonic() - self._started_at
+            if self.leaving:
+                break
+            if code == CONFIG_EXIT_CODE:
+                self._tell(f"{self._last_exit}, not starting it again: {self.last_line}")
+                self._become(ReplicaState.FAILED)
+                await self._stop.wait()
+                break
+            pause_s = backoff.pause_after(ran_s)
+            self._tell(f"{self._last_exit} after {ran_s:.1f} s, starting again in {pause_s:g} s")
+            self._become(ReplicaState.WAITING)
+            await self._stopped_within(pause_s)
+            self._restarts += 1
+        self._log.close()
+        self._become(ReplicaState.STOPPED)
+
+    async def _run_once(self) -> int:
+        """One process from start to exit; the exit code."""
+        argv = [*self._around.program, *self.launch.argv]
+        child = self._child = await start_child(argv, self.launch.env)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                output = tasks.create_task(self._copy_output(child))
+                ready = tasks.create_task(self._await_ready(child))
+                stopper = tasks.create_task(self._stop_when_told(child))
+                code = await child.wait()
+                ready.cancel()
+                stopper.cancel()
+                child.kill()  # what it started and left behind
+                await asyncio.wait({output}, timeout=_LAST_OUTPUT_S)
+                output.cancel()
+        finally:
+            child.kill()
+            child.close()
+            self._child = None
+            self._address = ""
+        return code
+
+    async def _copy_output(self, child: Child) -> None:
+        lines = LineSplitter()
+        log_error = ""
+        while chunk := await child.read():
+            self._log.write(chunk)
+            if self._log.error != log_error:
+                log_error = self._log.error
+                self._tell(log_error or "its log is written again")
+            self._show(lines.feed(chunk))
+        self._show(lines.flush())
+
+    def _show(self, lines: Sequence[bytes]) -> None:
+        console = self._around.console
+        for line in lines:
+            text = line.decode(errors="replace").rstrip()
+            self.last_line = text or self.last_line
+            if console is not None:
+                console.write(self.launch.name, text)
+
+    async def _await_ready(self, child: Child) -> None:
+        self._address = await self._around.ready(self.launch, child.pid)
+        if not self.leaving:
+            self._tell(f"ready after {time.monotonic() - self._started_at:.1f} s at {self._address}")
+            self._become(ReplicaState.READY)
+
+    async def _stop_when_told(self, child: Child) -> None:
+        await self._stop.wait()
+        self._become(ReplicaState.STOPPING)
+        child.terminate()
+        grace_s = self.launch.drain_s + self._around.settings.kill_margin_s
+        try:
+            await asyncio.wait_for(self._force.wait(), grace_s)
+        except TimeoutError:
+            self._tell(f"has not ended within {grace_s:g} s of SIGTERM: killed")
+        child.kill()
+
+    async def _stopped_within(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    def _become(self, state: ReplicaState) -> None:
+        self.state = state
+        self._around.changed()
+
+    def _tell(self, what: str) -> None:
+        self._around.notice(f"{self.launch.name} {what}")

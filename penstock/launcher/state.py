@@ -1,0 +1,144 @@
+"""Where a running graph keeps its files: lock, control socket, secret, discovery and logs.
+
+.penstock/                  or PENSTOCK_STATE_DIR
+  local/                    one folder per graph, 0700
+    lock                    held (flock) while its supervisor lives; holds its pid
+    control.sock            see control.py
+    secret                  of the links between its processes, made anew at each start
+    discovery/NAMESPACE/    who is up, see discovery/file.py
+    logs/SERVICE/NAME.log   output of each instance, and NAME.log.1 before it
+    logs/supervisor.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from penstock.config import STATE_VARIABLE
+from penstock.errors import ConfigError
+
+_DEFAULT_ROOT = ".penstock"
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.02
+_SOCKET_PATH_BYTES_MAX = 107  # sun_path in unix(7), less its final zero
+
+
+class StateFolder:
+    """The paths of one graph, and the lock on them."""
+
+    def __init__(self, root: Path, graph: str) -> None:
+        self.graph = graph
+        self.path = root.absolute() / graph
+        self.discovery = self.path / "discovery"
+        self.logs = self.path / "logs"
+        self.secret = self.path / "secret"
+        self._lock = self.path / "lock"
+
+    @property
+    def socket(self) -> str:
+        """The control socket's path, absolute or relative, whichever is shorter. Raises ConfigError."""
+        absolute = str(self.path / "control.sock")
+        path = min(absolute, os.path.relpath(absolute), key=len)
+        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+            raise ConfigError(f"{path}: too long for a socket; set {STATE_VARIABLE} to a shorter path")
+        return path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the graph, its folder made ready for a start; it is free again when this process dies.
+
+        Raises:
+            ConfigError: another process holds it, or the folder cannot be written.
+        """
+        try:
+            self._make_private()
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
+        with os.fdopen(descriptor, "r+") as lock:
+            if not _lock_exclusively(lock):
+                holder = lock.read().strip() or "unknown"
+                raise ConfigError(f"{self.graph} is already running (pid {holder}); stop it: penstock down")
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            self._clear_leftovers()
+            yield
+
+    def is_running(self) -> bool:
+        """Whether some process holds the lock."""
+        try:
+            with self._lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def _make_private(self) -> None:
+        root = self.path.parent
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        self.logs.mkdir(mode=0o700, exist_ok=True)
+        ignore = root / ".gitignore"
+        if root.name == _DEFAULT_ROOT and not ignore.exists():
+            ignore.write_text("*\n")
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed supervisor left, and make the secret anew."""
+        (self.path / "control.sock").unlink(missing_ok=True)
+        shutil.rmtree(self.discovery, ignore_errors=True)
+        self.secret.unlink(missing_ok=True)
+        descriptor = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+
+
+def _lock_exclusively(lock: TextIO) -> bool:
+    """Tried again for a moment, since others take the lock briefly to see whether it is held."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return True
+    return False
+
+
+def state_root(environ: Mapping[str, str]) -> Path:
+    """The folder that holds all graphs' folders."""
+    return Path(environ.get(STATE_VARIABLE) or _DEFAULT_ROOT).expanduser()
+
+
+def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFolder:
+    """The folder of a graph by name, or of the only one there is.
+
+    Args:
+        running: consider only graphs whose supervisor lives.
+
+    Raises:
+        ConfigError: there is none, or there are several and none was named.
+    """
+    names = sorted(lock.parent.name for lock in root.glob("*/lock"))
+    folders = {name: StateFolder(root, name) for name in names}
+    if running:
+        folders = {name: folder for name, folder in folders.items() if folder.is_running()}
+    if graph in folders:
+        return folders[graph]
+    if graph:
+        raise ConfigError(f"{graph} is not running (looked in {root})")
+    if len(folders) == 1:
+        return next(iter(folders.values()))
+    if not folders:
+        raise ConfigError(f"no graph is running (looked in {root}); start one with: penstock up FILE")
+    raise ConfigError(f"several graphs are running, name one with --graph: {', '.join(folders)}")

@@ -1,0 +1,339 @@
+"""The supervisor: keeps a graph's replicas running, and answers the control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from penstock.checked import suggestion
+from penstock.config import DiscoveryUrl, discovery_directory
+from penstock.discovery.file import FileDiscovery
+from penstock.errors import ConfigError
+from penstock.graph import Graph, Service, ServiceKind
+from penstock.launcher.control import (
+    ControlRequest,
+    ControlResponse,
+    GraphStatus,
+    ServiceStatus,
+    serve_control,
+)
+from penstock.launcher.gpus import GpuPool
+from penstock.launcher.health import choose_port, fetch_health, is_healthy, next_port
+from penstock.launcher.logs import Console, LogFile
+from penstock.launcher.plan import (
+    Launch,
+    Site,
+    check_gpus,
+    gpus_needed,
+    labels,
+    lowest_free_index,
+    manifest_port,
+    plan_frontend,
+    plan_worker,
+)
+from penstock.launcher.replica import Replica, ReplicaState, Surroundings
+from penstock.launcher.settings import LauncherSettings
+from penstock.launcher.state import StateFolder
+from penstock.structs import Registration
+
+PROGRAM = (sys.executable, "-m", "penstock")
+NAME = "penstock"  # of the supervisor's own lines
+
+
+@dataclass(slots=True)
+class _Fleet:
+    """One service's replicas: those wanted, and those on their way out."""
+
+    service: Service
+    label: str
+    replicas: list[Replica] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> list[Replica]:
+        return [replica for replica in self.replicas if not replica.leaving]
+
+
+class Supervisor:
+    """Runs a graph until it is interrupted. The folder must be locked for as long as it runs."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        folder: StateFolder,
+        gpus: Sequence[str],
+        environ: Mapping[str, str],
+        settings: LauncherSettings,
+        console: Console,
+        *,
+        show_output: bool = True,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        """Raises ConfigError when the graph cannot run here: GPUs, ports."""
+        self._graph = graph
+        self._folder = folder
+        self._settings = settings
+        self._console = console
+        self._notices = LogFile(folder.logs / "supervisor.log", settings.log_file_bytes)
+        self._around = Surroundings(
+            program, settings, console if show_output else None, self._until_ready, self.notice, self._look
+        )
+        self._site = Site(graph, folder.discovery, folder.secret, settings.http_host, environ, os.getpid())
+        self._gpus = GpuPool(gpus)
+        self._fleets = [_Fleet(service, labels(graph)[service.name]) for service in graph.services]
+        self._warnings = [*graph.notes, *check_gpus(graph, len(self._gpus))]
+        self._registered: Mapping[str, Registration] = {}
+        self._ports: set[int] = set()
+        self._first_port = self._choose_first_port()
+        self._started_at = time.monotonic()
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._was_ready = False
+        self._failure = ""
+
+    async def run(self) -> None:
+        """Start everything, keep it running, stop it in order after `interrupt`.
+
+        Raises:
+            ConfigError: a process refused to start before the graph was ever ready.
+        """
+        discovery = FileDiscovery(
+            discovery_directory(
+                DiscoveryUrl("file", str(self._folder.discovery)), self._graph.namespace, {}
+            )
+        )
+        for warning in self._warnings:
+            self.notice(f"note: {warning}")
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            server = await serve_control(self._folder, self._handle)
+            watch = tasks.create_task(self._follow(discovery))
+            announce = tasks.create_task(self._announce())
+            try:
+                self._start_all()
+                await self._stopping.wait()
+                announce.cancel()
+                await self._stop_all()
+            finally:
+                watch.cancel()
+                announce.cancel()
+                server.close()
+        self._notices.close()
+        if self._failure:
+            raise ConfigError(self._failure)
+
+    def interrupt(self) -> None:
+        """Stop everything in order; the second time, at once."""
+        if not self._stopping.is_set():
+            self.notice("stopping (again to stop without waiting for requests)")
+            self._stopping.set()
+            return
+        for replica in self._replicas():
+            replica.kill()
+
+    def notice(self, text: str) -> None:
+        """A line of the supervisor's own, to terminal and log."""
+        self._console.write(NAME, text)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._notices.write(f"{stamp} {text}\n".encode())
+
+    # --- replicas -----------------------------------------------------------------------------------
+
+    def _replicas(self) -> list[Replica]:
+        return [replica for fleet in self._fleets for replica in fleet.replicas]
+
+    def _grow(self, fleet: _Fleet, count: int) -> None:
+        for _ in range(count):
+            index = lowest_free_index(replica.index for replica in fleet.replicas)
+            launch = self._plan(fleet.service, index)
+            log = LogFile(
+                self._folder.logs / fleet.service.name / f"{launch.name}.log", self._settings.log_file_bytes
+            )
+            replica = Replica(launch, index, log, self._around)
+            fleet.replicas.append(replica)
+            self._tasks.create_task(self._run_replica(fleet, replica), name=launch.name)
+
+    def _plan(self, service: Service, index: int) -> Launch:
+        if service.kind is ServiceKind.WORKER:
+            gpus = self._gpus.take(gpus_needed(service))
+            return plan_worker(self._site, service, index, gpus)
+        port = self._first_port
+        if port in self._ports:
+            port = next_port(self._settings.http_host, port + 1, self._ports)
+        self._ports.add(port)
+        return plan_frontend(self._site, service, index, port)
+
+    def _start_all(self) -> None:
+        try:
+            for fleet in self._fleets:
+                self._grow(fleet, fleet.service.replicas)
+        except ConfigError as error:
+            self._fail(str(error))
+
+    async def _run_replica(self, fleet: _Fleet, replica: Replica) -> None:
+        try:
+            await replica.run()
+        finally:
+            fleet.replicas.remove(replica)
+            self._gpus.give_back(replica.launch.gpus)
+            self._ports.discard(replica.launch.port)
+            self._look()
+
+    async def _stop_all(self) -> None:
+        """Frontends first: their running requests still need the workers."""
+        for kind in (ServiceKind.FRONTEND, ServiceKind.WORKER):
+            leaving = [f for f in self._fleets if f.service.kind is kind]
+            for replica in [replica for fleet in leaving for replica in fleet.replicas]:
+                replica.stop()
+            while any(fleet.replicas for fleet in leaving):
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _choose_first_port(self) -> int:
+        for fleet in self._fleets:
+            if fleet.service.kind is ServiceKind.FRONTEND:
+                wanted = self._settings.http_port
+                if wanted is None:
+                    wanted = manifest_port(fleet.service)
+                return choose_port(self._settings.http_host, wanted)
+        raise ConfigError(f"{self._graph.name} has no frontend")
+
+    # --- readiness ----------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Some replica changed."""
+        self._changed.set()
+        failed = [replica for replica in self._replicas() if replica.state is ReplicaState.FAILED]
+        if failed and not self._was_ready and not self._failure:
+            self._fail(f"{failed[0].launch.name} refused to start: {failed[0].last_line}")
+
+    def _fail(self, reason: str) -> None:
+        """Stop, and have `run` raise this."""
+        self._failure = reason
+        self._stopping.set()
+
+    def _is_ready(self) -> bool:
+        return all(
+            replica.state is ReplicaState.READY for fleet in self._fleets for replica in fleet.wanted
+        )
+
+    async def _announce(self) -> None:
+        while not self._is_ready():
+            self._changed.clear()
+            await self._changed.wait()
+        self._was_ready = True
+        took_s = time.monotonic() - self._started_at
+        urls = self._urls()
+        if not urls:
+            self.notice(f"Ready after {took_s:.1f} s, without a frontend")
+            return
+        model = next((registration.model for registration in self._registered.values()), "MODEL")
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is my name?"}}]}}'
+        self.notice(f"Ready: {', '.join(urls)}  (after {took_s:.1f} s)")
+        self.notice(f"try: penstock chat --url {urls[0]}")
+        self.notice(
+            f"or:  curl {urls[0]}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        )
+
+    def _urls(self) -> list[str]:
+        return [
+            replica.launch.url for fleet in self._fleets for replica in fleet.wanted if replica.launch.url
+        ]
+
+    async def _until_ready(self, launch: Launch, pid: int) -> str:
+        """A worker is ready once registered, a frontend once healthy."""
+        while True:
+            if launch.url:
+                if is_healthy(await fetch_health(launch.url, self._settings.health_timeout_s)):
+                    return launch.url
+            else:
+                registration = self._registered.get(launch.instance_id)
+                if registration is not None and registration.pid == pid:
+                    return registration.address
+            await asyncio.sleep(self._settings.ready_poll_s)
+
+    async def _follow(self, discovery: FileDiscovery) -> None:
+        async for instances in discovery.watch():
+            self._registered = instances
+
+    # --- control ------------------------------------------------------------------------------------
+
+    async def _handle(self, request: ControlRequest) -> ControlResponse:
+        if request.op == "down":
+            if not self._stopping.is_set():
+                self.interrupt()
+            return ControlResponse()
+        if request.op == "scale":
+            return ControlResponse(scaled=self.scale(request.replicas))
+        return ControlResponse(status=await self.status())
+
+    def scale(self, targets: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Start or stop replicas. All targets are checked before any is acted on.
+
+        Args:
+            targets: replicas wanted, by service name or label.
+
+        Returns:
+            service name: replicas wanted before and now.
+
+        Raises:
+            ConfigError: no such service, a number out of range, too few GPUs, or all is stopping.
+        """
+        if self._stopping.is_set():
+            raise ConfigError(f"{self._graph.name} is stopping")
+        fleets = {name: self._fleet(name) for name in targets}
+        for name, count in targets.items():
+            if not 0 <= count <= self._settings.replicas_max:
+                raise ConfigError(
+                    f"{name}: expected 0 to {self._settings.replicas_max} replicas, got {count}"
+                )
+        more = {name: targets[name] - len(fleet.wanted) for name, fleet in fleets.items()}
+        gpus = sum(max(0, more[name]) * gpus_needed(fleet.service) for name, fleet in fleets.items())
+        if gpus > self._gpus.free:
+            raise ConfigError(f"{gpus} more GPUs wanted, {self._gpus.free} are free")
+        before = {fleet.service.name: len(fleet.wanted) for fleet in fleets.values()}
+        for name, fleet in fleets.items():
+            self._grow(fleet, more[name])
+            newest_first = sorted(fleet.wanted, key=lambda replica: replica.index, reverse=True)
+            for replica in newest_first[: max(0, -more[name])]:
+                replica.stop()
+            if more[name]:
+                self.notice(f"{fleet.service.name}: {targets[name]} replicas wanted")
+        return {
+            fleet.service.name: (before[fleet.service.name], targets[name])
+            for name, fleet in fleets.items()
+        }
+
+    def _fleet(self, name: str) -> _Fleet:
+        for fleet in self._fleets:
+            if name.lower() in (fleet.service.name.lower(), fleet.label):
+                return fleet
+        known = [fleet.service.name for fleet in self._fleets]
+        raise ConfigError(f"{name}: no such service{suggestion(name, known)}; there are {', '.join(known)}")
+
+    async def status(self) -> GraphStatus:
+        """Everything, with the frontends' /health asked for now."""
+        urls = self._urls()
+        answers = await asyncio.gather(
+            *(fetch_health(url, self._settings.health_timeout_s) for url in urls)
+        )
+        return GraphStatus(
+            graph=self._graph.name,
+            pid=os.getpid(),
+            ready=self._is_ready() and not self._stopping.is_set(),
+            uptime_s=round(time.monotonic() - self._started_at, 1),
+            services=[
+                ServiceStatus(
+                    name=fleet.service.name,
+                    label=fleet.label,
+                    wanted=len(fleet.wanted),
+                    replicas=[replica.status() for replica in fleet.replicas],
+                )
+                for fleet in self._fleets
+            ],
+            health=dict(zip(urls, answers, strict=True)),
+            notes=self._warnings,
+        )

@@ -1,0 +1,120 @@
+"""`penstock up`: a supervisor in the foreground, or one that stays when the command returns."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from penstock.errors import ConfigError, PenstockError
+from penstock.graph import Graph
+from penstock.launcher.control import ControlRequest, GraphStatus, call
+from penstock.launcher.gpus import visible_gpus
+from penstock.launcher.logs import Console
+from penstock.launcher.plan import labels
+from penstock.launcher.settings import LauncherSettings
+from penstock.launcher.state import StateFolder
+from penstock.launcher.supervisor import PROGRAM, Supervisor
+
+START_TIMEOUT_S = 900.0  # a large model may have to be downloaded first
+STOP_TIMEOUT_S = 900.0  # drain times are the processes' own; this is for one that cannot be killed
+
+_POLL_S = 0.1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_graph(
+    graph: Graph,
+    folder: StateFolder,
+    environ: Mapping[str, str],
+    settings: LauncherSettings,
+    *,
+    quiet: bool = False,
+    program: Sequence[str] = PROGRAM,
+) -> None:
+    """Run a graph until a signal stops it.
+
+    Raises:
+        ConfigError: it is running already, or cannot run here.
+    """
+    with folder.locked():
+        width = max(len(label) for label in labels(graph).values()) + len("-00")
+        console = Console(width=width)
+        try:
+            supervisor = Supervisor(
+                graph,
+                folder,
+                visible_gpus(environ),
+                environ,
+                settings,
+                console,
+                show_output=not quiet,
+                program=program,
+            )
+            asyncio.run(_run_until_signalled(supervisor))
+        finally:
+            console.close()
+
+
+async def _run_until_signalled(supervisor: Supervisor) -> None:
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, supervisor.interrupt)
+    await supervisor.run()
+
+
+def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus:
+    """Start `penstock up ARGUMENTS` in a session of its own and wait until all of it is ready.
+
+    Raises:
+        ConfigError: it is running already, or ended before it was ready, for the reason it gave.
+    """
+    if folder.is_running():
+        raise ConfigError(f"{folder.graph} is already running; stop it: penstock down")
+    folder.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    errors = folder.logs / "supervisor.err"
+    with errors.open("wb") as stderr:
+        supervisor = subprocess.Popen(
+            [*PROGRAM, "up", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if supervisor.poll() is not None:
+            raise ConfigError(
+                _last_words(errors) or f"the supervisor ended with code {supervisor.returncode}"
+            )
+        status = _status_or_none(folder)
+        if status is not None and status.ready:
+            supervisor.returncode = 0  # it is on its own now: no warning that it still runs
+            return status
+        time.sleep(_POLL_S)
+    raise ConfigError(f"{folder.graph} is not ready after {START_TIMEOUT_S:g} s; see: penstock status")
+
+
+def stop_graph(folder: StateFolder) -> None:
+    """Stop a running graph, and wait until it is gone. Raises ConfigError."""
+    call(folder, ControlRequest(op="down"))
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while folder.is_running():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{folder.graph} has not stopped within {STOP_TIMEOUT_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def _status_or_none(folder: StateFolder) -> GraphStatus | None:
+    try:
+        return call(folder, ControlRequest(op="status")).status
+    except PenstockError:
+        return None  # not listening yet
+
+
+def _last_words(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("penstock up: ") if lines else ""
