@@ -1,0 +1,181 @@
+"""The sim engine: everything of an engine but the arithmetic.
+
+Scheduler, block pool, prefix cache, KV events, handoffs and transfers are the real ones; a step takes the
+time that a cost model of real hardware gives it, and tokens are drawn from (seed, position). So a hundred
+GPUs fit on a laptop, on its own clock or on a virtual one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import log
+from pathlib import Path
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from penstock import __version__
+from penstock.clock import Clock
+from penstock.engines.assets import assets_from
+from penstock.engines.batch import Row, Sampled, Sequence
+from penstock.engines.cost_models import CostModel, cost_model
+from penstock.engines.cycle import LoadedModel
+from penstock.engines.settings import SchedulerSettings
+from penstock.engines.stepping import SteppingEngine
+from penstock.engines.virtual import VirtualEngine
+from penstock.errors import ConfigError
+from penstock.ports import Engine, KvTransfer
+from penstock.structs import EngineCard, TokenLogprob
+
+POOL_BYTES_PER_BLOCK = 64
+"""Of memory, so that real transfers have something to move between sim engines of several processes."""
+
+_SEED_MASK = (1 << 64) - 1
+_EOS_SCALE = 1 << 32
+
+
+class SimSettings(msgspec.Struct, frozen=True):
+    """What is simulated."""
+
+    model: str = "sim"
+    """Served name."""
+
+    cost_model: str = "qwen3-32b/h200/tp2"
+    """How long steps take, a name in cost_models.json; `zero` for no time at all."""
+
+    speedup: float = 1.0
+    """Steps take their time divided by this."""
+
+    block_size: int = 16
+    """Tokens per block."""
+
+    total_blocks: int = 16384
+    """Blocks in the pool; with 16 tokens a block, about what 64 GiB hold of a 32B model's KV."""
+
+    max_model_len: int = 40960
+    """Prompt and output, in tokens."""
+
+    vocab_size: int = 151_936
+    """Token ids are below this."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    """Drawn only as `eos_rate` says."""
+
+    eos_rate: float = 0.0
+    """The probability that a token is an EOS, 0 to 1. At 0 outputs end by max_tokens or the context."""
+
+    assets: str = ""
+    """A model folder whose tokenizer and templates frontends are to use; empty: none."""
+
+    scheduler: SchedulerSettings = SchedulerSettings()
+
+    def __post_init__(self) -> None:
+        for name in ("speedup", "block_size", "total_blocks", "max_model_len"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if not 0.0 <= self.eos_rate <= 1.0:
+            raise ConfigError(f"eos_rate must be between 0 and 1, got {self.eos_rate}")
+        if self.eos_rate and not self.eos_token_ids:
+            raise ConfigError("eos_rate needs eos_token_ids")
+        if any(not 0 <= token_id < self.vocab_size for token_id in self.eos_token_ids):
+            raise ConfigError(f"eos_token_ids must be in the vocabulary of {self.vocab_size}")
+        if len(set(self.eos_token_ids)) >= self.vocab_size:
+            raise ConfigError("vocab_size leaves no token beside eos_token_ids")
+
+
+class SimRunner:
+    """Draws tokens, and takes a cost model's time for it.
+
+    Args:
+        sleep: passes that time; called with seconds.
+    """
+
+    def __init__(
+        self, settings: SimSettings, costs: CostModel, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._costs = costs
+        self._speedup = settings.speedup
+        self._sleep = sleep
+        self._vocab_size = settings.vocab_size
+        self._eos = sorted(set(settings.eos_token_ids))
+        self._eos_below = int(settings.eos_rate * _EOS_SCALE)
+        self._logprob = -log(settings.vocab_size - len(self._eos))
+
+    def duration_s(self, batch: list[Row]) -> float:
+        """How long `run` takes."""
+        return self._costs.step_ms(batch) / 1e3 / self._speedup
+
+    def run(self, batch: list[Row]) -> list[Sampled | None]:
+        """As Runner.run."""
+        duration_s = self.duration_s(batch)
+        if duration_s > 0:
+            self._sleep(duration_s)
+        return [self._sample(row.sequence) if row.sample else None for row in batch]
+
+    def _sample(self, sequence: Sequence) -> Sampled:
+        token_id = self._draw(sequence)
+        if sequence.sampling.logprobs is None:
+            return Sampled(token_id)
+        # All tokens but EOS are equally likely, so any others are the next most likely.
+        others = range(token_id + 1, token_id + sequence.sampling.logprobs)
+        top = [(token_id, self._logprob), *((other % self._vocab_size, self._logprob) for other in others)]
+        return Sampled(token_id, TokenLogprob(token_id, self._logprob, top[: sequence.sampling.logprobs]))
+
+    def _draw(self, sequence: Sequence) -> int:
+        """The token at this output position: a function of it and of the request's seed alone, but for
+        stop tokens, which it steps over."""
+        sampling = sequence.sampling
+        position = len(sequence.token_ids) - sequence.prompt_len
+        draw = xxh3_64_intdigest(position.to_bytes(8, "little"), sampling.seed & _SEED_MASK)
+        if draw % _EOS_SCALE < self._eos_below and position >= sampling.min_tokens:
+            return self._eos[0]
+        first = (draw >> 32) % self._vocab_size
+        avoided = {*self._eos, *sampling.stop_token_ids}
+        for token_id in range(first, first + len(avoided)):
+            if token_id % self._vocab_size not in avoided:
+                return token_id % self._vocab_size
+        return (first + len(avoided)) % self._vocab_size
+
+
+def sim_engine(
+    settings: SimSettings, transfer: KvTransfer | None = None, clock: Clock | None = None
+) -> Engine:
+    """An engine that only takes time.
+
+    Args:
+        transfer: moves its (empty) blocks; SimTransfer within a process, any other between processes.
+        clock: the clock its steps pass on, as tasks of the running event loop. None: the machine's own,
+            in a thread.
+
+    Raises ConfigError when the cost model is unknown.
+    """
+    costs = cost_model(settings.cost_model)
+    if clock is None:
+        runner = SimRunner(settings, costs)
+        return SteppingEngine(lambda: _load(settings, runner), settings.scheduler, transfer)
+    instant = SimRunner(settings, costs, sleep=_no_sleep)
+    return VirtualEngine(
+        lambda: _load(settings, instant), instant.duration_s, settings.scheduler, clock, transfer
+    )
+
+
+def _load(settings: SimSettings, runner: SimRunner) -> LoadedModel:
+    card = EngineCard(
+        engine=f"sim {__version__}",
+        model=settings.model,
+        block_size=settings.block_size,
+        total_blocks=settings.total_blocks,
+        max_model_len=settings.max_model_len,
+        vocab_size=settings.vocab_size,
+        eos_token_ids=list(settings.eos_token_ids),
+        layout=f"sim/{settings.model}/{settings.block_size}",
+        assets=assets_from(Path(settings.assets)) if settings.assets else {},
+    )
+    shape = (settings.total_blocks, POOL_BYTES_PER_BLOCK)
+    pool = memoryview(bytearray(settings.total_blocks * POOL_BYTES_PER_BLOCK)).cast("B", shape)
+    return LoadedModel(card, runner, pool)
+
+
+def _no_sleep(seconds: float) -> None:
+    """On a virtual clock the engine sleeps, not the runner."""

@@ -1,0 +1,168 @@
+"""A KvTransfer that moves nothing and takes the time of it: for sim engines of one process.
+
+A holder sends to its readers one after the other, so the pulls of a busy prefill worker queue up as they do
+on a real network card. Everything else is the port's: offers are for one reader, and can be withdrawn
+until a reader has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+
+import msgspec
+
+from penstock.clock import Clock
+from penstock.errors import ConfigError
+from penstock.ports import Pulled
+from penstock.structs import Handoff
+
+
+class SimTransferSettings(msgspec.Struct, frozen=True):
+    """The network that is simulated."""
+
+    bytes_per_block: int = 4 * 1024 * 1024
+    """Of KV: 16 tokens of a 32B model at 256 KiB a token."""
+
+    gigabytes_per_s: float = 40.0
+    """What one holder sends; 40 is what one 400 Gb/s InfiniBand port gives in practice."""
+
+    setup_ms: float = 1.0
+    """Before the first byte of each pull, in ms; 0.5 to 2 over RDMA."""
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_block <= 0 or not self.gigabytes_per_s > 0 or self.setup_ms < 0:
+            raise ConfigError(f"bytes, bandwidth and time of a transfer must be positive: {self}")
+
+
+class SimNetwork:
+    """Where the transfers of one simulation find each other, by address."""
+
+    def __init__(self) -> None:
+        self.holders: dict[str, SimTransfer] = {}
+
+
+class SimTransfer:
+    """One worker's end. To be made on the event loop, where pulls pass and callbacks come.
+
+    Args:
+        address: unique in `network`.
+        clock: the clock that pulls pass on.
+    """
+
+    name = "sim"
+
+    def __init__(
+        self, settings: SimTransferSettings, network: SimNetwork, address: str, clock: Clock
+    ) -> None:
+        self._settings = settings
+        self._network = network
+        self._address = address
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._lock = Lock()  # guards the next two: engines call from their threads
+        self._offers: set[str] = set()
+        self._reading: set[str] = set()
+        self._sends_until = 0.0  # the end of the last pull from here, so far
+        self._on_pulled: Callable[[str], None] = _ignore
+        self._tasks: set[asyncio.Task[str | None]] = set()
+
+    def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
+        """As KvTransfer.start."""
+        self._on_pulled = on_pulled
+        self._network.holders[self._address] = self
+
+    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
+        """As KvTransfer.export."""
+        with self._lock:
+            self._offers.add(handoff_id)
+        return self._address, b""
+
+    def retract(self, handoff_id: str) -> bool:
+        """As KvTransfer.retract."""
+        with self._lock:
+            self._offers.discard(handoff_id)
+            return handoff_id not in self._reading
+
+    def pull(
+        self,
+        handoff: Handoff,
+        source_indices: Sequence[int],
+        block_ids: Sequence[int],
+        timeout_s: float,
+        on_done: Callable[[Pulled], None],
+    ) -> None:
+        """As KvTransfer.pull."""
+        pull = partial(self._spawn, handoff, len(block_ids), timeout_s, on_done)
+        self._loop.call_soon_threadsafe(pull)
+
+    def stop(self) -> None:
+        """As KvTransfer.stop: pulls from here and to here fail."""
+        self._network.holders.pop(self._address, None)
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(
+        self, handoff: Handoff, blocks: int, timeout_s: float, on_done: Callable[[Pulled], None]
+    ) -> None:
+        began = self._clock.now()
+
+        def finish(task: asyncio.Task[str | None]) -> None:
+            self._tasks.discard(task)
+            error = "stopped" if task.cancelled() else task.result()
+            moved = 0 if error else blocks
+            seconds = self._clock.now() - began
+            on_done(Pulled(moved, moved * self._settings.bytes_per_block, seconds, error))
+
+        task = self._loop.create_task(self._transfer(handoff, blocks, timeout_s))
+        self._tasks.add(task)
+        task.add_done_callback(finish)
+
+    async def _transfer(self, handoff: Handoff, blocks: int, timeout_s: float) -> str | None:
+        """Why it failed, or None."""
+        holder = self._network.holders.get(handoff.address)
+        if holder is None:
+            return f"nobody at {handoff.address}"
+        if not holder._begin(handoff.handoff_id):
+            return f"{handoff.address} does not offer {handoff.handoff_id}"
+        try:
+            seconds = holder._send_s(blocks * self._settings.bytes_per_block)
+            await self._clock.sleep(min(seconds, timeout_s))
+        finally:
+            holder._end(handoff.handoff_id)
+        if seconds > timeout_s:
+            return f"not done within {timeout_s:g} s"
+        if self._network.holders.get(handoff.address) is not holder:
+            return f"{handoff.address} stopped"
+        holder._on_pulled(handoff.handoff_id)
+        return None
+
+    # --- what a reader does to its holder -----------------------------------------------------------
+
+    def _begin(self, handoff_id: str) -> bool:
+        with self._lock:
+            if handoff_id not in self._offers:
+                return False
+            self._offers.discard(handoff_id)
+            self._reading.add(handoff_id)
+            return True
+
+    def _end(self, handoff_id: str) -> None:
+        with self._lock:
+            self._reading.discard(handoff_id)
+
+    def _send_s(self, size_bytes: int) -> float:
+        """How long from now until this much has been sent, after what is being sent already."""
+        now = self._clock.now()
+        sends_s = size_bytes / (self._settings.gigabytes_per_s * 1e9)
+        self._sends_until = max(now + self._settings.setup_ms / 1e3, self._sends_until) + sends_s
+        return self._sends_until - now
+
+
+def _ignore(handoff_id: str) -> None:
+    """Until `start` there is nothing to be pulled."""
