@@ -1,0 +1,194 @@
+"""Workers and a router in one process, over real links on loopback: sim engines, real KV pulls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
+from penstock.engines.settings import SchedulerSettings
+from penstock.engines.sim import SimSettings, sim_engine
+from penstock.errors import PenstockError
+from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.observability import Metrics
+from penstock.router import Router, RouterSettings
+from penstock.structs import Delta, FinishReason, Request, Role, Sampling
+from penstock.transfer.tcp import TcpTransfer
+from penstock.worker import Worker, WorkerSettings
+
+MODEL = "sim"
+WAIT_S = 20.0
+
+
+class RunningWorker:
+    """A worker as a task, which can be stopped kindly or cut off."""
+
+    def __init__(self, cluster: Cluster, instance_id: str, role: Role, **sim: Any) -> None:
+        self.instance_id = instance_id
+        epoch = next(cluster.epochs)
+        transfer = None if role is Role.AGGREGATED else TcpTransfer(instance_id, epoch)
+        settings = SimSettings(
+            model=MODEL,
+            **{
+                "cost_model": "zero",
+                "vocab_size": 1000,
+                "max_model_len": 4096,
+                "total_blocks": 512,
+                "scheduler": SchedulerSettings(
+                    instance_id=instance_id, epoch=epoch, **sim.pop("scheduler", {})
+                ),
+                **sim,
+            },
+        )
+        self.engine = sim_engine(settings, transfer)
+        self.worker = Worker(
+            self.engine,
+            FileDiscovery(cluster.folder, cluster.discovery_settings),
+            WorkerSettings(instance_id=instance_id, epoch=epoch, role=role, **cluster.worker_settings),
+            ServerSettings(),
+        )
+        self.stop = asyncio.Event()
+        self.task = asyncio.create_task(self.worker.run(self.stop))
+
+    async def leave(self) -> None:
+        """As on SIGTERM."""
+        self.stop.set()
+        await asyncio.wait_for(self.task, WAIT_S)
+
+    async def die(self) -> None:
+        """As a killed process: no goodbye, no deregistration of what runs."""
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        await self.engine.stop(0)
+
+
+class Answer:
+    """What a client sees of one request."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.error: PenstockError | None = None
+        self.done = asyncio.Event()
+        self.progress = asyncio.Event()
+
+    def on_delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.progress.set()
+        if delta.finish_reason is not None:
+            assert not self.done.is_set()
+            self.done.set()
+
+    def on_error(self, error: PenstockError) -> None:
+        assert not self.done.is_set()
+        self.error = error
+        self.done.set()
+
+    async def tokens(self) -> list[int]:
+        await asyncio.wait_for(self.done.wait(), WAIT_S)
+        if self.error is not None:
+            raise self.error
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    async def wait_tokens(self, count: int) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while sum(len(delta.token_ids) for delta in self.deltas) < count:
+                self.progress.clear()
+                await self.progress.wait()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.deltas[-1].finish_reason if self.deltas else None
+
+
+class Cluster:
+    """A router and its workers. Use `cluster(...)`."""
+
+    def __init__(self, folder: Path, router: RouterSettings, **worker_settings: Any) -> None:
+        self.folder = folder
+        self.discovery_settings = FileDiscoverySettings(poll_s=0.05)
+        self.worker_settings = worker_settings
+        self.epochs = itertools.count(1)
+        self.ids = itertools.count()
+        self.metrics = Metrics()
+        self.router = Router(
+            FileDiscovery(folder, self.discovery_settings),
+            router,
+            ClientSettings(),
+            self.metrics.router,
+            frontend_id="test",
+            rng=random.Random(0),
+        )
+        self.workers: dict[str, RunningWorker] = {}
+
+    def start(self, instance_id: str, role: Role, **sim: Any) -> RunningWorker:
+        worker = self.workers[instance_id] = RunningWorker(self, instance_id, role, **sim)
+        return worker
+
+    async def wait_ready(self, *instance_ids: str) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while {view.instance_id for view in self.router.instances() if view.state == "ready"} != set(
+                instance_ids
+            ):
+                for worker in self.workers.values():
+                    if worker.task.done():
+                        worker.task.result()
+                await asyncio.sleep(0.01)
+
+    def ask(
+        self, tokens: list[int], max_tokens: int = 8, seed: int = 1, **sampling: Any
+    ) -> tuple[Answer, Any]:
+        answer = Answer()
+        request = Request(
+            f"r{next(self.ids)}", MODEL, tokens, Sampling(max_tokens=max_tokens, seed=seed, **sampling)
+        )
+        return answer, self.router.submit(request, answer.on_delta, answer.on_error)
+
+    async def complete(self, tokens: list[int], **options: Any) -> list[int]:
+        return await self.ask(tokens, **options)[0].tokens()
+
+    def busy(self) -> bool:
+        loads = [view.load for view in self.router.instances()]
+        return any(load.running or load.waiting or load.held_handoffs for load in loads)
+
+    async def wait_idle(self) -> None:
+        """Nothing runs, waits or is held anywhere."""
+        deadline = asyncio.get_running_loop().time() + WAIT_S
+        while self.busy() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        assert not self.busy()
+        for view in self.router.instances():
+            assert view.load.used_blocks == 0, view
+
+
+QUICK = RouterSettings(tick_s=0.02)
+
+
+@contextlib.asynccontextmanager
+async def cluster(
+    folder: Path,
+    roles: dict[str, Role],
+    router: RouterSettings = QUICK,
+    sim: dict[str, Any] | None = None,
+    **worker_settings: Any,
+) -> AsyncIterator[Cluster]:
+    """A router with these workers, all ready; at the end all tasks must have ended well."""
+    it = Cluster(folder, router, **worker_settings)
+    routing = asyncio.create_task(it.router.run())
+    try:
+        for instance_id, role in roles.items():
+            it.start(instance_id, role, **(sim or {}))
+        await it.wait_ready(*roles)
+        yield it
+    finally:
+        for worker in it.workers.values():
+            if not worker.task.done():
+                await worker.leave()
+        routing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await routing

@@ -1,0 +1,177 @@
+"""The router with real workers over real links: requests end, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from penstock.core.lifecycle import Deadlines
+from penstock.errors import RequestRejected
+from penstock.router import RouterSettings
+from penstock.structs import FinishReason, Role
+from tests.cluster import MODEL, cluster
+
+PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
+PAIR = {"p0": PREFILL, "d0": DECODE}
+FOUR = {"p0": PREFILL, "p1": PREFILL, "d0": DECODE, "d1": DECODE}
+ALWAYS = RouterSettings(disagg="always", tick_s=0.02)
+PROMPT = list(range(100))
+SLOW = {"cost_model": "qwen3-32b/h200/tp2", "speedup": 2.0}  # about 6 ms a step
+
+
+async def test_aggregated_and_disaggregated_agree(tmp_path: Path) -> None:
+    async with cluster(tmp_path / "a", {"a0": AGGREGATED}) as aggregated:
+        expected = await aggregated.complete(PROMPT, max_tokens=20)
+    assert len(expected) == 20
+    async with cluster(tmp_path / "d", PAIR, ALWAYS) as disaggregated:
+        answer, _ = disaggregated.ask(PROMPT, max_tokens=20)
+        assert await answer.tokens() == expected
+        assert answer.finish_reason is FinishReason.LENGTH
+        assert answer.deltas[0].cached_tokens == 0
+        await disaggregated.wait_idle()
+        exposition = disaggregated.metrics.render().decode()
+    assert 'penstock_decisions_total{path="remote",policy="kv"} 1.0' in exposition
+    assert "penstock_transferred_blocks_total 7.0" in exposition
+
+
+async def test_next_turn_stays_where_its_blocks_are(tmp_path: Path) -> None:
+    async with cluster(tmp_path, FOUR) as it:
+        reply = await it.complete(PROMPT, max_tokens=30)
+        answer, _ = it.ask([*PROMPT, *reply, 7, 8, 9], max_tokens=2)
+        await answer.tokens()
+        assert answer.deltas[0].cached_tokens == 128  # 8 of 8 whole blocks: prompt and reply
+
+
+async def test_many_at_once(tmp_path: Path) -> None:
+    async with cluster(tmp_path, FOUR, ALWAYS) as it:
+        answers = [it.ask([*range(n), n], max_tokens=10, seed=n)[0] for n in range(1, 100)]
+        for answer in answers:
+            assert len(await answer.tokens()) == 10
+        await it.wait_idle()
+
+
+async def test_cancel_reaches_the_engine(tmp_path: Path) -> None:
+    async with cluster(tmp_path, PAIR, sim=SLOW) as it:
+        answer, ticket = it.ask(PROMPT, max_tokens=4000)
+        await answer.wait_tokens(3)
+        ticket.cancel()
+        ticket.cancel()
+        seen = len(answer.deltas)
+        await it.wait_idle()
+        assert len(answer.deltas) == seen
+
+
+@pytest.mark.parametrize("victim", ["p0", "d0"])
+async def test_dead_worker_loses_nothing(tmp_path: Path, victim: str) -> None:
+    """Greedy or not, the continuation is what it would have been: tokens depend on (seed, position)."""
+    async with cluster(tmp_path / "calm", {"a0": AGGREGATED}) as calm:
+        expected = {seed: await calm.complete(PROMPT, max_tokens=60, seed=seed) for seed in range(12)}
+    async with cluster(tmp_path / "hurt", FOUR, ALWAYS, sim=SLOW) as it:
+        answers = {seed: it.ask(PROMPT, max_tokens=60, seed=seed)[0] for seed in range(12)}
+        await answers[0].wait_tokens(5)
+        await it.workers[victim].die()
+        for seed, answer in answers.items():
+            assert await answer.tokens() == expected[seed]
+        await it.wait_ready(*(FOUR.keys() - {victim}))
+        await it.wait_idle()
+
+
+async def test_leaving_worker_finishes_what_it_has(tmp_path: Path) -> None:
+    async with cluster(tmp_path, FOUR, ALWAYS, sim=SLOW) as it:
+        answers = [it.ask(PROMPT, max_tokens=40, seed=seed)[0] for seed in range(8)]
+        await answers[0].wait_tokens(2)
+        await asyncio.gather(it.workers["d0"].leave(), it.workers["p0"].leave())
+        late = await it.complete(PROMPT, max_tokens=3)
+        assert len(late) == 3
+        for answer in answers:
+            assert len(await answer.tokens()) == 40
+    exposition = it.metrics.render().decode()
+    assert 'outcome="cancelled"' not in exposition
+
+
+async def test_drain_deadline_hands_requests_to_another_worker(tmp_path: Path) -> None:
+    roles = {"a0": AGGREGATED, "a1": AGGREGATED}
+    async with cluster(tmp_path, roles, sim=SLOW, drain_s=0.1) as it:
+        answers = [it.ask(PROMPT, max_tokens=200, seed=seed)[0] for seed in range(4)]
+        await answers[0].wait_tokens(2)
+        await it.workers["a0"].leave()
+        for answer in answers:
+            assert len(await answer.tokens()) == 200
+
+
+async def test_full_workers_bounce_and_the_request_waits_its_turn(tmp_path: Path) -> None:
+    async with cluster(
+        tmp_path, {"a0": AGGREGATED}, sim={**SLOW, "scheduler": {"max_running": 2}}, max_waiting=2
+    ) as it:
+        answers = [it.ask(PROMPT, max_tokens=10, seed=seed)[0] for seed in range(12)]
+        for answer in answers:
+            assert len(await answer.tokens()) == 10
+
+
+async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
+    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=0.2))
+    async with cluster(tmp_path, {"p0": PREFILL}, settings) as it:
+        answer, _ = it.ask(PROMPT)
+        with pytest.raises(RequestRejected, match="no worker is ready to decode") as caught:
+            await answer.tokens()
+        assert caught.value.status == 503
+        assert caught.value.retry_after_s
+
+
+async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"p0": PREFILL}) as it:
+        answer, _ = it.ask(PROMPT)
+        await asyncio.sleep(0.1)
+        it.start("d0", DECODE)
+        assert len(await answer.tokens()) == 8
+
+
+async def test_queue_is_bounded(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"p0": PREFILL}, RouterSettings(max_queued=3)) as it:
+        for _ in range(3):
+            it.ask(PROMPT)
+        with pytest.raises(RequestRejected) as caught:
+            it.ask(PROMPT)
+        assert caught.value.status == 429
+
+
+async def test_models_and_health(tmp_path: Path) -> None:
+    async with cluster(tmp_path, PAIR, RouterSettings(expect=(PREFILL, DECODE))) as it:
+        assert it.router.healthy() == (True, "")
+        assert [view.name for view in it.router.models()] == [MODEL]
+        with pytest.raises(RequestRejected) as unknown:
+            it.router.model("nobody")
+        assert unknown.value.status == 404
+        await it.workers["d0"].leave()
+        await it.wait_ready("p0")
+        assert it.router.healthy() == (False, "decode")
+        await it.workers["p0"].leave()
+        await it.wait_ready()
+        with pytest.raises(RequestRejected) as known:
+            it.router.model(MODEL)
+        assert known.value.status == 503
+
+
+async def test_restarted_instance_replaces_its_old_self(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
+        await it.complete(PROMPT)
+        await it.workers["a0"].die()
+        it.start("a0", AGGREGATED)
+        async with asyncio.timeout(20):
+            while True:
+                answer, _ = it.ask(PROMPT)
+                await answer.tokens()
+                if answer.deltas[0].cached_tokens == 0:
+                    break  # the new one, and the index knows that it has nothing
+                await asyncio.sleep(0.05)
+        await it.wait_ready("a0")
+
+
+@pytest.mark.parametrize("policy", ["kv", "round-robin", "random", "least-loaded", "power-of-two"])
+async def test_every_policy_serves(tmp_path: Path, policy: str) -> None:
+    async with cluster(tmp_path, FOUR, RouterSettings(policy=policy)) as it:
+        for seed in range(6):
+            assert len(await it.complete([*PROMPT, seed], seed=seed)) == 8
+        await it.wait_idle()
