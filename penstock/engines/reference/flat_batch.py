@@ -2,8 +2,8 @@
 
 A query at position p attends to p + 1 keys. Rounding that up to a multiple of `span` keys gives products
 whose shape depends on the query's own position only, never on the batch: the other half (beside
-`tiles`) of results that do not depend on what else is computed. Queries of one such *window* width are
-computed together; those that decode bring a block list each, those of one prefill share one.
+`tiles`) of results that do not depend on what else is computed. Queries of one such width read a *window*
+of keys together; those that decode bring a block list each, those of one prefill share one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,36 @@ from penstock.engines.batch import Row
 from penstock.engines.reference.kv import Integers
 from penstock.engines.reference.tiles import padded_rows
 
-_SPAN_TOKENS = 64  # keys by which windows grow: at most as many are computed in vain
-_WINDOW_KEYS = 4096  # keys gathered at a time for decoding rows, so that they stay in cache
-_TILE_SCORES = 1 << 15  # query rows x keys at a time within a prefill, likewise
+_SPAN_TOKENS = 64  # at most so many keys per query are computed in vain
+_CACHED_FLOATS = 1 << 18  # 1 MiB of keys, and as much of values, or of scores, stays in a core's cache
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a batch is cut for attention. None of it changes results, but `span`.
+
+    Args:
+        block_size: tokens per block.
+        kv_width: floats of one token's key (or value), all heads.
+        heads: query heads.
+    """
+
+    block_size: int
+    kv_width: int
+    heads: int
+
+    @property
+    def span(self) -> int:
+        """By how many keys windows grow: whole blocks, so that none is read in part."""
+        return max(1, _SPAN_TOKENS // self.block_size) * self.block_size
+
+    def sequences_at_once(self, width: int) -> int:
+        """Decoding sequences to gather at a time."""
+        return max(1, _CACHED_FLOATS // (width * self.kv_width))
+
+    def queries_at_once(self, width: int) -> int:
+        """Queries of a prefill to compute at a time."""
+        return max(1, _CACHED_FLOATS // (width * self.heads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +88,9 @@ class FlatBatch:
     fresh_blocks: list[int] = field(default_factory=list)
 
 
-def span_tokens(block_size: int) -> int:
-    """By how many keys windows grow: whole blocks, so that none is read in part."""
-    return max(1, _SPAN_TOKENS // block_size) * block_size
-
-
-def flatten(batch: list[Row], block_size: int) -> FlatBatch:
+def flatten(batch: list[Row], cut: Cut) -> FlatBatch:
     """Lay out a batch: decoding rows first, by window width, then each prefill."""
-    span = span_tokens(block_size)
+    span, block_size = cut.span, cut.block_size
     decodes: dict[int, list[Row]] = defaultdict(list)
     prefills: list[Row] = []
     for row in batch:
@@ -81,12 +103,12 @@ def flatten(batch: list[Row], block_size: int) -> FlatBatch:
     first = 0
     for spans, rows in decodes.items():
         width = (spans + 1) * span
-        step = max(1, _WINDOW_KEYS // width)
+        step = cut.sequences_at_once(width)
         for group in (rows[at : at + step] for at in range(0, len(rows), step)):
-            flat.windows.append(_decode_window(group, first, width, span, block_size))
+            flat.windows.append(_decode_window(group, first, width, cut))
             first += len(group)
     for row in prefills:
-        flat.windows.append(_prefill_window(row, first, span, block_size))
+        flat.windows.append(_prefill_window(row, first, cut))
         first += row.count
     ends = np.cumsum([row.count for row in ordered]).tolist()
     last = {id(row): end - 1 for row, end in zip(ordered, ends, strict=True)}
@@ -126,22 +148,22 @@ def _window_blocks(row: Row, width: int, block_size: int) -> list[int]:
     return block_ids + block_ids[:1] * (width // block_size - len(block_ids))
 
 
-def _decode_window(rows: list[Row], first: int, width: int, span: int, block_size: int) -> Window:
-    block_ids = np.array([_window_blocks(row, width, block_size) for row in rows])
-    offsets = np.array([row.start % span for row in rows])
+def _decode_window(rows: list[Row], first: int, width: int, cut: Cut) -> Window:
+    block_ids = np.array([_window_blocks(row, width, cut.block_size) for row in rows])
+    offsets = np.array([row.start % cut.span for row in rows])
     return Window(block_ids, [QueryTile(first, first + len(rows), width, offsets)])
 
 
-def _prefill_window(row: Row, first: int, span: int, block_size: int) -> Window:
-    end = row.start + row.count
+def _prefill_window(row: Row, first: int, cut: Cut) -> Window:
+    span, end = cut.span, row.start + row.count
     widest = -(-end // span) * span
     tiles = []
     position = row.start
     while position < end:
         width = (position // span + 1) * span
-        stop = min(end, width, position + max(1, _TILE_SCORES // width))
+        stop = min(end, width, position + cut.queries_at_once(width))
         at = first + position - row.start
         offsets = np.arange(position, stop) % span
         tiles.append(QueryTile(at, at + stop - position, width, offsets))
         position = stop
-    return Window(np.array([_window_blocks(row, widest, block_size)]), tiles)
+    return Window(np.array([_window_blocks(row, widest, cut.block_size)]), tiles)

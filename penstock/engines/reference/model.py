@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from penstock.engines.batch import Row
 from penstock.engines.reference.config import ModelConfig, Rope
-from penstock.engines.reference.flat_batch import FlatBatch, QueryTile, Window, flatten, span_tokens
+from penstock.engines.reference.flat_batch import Cut, FlatBatch, QueryTile, Window, flatten
 from penstock.engines.reference.kv import Integers, KvPool
 from penstock.engines.reference.tiles import Floats, padded_rows, tiles
 from penstock.engines.reference.weights import LayerWeights, Weights
@@ -32,8 +32,8 @@ class Model:
         self.pool = pool
         self._weights = weights
         self._turns = rotations(config.rope, config.head_dim, max_model_len)
-        span = span_tokens(pool.block_size)
-        self._causal = np.triu(np.full((span, span), -np.inf, np.float32), 1)
+        self._cut = Cut(pool.block_size, config.kv_heads * config.head_dim, config.heads)
+        self._causal = np.triu(np.full((self._cut.span, self._cut.span), -np.inf, np.float32), 1)
         self._scratch = Scratch()
 
     def logits(self, batch: list[Row]) -> Floats:
@@ -42,7 +42,7 @@ class Model:
         Returns:
             Shape (rows that sample, vocab), in the batch's order; valid until the next call.
         """
-        flat = flatten(batch, self.pool.block_size)
+        flat = flatten(batch, self._cut)
         if flat.fresh_blocks:
             self.pool.clear(flat.fresh_blocks)
         # A strongly negative gate overflows exp() to infinity, which then gives the right zero.
@@ -94,38 +94,42 @@ class Model:
 
     def _attend(self, number: int, window: Window, queries: Floats, attended: Floats) -> None:
         """Gather a window's keys and values, and let its queries read them."""
-        config, size = self.config, self.pool.block_size
+        config, span = self.config, self._cut.span
         sequences, blocks = window.block_ids.shape
-        shape = (sequences * blocks, size * config.kv_heads * config.head_dim)
+        shape = (sequences * blocks, self.pool.block_size * config.kv_heads * config.head_dim)
         keys = self._scratch.floats("keys", *shape)
         values = self._scratch.floats("values", *shape)
         self.pool.gather(number, window.block_ids.reshape(-1), keys, values)
-        by_token = (sequences, blocks * size, config.kv_heads, config.head_dim)
-        keys = keys.reshape(by_token).transpose(0, 2, 3, 1)
-        values = values.reshape(by_token).transpose(0, 2, 1, 3)
+        by_span = keys.reshape(sequences, -1, span, config.kv_heads, config.head_dim)
+        by_token = values.reshape(sequences, -1, config.kv_heads, config.head_dim)
         for tile in window.tiles:
-            self._softmax_values(tile, keys, values, queries, attended)
+            self._softmax_values(
+                tile, by_span.transpose(0, 3, 1, 4, 2), by_token.transpose(0, 2, 1, 3), queries, attended
+            )
 
     def _softmax_values(
         self, tile: QueryTile, keys: Floats, values: Floats, queries: Floats, attended: Floats
     ) -> None:
         """softmax(queries x keys) x values for one tile.
 
+        Scores are computed span by span: some kernels are several times slower on long rows of keys.
+
         Args:
-            keys: shape (sequences, kv_heads, head_dim, keys); 1 sequence is shared by all queries.
+            keys: shape (sequences, kv_heads, spans, head_dim, span); 1 sequence is shared by all queries.
             values: shape (sequences, kv_heads, keys, head_dim).
             queries, attended: shape (tokens, kv_heads, group, head_dim); the tile's part is written.
         """
-        rows, width = slice(tile.first, tile.stop), tile.width
-        shape = (tile.stop - tile.first, self.config.kv_heads, self.config.group, width)
-        scores = self._scratch.floats("scores", *shape)
-        np.matmul(queries[rows], keys[..., :width], out=scores)
-        scores[..., width - len(self._causal) :] += self._causal[tile.offsets][:, None, None]
+        rows, width, span = slice(tile.first, tile.stop), tile.width, self._cut.span
+        shape = (tile.stop - tile.first, self.config.kv_heads, self.config.group, width // span, span)
+        by_span = self._scratch.floats("scores", *shape)
+        np.matmul(queries[rows, :, None], keys[:, :, : width // span], out=by_span.swapaxes(2, 3))
+        by_span[..., -1, :] += self._causal[tile.offsets][:, None, None]
+        scores = by_span.reshape(*shape[:3], width)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         sums = scores.sum(axis=-1, keepdims=True)
         out = attended[rows]
-        np.matmul(scores, values[..., :width, :], out=out)
+        np.matmul(scores, values[:, :, :width], out=out)
         out /= sums
 
     def _mlp(self, layer: LayerWeights, hidden: Floats) -> Floats:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.engines.batch import Row, Sequence
-from penstock.engines.reference.flat_batch import flatten, span_tokens
+from penstock.engines.reference.flat_batch import Cut, flatten
 from penstock.structs import Sampling
 
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
@@ -32,8 +32,8 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], int]:
 @given(batches())
 def test_every_query_sees_its_own_keys_and_a_width_of_its_own(case: tuple[list[Row], int]) -> None:
     rows, size = case
-    flat = flatten(rows, size)
-    span = span_tokens(size)
+    cut = Cut(size, kv_width=64, heads=6)
+    flat, span = flatten(rows, cut), cut.span
     assert span % size == 0
     seen = np.zeros(flat.count, int)
     for window in flat.windows:
@@ -69,4 +69,4 @@ def test_blocks_that_stay_partial_are_cleared_when_first_written(case: tuple[lis
         first_of_tail = end // size * size
         if end % size and first_of_tail >= row.start:
             expected.append(row.sequence.block_ids[first_of_tail // size])
-    assert flatten(rows, size).fresh_blocks == expected
+    assert flatten(rows, Cut(size, 64, 6)).fresh_blocks == expected
