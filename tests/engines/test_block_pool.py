@@ -32,7 +32,7 @@ def fill(pool: BlockPool, token_ids: list[int], salt: str = "") -> list[int]:
     return block_ids
 
 
-@pytest.fixture()
+@pytest.fixture
 def pool():
     pool = BlockPool(8, BLOCK_SIZE, "m")
     yield pool
