@@ -16,8 +16,8 @@ from penstock.errors import ProtocolError
 from penstock.link.connection import Connection
 from penstock.link.settings import ServerSettings
 from penstock.structs import Attempt, Card, Load
-from penstock.wire import frames, handshake
-from penstock.wire.handshake import WorkerHandshake
+from penstock.wire import frames
+from penstock.wire.handshake import MAX_HELLO_BYTES, WorkerHandshake
 from penstock.wire.messages import (
     Asset,
     AssetRequest,
@@ -41,7 +41,8 @@ ASSET_PART_BYTES = 1024 * 1024
 
 class LinkHandler(Protocol):
     """What a worker does for its links. All methods are called on the event loop's thread and return at
-    once; what they raise ends the connection it concerns."""
+    once. None is expected to raise: if one does, it ends the connection it was called for; from `load`,
+    it ends `LinkServer.run`."""
 
     def card(self) -> Card:
         """What this worker is."""
@@ -99,7 +100,7 @@ class Peer:
         self.frontend_id = ""
         self.seen = 0  # seq of the latest Generate handed to the handler
         self.welcomed = False
-        self.connection = Connection(self, handshake.MAX_FRAME_BYTES, settings.max_unsent_bytes)
+        self.connection = Connection(self, MAX_HELLO_BYTES, settings.max_unsent_bytes)
         self._settings = settings
         self._handler = handler
         self._door = door

@@ -26,8 +26,8 @@ from penstock.structs import Card
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 
 NONCE_BYTES = 16
-MAX_FRAME_BYTES = 64 * 1024
-"""Longest frame body of a handshake; a Card, the longest of them, takes one or two KiB."""
+MAX_HELLO_BYTES = 1024
+"""Longest frame body that a worker takes from a frontend that has not proved itself."""
 
 _MAX_FRONTEND_ID_CHARS = 128
 _MAX_REASON_CHARS = 200

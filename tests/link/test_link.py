@@ -75,7 +75,10 @@ async def test_a_snapshot_and_the_steps_during_it_add_up(bench: Any) -> None:
 
         for number, listener in enumerate(listeners):
             tasks.create_task(follow(listener, number))
+        turns = 0
         while not all(len(listener.steps) > 50 for listener in listeners):
+            turns += 1
+            assert turns < 50_000
             removed, stored = rng.choice(range(100_000)), rng.randrange(2**64)
             worker.cached.discard(removed)
             worker.cached.add(stored)
@@ -125,7 +128,7 @@ async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
     assert [call[0] for call in listener.calls if call[0] != "heartbeat"] == ["up", "down", "up", "down"]
 
 
-async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any) -> None:
+async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any, caplog: Any) -> None:
     worker, listener = bench.worker(), bench.listener()
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -138,6 +141,7 @@ async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any
                 await bench.until(lambda: client.up)
             await bench.until(lambda: len(listener.downs) == life)  # noqa: B023
     assert listener.downs == ["the worker left: the test is over"] * 2
+    assert caplog.text.count("is down: the worker left") == 2  # once for each time it was up
 
 
 async def test_draining_reaches_those_connected_and_those_to_come(bench: Any) -> None:
@@ -280,7 +284,7 @@ async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -
     ):
         await bench.until(lambda: client.up)
         async with bench.client(server.address, second, "f") as again:
-            await bench.until(lambda: again.up and first.downs)
+            await bench.until(lambda: again.up and first.downs, timeout_s=1)
             await bench.until(lambda: len(worker.lost) == 1)
             assert len(server.peers) == 1
 

@@ -67,6 +67,9 @@ async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
     case.greet()
     case.transport.receive(Snapshot(hashes=[1, 2]))
     assert case.listener.calls == []
+    assert not case.transport.reading  # others have their turn before the next part
+    await asyncio.sleep(0)
+    assert case.transport.reading
     case.transport.receive(Snapshot(hashes=[3], last=True, load=Load(running=2)))
     assert case.listener.calls == [("up", CARD)]
     assert case.listener.cached == {1, 2, 3}
@@ -87,9 +90,8 @@ async def test_the_listener_may_send_from_on_up(bench: Any) -> None:
 async def test_down_once_with_the_reason(bench: Any) -> None:
     case = Case(bench)
     case.go_live()
-    case.transport.receive(Goodbye(reason="leaving"))
+    case.transport.protocol.data_received(encode(Goodbye(reason="leaving")) + encode(STEP))
     assert not case.session.live
-    case.transport.receive(STEP)
     assert await case.ended() == "the worker left: leaving"
     assert case.listener.downs == ["the worker left: leaving"]
     assert case.listener.steps == []
@@ -209,6 +211,7 @@ async def test_files_are_lost_with_the_connection(bench: Any) -> None:
     case.session.connection.cut("pulled")
     await case.ended()
     assert await first.done == "the worker does not have it"
+    assert second.done.done()
     assert await second.done == "pulled"
 
 

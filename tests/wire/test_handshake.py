@@ -7,7 +7,7 @@ import pytest
 
 from penstock.errors import ProtocolError
 from penstock.structs import Card, Role
-from penstock.wire.handshake import MAX_FRAME_BYTES, FrontendHandshake, WorkerHandshake
+from penstock.wire.handshake import MAX_HELLO_BYTES, FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 
 CARD = Card("w", 1, Role.DECODE, "m", "e", 16, 10, 100, 1000)
@@ -120,8 +120,8 @@ def test_a_refusal_may_come_first_and_fakes_no_log_line() -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_a_large_card_fits_the_frame_limit() -> None:
-    card = msgspec.structs.replace(
-        CARD, assets={f"asset-{i}.json": "0" * 64 for i in range(100)}, eos_token_ids=list(range(100))
-    )
-    assert len(msgspec.msgpack.encode(Welcome(card=card, proof=b"x" * 32))) < MAX_FRAME_BYTES
+def test_the_longest_hello_fits_its_frame() -> None:
+    worker = WorkerHandshake("s", NONCE_W)
+    hello = FrontendHandshake("s", NONCE_F, "\N{GRINNING FACE}" * 128).answer(worker.challenge())
+    assert isinstance(worker.answer(hello, CARD), Welcome)
+    assert len(msgspec.msgpack.encode(hello)) <= MAX_HELLO_BYTES
