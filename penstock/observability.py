@@ -14,6 +14,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -133,90 +134,108 @@ def _parse_levels(source: str, text: str) -> tuple[int, dict[str, int]]:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-class LatencyHistogram(Collector):
-    """A histogram per model that takes a step's observations in a fraction of a microsecond."""
+class StepSeries:
+    """A histogram's counts for one model. An observation costs a bisect and two additions."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # per bucket, and one for what is above all of them
+        self.total = 0.0
+
+    def observe(self, seconds: float, count: int) -> None:
+        """Count `count` observations of `seconds` each."""
+        self.counts[bisect_left(self._bounds, seconds)] += count
+        self.total += seconds * count
+
+
+class StepHistogram(Collector):
+    """A histogram per model for what is observed with every step."""
 
     def __init__(
         self, name: str, documentation: str, buckets_s: Sequence[float], registry: CollectorRegistry
     ) -> None:
         self._name = name
         self._documentation = documentation
-        self._buckets_s = list(buckets_s)
-        self._counts: dict[str, list[int]] = {}  # model -> per bucket, and one for above all of them
-        self._sums: dict[str, float] = {}
+        self._bounds = [float(bound) for bound in buckets_s]
+        self._series: dict[str, StepSeries] = {}
         registry.register(self)
 
-    def observe(self, model: str, seconds: float, count: int = 1) -> None:
-        """Count `count` observations of `seconds` each."""
-        counts = self._counts.get(model)
-        if counts is None:
-            counts = self._counts[model] = [0] * (len(self._buckets_s) + 1)
-            self._sums[model] = 0.0
-        counts[bisect_left(self._buckets_s, seconds)] += count
-        self._sums[model] += seconds * count
+    def series(self, model: str) -> StepSeries:
+        return self._series.setdefault(model, StepSeries(self._bounds))
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         yield HistogramMetricFamily(self._name, self._documentation, labels=["model"])
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._documentation, labels=["model"])
-        for model, counts in self._counts.items():
-            buckets, total = [], 0
-            for bound, count in zip([*map(float, self._buckets_s), "+Inf"], counts, strict=True):
-                total += count
-                buckets.append((str(bound), total))
-            family.add_metric([model], buckets, self._sums[model])
+        for model, series in self._series.items():
+            bounds = [*map(str, self._bounds), "+Inf"]
+            family.add_metric(
+                [model], list(zip(bounds, accumulate(series.counts), strict=True)), series.total
+            )
         yield family
 
 
+class ModelMetrics:
+    """One model's series, looked up once instead of with every request."""
+
+    def __init__(self, metrics: FrontendMetrics, model: str) -> None:
+        self.time_to_first_token = metrics.time_to_first_token.labels(model)
+        self.request_duration = metrics.request_duration.labels(model)
+        self.queued = metrics.queued.labels(model)
+        self.inflight = metrics.inflight.labels(model)
+        self.prompt_tokens = metrics.prompt_tokens.labels(model)
+        self.output_tokens = metrics.output_tokens.labels(model)
+        self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.inter_token_latency = metrics.inter_token_latency.series(model)
+
+
 class FrontendMetrics:
-    """What the frontend counts, per model and endpoint."""
+    """What the frontend counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "penstock_requests",
-            "Requests answered, by HTTP status (499: the client left)",
-            ["model", "endpoint", "status"],
-            registry=registry,
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"penstock_{name}", documentation, ["model", *labels], registry=registry)
+
+        def gauge(name: str, documentation: str) -> Gauge:
+            return Gauge(f"penstock_{name}", documentation, ["model"], registry=registry)
+
+        def histogram(name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
+            name = f"penstock_{name}"
+            return Histogram(name, documentation, ["model"], buckets=buckets, registry=registry)
+
+        self.requests = counter(
+            "requests", "Requests by HTTP status (499: client left)", "endpoint", "status"
         )
-        self.time_to_first_token = Histogram(
-            "penstock_time_to_first_token_seconds",
-            "From the request's last byte read to the first token",
-            ["model"],
-            buckets=TTFT_BUCKETS_S,
-            registry=registry,
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "From the request's last byte to the first token", TTFT_BUCKETS_S
         )
-        self.inter_token_latency = LatencyHistogram(
+        self.request_duration = histogram(
+            "request_duration_seconds",
+            "From the request's last byte to the answer's last byte",
+            DURATION_BUCKETS_S,
+        )
+        self.inter_token_latency = StepHistogram(
             "penstock_inter_token_latency_seconds",
-            "Between tokens after the first; a step that brings k tokens counts k times its k-th part",
+            "Between tokens after the first; a step's k tokens count as k of a k-th of its time each",
             ITL_BUCKETS_S,
             registry,
         )
-        self.request_duration = Histogram(
-            "penstock_request_duration_seconds",
-            "From the request's last byte read to the answer's last byte written",
-            ["model"],
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
-        self.queued = Gauge(
-            "penstock_queued_requests", "Requests without a first token yet", ["model"], registry=registry
-        )
-        self.inflight = Gauge(
-            "penstock_inflight_requests", "Requests not answered yet", ["model"], registry=registry
-        )
-        self.prompt_tokens = Counter(
-            "penstock_prompt_tokens",
-            "Prompt tokens of requests that got tokens",
-            ["model"],
-            registry=registry,
-        )
-        self.output_tokens = Counter(
-            "penstock_output_tokens", "Tokens generated", ["model"], registry=registry
-        )
-        self.cached_tokens = Counter(
-            "penstock_cached_tokens", "Prompt tokens found in a cache", ["model"], registry=registry
-        )
+        self.queued = gauge("queued_requests", "Requests without a first token yet")
+        self.inflight = gauge("inflight_requests", "Requests not answered yet")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got tokens")
+        self.output_tokens = counter("output_tokens", "Tokens generated")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in a cache")
+        self._models: dict[str, ModelMetrics] = {}
+
+    def of(self, model: str) -> ModelMetrics:
+        """The series of a model that is known to exist: series are kept for ever."""
+        series = self._models.get(model)
+        if series is None:
+            series = self._models[model] = ModelMetrics(self, model)
+        return series
 
 
 class RouterMetrics:

@@ -108,10 +108,10 @@ def test_every_metric_is_named_before_anything_happens():
 
 def test_latencies_fall_into_buckets_by_upper_bound():
     metrics = Metrics()
-    histogram = metrics.frontend.inter_token_latency
-    histogram.observe("m", 0.001)
-    histogram.observe("m", 0.0015, 3)
-    histogram.observe("m", 99.0)
+    series = metrics.frontend.of("m").inter_token_latency
+    series.observe(0.001, 1)
+    series.observe(0.0015, 3)
+    series.observe(99.0, 1)
     samples = _samples(metrics)
     name = "penstock_inter_token_latency_seconds"
     assert samples[name + "_bucket", "0.001", "m"] == 1

@@ -42,7 +42,7 @@ class App:
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_keys)
         self._preprocessor = Preprocessor(settings)
-        planner = Planner(self._preprocessor, settings, random.SystemRandom())
+        planner = Planner(self._preprocessor, settings, random.Random())
         self._generation = Generation(completer, planner, settings, metrics.frontend)
         self._created = int(time.time())
         self._router = Router(

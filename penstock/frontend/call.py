@@ -10,7 +10,7 @@ from functools import partial
 from penstock.errors import PenstockError
 from penstock.frontend.answer import Answer
 from penstock.frontend.completer import Completer, Ticket
-from penstock.observability import FrontendMetrics
+from penstock.observability import ModelMetrics
 from penstock.structs import Delta, Request
 
 
@@ -25,8 +25,7 @@ class Call:
         self,
         answers: Sequence[Answer],
         *,
-        model: str,
-        metrics: FrontendMetrics,
+        metrics: ModelMetrics,
         streaming: bool,
         max_unsent_chars: int,
         on_overflow: Callable[[], None],
@@ -37,7 +36,6 @@ class Call:
         self.error: PenstockError | None = None
         self.gone = False
         self.first_token_at: float | None = None
-        self._model = model
         self._metrics = metrics
         self._observe_itl = metrics.inter_token_latency.observe
         self._streaming = streaming
@@ -56,7 +54,7 @@ class Call:
 
     def start(self, completer: Completer, requests: Sequence[Request]) -> None:
         """Submit one request per answer. Raises RequestRejected when one of them is not even queued."""
-        self._metrics.queued.labels(self._model).inc()
+        self._metrics.queued.inc()
         self._queued = True
         for answer, request in zip(self.answers, requests, strict=True):
             ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
@@ -120,7 +118,7 @@ class Call:
             return
         before, answer.token_at = answer.token_at, now
         if before is not None:
-            self._observe_itl(self._model, (now - before) / tokens, tokens)
+            self._observe_itl((now - before) / tokens, tokens)
         elif self.first_token_at is None:
             self.first_token_at = now
             self._leave_queue()
@@ -128,7 +126,7 @@ class Call:
     def _leave_queue(self) -> None:
         if self._queued:
             self._queued = False
-            self._metrics.queued.labels(self._model).dec()
+            self._metrics.queued.dec()
 
     def _wake(self) -> None:
         waiter = self._waiter

@@ -125,13 +125,13 @@ class Generation:
         record.began = time.perf_counter()
         view = self._completer.model(body.model)
         record.model = view.name
-        with self._metrics.inflight.labels(view.name).track_inprogress():
+        metrics = self._metrics.of(view.name)
+        with metrics.inflight.track_inprogress():
             call_id = kind.id_prefix + uuid.uuid4().hex
             record.plan = plan = await self._planner.plan(call_id, body, view)
             record.call = call = Call(
                 plan.answers,
-                model=view.name,
-                metrics=self._metrics,
+                metrics=metrics,
                 streaming=bool(body.stream),
                 max_unsent_chars=self._settings.max_unsent_chars,
                 on_overflow=exchange.abort,
@@ -166,23 +166,24 @@ class Generation:
 
     def _account(self, kind: Kind, exchange: Exchange, record: Record) -> None:
         ended = time.perf_counter()
-        call, plan, metrics = record.call, record.plan, self._metrics
+        call, plan = record.call, record.plan
         gone = (call is not None and call.gone) or (exchange.status is None and record.error is not None)
         status = CLIENT_GONE if gone else exchange.status or 500
-        metrics.requests.labels(record.model, kind.endpoint, status).inc()
+        self._metrics.requests.labels(record.model, kind.endpoint, status).inc()
         prompt = output = cached = 0
         ttft_s = 0.0
         if call is not None and plan is not None:
             usage = usage_of(plan.prompt_lengths, plan.answers)
             prompt, output = usage.prompt_tokens, usage.completion_tokens
             cached = usage.prompt_tokens_details["cached_tokens"]
-            metrics.request_duration.labels(record.model).observe(ended - record.began)
+            metrics = self._metrics.of(record.model)
+            metrics.request_duration.observe(ended - record.began)
             if call.first_token_at is not None:
                 ttft_s = call.first_token_at - record.began
-                metrics.time_to_first_token.labels(record.model).observe(ttft_s)
-                metrics.prompt_tokens.labels(record.model).inc(prompt)
-                metrics.output_tokens.labels(record.model).inc(output)
-                metrics.cached_tokens.labels(record.model).inc(cached)
+                metrics.time_to_first_token.observe(ttft_s)
+                metrics.prompt_tokens.inc(prompt)
+                metrics.output_tokens.inc(output)
+                metrics.cached_tokens.inc(cached)
         log.info(
             "request_id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
             " ttft_ms=%.1f duration_ms=%.1f finish=%s",
