@@ -1,0 +1,195 @@
+"""`penstock bench`: put load on a server and report how it did."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+
+from penstock.bench.answers import JsonAnswer
+from penstock.bench.client import HttpClient, RequestFailed
+from penstock.bench.display import progress, report_table
+from penstock.bench.driver import Driver, Limits, Payload
+from penstock.bench.measurements import Measurements, Report, Slo
+from penstock.bench.text import filler
+from penstock.bench.traces import Row, read_trace, replay
+from penstock.bench.workload import Rate, Shape, arrivals, synthetic
+from penstock.errors import ConfigError
+
+CALIBRATION_WORDS = (64, 320)
+PREPARE_TIMEOUT_S = 60.0
+"""For the few requests before a run: the first may have to wait for a worker to load."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A checked command line."""
+
+    url: str
+    model: str | None
+    api_key: str | None
+    limits: Limits
+    shape: Shape
+    slo: Slo
+    seed: int
+    concurrency: int
+    rate: Rate | None
+    trace: Path | None
+    speedup: float
+    temperature: float
+    ignore_eos: bool
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether prompts must have given token counts."""
+        return self.trace is not None or bool(self.shape.prompt_tokens or self.shape.shared_prefix_tokens)
+
+
+def bench(
+    url: Annotated[str, typer.Option(help="Server with OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Served model; default: the server's first.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Closed loop: users at once.")] = 16,
+    rate: Annotated[str | None, typer.Option(help="Open loop: conversations begun, e.g. 10/s.")] = None,
+    arrival: Annotated[str, typer.Option(help="With --rate: poisson or constant.")] = "poisson",
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Seconds to send for.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests to send.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Synthetic prompts this long.")] = None,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    shared_prefix_tokens: Annotated[int, typer.Option(min=0, help="System prompt of all.")] = 0,
+    multi_turn: Annotated[int, typer.Option(min=1, help="Turns in a conversation.")] = 1,
+    trace: Annotated[Path | None, typer.Option(help="Mooncake .jsonl[.gz] or Azure .csv[.gz].")] = None,
+    speedup: Annotated[float, typer.Option(min=0.001, help="Replay a trace this much faster.")] = 1.0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: time to first token.")] = None,
+    slo_itl_ms: Annotated[float | None, typer.Option(help="Goodput: mean time per token.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    ignore_eos: Annotated[
+        bool | None, typer.Option(help="Answers of full length; default: when lengths are given.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same load.")] = 0,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here, too.")] = None,
+) -> None:
+    """Put load on a server and report latencies, throughput, goodput and cache hits."""
+    if trace is not None and rate is not None:
+        raise ConfigError("rate: a trace brings its own arrivals; use --speedup")
+    if arrival not in ("poisson", "constant"):
+        raise ConfigError(f"arrival: `{arrival}` is neither poisson nor constant")
+    if duration is None and requests is None and trace is None:
+        duration = 30.0
+    given_lengths = trace is not None or prompt_tokens is not None
+    plan = Plan(
+        url=url,
+        model=model,
+        api_key=api_key,
+        limits=Limits(duration_s=duration, requests=requests, request_timeout_s=timeout),
+        shape=Shape(
+            turns=multi_turn,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            shared_prefix_tokens=shared_prefix_tokens,
+        ),
+        slo=Slo(slo_ttft_ms, slo_itl_ms),
+        seed=seed,
+        concurrency=concurrency,
+        rate=Rate.parse(rate, poisson=arrival == "poisson") if rate is not None else None,
+        trace=trace,
+        speedup=speedup,
+        temperature=temperature,
+        ignore_eos=given_lengths if ignore_eos is None else ignore_eos,
+    )
+    console = Console()
+    report = run(plan, console)
+    console.print(report_table(report))
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def run(plan: Plan, console: Console) -> Report:
+    """Carry out a plan; when interrupted, report what there is.
+
+    Raises ConfigError when the server or the trace cannot be used at all."""
+    rows = read_trace(plan.trace, speedup=plan.speedup, seed=plan.seed) if plan.trace else []
+    client = HttpClient(plan.url, _headers(plan))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            payload, words_per_token = runner.run(_prepare(plan, client))
+            driver = Driver(client, payload, plan.limits, Measurements(plan.slo))
+            try:
+                runner.run(_drive(plan, driver, rows, words_per_token, console))
+            except KeyboardInterrupt:
+                console.print("interrupted")
+            return driver.report()
+        finally:
+            runner.run(client.close())
+
+
+def _headers(plan: Plan) -> dict[str, str]:
+    return {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
+
+
+async def _prepare(plan: Plan, client: HttpClient) -> tuple[Payload, float]:
+    """What is in every request, and how many words of filler make a token."""
+    try:
+        async with asyncio.timeout(PREPARE_TIMEOUT_S):
+            model = plan.model or await first_model(client)
+            words_per_token = await calibrate(client, model) if plan.needs_lengths else 1.0
+    except TimeoutError:
+        raise ConfigError(f"url: no answer from {plan.url} within {PREPARE_TIMEOUT_S:g} s") from None
+    except RequestFailed as error:
+        raise ConfigError(f"url: {plan.url}: {error}") from error
+    return Payload(model, plan.temperature, plan.ignore_eos), words_per_token
+
+
+async def _drive(
+    plan: Plan, driver: Driver, rows: list[Row], words_per_token: float, console: Console
+) -> None:
+    shape = msgspec.structs.replace(plan.shape, words_per_token=words_per_token)
+    conversations = synthetic(shape, plan.seed)
+    async with progress(driver, plan.limits, len(rows), console):
+        if rows:
+            await driver.open(replay(rows, words_per_token=words_per_token, seed=plan.seed))
+        elif plan.rate is not None:
+            await driver.open(arrivals(conversations, plan.rate, plan.seed))
+        else:
+            await driver.closed(conversations, plan.concurrency)
+
+
+async def first_model(client: HttpClient) -> str:
+    """The name of the first model that the server lists."""
+    answer = JsonAnswer()
+    await client.request("GET", "/v1/models", b"", answer)
+    try:
+        return str(answer.decode()["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise ConfigError(f"model: /v1/models names none (status {answer.status}); use --model") from None
+
+
+async def calibrate(client: HttpClient, model: str) -> float:
+    """Words of filler per token of the server's tokenizer, from two prompts of different length, so
+    that the chat template's own tokens cancel out."""
+    tokens = []
+    for words in CALIBRATION_WORDS:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": filler("calibration", words)}],
+            "max_tokens": 1,
+        }
+        answer = JsonAnswer()
+        await client.request("POST", "/v1/chat/completions", msgspec.json.encode(body), answer)
+        try:
+            tokens.append(int(answer.decode()["usage"]["prompt_tokens"]))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                "prompt-tokens: cannot measure the tokenizer: /v1/chat/completions answered "
+                f"{answer.status} without usage.prompt_tokens"
+            ) from None
+    return (CALIBRATION_WORDS[1] - CALIBRATION_WORDS[0]) / max(1, tokens[1] - tokens[0])
