@@ -79,9 +79,9 @@ class EngineCycle:
         """Told to stop, and either out of work or out of time."""
         return self._stop_at is not None and (self.scheduler.idle or self._now() >= self._stop_at)
 
-    def stop(self, grace_s: float, now: float) -> None:
-        """A Command: finish within `grace_s`."""
-        self._stop_at = now + grace_s
+    def stop(self, deadline: float, now: float) -> None:
+        """A Command, with the rest bound: be `finished` by the deadline, or before, once out of work."""
+        self._stop_at = deadline
 
     def begin(self, commands: Iterable[Command]) -> list[Row]:
         """Apply commands in order and plan the next batch, for `compute`; empty when there is nothing to

@@ -62,22 +62,27 @@ class OpenPulls:
         waited_for = (pull.deadline for pull in self._open.values() if pull.active is not None)
         return min(waited_for, default=None)
 
-    def accept(self, active: ActiveAttempt, attempt: Attempt, now: float) -> None:
-        """Keep the attempt's handoff for its turn, or say why it is of no use: then it is computed."""
+    def accept(self, active: ActiveAttempt, attempt: Attempt, now: float) -> Pull | None:
+        """Keep the attempt's handoff for its turn, or say why it is of no use: then it is computed.
+
+        Returns what lets go the holder of a refused one, where it can be reached."""
         handoff = attempt.handoff
         assert handoff is not None, "accept is for attempts with a handoff"
         active.transferred_blocks = 0
-        reason = mismatch(handoff, attempt, self._card)
         if handoff.handoff_id in self._used:
-            reason = "used before"
+            _log_refused(active, handoff, "used before")
+            return None
+        reason = mismatch(handoff, attempt, self._card)
         if reason is not None:
             _log_refused(active, handoff, reason)
-            return
+            reachable = handoff.transport == self._card.transport and handoff.ttl_s > 0
+            return Pull(active.attempt_id, handoff, [], [], self._timeout_s) if reachable else None
         self._used[handoff.handoff_id] = None
         if len(self._used) > USED_HANDOFFS:
             self._used.popitem(last=False)
         active.handoff = handoff
         active.handoff_deadline = now + handoff.ttl_s
+        return None
 
     def begin(self, active: ActiveAttempt, now: float) -> Pull | None:
         """Start to pull what is not cached; the attempt has its blocks and a handoff.

@@ -39,7 +39,7 @@ from penstock.core.load import StepTimes
 from penstock.engines.active import ActiveAttempt, Phase, activate, fault
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.block_pool import BlockPool
-from penstock.engines.effects import Effect, Export
+from penstock.engines.effects import Effect, Export, Pull
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls
 from penstock.engines.settings import SchedulerSettings
@@ -144,7 +144,7 @@ class Scheduler:
             self._outputs.append(Output(attempt_id, finish_reason=FinishReason.LENGTH))
             return
         if attempt.handoff is not None:
-            self.pulls.accept(active, attempt, now)
+            self._pull(self.pulls.accept(active, attempt, now))
         self._active[attempt_id] = active
         self._enqueue(active)
 
@@ -319,9 +319,8 @@ class Scheduler:
         active.cached_blocks = len(hits)
         active.computed = len(hits) * pool.block_size
         active.cache_at = active.computed + pool.block_size
-        pull = self.pulls.begin(active, now) if active.handoff is not None else None
-        if pull is not None:
-            self._effects.append(pull)
+        if active.handoff is not None:
+            self._pull(self.pulls.begin(active, now))
         if active.phase is not Phase.PULLING:
             self._run(active)
         return True
@@ -331,6 +330,10 @@ class Scheduler:
         self._running.append(active)
         if active.reused_tokens is None:
             active.reused_tokens = active.computed
+
+    def _pull(self, pull: Pull | None) -> None:
+        if pull is not None:
+            self._effects.append(pull)
 
     # --- inside commit ----------------------------------------------------------------------------
 

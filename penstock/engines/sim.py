@@ -19,7 +19,7 @@ from penstock import __version__
 from penstock.clock import Clock
 from penstock.engines.assets import assets_from
 from penstock.engines.batch import Row, Sampled, Sequence
-from penstock.engines.cost_models import CostModel, cost_model
+from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
@@ -30,6 +30,9 @@ from penstock.structs import EngineCard, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""
+
+DEFAULT_VOCAB_SIZE = 151_936
+"""Qwen3's."""
 
 _SEED_MASK = (1 << 64) - 1
 _EOS_SCALE = 1 << 32
@@ -56,8 +59,8 @@ class SimSettings(msgspec.Struct, frozen=True):
     max_model_len: int = 40960
     """Prompt and output, in tokens."""
 
-    vocab_size: int = 151_936
-    """Token ids are below this."""
+    vocab_size: int | None = None
+    """Token ids are below this. None: what config.json of `assets` says, or Qwen3's 151,936."""
 
     eos_token_ids: tuple[int, ...] = ()
     """Drawn only as `eos_rate` says."""
@@ -78,39 +81,35 @@ class SimSettings(msgspec.Struct, frozen=True):
             raise ConfigError(f"eos_rate must be between 0 and 1, got {self.eos_rate}")
         if self.eos_rate and not self.eos_token_ids:
             raise ConfigError("eos_rate needs eos_token_ids")
+        if self.vocab_size is None:
+            return
         if any(not 0 <= token_id < self.vocab_size for token_id in self.eos_token_ids):
             raise ConfigError(f"eos_token_ids must be in the vocabulary of {self.vocab_size}")
         if len(set(self.eos_token_ids)) >= self.vocab_size:
-            raise ConfigError("vocab_size leaves no token beside eos_token_ids")
+            raise ConfigError(f"vocab_size of {self.vocab_size} leaves no token beside eos_token_ids")
 
 
 class SimRunner:
-    """Draws tokens, and takes a cost model's time for it.
+    """Draws tokens.
 
     Args:
-        sleep: passes that time; called with seconds.
+        vocab_size: token ids are below this.
+        duration_s: how long to sleep over a batch, in seconds; None: it takes no time.
     """
 
     def __init__(
-        self, settings: SimSettings, costs: CostModel, sleep: Callable[[float], None] = time.sleep
+        self, settings: SimSettings, vocab_size: int, duration_s: Callable[[list[Row]], float] | None = None
     ) -> None:
-        self._costs = costs
-        self._speedup = settings.speedup
-        self._sleep = sleep
-        self._vocab_size = settings.vocab_size
+        self._duration_s = duration_s
+        self._vocab_size = vocab_size
         self._eos = sorted(set(settings.eos_token_ids))
         self._eos_below = int(settings.eos_rate * _EOS_SCALE)
-        self._logprob = -log(settings.vocab_size - len(self._eos))
-
-    def duration_s(self, batch: list[Row]) -> float:
-        """How long `run` takes."""
-        return self._costs.step_ms(batch) / 1e3 / self._speedup
+        self._logprob = -log(vocab_size - len(self._eos))
 
     def run(self, batch: list[Row]) -> list[Sampled | None]:
         """As Runner.run."""
-        duration_s = self.duration_s(batch)
-        if duration_s > 0:
-            self._sleep(duration_s)
+        if self._duration_s is not None:
+            time.sleep(self._duration_s(batch))
         return [self._sample(row.sequence) if row.sample else None for row in batch]
 
     def _sample(self, sequence: Sequence) -> Sampled:
@@ -151,31 +150,43 @@ def sim_engine(
     Raises ConfigError when the cost model is unknown.
     """
     costs = cost_model(settings.cost_model)
+
+    def duration_s(batch: list[Row]) -> float:
+        return costs.step_ms(batch) / 1e3 / settings.speedup
+
     if clock is None:
-        runner = SimRunner(settings, costs)
-        return SteppingEngine(lambda: _load(settings, runner), settings.scheduler, transfer)
-    instant = SimRunner(settings, costs, sleep=_no_sleep)
-    return VirtualEngine(
-        lambda: _load(settings, instant), instant.duration_s, settings.scheduler, clock, transfer
-    )
+        return SteppingEngine(lambda: _load(settings, duration_s), settings.scheduler, transfer)
+    return VirtualEngine(lambda: _load(settings, None), duration_s, settings.scheduler, clock, transfer)
 
 
-def _load(settings: SimSettings, runner: SimRunner) -> LoadedModel:
+def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
+    folder = Path(settings.assets) if settings.assets else None
+    vocab_size = settings.vocab_size or _vocab_size(folder)
     card = EngineCard(
         engine=f"sim {__version__}",
         model=settings.model,
         block_size=settings.block_size,
         total_blocks=settings.total_blocks,
         max_model_len=settings.max_model_len,
-        vocab_size=settings.vocab_size,
+        vocab_size=vocab_size,
         eos_token_ids=list(settings.eos_token_ids),
         layout=f"sim/{settings.model}/{settings.block_size}",
-        assets=assets_from(Path(settings.assets)) if settings.assets else {},
+        assets=assets_from(folder) if folder else {},
     )
     shape = (settings.total_blocks, POOL_BYTES_PER_BLOCK)
     pool = memoryview(bytearray(settings.total_blocks * POOL_BYTES_PER_BLOCK)).cast("B", shape)
-    return LoadedModel(card, runner, pool)
+    return LoadedModel(card, SimRunner(settings, vocab_size, duration_s), pool)
 
 
-def _no_sleep(seconds: float) -> None:
-    """On a virtual clock the engine sleeps, not the runner."""
+class _ModelConfig(msgspec.Struct):
+    vocab_size: int
+
+
+def _vocab_size(folder: Path | None) -> int:
+    path = folder / "config.json" if folder else None
+    if path is None or not path.exists():
+        return DEFAULT_VOCAB_SIZE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_ModelConfig).vocab_size
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -70,7 +70,7 @@ class SteppingEngine(EngineShell):
         """As Engine.stop. Handoffs that wait for their readers count as running."""
         thread, self._thread = self._thread, None
         if thread is not None and self._cycle is not None:
-            self._post(partial(self._cycle.stop, grace_s))
+            self._post(partial(self._cycle.stop, monotonic() + grace_s))
             await asyncio.to_thread(thread.join, grace_s + STOP_MARGIN_S)
             if thread.is_alive():
                 log.error("a step did not end within %g s of the grace: left behind", STOP_MARGIN_S)

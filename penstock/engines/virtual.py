@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from penstock.clock import Clock
 from penstock.engines.batch import Row
@@ -56,8 +57,7 @@ class VirtualEngine(EngineShell):
         """As Engine.stop. Handoffs that wait for their readers count as running."""
         task, self._task = self._task, None
         if task is not None and self._cycle is not None:
-            cycle = self._cycle
-            self._post(lambda now: cycle.stop(grace_s, now))
+            self._post(partial(self._cycle.stop, self._clock.now() + grace_s))
             await task
         transfer, self._transfer = self._transfer, None
         if transfer is not None:

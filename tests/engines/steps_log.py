@@ -1,0 +1,45 @@
+"""Everything an engine said, and when, for tests on any clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from penstock.clock import MonotonicClock, VirtualClock
+from penstock.ports import Engine
+from penstock.structs import Attempt, EngineStep, Output, Sampling
+
+
+def attempt(attempt_id: str, length: int = 100, **sampling: object) -> Attempt:
+    sampling = {"max_tokens": 10, **sampling}
+    return Attempt(attempt_id, attempt_id, list(range(length)), length, Sampling(**sampling))  # type: ignore[arg-type]
+
+
+class StepsLog:
+    """All steps of an engine, with the time of each on a clock."""
+
+    def __init__(self, engine: Engine, clock: VirtualClock | MonotonicClock) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.steps: list[tuple[float, EngineStep]] = []
+
+    async def read(self) -> None:
+        async for step in self.engine.steps():
+            self.steps.append((self.clock.now(), step))
+
+    def outputs(self, attempt_id: str) -> list[tuple[float, Output]]:
+        return [(at, o) for at, step in self.steps for o in step.outputs if o.attempt_id == attempt_id]
+
+    def text(self, attempt_id: str) -> list[int]:
+        return [token for _, output in self.outputs(attempt_id) for token in output.token_ids]
+
+
+@asynccontextmanager
+async def running(engine: Engine, clock: VirtualClock | MonotonicClock) -> AsyncIterator[StepsLog]:
+    log = StepsLog(engine, clock)
+    await engine.start()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(log.read())
+        yield log
+        await engine.stop(0)
