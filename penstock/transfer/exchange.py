@@ -39,14 +39,14 @@ class Exchange(ABC):
         self.instance_id = instance_id
         self.epoch = epoch
         self.settings = settings
+        self.stopping = False
         self._server = Server(settings, self._serve)
         self._connections = Connections(settings)
         self._pulls = PullQueue(settings.max_pulls, settings.max_waiting_pulls)
 
     def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
         """See `KvTransfer.start`. Raises ConfigError when the port cannot be had."""
-        if pool.readonly or pool.ndim != 2 or pool.format != "B" or not pool.c_contiguous:
-            raise ValueError("a pool is writable, C-contiguous, of format 'B' and two dimensions")
+        check_pool(pool)
         self.total_blocks, self.block_bytes = pool.shape or (0, 0)
         self._flat = pool.cast("B")
         self._on_pulled = on_pulled
@@ -80,6 +80,7 @@ class Exchange(ABC):
 
     def stop(self) -> None:
         """See `KvTransfer.stop`."""
+        self.stopping = True
         self._connections.close()
         self._pulls.stop(self.settings.stop_timeout_s)
         self._server.stop()
@@ -177,3 +178,9 @@ class Exchange(ABC):
         except Exception:
             # The engine's defect: its reader has the blocks all the same.
             log.exception("transfer: on_pulled failed for %s", handoff_id)
+
+
+def check_pool(pool: memoryview) -> None:
+    """Raises ValueError for memory that is not what `KvTransfer.start` asks for."""
+    if pool.readonly or pool.ndim != 2 or pool.format != "B" or not pool.c_contiguous:
+        raise ValueError("a pool is writable, C-contiguous, of format 'B' and two dimensions")

@@ -48,7 +48,7 @@ class Memory(msgspec.Struct, array_like=True, frozen=True):
 
     agent: str  # the holder's NIXL agent, one name per incarnation
     metadata: bytes  # its addresses and keys
-    address: int  # of the pool in its memory
+    address: Annotated[int, msgspec.Meta(ge=0)]  # of the pool in its memory
     total_blocks: int
     rows: list[int]  # of the pool, in the order of `Read.indices`
 
