@@ -22,6 +22,8 @@ MAX_DIMENSION = 1 << 24  # far above any real model; keeps products of sizes san
 MAX_LAYERS = 1024
 
 _QK_NORM = {"Qwen3ForCausalLM": True, "LlamaForCausalLM": False}
+_ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+_LLAMA3_FIELDS = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -144,6 +146,12 @@ class _Fields:
             raise self.error(name, f"expected true or false, got {value!r}")
         return value
 
+    def refuse_beyond(self, known: set[str]) -> None:
+        """Refuse fields whose meaning is not known, unless they are null."""
+        for name, value in self._fields.items():
+            if name not in known and value is not None:
+                raise self.error(name, "not supported")
+
     def inner(self, name: str) -> _Fields | None:
         """The object under `name`, or None when there is none."""
         value = self.get(name)
@@ -202,14 +210,15 @@ def _rope(source: _Fields) -> Rope:
     theta = (new if new and new.get("rope_theta") is not None else source).positive("rope_theta", 10000.0)
     name = "rope_type" if scaling.get("rope_type") is not None else "type"
     kind = scaling.get(name) or "default"
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if kind not in ("default", "linear", "llama3"):
+        raise scaling.error(name, f"expected default, linear or llama3, got {kind!r}")
+    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
         raise scaling.error("partial_rotary_factor", "only 1.0 is supported")
+    scaling.refuse_beyond(_ROPE_FIELDS | (_LLAMA3_FIELDS if kind == "llama3" else set()))
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, factor=scaling.positive("factor"))
-    if kind != "llama3":
-        raise source.error("rope_type", f"expected default, linear or llama3, got {kind!r}")
     rope = Rope(
         theta,
         kind,

@@ -70,6 +70,14 @@ class Model:
         turns: NDArray[np.complex64],
         slots: Integers,
     ) -> Floats:
+        """Attention's share of the residual stream. Writes the tokens' keys and values first, because
+        tokens of one prefill read each other's.
+
+        Args:
+            number: the layer's, in the pool.
+            turns: rotary turns, shape (padded tokens, 1, head_dim / 2).
+            slots: see `KvPool.slots`.
+        """
         config, rows, count = self.config, len(hidden), flat.count
         turned = config.heads + config.kv_heads
         normalised = self._normalised(hidden)
@@ -100,12 +108,10 @@ class Model:
         keys = self._scratch.floats("keys", *shape)
         values = self._scratch.floats("values", *shape)
         self.pool.gather(number, window.block_ids.reshape(-1), keys, values)
-        by_span = keys.reshape(sequences, -1, span, config.kv_heads, config.head_dim)
-        by_token = values.reshape(sequences, -1, config.kv_heads, config.head_dim)
+        keys = keys.reshape(sequences, -1, span, config.kv_heads, config.head_dim).transpose(0, 3, 1, 4, 2)
+        values = values.reshape(sequences, -1, config.kv_heads, config.head_dim).transpose(0, 2, 1, 3)
         for tile in window.tiles:
-            self._softmax_values(
-                tile, by_span.transpose(0, 3, 1, 4, 2), by_token.transpose(0, 2, 1, 3), queries, attended
-            )
+            self._softmax_values(tile, keys, values, queries, attended)
 
     def _softmax_values(
         self, tile: QueryTile, keys: Floats, values: Floats, queries: Floats, attended: Floats
@@ -195,7 +201,7 @@ def rotations(rope: Rope, head_dim: int, positions: int) -> NDArray[np.complex64
     Angles are rounded to float32 as transformers does, since that is what models were trained with.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = _scaled(rope, (1.0 / np.power(rope.theta, exponents.astype(np.float64))))
+    frequencies = _scaled(rope, 1.0 / np.power(rope.theta, exponents.astype(np.float64)))
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
     turns: NDArray[np.complex64] = np.exp(1j * angles.astype(np.float64)).astype(np.complex64)
     return turns

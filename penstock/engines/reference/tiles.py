@@ -7,9 +7,10 @@ after a prefix hit, or on another worker. So every product here is made of calls
 `TILE_ROWS` rows (short batches are padded) by one panel of columns. Both OpenBLAS kernel families of
 x86 give every row position of such a tile the same sums, which `positions_agree` checks at load.
 
-Panels stay below the size up to which OpenBLAS's AVX-512 kernels skip repacking the operands, and small
-enough for its threads to keep out, so that tiling costs nothing there; with AVX2 it costs about half
-the speed of a large prefill (figures in tests/engines/reference/benchmark.py).
+Panels stay at the size up to which OpenBLAS uses one thread: several engines on a machine do not fight
+for cores, and an engine's speed and sums do not depend on thread settings. At that size its AVX-512 kernels
+also skip repacking the operands, so that tiles are nearly as fast there as one large product; with AVX2
+kernels a long prefill's products take about 1.7 times as long.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 TILE_ROWS = 8
-_MAX_TILE_PRODUCTS = 1_000_000  # rows x inner x columns of one BLAS call
+_MAX_TILE_PRODUCTS = 1 << 18  # rows x inner x columns of one BLAS call
 _COLUMN_STEP = 16  # one AVX-512 register of float32
 
 
