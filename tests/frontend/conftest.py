@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 import openai
@@ -59,7 +60,9 @@ def byte_level_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+    )
     return tokenizer
 
 
@@ -69,14 +72,27 @@ def sentencepiece_tokenizer(scheme: str = "first") -> Tokenizer:
     letters = sorted(set("▁" + SAMPLE.split("Größe")[0].replace(" ", "").replace("\n", "")))
     vocabulary = {piece: number for number, piece in enumerate([*marks, *letters])}
     merges = []
-    for left, right in (("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("i", "n"), ("▁", "a"), ("e", "r"), ("▁", "▁")):
+    for left, right in (
+        ("▁", "t"),
+        ("▁t", "h"),
+        ("▁th", "e"),
+        ("i", "n"),
+        ("▁", "a"),
+        ("e", "r"),
+        ("▁", "▁"),
+    ):
         merges.append((left, right))
         vocabulary[left + right] = len(vocabulary)
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
@@ -122,13 +138,39 @@ def view_of(tokenizer: Tokenizer, *, name="tiny", template=CHATML, **changes) ->
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def byte_level() -> Tokenizer:
     return byte_level_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def sentencepiece() -> Tokenizer:
+    return sentencepiece_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def word_piece() -> Tokenizer:
+    return word_piece_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_families() -> dict[str, Callable[[], Tokenizer]]:
+    """Makers, for tests that change a tokenizer."""
+    return {
+        "byte-level": byte_level_tokenizer,
+        "metaspace first": sentencepiece_tokenizer,
+        "metaspace always": lambda: sentencepiece_tokenizer("always"),
+        "word piece": word_piece_tokenizer,
+    }
+
+
+@pytest.fixture(scope="session", name="view_of")
+def _view_of():
+    return view_of
+
+
 @pytest.fixture
-def view(tokenizer) -> ModelView:
-    return view_of(tokenizer)
+def view(byte_level) -> ModelView:
+    return view_of(byte_level)
 
 
 # --- the router -----------------------------------------------------------------------------------
@@ -264,7 +306,29 @@ async def serving(completer, *, grace_s=5.0, **settings):
 
 
 @pytest.fixture
-async def served(view, tokenizer):
-    completer = ScriptedCompleter([view], saying(tokenizer, "Hello, 你好 😀!", finish=FinishReason.LENGTH))
-    async with serving(completer) as running:
+def serve_script(view, byte_level):
+    """`async with serve_script(script, ...)`: a server whose router plays the script (or says a text)."""
+
+    def start(script, *, views=None, step_s=0.0, grace_s=5.0, **settings):
+        if isinstance(script, str):
+            script = saying(byte_level, script)
+        completer = ScriptedCompleter(views or [view], script, step_s)
+        return serving(completer, grace_s=grace_s, **settings)
+
+    return start
+
+
+@pytest.fixture(name="deltas")
+def _deltas():
+    return deltas
+
+
+@pytest.fixture(name="saying")
+def _saying(byte_level):
+    return partial(saying, byte_level)
+
+
+@pytest.fixture
+async def served(serve_script):
+    async with serve_script("Hello, 你好 😀!") as running:
         yield running

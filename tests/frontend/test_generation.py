@@ -2,7 +2,9 @@
 
 
 async def test_hello(served):
-    r = await served.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}])
+    r = await served.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}]
+    )
     assert r.choices[0].message.content == "Hello, 你好 😀!"
     s = await served.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], stream=True
