@@ -16,16 +16,7 @@ from enum import StrEnum
 
 import msgspec
 
-from penstock.core.scorers import (
-    Candidate,
-    Query,
-    decode_ms,
-    inflicted_ms,
-    prefill_ms,
-    queue_ms,
-    transfer_ms,
-    uncached_tokens,
-)
+from penstock.core.scorers import Costs, Query
 from penstock.structs import Role
 
 
@@ -45,19 +36,7 @@ class Path(StrEnum):
     REMOTE = "remote"  # its prompt on a prefill worker, then its output on a decode worker
 
 
-class Ahead(msgspec.Struct, frozen=True):
-    """A prefill worker, and the time until it has the prompt's KV."""
-
-    instance_id: str
-    queue_ms: float
-    prefill_ms: float
-
-    @property
-    def total_ms(self) -> float:
-        return self.queue_ms + self.prefill_ms
-
-
-class Scored(msgspec.Struct, frozen=True):
+class Scored(msgspec.Struct, frozen=True, gc=False):
     """What a request would cost with this candidate to decode it, and of what that consists.
 
     `total_ms`, lower is better, is the sum of the terms before it; on the remote path `queue_ms` is the
@@ -82,72 +61,60 @@ class Scored(msgspec.Struct, frozen=True):
         return self.total_ms - self.decode_ms
 
 
-def ahead(query: Query, candidate: Candidate) -> Ahead:
-    """What a prefill worker would need."""
-    return Ahead(candidate.instance_id, queue_ms(query, candidate), prefill_ms(query, candidate))
-
-
-def plan(query: Query, candidate: Candidate, first: Ahead | None, disagg: Disagg) -> Scored:
-    """The better plan with this candidate decoding; `first` is the prefill worker to use, if any."""
+def plan(query: Query, here: Costs, first: Costs | None, disagg: Disagg) -> Scored:
+    """The better plan with the candidate of `here` decoding; `first` is of the prefill worker to use."""
     if query.handed:
-        queue = queue_ms(query, candidate)
-        return _scored(query, candidate, Path.REMOTE, queue=queue, transfer=transfer_ms(query, candidate))
-    if candidate.role is Role.AGGREGATED or first is None or disagg is Disagg.NEVER:
-        return _local(query, candidate)
-    remote = _remote(query, candidate, first)
+        return _remote(here, None)
+    if first is None or disagg is Disagg.NEVER or here.candidate.role is Role.AGGREGATED:
+        return _local(here)
     if disagg is Disagg.ALWAYS:
-        return remote
-    local = _local(query, candidate)
-    if local.uncached_tokens < candidate.block_size or local.start_ms <= remote.start_ms:
-        better, worse = local, remote
-    else:
-        better, worse = remote, local
-    return msgspec.structs.replace(better, other_ms=worse.start_ms)
+        return _remote(here, first)
+    local, remote = _local(here), _remote(here, first)
+    if here.uncached_tokens < here.candidate.block_size or local.start_ms <= remote.start_ms:
+        return msgspec.structs.replace(local, other_ms=remote.start_ms)
+    return msgspec.structs.replace(remote, other_ms=local.start_ms)
 
 
-def _local(query: Query, candidate: Candidate) -> Scored:
+def _local(here: Costs) -> Scored:
     return _scored(
-        query,
-        candidate,
-        Path.AGGREGATED if candidate.role is Role.AGGREGATED else Path.LOCAL,
-        queue=queue_ms(query, candidate),
-        prefill=prefill_ms(query, candidate),
-        inflicted=inflicted_ms(query, candidate),
+        here,
+        Path.AGGREGATED if here.candidate.role is Role.AGGREGATED else Path.LOCAL,
+        queue_ms=here.queue_ms,
+        prefill_ms=here.prefill_ms,
+        inflicted_ms=here.inflicted_ms,
     )
 
 
-def _remote(query: Query, candidate: Candidate, first: Ahead) -> Scored:
-    left_ms = max(0.0, queue_ms(query, candidate) - first.total_ms)
+def _remote(here: Costs, first: Costs | None) -> Scored:
+    """`first` is None when the prompt has been computed already."""
+    if first is None:
+        queue_ms, prefill_ms = here.queue_ms, 0.0
+    else:
+        queue_ms = max(first.ready_ms, here.queue_ms) - first.prefill_ms
+        prefill_ms = first.prefill_ms
     return _scored(
-        query,
-        candidate,
-        Path.REMOTE,
-        queue=first.queue_ms + left_ms,
-        prefill=first.prefill_ms,
-        transfer=transfer_ms(query, candidate),
+        here, Path.REMOTE, queue_ms=queue_ms, prefill_ms=prefill_ms, transfer_ms=here.transfer_ms
     )
 
 
 def _scored(
-    query: Query,
-    candidate: Candidate,
+    here: Costs,
     path: Path,
     *,
-    queue: float,
-    prefill: float = 0.0,
-    inflicted: float = 0.0,
-    transfer: float = 0.0,
+    queue_ms: float,
+    prefill_ms: float,
+    inflicted_ms: float = 0.0,
+    transfer_ms: float = 0.0,
 ) -> Scored:
-    decode = decode_ms(query, candidate)
     return Scored(
-        instance_id=candidate.instance_id,
+        instance_id=here.candidate.instance_id,
         path=path,
-        overlap_blocks=candidate.overlap_blocks,
-        uncached_tokens=uncached_tokens(query, candidate),
-        queue_ms=queue,
-        prefill_ms=prefill,
-        inflicted_ms=inflicted,
-        transfer_ms=transfer,
-        decode_ms=decode,
-        total_ms=queue + prefill + inflicted + transfer + decode,
+        overlap_blocks=here.candidate.overlap_blocks,
+        uncached_tokens=here.uncached_tokens,
+        queue_ms=queue_ms,
+        prefill_ms=prefill_ms,
+        inflicted_ms=inflicted_ms,
+        transfer_ms=transfer_ms,
+        decode_ms=here.decode_ms,
+        total_ms=queue_ms + prefill_ms + inflicted_ms + transfer_ms + here.decode_ms,
     )

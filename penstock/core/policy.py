@@ -22,13 +22,14 @@ Pure: no state, no side effects; equal arguments and an equally seeded generator
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.core.disagg import Ahead, Disagg, Path, Scored, ahead, plan
-from penstock.core.scorers import Candidate, Query
+from penstock.core.disagg import Disagg, Path, Scored, plan
+from penstock.core.scorers import Candidate, Query, costs
 
 __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
 
@@ -73,30 +74,30 @@ def choose(
     first = None
     prefills = [candidate for candidate in candidates if not candidate.role.decodes]
     if prefills and mode is not Disagg.NEVER and not query.handed:
-        plans = [ahead(query, candidate) for candidate in shortlist(query, prefills, rng)]
-        first = _cheapest(plans, rng)
-    scores = [plan(query, candidate, first, mode) for candidate in shortlist(query, decoders, rng)]
-    best = _cheapest(scores, rng)
+        ahead = [costs(query, candidate) for candidate in shortlist(query, prefills, rng)]
+        first = _least(ahead, _ready_ms, rng)
+    scores = [plan(query, costs(query, it), first, mode) for it in shortlist(query, decoders, rng)]
+    best = _least(scores, _total_ms, rng)
     scores.sort(key=_total_ms)
     return Decision(
         decode=best.instance_id,
-        prefill=first.instance_id if first is not None and best.path is Path.REMOTE else None,
+        prefill=first.candidate.instance_id if first is not None and best.path is Path.REMOTE else None,
         path=best.path,
         reason=_reason(best),
         scores=scores,
     )
 
 
-_Costed = TypeVar("_Costed", Ahead, Scored)
+_Item = TypeVar("_Item")
+_total_ms = attrgetter("total_ms")
+_ready_ms = attrgetter("ready_ms")
 
 
-def _total_ms(costed: Ahead | Scored) -> float:
-    return costed.total_ms
-
-
-def _cheapest(plans: Sequence[_Costed], rng: Random) -> _Costed:
-    least_ms = min(map(_total_ms, plans))
-    return rng.choice([costed for costed in plans if costed.total_ms == least_ms])
+def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> _Item:
+    """The item with the least key; one of them at random when there are several."""
+    keys = [key(item) for item in items]
+    least = min(keys)
+    return rng.choice([item for item, its in zip(items, keys, strict=True) if its == least])
 
 
 def _reason(best: Scored) -> str:
@@ -128,8 +129,7 @@ def _any(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candi
 
 
 def _least_loaded(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    least = min(map(_work, pool))
-    return [rng.choice([candidate for candidate in pool if _work(candidate) == least])]
+    return [_least(pool, _work, rng)]
 
 
 def _power_of_two(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
@@ -137,7 +137,8 @@ def _power_of_two(query: Query, pool: Sequence[Candidate], rng: Random) -> Seque
 
 
 def _work(candidate: Candidate) -> tuple[int, int]:
-    return candidate.requests, candidate.load.prefill_tokens
+    load = candidate.load
+    return load.running + load.waiting, load.prefill_tokens
 
 
 POLICIES: Mapping[str, Shortlist] = {

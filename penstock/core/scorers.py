@@ -4,7 +4,7 @@ For a worker with rates r, b = running + waiting requests and q prompt tokens st
 
     step_ms(b)   = r.step_ms + r.decode_request_ms * b
     compute(n)   = r.prefill_token_ms * n + ceil(n / STEP_TOKENS) * step_ms(b)
-    queue_ms     = compute(q), plus what it waits for blocks when none are free
+    queue_ms     = compute(q), plus the wait for blocks when too few are free
     prefill_ms   = compute(uncached),  uncached = max(1, prompt - overlap), the last token at least
     inflicted_ms = max(1, b) * r.prefill_token_ms * (uncached + QUEUE_SHARE * q)
     decode_ms    = expected_output_tokens * step_ms(b + 1)
@@ -21,8 +21,6 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from penstock.structs import Load, Role
@@ -36,7 +34,7 @@ QUEUE_SHARE = 0.3
 """How much of a worker's queue counts as stalling its requests on account of this one. Strictly nothing
 does, since it is there already, and that is best for conversations while every turn fits in the caches.
 All of it, as in LMetric (arXiv 2603.15202), spreads better when most prompts are new. Simulated on both
-kinds of load, 0.3 stays within 4 % of the better one's mean time to first token."""
+kinds of load, 0.3 stays within 5 % of the better one's mean time to first token."""
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Output length when nothing better is known: between the means of two public conversation traces,
@@ -63,73 +61,61 @@ class Candidate(msgspec.Struct, frozen=True):
     block_size: int
     overlap_blocks: int = 0
 
+
+class Costs(msgspec.Struct, frozen=True, gc=False):
+    """The terms for one candidate, in milliseconds."""
+
+    candidate: Candidate
+    uncached_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    inflicted_ms: float
+    transfer_ms: float
+    decode_ms: float
+
     @property
-    def requests(self) -> int:
-        """Requests that share its steps now or soon."""
-        return self.load.running + self.load.waiting
+    def ready_ms(self) -> float:
+        """Until it has computed the prompt."""
+        return self.queue_ms + self.prefill_ms
 
 
-def uncached_tokens(query: Query, candidate: Candidate) -> int:
-    """Prompt tokens to compute there. At least one: its logits give the first output token."""
-    return max(1, query.prompt_tokens - candidate.overlap_blocks * candidate.block_size)
+def costs(query: Query, candidate: Candidate) -> Costs:
+    """Score one candidate."""
+    load, rates = candidate.load, candidate.load.rates
+    requests = load.running + load.waiting
+    step_ms = rates.step_ms + rates.decode_request_ms * requests
+    token_ms = rates.prefill_token_ms
+    # At least one: the logits of the last prompt token give the first output token.
+    uncached = max(1, query.prompt_tokens - candidate.overlap_blocks * candidate.block_size)
+    missing = max(0, -(-query.prompt_tokens // candidate.block_size) - candidate.overlap_blocks)
+    queued = load.prefill_tokens
+    return Costs(
+        candidate=candidate,
+        uncached_tokens=uncached,
+        queue_ms=token_ms * queued + _steps(queued) * step_ms + _blocked_ms(query, candidate, missing),
+        prefill_ms=token_ms * uncached + _steps(uncached) * step_ms,
+        inflicted_ms=max(1, requests) * token_ms * (uncached + QUEUE_SHARE * queued),
+        transfer_ms=rates.transfer_ms + rates.transfer_block_ms * missing,
+        decode_ms=query.expected_output_tokens * (step_ms + rates.decode_request_ms),
+    )
 
 
-def step_ms(candidate: Candidate, requests: int) -> float:
-    """One step that decodes for this many requests."""
-    rates = candidate.load.rates
-    return rates.step_ms + rates.decode_request_ms * requests
+def _steps(tokens: int) -> int:
+    return -(-tokens // STEP_TOKENS)
 
 
-def compute_ms(candidate: Candidate, tokens: int) -> float:
-    """Computing this many prompt tokens, with the steps of everybody else that they ride on."""
-    steps = math.ceil(tokens / STEP_TOKENS)
-    return candidate.load.rates.prefill_token_ms * tokens + steps * step_ms(candidate, candidate.requests)
-
-
-def prefill_ms(query: Query, candidate: Candidate) -> float:
-    return compute_ms(candidate, uncached_tokens(query, candidate))
-
-
-def inflicted_ms(query: Query, candidate: Candidate) -> float:
-    """What computing the prompt there costs the others, summed over them."""
-    tokens = uncached_tokens(query, candidate) + QUEUE_SHARE * candidate.load.prefill_tokens
-    return max(1, candidate.requests) * candidate.load.rates.prefill_token_ms * tokens
-
-
-def missing_blocks(query: Query, candidate: Candidate) -> int:
-    """Blocks of the prompt, the partial last one included, that are not there."""
-    return max(0, math.ceil(query.prompt_tokens / candidate.block_size) - candidate.overlap_blocks)
-
-
-def transfer_ms(query: Query, candidate: Candidate) -> float:
-    """Pulling the missing blocks to the candidate."""
-    rates = candidate.load.rates
-    return rates.transfer_ms + rates.transfer_block_ms * missing_blocks(query, candidate)
-
-
-def decode_ms(query: Query, candidate: Candidate) -> float:
-    """The request's own output on a batch that it makes larger by one."""
-    return query.expected_output_tokens * step_ms(candidate, candidate.requests + 1)
-
-
-def queue_ms(query: Query, candidate: Candidate) -> float:
-    """What is ahead of the request: prompts to compute, then requests that must end to free blocks."""
-    return compute_ms(candidate, candidate.load.prefill_tokens) + blocked_ms(query, candidate)
-
-
-def blocked_ms(query: Query, candidate: Candidate) -> float:
+def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float:
     """How long until there are blocks for it; 0 while there are enough.
 
-    `running` requests that each keep their blocks for `stay_ms` give back those of one every
-    stay_ms / running; the waiting ones are served first. On a prefill worker a stay lasts until the
-    decode worker has pulled; on the others, for the whole output.
+    Requests that each keep their blocks for `stay_ms` give back those of one every stay_ms / running;
+    the waiting ones are served first. On a prefill worker a stay lasts until the decode worker has
+    pulled; on the others, for the whole output.
     """
-    load = candidate.load
-    needed = missing_blocks(query, candidate)
-    if not load.total_blocks or load.total_blocks - load.used_blocks >= needed:
+    load, rates = candidate.load, candidate.load.rates
+    if not load.total_blocks or load.total_blocks - load.used_blocks >= needed_blocks:
         return 0.0
     if candidate.role is Role.PREFILL:
-        stay_ms = load.rates.transfer_ms + load.rates.transfer_block_ms * needed
+        stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
-        stay_ms = query.expected_output_tokens * step_ms(candidate, load.running)
+        stay_ms = query.expected_output_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
     return (load.waiting + 1) * stay_ms / max(1, load.running + load.held_handoffs)
