@@ -21,12 +21,14 @@ from penstock.checked import problems, shown, suggestion
 from penstock.errors import ConfigError
 from penstock.structs import Role
 
-Port = Annotated[int, Meta(ge=0, le=65535)]
+PORT_MAX = 65535
+Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]
 Count = Annotated[int, Meta(ge=1)]
 DiscoveryKind = Literal["file", "etcd", "kubernetes"]
 
 SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
 STATE_VARIABLE = "PENSTOCK_STATE_DIR"
+SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
 
 _SECRET_CHARS_MIN = 16
 
@@ -194,6 +196,20 @@ class Flag(msgspec.Struct, frozen=True):
     help: str
     variables: tuple[str, ...]  # environment, the first one set counts
 
+    @property
+    def value_shown(self) -> str:
+        """What stands for a value in help: `N`, `X`, `TEXT`, or the choices."""
+        match _bare(self.type):
+            case inspect.LiteralType() as literal:
+                return "|".join(str(value) for value in literal.values)
+            case inspect.EnumType() as enum:
+                return "|".join(str(member.value) for member in enum.cls)
+            case inspect.IntType():
+                return "N"
+            case inspect.FloatType():
+                return "X"
+        return "TEXT"
+
 
 def flags_of(options: type[FrontendOptions] | type[WorkerOptions]) -> dict[str, Flag]:
     """All flags of an options struct by name, its own before the common ones."""
@@ -324,18 +340,23 @@ def _source_of(flag: Flag, given: Mapping[str, str], environ: Mapping[str, str])
 
 def _from_text(text: str, kind: inspect.Type) -> Any:
     """The value that a text stands for; the text itself when it does not fit, for `problems` to name."""
-    match kind:
-        case inspect.Metadata():
-            return _from_text(text, kind.type)
-        case inspect.UnionType():
-            return _from_text(text, next(t for t in kind.types if not isinstance(t, inspect.NoneType)))
-        case inspect.IntType() | inspect.FloatType():
-            number = int if isinstance(kind, inspect.IntType) else float
-            try:
-                return number(text)
-            except ValueError:
-                return text
+    bare = _bare(kind)
+    if isinstance(bare, inspect.IntType | inspect.FloatType):
+        number = int if isinstance(bare, inspect.IntType) else float
+        try:
+            return number(text)
+        except ValueError:
+            return text
     return text
+
+
+def _bare(kind: inspect.Type) -> inspect.Type:
+    """A type without its metadata and without None."""
+    if isinstance(kind, inspect.Metadata):
+        return _bare(kind.type)
+    if isinstance(kind, inspect.UnionType):
+        return _bare(next(option for option in kind.types if not isinstance(option, inspect.NoneType)))
+    return kind
 
 
 def _metadata(kind: inspect.Type) -> tuple[dict[str, Any], dict[str, Any]]:

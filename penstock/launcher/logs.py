@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import deque
@@ -49,6 +50,12 @@ class LogFile:
         return file
 
 
+def prefixed(name: str, line: str, width: int, colour: str | None = None) -> str:
+    """`prefill-0 | line`, the prefix in a terminal's colour if one is given."""
+    prefix = f"{name:<{width}} |"
+    return f"\x1b[{colour}m{prefix}\x1b[0m {line}" if colour else f"{prefix} {line}"
+
+
 class LineSplitter:
     """Chunks to lines. What follows the last line break waits, up to `_LINE_BYTES_MAX`."""
 
@@ -77,7 +84,7 @@ class Console:
         self, stream: TextIO | None = None, *, colour: bool | None = None, width: int = 10
     ) -> None:
         self._stream = stream or sys.stdout
-        self._colour = self._stream.isatty() if colour is None else colour
+        self._colour = self._stream.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
         self._width = width
         self._colours: dict[str, str] = {}
         self._pending: deque[tuple[str, str]] = deque()
@@ -122,8 +129,7 @@ class Console:
                 return
 
     def _format(self, name: str, line: str) -> str:
-        prefix = f"{name:<{self._width}} |"
+        colour = None
         if self._colour:
             colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
-            prefix = f"\x1b[{colour}m{prefix}\x1b[0m"
-        return f"{prefix} {line}\n"
+        return prefixed(name, line, self._width, colour) + "\n"

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.config import FrontendOptions, WorkerOptions, build_options
+from penstock.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions, build_options
 from penstock.errors import ConfigError
 from penstock.graph import Graph, Service
 from penstock.launcher.gpus import VISIBLE_VARIABLE
-
-SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
 
 _LOOPBACK = "127.0.0.1"
 _GPU_ENGINES = ("vllm",)

@@ -192,7 +192,7 @@ class Replica:
         console = self._around.console
         for line in lines:
             text = line.decode(errors="replace").rstrip()
-            self.last_line = text or self.last_line
+            self.last_line = text.removeprefix("penstock: ") or self.last_line
             if console is not None:
                 console.write(self.launch.name, text)
 

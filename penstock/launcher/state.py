@@ -58,8 +58,8 @@ class StateFolder:
         Raises:
             ConfigError: another process holds it, or the folder cannot be written.
         """
+        self.prepare()
         try:
-            self._make_private()
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
@@ -84,14 +84,17 @@ class StateFolder:
             return True
         return False
 
-    def _make_private(self) -> None:
+    def prepare(self) -> None:
+        """Make the folders, private to this user. Raises ConfigError."""
         root = self.path.parent
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        self.logs.mkdir(mode=0o700, exist_ok=True)
-        ignore = root / ".gitignore"
-        if root.name == _DEFAULT_ROOT and not ignore.exists():
-            ignore.write_text("*\n")
+        try:
+            for folder in (root, self.path, self.logs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ignore = root / ".gitignore"
+            if root.name == _DEFAULT_ROOT and not ignore.exists():
+                ignore.write_text("*\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed supervisor left, and make the secret anew."""
@@ -135,10 +138,9 @@ def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFol
         folders = {name: folder for name, folder in folders.items() if folder.is_running()}
     if graph in folders:
         return folders[graph]
-    if graph:
-        raise ConfigError(f"{graph} is not running (looked in {root})")
-    if len(folders) == 1:
+    if len(folders) == 1 and not graph:
         return next(iter(folders.values()))
-    if not folders:
-        raise ConfigError(f"no graph is running (looked in {root}); start one with: penstock up FILE")
-    raise ConfigError(f"several graphs are running, name one with --graph: {', '.join(folders)}")
+    if folders and not graph:
+        raise ConfigError(f"there are several graphs, name one with --graph: {', '.join(folders)}")
+    subject = f"{graph}: not" if graph else "no graph is"
+    raise ConfigError(f"{subject} {'running' if running else 'known'} (looked in {root.absolute()})")

@@ -29,7 +29,11 @@ def select_logs(folder: StateFolder, names: Sequence[str]) -> dict[str, Path]:
     files = {path.stem: path for path in sorted(folder.logs.glob("*/*.log"))}
     selected = {} if names else dict(files)
     for wanted in names:
-        found = {name: path for name, path in files.items() if _fits(wanted, name, path)}
+        found = {
+            name: path
+            for name, path in files.items()
+            if _fits(wanted.removeprefix(f"{folder.graph}-"), name, path)
+        }
         if not found:
             known = sorted({path.parent.name for path in files.values()} | set(files))
             raise ConfigError(

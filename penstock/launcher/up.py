@@ -14,7 +14,7 @@ from penstock.graph import Graph
 from penstock.launcher.control import ControlRequest, GraphStatus, call
 from penstock.launcher.gpus import visible_gpus
 from penstock.launcher.logs import Console
-from penstock.launcher.plan import labels
+from penstock.launcher.plan import gpus_needed, labels
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
 from penstock.launcher.supervisor import PROGRAM, Supervisor
@@ -47,7 +47,7 @@ def run_graph(
             supervisor = Supervisor(
                 graph,
                 folder,
-                visible_gpus(environ),
+                visible_gpus(environ) if any(map(gpus_needed, graph.services)) else [],
                 environ,
                 settings,
                 console,
@@ -74,7 +74,7 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus
     """
     if folder.is_running():
         raise ConfigError(f"{folder.graph} is already running; stop it: penstock down")
-    folder.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.prepare()
     errors = folder.logs / "supervisor.err"
     with errors.open("wb") as stderr:
         supervisor = subprocess.Popen(
@@ -117,4 +117,4 @@ def _status_or_none(folder: StateFolder) -> GraphStatus | None:
 
 def _last_words(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("penstock up: ") if lines else ""
+    return lines[-1].removeprefix("penstock: ") if lines else ""

@@ -1,0 +1,93 @@
+"""The `penstock` command.
+
+Each command imports what it runs when it runs, so that help and typing errors are answered at once. Errors
+are one line on standard error; the exit code is 2 for something wrong with what was asked, else 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from penstock.cli import local, serve, talk
+from penstock.errors import ConfigError, PenstockError
+
+# All that a command line's parser raises has this base; its module differs between versions of typer.
+_USAGE_ERRORS: tuple[type[BaseException], ...] = typer.BadParameter.__bases__
+
+_INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
+_BENCH_HELP = "Measure a server: latency, throughput, cache use."
+
+
+def main() -> None:
+    """Run one command and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code."""
+    try:
+        app = build_app(arguments)
+        code = app(args=list(arguments) or ["--help"], prog_name="penstock", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except ConfigError as error:
+        return _complain(str(error), 2)
+    except PenstockError as error:
+        return _complain(str(error), 1)
+    except _USAGE_ERRORS as error:
+        return _complain_of_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:  # `penstock logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """All commands. The benchmark's are only loaded for it."""
+    app = typer.Typer(
+        help="Serve large language models across machines: disaggregated, KV-routed, without a broker.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    local.register(app)
+    talk.register(app)
+    serve.register(app)
+    if arguments[:1] == ["bench"]:
+        from penstock.bench.command import bench
+
+        app.command("bench", help=_BENCH_HELP)(bench)
+    else:
+        app.command("bench", help=_BENCH_HELP)(lambda: None)
+    app.command("version", help="Print the version.")(_print_version)
+    return app
+
+
+def _print_version() -> None:
+    from penstock import __version__
+
+    print(__version__)
+
+
+def _complain(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"penstock: {line}", file=sys.stderr)
+    return code
+
+
+def _complain_of_usage(error: BaseException) -> int:
+    """The parser's message on one line: no usage, no boxes."""
+    describe = getattr(error, "format_message", None)
+    message = describe() if describe else str(error)
+    context = getattr(error, "ctx", None)
+    place = (
+        f"{context.command_path}: ".removeprefix("penstock: ").removeprefix("penstock ") if context else ""
+    )
+    first = " ".join(message.split())
+    return _complain(f"{place}{first[:1].lower()}{first[1:].removesuffix('.')}", 2)

@@ -1,0 +1,76 @@
+"""`penstock frontend` and `penstock worker`: one process each, their flags from config.py."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+
+from penstock.config import Flag, FrontendOptions, WorkerOptions, build_options, flags_of
+
+Options = TypeVar("Options", FrontendOptions, WorkerOptions)
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command("frontend", help="Run one frontend: the HTTP API and the router.")(
+        _with_flags(FrontendOptions, _run_frontend)
+    )
+    app.command("worker", help="Run one worker. What follows -- goes to vLLM.")(
+        _with_flags(WorkerOptions, _run_worker)
+    )
+
+
+def _run_frontend(options: FrontendOptions) -> None:
+    from penstock.process import run_frontend
+
+    run_frontend(options)
+
+
+def _run_worker(options: WorkerOptions) -> None:
+    from penstock.process import run_worker
+
+    run_worker(options)
+
+
+def _with_flags(struct: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:
+    """A typer command with one option for each flag of `struct`.
+
+    Values stay text up to `build_options`, so that a command line, a manifest and an environment variable
+    are checked by the same code and complained of in the same words.
+    """
+    flags = flags_of(struct)
+
+    def command(engine_args: list[str] | None = None, **given: str | None) -> None:
+        from penstock.launcher.guard import die_with_supervisor
+
+        die_with_supervisor()
+        texts = {flag.name: text for flag in flags.values() if (text := given[flag.field]) is not None}
+        run(build_options(struct, texts, os.environ, engine_args or ()))
+
+    parameters = [_parameter(flag) for flag in flags.values()]
+    if struct is WorkerOptions:
+        argument = typer.Argument(default=None, metavar="[-- ENGINE_ARGS]", show_default=False)
+        parameters.append(_keyword("engine_args", list[str] | None, argument))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    default = "" if flag.default in (None, "") else f" [{flag.default}]"
+    option = typer.Option(
+        None,
+        f"--{flag.name}",
+        metavar=flag.value_shown,
+        help=f"{flag.help}{' [required]' if flag.required else default}",
+        show_default=False,
+    )
+    return _keyword(flag.field, str | None, option)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
