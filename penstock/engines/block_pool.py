@@ -30,8 +30,6 @@ from collections.abc import Sequence
 
 from penstock.core.hashing import block_hash, root_hash
 
-_TOKEN_BYTES = array("I").itemsize
-
 _Parent = int | str
 """The block before, or the cache salt for a first block."""
 
@@ -80,13 +78,12 @@ class BlockPool:
     def match(self, token_ids: Sequence[int], salt: str, max_blocks: int) -> list[int]:
         """The cached blocks of the longest prefix of `token_ids`, at most `max_blocks`, first to last.
 
-        Nothing is acquired, and nothing counts as used."""
-        width = self.block_size * _TOKEN_BYTES
-        packed = array("I", token_ids[: max_blocks * self.block_size]).tobytes()
+        Nothing is acquired, and nothing counts as used. `token_ids` has `max_blocks` whole blocks."""
+        size, cached = self.block_size, self._cached
         found: list[int] = []
         parent: _Parent = salt
-        for end in range(width, len(packed) + 1, width):
-            block = self._cached.get((parent, packed[end - width : end]))
+        for start in range(0, max_blocks * size, size):
+            block = cached.get((parent, array("I", token_ids[start : start + size]).tobytes()))
             if block is None:
                 break
             found.append(block)

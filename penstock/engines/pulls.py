@@ -75,8 +75,9 @@ class OpenPulls:
         reason = mismatch(handoff, attempt, self._card)
         if reason is not None:
             _log_refused(active, handoff, reason)
-            reachable = handoff.transport == self._card.transport and handoff.ttl_s > 0
-            return Pull(active.attempt_id, handoff, [], [], self._timeout_s) if reachable else None
+            if not self._card.transport or handoff.transport != self._card.transport:
+                return None
+            return Pull(active.attempt_id, handoff, [], [], self._timeout_s)
         self._used[handoff.handoff_id] = None
         if len(self._used) > USED_HANDOFFS:
             self._used.popitem(last=False)

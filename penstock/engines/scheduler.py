@@ -75,8 +75,6 @@ class Scheduler:
         self._waiting: list[ActiveAttempt] = []  # sorted by rank
         self._waiting_tokens = 0  # sum of uncached_tokens over _waiting
         self._running: list[ActiveAttempt] = []
-        self._blocked: ActiveAttempt | None = None  # the first in the queue found too few blocks
-        self._blocked_with = 0  # when so many were available
         self._batch: list[Row] = []
         self._batched: list[ActiveAttempt] = []  # the attempts of _batch
         self._decodes = 0  # rows of _batch that are one decoding attempt's next token
@@ -301,14 +299,11 @@ class Scheduler:
     def _admit(self, active: ActiveAttempt, now: float) -> bool:
         """Give the first in the queue its blocks. False when there are too few."""
         pool = self.pool
-        if self._blocked is active and pool.available_blocks <= self._blocked_with:
-            return False  # nothing was freed since: spare the step another match of a long prompt
         length = len(active.token_ids)
         hits = pool.match(active.token_ids, active.cache_salt, (length - 1) // pool.block_size)
         needed = self._blocks_for(length) - len(hits)
         reserved = min(len(self._running), int(pool.total_blocks * RESERVED_SHARE))
         if needed + reserved > pool.available_besides(hits):
-            self._blocked, self._blocked_with = active, pool.available_blocks
             return False
         pool.acquire(hits)
         fresh = pool.allocate(needed)

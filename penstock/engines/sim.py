@@ -102,7 +102,7 @@ class SimRunner:
     ) -> None:
         self._duration_s = duration_s
         self._vocab_size = vocab_size
-        self._eos = sorted(set(settings.eos_token_ids))
+        self._eos = frozenset(settings.eos_token_ids)
         self._eos_below = int(settings.eos_rate * _EOS_SCALE)
         self._logprob = -log(vocab_size - len(self._eos))
 
@@ -128,10 +128,12 @@ class SimRunner:
         position = len(sequence.token_ids) - sequence.prompt_len
         draw = xxh3_64_intdigest(position.to_bytes(8, "little"), sampling.seed & _SEED_MASK)
         if draw % _EOS_SCALE < self._eos_below and position >= sampling.min_tokens:
-            return self._eos[0]
+            return min(self._eos)
         first = (draw >> 32) % self._vocab_size
-        avoided = {*self._eos, *sampling.stop_token_ids}
-        for token_id in range(first, first + len(avoided)):
+        avoided = self._eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else self._eos
+        if first not in avoided:
+            return first
+        for token_id in range(first + 1, first + len(avoided)):
             if token_id % self._vocab_size not in avoided:
                 return token_id % self._vocab_size
         return (first + len(avoided)) % self._vocab_size

@@ -91,3 +91,13 @@ def test_an_export_that_fails_is_an_error_and_holds_nothing():
     assert output.token_ids == []
     assert output.handoff is None
     assert prefill.scheduler.idle
+
+
+def test_a_prompt_that_waits_for_blocks_goes_once_it_can_share_those_that_are_held():
+    prefill = Rig(card=msgspec.structs.replace(CARD, total_blocks=6))
+    prompt = list(range(2, 18))
+    prefill.submit("a", prompt, prefill_only=True)
+    prefill.submit("b", prompt, prefill_only=True)
+    prefill.run()
+    assert prefill.reason("a") is prefill.reason("b") is FinishReason.PREFILLED
+    assert prefill.scheduler.load().used_blocks == 4

@@ -8,7 +8,7 @@ import pytest
 from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.pulls import PULL_GRACE_S
 from penstock.structs import FinishReason
-from tests.engines.rig import BLOCK_SIZE, PROMPT, Rig, continued, decode, prefilled
+from tests.engines.rig import BLOCK_SIZE, CARD, PROMPT, Rig, continued, decode, prefilled
 
 
 @pytest.mark.parametrize("length", [3, 4, 8, 9])
@@ -93,7 +93,7 @@ def test_any_mismatch_means_recompute(
     assert rig.text("d") == continued(PROMPT, 8)[1:]
     assert rig.first("d").transferred_blocks == 0
     assert all(not pull.block_ids for pull in rig.pulls)
-    assert len(rig.pulls) == (reason not in ("transport", "expired"))  # the holder may let go
+    assert len(rig.pulls) == (reason != "transport")  # the holder may let go
     assert reason in caplog.text
 
 
@@ -160,3 +160,12 @@ def test_a_cancelled_pull_keeps_its_blocks_until_it_is_over():
     rig.finish_pull(prefill)
     assert rig.scheduler.idle
     assert rig.scheduler.load().used_blocks == 0
+
+
+def test_an_engine_without_a_transfer_recomputes():
+    handoff = msgspec.structs.replace(prefilled(Rig()), transport="")
+    rig = Rig(card=msgspec.structs.replace(CARD, transport=""))
+    decode(rig, handoff)
+    rig.run()
+    assert rig.text("d") == continued(PROMPT, 8)[1:]
+    assert not rig.pulls
