@@ -84,6 +84,15 @@ class Graph:
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
+    def replicas(self, service: str = "") -> list[dict[str, Any]]:
+        """The replicas of one service, or of all."""
+        return [
+            replica
+            for found in self.status()["services"]
+            if service in ("", found["name"])
+            for replica in found["replicas"]
+        ]
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""
         total = 0.0

@@ -94,5 +94,4 @@ def test_prefill_and_decode_are_different_processes(local_graph: Graph) -> None:
     assert answer.choices[0].message.content == "Your name is Alice."
     assert local_graph.metric("penstock_decisions_total", path="remote") == before + 1
     assert local_graph.metric("penstock_transferred_blocks_total") > moved
-    instances = {replica["pid"] for replica in local_graph.status()["replicas"]}
-    assert len(instances) == 5
+    assert len({replica["pid"] for replica in local_graph.replicas()}) == 5

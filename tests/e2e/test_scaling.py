@@ -77,10 +77,6 @@ class Load:
         assert set(self.answers) == {"Your name is Alice."}
 
 
-def replicas(graph: Graph, service: str) -> list[dict]:
-    return [replica for replica in graph.status()["replicas"] if replica["service"] == service]
-
-
 def test_scaling_under_load(graph: Graph) -> None:
     with Load(graph) as load:
         load.wait_for_more()
@@ -98,19 +94,19 @@ def test_killed_worker_loses_no_request(graph: Graph, service: str) -> None:
     graph.wait_healthy(instances=4)
     with Load(graph) as load:
         load.wait_for_more()
-        victim = replicas(graph, service)[0]
+        victim = graph.replicas(service)[0]
         os.kill(victim["pid"], signal.SIGKILL)
         load.wait_for_more()
         time.sleep(1)  # let /health notice before it is asked
         graph.wait_healthy(instances=4)  # the launcher has started it again
         load.wait_for_more()
     load.check()
-    assert victim["pid"] not in [replica["pid"] for replica in replicas(graph, service)]
+    assert victim["pid"] not in [replica["pid"] for replica in graph.replicas(service)]
 
 
 def test_frozen_worker_loses_no_request(graph: Graph) -> None:
     graph.wait_healthy(instances=4)
-    victim = replicas(graph, "DecodeWorker")[0]
+    victim = graph.replicas("DecodeWorker")[0]
     with Load(graph) as load:
         load.wait_for_more()
         os.kill(victim["pid"], signal.SIGSTOP)
