@@ -21,9 +21,10 @@ LAYERS: list[set[str]] = [
     {"router"},
     {"frontend", "worker"},
     {"config"},
-    {"graph"},
+    {"graph", "process"},
     {"launcher", "bench", "operator", "simulator"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
