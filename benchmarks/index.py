@@ -1,4 +1,4 @@
-"""What the prefix index costs: time to hash and match a prompt, memory for a block, time to forget.
+"""What routing costs: time to hash and match a prompt and to choose, memory for a block, time to forget.
 
     python benchmarks/index.py [--tokens 32768] [--workers 256] [--block-size 16] [--blocks 1000000]
 
@@ -14,9 +14,12 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 from penstock.core.hashing import root_hash, sequence_hashes
+from penstock.core.policy import Candidate, Query, choose
 from penstock.core.prefix_index import PrefixIndex
+from penstock.structs import Load, Role
 
 REPEATS = 30
 EVENT_BLOCKS = 512
@@ -48,7 +51,20 @@ def bench_match(tokens: int, workers: int, block_size: int, rng: random.Random) 
     print(f"  hash {hash_ms:.2f} ms + match {match_ms:.2f} ms = {hash_ms + match_ms:.2f} ms")
 
 
-def bench_memory(blocks: int, holders: int, rng: random.Random) -> PrefixIndex:
+def bench_choose(rng: random.Random) -> None:
+    """Print the time to choose among aggregated workers, and among as many prefill and decode workers."""
+    load = Load(running=8, prefill_tokens=2000, total_blocks=10_000)
+    for roles in ((Role.AGGREGATED,), (Role.PREFILL, Role.DECODE)):
+        for size in (8, 256):
+            pool = [
+                Candidate(f"worker-{number}", roles[number % len(roles)], load, 16, number % 50)
+                for number in range(size)
+            ]
+            took_ms = median_ms(partial(choose, Query(2000), pool, rng=rng))
+            print(f"  choose among {size} ({' and '.join(roles)}): {took_ms * 1e3:.0f} us")
+
+
+def bench_memory(blocks: int, holders: int, rng: random.Random) -> None:
     """Print the bytes for a block that `holders` of 256 workers have (prefixes of 64 blocks each)."""
     index = PrefixIndex()
     for number in range(256):
@@ -62,7 +78,6 @@ def bench_memory(blocks: int, holders: int, rng: random.Random) -> PrefixIndex:
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     print(f"  {size / len(index):.0f} bytes a block, {len(index)} blocks on {holders} of 256 workers")
-    return index
 
 
 def bench_events(blocks: int, rng: random.Random) -> None:
@@ -103,6 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(0)
     bench_match(args.tokens, args.workers, args.block_size, rng)
+    bench_choose(rng)
     for holders in (1, 2, 4):
         bench_memory(args.blocks // 5, holders, rng)
     bench_events(args.blocks, rng)

@@ -107,7 +107,7 @@ class Driver:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[asyncio.TaskGroup]:
-        """The bounded time of a run, during which the event loop's lateness is measured."""
+        """The tasks of a run, cut off when its time is over, and beside them the look at the lag."""
         self.started_at = self.ended_at = time.perf_counter()
         self._cpu_s = time.process_time()
         limit_s = self._limits.duration_s

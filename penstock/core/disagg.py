@@ -45,7 +45,7 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 
     instance_id: str
     path: Path
-    overlap_blocks: int
+    overlap_blocks: int  # this and the next: of the candidate itself, on either path
     uncached_tokens: int
     queue_ms: float
     prefill_ms: float

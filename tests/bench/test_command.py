@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,24 @@ def test_nothing_ok_exits_with_1(server: Any) -> None:
     result = run("--url", server.url, "--requests", "1")
     assert result.exit_code == 1
     assert "http 429" in result.output
+
+
+def test_interrupted_it_reports_what_there_is(server: Any) -> None:
+    server.trouble = {3: "hang"}
+
+    def interrupt() -> None:
+        while len(server.requests) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    result = run("--url", server.url, "--requests", "9", "--concurrency", "1", "--timeout", "20")
+    interrupting.join()
+    assert result.exit_code == 0, result.output
+    assert "interrupted" in result.output
+    assert "2 ok, 1 failed" in result.output
+    assert "unfinished" in result.output
 
 
 @pytest.mark.parametrize(
