@@ -1,0 +1,204 @@
+"""What a body may say, and how a wrong one is answered."""
+
+import json
+
+import pytest
+
+from penstock.errors import RequestRejected
+from penstock.frontend.openai import MAX_CHOICES, MAX_STOPS, decode_chat, decode_completion
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**fields):
+    return decode_chat(json.dumps({"model": "m", "messages": HI, **fields}).encode())
+
+
+def completion(**fields):
+    return decode_completion(json.dumps({"model": "m", "prompt": "Hi", **fields}).encode())
+
+
+def rejection(decode, **fields):
+    with pytest.raises(RequestRejected) as raised:
+        decode(**fields)
+    assert raised.value.status == 400
+    return raised.value
+
+
+def test_a_full_chat_request():
+    request = chat(
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                "name": "x",
+            },
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+                ],
+            },
+            {"role": "tool", "content": "2", "tool_call_id": "1"},
+        ],
+        n=2,
+        stop=["a", "b"],
+        max_tokens=5,
+        max_completion_tokens=7,
+        logit_bias={"12": -100, "13": 5.5},
+        logprobs=True,
+        top_logprobs=3,
+        stream=True,
+        stream_options={"include_usage": True},
+        tools=[],
+        response_format={"type": "text"},
+        modalities=["text"],
+        user="u",
+        service_tier="auto",
+        some_future_field={"x": [1]},
+    )
+    assert request.stops == ["a", "b"]
+    assert request.wanted_max_tokens == 7
+    assert request.wanted_logprobs == 3
+    assert request.logit_bias == {12: -100.0, 13: 5.5}
+    assert request.include_usage
+
+
+def test_defaults():
+    assert chat().wanted_max_tokens is None
+    assert chat().wanted_logprobs is None
+    assert chat(logprobs=True).wanted_logprobs == 0
+    assert chat(logprobs=False).wanted_logprobs is None
+    assert completion().wanted_max_tokens == 16
+    assert completion(logprobs=0).wanted_logprobs == 0
+    assert chat().stops == []
+    assert chat(stop="x").stops == ["x"]
+
+
+def test_null_is_absence():
+    names = ("n", "stop", "seed", "temperature", "top_p", "max_tokens", "logit_bias", "stream", "user")
+    request = chat(**dict.fromkeys(names))
+    assert request.n is None
+    assert request.stops == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_prompts_come_in_four_kinds(prompt, expected):
+    assert completion(prompt=prompt).prompts == expected
+
+
+def test_whole_floats_are_integers():
+    assert chat(max_tokens=5.0, n=1.0, seed=3.0).max_tokens == 5
+    assert completion(prompt=[1.0, 2.0], logit_bias={"7": 1.5}).prompts == [[1, 2]]
+    assert rejection(chat, max_tokens=5.5).field == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [*HI, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "king", "content": ""}]}, "messages[0].role"),
+        ({"messages": [{"content": ""}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"model": 3}, "model"),
+        ({"model": ""}, "model"),
+        ({"n": 0}, "n"),
+        ({"n": MAX_CHOICES + 1}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "2"}, "n"),
+        ({"stream": 1}, "stream"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * (MAX_STOPS + 1)}, "stop"),
+        ({"stop": ["x" * 1000]}, "stop[0]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"priority": "high"}, "priority"),
+    ],
+)
+def test_a_wrong_chat_field_is_named(fields, field):
+    error = rejection(chat, **fields)
+    assert error.field == field
+    assert "$" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"suffix": "x"}, "suffix"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+    ],
+)
+def test_a_wrong_completion_field_is_named(fields, field):
+    assert rejection(completion, **fields).field == field
+
+
+def test_tools_that_must_not_be_called_are_allowed():
+    assert chat(tools=[{"type": "function"}], tool_choice="none").messages
+    assert completion(best_of=2, n=2, echo=False, suffix="").n == 2
+
+
+def test_missing_fields_are_named():
+    for body, field in ((b"{}", "model"), (b'{"model": "m"}', "messages")):
+        with pytest.raises(RequestRejected) as raised:
+            decode_chat(body)
+        assert (raised.value.field, raised.value.code) == (field, "missing_field")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"nonsense", b'{"model": "\xff"}', b'{"a":' + b"[" * 100_000, b'{"model": "\\ud800"}'],
+    ids=["empty", "cut", "nonsense", "not utf-8", "deep", "half a surrogate"],
+)
+def test_what_is_no_json_is_refused(body):
+    with pytest.raises(RequestRejected) as raised:
+        decode_chat(body)
+    assert (raised.value.status, raised.value.code) == (400, "invalid_json")
+
+
+def test_json_that_is_no_object_is_refused():
+    with pytest.raises(RequestRejected, match="Invalid value for the body"):
+        decode_chat(b"[1.0]")

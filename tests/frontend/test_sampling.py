@@ -1,0 +1,108 @@
+"""From a request's fields to what an engine is told."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.errors import RequestRejected
+from penstock.frontend.openai import decode_chat, decode_completion
+from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
+from penstock.structs import ModelView
+
+MODEL = ModelView(
+    name="m",
+    max_model_len=100,
+    vocab_size=50,
+    eos_token_ids=[0],
+    sampling_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "unknown": 3},
+    assets={},
+    fingerprint="f",
+)
+
+
+def chat(**fields):
+    messages = [{"role": "user", "content": "Hi"}]
+    return decode_chat(json.dumps({"model": "m", "messages": messages, **fields}).encode())
+
+
+def fitted(request, prompt_tokens=10, model=MODEL, most=1000):
+    return with_room(sampling_of(request, model, 7), request, model, prompt_tokens, most)
+
+
+def test_the_model_fills_in_what_the_client_left_out():
+    sampling = fitted(chat(top_p=0.5))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.5, 20)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.logprobs) == (0.0, 1.0, None)
+
+
+def test_what_the_client_says_counts_even_when_it_is_zero():
+    sampling = fitted(chat(temperature=0, top_k=-1, logprobs=True))
+    assert (sampling.temperature, sampling.top_k, sampling.logprobs) == (0, 0, 0)
+
+
+def test_everything_is_passed_on():
+    fields = {
+        "min_tokens": 2,
+        "min_p": 0.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "repetition_penalty": 1.4,
+        "logit_bias": {"3": 5},
+        "stop_token_ids": [4, 5],
+        "ignore_eos": True,
+        "max_tokens": 9,
+    }
+    sampling = fitted(chat(**fields))
+    assert sampling.logit_bias == {3: 5.0}
+    assert sampling.stop_token_ids == (4, 5)
+    for name in fields.keys() - {"logit_bias", "stop_token_ids"}:
+        assert getattr(sampling, name) == fields[name]
+
+
+def test_max_tokens_is_what_is_left_of_the_context():
+    assert fitted(chat(), 30).max_tokens == 70
+    assert fitted(chat(), 30, most=20).max_tokens == 20
+    assert fitted(chat(max_tokens=70), 30).max_tokens == 70
+    text = decode_completion(b'{"model": "m", "prompt": "Hi"}')
+    assert fitted(text).max_tokens == 16
+
+
+@pytest.mark.parametrize(("prompt_tokens", "fields"), [(100, {}), (30, {"max_tokens": 71})])
+def test_too_long_a_request_says_both_numbers(prompt_tokens, fields):
+    with pytest.raises(RequestRejected, match=r"100 tokens.*(100|101) tokens") as raised:
+        fitted(chat(**fields), prompt_tokens)
+    assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
+
+
+def test_min_tokens_above_max_tokens_is_refused():
+    with pytest.raises(RequestRejected) as raised:
+        fitted(chat(min_tokens=6, max_tokens=5))
+    assert raised.value.field == "min_tokens"
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {"50": 1}}, {"stop_token_ids": [1, 50]}])
+def test_tokens_outside_of_the_vocabulary_are_refused(fields):
+    with pytest.raises(RequestRejected) as raised:
+        fitted(chat(**fields))
+    assert raised.value.field in fields
+
+
+def test_a_request_without_a_seed_gets_one():
+    rng = random.Random(1)
+    seeds = {first_seed(chat(), rng) for _ in range(100)}
+    assert len(seeds) == 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1))
+def test_choices_draw_apart_and_the_first_with_the_seed_itself(seed):
+    first = first_seed(chat(seed=seed), random.Random())
+    assert first == (seed if seed >= 0 else seed + 2**63)
+    seeds = [choice_seed(first, choice) for choice in range(8)]
+    assert seeds[0] == first
+    assert len(set(seeds)) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [choice_seed(first, choice) for choice in range(8)]
