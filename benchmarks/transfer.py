@@ -129,7 +129,7 @@ def bench(transport: str, blocks: int, block_bytes: int, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("transports", nargs="*", choices=["tcp", "nixl"], default=["tcp", "nixl"])
+    parser.add_argument("transports", nargs="*", default=["tcp", "nixl"])
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     print("       blocks        median     best    median       CPU       CPU    idle")

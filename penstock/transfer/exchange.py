@@ -20,7 +20,7 @@ from penstock.transfer.grants import Grants, Refused
 from penstock.transfer.messages import PROTOCOL, Granted, Held, Read
 from penstock.transfer.pull_queue import Pull, PullQueue
 from penstock.transfer.server import Server
-from penstock.transfer.settings import TransferSettings
+from penstock.transfer.settings import TIMEOUT_MAX_S, TransferSettings
 from penstock.transfer.stream import ConnectionLost, Stream
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,9 @@ class Exchange(ABC):
         if len(indices) != len(rows) or any(not 0 <= row < self.total_blocks for row in rows):
             raise ValueError("a pull needs one own block for each source block")
         now = time.monotonic()
-        run = partial(self._run, handoff, indices, rows, now, now + timeout_s)
-        self._pulls.submit(Pull(run, on_done, now, now + timeout_s))
+        deadline = now + min(timeout_s, TIMEOUT_MAX_S)
+        run = partial(self._run, handoff, indices, rows, now, deadline)
+        self._pulls.submit(Pull(run, on_done, now, deadline))
 
     def stop(self) -> None:
         """See `KvTransfer.stop`."""

@@ -80,7 +80,7 @@ class PullQueue:
                 if self._stopping:
                     return
                 pull = self._waiting.popleft()
-            report(pull.on_done, pull.run())
+            _report(pull.on_done, pull.run())
 
     def _expire_forever(self) -> None:
         stopping = False
@@ -103,10 +103,10 @@ class PullQueue:
 
 
 def _fail(pull: Pull, reason: str) -> None:
-    report(pull.on_done, Pulled(0, 0, time.monotonic() - pull.submitted, reason))
+    _report(pull.on_done, Pulled(0, 0, time.monotonic() - pull.submitted, reason))
 
 
-def report(on_done: Callable[[Pulled], None], pulled: Pulled) -> None:
+def _report(on_done: Callable[[Pulled], None], pulled: Pulled) -> None:
     """Call back. What the callee raises is its defect and must not end the calling thread."""
     try:
         on_done(pulled)

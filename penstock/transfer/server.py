@@ -115,7 +115,11 @@ class Server:
         )
         with self._lock:
             self._connections.add(connection)
-        connection.thread.start()
+        try:
+            connection.thread.start()
+        except RuntimeError as error:  # the system has no thread left to give
+            log.warning("transfer: cannot serve %s: %s", peer, error)
+            self._forget(connection)
 
     def _make_room(self) -> bool:
         """Whether one more connection may come in, if need be for the one least likely to be missed."""
@@ -143,9 +147,12 @@ class Server:
             # The top of this thread: a defect costs its connection, not the process's other readers.
             log.exception("transfer: serving %s failed", connection.peer)
         finally:
-            with self._lock:
-                self._connections.discard(connection)
-            connection.stream.close()
+            self._forget(connection)
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        connection.stream.close()
 
     def _exchange(self, connection: _Connection) -> None:
         settings = self._settings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from penstock.errors import ConfigError
 
+TIMEOUT_MAX_S = 3600.0  # far beyond any transfer, and what every operating system's timers can count
 _MAX_PORT = 65_535
 
 
@@ -67,6 +68,8 @@ class TransferSettings:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"transfer: {name} must be greater than 0")
+            if name.endswith("_s") and getattr(self, name) > TIMEOUT_MAX_S:
+                raise ConfigError(f"transfer: {name} must be at most {TIMEOUT_MAX_S:g}")
         if not 0 <= self.port <= _MAX_PORT:
             raise ConfigError(f"transfer: port must be 0 to {_MAX_PORT}")
         _ip_address("host", self.host)

@@ -38,7 +38,7 @@ class Stream:
 
     def send(self, message: Message, deadline: float, *, more: bool = False) -> None:
         """Send a message; with `more`, along with what is sent next."""
-        self._move(self._sender(more), [memoryview(frame(message))], deadline)
+        self._send_all([memoryview(frame(message))], deadline, _MORE if more else 0)
 
     def receive(self, kind: type[M], deadline: float) -> M:
         """The next message, which must be a `kind`.
@@ -52,11 +52,11 @@ class Stream:
 
     def send_rows(self, rows: list[memoryview], deadline: float) -> None:
         """Send memory as it is, along with the message that follows."""
-        self._move(self._sender(more=True), rows, deadline)
+        self._send_all(rows, deadline, _MORE)
 
     def receive_rows(self, rows: list[memoryview], deadline: float) -> None:
         """Fill memory from the connection."""
-        self._move(self._receive_some, rows, deadline)
+        self._move(self._receive_some, socket.SO_RCVTIMEO, rows, deadline)
 
     def is_stale(self) -> bool:
         """Whether an idle connection was closed by the other end, or has bytes nobody asked for."""
@@ -80,42 +80,41 @@ class Stream:
 
     def _receive_bytes(self, count: int, deadline: float) -> bytes:
         data = bytearray(count)
-        self._move(self._receive_some, [memoryview(data)], deadline)
+        self.receive_rows([memoryview(data)], deadline)
         return bytes(data)
 
     def _receive_some(self, views: list[memoryview]) -> int:
         return self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
 
-    def _sender(self, more: bool) -> Callable[[list[memoryview]], int]:
-        flags = _MORE if more else 0
-        return lambda views: self._socket.sendmsg(views, (), flags)
+    def _send_all(self, views: list[memoryview], deadline: float, flags: int) -> None:
+        self._move(
+            lambda window: self._socket.sendmsg(window, (), flags), socket.SO_SNDTIMEO, views, deadline
+        )
 
     def _move(
-        self, call: Callable[[list[memoryview]], int], views: list[memoryview], deadline: float
+        self,
+        call: Callable[[list[memoryview]], int],
+        timeout: int,
+        views: list[memoryview],
+        deadline: float,
     ) -> None:
+        """Have `call` move all the views; `timeout` is the socket option that bounds it."""
         for window in _windows(views):
             while window:
-                self._set_timeout(deadline)
+                left_us = int((deadline - time.monotonic()) * 1e6)
+                if left_us <= 0:
+                    raise DeadlinePassed("the deadline passed")
+                timeval = struct.pack("@ll", left_us // 1_000_000, left_us % 1_000_000)
                 try:
+                    self._socket.setsockopt(socket.SOL_SOCKET, timeout, timeval)
                     moved = call(window)
                 except BlockingIOError:
-                    continue  # the timeout: `_set_timeout` says so
+                    continue  # the time is over
                 except OSError as error:
                     raise ConnectionLost(f"connection lost: {error.strerror or error}") from error
                 if moved == 0:
                     raise ConnectionLost("connection closed by the other end")
                 window = _behind(window, moved)
-
-    def _set_timeout(self, deadline: float) -> None:
-        left_us = int((deadline - time.monotonic()) * 1e6)
-        if left_us <= 0:
-            raise DeadlinePassed("the deadline passed")
-        timeval = struct.pack("@ll", left_us // 1_000_000, left_us % 1_000_000)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-        except OSError as error:
-            raise ConnectionLost(f"connection lost: {error.strerror or error}") from error
 
 
 def pool_rows(flat: memoryview, block_bytes: int, block_ids: list[int]) -> list[memoryview]:

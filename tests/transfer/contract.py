@@ -339,8 +339,8 @@ class TransferContract:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
             given = handoff(self.transport, "holder", "h", address, b"")
-            first = reader.begin_pull(given, [0], [0], timeout_s=2.0)
-            time.sleep(0.2)
+            first = reader.begin_pull(given, [0], [0], timeout_s=1.0)
+            time.sleep(0.1)
             begun = time.monotonic()
             waiting = [reader.begin_pull(given, [0], [0], timeout_s=0.3) for _ in range(2)]
             refused = reader.begin_pull(given, [0], [0], timeout_s=2.0)
@@ -361,6 +361,11 @@ class TransferContract:
         with pytest.raises(ValueError, match="outside the pool"):
             holder.transfer.export("g", [BLOCKS])
 
+    def test_any_timeout_will_do(self, holder, reader) -> None:
+        given = holder.export("h", [1])
+        assert "deadline" in reader.pull(given, [0], [1], timeout_s=-1.0).error
+        assert reader.pull(given, [0], [1], timeout_s=float("inf")).error is None
+
     # Faults
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
@@ -372,10 +377,10 @@ class TransferContract:
             if when == "before":
                 process.signal(number)
             begun = time.monotonic()
-            pulled = reader.pull(process.handoff, list(range(BLOCKS)), list(range(BLOCKS)), timeout_s=1.0)
+            pulled = reader.pull(process.handoff, list(range(BLOCKS)), list(range(BLOCKS)), timeout_s=0.6)
             assert pulled.error
             assert (pulled.blocks, pulled.bytes) == (0, 0)
-            assert time.monotonic() - begun < 1.0 + LITTLE_S
+            assert time.monotonic() - begun < 0.6 + LITTLE_S
             reader.pool[:] = 99
             process.signal(signal.SIGCONT)
             time.sleep(0.3)

@@ -182,6 +182,7 @@ class TestTcpTransfer(contract.TransferContract):
         {"port": 65536},
         {"max_pulls": 0},
         {"read_timeout_s": 0.0},
+        {"idle_timeout_s": float("inf")},
         {"request_timeout_s": float("nan")},
     ],
     ids=str,
