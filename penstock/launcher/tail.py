@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,18 +80,21 @@ def _tail(path: Path, count: int) -> list[str]:
 
 def follow_logs(folder: StateFolder, names: Sequence[str]) -> Iterator[LogLine]:
     """Lines as they are written, from now on, of instances that come later too; ends with the graph."""
-    followed = {name: _Followed(path, from_end=True) for name, path in select_logs(folder, names).items()}
-    while True:
-        running = folder.is_running()
-        for name, path in select_logs(folder, names).items():
-            if name not in followed:
-                followed[name] = _Followed(path, from_end=False)
-        lines = [(name, line) for name, file in followed.items() for line in file.read()]
-        yield from lines
-        if not running:
-            return
-        if not lines:
-            time.sleep(_POLL_S)
+    with ExitStack() as opened:
+        followed: dict[str, _Followed] = {}
+        from_end = True
+        while True:
+            running = folder.is_running()
+            for name, path in select_logs(folder, names).items():
+                if name not in followed:
+                    followed[name] = opened.enter_context(_Followed(path, from_end=from_end))
+            from_end = False
+            lines = [(name, line) for name, file in followed.items() for line in file.read()]
+            yield from lines
+            if not running:
+                return
+            if not lines:
+                time.sleep(_POLL_S)
 
 
 class _Followed:
@@ -102,6 +106,12 @@ class _Followed:
         self._file: BinaryIO = path.open("rb")
         if from_end:
             self._file.seek(0, 2)
+
+    def __enter__(self) -> _Followed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def read(self) -> list[str]:
         lines = self._read_on()

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import penstock
+from penstock import process
+from penstock.cli import run
+from penstock.config import FrontendOptions, WorkerOptions
+from penstock.structs import Role
+
+COMMANDS = ("up", "status", "scale", "logs", "down", "chat", "frontend", "worker", "bench", "version")
+
+
+@pytest.fixture
+def fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Runs a command in an empty folder; the one line it complains with, with exit code 2."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_and_complain(*arguments: str, code: int = 2) -> str:
+        assert run(arguments) == code
+        out, errors = capsys.readouterr()
+        assert out == ""
+        assert errors.count("\n") == 1, errors
+        return errors.rstrip("\n")
+
+    return run_and_complain
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert run([]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    assert f"Usage: penstock {command}" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out == f"{penstock.__version__}\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from penstock.cli import run; run(['--help']); "
+        "heavy = {'numpy', 'tokenizers', 'starlette', 'uvicorn', 'yaml', 'rich', 'jinja2', 'asyncio'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("upp", "no such command 'upp'"),
+        ("up", "up: missing argument 'FILE'"),
+        ("up none.yaml", "cannot read none.yaml: No such file or directory"),
+        ("up none.yaml --port x", "up: invalid value for '--port': 'x' is not a valid int"),
+        ("up none.yaml --port 65536", "--port: expected an integer from 0 to 65535, got 65536"),
+        ("up none.yaml --prt 3", "up: no such option: --prt"),
+        ("status", "no graph is running (looked in"),
+        ("status -g toy", "toy: not running (looked in"),
+        ("down", "no graph is running (looked in"),
+        ("logs", "no graph is known (looked in"),
+        ("scale Worker", "expected SERVICE=N, e.g. PrefillWorker=3, got 'Worker'"),
+        ("scale Worker=-1", "expected SERVICE=N, e.g. PrefillWorker=3, got 'Worker=-1'"),
+        ("worker --role prefill", "--model: missing"),
+        ("worker --model m --role x", '--role: expected one of prefill, decode, aggregated, got "x"'),
+        ("worker --model m extra", "extra: the reference engine takes no arguments after --"),
+        ("frontend --http-port 99999", "--http-port: expected an integer from 0 to 65535, got 99999"),
+        ("frontend extra", "frontend: got unexpected extra argument"),
+        ("chat hi --url ftp://x", "--url: expected http://HOST:PORT, got 'ftp://x'"),
+        ("chat hi --url http://x:y", "--url: Port could not be cast to integer value as 'y'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], words: str, complaint: str) -> None:
+    assert fails(*words.split()).startswith(f"penstock: {complaint}")
+
+
+def test_a_server_that_is_not_there_is_one_line(fails: Callable[..., str]) -> None:
+    line = fails("chat", "hi", "--url", "http://127.0.0.1:1", code=1)
+    assert line.startswith("penstock: http://127.0.0.1:1: ")
+
+
+def test_every_wrong_field_of_a_manifest_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "g.yaml"
+    manifest.write_text("apiVersion: 3\nkind: DynamoGraphDeployment\nmetadata: {}\n")
+    assert run(["up", str(manifest)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "penstock: g.yaml: apiVersion: expected nvidia.com/v1alpha1, got 3",
+        "penstock: g.yaml: apiVersion: expected a string, got 3",
+        "penstock: g.yaml: metadata.name: missing",
+        "penstock: g.yaml: spec: missing",
+    ]
+
+
+def test_flags_reach_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(process, "run_worker", started.append)
+    monkeypatch.setattr(process, "run_frontend", started.append)
+    monkeypatch.setenv("DYN_ROUTER_MODE", "random")
+    assert run(["worker", "--model", "m", "--role", "decode", "--engine", "vllm", "--", "--seed", "1"]) == 0
+    assert run(["frontend", "--http-port", "0", "--expect=prefill"]) == 0
+    assert started == [
+        WorkerOptions(model="m", role=Role.DECODE, engine="vllm", engine_args=("--seed", "1")),
+        FrontendOptions(http_port=0, expect="prefill", router_mode="random"),
+    ]
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock", "version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"{penstock.__version__}\n")

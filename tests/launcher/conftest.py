@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from penstock.graph import Graph, Overrides, build_graph, parse_manifest
+from penstock.launcher.logs import Console
+from penstock.launcher.settings import LauncherSettings
+from penstock.launcher.state import StateFolder
+from penstock.launcher.supervisor import Supervisor
+
+STUB = (sys.executable, str(Path(__file__).with_name("stub.py")))
+QUICK = LauncherSettings(
+    http_port=0, restart_min_s=0.1, restart_max_s=0.4, stable_s=5.0, kill_margin_s=0.3, ready_poll_s=0.02
+)
+EVENTUALLY_S = 15.0
+
+MANIFEST = """
+apiVersion: nvidia.com/v1alpha1
+kind: DynamoGraphDeployment
+metadata: {{name: toy}}
+spec:
+  services:
+    Frontend:
+      replicas: {frontends}
+      extraPodSpec: {{mainContainer: {{command: [penstock, frontend, --drain-s, "0"]}}}}
+    PrefillWorker:
+      replicas: {prefill}
+      envs: [{prefill_envs}]
+      extraPodSpec:
+        mainContainer:
+          command: [penstock, worker, --role, prefill, --model, m, --drain-s, "{drain_s}"]
+    DecodeWorker:
+      replicas: {decode}
+      extraPodSpec: {{mainContainer: {{command: [penstock, worker, --role, decode, --model, m]}}}}
+"""
+
+
+def manifest(
+    frontends: int = 1, prefill: int = 1, decode: int = 1, drain_s: float = 0.2, **env: str
+) -> str:
+    envs = ", ".join(f'{{name: {name}, value: "{value}"}}' for name, value in env.items())
+    return MANIFEST.format(
+        frontends=frontends, prefill=prefill, decode=decode, drain_s=drain_s, prefill_envs=envs
+    )
+
+
+def toy_graph(**changes: object) -> Graph:
+    return build_graph(parse_manifest(manifest(**changes), "toy.yaml"), Overrides(), "toy.yaml")
+
+
+async def eventually(holds: Callable[[], object], what: str = "") -> None:
+    """Wait until `holds` is true."""
+    deadline = time.monotonic() + EVENTUALLY_S
+    while not holds():
+        assert time.monotonic() < deadline, what or "it never came true"
+        await asyncio.sleep(0.02)
+
+
+class RunningGraph:
+    """A supervisor at work in this process, with what it prints."""
+
+    def __init__(self, graph: Graph, folder: StateFolder, settings: LauncherSettings) -> None:
+        self.folder = folder
+        self.out = io.StringIO()
+        self.console = Console(self.out, colour=False, width=10)
+        self.supervisor = Supervisor(graph, folder, [], os.environ, settings, self.console, program=STUB)
+        self.task = asyncio.create_task(self.supervisor.run())
+
+    def replicas(self, label: str) -> list:
+        fleet = next(fleet for fleet in self.supervisor._fleets if fleet.label == label)
+        return [replica.status() for replica in fleet.replicas]
+
+    async def prints(self, text: str) -> None:
+        await eventually(lambda: text in self.out.getvalue() or self.task.done(), f"never printed {text!r}")
+        assert text in self.out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StateFolder:
+    return StateFolder(tmp_path / "s", "toy")
+
+
+@pytest.fixture
+def running(folder: StateFolder):
+    @asynccontextmanager
+    async def run(settings: LauncherSettings = QUICK, **changes: object) -> AsyncIterator[RunningGraph]:
+        with folder.locked():
+            graph = RunningGraph(toy_graph(**changes), folder, settings)
+            try:
+                await eventually(lambda: graph.supervisor._replicas() or graph.task.done())
+                yield graph
+            finally:
+                if not graph.task.done():
+                    graph.supervisor.interrupt()
+                async with asyncio.timeout(EVENTUALLY_S):
+                    await asyncio.gather(graph.task, return_exceptions=True)
+                graph.console.close()
+
+    return run

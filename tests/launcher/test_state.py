@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.launcher.state import StateFolder, find_state, state_root
+
+
+def test_everything_is_private_and_the_secret_new_each_time(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "s", "toy")
+    with folder.locked():
+        first = folder.secret.read_text()
+        assert len(first) >= 32
+        assert folder.secret.stat().st_mode & 0o777 == 0o600
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        assert folder.is_running()
+    assert not folder.is_running()
+    with folder.locked():
+        assert folder.secret.read_text() != first
+
+
+def test_the_lock_holds_only_one(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "toy")
+    with (
+        folder.locked(),
+        pytest.raises(ConfigError, match=r"^toy is already running \(pid \d+\)"),
+        folder.locked(),
+    ):
+        pass
+
+
+def test_graphs_are_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^no graph is running \(looked in "):
+        find_state(tmp_path)
+    one, two = StateFolder(tmp_path, "one"), StateFolder(tmp_path, "two")
+    with one.locked():
+        assert find_state(tmp_path).graph == "one"
+        with two.locked():
+            with pytest.raises(ConfigError, match=r"name one with --graph: one, two$"):
+                find_state(tmp_path)
+            assert find_state(tmp_path, "two").graph == "two"
+        with pytest.raises(ConfigError, match=r"^two: not running "):
+            find_state(tmp_path, "two")
+        assert find_state(tmp_path, "two", running=False).graph == "two"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^cannot write to .*: (Not a directory|File exists)$"):
+        StateFolder(tmp_path / "file", "toy").prepare()
+
+
+def test_the_default_root_keeps_out_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert state_root({}) == Path(".penstock")
+    assert state_root({"PENSTOCK_STATE_DIR": "/x"}) == Path("/x")
+    StateFolder(state_root({}), "toy").prepare()
+    assert (tmp_path / ".penstock" / ".gitignore").read_text() == "*\n"
+
+
+def test_socket_paths_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    with pytest.raises(
+        ConfigError, match="too long for a socket; set PENSTOCK_STATE_DIR to a shorter path"
+    ):
+        _ = StateFolder(deep, "toy").socket
+    monkeypatch.chdir(deep)
+    assert StateFolder(Path(".penstock"), "toy").socket == ".penstock/toy/control.sock"
