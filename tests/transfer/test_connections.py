@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from penstock.errors import RemoteError
+from penstock.transfer.connections import Connections
+from penstock.transfer.messages import Held
+from penstock.transfer.settings import TransferSettings
+from penstock.transfer.stream import ConnectionLost, DeadlinePassed
+
+SOON_S = 5.0
+
+
+def soon() -> float:
+    return time.monotonic() + SOON_S
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+@pytest.fixture
+def address(listener) -> str:
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def connections() -> Iterator[Connections]:
+    connections = Connections(TransferSettings(max_idle_connections=2, idle_timeout_s=0.4))
+    yield connections
+    connections.close()
+
+
+def test_what_is_kept_is_reused_and_what_is_dropped_is_not(connections, address) -> None:
+    assert connections.reuse(address) is None
+    kept, dropped = connections.open(address, soon()), connections.open(address, soon())
+    connections.drop(dropped)
+    connections.keep(address, kept)
+    assert connections.reuse("127.0.0.1:1") is None
+    assert connections.reuse(address) is kept
+    assert connections.reuse(address) is None
+    connections.drop(kept)
+
+
+def test_the_one_used_last_comes_first_and_the_oldest_of_too_many_goes(connections, address) -> None:
+    streams = [connections.open(address, soon()) for _ in range(3)]
+    for stream in streams:
+        connections.keep(address, stream)
+    assert connections.reuse(address) is streams[2]
+    assert connections.reuse(address) is streams[1]
+    assert connections.reuse(address) is None
+    for stream in streams:
+        connections.drop(stream)
+
+
+def test_one_that_the_holder_may_be_closing_is_not_reused(connections, address) -> None:
+    connections.keep(address, connections.open(address, soon()))
+    time.sleep(0.25)
+    assert connections.reuse(address) is None
+
+
+def test_one_that_the_holder_closed_is_not_reused(connections, listener, address) -> None:
+    connections.keep(address, connections.open(address, soon()))
+    listener.accept()[0].close()
+    time.sleep(0.05)
+    assert connections.reuse(address) is None
+
+
+def test_a_deadline_that_has_passed_opens_nothing(connections, address) -> None:
+    with pytest.raises(DeadlinePassed):
+        connections.open(address, time.monotonic() - 1)
+
+
+@pytest.mark.parametrize("address", ["", ":", "host:1", "127.0.0.1", "127.0.0.1:x", "[::1:1", "1.2.3:1"])
+def test_what_is_no_address_is_an_error(connections, address: str) -> None:
+    with pytest.raises(RemoteError):
+        connections.open(address, soon())
+
+
+def test_nobody_there_is_an_error(connections, listener, address) -> None:
+    listener.close()
+    with pytest.raises(ConnectionLost, match="cannot connect"):
+        connections.open(address, soon())
+
+
+def test_closing_cuts_what_is_busy_and_opens_no_more(connections, address) -> None:
+    busy = connections.open(address, soon())
+    closer = threading.Timer(0.1, connections.close)
+    closer.start()
+    with pytest.raises(ConnectionLost):
+        busy.receive(Held, soon())
+    closer.join()
+    connections.drop(busy)
+    with pytest.raises(ConnectionLost, match="stopped"):
+        connections.open(address, soon())
