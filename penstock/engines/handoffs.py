@@ -118,7 +118,7 @@ class HeldHandoffs:
         return [effect for handoff_id in self._held for effect in self.release(handoff_id)]
 
     def due(self, now: float) -> list[Retract]:
-        """What has expired, and what is to be retracted again."""
+        """What has expired, and what is to be retracted again; each is answered by `retracted`."""
         effects = []
         for handoff_id, held in self._held.items():
             if held.due > now:
@@ -132,7 +132,6 @@ class HeldHandoffs:
                     len(held.block_ids),
                     self._settings.handoff_ttl_s,
                 )
-            held.due = now + RETRACT_RETRY_S
             effects.append(Retract(handoff_id))
         return effects
 

@@ -163,7 +163,8 @@ def sim_engine(
 
 def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
     folder = Path(settings.assets) if settings.assets else None
-    vocab_size = settings.vocab_size or _vocab_size(folder)
+    vocab_size = _vocab_size(folder) if settings.vocab_size is None else settings.vocab_size
+    settings = msgspec.structs.replace(settings, vocab_size=vocab_size)  # checks EOS ids against it
     card = EngineCard(
         engine=f"sim {__version__}",
         model=settings.model,

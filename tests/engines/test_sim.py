@@ -142,6 +142,9 @@ async def test_serves_the_files_of_a_folder(tmp_path):
     await engine.stop(0)
     assert card.assets == {"tokenizer.json": b"{}"}
     assert card.vocab_size == 1024
+    beyond = SimSettings(assets=str(tmp_path), eos_token_ids=(1024,))
+    with pytest.raises(ConfigError, match="eos_token_ids must be in the vocabulary of 1024"):
+        await sim_engine(beyond, clock=VirtualClock()).start()
     (tmp_path / "config.json").write_bytes(b"{}")
     with pytest.raises(ConfigError, match=r"config.json: .*vocab_size"):
         await sim_engine(SimSettings(assets=str(tmp_path)), clock=VirtualClock()).start()
