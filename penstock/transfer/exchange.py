@@ -113,9 +113,10 @@ class Exchange(ABC):
         if handoff.transport != self.name:
             raise RemoteError(f"the handoff is for {handoff.transport[:20]!r}, this is {self.name!r}")
         stream, granted = self._ask(handoff, indices, deadline)
+        if granted.refused:
+            self._connections.keep(handoff.address, stream)
+            raise Refused(f"refused by the holder: {granted.refused}")
         try:
-            if granted.refused:
-                raise RemoteError(f"refused by the holder: {granted.refused}")
             self._fetch(stream, granted, rows, deadline)
             stream.receive(Held, deadline)
         except BaseException:

@@ -13,13 +13,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.errors import RemoteError
 from penstock.transfer.messages import PROTOCOL, Read
 
 KEY_BYTES = 16
 
 
-class Refused(Exception):
-    """A Read that is not granted, with the reason for its reader."""
+class Refused(RemoteError):
+    """A Read that is not granted, with the reason in words."""
 
 
 @dataclass(frozen=True, slots=True)

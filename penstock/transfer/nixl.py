@@ -142,6 +142,7 @@ class NixlTransfer(Exchange):
             staging.strand(buffer, lambda: self._has_ended(read, memory.agent))
             raise
         except BaseException as error:
+            # A read that failed has ended: UCX fails all that is under way to an endpoint, then drops it.
             staging.give_back(buffer)
             self._peers.leave(memory.agent, failed=isinstance(error, RemoteError))
             raise

@@ -17,7 +17,7 @@ from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 log = logging.getLogger(__name__)
 
 _BACKLOG = 128
-_PAUSE_S = 0.1  # after a failed accept (no file descriptors left): their owners need time
+_PAUSE_S = 0.5  # after a failed accept (no file descriptors left): their owners need time
 
 Serve = Callable[[Stream, Read], bool]
 
@@ -107,9 +107,8 @@ class Server:
             return
         try:
             connection = _Connection(Stream(accepted), peer)
-        except OSError:
-            accepted.close()  # reset before it was looked at
-            return
+        except ConnectionLost:
+            return  # reset before it was looked at
         connection.thread = threading.Thread(
             target=self._converse, args=(connection,), name="kv-holder", daemon=True
         )

@@ -29,12 +29,23 @@ class DeadlinePassed(RemoteError):
 
 
 class Stream:
-    """One connection. Used by one thread at a time, except for `cut`."""
+    """One connection. Used by one thread at a time, except for `cut`.
+
+    Args:
+        connected: a TCP socket, from here on the stream's; closed if this fails.
+
+    Raises:
+        ConnectionLost: it has been reset already.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        connected.setblocking(True)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            connected.setblocking(True)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            connected.close()
+            raise _lost(error) from error
 
     def send(self, message: Message, deadline: float, *, more: bool = False) -> None:
         """Send a message; with `more`, along with what is sent next."""
@@ -111,10 +122,14 @@ class Stream:
                 except BlockingIOError:
                     continue  # the time is over
                 except OSError as error:
-                    raise ConnectionLost(f"connection lost: {error.strerror or error}") from error
+                    raise _lost(error) from error
                 if moved == 0:
                     raise ConnectionLost("connection closed by the other end")
                 window = _behind(window, moved)
+
+
+def _lost(error: OSError) -> ConnectionLost:
+    return ConnectionLost(f"connection lost: {error.strerror or error}")
 
 
 def pool_rows(flat: memoryview, block_bytes: int, block_ids: list[int]) -> list[memoryview]:
