@@ -249,7 +249,9 @@ class RouterMetrics:
             "penstock_decisions", "Routing decisions", ["policy", "path"], registry=registry
         )
         self._predicted = Counter(
-            "penstock_predicted_overlap_blocks", "Cached blocks that the index predicted", registry=registry
+            "penstock_predicted_cached_tokens",
+            "Cached prompt tokens that the index foresaw",
+            registry=registry,
         )
         self._actual = Counter(
             "penstock_actual_cached_tokens", "Cached prompt tokens that engines reported", registry=registry
@@ -271,9 +273,9 @@ class RouterMetrics:
         """A request was placed. `path` is local, remote or aggregated."""
         self._decisions.labels(policy, path).inc()
 
-    def overlap(self, predicted_blocks: int, cached_tokens: int) -> None:
+    def overlap(self, predicted_tokens: int, cached_tokens: int) -> None:
         """An attempt's first output came: what the index had promised, and what was there."""
-        self._predicted.inc(predicted_blocks)
+        self._predicted.inc(predicted_tokens)
         self._actual.inc(cached_tokens)
 
     def attempt_ended(self, role: str, outcome: str) -> None:

@@ -201,6 +201,7 @@ class Router:
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
             self._event(live, life.Tick())
         self._retry_queued()
+        self._placement.tick()
 
     def _retry_queued(self) -> None:
         for live in list(self._queued.values()):

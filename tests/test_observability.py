@@ -132,7 +132,7 @@ def test_the_router_counts():
     router.transferred(12)
     samples = _samples(metrics)
     assert samples["penstock_decisions_total", "kv", "remote"] == 1
-    assert samples["penstock_predicted_overlap_blocks_total",] == 7
+    assert samples["penstock_predicted_cached_tokens_total",] == 7
     assert samples["penstock_actual_cached_tokens_total",] == 100
     assert samples["penstock_attempts_total", "decode", "stop"] == 1
     assert samples["penstock_bounces_total", "decode"] == 1

@@ -75,6 +75,10 @@ class Placement:
         """Its load, which includes every attempt up to `seen`."""
         self._book.reported(instance_id, seen, load)
 
+    def tick(self) -> None:
+        """Forget a little more of what instances left behind; an event does as much by itself."""
+        self._index.sweep()
+
     def load(self, instance_id: str) -> Load:
         """The load that the instance itself last reported."""
         return self._book.reported_load(instance_id)
