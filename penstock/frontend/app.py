@@ -68,7 +68,11 @@ class App:
             await exchange.reject(error)
         except HTTPException as error:
             message = f"{scope['method']} {scope['path']}: {error.detail}"
-            await exchange.reject(RequestRejected(error.status_code, message, code="not_found"))
+            code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            headers = [
+                (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
+            ]
+            await exchange.reject(RequestRejected(error.status_code, message, code=code), headers)
         except Exception:  # the top of the request's task: a bug of ours, which must not end the process
             log.exception("request_id=%s failed", exchange.request_id.decode())
             if exchange.status is not None:

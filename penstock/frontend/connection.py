@@ -18,32 +18,40 @@ from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers; common servers allow 8 to 64 KiB
+LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 
 
 class Connection(HttpToolsProtocol):
-    """Adds: a deadline and a limit for the head, a way to abort, and errors in OpenAI's shape."""
+    """Adds: a deadline and a limit for the head, a way to abort, errors in OpenAI's shape, and ends
+    that let the client read the answer.
+
+    Closing a socket with unread bytes resets the connection, and the client may lose the response. So what
+    is still coming after an early answer is read and thrown away, for a limited time.
+    """
 
     settings: FrontendSettings  # set by connection_class
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._head_bytes = 0
-        self._linger_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
+        self._refused = False
+        self._abort_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_complete()
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
+        self._unset_abort()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._head_timer is not None:
             self._head_bytes += len(data)
         super().data_received(data)
         if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, f"The request's head is longer than {MAX_HEAD_BYTES} bytes.")
+            message = f"The request's head is longer than {MAX_HEAD_BYTES} bytes."
+            self._refuse("431 Request Header Fields Too Large", RequestRejected(431, message))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -56,28 +64,37 @@ class Connection(HttpToolsProtocol):
         self._head_complete()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._unset_abort()
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing() and self._linger_timer is None:
-            linger_s = self.settings.client_stall_s
-            self._linger_timer = self.loop.call_later(linger_s, self.transport.abort)
+        if self.transport.is_closing():
+            self._abort_after(self.settings.client_stall_s)
+        elif self.cycle.more_body:
+            self._abort_after(self.settings.body_timeout_s)
 
     def timeout_keep_alive_handler(self) -> None:
         # A plain close would wait, without end, for a client that does not take its response.
         self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
+        self._refuse("400 Bad Request", RequestRejected(400, msg, code="invalid_http"))
 
-    def _refuse(self, status: int, message: str) -> None:
-        """Answer what is not even a request, and close."""
-        body = msgspec.json.encode(error_object(RequestRejected(status, message, code="invalid_http")))
+    def _refuse(self, status: str, error: RequestRejected) -> None:
+        """Answer what is not even a request, and end the connection."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        body = msgspec.json.encode(error_object(error))
         head = (
-            f"HTTP/1.1 {status} Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self._abort_after(LINGER_S)
 
     def _await_head(self) -> None:
         self._head_bytes = 0
@@ -87,6 +104,15 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _abort_after(self, seconds: float) -> None:
+        self._unset_abort()
+        self._abort_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _unset_abort(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer = None
 
 
 def connection_class(settings: FrontendSettings) -> type[asyncio.Protocol]:

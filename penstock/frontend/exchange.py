@@ -88,17 +88,15 @@ class Exchange:
         await self._begin(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, more=False)
 
-    async def reject(self, error: PenstockError) -> None:
+    async def reject(self, error: PenstockError, headers: Sequence[Header] = ()) -> None:
         """A whole response that says what is wrong, in OpenAI's shape."""
-        headers: list[Header] = []
+        headers = list(headers)
         retry_after_s = getattr(error, "retry_after_s", None)
         if retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
         status = status_of(error)
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if status in (408, 413):
-            headers.append((b"connection", b"close"))  # the rest of the body is not read
         await self.respond(status, msgspec.json.encode(error_object(error)), headers)
 
     async def begin_stream(self) -> None:

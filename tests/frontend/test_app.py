@@ -1,0 +1,200 @@
+"""Paths, keys, health, and bad requests of all kinds, over a real server."""
+
+import asyncio
+import json
+
+import pytest
+
+from penstock import __version__
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def error_of(response):
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_models(served):
+    listed = [model async for model in await served.client.models.list()]
+    assert [model.id for model in listed] == ["tiny"]
+    one = await served.client.models.retrieve("tiny")
+    assert (one.object, one.owned_by, one.model_extra) == ("model", "penstock", {"max_model_len": 2048})
+
+
+async def test_a_models_name_may_have_a_slash(serve_script, view_of, byte_level):
+    async with serve_script("x", views=[view_of(byte_level, name="Qwen/Qwen3-32B")]) as served:
+        assert (await served.client.models.retrieve("Qwen/Qwen3-32B")).id == "Qwen/Qwen3-32B"
+
+
+async def test_health_says_what_is_missing(served):
+    response = await served.http.get("/health")
+    assert response.status_code == 200
+    body = response.json()
+    assert (body["status"], body["missing"]) == ("healthy", [])
+    assert body["instances"][0]["instance_id"] == "w-1"
+    assert body["instances"][0]["load"]  # an object or a list, as structs.Load is encoded
+    served.completer.missing = "prefill, decode"
+    response = await served.http.get("/health")
+    assert response.status_code == 503
+    assert (response.json()["status"], response.json()["missing"]) == ("unhealthy", ["prefill", "decode"])
+
+
+async def test_live_version_and_metrics(served):
+    assert (await served.http.get("/live")).status_code == 200
+    assert (await served.http.get("/version")).json() == {"version": __version__}
+    metrics = await served.http.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert "penstock_requests_total" in metrics.text
+
+
+async def test_a_head_request_has_no_body(served):
+    response = await served.http.head("/health")
+    assert (response.status_code, response.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v2/models", 404),
+        ("POST", "/v1/chat", 404),
+        ("GET", "/v1/models/none", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/health", 405),
+        ("POST", "/v1/models", 405),
+    ],
+)
+async def test_wrong_paths_and_methods(served, method, path, status):
+    response = await served.http.request(method, path)
+    assert response.status_code == status
+    assert error_of(response)["type"] == "invalid_request_error"
+    if status == 405:
+        assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        (b"{", None, "invalid_json"),
+        (b"", None, "invalid_json"),
+        (b"[]", None, "invalid_value"),
+        (json.dumps({**CHAT, "n": "x"}).encode(), "n", "invalid_value"),
+        (json.dumps({**CHAT, "tools": [{}]}).encode(), "tools", "unsupported_value"),
+    ],
+)
+async def test_bad_bodies(served, body, param, code):
+    response = await served.http.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == (param, code)
+    assert served.completer.requests == []
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+async def test_keys(serve_script):
+    async with serve_script("x", api_keys=frozenset({"first", "second"})) as served:
+
+        async def status(path, key, method="GET"):
+            headers = {"authorization": key} if key else {}
+            response = await served.http.request(method, path, headers=headers, json=CHAT)
+            if response.status_code == 401:
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert error_of(response)["code"] in ("missing_api_key", "invalid_api_key")
+            return response.status_code
+
+        for path, method in (
+            ("/v1/chat/completions", "POST"),
+            ("/v1/models", "GET"),
+            ("/v1/models/tiny", "GET"),
+        ):
+            assert await status(path, "Bearer first", method) == 200
+            assert await status(path, "bearer second", method) == 200
+            for wrong in (None, "Bearer", "Bearer third", "Basic first", "first", "Bearer first second"):
+                assert await status(path, wrong, method) == 401
+        for path in ("/health", "/live", "/metrics", "/version"):
+            assert await status(path, None) == 200
+
+
+# --- request ids ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/nothing"])
+async def test_a_request_id_comes_back(served, path):
+    response = await served.http.post(path, json=CHAT, headers={"x-request-id": "abc-123"})
+    assert response.headers["x-request-id"] == "abc-123"
+    for odd in ("", "a b", "x" * 200):
+        response = await served.http.post(path, json=CHAT, headers={"x-request-id": odd})
+        assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_equal_request_ids_do_not_collide(served):
+    post = served.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "same"})
+    again = served.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "same"})
+    first, second = await asyncio.gather(post, again)
+    assert first.json()["id"] != second.json()["id"]
+    assert len({request.request_id for request in served.completer.requests}) == 2
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_says_it_is_too_long(serve_script):
+    async with serve_script("x", max_body_bytes=1000) as served:
+        response = await served.http.post("/v1/completions", content=b"x" * 1001)
+        assert response.status_code == 413
+        assert error_of(response)["code"] == "body_too_large"
+        assert (await served.http.get("/live")).status_code == 200
+
+
+async def test_a_body_that_turns_out_too_long(serve_script):
+    async with serve_script("x", max_body_bytes=1000) as served:
+
+        async def pieces():
+            for _ in range(1000):
+                yield b"x" * 400
+
+        response = await served.http.post("/v1/completions", content=pieces())
+        assert response.status_code == 413  # and no reset connection, though most was not read before
+
+
+async def test_too_many_requests_at_a_time(serve_script):
+    async with serve_script("word " * 6, step_s=0.02, max_inflight=1) as served:
+        first = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
+        while not served.completer.requests:
+            await asyncio.sleep(0.005)
+        response = await served.http.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 429
+        assert error_of(response)["type"] == "rate_limit_error"
+        assert response.headers["retry-after"] == "1"
+        assert (await first).status_code == 200
+
+
+async def test_a_request_cannot_last_for_ever(serve_script):
+    async with serve_script("word " * 200, step_s=0.05, request_timeout_s=0.2) as served:
+        response = await served.http.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 504
+        assert error_of(response)["code"] == "request_timeout"
+        streamed = await served.http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        assert "took longer than 0.2 s" in streamed.text
+        assert len(served.completer.cancelled) == 2
+
+
+async def test_a_bug_is_a_500_and_a_log_line(served, monkeypatch, caplog):
+    def broken(name):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(served.completer, "model", broken)
+    response = await served.http.post("/v1/chat/completions", json=CHAT)
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert "ZeroDivisionError: secret" in caplog.text
+    monkeypatch.undo()
+    assert (await served.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    metrics = (await served.http.get("/metrics")).text
+    assert 'status="500"} 1.0' in metrics

@@ -1,0 +1,256 @@
+"""Connections that misbehave, and the end of the server."""
+
+import asyncio
+import json
+import signal
+import socket
+import time
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.frontend.connection import MAX_HEAD_BYTES
+from penstock.structs import Delta, FinishReason
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def post(body, *, path="/v1/chat/completions", length=None):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length or len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+@asynccontextmanager
+async def connection(served, receive_bytes=None):
+    """A raw connection; `receive_bytes` makes its receive buffer small."""
+    raw = socket.socket()
+    if receive_bytes is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    raw.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(raw, (served.host, served.port))
+    reader, writer = await asyncio.open_connection(sock=raw, limit=2**16)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def everything(reader, within_s=5.0):
+    async with asyncio.timeout(within_s):
+        return await reader.read()
+
+
+async def eventually(condition, within_s=5.0):
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# --- slow and broken connections ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/comp", b"GET /live HTTP/1.1\r\nx: y\r\n"])
+async def test_a_slow_head_is_not_waited_for(serve_script, sent):
+    async with serve_script("x", header_timeout_s=0.2) as served, connection(served) as (reader, writer):
+        writer.write(sent)
+        assert await everything(reader) == b""
+
+
+async def test_the_head_of_a_second_request_has_a_deadline_too(serve_script):
+    async with serve_script("x", header_timeout_s=0.2) as served, connection(served) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in await reader.readuntil(b"}")
+        await asyncio.sleep(0.3)  # idle connections have another, longer one
+        writer.write(b"GET /live HTTP/1.1\r\n")
+        assert await everything(reader) == b""
+
+
+async def test_an_idle_connection_is_closed(serve_script):
+    async with serve_script("x", keep_alive_s=1) as served, connection(served) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await everything(reader)).endswith(b'{"status":"live"}')
+
+
+async def test_a_slow_body_is_answered_and_closed(serve_script):
+    async with serve_script("x", body_timeout_s=0.2) as served, connection(served) as (reader, writer):
+        writer.write(post(CHAT, length=1000))
+        answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_client_that_leaves_in_its_body(served):
+    async with connection(served) as (_, writer):
+        writer.write(post(CHAT, length=1000))
+        await asyncio.sleep(0.05)
+    await eventually(lambda: b'status="499"} 1.0' in served.metrics.render())
+    assert served.completer.requests == []
+
+
+async def test_what_is_no_http(served):
+    async with connection(served) as (reader, writer):
+        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b'"code":"invalid_http"' in answer
+
+
+async def test_too_long_a_head(served):
+    async with connection(served) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nx: " + b"y" * (MAX_HEAD_BYTES + 70_000))
+        answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_pipelined_requests_are_answered_in_order(served):
+    async with connection(served) as (reader, writer):
+        writer.write(
+            b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n" * 2 + b"GET /v HTTP/1.1\r\nconnection: close\r\n\r\n"
+        )
+        answer = await everything(reader)
+        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]
+
+
+# --- slow readers ---------------------------------------------------------------------------------
+
+PIECE = "word " * 200
+
+
+def flood(byte_level, steps):
+    ids = byte_level.encode(PIECE).ids
+    found = [Delta(ids) for _ in range(steps)]
+    found[-1].finish_reason = FinishReason.LENGTH
+    return found
+
+
+@pytest.fixture
+def small_send_buffers(monkeypatch):
+    """Loopback sockets buffer megabytes by default."""
+    create = socket.create_server
+
+    def small(*args, **kwargs):
+        listener = create(*args, **kwargs)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(socket, "create_server", small)
+
+
+@pytest.mark.usefixtures("small_send_buffers")
+async def test_a_slow_reader_gets_everything_in_fewer_chunks(serve_script, byte_level):
+    steps = 600
+    async with (
+        serve_script(lambda request: flood(byte_level, steps)) as served,
+        connection(served, receive_bytes=4096) as (reader, writer),
+    ):
+        writer.write(post({**CHAT, "stream": True}))
+        await asyncio.sleep(0.5)
+        answer = b""
+        async with asyncio.timeout(20):
+            while b"[DONE]" not in answer[-200:]:
+                answer += await reader.read(65536)
+        events = [line[6:] for line in answer.split(b"\n") if line.startswith(b"data: {")]
+        text = "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events)
+        assert text == PIECE * steps
+        assert len(events) < steps
+
+
+@pytest.mark.usefixtures("small_send_buffers")
+async def test_a_reader_that_stalls_is_dropped(serve_script, byte_level):
+    async with (
+        serve_script(lambda request: flood(byte_level, 500), client_stall_s=0.4) as served,
+        connection(served, receive_bytes=4096) as (_, writer),
+    ):
+        writer.write(post({**CHAT, "stream": True}))
+        await eventually(lambda: b"penstock_requests_total{" in served.metrics.render())
+        assert b'penstock_inflight_requests{model="tiny"} 0.0' in served.metrics.render()
+
+
+@pytest.mark.usefixtures("small_send_buffers")
+async def test_a_reader_too_far_behind_is_dropped_and_cancelled(serve_script, byte_level):
+    async with (
+        serve_script(
+            lambda request: flood(byte_level, 5000), step_s=0.001, max_unsent_chars=50_000
+        ) as served,
+        connection(served, receive_bytes=4096) as (_, writer),
+    ):
+        writer.write(post({**CHAT, "stream": True}))
+        await eventually(lambda: served.completer.cancelled)
+        await eventually(lambda: b'status="499"} 1.0' in served.metrics.render())
+
+
+@pytest.mark.usefixtures("small_send_buffers")
+async def test_a_whole_answer_nobody_takes_does_not_keep_its_connection(serve_script, byte_level):
+    async with (
+        serve_script(lambda request: flood(byte_level, 800), keep_alive_s=1) as served,
+        connection(served, receive_bytes=4096) as (reader, writer),
+    ):
+        writer.write(post(CHAT))
+        await asyncio.sleep(2.5)
+        with pytest.raises((ConnectionResetError, AssertionError)):  # noqa: PT012 a reset, or a cut answer
+            answer = await everything(reader)
+            assert len(answer) >= 800 * len(PIECE)
+
+
+# --- starting and stopping ------------------------------------------------------------------------
+
+
+async def test_an_address_in_use_refuses_to_start(serve_script, served):
+    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{served.port}: .*in use"):
+        async with serve_script("x", port=served.port):
+            pass
+
+
+async def test_signals_are_left_alone(served):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert all("uvicorn" not in repr(handler) for handler in handlers)
+    assert (await served.http.get("/live")).status_code == 200
+
+
+async def test_streams_finish_while_new_calls_are_refused(serve_script):
+    async with serve_script("word " * 6, step_s=0.02) as served:
+        stream = await served.client.chat.completions.create(**CHAT, stream=True)
+        await anext(aiter(stream))
+        served.stop.set()
+        await asyncio.sleep(0.02)
+        health = await served.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+        refused = await served.http.post("/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert (await served.http.get("/live")).status_code == 200
+        chunks = [chunk async for chunk in stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        await asyncio.wait_for(served.task, 5)
+        with pytest.raises(httpx.ConnectError):
+            await httpx.AsyncClient().get(served.url + "/live")
+
+
+async def test_what_outlasts_the_grace_is_told_so(serve_script):
+    async with serve_script("word " * 4000, step_s=0.02, grace_s=0.2) as served:
+        body = {**CHAT, "stream": True}
+        streamed = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=body))
+        whole = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
+        await eventually(lambda: len(served.completer.requests) == 2)
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        served.stop.set()
+        assert "shutting down" in (await streamed).text
+        assert (await whole).status_code == 503
+        await asyncio.wait_for(served.task, 5)
+        assert time.monotonic() - began < 3
+        assert len(served.completer.cancelled) == 2
+
+
+async def test_cancelling_drops_everything(serve_script):
+    async with serve_script("word " * 4000, step_s=0.02) as served:
+        call = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
+        await eventually(lambda: served.completer.requests)
+        served.task.cancel()
+        with pytest.raises(httpx.HTTPError):
+            await asyncio.wait_for(call, 5)
+        await eventually(lambda: served.completer.cancelled)
+        await asyncio.wait([served.task])
+        assert served.task.cancelled()
