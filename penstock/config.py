@@ -1,23 +1,21 @@
-"""The flags of `penstock frontend` and `penstock worker`: one struct each, for the CLI, the launcher and
-manifests alike.
+"""What can be set about a frontend or a worker: one struct each, for the CLI, the launcher and manifests.
 
 A field is a flag (`http_port` is `--http-port`) with its type, limits, default and help. A field may also
-name environment variables, the first that is set counts; a flag wins over them. Anything wrong is a
-ConfigError that names the flag or variable.
+name environment variables, the first that is set counts; a flag wins over them. `flags.py` builds the
+structs from text. Anything wrong is a ConfigError that names the flag or variable.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
 
-from penstock.checked import problems, shown, suggestion
+from penstock.checked import shown
 from penstock.errors import ConfigError
 from penstock.structs import Role
 
@@ -31,6 +29,7 @@ STATE_VARIABLE = "PENSTOCK_STATE_DIR"
 SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
 
 _SECRET_CHARS_MIN = 16
+_NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
 
 
 def flag(help_text: str, *variables: str) -> Meta:
@@ -38,7 +37,7 @@ def flag(help_text: str, *variables: str) -> Meta:
     return Meta(description=help_text, extra={"env": variables})
 
 
-class _Options(msgspec.Struct, frozen=True, kw_only=True):
+class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What frontends and workers have in common."""
 
     namespace: Annotated[
@@ -71,8 +70,16 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True):
         None
     )
 
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ConfigError(
+                f"--namespace: expected letters, digits, -, _ and ., got {shown(self.namespace)}"
+            )
+        _both(self, "link_tls_cert", "link_tls_key")
+        parse_discovery(self.discovery)
 
-class FrontendOptions(_Options, frozen=True, kw_only=True):
+
+class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
     """The flags of `penstock frontend`."""
 
     http_host: Annotated[
@@ -100,8 +107,7 @@ class FrontendOptions(_Options, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _both(self, "http_tls_cert", "http_tls_key")
-        _both(self, "link_tls_cert", "link_tls_key")
-        parse_discovery(self.discovery)
+        CommonOptions.__post_init__(self)
         self.expected_roles  # noqa: B018 - checks it
 
     @property
@@ -114,7 +120,7 @@ class FrontendOptions(_Options, frozen=True, kw_only=True):
         return tuple(Role(name) for name in names)
 
 
-class WorkerOptions(_Options, frozen=True, kw_only=True):
+class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     """The flags of `penstock worker`. What follows `--` goes to the engine as it is."""
 
     role: Annotated[Role, flag("What this worker does for a request.")] = Role.AGGREGATED
@@ -178,94 +184,7 @@ class WorkerOptions(_Options, frozen=True, kw_only=True):
             )
         if self.transfer == "nixl" and self.engine == "sim":
             raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
-        _both(self, "link_tls_cert", "link_tls_key")
-        parse_discovery(self.discovery)
-
-
-Options = TypeVar("Options", FrontendOptions, WorkerOptions)
-
-
-class Flag(msgspec.Struct, frozen=True):
-    """One field of an options struct, as a command line sees it."""
-
-    field: str
-    name: str  # with dashes, without the leading two
-    type: inspect.Type
-    default: Any
-    required: bool
-    help: str
-    variables: tuple[str, ...]  # environment, the first one set counts
-
-    @property
-    def value_shown(self) -> str:
-        """What stands for a value in help: `N`, `X`, `TEXT`, or the choices."""
-        match _bare(self.type):
-            case inspect.LiteralType() as literal:
-                return "|".join(str(value) for value in literal.values)
-            case inspect.EnumType() as enum:
-                return "|".join(str(member.value) for member in enum.cls)
-            case inspect.IntType():
-                return "N"
-            case inspect.FloatType():
-                return "X"
-        return "TEXT"
-
-
-def flags_of(options: type[FrontendOptions] | type[WorkerOptions]) -> dict[str, Flag]:
-    """All flags of an options struct by name, its own before the common ones."""
-    described_fields: list[Flag] = []
-    common = set(_Options.__struct_fields__)
-    kind = inspect.type_info(options)
-    assert isinstance(kind, inspect.StructType)
-    for field in sorted(kind.fields, key=lambda field: field.name in common):
-        if field.name == "engine_args":
-            continue
-        schema, extra = _metadata(field.type)
-        described_fields.append(
-            Flag(
-                field.name,
-                field.name.replace("_", "-"),
-                field.type,
-                None if field.required else field.default,
-                field.required,
-                schema.get("description", ""),
-                extra.get("env", ()),
-            )
-        )
-    return {flag.name: flag for flag in described_fields}
-
-
-def build_options(
-    options: type[Options],
-    given: Mapping[str, str],
-    environ: Mapping[str, str],
-    engine_args: Sequence[str] = (),
-) -> Options:
-    """Options from flags as text (`{"http-port": "8000"}`) and, below them, environment variables.
-
-    Raises:
-        ConfigError: a line for each flag that is unknown, missing, or has a wrong value.
-    """
-    flags = flags_of(options)
-    known = [f"--{name}" for name in flags]
-    values: dict[str, Any] = {}
-    wrong = [
-        f"--{name}: unknown flag{suggestion('--' + name, known)}" for name in given if name not in flags
-    ]
-    for name, flag in flags.items():
-        source, text = _source_of(flag, given, environ)
-        if text is None:
-            if flag.required:
-                wrong.append(f"--{name}: missing")
-            continue
-        value = _from_text(text, flag.type)
-        wrong += problems(value, flag.type, source)
-        values[flag.field] = value
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    if engine_args:
-        values["engine_args"] = tuple(engine_args)
-    return msgspec.convert(values, options)
+        CommonOptions.__post_init__(self)
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):
@@ -288,14 +207,11 @@ def parse_discovery(url: str) -> DiscoveryUrl:
 
 
 def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str, str]) -> Path:
-    """The directory of a `file:` URL; without one, a place private to this user on this machine."""
+    """The directory of a `file:` URL; without one, a place of this user's own on this machine."""
     if url.location:
         return Path(url.location).expanduser() / namespace
-    runtime = environ.get("XDG_RUNTIME_DIR")
-    base = (
-        Path(runtime) / "penstock" if runtime else Path(tempfile.gettempdir()) / f"penstock-{os.getuid()}"
-    )
-    return base / "discovery" / namespace
+    own = Path(environ.get("XDG_RUNTIME_DIR") or "~/.cache").expanduser()
+    return own / "penstock" / "discovery" / namespace
 
 
 def link_secret(options: FrontendOptions | WorkerOptions, environ: Mapping[str, str]) -> str:
@@ -319,53 +235,13 @@ def api_keys(options: FrontendOptions) -> frozenset[str]:
     """Keys of which a client must bring one; empty: none needed. Raises ConfigError."""
     keys = {options.api_key} if options.api_key else set()
     if options.api_keys_file:
-        try:
-            lines = Path(options.api_keys_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys-file: cannot read {options.api_keys_file}: {error}") from error
-        keys |= {line.strip() for line in lines if line.strip() and not line.startswith("#")}
-        if not keys:  # an empty file must not open the door
-            raise ConfigError(f"--api-keys-file: {options.api_keys_file} holds no keys")
+        from penstock.frontend.api_keys import read_api_keys
+
+        keys |= read_api_keys(Path(options.api_keys_file))
     return frozenset(keys)
 
 
-def _source_of(flag: Flag, given: Mapping[str, str], environ: Mapping[str, str]) -> tuple[str, str | None]:
-    if flag.name in given:
-        return f"--{flag.name}", given[flag.name]
-    for variable in flag.variables:
-        if environ.get(variable):
-            return variable, environ[variable]
-    return f"--{flag.name}", None
-
-
-def _from_text(text: str, kind: inspect.Type) -> Any:
-    """The value that a text stands for; the text itself when it does not fit, for `problems` to name."""
-    bare = _bare(kind)
-    if isinstance(bare, inspect.IntType | inspect.FloatType):
-        number = int if isinstance(bare, inspect.IntType) else float
-        try:
-            return number(text)
-        except ValueError:
-            return text
-    return text
-
-
-def _bare(kind: inspect.Type) -> inspect.Type:
-    """A type without its metadata and without None."""
-    if isinstance(kind, inspect.Metadata):
-        return _bare(kind.type)
-    if isinstance(kind, inspect.UnionType):
-        return _bare(next(option for option in kind.types if not isinstance(option, inspect.NoneType)))
-    return kind
-
-
-def _metadata(kind: inspect.Type) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not isinstance(kind, inspect.Metadata):
-        return {}, {}
-    return kind.extra_json_schema or {}, kind.extra or {}
-
-
-def _both(options: _Options, one: str, other: str) -> None:
+def _both(options: CommonOptions, one: str, other: str) -> None:
     """Two flags that only make sense together."""
     if bool(getattr(options, one)) != bool(getattr(options, other)):
         given, missing = (one, other) if getattr(options, one) else (other, one)

@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"router"},
     {"frontend", "worker"},
     {"config"},
+    {"flags"},
     {"graph", "process"},
     {"launcher", "bench", "operator", "simulator"},
     {"cli"},

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import typer
 
-from penstock.config import Flag, FrontendOptions, WorkerOptions, build_options, flags_of
+from penstock.config import FrontendOptions, WorkerOptions
+from penstock.flags import Flag, build_options, flags_of
 
 Options = TypeVar("Options", FrontendOptions, WorkerOptions)
 

@@ -126,7 +126,7 @@ class FileLease:
 
     def write(self) -> None:
         """Replace the file at once, so that no reader ever sees half of it."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(self._path.parent)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
         temporary.write_bytes(self._content)
         temporary.replace(self._path)
@@ -210,7 +210,7 @@ class DirectoryScan:
         return self._instances
 
     def _list(self, now: float) -> dict[str, _Seen]:
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(self._directory)
         seen = {}
         for entry in self._entries():
             try:
@@ -285,6 +285,17 @@ class DirectoryScan:
         if key not in self._warned and len(self._warned) < self._settings.files_max:
             self._warned.add(key)
             log.warning("discovery: %s", message)
+
+
+def _make_private(directory: Path) -> None:
+    """Create it and its missing parents, each 0700 (`Path.mkdir` gives that mode to the last one only)."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
 @functools.cache

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.config import FrontendOptions, WorkerOptions, build_options
+from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
+from penstock.flags import build_options
 from penstock.graph.command import Command, ServiceKind, expand_references, parse_command
 from penstock.graph.manifest import Container, Env, Manifest, ServiceSpec, Spec, parse_manifest
 from penstock.structs import Role

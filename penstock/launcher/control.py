@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import msgspec
@@ -66,8 +67,9 @@ class ControlResponse(msgspec.Struct, omit_defaults=True):
 Handler = Callable[[ControlRequest], Awaitable[ControlResponse]]
 
 
-async def serve_control(folder: StateFolder, handle: Handler) -> asyncio.Server:
-    """Listen on the folder's socket. A ConfigError of `handle` becomes a response."""
+@asynccontextmanager
+async def serving_control(folder: StateFolder, handle: Handler) -> AsyncIterator[None]:
+    """Listen on the folder's socket, which is gone afterwards. Errors of `handle` become responses."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -82,7 +84,11 @@ async def serve_control(folder: StateFolder, handle: Handler) -> asyncio.Server:
     path = folder.socket
     server = await asyncio.start_unix_server(answer, path, limit=_LINE_BYTES_MAX)
     os.chmod(path, 0o600)  # its folder is 0700 from the start
-    return server
+    try:
+        yield
+    finally:
+        server.close()
+        os.unlink(path)
 
 
 async def _respond(line: bytes, handle: Handler) -> ControlResponse:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions, build_options
+from penstock.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
+from penstock.flags import build_options
 from penstock.graph import Graph, Service
 from penstock.launcher.gpus import VISIBLE_VARIABLE
 

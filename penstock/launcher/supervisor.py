@@ -7,20 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from penstock.checked import suggestion
 from penstock.config import DiscoveryUrl, discovery_directory
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ConfigError
 from penstock.graph import Graph, Service, ServiceKind
-from penstock.launcher.control import (
-    ControlRequest,
-    ControlResponse,
-    GraphStatus,
-    ServiceStatus,
-    serve_control,
-)
+from penstock.launcher.control import ControlRequest, ControlResponse, GraphStatus, serving_control
+from penstock.launcher.fleet import Fleet, ready_lines
 from penstock.launcher.gpus import GpuPool
 from penstock.launcher.health import choose_port, fetch_health, is_healthy, next_port
 from penstock.launcher.logs import Console, LogFile
@@ -30,7 +24,6 @@ from penstock.launcher.plan import (
     check_gpus,
     gpus_needed,
     labels,
-    lowest_free_index,
     manifest_port,
     plan_frontend,
     plan_worker,
@@ -42,19 +35,6 @@ from penstock.structs import Registration
 
 PROGRAM = (sys.executable, "-m", "penstock")
 NAME = "penstock"  # of the supervisor's own lines
-
-
-@dataclass(slots=True)
-class _Fleet:
-    """One service's replicas: those wanted, and those on their way out."""
-
-    service: Service
-    label: str
-    replicas: list[Replica] = field(default_factory=list)
-
-    @property
-    def wanted(self) -> list[Replica]:
-        return [replica for replica in self.replicas if not replica.leaving]
 
 
 class Supervisor:
@@ -72,7 +52,7 @@ class Supervisor:
         show_output: bool = True,
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        """Raises ConfigError when the graph cannot run here: GPUs, ports."""
+        """Raises ConfigError when the graph cannot run here: too many replicas, GPUs, ports."""
         self._graph = graph
         self._folder = folder
         self._settings = settings
@@ -83,8 +63,10 @@ class Supervisor:
         )
         self._site = Site(graph, folder.discovery, folder.secret, settings.http_host, environ, os.getpid())
         self._gpus = GpuPool(gpus)
-        self._fleets = [_Fleet(service, labels(graph)[service.name]) for service in graph.services]
+        self._fleets = [Fleet(service, labels(graph)[service.name]) for service in graph.services]
         self._warnings = [*graph.notes, *check_gpus(graph, len(self._gpus))]
+        for service in graph.services:
+            self._check_count(service.name, service.replicas)
         self._registered: Mapping[str, Registration] = {}
         self._ports: set[int] = set()
         self._first_port = self._choose_first_port()
@@ -107,9 +89,8 @@ class Supervisor:
         )
         for warning in self._warnings:
             self.notice(f"note: {warning}")
-        async with asyncio.TaskGroup() as tasks:
+        async with serving_control(self._folder, self._handle), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            server = await serve_control(self._folder, self._handle)
             watch = tasks.create_task(self._follow(discovery))
             announce = tasks.create_task(self._announce())
             try:
@@ -120,7 +101,6 @@ class Supervisor:
             finally:
                 watch.cancel()
                 announce.cancel()
-                server.close()
         self._notices.close()
         if self._failure:
             raise ConfigError(self._failure)
@@ -145,9 +125,9 @@ class Supervisor:
     def _replicas(self) -> list[Replica]:
         return [replica for fleet in self._fleets for replica in fleet.replicas]
 
-    def _grow(self, fleet: _Fleet, count: int) -> None:
+    def _grow(self, fleet: Fleet, count: int) -> None:
         for _ in range(count):
-            index = lowest_free_index(replica.index for replica in fleet.replicas)
+            index = fleet.next_index
             launch = self._plan(fleet.service, index)
             log = LogFile(
                 self._folder.logs / fleet.service.name / f"{launch.name}.log", self._settings.log_file_bytes
@@ -173,7 +153,7 @@ class Supervisor:
         except ConfigError as error:
             self._fail(str(error))
 
-    async def _run_replica(self, fleet: _Fleet, replica: Replica) -> None:
+    async def _run_replica(self, fleet: Fleet, replica: Replica) -> None:
         try:
             await replica.run()
         finally:
@@ -185,10 +165,10 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """Frontends first: their running requests still need the workers."""
         for kind in (ServiceKind.FRONTEND, ServiceKind.WORKER):
-            leaving = [f for f in self._fleets if f.service.kind is kind]
-            for replica in [replica for fleet in leaving for replica in fleet.replicas]:
+            fleets = [fleet for fleet in self._fleets if fleet.service.kind is kind]
+            for replica in [replica for fleet in fleets for replica in fleet.replicas]:
                 replica.stop()
-            while any(fleet.replicas for fleet in leaving):
+            while any(fleet.replicas for fleet in fleets):
                 self._changed.clear()
                 await self._changed.wait()
 
@@ -216,27 +196,16 @@ class Supervisor:
         self._stopping.set()
 
     def _is_ready(self) -> bool:
-        return all(
-            replica.state is ReplicaState.READY for fleet in self._fleets for replica in fleet.wanted
-        )
+        return all(fleet.is_ready for fleet in self._fleets)
 
     async def _announce(self) -> None:
         while not self._is_ready():
             self._changed.clear()
             await self._changed.wait()
         self._was_ready = True
-        took_s = time.monotonic() - self._started_at
-        urls = self._urls()
-        if not urls:
-            self.notice(f"Ready after {took_s:.1f} s, without a frontend")
-            return
         model = next((registration.model for registration in self._registered.values()), "MODEL")
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is my name?"}}]}}'
-        self.notice(f"Ready: {', '.join(urls)}  (after {took_s:.1f} s)")
-        self.notice(f"try: penstock chat --url {urls[0]}")
-        self.notice(
-            f"or:  curl {urls[0]}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
-        )
+        for line in ready_lines(self._urls(), model, time.monotonic() - self._started_at):
+            self.notice(line)
 
     def _urls(self) -> list[str]:
         return [
@@ -284,32 +253,29 @@ class Supervisor:
         """
         if self._stopping.is_set():
             raise ConfigError(f"{self._graph.name} is stopping")
-        fleets = {name: self._fleet(name) for name in targets}
-        for name, count in targets.items():
-            if not 0 <= count <= self._settings.replicas_max:
-                raise ConfigError(
-                    f"{name}: expected 0 to {self._settings.replicas_max} replicas, got {count}"
-                )
-        more = {name: targets[name] - len(fleet.wanted) for name, fleet in fleets.items()}
-        gpus = sum(max(0, more[name]) * gpus_needed(fleet.service) for name, fleet in fleets.items())
+        wanted = {self._fleet(name).service.name: count for name, count in targets.items()}
+        fleets = {name: self._fleet(name) for name in wanted}
+        more = {name: count - len(fleets[name].wanted) for name, count in wanted.items()}
+        gpus = sum(max(0, more[name]) * gpus_needed(fleets[name].service) for name in wanted)
+        for name, count in wanted.items():
+            self._check_count(name, count)
         if gpus > self._gpus.free:
             raise ConfigError(f"{gpus} more GPUs wanted, {self._gpus.free} are free")
-        before = {fleet.service.name: len(fleet.wanted) for fleet in fleets.values()}
         for name, fleet in fleets.items():
-            self._grow(fleet, more[name])
-            newest_first = sorted(fleet.wanted, key=lambda replica: replica.index, reverse=True)
-            for replica in newest_first[: max(0, -more[name])]:
-                replica.stop()
             if more[name]:
-                self.notice(f"{fleet.service.name}: {targets[name]} replicas wanted")
-        return {
-            fleet.service.name: (before[fleet.service.name], targets[name])
-            for name, fleet in fleets.items()
-        }
+                self.notice(f"{name}: {wanted[name]} replicas wanted")
+            self._grow(fleet, more[name])
+            for replica in fleet.newest_first[: max(0, -more[name])]:
+                replica.stop()
+        return {name: (wanted[name] - more[name], wanted[name]) for name in wanted}
 
-    def _fleet(self, name: str) -> _Fleet:
+    def _check_count(self, name: str, count: int) -> None:
+        if not 0 <= count <= self._settings.replicas_max:
+            raise ConfigError(f"{name}: expected 0 to {self._settings.replicas_max} replicas, got {count}")
+
+    def _fleet(self, name: str) -> Fleet:
         for fleet in self._fleets:
-            if name.lower() in (fleet.service.name.lower(), fleet.label):
+            if fleet.answers_to(name):
                 return fleet
         known = [fleet.service.name for fleet in self._fleets]
         raise ConfigError(f"{name}: no such service{suggestion(name, known)}; there are {', '.join(known)}")
@@ -325,15 +291,7 @@ class Supervisor:
             pid=os.getpid(),
             ready=self._is_ready() and not self._stopping.is_set(),
             uptime_s=round(time.monotonic() - self._started_at, 1),
-            services=[
-                ServiceStatus(
-                    name=fleet.service.name,
-                    label=fleet.label,
-                    wanted=len(fleet.wanted),
-                    replicas=[replica.status() for replica in fleet.replicas],
-                )
-                for fleet in self._fleets
-            ],
+            services=[fleet.status() for fleet in self._fleets],
             health=dict(zip(urls, answers, strict=True)),
             notes=self._warnings,
         )

@@ -195,9 +195,11 @@ async def test_an_older_incarnation_gives_way(tmp_path, open_discovery, caplog) 
     assert any("took over" in record.message for record in caplog.records)
 
 
-async def test_the_directory_is_private(tmp_path, open_discovery) -> None:
-    await open_discovery().register(registration())
-    assert (tmp_path / "discovery").stat().st_mode & 0o777 == 0o700
+async def test_the_directory_is_private(tmp_path) -> None:
+    deep = tmp_path / "a" / "b"
+    lease = await FileDiscovery(deep, FAST).register(registration())
+    await lease.close()
+    assert deep.stat().st_mode & 0o777 == deep.parent.stat().st_mode & 0o777 == 0o700
 
 
 async def test_a_directory_that_cannot_be_written_refuses_to_start(tmp_path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ConfigError, RemoteError
-from penstock.launcher.control import ControlRequest, ControlResponse, call, serve_control
+from penstock.launcher.control import ControlRequest, ControlResponse, call, serving_control
 from penstock.launcher.state import StateFolder
 
 
@@ -23,10 +23,9 @@ async def folder(tmp_path: Path) -> AsyncIterator[StateFolder]:
             raise ConfigError("not now")
         return ControlResponse(scaled={name: (0, count) for name, count in request.replicas.items()})
 
-    server = await serve_control(folder, handle)
-    yield folder
-    server.close()
-    await server.wait_closed()
+    async with serving_control(folder, handle):
+        yield folder
+    assert "control.sock" not in os.listdir(folder.path)
 
 
 def raw(folder: StateFolder, line: bytes) -> bytes:

@@ -1,0 +1,68 @@
+"""One service's replicas, and what people are told once a graph is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from penstock.graph import Service
+from penstock.launcher.control import ServiceStatus
+from penstock.launcher.plan import lowest_free_index
+from penstock.launcher.replica import Replica, ReplicaState
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The replicas of a service: those wanted, and those on their way out."""
+
+    service: Service
+    label: str
+    replicas: list[Replica] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> list[Replica]:
+        return [replica for replica in self.replicas if not replica.leaving]
+
+    @property
+    def newest_first(self) -> list[Replica]:
+        """The wanted ones, in the order in which a smaller fleet gives them up."""
+        return sorted(self.wanted, key=lambda replica: replica.index, reverse=True)
+
+    @property
+    def next_index(self) -> int:
+        """The number of the next replica. A leaving one keeps its own."""
+        return lowest_free_index(replica.index for replica in self.replicas)
+
+    @property
+    def is_ready(self) -> bool:
+        return all(replica.state is ReplicaState.READY for replica in self.wanted)
+
+    def answers_to(self, name: str) -> bool:
+        """Whether people mean this service: its name in any case, or its label."""
+        return name.lower() in (self.service.name.lower(), self.label)
+
+    def status(self) -> ServiceStatus:
+        return ServiceStatus(
+            name=self.service.name,
+            label=self.label,
+            wanted=len(self.wanted),
+            replicas=[replica.status() for replica in self.replicas],
+        )
+
+
+def ready_lines(urls: Sequence[str], model: str, took_s: float) -> list[str]:
+    """The banner: where the graph is served, and a first request that can be pasted.
+
+    Args:
+        urls: of the frontends.
+        model: a served name.
+        took_s: from the start until all was healthy.
+    """
+    if not urls:
+        return [f"Ready after {took_s:.1f} s, without a frontend"]
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is my name?"}}]}}'
+    return [
+        f"Ready: {', '.join(urls)}  (after {took_s:.1f} s)",
+        f"try: penstock chat --url {urls[0]}",
+        f"or:  curl {urls[0]}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+    ]
