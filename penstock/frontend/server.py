@@ -35,17 +35,33 @@ async def serve(
 ) -> None:
     """Serve until `stop` is set, then let calls finish for at most `grace_s`, and return.
 
-    `on_listening` is called with the host and port once connections are accepted. Raises ConfigError
-    when the address cannot be listened on. Cancelling this drops everything at once.
+    `on_listening` is called with the host and port once connections are accepted. Cancelling this drops
+    everything at once. Raises ConfigError when the address or the certificate cannot be used.
     """
+    config = _config(app, settings)
     listener = _listen(settings.host, settings.port)
     port = listener.getsockname()[1]
 
     def started() -> None:
-        log.info("listening on http://%s:%d", settings.host, port)
+        scheme = "https" if settings.tls_cert else "http"
+        log.info("listening on %s://%s:%d", scheme, settings.host, port)
         if on_listening is not None:
             on_listening(settings.host, port)
 
+    server = _Server(config, started)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.serve([listener]))
+            await stop.wait()
+            await app.drain(grace_s)
+            server.should_exit = True
+    finally:
+        server.drop_all()
+        listener.close()
+        app.close()
+
+
+def _config(app: App, settings: FrontendSettings) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=connection_class(settings),
@@ -62,17 +78,11 @@ async def serve(
         timeout_keep_alive=max(1, round(settings.keep_alive_s)),
         timeout_graceful_shutdown=CLOSE_GRACE_S,
     )
-    server = _Server(config, started)
     try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(server.serve([listener]))
-            await stop.wait()
-            await app.drain(grace_s)
-            server.should_exit = True
-    finally:
-        server.drop_all()
-        listener.close()
-        app.close()
+        config.load()
+    except OSError as error:
+        raise ConfigError(f"HTTPS certificate {settings.tls_cert}: {error}") from None
+    return config
 
 
 class _Server(uvicorn.Server):

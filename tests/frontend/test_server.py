@@ -4,6 +4,8 @@ import asyncio
 import json
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from contextlib import asynccontextmanager
 
@@ -202,6 +204,50 @@ async def test_an_address_in_use_refuses_to_start(serve_script, served):
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{served.port}: .*in use"):
         async with serve_script("x", port=served.port):
             pass
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    options = ["-subj", "/CN=127.0.0.1", "-days", "2", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    return {"tls_cert": str(cert), "tls_key": str(key)}
+
+
+async def test_https(serve_script, certificate):
+    async with serve_script("Hello!", **certificate) as served:
+        url = f"https://{served.host}:{served.port}"
+        async with httpx.AsyncClient(base_url=url, verify=False) as http:
+            response = await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+            assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_what_is_no_http_inside_tls(serve_script, certificate):
+    async with serve_script("x", **certificate) as served:
+        trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
+        trusting.check_hostname = False
+        reader, writer = await asyncio.open_connection(served.host, served.port, ssl=trusting)
+        writer.write(b"nonsense\r\n\r\n")
+        assert (await reader.readuntil(b"}}")).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+
+
+async def test_a_certificate_that_cannot_be_used(serve_script, certificate, tmp_path):
+    for wrong in (str(tmp_path / "none.pem"), certificate["tls_key"]):
+        with pytest.raises(ConfigError, match="HTTPS certificate"):
+            async with serve_script("x", tls_cert=wrong, tls_key=certificate["tls_key"]):
+                pass
 
 
 async def test_signals_are_left_alone(served):
