@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 GraphOption = Annotated[str, typer.Option("--graph", "-g", metavar="NAME", help="Which, if several run.")]
 
+_PIPED_WIDTH = 160  # of the table when no terminal says how wide it is
 _STATE_COLOURS = {
     "ready": "green",
     "starting": "yellow",
@@ -88,7 +89,7 @@ def status(
 
         print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
     else:
-        _print_status(state)
+        print_status(state)
 
 
 def scale(
@@ -159,16 +160,17 @@ def _parse_target(target: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def _print_status(state: GraphStatus) -> None:
+def print_status(state: GraphStatus) -> None:
+    """The status as a table, for people."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     word = "ready" if state.ready else "not ready"
     console.print(f"{state.graph}: {word}, up {_duration(state.uptime_s)}, supervisor pid {state.pid}")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("SERVICE", "INSTANCE", "STATE", "PID", "UP", "RESTARTS", "ADDRESS"):
-        table.add_column(title)
+    for title in ("SERVICE", "INSTANCE", "STATE", "PID", "UP", "RESTARTS", "ADDRESS", "LAST EXIT"):
+        table.add_column(title, no_wrap=True)
     for service in state.services:
         for replica in service.replicas:
             colour = _STATE_COLOURS.get(replica.state, "")
@@ -178,12 +180,13 @@ def _print_status(state: GraphStatus) -> None:
                 f"[{colour}]{replica.state.value}[/]" if colour else replica.state.value,
                 str(replica.pid or "-"),
                 _duration(replica.uptime_s) if replica.pid else "-",
-                f"{replica.restarts}" + (f" (last {replica.last_exit})" if replica.last_exit else ""),
+                str(replica.restarts),
                 replica.address or "-",
+                replica.last_exit,
             )
         if not service.replicas:
-            table.add_row(service.name, "-", "no replicas", "-", "-", "-", "-")
-    console.print(table, soft_wrap=not sys.stdout.isatty())
+            table.add_row(service.name, "-", "no replicas")
+    console.print(table)
     for url, health in state.health.items():
         console.print(f"{url}/health: {_health_words(health)}")
 

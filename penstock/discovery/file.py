@@ -37,7 +37,8 @@ class FileDiscoverySettings(msgspec.Struct, frozen=True):
 
     lease_s: an instance whose file has not been touched for this long is gone. Short enough that another
         machine's death is noticed, long enough for a busy machine or a slow NFS server.
-    poll_s: how often a watcher lists the directory. 4 listings a second cost about 1 ms of CPU.
+    poll_s: how often a watcher lists the directory. One listing costs 0.05 ms of CPU
+        for 5 files, 1.7 ms for 256.
     files_max: files beyond this many are ignored, with a warning.
     file_bytes_max: a larger file is garbage.
     """

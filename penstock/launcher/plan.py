@@ -110,8 +110,7 @@ def plan_frontend(site: Site, service: Service, index: int, port: int) -> Launch
     }
     options = build_options(FrontendOptions, flags, service.env)
     argv = msgspec.structs.replace(service, flags=flags).argv()
-    shown_host = "localhost" if site.http_host in (_LOOPBACK, "0.0.0.0", "::", "::1") else site.http_host
-    url = f"{'https' if options.http_tls_cert else 'http'}://{shown_host}:{port}"
+    url = f"{'https' if options.http_tls_cert else 'http'}://{_url_host(site.http_host)}:{port}"
     env = _environment(site, service, {})
     return Launch(
         service.name,
@@ -123,6 +122,13 @@ def plan_frontend(site: Site, service: Service, index: int, port: int) -> Launch
         url=url,
         port=port,
     )
+
+
+def _url_host(host: str) -> str:
+    """The host in a URL that reaches, from this machine, who listens on `host`."""
+    if host in (_LOOPBACK, "0.0.0.0", "::"):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
 
 
 def manifest_port(service: Service) -> int:

@@ -9,8 +9,10 @@ import pytest
 
 import penstock
 from penstock import process
-from penstock.cli import run
+from penstock.cli import local, run
 from penstock.config import FrontendOptions, WorkerOptions
+from penstock.launcher.control import GraphStatus, ServiceStatus
+from penstock.launcher.replica import ReplicaState, ReplicaStatus
 from penstock.structs import Role
 
 COMMANDS = ("up", "status", "scale", "logs", "down", "chat", "frontend", "worker", "bench", "version")
@@ -127,3 +129,37 @@ def test_python_m_is_the_same_command() -> None:
         [sys.executable, "-m", "penstock", "version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, f"{penstock.__version__}\n")
+
+
+def test_status_shows_every_replica(capsys: pytest.CaptureFixture[str]) -> None:
+    crashed = ReplicaStatus(
+        "prefill-0", "toy-prefill-0", ReplicaState.WAITING, restarts=3, last_exit="exited with code 1"
+    )
+    ready = ReplicaStatus("decode-0", "toy-decode-0", ReplicaState.READY, 7, uptime_s=90.2, address="h:1")
+    services = [
+        ServiceStatus("Frontend", "frontend", 0, []),
+        ServiceStatus("PrefillWorker", "prefill", 1, [crashed]),
+        ServiceStatus("DecodeWorker", "decode", 1, [ready]),
+    ]
+    health = {"http://localhost:8000": {"status": "unreachable", "error": "refused"}}
+    local.print_status(GraphStatus("toy", 42, False, 7300, services, health))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "toy: not ready, up 2 h, supervisor pid 42",
+        "SERVICE INSTANCE STATE PID UP RESTARTS ADDRESS LAST EXIT",
+        "Frontend - no replicas",
+        "PrefillWorker prefill-0 waiting - - 3 - exited with code 1",
+        "DecodeWorker decode-0 ready 7 90 s 0 h:1",
+        "http://localhost:8000/health: unreachable (refused)",
+    ]
+
+
+def test_a_detached_start_that_fails_says_why(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    manifest = Path(__file__).parents[2] / "deploy" / "multinode-vllm.yaml"
+    assert fails("up", str(manifest), "-d") == (
+        "penstock: multinode-vllm needs 4 GPUs (PrefillWorker 2, DecodeWorker 2), this machine has 0;"
+        " try --engine reference --model MODEL"
+    )

@@ -90,7 +90,12 @@ def test_a_frontend_gets_its_port_and_waits_for_the_graphs_roles() -> None:
     assert (launch.url, launch.port) == ("http://localhost:8001", 8001)
     assert launch.env["DYN_LOG"] == "debug"
     assert "DYN_SYSTEM_PORT" not in launch.env
-    assert plan_frontend(site(http_host="10.0.0.7"), FRONTEND, 0, 80).url == "http://10.0.0.7:80"
+    for host, url in (
+        ("10.0.0.7", "http://10.0.0.7:80"),
+        ("::", "http://localhost:80"),
+        ("::1", "http://[::1]:80"),
+    ):
+        assert plan_frontend(site(http_host=host), FRONTEND, 0, 80).url == url
 
 
 def test_services_of_one_role_are_told_apart() -> None:
