@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import uvloop
 
 from penstock.config import (
@@ -165,8 +164,6 @@ def _sim_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
     if options.sim_cost_model:
         given["cost_model"] = options.sim_cost_model
     folder = Path(options.model)
-    if (folder / "config.json").exists():
-        given["vocab_size"] = msgspec.json.decode((folder / "config.json").read_bytes())["vocab_size"]
     settings = SimSettings(
         model=options.served_model_name or folder.name,
         speedup=options.sim_speedup,

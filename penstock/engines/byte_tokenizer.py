@@ -11,6 +11,7 @@ import json
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+PRINTABLE = range(ord(" "), ord("~") + 1)  # token ids of printable ASCII
 EOS_TOKEN_ID = 256 + SPECIAL_TOKENS.index("<|im_end|>")
 
 _CHAT_TEMPLATE = (
@@ -19,7 +20,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer_assets() -> dict[str, bytes]:
+def assets() -> dict[str, bytes]:
     """The files of a model folder that a frontend needs."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {

@@ -17,6 +17,7 @@ from xxhash import xxh3_64_intdigest
 
 from penstock import __version__
 from penstock.clock import Clock
+from penstock.engines import byte_tokenizer
 from penstock.engines.assets import assets_from
 from penstock.engines.batch import Row, Sampled, Sequence
 from penstock.engines.cost_models import cost_model
@@ -30,9 +31,6 @@ from penstock.structs import EngineCard, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""
-
-DEFAULT_VOCAB_SIZE = 151_936
-"""Qwen3's."""
 
 _SEED_MASK = (1 << 64) - 1
 _EOS_SCALE = 1 << 32
@@ -60,7 +58,7 @@ class SimSettings(msgspec.Struct, frozen=True):
     """Prompt and output, in tokens."""
 
     vocab_size: int | None = None
-    """Token ids are below this. None: what config.json of `assets` says, or Qwen3's 151,936."""
+    """Token ids are below this. None: what config.json of `assets` says."""
 
     eos_token_ids: tuple[int, ...] = ()
     """Drawn only as `eos_rate` says."""
@@ -69,7 +67,8 @@ class SimSettings(msgspec.Struct, frozen=True):
     """The probability that a token is an EOS, 0 to 1. At 0 outputs end by max_tokens or the context."""
 
     assets: str = ""
-    """A model folder whose tokenizer and templates frontends are to use; empty: none."""
+    """A model folder whose tokenizer and templates frontends are to use. Empty, and no vocabulary given:
+    a token per byte (byte_tokenizer.py), and only printable ASCII is drawn."""
 
     scheduler: SchedulerSettings = SchedulerSettings()
 
@@ -93,18 +92,21 @@ class SimRunner:
     """Draws tokens.
 
     Args:
-        vocab_size: token ids are below this.
+        token_ids: those that are drawn.
         duration_s: how long to sleep over a batch, in seconds; None: it takes no time.
     """
 
     def __init__(
-        self, settings: SimSettings, vocab_size: int, duration_s: Callable[[list[Row]], float] | None = None
+        self,
+        settings: SimSettings,
+        token_ids: range,
+        duration_s: Callable[[list[Row]], float] | None = None,
     ) -> None:
         self._duration_s = duration_s
-        self._vocab_size = vocab_size
+        self._token_ids = token_ids
         self._eos = frozenset(settings.eos_token_ids)
         self._eos_below = int(settings.eos_rate * _EOS_SCALE)
-        self._logprob = -log(vocab_size - len(self._eos))
+        self._logprob = -log(len(token_ids))
 
     def run(self, batch: list[Row]) -> list[Sampled | None]:
         """As Runner.run."""
@@ -117,9 +119,9 @@ class SimRunner:
         if sequence.sampling.logprobs is None:
             return Sampled(token_id)
         # All tokens but EOS are equally likely, so any others are the next most likely.
-        others = range(token_id + 1, token_id + sequence.sampling.logprobs)
-        top = [(token_id, self._logprob), *((other % self._vocab_size, self._logprob) for other in others)]
-        return Sampled(token_id, TokenLogprob(token_id, self._logprob, top[: sequence.sampling.logprobs]))
+        place = token_id - self._token_ids.start
+        top = [(self._token_id(place + more), self._logprob) for more in range(sequence.sampling.logprobs)]
+        return Sampled(token_id, TokenLogprob(token_id, self._logprob, top))
 
     def _draw(self, sequence: Sequence) -> int:
         """The token at this output position: a function of it and of the request's seed alone, but for
@@ -129,14 +131,15 @@ class SimRunner:
         draw = xxh3_64_intdigest(position.to_bytes(8, "little"), sampling.seed & _SEED_MASK)
         if draw % _EOS_SCALE < self._eos_below and position >= sampling.min_tokens:
             return min(self._eos)
-        first = (draw >> 32) % self._vocab_size
+        place = draw >> 32
         avoided = self._eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else self._eos
-        if first not in avoided:
-            return first
-        for token_id in range(first + 1, first + len(avoided)):
-            if token_id % self._vocab_size not in avoided:
-                return token_id % self._vocab_size
-        return (first + len(avoided)) % self._vocab_size
+        for more in range(len(avoided)):
+            if self._token_id(place + more) not in avoided:
+                return self._token_id(place + more)
+        return self._token_id(place + len(avoided))
+
+    def _token_id(self, place: int) -> int:
+        return self._token_ids[place % len(self._token_ids)]
 
 
 def sim_engine(
@@ -162,8 +165,7 @@ def sim_engine(
 
 
 def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
-    folder = Path(settings.assets) if settings.assets else None
-    vocab_size = _vocab_size(folder) if settings.vocab_size is None else settings.vocab_size
+    assets, vocab_size, token_ids = _tokens(settings)
     settings = msgspec.structs.replace(settings, vocab_size=vocab_size)  # checks EOS ids against it
     card = EngineCard(
         engine=f"sim {__version__}",
@@ -174,21 +176,31 @@ def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None
         vocab_size=vocab_size,
         eos_token_ids=list(settings.eos_token_ids),
         layout=f"sim/{settings.model}/{settings.block_size}",
-        assets=assets_from(folder) if folder else {},
+        assets=assets,
     )
     shape = (settings.total_blocks, POOL_BYTES_PER_BLOCK)
     pool = memoryview(bytearray(settings.total_blocks * POOL_BYTES_PER_BLOCK)).cast("B", shape)
-    return LoadedModel(card, SimRunner(settings, vocab_size, duration_s), pool)
+    return LoadedModel(card, SimRunner(settings, token_ids, duration_s), pool)
+
+
+def _tokens(settings: SimSettings) -> tuple[dict[str, bytes], int, range]:
+    """The frontend's files, the vocabulary's size, and the token ids that are drawn."""
+    if settings.assets:
+        folder = Path(settings.assets)
+        assets = assets_from(folder)
+        vocab_size = settings.vocab_size or _vocab_size(folder)
+        return assets, vocab_size, range(vocab_size)
+    if settings.vocab_size is None:
+        return byte_tokenizer.assets(), byte_tokenizer.VOCAB_SIZE, byte_tokenizer.PRINTABLE
+    return {}, settings.vocab_size, range(settings.vocab_size)
 
 
 class _ModelConfig(msgspec.Struct):
     vocab_size: int
 
 
-def _vocab_size(folder: Path | None) -> int:
-    path = folder / "config.json" if folder else None
-    if path is None or not path.exists():
-        return DEFAULT_VOCAB_SIZE
+def _vocab_size(folder: Path) -> int:
+    path = folder / "config.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=_ModelConfig).vocab_size
     except (OSError, msgspec.MsgspecError) as error:

@@ -25,7 +25,7 @@ def row(seed: int = 1, position: int = 0, **sampling: object) -> Row:
 
 
 def drawn(settings: SimSettings, *rows: Row) -> list[int]:
-    samples = SimRunner(settings, settings.vocab_size or 0).run(list(rows))
+    samples = SimRunner(settings, range(settings.vocab_size or 0)).run(list(rows))
     return [sample.token_id for sample in samples if sample is not None]
 
 
@@ -52,7 +52,7 @@ def test_eos_comes_at_its_rate_and_not_before_min_tokens():
 
 
 def test_logprobs_are_those_of_the_draw():
-    [sample] = SimRunner(ZERO, 1000).run([row(logprobs=3)])
+    [sample] = SimRunner(ZERO, range(1000)).run([row(logprobs=3)])
     assert sample is not None
     assert sample.logprob is not None
     assert sample.logprob.logprob == pytest.approx(math.log(1 / 1000))
@@ -63,7 +63,7 @@ def test_logprobs_are_those_of_the_draw():
 def test_rows_without_a_sample_have_none():
     prefill = row()
     prefill.sample = False
-    assert SimRunner(ZERO, 1000).run([prefill]) == [None]
+    assert SimRunner(ZERO, range(1000)).run([prefill]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ async def test_an_unknown_cost_model_is_refused():
 
 async def test_steps_take_the_models_time_on_a_virtual_clock():
     clock = VirtualClock()
-    async with running(sim_engine(SimSettings(), clock=clock), clock) as log:
+    async with running(sim_engine(SimSettings(vocab_size=1000), clock=clock), clock) as log:
         log.engine.submit(attempt("a", length=1000))
         await clock.advance(10)
     costs = cost_model("qwen3-32b/h200/tp2")
@@ -123,7 +123,7 @@ async def test_the_same_work_is_the_same_on_both_clocks():
 
 async def test_a_real_step_takes_its_time():
     clock = MonotonicClock()
-    settings = SimSettings(speedup=2.0)
+    settings = SimSettings(vocab_size=1000, speedup=2.0)
     async with running(sim_engine(settings), clock) as log:
         log.engine.submit(attempt("a"))
         async with asyncio.timeout(5):
