@@ -116,7 +116,13 @@ def run_worker(options: WorkerOptions) -> None:
 
     async def main(stop: asyncio.Event) -> None:
         discovery = _discovery(options)
-        await Worker(engine, discovery, settings, link_settings).run(stop)
+        worker = Worker(engine, discovery, settings, link_settings)
+        async with contextlib.AsyncExitStack() as around:
+            if options.system_port is not None:
+                from penstock.probes import probes
+
+                await around.enter_async_context(probes(options.host, options.system_port, worker.health))
+            await worker.run(stop)
         await discovery.close()
 
     run(main)

@@ -15,6 +15,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -102,6 +103,17 @@ class Worker:
         finally:
             await lease.close()
             await self._server.close(reason)
+
+    def health(self) -> dict[str, Any]:
+        """For /health: `status` is starting, healthy or draining."""
+        ready = "healthy" if self._card is not None else "starting"
+        return {
+            "status": "draining" if self._draining else ready,
+            "instance_id": self._settings.instance_id,
+            "role": self._settings.role,
+            "attempts": len(self._owners),
+            "frontends": len(self._server.peers),
+        }
 
     async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:
         pump = asyncio.create_task(self._pump(), name="engine steps")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.probes import probes
+
+
+async def test_health_follows_the_worker() -> None:
+    body: dict[str, Any] = {"status": "starting"}
+    async with probes("127.0.0.1", 0, lambda: body) as port, httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}"
+        assert (await client.get(f"{url}/live")).status_code == 200
+        assert (await client.get(f"{url}/health")).status_code == 503
+        body["status"] = "healthy"
+        answer = await client.get(f"{url}/health")
+        assert answer.status_code == 200
+        assert json.loads(answer.text) == body
+        assert (await client.get(f"{url}/other")).status_code == 404
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port)):
+        pass
+
+
+async def test_a_taken_port_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--system-port: cannot listen on 127.0.0.1:{port}"):
+            async with probes("127.0.0.1", port, dict):
+                pass
