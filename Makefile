@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 GRAPH ?= deploy/local.yaml
 ARGS ?=
 
-.PHONY: help serve test lint format check bench test-nixl test-transformers clean
+.PHONY: help serve test lint format check test-nixl test-transformers soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,16 @@ serve: $(VENV)/.serve ## frontend + 2 prefill + 2 decode workers on http://local
 test: $(VENV)/.dev ## all tests
 	$(BIN)/pytest $(ARGS)
 
+# NIXL's packages declare torch and CUDA builds that moving memory needs nothing of: --no-deps.
+test-nixl: $(VENV)/.dev ## KV transfer over NIXL (installs it: 330 MB)
+	$(PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu13==1.5.1
+	$(BIN)/pytest tests/transfer/with_nixl.py $(ARGS)
+
+# torch's CPU build where pip finds one; elsewhere point pip at it (PIP_INDEX_URL or PIP_FIND_LINKS).
+test-transformers: $(VENV)/.dev ## the reference engine against transformers, live (installs torch)
+	$(PIP) install --quiet torch==2.13.0 transformers safetensors
+	$(BIN)/pytest tests/engines/reference/live/parity.py $(ARGS)
+
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +51,9 @@ format: $(VENV)/.dev ## let ruff put it in order
 	$(BIN)/ruff format .
 
 check: lint test ## what CI runs
+
+soak: $(VENV)/.serve ## 64 clients for 5 minutes: no error, no leak
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
