@@ -125,7 +125,7 @@ class Rates(msgspec.Struct, array_like=True, frozen=True):
     step_ms: float = 1.0
     prefill_token_ms: float = 0.1
     decode_request_ms: float = 0.1
-    transfer_ms: float = 5.0
+    transfer_ms: float = 2.0
     transfer_block_ms: float = 0.05
 
 

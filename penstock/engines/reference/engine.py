@@ -9,6 +9,7 @@ import msgspec
 
 from penstock import __version__
 from penstock.engines.assets import assets_from
+from penstock.engines.batch import Row, Sequence
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.reference.config import ModelConfig, read_config
 from penstock.engines.reference.kv import KvPool, block_bytes
@@ -20,11 +21,13 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
 from penstock.ports import KvTransfer
-from penstock.structs import EngineCard
+from penstock.structs import EngineCard, Sampling
 
 log = logging.getLogger("penstock.engine")
 
 MAX_BLOCK_SIZE = 1024
+
+WARM_UP_TOKENS = 16
 
 
 class ReferenceSettings(msgspec.Struct, frozen=True):
@@ -87,8 +90,19 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         sampling_defaults=config.sampling_defaults,
         assets=assets,
     )
-    model = Model(config, weights, pool, max_model_len)
-    return LoadedModel(card, ReferenceRunner(model, config.eos_token_ids), pool.raw())
+    runner = ReferenceRunner(Model(config, weights, pool, max_model_len), config.eos_token_ids)
+    _warm_up(runner, pool, settings.block_size)
+    return LoadedModel(card, runner, pool.raw())
+
+
+def _warm_up(runner: ReferenceRunner, pool: KvPool, block_size: int) -> None:
+    """Compute something once, so that the first request does not pay for lazy imports, BLAS buffers and
+    the first touch of every weight."""
+    token_ids = [0] * min(block_size, WARM_UP_TOKENS)
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    sequence = Sequence("warm-up", token_ids, len(token_ids), sampling, block_ids=[0])
+    runner.run([Row(sequence, 0, len(token_ids), True)])
+    pool.clear([0])
 
 
 def _max_model_len(settings: ReferenceSettings, config: ModelConfig, total_blocks: int) -> int:
