@@ -1,0 +1,139 @@
+"""Index, load book and overlap check behind one door."""
+
+from __future__ import annotations
+
+import random
+
+from penstock.core.hashing import root_hash, sequence_hashes
+from penstock.core.overlap_check import MIN_OBSERVATIONS, Cause
+from penstock.core.placement import Placed, Placement, explain
+from penstock.core.policy import Decision
+from penstock.structs import Attempt, Card, Handoff, Load, Request, Role, Sampling
+
+TOKENS = list(range(160))
+HASHES = sequence_hashes(TOKENS, 16, root_hash("m"))
+
+
+def card(instance_id: str, role: Role = Role.DECODE, block_size: int = 16) -> Card:
+    return Card(instance_id, 1, role, "m", "e", block_size, 1000, 4096, 1000)
+
+
+def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placement:
+    it = Placement(policy, disagg, random.Random(0))
+    for each in cards:
+        it.up(each, [], Load(total_blocks=1000))
+    return it
+
+
+def placed(request_id: str = "r", salt: str = "") -> Placed:
+    return Placed(Request(request_id, "m", TOKENS, Sampling(max_tokens=10), cache_salt=salt))
+
+
+def attempt(handoff: Handoff | None = None) -> Attempt:
+    return Attempt("r.1", "r", TOKENS, len(TOKENS), Sampling(max_tokens=10), handoff=handoff)
+
+
+def choose(it: Placement, request: Placed, *cards: Card, handed: bool = False) -> Decision:
+    decision = it.choose(request, TOKENS, list(cards), handed)
+    assert decision is not None
+    return decision
+
+
+def test_goes_where_the_blocks_are() -> None:
+    cards = [card("d0"), card("d1"), card("d2")]
+    it = placement(*cards)
+    it.cache_changed("d1", HASHES, [], False)
+    assert choose(it, placed(), *cards).decode == "d1"
+    it.cache_changed("d1", [], HASHES[:1], False)  # without its first block the rest is of no use
+    it.cache_changed("d2", HASHES[:3], [], False)
+    assert choose(it, placed(), *cards).decode == "d2"
+
+
+def test_a_cache_salt_keeps_prompts_apart() -> None:
+    cards = [card("d0"), card("d1")]
+    it = placement(*cards)
+    it.cache_changed("d1", HASHES, [], False)
+    assert {scored.overlap_blocks for scored in choose(it, placed(salt="s"), *cards).scores} == {0}
+
+
+def test_block_sizes_may_differ_between_instances() -> None:
+    cards = [card("d0"), card("d1", block_size=32)]
+    it = placement(*cards)
+    it.cache_changed("d1", sequence_hashes(TOKENS, 32, root_hash("m")), [], False)
+    decision = choose(it, placed(), *cards)
+    assert decision.decode == "d1"
+    assert {scored.instance_id: scored.overlap_blocks for scored in decision.scores} == {"d0": 0, "d1": 5}
+
+
+def test_an_instance_that_went_down_is_forgotten() -> None:
+    cards = [card("d0"), card("d1")]
+    it = placement(*cards)
+    it.cache_changed("d1", HASHES, [], False)
+    it.down("d1")
+    it.up(cards[1], [], Load(total_blocks=1000))
+    assert {scored.overlap_blocks for scored in choose(it, placed(), *cards).scores} == {0}
+
+
+def test_what_was_sent_counts_until_the_worker_has_seen_it() -> None:
+    cards = [card("d0"), card("d1")]
+    it = placement(*cards)
+    first = placed("r0")
+    instance = choose(it, first, *cards).decode
+    it.sent(first, instance, 1, attempt())
+    assert choose(it, placed("r1"), *cards).decode != instance
+    assert it.load(instance).waiting == 0  # what it reported itself stays apart
+
+
+def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
+    cards = [card("p0", Role.PREFILL), card("d0"), card("d1")]
+    it = placement(*cards, disagg="always")
+    first = placed("r0")
+    booked = choose(it, first, *cards)
+    assert booked.prefill == "p0"
+    assert choose(it, placed("r1"), *cards).decode != booked.decode
+    it.ended(first)
+    loads = {scored.instance_id: scored.decode_ms for scored in choose(it, placed("r2"), *cards).scores}
+    assert loads[booked.decode] < max(loads.values())
+
+
+def test_lasting_differences_lose_the_trust_and_agreement_wins_it_back() -> None:
+    only = card("d0")
+    it = placement(only)
+    verdicts = []
+    for number in range(200):
+        request = placed(f"r{number}")
+        choose(it, request, only)
+        it.sent(request, "d0", number + 1, attempt())
+        found = it.cached(request, "d0", 128)  # the engine had it cached; no event ever said so
+        assert found is not None
+        verdicts.append(found[1])
+    (verdict,) = (verdict for verdict in verdicts if verdict is not None)
+    assert verdict.cause is Cause.EVENTS_OFF
+    assert verdicts.index(verdict) == MIN_OBSERVATIONS - 1
+
+
+def test_pulled_blocks_are_not_held_against_the_index() -> None:
+    only = card("d0")
+    it = placement(only)
+    request = placed()
+    choose(it, request, only)
+    it.sent(request, "d0", 1, attempt(Handoff("h", "p0", 1, 160, 16, 0, "l", 30, "tcp", "a:1")))
+    assert it.cached(request, "d0", 160) is None
+
+
+def test_an_answer_is_compared_once_and_only_from_where_it_runs() -> None:
+    cards = [card("d0"), card("d1")]
+    it = placement(*cards)
+    request = placed()
+    choose(it, request, *cards)
+    it.sent(request, "d0", 1, attempt())
+    assert it.cached(request, "d1", 0) is None
+    assert it.cached(request, "d0", 0) == (0, None)
+    assert it.cached(request, "d0", 0) is None
+
+
+def test_the_log_line_has_every_candidate_and_the_reason() -> None:
+    cards = [card("p0", Role.PREFILL), card("d0"), card("d1")]
+    line = explain("r", choose(placement(*cards), placed(), *cards), {"d9"})
+    for part in ("routing decision", "[d0 ", "[d1 ", "overlap=", "queue_ms=", "transfer_ms=", "avoided=d9"):
+        assert part in line

@@ -1,0 +1,66 @@
+"""Options to running processes: what is chosen, and what refuses to start with one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from penstock.config import FrontendOptions, WorkerOptions
+from penstock.errors import ConfigError
+from penstock.process import _transfer, run_frontend, run_worker
+from penstock.structs import Role
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def worker(**options: object) -> WorkerOptions:
+    return msgspec.convert({"model": "models/tiny", **options}, WorkerOptions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "vllm"}, "--engine: vllm"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
+        ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
+        ({"discovery": "etcd://127.0.0.1:2379"}, "--discovery: etcd"),
+        ({"max_batch_tokens": 4}, "max_batch_tokens"),
+        ({"block_size": 5000}, "block_size"),
+        ({"link_tls_cert": "/no.pem", "link_tls_key": "/no.key"}, "/no.pem"),
+    ],
+)
+def test_a_worker_refuses_what_it_cannot_do(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_worker(worker(**options))
+
+
+def test_a_frontend_refuses_a_taken_port_and_unknown_discovery() -> None:
+    with pytest.raises(ConfigError, match="--discovery: kubernetes"):
+        run_frontend(FrontendOptions(http_port=0, discovery="kubernetes:"))
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.7"):
+        run_frontend(FrontendOptions(http_host="203.0.113.7", http_port=0))
+
+
+def test_the_transfer_is_what_was_asked_for_and_what_is_there(tmp_path: Path) -> None:
+    def name(**options: object) -> str | None:
+        transfer = _transfer(worker(**options), "w", 1)
+        return transfer and transfer.name
+
+    has_nixl = importlib.util.find_spec("nixl") is not None
+    assert name(role=Role.AGGREGATED) is None
+    assert name(role=Role.DECODE, transfer="tcp") == "tcp"
+    assert name(role=Role.PREFILL, transfer="nixl") == "nixl"
+    assert name(role=Role.PREFILL) == ("nixl" if has_nixl else "tcp")
+    assert name(role=Role.PREFILL, engine="sim") == "tcp"
