@@ -319,8 +319,10 @@ class Router:
 
     async def _fetch(self, link: _Link, card: Card) -> bool:
         try:
-            for sha256 in self._catalog.wanted(card):
-                self._catalog.put(sha256, await link.client.asset(sha256))
+            while wanted := self._catalog.wanted(
+                card
+            ):  # again: another model may have dropped one meanwhile
+                self._catalog.put(wanted[0], await link.client.asset(wanted[0]))
         except RemoteError as error:
             log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
             return False

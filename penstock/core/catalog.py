@@ -18,6 +18,7 @@ class Catalog:
     def __init__(self) -> None:
         self._assets: dict[str, bytes] = {}
         self._views: dict[str, ModelView] = {}
+        self._published: dict[str, set[str]] = {}  # the sha256 of each view's assets
 
     def view(self, name: str) -> ModelView | None:
         """The model's view, also while nobody serves it; None when it was never seen."""
@@ -40,7 +41,7 @@ class Catalog:
 
     def publish(self, card: Card) -> None:
         """Make the card's model available, in place of what was there under its name. All its assets
-        must have been put. Contents that no model uses any more are dropped."""
+        must be here (`wanted` is empty). What only the replaced view used is dropped."""
         self._views[card.model] = ModelView(
             name=card.model,
             max_model_len=card.max_model_len,
@@ -50,8 +51,10 @@ class Catalog:
             assets={name: self._assets[sha256] for name, sha256 in card.assets.items()},
             fingerprint=fingerprint(card),
         )
-        used = {id(content) for view in self._views.values() for content in view.assets.values()}
-        self._assets = {key: content for key, content in self._assets.items() if id(content) in used}
+        replaced = self._published.get(card.model, set())
+        self._published[card.model] = set(card.assets.values())
+        for sha256 in replaced.difference(*self._published.values()):
+            del self._assets[sha256]
 
 
 def fingerprint(card: Card) -> str:

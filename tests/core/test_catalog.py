@@ -55,6 +55,14 @@ def test_files_that_no_model_uses_are_dropped() -> None:
     assert catalog.wanted(card("b", tokenizer=b"old")) != []
 
 
+def test_files_on_their_way_to_another_model_stay() -> None:
+    catalog = Catalog()
+    put(catalog, tokenizer=b"half of m2")
+    put(catalog, tokenizer=b"t")
+    catalog.publish(card("a", tokenizer=b"t"))
+    assert catalog.wanted(card("b", "m2", tokenizer=b"half of m2")) == []
+
+
 def test_a_fingerprint_names_all_that_rendering_and_checking_depend_on() -> None:
     base = card(tokenizer=b"t")
     other_limit = card(tokenizer=b"t")
