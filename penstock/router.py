@@ -22,7 +22,7 @@ from penstock.core.catalog import Catalog
 from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
 from penstock.core.membership import Connect, Disconnect, Membership
 from penstock.core.placement import Placed, Placement, explain
-from penstock.errors import PenstockError, RemoteError, RequestRejected
+from penstock.errors import ConfigError, PenstockError, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import RouterMetrics
@@ -211,10 +211,18 @@ class Router:
         for effect in effects:
             match effect:
                 case Connect(registration):
-                    self._links[registration.instance_id] = _Link(self, registration, self._tasks)
+                    self._connect(registration)
                 case Disconnect(instance_id):
-                    self._links.pop(instance_id).close()
+                    link = self._links.pop(instance_id, None)
+                    if link is not None:
+                        link.close()
                     self._metrics.instance_gone(instance_id)
+
+    def _connect(self, registration: Registration) -> None:
+        try:
+            self._links[registration.instance_id] = _Link(self, registration, self._tasks)
+        except ConfigError as error:  # what somebody else registered must not end this process
+            log.error("instance %s cannot be connected: %s", registration.instance_id, error)
 
     # --- requests ---------------------------------------------------------------------------------
 

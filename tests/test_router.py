@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from penstock.core.lifecycle import Deadlines
+from penstock.discovery.file import FileDiscovery
 from penstock.errors import RequestRejected
 from penstock.router import RouterSettings
-from penstock.structs import FinishReason, Role
+from penstock.structs import FinishReason, Registration, Role
 from tests.cluster import MODEL, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -152,6 +153,17 @@ async def test_models_and_health(tmp_path: Path) -> None:
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
         assert known.value.status == 503
+
+
+async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
+        lease = await FileDiscovery(tmp_path).register(Registration("odd", 1, DECODE, MODEL, "no address"))
+        async with asyncio.timeout(10):
+            while "odd" not in {view.instance_id for view in it.router.instances()}:
+                await asyncio.sleep(0.02)
+        assert len(await it.complete(PROMPT)) == 8
+        await lease.close()
+        await it.wait_ready("a0")
 
 
 async def test_restarted_instance_replaces_its_old_self(tmp_path: Path) -> None:
