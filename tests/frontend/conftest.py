@@ -10,6 +10,7 @@ from functools import partial
 import httpx
 import openai
 import pytest
+import uvloop
 from tokenizers import (
     AddedToken,
     Regex,
@@ -334,3 +335,9 @@ def _saying(byte_level):
 async def served(serve_script):
     async with serve_script("Hello, 你好 😀!") as running:
         yield running
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that frontends run on."""
+    return {"uvloop": uvloop.new_event_loop}

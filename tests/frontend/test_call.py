@@ -1,0 +1,180 @@
+"""A call's endings, one by one, without a server."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.answer import Answer
+from penstock.frontend.call import Call
+from penstock.observability import Metrics
+from penstock.structs import Delta, FinishReason, Request, Sampling
+
+LOST = RequestRejected(503, "lost", code="no_worker")
+
+
+class Echo:
+    """Says `x` for every token."""
+
+    def push(self, token_ids):
+        return "x" * len(token_ids)
+
+    def flush(self):
+        return ""
+
+
+@dataclass
+class Submitted:
+    on_delta: Callable[[Delta], None]
+    on_error: Callable[[PenstockError], None]
+    cancelled: int = 0
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+@dataclass
+class Router:
+    tickets: list[Submitted] = field(default_factory=list)
+    refuse_from: int = 99
+
+    def submit(self, request, on_delta, on_error):
+        if len(self.tickets) >= self.refuse_from:
+            raise LOST
+        self.tickets.append(Submitted(on_delta, on_error))
+        return self.tickets[-1]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture
+def begin(metrics):
+    def start(choices=1, *, streaming=True, max_unsent_chars=100, on_overflow=lambda: None, router=None):
+        router = router or Router()
+        clock = Clock()
+        call = Call(
+            [Answer(index, Echo()) for index in range(choices)],
+            metrics=metrics.frontend.of("m"),
+            streaming=streaming,
+            max_unsent_chars=max_unsent_chars,
+            on_overflow=on_overflow,
+            now=clock,
+        )
+        requests = [Request(str(index), "m", [1], Sampling(max_tokens=9)) for index in range(choices)]
+        call.start(router, requests)
+        return call, router.tickets, clock
+
+    return start
+
+
+def queued(metrics):
+    return 'penstock_queued_requests{model="m"} 1.0' in metrics.render().decode()
+
+
+async def test_one_wake_up_for_all_choices_of_a_step(begin):
+    call, tickets, _ = begin(3)
+    waiting = asyncio.ensure_future(call.changed())
+    await asyncio.sleep(0)
+    for ticket in (tickets[0], tickets[2]):
+        ticket.on_delta(Delta([5]))
+    tickets[0].on_delta(Delta([6]))
+    changed = await waiting
+    assert [answer.index for answer in changed] == [0, 2]
+    assert changed[0].take()[0] == "xx"
+
+
+async def test_what_came_before_the_wait_is_not_waited_for(begin):
+    call, tickets, _ = begin()
+    tickets[0].on_delta(Delta([5]))
+    assert len(await call.changed()) == 1
+    tickets[0].on_delta(Delta([5], finish_reason=FinishReason.STOP))
+    assert len(await call.changed()) == 1
+    assert call.ended
+    assert await call.changed() == []
+
+
+async def test_a_whole_answer_wakes_once(begin):
+    call, tickets, _ = begin(2, streaming=False)
+    waiting = asyncio.ensure_future(call.changed())
+    for ticket in tickets:
+        ticket.on_delta(Delta([5, 6]))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        ticket.on_delta(Delta([], finish_reason=FinishReason.LENGTH))
+    assert len(await waiting) == 2
+    assert [ticket.cancelled for ticket in tickets] == [0, 0]
+
+
+async def test_a_failure_ends_it_once_and_cancels_the_rest(begin, metrics):
+    call, tickets, _ = begin(2)
+    assert queued(metrics)
+    tickets[0].on_error(LOST)
+    tickets[1].on_error(RequestRejected(500, "second"))
+    assert call.error is LOST
+    assert tickets[1].cancelled == 1
+    assert not queued(metrics)
+    tickets[1].on_delta(Delta([5]))  # too late
+    assert call.answers[1].output_tokens == 0
+
+
+async def test_a_client_that_hangs_up_after_the_end_is_not_gone(begin):
+    call, tickets, _ = begin()
+    tickets[0].on_delta(Delta([5], finish_reason=FinishReason.STOP))
+    call.hang_up()
+    call.fail(LOST)
+    assert not call.gone
+    assert call.error is None
+
+
+async def test_a_client_that_hangs_up_leaves_nothing_running(begin, metrics):
+    call, tickets, _ = begin(2)
+    tickets[0].on_delta(Delta([5], finish_reason=FinishReason.STOP))
+    call.hang_up()
+    assert call.gone
+    assert [ticket.cancelled for ticket in tickets] == [0, 1]
+    call.close()
+    assert [ticket.cancelled for ticket in tickets] == [0, 1]
+    assert not queued(metrics)
+
+
+async def test_a_choice_that_is_refused_leaves_the_others_to_close(begin, metrics):
+    router = Router(refuse_from=1)
+    with pytest.raises(RequestRejected):
+        begin(2, router=router)
+    assert len(router.tickets) == 1
+
+
+async def test_too_much_unread_is_said_while_the_answer_goes_on(begin):
+    overflows = []
+    call, tickets, _ = begin(max_unsent_chars=3, on_overflow=lambda: overflows.append(True))
+    tickets[0].on_delta(Delta([1, 2, 3]))
+    assert overflows == []
+    tickets[0].on_delta(Delta([4]))
+    assert overflows == [True]
+    call.answers[0].take()
+    tickets[0].on_delta(Delta([5]))
+    assert overflows == [True]
+
+
+async def test_latencies_are_counted_per_token(begin, metrics):
+    call, tickets, clock = begin()
+    for now, tokens in ((1.0, 1), (1.5, 1), (3.5, 4), (9.0, 0)):
+        clock.now = now
+        tickets[0].on_delta(Delta(list(range(tokens))))
+    assert call.first_token_at == 1.0
+    series = metrics.frontend.of("m").inter_token_latency
+    assert sum(series.counts) == 5
+    assert series.total == pytest.approx(0.5 + 4 * 0.5)
+    assert not queued(metrics)

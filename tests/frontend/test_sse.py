@@ -1,0 +1,90 @@
+"""Chunks, byte by byte."""
+
+import json
+
+from penstock.errors import RequestRejected
+from penstock.frontend.answer import Answer
+from penstock.frontend.responses import Envelope, Usage
+from penstock.frontend.sse import ChunkFormat, error_event
+from penstock.structs import Delta, FinishReason
+
+ENVELOPE = Envelope("id-1", "chunk", 123, 'a "model"', "fp_x")
+SHARED = {
+    "id": "id-1",
+    "object": "chunk",
+    "created": 123,
+    "model": 'a "model"',
+    "system_fingerprint": "fp_x",
+}
+
+
+class Says:
+    """A detokenizer that has a text prepared for each token."""
+
+    def __init__(self, texts):
+        self._texts = texts
+
+    def push(self, token_ids):
+        return "".join(self._texts[token_id] for token_id in token_ids)
+
+    def flush(self):
+        return ""
+
+
+def chunks_of(chat, *, include_usage=False, texts=('He said "hi"\n\u2028', "", "é😀\x00")):
+    chunks = ChunkFormat(ENVELOPE, chat=chat, choices=2, include_usage=include_usage)
+    answer = Answer(1, Says(texts))
+    found = []
+    for token_id in range(len(texts)):
+        answer.feed(Delta([token_id]))
+        found.append(chunks.chunk(answer))
+    answer.feed(Delta([], finish_reason=FinishReason.STOP))
+    return [*found, chunks.chunk(answer)], chunks
+
+
+def parsed(event):
+    assert event.startswith(b"data: ")
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"\n") == 2
+    return json.loads(event[6:])
+
+
+def choice(**fields):
+    return {**SHARED, "choices": [{"index": 1, **fields}]}
+
+
+def test_chat_chunks():
+    (first, nothing, second, last), _ = chunks_of(chat=True)
+    plain = {"logprobs": None, "finish_reason": None}
+    assert parsed(first) == choice(delta={"role": "assistant", "content": 'He said "hi"\n\u2028'}, **plain)
+    assert nothing == b""
+    assert parsed(second) == choice(delta={"content": "é😀\x00"}, **plain)
+    assert parsed(last) == choice(delta={"content": ""}, logprobs=None, finish_reason="stop")
+
+
+def test_text_chunks():
+    (first, _, second, last), _ = chunks_of(chat=False)
+    assert parsed(first)["choices"][0]["text"] == 'He said "hi"\n\u2028'
+    assert parsed(second)["choices"][0] == {
+        "index": 1,
+        "text": "é😀\x00",
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    assert parsed(last)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_usage_is_null_until_its_own_chunk():
+    found, chunks = chunks_of(chat=True, include_usage=True)
+    assert all(parsed(event)["usage"] is None for event in found if event)
+    usage = parsed(chunks.usage(Usage(1, 2, 3, {"cached_tokens": 0})))
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 3
+    assert all("usage" not in parsed(event) for event in chunks_of(chat=True)[0] if event)
+
+
+def test_an_error_is_an_event():
+    event = parsed(error_event(RequestRejected(502, "no\nluck", code="attempts_failed")))
+    assert event == {
+        "error": {"message": "no\nluck", "type": "server_error", "param": None, "code": "attempts_failed"}
+    }
