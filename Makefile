@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GRAPH ?= deploy/local.yaml
 ARGS ?=
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock
 
-.PHONY: help serve test lint format check test-nixl test-transformers soak clean
+.PHONY: help serve test lint format check test-nixl test-transformers parity soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,12 +33,16 @@ test: $(VENV)/.dev ## all tests
 	$(BIN)/pytest $(ARGS)
 
 # NIXL's packages declare torch and CUDA builds that moving memory needs nothing of: --no-deps.
-test-nixl: $(VENV)/.dev ## KV transfer over NIXL (installs it: 330 MB)
+test-nixl: $(VENV)/.dev ## KV moved over NIXL, in parts and in a graph (installs it: 330 MB)
 	$(PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu13==1.5.1
-	$(BIN)/pytest tests/transfer/with_nixl.py $(ARGS)
+	$(BIN)/pytest tests/transfer/with_nixl.py tests/e2e/test_document.py tests/e2e/test_equality.py $(ARGS)
 
-# torch's CPU build where pip finds one; elsewhere point pip at it (PIP_INDEX_URL or PIP_FIND_LINKS).
-test-transformers: $(VENV)/.dev ## the reference engine against transformers, live (installs torch)
+# In an environment of its own, kept between runs: torch is large. pip must find torch's CPU build, or
+# it fetches gigabytes of CUDA.
+test-transformers: ## the reference engine against transformers, live (installs torch)
+	$(MAKE) VENV=$(CACHE)/transformers parity
+
+parity: $(VENV)/.dev
 	$(PIP) install --quiet torch==2.13.0 transformers safetensors
 	$(BIN)/pytest tests/engines/reference/live/parity.py $(ARGS)
 
