@@ -21,12 +21,14 @@ from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import ApiKeys
 from penstock.frontend.completer import Completer
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import CHAT, TEXT, Generation, Kind
+from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind
 from penstock.frontend.plan import Planner
 from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.observability import METRICS_CONTENT_TYPE, Metrics
+from penstock.ports import JsonObject
+from penstock.structs import InstanceView
 
 log = logging.getLogger("penstock.frontend")
 
@@ -43,7 +45,7 @@ class App:
         self._keys = ApiKeys(settings.api_keys)
         self._preprocessor = Preprocessor(settings)
         planner = Planner(self._preprocessor, settings, random.Random())
-        self._generation = Generation(completer, planner, settings, metrics.frontend)
+        self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)
         self._created = int(time.time())
         self._router = Router(
             [
@@ -114,7 +116,7 @@ class App:
             "status": status,
             "missing": [role.strip() for role in missing.split(",") if role.strip()],
             "draining": self._generation.draining,
-            "instances": self._completer.instances(),
+            "instances": [_instance_object(instance) for instance in self._completer.instances()],
         }
         await exchange.respond(200 if healthy else 503, msgspec.json.encode(answer))
 
@@ -131,6 +133,13 @@ class App:
 def create_app(router: Completer, settings: FrontendSettings, metrics: Metrics) -> App:
     """The frontend over a router. Must be called inside the event loop that will serve it."""
     return App(router, settings, metrics)
+
+
+def _instance_object(instance: InstanceView) -> JsonObject:
+    """The view with its load by names; on the link it is an array, to be short."""
+    rates = msgspec.structs.asdict(instance.load.rates)
+    load = {**msgspec.structs.asdict(instance.load), "rates": rates}
+    return {**msgspec.structs.asdict(instance), "load": load}
 
 
 class _Endpoint:

@@ -14,8 +14,34 @@ from penstock.observability import ModelMetrics
 from penstock.structs import Delta, Request
 
 
+Push = Callable[[Sequence[Answer]], bool]
+"""Writes what is new of these answers at once; False when the rest must wait for the client."""
+
+
+class Turn:
+    """Calls back once, when all that has arrived in this turn of the event loop is dealt with: the tokens
+    of several steps that were read together are one write per stream, and one wake-up for all streams."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """`callback` must not raise."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._due.append(callback)
+
+    def _run(self) -> None:
+        due, self._due = self._due, []
+        for callback in due:
+            callback()
+
+
 class Call:
     """Submits the requests of a call's answers, and wakes whoever writes the response.
+
+    As long as a stream's reader keeps up, its chunks are written without waking its task (`push_with`):
+    resuming a task through all its coroutines costs more than all else that is done for a token.
 
     Ends in one of three ways: every answer has its finish_reason, or `error` is set, or `gone` is set
     (nobody reads any more). In the latter two, what still runs has been cancelled.
@@ -29,9 +55,11 @@ class Call:
         streaming: bool,
         max_unsent_chars: int,
         on_overflow: Callable[[], None],
+        turn: Turn,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`on_overflow` is called when a stream's reader leaves more than `max_unsent_chars` unread."""
+        """`on_overflow` is called when a stream's reader leaves more than `max_unsent_chars` of an answer
+        unread. The call has ended then, and the connection must be dropped."""
         self.answers = answers
         self.error: PenstockError | None = None
         self.gone = False
@@ -42,6 +70,9 @@ class Call:
         self._max_unsent_chars = max_unsent_chars
         self._on_overflow = on_overflow
         self._now = now
+        self._at_end_of_turn = turn.at_end
+        self._push: Push | None = None
+        self._push_due = False
         self._tickets: dict[int, Ticket] = {}
         self._open = len(answers)
         self._queued = False
@@ -53,20 +84,28 @@ class Call:
         return self._open == 0 or self.gone or self.error is not None
 
     def start(self, completer: Completer, requests: Sequence[Request]) -> None:
-        """Submit one request per answer. Raises RequestRejected when one of them is not even queued."""
+        """Submit one request per answer. Raises RequestRejected when one of them is not even queued;
+        `close` cancels those before it."""
         self._metrics.queued.inc()
         self._queued = True
         for answer, request in zip(self.answers, requests, strict=True):
+            if self.ended:
+                return
             ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
             self._tickets[answer.index] = ticket
             if self.ended or answer.finish_reason is not None:  # it came before the ticket did
                 ticket.cancel()
 
-    async def changed(self) -> list[Answer]:
-        """Wait for news: the answers that have something new, or none when the call has ended.
+    def push_with(self, push: Push) -> None:
+        """From now on give `push` what is new while somebody waits in `changed`, which then returns only
+        for what `push` left and for the end."""
+        self._push = push
 
-        A call that does not stream has news when it ends."""
-        if not (self._changed if self._streaming else self.ended) and not self.ended:
+    async def changed(self) -> list[Answer]:
+        """The answers that have something new: at once, when some have, or after the next step of any,
+        or at the call's end. A call that does not stream has news at its end only."""
+        news = self._changed if self._streaming else None
+        if not news and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         changed = list(self._changed)
@@ -109,9 +148,26 @@ class Call:
             if delta.finish_reason is None and ticket is not None:
                 ticket.cancel()  # a stop string, which only we know of
         elif self._streaming and answer.unsent_chars > self._max_unsent_chars:
+            self.hang_up()
             self._on_overflow()
-        if self._streaming or self._open == 0:
+        if self._open == 0 or (self._streaming and self._push is None):
             self._wake()
+        elif self._streaming and not self._push_due:
+            self._push_due = True
+            self._at_end_of_turn(self._push_changed)
+
+    def _push_changed(self) -> None:
+        self._push_due = False
+        waiter = self._waiter
+        if waiter is None or waiter.done() or self._push is None or not self._changed:
+            return  # who waited is awake, and will look by itself
+        changed = list(self._changed)
+        self._changed.clear()
+        try:
+            if not self._push(changed):
+                self._wake()
+        except Exception as error:  # noqa: BLE001 a bug of ours, for the call's own task to end with
+            waiter.set_exception(error)
 
     def _observe(self, answer: Answer, tokens: int, now: float) -> None:
         if tokens == 0:

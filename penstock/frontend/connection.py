@@ -13,7 +13,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from penstock.errors import RequestRejected
-from penstock.frontend.exchange import ABORT_EXTENSION
+from penstock.frontend.exchange import ABORT_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
 
@@ -55,7 +55,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions = {ABORT_EXTENSION: self.transport.abort}
+        extensions = {ABORT_EXTENSION: self.transport.abort, WRITE_EXTENSION: self._write_chunk}
         cast(dict[str, Any], self.scope)["extensions"] = extensions
         if self._head_timer is None:
             self._await_head()
@@ -81,6 +81,13 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse("400 Bad Request", RequestRejected(400, msg, code="invalid_http"))
+
+    def _write_chunk(self, body: bytes) -> bool:
+        """What uvicorn's `send` does for a part of a body without a length, at a fraction of its cost."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def _refuse(self, status: str, error: RequestRejected) -> None:
         """Answer what is not even a request, and end the connection."""

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
+
+from penstock.ports import JsonObject
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE_MARK = "\u2581"
@@ -44,31 +46,29 @@ class Detokenizer(Protocol):
 class TokenTable:
     """What each token id stands for, in one model's vocabulary."""
 
-    def __init__(self, pieces: list[bytes], raw_pieces: list[bytes]) -> None:
-        self.pieces = pieces  # id -> bytes; empty for special tokens
-        self.raw_pieces = raw_pieces  # id -> bytes, special tokens by their names; for logprobs
-        self.texts = [_whole_text(piece) for piece in pieces]  # id -> text; None: part of a character
+    def __init__(self, pieces: dict[int, bytes], special: Iterable[int]) -> None:
+        """`pieces` by token id; the `special` ones have no text."""
+        self.raw_pieces = pieces  # special tokens by their names; for logprobs
+        self.pieces = {**pieces, **dict.fromkeys(special, b"")}
+        self.texts = {token_id: _whole_text(piece) for token_id, piece in self.pieces.items()}
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, spec: dict[str, Any], vocab_size: int) -> TokenTable | None:
+    def of(cls, tokenizer: Tokenizer, spec: JsonObject) -> TokenTable | None:
         """The table of a tokenizer, `spec` being its tokenizer.json; None when a token's bytes depend on
-        where it stands. Ids up to `vocab_size` that no token has stand for nothing."""
+        where it stands."""
         piece_of = _piece_function(spec.get("decoder"))
         if piece_of is None:
             return None
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        pieces = [b""] * max(vocab_size, max(vocabulary.values(), default=-1) + 1)
-        for token, token_id in vocabulary.items():
-            pieces[token_id] = piece_of(token)
-        raw_pieces = pieces.copy()
-        for token_id, added in tokenizer.get_added_tokens_decoder().items():
-            if added.special:
-                pieces[token_id] = b""
-        return cls(pieces, raw_pieces)
+        added = tokenizer.get_added_tokens_decoder()
+        return cls(
+            {token_id: piece_of(token) for token, token_id in vocabulary.items()},
+            [token_id for token_id, token in added.items() if token.special],
+        )
 
 
 class TableDetokenizer:
-    """The fast way: by table."""
+    """The fast way: by table. Ids that no token has (padding of the vocabulary) stand for nothing."""
 
     __slots__ = ("_pending", "_pieces", "_texts")
 
@@ -79,11 +79,11 @@ class TableDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         if not self._pending and len(token_ids) == 1:
-            text = self._texts[token_ids[0]]
-            if text is not None:
+            text = self._texts.get(token_ids[0], "")
+            if text is not None:  # else part of a character
                 return text
-        pieces = self._pieces
-        coming = self._pending + b"".join([pieces[token_id] for token_id in token_ids])
+        piece_of = self._pieces.get
+        coming = self._pending + b"".join([piece_of(token_id, b"") for token_id in token_ids])
         text, used = codecs.utf_8_decode(coming, "replace", False)
         self._pending = coming[used:]
         return text
@@ -136,7 +136,7 @@ def _whole_text(piece: bytes) -> str | None:
 # --- the families ---------------------------------------------------------------------------------
 
 
-def _piece_function(decoder: Any) -> Any:
+def _piece_function(decoder: Any) -> Callable[[str], bytes] | None:
     """The function from a token's name to its bytes, or None, by tokenizer.json's `decoder`."""
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
     kinds = [step["type"] for step in steps]

@@ -1,6 +1,6 @@
 """One HTTP request and its response, over ASGI: bodies within limits, writes that cannot hang.
 
-Raw ASGI instead of a framework's response classes, because a streamed token should cost one `send`.
+Raw ASGI instead of a framework's response classes, because a streamed token should cost one write.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -19,7 +19,11 @@ from penstock.frontend.responses import error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
-"""ASGI extension (frontend/server.py): a function that drops the connection with all it has unsent."""
+"""ASGI extension (frontend/connection.py): a function that drops the connection with all it has unsent."""
+
+WRITE_EXTENSION = "penstock.write"
+"""ASGI extension (frontend/connection.py): a function that writes a part of a streamed body at once, or
+returns False when the client is behind."""
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -35,11 +39,12 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
-        self.writing_since: float | None = None
+        self._writing_since: float | None = None
         self._scope = scope
         self._receive = receive
         self._send = send
         self._settings = settings
+        self._write_now: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
         self._stall_timer: asyncio.TimerHandle | None = None
         given = self.header(b"x-request-id") or b""
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
@@ -109,9 +114,13 @@ class Exchange:
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """Send a part of the body; waits while the client is behind."""
-        self.writing_since = time.monotonic()
+        self._writing_since = time.monotonic()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        self.writing_since = None
+        self._writing_since = None
+
+    def write_now(self, body: bytes) -> bool:
+        """Send a part of a begun stream without waiting. False: nothing is sent, use `write`."""
+        return self._write_now is not None and self._write_now(body)
 
     def abort(self) -> None:
         """Drop the connection at once; `disconnected` returns thereafter."""
@@ -132,7 +141,7 @@ class Exchange:
     def _check_stall(self) -> None:
         """Look again whenever a stall might have become too long: one timer, not one per write."""
         allowed_s = self._settings.client_stall_s
-        stalled_s = 0.0 if self.writing_since is None else time.monotonic() - self.writing_since
+        stalled_s = 0.0 if self._writing_since is None else time.monotonic() - self._writing_since
         if stalled_s >= allowed_s:
             self.abort()
             return

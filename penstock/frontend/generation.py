@@ -7,12 +7,13 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from penstock.errors import PenstockError, RequestRejected
-from penstock.frontend.call import Call
+from penstock.frontend.answer import Answer
+from penstock.frontend.call import Call, Turn
 from penstock.frontend.completer import Completer
 from penstock.frontend.exchange import CLIENT_GONE, Exchange
 from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
@@ -65,7 +66,7 @@ class Record:
     error: PenstockError | None = None
 
 
-class Generation:
+class GenerationEndpoint:
     """Serves both endpoints, and knows every call that is under way."""
 
     def __init__(
@@ -76,6 +77,7 @@ class Generation:
         self._settings = settings
         self._metrics = metrics
         self._calls: set[Call] = set()
+        self._turn = Turn()
         self._inflight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,6 +137,7 @@ class Generation:
                 streaming=bool(body.stream),
                 max_unsent_chars=self._settings.max_unsent_chars,
                 on_overflow=exchange.abort,
+                turn=self._turn,
             )
             created = int(time.time())
             name = kind.chunk_object if body.stream else kind.object
@@ -225,14 +228,26 @@ async def _stream(
         raise call.error
     if not call.gone:
         await exchange.begin_stream()
-    while not call.ended:
+    left = b""  # what `push` could not write
+
+    def push(changed: Sequence[Answer]) -> bool:
+        nonlocal left
         body = b"".join([chunks.chunk(answer) for answer in changed])
+        if not body or exchange.write_now(body):
+            return True
+        left = body
+        return False
+
+    call.push_with(push)
+    while not call.ended:
+        body = b"".join((left, *[chunks.chunk(answer) for answer in changed]))
+        left = b""
         if body:
             await exchange.write(body)
         changed = await call.changed()
     if call.gone:
         return
-    last = [chunks.chunk(answer) for answer in changed]
+    last = [left, *[chunks.chunk(answer) for answer in changed]]
     if call.error is not None:
         await exchange.write(b"".join(last))
         raise call.error

@@ -44,7 +44,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Generation(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """What both kinds of completion share. None and absence mean the model's or the API's default."""
 
     model: Annotated[str, Meta(min_length=1)]
@@ -134,7 +134,7 @@ class Message(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class ChatRequest(Generation, kw_only=True):
+class ChatRequest(GenerationRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -161,7 +161,7 @@ class ChatRequest(Generation, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Generation, kw_only=True):
+class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
@@ -279,7 +279,7 @@ def _rejected(message: str) -> RequestRejected:
 # --- what cannot be served ------------------------------------------------------------------------
 
 
-def _refuse(request: Generation) -> None:
+def _refuse(request: GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise RequestRejected(400, "`stream_options` needs `stream`.", field="stream_options")
     if request.response_format and request.response_format.get("type") != "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ class Planner:
             if isinstance(prompt, str):
                 special = body.add_special_tokens
                 prompt = await self._preprocessor.encode(text, prompt, add_special_tokens=special)
+                await asyncio.sleep(0)  # between prompts, others' tokens may go out
             else:
                 check_vocabulary("prompt", prompt, view.vocab_size)
             if not prompt:

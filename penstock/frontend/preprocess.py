@@ -47,7 +47,7 @@ class ModelText:
             raise _unusable(view, str(error)) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._table = TokenTable.of(self._tokenizer, json.loads(content), view.vocab_size)
+        self._table = TokenTable.of(self._tokenizer, json.loads(content))
         self._segmenter = Segmenter(self._tokenizer.get_added_tokens_decoder().values())
         self._cache = SegmentCache(cache_bytes)
         self._prefix, self._suffix = _affixes(self._tokenizer, config)
@@ -61,7 +61,7 @@ class ModelText:
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, special tokens by their names; for logprobs."""
         if self._table is not None:
-            return self._table.raw_pieces[token_id]
+            return self._table.raw_pieces.get(token_id, b"")
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
     async def encode(
@@ -100,9 +100,9 @@ class Preprocessor:
         self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
 
     async def text_of(self, view: ModelView) -> ModelText:
-        """The model's text side, loaded once for each fingerprint."""
+        """The model's text side, loaded once for each fingerprint (and unusable once for all)."""
         loading = self._texts.get(view.fingerprint)
-        if loading is None or (loading.done() and (loading.cancelled() or loading.exception())):
+        if loading is None:
             loop = asyncio.get_running_loop()
             loading = loop.run_in_executor(
                 self._executor, ModelText, view, self._settings.segment_cache_bytes

@@ -10,7 +10,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from penstock.errors import RequestRejected
-from penstock.frontend.openai import Generation
+from penstock.frontend.openai import GenerationRequest
 from penstock.structs import ModelView, Sampling
 
 _SEED_BITS = 63  # what every engine takes for a seed: a non-negative int64
@@ -19,7 +19,7 @@ _SEED_MASK = (1 << _SEED_BITS) - 1
 _T = TypeVar("_T")
 
 
-def sampling_of(request: Generation, model: ModelView, seed: int) -> Sampling:
+def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Sampling:
     """The request's sampling, the same for all its choices but for `seed` and `max_tokens`.
 
     What the client left out comes from the model's generation_config.json, then from OpenAI's defaults.
@@ -49,7 +49,11 @@ def sampling_of(request: Generation, model: ModelView, seed: int) -> Sampling:
 
 
 def with_room(
-    sampling: Sampling, request: Generation, model: ModelView, prompt_tokens: int, default_max_tokens: int
+    sampling: Sampling,
+    request: GenerationRequest,
+    model: ModelView,
+    prompt_tokens: int,
+    default_max_tokens: int,
 ) -> Sampling:
     """The sampling with `max_tokens` for a prompt of this length.
 
@@ -70,7 +74,7 @@ def with_room(
     return msgspec.structs.replace(sampling, max_tokens=max_tokens)
 
 
-def first_seed(request: Generation, rng: random.Random) -> int:
+def first_seed(request: GenerationRequest, rng: random.Random) -> int:
     """The seed of choice 0: the client's, or a random one, so that every attempt draws the same tokens."""
     return request.seed & _SEED_MASK if request.seed is not None else rng.getrandbits(_SEED_BITS)
 

@@ -12,7 +12,7 @@ from penstock.structs import Delta, FinishReason, TokenLogprob
 
 @pytest.fixture(scope="module")
 def answer_of(byte_level):
-    table = TokenTable.of(byte_level, json.loads(byte_level.to_str()), 0)
+    table = TokenTable.of(byte_level, json.loads(byte_level.to_str()))
     return lambda **options: Answer(0, TableDetokenizer(table), **options)
 
 

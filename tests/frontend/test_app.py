@@ -35,7 +35,9 @@ async def test_health_says_what_is_missing(served):
     body = response.json()
     assert (body["status"], body["missing"]) == ("healthy", [])
     assert body["instances"][0]["instance_id"] == "w-1"
-    assert body["instances"][0]["load"]  # an object or a list, as structs.Load is encoded
+    assert body["instances"][0]["role"] == "aggregated"
+    assert body["instances"][0]["load"]["running"] == 2
+    assert body["instances"][0]["load"]["rates"]["step_ms"] == 1.0
     served.completer.missing = "prefill, decode"
     response = await served.http.get("/health")
     assert response.status_code == 503

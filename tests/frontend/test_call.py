@@ -156,14 +156,15 @@ async def test_a_choice_that_is_refused_leaves_the_others_to_close(begin, metric
     assert len(router.tickets) == 1
 
 
-async def test_too_much_unread_is_said_while_the_answer_goes_on(begin):
+async def test_too_much_unread_ends_the_call(begin):
     overflows = []
     call, tickets, _ = begin(max_unsent_chars=3, on_overflow=lambda: overflows.append(True))
     tickets[0].on_delta(Delta([1, 2, 3]))
     assert overflows == []
     tickets[0].on_delta(Delta([4]))
     assert overflows == [True]
-    call.answers[0].take()
+    assert call.gone
+    assert tickets[0].cancelled == 1
     tickets[0].on_delta(Delta([5]))
     assert overflows == [True]
 

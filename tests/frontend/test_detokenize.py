@@ -16,8 +16,8 @@ TEXTS = st.text(
 CUTS = st.lists(st.integers(1, 4), min_size=1, max_size=8)
 
 
-def table_of(tokenizer, vocab_size=0):
-    return TokenTable.of(tokenizer, json.loads(tokenizer.to_str()), vocab_size)
+def table_of(tokenizer):
+    return TokenTable.of(tokenizer, json.loads(tokenizer.to_str()))
 
 
 def streamed(detokenizer, token_ids, cuts):
@@ -41,7 +41,7 @@ def test_byte_level_text_comes_back(byte_level, text, cuts):
 def test_any_byte_level_tokens_decode_as_a_whole(byte_level, data, cuts):
     size = byte_level.get_vocab_size()
     token_ids = data.draw(st.lists(st.integers(0, size + 5), max_size=30))
-    pieces = streamed(TableDetokenizer(table_of(byte_level, size + 6)), token_ids, cuts)
+    pieces = streamed(TableDetokenizer(table_of(byte_level)), token_ids, cuts)
     assert "".join(pieces) == byte_level.decode(token_ids, skip_special_tokens=True)
 
 
@@ -98,7 +98,7 @@ def test_special_tokens_have_no_text_but_a_name(byte_level):
 
 def test_ids_that_no_token_has_stand_for_nothing(byte_level):
     size = byte_level.get_vocab_size()
-    assert TableDetokenizer(table_of(byte_level, size + 10)).push([size + 9]) == ""
+    assert TableDetokenizer(table_of(byte_level)).push([size + 9]) == ""
 
 
 def test_byte_fallback_needs_no_library_call(sentencepiece):
@@ -111,7 +111,7 @@ def test_byte_fallback_needs_no_library_call(sentencepiece):
     "decoder", [None, {"type": "WordPiece"}, {"type": "Sequence", "decoders": [{"type": "Fuse"}]}]
 )
 def test_other_decoders_have_no_table(byte_level, decoder):
-    assert TokenTable.of(byte_level, {"decoder": decoder}, 0) is None
+    assert TokenTable.of(byte_level, {"decoder": decoder}) is None
 
 
 def test_a_window_of_special_tokens_does_not_grow(word_piece):
