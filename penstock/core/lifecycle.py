@@ -345,7 +345,8 @@ class Lifecycle:
     # --- time and the client --------------------------------------------------------------------
 
     def _set_deadline(self, deadline: float) -> None:
-        self.deadline = min(deadline, self._request_deadline)
+        last = self._request_deadline
+        self.deadline = deadline if deadline < last else last  # `min` costs twice that, for every token
 
     def _on_tick(self, event: Tick, now: float) -> list[Effect]:
         if now < self.deadline or self.phase is Phase.DONE:

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
-from penstock.frontend.call import Call
+from penstock.frontend.call import Call, Turn
 from penstock.observability import Metrics
 from penstock.structs import Delta, FinishReason, Request, Sampling
 
@@ -70,6 +70,7 @@ def begin(metrics):
             streaming=streaming,
             max_unsent_chars=max_unsent_chars,
             on_overflow=on_overflow,
+            turn=Turn(),
             now=clock,
         )
         requests = [Request(str(index), "m", [1], Sampling(max_tokens=9)) for index in range(choices)]
@@ -103,6 +104,58 @@ async def test_what_came_before_the_wait_is_not_waited_for(begin):
     assert len(await call.changed()) == 1
     assert call.ended
     assert await call.changed() == []
+
+
+async def test_a_reader_that_keeps_up_is_not_waited_for(begin):
+    call, tickets, _ = begin(2)
+    pushed = []
+
+    def push(changed):
+        pushed.append([answer.take()[0] for answer in changed])
+        return True
+
+    call.push_with(push)
+    waiting = asyncio.ensure_future(call.changed())
+    await asyncio.sleep(0)
+    for ticket in (*tickets, tickets[0]):  # two steps, read in one turn of the event loop
+        ticket.on_delta(Delta([5]))
+    assert pushed == []
+    await asyncio.sleep(0)
+    assert pushed == [["xx", "x"]]
+    tickets[1].on_delta(Delta([5]))
+    await asyncio.sleep(0)
+    assert pushed == [["xx", "x"], ["x"]]
+    assert not waiting.done()
+    for ticket in tickets:
+        ticket.on_delta(Delta([5], finish_reason=FinishReason.STOP))
+    assert [answer.take()[0] for answer in await waiting] == ["x", "x"]
+    assert len(pushed) == 2
+
+
+async def test_a_reader_that_falls_behind_is_waited_for(begin):
+    call, tickets, _ = begin()
+    pushed = []
+    call.push_with(pushed.append)  # whose None says that nothing was written
+    waiting = asyncio.ensure_future(call.changed())
+    await asyncio.sleep(0)
+    tickets[0].on_delta(Delta([5]))
+    tickets[0].on_delta(Delta([5]))
+    assert await waiting == []  # `push` keeps what it took
+    assert len(pushed) == 1
+    tickets[0].on_delta(Delta([5]))
+    await asyncio.sleep(0)
+    assert len(pushed) == 1  # nobody waits: whoever writes is still at it
+    assert len(await call.changed()) == 1
+
+
+async def test_a_mistake_in_writing_is_raised_where_it_is_waited_for(begin):
+    call, tickets, _ = begin()
+    call.push_with(lambda changed: changed[1])
+    waiting = asyncio.ensure_future(call.changed())
+    await asyncio.sleep(0)
+    tickets[0].on_delta(Delta([5]))
+    with pytest.raises(IndexError):
+        await waiting
 
 
 async def test_a_whole_answer_wakes_once(begin):
