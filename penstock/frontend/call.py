@@ -13,7 +13,6 @@ from penstock.frontend.completer import Completer, Ticket
 from penstock.observability import ModelMetrics
 from penstock.structs import Delta, Request
 
-
 Push = Callable[[Sequence[Answer]], bool]
 """Writes what is new of these answers at once; False when the rest must wait for the client."""
 
