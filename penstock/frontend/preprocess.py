@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTab
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.segments import SegmentCache, Segmenter
 from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.words import WordEncoder
 from penstock.ports import JsonObject
 from penstock.structs import ModelView
 
@@ -47,7 +47,9 @@ class ModelText:
             raise _unusable(view, str(error)) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._table = TokenTable.of(self._tokenizer, json.loads(content))
+        spec = json.loads(content)
+        self._table = TokenTable.of(self._tokenizer, spec)
+        self._words = WordEncoder(self._tokenizer, spec)
         self._segmenter = Segmenter(self._tokenizer.get_added_tokens_decoder().values())
         self._cache = SegmentCache(cache_bytes)
         self._prefix, self._suffix = _affixes(self._tokenizer, config)
@@ -74,9 +76,9 @@ class ModelText:
         if missing:
             if sum(map(len, missing)) > long_text_chars:
                 loop = asyncio.get_running_loop()
-                encoded = await loop.run_in_executor(executor, self._encode_segments, missing)
+                encoded = await loop.run_in_executor(executor, self._words.encode, missing)
             else:
-                encoded = self._encode_segments(missing)
+                encoded = self._words.encode(missing)
             known.update(zip(missing, encoded, strict=True))
             for segment, token_ids in zip(missing, encoded, strict=True):
                 self._cache.put(segment, token_ids)
@@ -84,11 +86,6 @@ class ModelText:
         for segment in segments:
             whole.extend(known[segment] or ())
         return whole + self._suffix if add_special_tokens else whole
-
-    def _encode_segments(self, segments: list[str]) -> list[array[int]]:
-        # The batch call releases the GIL and computes no offsets, which a single encode() does not.
-        encodings = self._tokenizer.encode_batch_fast(segments, add_special_tokens=False)
-        return [array("I", encoding.ids) for encoding in encodings]
 
 
 class Preprocessor:
