@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -38,6 +39,10 @@ from penstock.ports import Discovery, Engine, KvTransfer
 from penstock.structs import Role
 
 log = logging.getLogger("penstock.process")
+
+GC_ALLOCATIONS = 10_000
+"""Net allocations of a frontend between two looks for cycles among young objects; Python's 700 come with
+every few requests, and cost 3 % of its CPU."""
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
@@ -90,6 +95,10 @@ def run_frontend(options: FrontendOptions) -> None:
             following.cancel()
         await discovery.close()
 
+    # What is imported stays for good, and looking through it would stop all streams for 30 ms; nearly all
+    # that a request allocates is freed by its reference counts.
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS)
     run(main)
 
 

@@ -232,8 +232,8 @@ class Router:
     def _perform(self, live: _Live, effects: list[life.Effect]) -> None:
         for effect in effects:
             match effect:
-                case life.Emit(delta):
-                    self._emit(live, delta)
+                case life.Emit():  # comes with every token: a pattern that binds costs more
+                    self._emit(live, effect.delta)
                 case life.Choose() as wanted:
                     self._event(live, self._choose(live, wanted))
                 case life.Send(instance_id, attempt):

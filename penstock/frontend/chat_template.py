@@ -54,6 +54,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises jinja2.TemplateSyntaxError when `source` is not a template."""
         self._template = _environment().from_string(source)
+        self._globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
 
     @classmethod
@@ -74,7 +75,9 @@ class ChatTemplate:
             add_generation_prompt=request.add_generation_prompt,
         )
         try:
-            prompt = self._template.render(variables)
+            # As Template.render does, but for looking through the environment's globals each time.
+            context = self._template.new_context({**self._globals, **variables}, shared=True)
+            prompt = "".join(self._template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RequestRejected(
