@@ -7,8 +7,10 @@ and a size, and a closing connection whose client takes nothing is dropped.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final, cast
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,6 +18,9 @@ from penstock.errors import RequestRejected
 from penstock.frontend.exchange import ABORT_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
+from penstock.link.address import join_address
+
+log = logging.getLogger("penstock.frontend")
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers; common servers allow 8 to 64 KiB
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
@@ -48,10 +53,46 @@ class Connection(HttpToolsProtocol):
             return
         if self._head_timer is not None:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
             message = f"The request's head is longer than {MAX_HEAD_BYTES} bytes."
             self._refuse("431 Request Header Fields Too Large", RequestRejected(431, message))
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._stay_with_http_1()
+            except httptools.HttpParserError as error:
+                log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
+                message = "Invalid HTTP request received."
+                self._refuse("400 Bad Request", RequestRejected(400, message, code="invalid_http"))
+                return
+
+    def _stay_with_http_1(self) -> None:
+        """Go on as if the request had asked for no upgrade, as RFC 9110 lets a server do.
+
+        Some clients ask for HTTP/2 with each connection's first request (Java's does). The parser stops
+        there and leaves the body unread, so another one is told what body to expect, and reads on."""
+        framing = [
+            name + b": " + value + b"\r\n"
+            for name, value in self.headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+        retold = _Retold(self)
+        self.parser = httptools.HttpRequestParser(retold)
+        if framing:
+            self.cycle.more_body = True  # its end was reported; nobody has looked at it yet
+            self.cycle.message_event.clear()
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+        retold.silent = False
+
+    def _client_address(self) -> str:
+        return join_address(*self.client) if self.client else "a client"
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -78,9 +119,6 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         # A plain close would wait, without end, for a client that does not take its response.
         self.transport.abort()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse("400 Bad Request", RequestRejected(400, msg, code="invalid_http"))
 
     def _write_chunk(self, body: bytes) -> bool:
         """What uvicorn's `send` does for a part of a body without a length, at a fraction of its cost."""
@@ -121,6 +159,32 @@ class Connection(HttpToolsProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
+
+
+class _Retold:
+    """A parser's callbacks: the connection's, but for those of a head while it is silent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.silent = True
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+        self._connection = connection
+
+    def on_message_begin(self) -> None:
+        if not self.silent:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self.silent:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.silent:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self.silent:
+            self._connection.on_headers_complete()
 
 
 def connection_class(settings: FrontendSettings) -> type[asyncio.Protocol]:

@@ -99,6 +99,32 @@ async def test_what_is_no_http(served):
         assert b'"code":"invalid_http"' in answer
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 1000])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_upgrade_that_is_not_wanted(serve_script, caplog, pieces, chunked):
+    """Java's client asks for h2c with its first request, and goes on with HTTP/1.1 when refused."""
+    content = json.dumps(CHAT).encode()
+    framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % len(content)
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if chunked else content
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+        b"upgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+        + framing
+        + b"\r\n\r\n"
+    )
+    last = b"GET /live HTTP/1.1\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
+    sent = head + body + post(CHAT) + last
+    size = -(-len(sent) // pieces)
+    async with serve_script("x") as served, connection(served) as (reader, writer):
+        for start in range(0, len(sent), size):
+            writer.write(sent[start : start + size])
+            await asyncio.sleep(0)
+        answer = await everything(reader)
+        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"200"]
+        assert answer.count(b'"object":"chat.completion"') == 2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 async def test_too_long_a_head(served):
     async with connection(served) as (reader, writer):
         writer.write(b"GET /live HTTP/1.1\r\nx: " + b"y" * (MAX_HEAD_BYTES + 70_000))
