@@ -344,12 +344,15 @@ class Router:
         )
         return False
 
-    def _down(self, link: _Link, reason: str) -> None:
+    def _down(self, link: _Link, reason: str, orderly: bool) -> None:
         instance_id = link.instance_id
         effects = self._membership.down(instance_id)
         self._placement.down(instance_id)
         self._metrics.connected(instance_id, link.role, False)
-        log.warning("instance down: %s: %s", instance_id, reason)
+        if orderly:
+            log.info("instance disconnected: %s: %s", instance_id, reason)
+        else:
+            log.warning("instance lost: %s: %s", instance_id, reason)
         for live in list(self._live.values()):
             self._event(live, life.InstanceLost(instance_id, reason))
         self._apply(effects)
@@ -442,8 +445,8 @@ class _Link:
         log.info("instance draining: %s (%s)", self.instance_id, reason)
         self._router._membership.draining(self.instance_id)
 
-    def on_down(self, reason: str) -> None:
+    def on_down(self, reason: str, orderly: bool) -> None:
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None
-        self._router._down(self, reason)
+        self._router._down(self, reason, orderly)

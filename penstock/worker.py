@@ -93,16 +93,16 @@ class Worker:
         address = join_address(self._host, self._server.port)
         lease = await self._discovery.register(self._registration(address))
         log.info("worker ready: %s", self._summary(address))
-        reason = "stopped"
+        reason, failed = "stopped", False
         try:
             await self._serve(stop, lease)
         except PenstockError as error:
-            reason = f"engine died: {error}"
+            reason, failed = f"engine died: {error}", True
             log.error("%s", reason)
             raise
         finally:
             await lease.close()
-            await self._server.close(reason)
+            await self._server.close(reason, failed=failed)
 
     def health(self) -> dict[str, Any]:
         """For /health: `status` is starting, healthy or draining."""

@@ -99,7 +99,7 @@ class Frontend:
     def on_draining(self, reason: str) -> None:
         self.draining = True
 
-    def on_down(self, reason: str) -> None:
+    def on_down(self, reason: str, orderly: bool) -> None:
         self.downs.append(reason)
 
     async def hang_up(self) -> None:

@@ -128,12 +128,18 @@ class LinkClient:
                 reason = await asyncio.shield(session.connection.ended)
                 ticking.cancel()
         finally:
-            session.connection.cut("closed here")
-            await asyncio.shield(session.connection.ended)
+            if not session.connection.ended.done():
+                await self._leave(session)
         if session.was_live:
             self._logged_reason = ""
-        self._log_down(reason)
+        self._log_down(reason, logging.INFO if session.orderly else logging.WARNING)
         return session
+
+    async def _leave(self, session: Session) -> None:
+        session.leave("it needs this link no longer")
+        await asyncio.wait([session.connection.ended], timeout=self._settings.close_timeout_s)
+        session.connection.cut("closed here")
+        await asyncio.shield(session.connection.ended)
 
     async def _connect(self, session: Session) -> None:
         settings = self._settings
@@ -154,9 +160,9 @@ class LinkClient:
             await self._clock.sleep(self._settings.ping_s)
             session.tick(self._settings.ping_s)
 
-    def _log_down(self, reason: str) -> None:
+    def _log_down(self, reason: str, level: int = logging.WARNING) -> None:
         """Log a reason once, however often it comes back before the worker is up again."""
         self._reason = reason
-        level = logging.DEBUG if reason == self._logged_reason else logging.WARNING
-        _logger.log(level, "worker at %s is down: %s", self.address, reason)
+        repeated = reason == self._logged_reason
+        _logger.log(logging.DEBUG if repeated else level, "worker at %s is down: %s", self.address, reason)
         self._logged_reason = reason

@@ -23,6 +23,7 @@ from penstock.wire.messages import (
     AssetRequest,
     Cancel,
     Generate,
+    Goodbye,
     Heartbeat,
     Hello,
     Ping,
@@ -100,6 +101,7 @@ class Peer:
         self.frontend_id = ""
         self.seen = 0  # seq of the latest Generate handed to the handler
         self.welcomed = False
+        self.left = False  # it said Goodbye
         self.connection = Connection(self, MAX_HELLO_BYTES, settings.max_unsent_bytes)
         self._settings = settings
         self._handler = handler
@@ -163,6 +165,9 @@ class Peer:
                 self._send_asset(message.sha256)
             case Ping():
                 pass
+            case Goodbye():
+                self.left = True
+                self.connection.cut(f"the frontend left: {message.reason}")
             case Hello():
                 raise ProtocolError("a second Hello")
 

@@ -86,13 +86,15 @@ class LinkServer:
         """Tell all frontends, and those still to come, that no new attempt is taken."""
         self._door.drain(Draining(reason=reason))
 
-    async def close(self, reason: str) -> None:
-        """Say Goodbye and hang up, within `close_timeout_s`; each peer gets its `on_peer_lost`."""
+    async def close(self, reason: str, *, failed: bool = False) -> None:
+        """Say Goodbye and hang up, within `close_timeout_s`; each peer gets its `on_peer_lost`.
+
+        `failed` when the worker did not mean to leave."""
         if self._listener is not None:
             self._listener.close()
         self._door.closed = True
         for peer in self.peers:
-            peer.send(Goodbye(reason=reason))
+            peer.send(Goodbye(reason=reason, failed=failed))
         connections = [peer.connection for peer in self._door.everyone()]
         for connection in connections:
             connection.close(f"closed here: {reason}")
@@ -161,8 +163,10 @@ class _Door:
         self._strangers.pop(peer, None)
         self.peers.pop(peer, None)
         if peer.welcomed:
-            level = logging.INFO if self.closed else logging.WARNING
-            _logger.log(level, "frontend %s is gone: %s", peer.frontend_id, reason)
+            if self.closed or peer.left:
+                _logger.info("frontend %s disconnected: %s", peer.frontend_id, reason)
+            else:
+                _logger.warning("frontend %s is lost: %s", peer.frontend_id, reason)
         else:
             self._log.warning("a link from %s did not begin: %s", peer.connection.peer_address, reason)
 

@@ -57,9 +57,9 @@ class LinkListener(Protocol):
     def on_draining(self, reason: str) -> None:
         """The worker takes no new attempts."""
 
-    def on_down(self, reason: str) -> None:
-        """The worker is gone, with all its attempts. Exactly once after each `on_up`, and then nothing
-        until the next `on_up`."""
+    def on_down(self, reason: str, orderly: bool) -> None:
+        """The worker is gone, with all its attempts; `orderly` when one side meant to leave. Exactly once
+        after each `on_up`, and then nothing until the next `on_up`."""
 
 
 class Phase(enum.Enum):
@@ -92,6 +92,7 @@ class Session:
         self.connection = Connection(self, settings.max_frame_bytes, settings.max_unsent_bytes)
         self.phase = Phase.HANDSHAKE
         self.refused = False  # it ended in a way that only a person can mend
+        self.orderly = False  # one side left on purpose, and said so
         self.was_live = False  # once it has ended: whether `on_up` and `on_down` were called
         self.live_s = 0.0  # how long it was live, once it has ended
         self._settings = settings
@@ -133,6 +134,13 @@ class Session:
             self.send(AssetRequest(sha256=sha256))
         return download
 
+    def leave(self, reason: str) -> None:
+        """Tell the worker, and end once that is sent; `connection.cut` sets the deadline."""
+        self.orderly = True
+        if self.phase is not Phase.HANDSHAKE:
+            self.send(Goodbye(reason=reason))
+        self.connection.close("closed here")
+
     def tick(self, seconds: float) -> None:
         """Let time pass: send a ping, and cut the connection when a deadline has passed."""
         self.connection.tick(seconds)
@@ -169,7 +177,7 @@ class Session:
         for download in self._downloads.values():
             download.fail(reason)
         if self.was_live:
-            self._listener.on_down(reason)
+            self._listener.on_down(reason, self.orderly)
 
     def _greet(self, message: ToFrontend) -> None:
         try:
@@ -197,7 +205,7 @@ class Session:
     def _collect(self, message: ToFrontend) -> None:
         assert self._card is not None
         if isinstance(message, Goodbye):
-            self.connection.cut(f"the worker left: {message.reason}")
+            self._worker_left(message)
             return
         if not isinstance(message, Snapshot):
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
@@ -225,9 +233,13 @@ class Session:
             case Draining():
                 self._listener.on_draining(message.reason)
             case Goodbye():
-                self.connection.cut(f"the worker left: {message.reason}")
+                self._worker_left(message)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} after the snapshot")
+
+    def _worker_left(self, goodbye: Goodbye) -> None:
+        self.orderly = not goodbye.failed
+        self.connection.cut(f"the worker left: {goodbye.reason}")
 
     def _take_part(self, part: Asset) -> None:
         download = self._downloads.get(part.sha256)

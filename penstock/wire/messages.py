@@ -8,7 +8,8 @@ A connection, in order (F frontend, W worker):
     W  Snapshot ...             its cached block hashes, in chunks, `last` on the final one
     W  Step, Heartbeat          from here on ordered deltas to that snapshot; at least a Heartbeat a second
     F  Generate, Cancel, Release, AssetRequest, Ping        at least a Ping a second
-    W  Bounce, Asset, Draining, Goodbye
+    W  Bounce, Asset, Draining
+    F, W  Goodbye                the last message of whoever leaves in order
 
 Each `Generate` carries a `seq` that counts up from 1 on its connection; a `Step` or `Heartbeat` says the
 highest one that its `load` already includes, so the frontend adds only what is still on its way.
@@ -111,9 +112,10 @@ class Draining(_Message):
 
 
 class Goodbye(_Message):
-    """W: the last message: the engine is gone or the worker is leaving."""
+    """F, W: the last message: its sender is leaving. `failed` when it must, since its engine is gone."""
 
     reason: str
+    failed: bool = False
 
 
 class Generate(_Message):
@@ -148,4 +150,4 @@ class Ping(_Message):
 ToFrontend = (
     Challenge | Welcome | Refused | Snapshot | Step | Heartbeat | Bounce | Asset | Draining | Goodbye
 )
-ToWorker = Hello | Generate | Cancel | Release | AssetRequest | Ping
+ToWorker = Hello | Generate | Cancel | Release | AssetRequest | Ping | Goodbye

@@ -89,8 +89,8 @@ class FakeListener:
     def on_draining(self, reason: str) -> None:
         self.calls.append(("draining", reason))
 
-    def on_down(self, reason: str) -> None:
-        self.calls.append(("down", reason))
+    def on_down(self, reason: str, orderly: bool) -> None:
+        self.calls.append(("down", reason, orderly))
 
     @property
     def ups(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import socket
 import statistics
@@ -37,6 +38,42 @@ async def test_up_with_the_cache_and_the_load(bench: Any) -> None:
         assert [peer.frontend_id for peer in server.peers] == ["f1"]
     assert listener.downs == ["closed here"]
     assert len(worker.lost) == 1
+
+
+async def test_orderly_ends_are_no_warnings(bench: Any, caplog: Any) -> None:
+    """Whoever leaves says so; only what nobody announced is worth waking somebody."""
+    caplog.set_level(logging.INFO)
+    worker, listener = bench.worker(), bench.listener()
+    async with bench.server(worker) as server:
+        async with bench.client(server.address, listener) as client:
+            await bench.until(lambda: client.up)
+        await bench.until(lambda: worker.lost)
+        async with bench.client(server.address, listener) as client:
+            await bench.until(lambda: client.up)
+            await server.close("scaled down")
+            await bench.until(lambda: len(listener.downs) == 2)
+    assert [call[1:] for call in listener.calls if call[0] == "down"] == [
+        ("closed here", True),
+        ("the worker left: scaled down", True),
+    ]
+    assert "frontend f1 disconnected: the frontend left" in caplog.text
+    ends = [record for record in caplog.records if "cannot connect" not in record.message]
+    assert not [record.message for record in ends if record.levelno >= logging.WARNING]
+
+
+async def test_losses_are_warnings(bench: Any, caplog: Any) -> None:
+    worker, listener = bench.worker(), bench.listener()
+    async with bench.server(worker) as server, bench.client(server.address, listener) as client:
+        await bench.until(lambda: client.up)
+        (peer,) = server.peers
+        peer.connection.cut("pulled")
+        await bench.until(lambda: listener.downs)
+        await bench.until(lambda: client.up)
+        await server.close("engine died", failed=True)
+        await bench.until(lambda: len(listener.downs) == 2)
+    assert [call[2] for call in listener.calls if call[0] == "down"] == [False, False]
+    assert "frontend f1 is lost: pulled" in caplog.text
+    assert listener.downs[1] == "the worker left: engine died"
 
 
 async def test_requests_reach_the_worker_in_order_and_answers_come_back(bench: Any) -> None:
@@ -129,6 +166,7 @@ async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
 
 
 async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
     worker, listener = bench.worker(), bench.listener()
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
