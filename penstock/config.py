@@ -146,7 +146,7 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     system_port: Annotated[
         Port | None,
         flag(
-            "Port of /live, /health and /metrics; none when unset.",
+            "Port of /live and /health; none when unset.",
             "PENSTOCK_SYSTEM_PORT",
             "DYN_SYSTEM_PORT",
         ),
@@ -170,8 +170,10 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
     handoff_ttl_s: Annotated[
         float, Meta(gt=0), flag("Seconds for which a prefill worker keeps KV that nobody has pulled.")
-    ] = 60.0
-    sim_cost_model: Annotated[str, flag("JSON file with the sim engine's step costs.")] = ""
+    ] = 30.0
+    sim_cost_model: Annotated[
+        str, flag("Whose steps the sim engine takes the time of, e.g. qwen3-8b/h200/tp1; zero: none.")
+    ] = ""
     sim_speedup: Annotated[float, Meta(gt=0), flag("How much faster than time the sim engine runs.")] = 1.0
     engine_args: tuple[str, ...] = ()
 
@@ -229,16 +231,6 @@ def link_secret(options: FrontendOptions | WorkerOptions, environ: Mapping[str, 
     if len(secret) < _SECRET_CHARS_MIN:
         raise ConfigError(f"{source}: a secret needs at least {_SECRET_CHARS_MIN} characters")
     return secret
-
-
-def api_keys(options: FrontendOptions) -> frozenset[str]:
-    """Keys of which a client must bring one; empty: none needed. Raises ConfigError."""
-    keys = {options.api_key} if options.api_key else set()
-    if options.api_keys_file:
-        from penstock.frontend.api_keys import read_api_keys
-
-        keys |= read_api_keys(Path(options.api_keys_file))
-    return frozenset(keys)
 
 
 def _both(options: CommonOptions, one: str, other: str) -> None:

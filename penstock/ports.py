@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -108,14 +108,3 @@ class Discovery(Protocol):
 
     async def close(self) -> None:
         """Release what is open. Leases are closed on their own."""
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back (the `tokenizers` library, or vLLM's)."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-
-JsonObject = dict[str, Any]

@@ -9,8 +9,11 @@ frontend and a worker of neighbouring versions understand each other.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import msgspec
+
+JsonObject = dict[str, Any]  # decoded, and not checked yet
 
 
 class Role(StrEnum):

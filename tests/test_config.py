@@ -9,7 +9,6 @@ from penstock.config import (
     DiscoveryUrl,
     FrontendOptions,
     WorkerOptions,
-    api_keys,
     discovery_directory,
     link_secret,
     parse_discovery,
@@ -140,16 +139,6 @@ def test_link_secrets(tmp_path: Path) -> None:
     assert link_secret(FrontendOptions(), {}) == ""
     with pytest.raises(ConfigError, match=r"^PENSTOCK_LINK_SECRET: a secret needs at least 16 characters$"):
         link_secret(FrontendOptions(), {"PENSTOCK_LINK_SECRET": "short"})
-
-
-def test_api_keys(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# ours\none\n\n two \n")
-    assert api_keys(FrontendOptions(api_key="zero", api_keys_file=str(path))) == {"zero", "one", "two"}
-    assert api_keys(FrontendOptions()) == frozenset()
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="has none"):
-        api_keys(FrontendOptions(api_keys_file=str(path)))
 
 
 def test_options_are_frozen() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.process import _transfer, run_frontend, run_worker
+from penstock.process import _api_keys, _transfer, run_frontend, run_worker
 from penstock.structs import Role
 
 
@@ -64,3 +64,13 @@ def test_the_transfer_is_what_was_asked_for_and_what_is_there(tmp_path: Path) ->
     assert name(role=Role.PREFILL, transfer="nixl") == "nixl"
     assert name(role=Role.PREFILL) == ("nixl" if has_nixl else "tcp")
     assert name(role=Role.PREFILL, engine="sim") == "tcp"
+
+
+def test_api_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\none\n\n two \n")
+    assert _api_keys(FrontendOptions(api_key="zero", api_keys_file=str(path))) == {"zero", "one", "two"}
+    assert _api_keys(FrontendOptions()) == frozenset()
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="has none"):
+        _api_keys(FrontendOptions(api_keys_file=str(path)))

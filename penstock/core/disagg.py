@@ -1,6 +1,6 @@
 """Whether a prefill worker goes first: the cheaper of two plans for a decode worker, in milliseconds.
 
-In the terms of core/scorers.py:
+In the terms of core/costs.py:
 
     local(d)     = queue(d) + prefill(d) + inflicted(d)
     remote(p, d) = max(queue(p) + prefill(p), queue(d)) + transfer(d)
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import msgspec
 
-from penstock.core.scorers import Costs, Query
+from penstock.core.costs import Costs, Query
 from penstock.structs import Role
 
 

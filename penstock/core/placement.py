@@ -10,12 +10,12 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
 from penstock.core.prefix_index import PrefixIndex
-from penstock.core.scorers import EXPECTED_OUTPUT_TOKENS
 from penstock.structs import Attempt, Card, Load, Request
 
 

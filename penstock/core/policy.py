@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from penstock.core.costs import Candidate, Query, costs
 from penstock.core.disagg import Disagg, Path, Scored, plan
-from penstock.core.scorers import Candidate, Query, costs
 
 __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
 

@@ -17,10 +17,6 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     """Tokens per step, decoding and prompts together. It bounds how long a prompt delays everybody else's
     next token: 2048 take about 100 ms for a 32B model on two H200."""
 
-    max_waiting: int = 1024
-    """Attempts waiting for blocks beyond which new ones are bounced. The worker bounces, before `submit`;
-    the engine takes what it is given."""
-
     handoff_ttl_s: float = 30.0
     """Seconds that a prefilled prompt is held for its reader: longer than a decode worker's queue usually
     is, and short enough that readers that died do not block the pool for long."""
@@ -35,7 +31,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     """That instance's incarnation."""
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_batch_tokens", "max_waiting", "handoff_ttl_s", "pull_timeout_s"):
+        for name in ("max_running", "max_batch_tokens", "handoff_ttl_s", "pull_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
         if self.max_batch_tokens < self.max_running:

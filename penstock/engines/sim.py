@@ -168,7 +168,7 @@ def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None
     assets, vocab_size, token_ids = _tokens(settings)
     settings = msgspec.structs.replace(settings, vocab_size=vocab_size)  # checks EOS ids against it
     card = EngineCard(
-        engine=f"sim {__version__}",
+        engine=f"sim {__version__} of {settings.cost_model}",
         model=settings.model,
         block_size=settings.block_size,
         total_blocks=settings.total_blocks,

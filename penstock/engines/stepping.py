@@ -9,8 +9,8 @@ The thread sleeps while there is nothing to compute. It owns the scheduler: nobo
 `start` has returned. Beside the runner, which should release the GIL, its Python work per step is what the
 event loop has to share with it.
 
-The inbox has no limit of its own: a worker bounces attempts beyond `SchedulerSettings.max_waiting`, and it
-is emptied at every turn.
+The inbox has no limit of its own: a worker bounces what is too much before it
+submits it, and the inbox is emptied at every turn.
 """
 
 from __future__ import annotations

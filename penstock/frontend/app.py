@@ -27,8 +27,7 @@ from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.observability import METRICS_CONTENT_TYPE, Metrics
-from penstock.ports import JsonObject
-from penstock.structs import InstanceView
+from penstock.structs import InstanceView, JsonObject
 
 log = logging.getLogger("penstock.frontend")
 

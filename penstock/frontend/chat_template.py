@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import ChatRequest, Message, ToolCall
-from penstock.ports import JsonObject
+from penstock.structs import JsonObject
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from penstock.ports import JsonObject
+from penstock.structs import JsonObject
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE_MARK = "\u2581"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from penstock.ports import JsonObject
-from penstock.structs import TokenLogprob
+from penstock.structs import JsonObject, TokenLogprob
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; what OpenAI documents for a token that is ruled out
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
-from penstock.ports import JsonObject
+from penstock.structs import JsonObject
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16

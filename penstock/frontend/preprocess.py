@@ -19,8 +19,7 @@ from penstock.frontend.openai import ChatRequest
 from penstock.frontend.segments import SegmentCache, Segmenter
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.words import WordEncoder
-from penstock.ports import JsonObject
-from penstock.structs import ModelView
+from penstock.structs import JsonObject, ModelView
 
 # One prompt at a time gains nothing from the library's own threads, which cost a wake-up each.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,8 +10,7 @@ import msgspec
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.logprobs import LogprobFormat
-from penstock.ports import JsonObject
-from penstock.structs import ModelView
+from penstock.structs import JsonObject, ModelView
 
 OWNER = "penstock"
 

@@ -18,7 +18,7 @@ from itertools import chain
 
 from tokenizers import AddedToken, Tokenizer
 
-from penstock.ports import JsonObject
+from penstock.structs import JsonObject
 
 PATTERNS = (
     # Qwen 2, 2.5 and 3

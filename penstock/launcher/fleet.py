@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from penstock.graph import Service
 from penstock.launcher.control import ServiceStatus
@@ -63,6 +67,14 @@ def ready_lines(urls: Sequence[str], model: str, took_s: float) -> list[str]:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is my name?"}}]}}'
     return [
         f"Ready: {', '.join(urls)}  (after {took_s:.1f} s)",
-        f"try: penstock chat --url {urls[0]}",
+        f"try: {_command()} chat --url {urls[0]}",
         f"or:  curl {urls[0]}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
     ]
+
+
+def _command() -> str:
+    """How to call this program from here: it may be in an environment that is not on the PATH."""
+    installed = Path(sys.executable).with_name("penstock")
+    if shutil.which("penstock") or not installed.exists():
+        return "penstock"
+    return os.path.relpath(installed)

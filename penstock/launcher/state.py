@@ -127,15 +127,16 @@ def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFol
     """The folder of a graph by name, or of the only one there is.
 
     Args:
-        running: consider only graphs whose supervisor lives.
+        running: consider only graphs whose supervisor lives; else those only come first.
 
     Raises:
         ConfigError: there is none, or there are several and none was named.
     """
     names = sorted(lock.parent.name for lock in root.glob("*/lock"))
     folders = {name: StateFolder(root, name) for name in names}
-    if running:
-        folders = {name: folder for name, folder in folders.items() if folder.is_running()}
+    living = {name: folder for name, folder in folders.items() if folder.is_running()}
+    if running or (len(living) == 1 and not graph):
+        folders = living
     if graph in folders:
         return folders[graph]
     if len(folders) == 1 and not graph:

@@ -55,7 +55,7 @@ async def test_a_graph_starts_tells_and_stops_in_order(running) -> None:
         assert not any(alive(replica.pid) for replica in replicas)
     out = graph.out.getvalue()
     assert "prefill-0  | draining" in out
-    assert "try: penstock chat --url" in out
+    assert "penstock chat --url" in out
     assert (graph.folder.logs / "PrefillWorker" / "prefill-1.log").read_text().endswith("draining\n")
     assert "Ready" in (graph.folder.logs / "supervisor.log").read_text()
 
