@@ -9,7 +9,7 @@ frontend and a worker of neighbouring versions understand each other.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -37,13 +37,24 @@ class FinishReason(StrEnum):
     PREFILLED = "prefilled"  # a prefill attempt has its first token and its handoff
     CANCELLED = "cancelled"  # the frontend cancelled it
     ERROR = "error"  # the engine could not go on with this attempt; see `Output.error`
+    REJECTED = "rejected"  # no instance could serve it: what it asks for is wrong; see `Output.error`
+
+
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """What the whole output must look like. The kinds and their specs are vLLM's `structured_outputs`."""
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
+    spec: str = ""
+    """json, structural_tag: a JSON text; choice: a JSON list of strings; regex and grammar: as they are;
+    json_object: empty."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token is drawn. The same shape and defaults for every engine.
 
-    `seed` is always set by the frontend for sampled requests, and an engine's draw for output position
-    `i` depends only on (`seed`, `i`): that is what lets another attempt continue a stream exactly.
+    `seed` is always set by the frontend for sampled requests. An engine that continues another attempt's
+    output draws as if it had drawn all of it by itself, if it can do so at little cost or the request is
+    `reproducible`; else it may draw anew from there, which is as good a sample.
     """
 
     max_tokens: int
@@ -60,6 +71,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # beside the model's EOS
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    structured: StructuredOutput | None = None  # only for engines whose card says `structured_output`
+    reproducible: bool = False  # the client gave the seed: the same tokens whatever happens on the way
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
@@ -116,7 +129,7 @@ class Output(msgspec.Struct, array_like=True):
     cached_tokens: int | None = None  # on the first output: prompt tokens whose KV was not computed here
     logprobs: list[TokenLogprob] | None = None  # one per token when asked for
     handoff: Handoff | None = None  # with PREFILLED
-    error: str | None = None  # with ERROR
+    error: str | None = None  # with ERROR and REJECTED
     transferred_blocks: int | None = None  # on the first output: blocks pulled from a prefill worker
 
 
@@ -171,6 +184,9 @@ class EngineCard(msgspec.Struct):
     transport: str = ""  # name of its KvTransfer; empty when it cannot hand over
     sampling_defaults: dict[str, float] = {}  # from generation_config.json: temperature, top_p, ...
     assets: dict[str, bytes] = {}  # tokenizer.json, tokenizer_config.json, ... as files
+    structured_output: bool = False  # whether it takes Sampling.structured
+    tool_parser: str = ""  # name of vLLM's parser for this model's tool calls; empty: none
+    reasoning_parser: str = ""  # the same for its reasoning
 
 
 class Card(msgspec.Struct):
@@ -190,6 +206,9 @@ class Card(msgspec.Struct):
     transport: str = ""
     sampling_defaults: dict[str, float] = {}
     assets: dict[str, str] = {}  # file name -> sha256 hex of its content, fetched with AssetRequest
+    structured_output: bool = False  # this and the next two as in EngineCard
+    tool_parser: str = ""
+    reasoning_parser: str = ""
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -234,7 +253,10 @@ class ModelView(msgspec.Struct):
     eos_token_ids: list[int]
     sampling_defaults: dict[str, float]
     assets: dict[str, bytes]  # file name -> content
-    fingerprint: str  # changes when anything above does
+    fingerprint: str  # changes when anything else here does
+    structured_output: bool = False  # this and the next two as in EngineCard
+    tool_parser: str = ""
+    reasoning_parser: str = ""
 
 
 class InstanceView(msgspec.Struct):

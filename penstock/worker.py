@@ -264,6 +264,9 @@ class Worker:
             transport=card.transport,
             sampling_defaults=card.sampling_defaults,
             assets=names,
+            structured_output=card.structured_output,
+            tool_parser=card.tool_parser,
+            reasoning_parser=card.reasoning_parser,
         )
 
     def _registration(self, address: str) -> Registration:

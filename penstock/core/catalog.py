@@ -50,6 +50,9 @@ class Catalog:
             sampling_defaults=card.sampling_defaults,
             assets={name: self._assets[sha256] for name, sha256 in card.assets.items()},
             fingerprint=fingerprint(card),
+            structured_output=card.structured_output,
+            tool_parser=card.tool_parser,
+            reasoning_parser=card.reasoning_parser,
         )
         replaced = self._published.get(card.model, set())
         self._published[card.model] = set(card.assets.values())
@@ -62,4 +65,5 @@ def fingerprint(card: Card) -> str:
     parts = [f"{name}={sha256}" for name, sha256 in sorted(card.assets.items())]
     parts += [str(card.max_model_len), str(card.vocab_size), str(sorted(card.eos_token_ids))]
     parts += [f"{name}={value}" for name, value in sorted(card.sampling_defaults.items())]
+    parts += [str(card.structured_output), card.tool_parser, card.reasoning_parser]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

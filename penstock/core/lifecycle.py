@@ -16,6 +16,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     PREFILL   Output, stop or length     DONE      Emit
     DECODE    Output, no finish          DECODE    Emit
     DECODE    Output, stop or length     DONE      Emit
+    PREFILL,  Output, rejected           DONE      Fail: no other instance would take it either
+    DECODE
     PREFILL,  Output, error/cancelled;   QUEUED    Choose without that instance (Fail after the limit)
     DECODE    InstanceLost; phase late
     PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
@@ -288,6 +290,9 @@ class Lifecycle:
             if self._decode_id:
                 return [*self._send_decode(self._decode_id, now), emitted]
             return [*self._queue(now), emitted]
+        if reason is FinishReason.REJECTED:
+            message = output.error or "the engine rejected this request"
+            return self._fail(RequestRejected(400, message, code="rejected_by_engine"))
         # Tokens of a failed step were not committed by the engine; they are computed again.
         return self._lost(output.error or f"attempt ended as {reason}", now)
 
