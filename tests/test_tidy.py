@@ -31,7 +31,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Third parties that may only be touched in one place.
 KEPT_IN = {
-    "vllm": ("engines/vllm",),
+    "vllm": ("engines/vllm/",),
+    "torch": ("engines/vllm/",),
+    "zmq": ("engines/vllm/",),
     "nixl": ("transfer/nixl",),
     "lightkube": ("operator/", "discovery/kubernetes"),
     "numpy": ("engines/reference/", "transfer/"),
