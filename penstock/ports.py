@@ -27,8 +27,9 @@ class Engine(Protocol):
     def cancel(self, attempt_id: str) -> None:
         """End an attempt early; its last output is CANCELLED. Unknown or ended ids are ignored."""
 
-    def release(self, handoff_id: str) -> None:
-        """Drop the KV held for a handoff that nobody will pull. Unknown ids are ignored."""
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        """Drop the KV held for a handoff that nobody will pull, or, when it was `sent` to a decode worker,
+        that nobody will use: it may still be read. Unknown ids are ignored."""
 
     def cached_hashes(self) -> Sequence[int]:
         """Sequence hashes of all cached blocks, consistent with the steps already handed out."""

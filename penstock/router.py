@@ -242,8 +242,8 @@ class Router:
                         self._event(live, life.InstanceLost(instance_id, reason))
                 case life.Cancel(instance_id, attempt_id):
                     self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
-                case life.Release(instance_id, handoff_id):
-                    self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id))
+                case life.Release(instance_id, handoff_id, sent):
+                    self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=sent))
                 case life.Fail(error):
                     live.on_error(error)
         if live.filed is not live.lifecycle.phase:
@@ -371,7 +371,7 @@ class Router:
                     self._metrics.attempt_ended(link.role, output.finish_reason)
                 self._perform(live, live.lifecycle.handle(output, now))
             elif output.handoff is not None:
-                link.client.release(output.handoff.handoff_id)  # its request ended meanwhile
+                link.client.release(output.handoff.handoff_id, sent=False)  # its request ended meanwhile
 
     def _reported(self, link: _Link, seen: int, load: Load) -> None:
         self._placement.reported(link.instance_id, seen, load)

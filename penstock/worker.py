@@ -171,7 +171,7 @@ class Worker:
             if owner in outputs:
                 outputs[owner].append(output)
             elif output.handoff is not None:  # its frontend is gone
-                self._engine.release(output.handoff.handoff_id)
+                self._engine.release(output.handoff.handoff_id, sent=False)
         load = self.load()
         for peer, mine in outputs.items():
             peer.send(
@@ -234,8 +234,8 @@ class Worker:
         if self._owners.get(attempt_id) is peer:
             self._engine.cancel(attempt_id)
 
-    def on_release(self, handoff_id: str) -> None:
-        self._engine.release(handoff_id)
+    def on_release(self, handoff_id: str, sent: bool) -> None:
+        self._engine.release(handoff_id, sent=sent)
 
     def on_peer_lost(self, peer: Peer) -> None:
         orphans = [attempt_id for attempt_id, owner in self._owners.items() if owner is peer]

@@ -46,7 +46,7 @@ class ScriptedEngine:
     def cancel(self, attempt_id: str) -> None:
         self.cancelled.append(attempt_id)
 
-    def release(self, handoff_id: str) -> None:
+    def release(self, handoff_id: str, *, sent: bool) -> None:
         self.released.append(handoff_id)
 
     def cached_hashes(self) -> Sequence[int]:
@@ -205,7 +205,7 @@ async def test_only_the_owner_cancels(stage: Stage) -> None:
     mine.client.generate(attempt(1))
     await until(lambda: stage.engine.submitted)
     other.client.cancel("a.1")
-    other.client.release("h")
+    other.client.release("h", sent=False)
     await until(lambda: stage.engine.released)
     assert stage.engine.cancelled == []
     mine.client.cancel("a.1")

@@ -139,8 +139,11 @@ class Cancel(msgspec.Struct):
 
 
 class Release(msgspec.Struct):
+    """Let go of KV. `sent`: a decode worker knows of it, and may be reading."""
+
     instance_id: str
     handoff_id: str
+    sent: bool = False
 
 
 class Emit(msgspec.Struct):
@@ -383,9 +386,9 @@ class Lifecycle:
 
     def _drop_handoff(self) -> list[Effect]:
         """Let go of KV that this request will not pull, or whose reader is not needed any more."""
-        handoff = self._handoff or self._sent_handoff
+        handoff, sent = self._handoff or self._sent_handoff, self._handoff is None
         self._handoff = self._sent_handoff = None
-        return [Release(handoff.instance_id, handoff.handoff_id)] if handoff is not None else []
+        return [Release(handoff.instance_id, handoff.handoff_id, sent)] if handoff is not None else []
 
     def _fail(self, error: PenstockError) -> list[Effect]:
         effects = self._drop_handoff()

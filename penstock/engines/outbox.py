@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from threading import Lock
 
 from penstock.errors import PenstockError
@@ -70,6 +70,10 @@ class Outbox:
     def cached_hashes(self) -> list[int]:
         """What is cached as of the last step that was read."""
         return list(self._mirror)
+
+    def leading_cached(self, hashes: Sequence[int]) -> int:
+        """How many of these, from the first on, are cached as of the last step that was read."""
+        return next((i for i, block in enumerate(hashes) if block not in self._mirror), len(hashes))
 
     def _pop(self) -> EngineStep | None:
         with self._lock:

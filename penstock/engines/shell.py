@@ -32,8 +32,8 @@ class EngineShell(ABC):
         """As Engine.cancel."""
         self._post(partial(self.scheduler.cancel, attempt_id))
 
-    def release(self, handoff_id: str) -> None:
-        """As Engine.release."""
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        """As Engine.release. A reader is noticed by the transfer, so `sent` makes no difference."""
         self._post(partial(self.scheduler.release, handoff_id))
 
     def cached_hashes(self) -> Sequence[int]:

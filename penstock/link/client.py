@@ -77,9 +77,9 @@ class LinkClient:
         """End an attempt early. Raises RemoteError when down."""
         self._live_session().send(Cancel(attempt_id=attempt_id))
 
-    def release(self, handoff_id: str) -> None:
-        """Let the worker drop a handoff. Raises RemoteError when down."""
-        self._live_session().send(Release(handoff_id=handoff_id))
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        """Let the worker drop a handoff; `sent` as in wire/messages.py. Raises RemoteError when down."""
+        self._live_session().send(Release(handoff_id=handoff_id, sent=sent))
 
     async def asset(self, sha256: str) -> bytes:
         """A file of the worker's card, by its SHA-256 in hex. Raises RemoteError when it cannot be had

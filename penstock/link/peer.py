@@ -64,7 +64,7 @@ class LinkHandler(Protocol):
     def on_cancel(self, peer: Peer, attempt_id: str) -> None:
         """End an attempt; it may have ended already, or never have been."""
 
-    def on_release(self, handoff_id: str) -> None:
+    def on_release(self, handoff_id: str, sent: bool) -> None:
         """Drop a handoff; it may be gone already, or never have been."""
 
     def on_peer_lost(self, peer: Peer) -> None:
@@ -160,7 +160,7 @@ class Peer:
             case Cancel():
                 self._handler.on_cancel(self, message.attempt_id)
             case Release():
-                self._handler.on_release(message.handoff_id)
+                self._handler.on_release(message.handoff_id, message.sent)
             case AssetRequest():
                 self._send_asset(message.sha256)
             case Ping():

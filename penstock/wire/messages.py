@@ -132,9 +132,10 @@ class Cancel(_Message):
 
 
 class Release(_Message):
-    """F: this handoff will not be pulled."""
+    """F: this handoff is of no use any more. `sent`: a decode worker knows of it, and may be reading."""
 
     handoff_id: str
+    sent: bool = False
 
 
 class AssetRequest(_Message):

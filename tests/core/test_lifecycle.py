@@ -177,7 +177,7 @@ def test_lost_decode_attempt_releases_the_handoff_it_may_not_have_pulled() -> No
     life = lifecycle()
     prefilled(life)
     effects = life.handle(InstanceLost("d0", "killed"), 2.0)
-    assert effects == [Release("p0", "r.1"), Choose(frozenset({"d0"}))]
+    assert effects == [Release("p0", "r.1", sent=True), Choose(frozenset({"d0"}))]
 
 
 def test_failing_everywhere_ends_with_the_last_reason() -> None:
@@ -243,7 +243,10 @@ def test_request_deadline_bounds_everything() -> None:
 def test_client_gone_cancels_and_releases() -> None:
     life = lifecycle()
     send = sent(prefilled(life))
-    assert life.handle(ClientGone(), 2.0) == [Cancel("d0", send.attempt.attempt_id), Release("p0", "r.1")]
+    assert life.handle(ClientGone(), 2.0) == [
+        Cancel("d0", send.attempt.attempt_id),
+        Release("p0", "r.1", sent=True),
+    ]
     assert life.handle(ClientGone(), 3.0) == []
     assert life.handle(Tick(), 1e6) == []
 

@@ -182,7 +182,7 @@ async def test_commands_are_taken_between_steps(start: Start):
     engine.submit(attempt("a", max_tokens=50))
     engine.cancel("a")
     engine.cancel("nobody")
-    engine.release("nobody")
+    engine.release("nobody", sent=False)
     engine.submit(attempt("b", max_tokens=1))
     ahead.release(100)
     reader = Reader(engine)

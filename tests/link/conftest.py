@@ -52,7 +52,7 @@ class FakeWorker:
     def on_cancel(self, peer: Peer, attempt_id: str) -> None:
         self.cancelled.append(attempt_id)
 
-    def on_release(self, handoff_id: str) -> None:
+    def on_release(self, handoff_id: str, sent: bool) -> None:
         self.released.append(handoff_id)
 
     def on_peer_lost(self, peer: Peer) -> None:

@@ -64,7 +64,7 @@ async def test_down_before_it_is_up(bench: Any) -> None:
     for send in (
         lambda: client.generate(bench.attempt()),
         lambda: client.cancel("a"),
-        lambda: client.release("h"),
+        lambda: client.release("h", sent=False),
     ):
         with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1 is down: not connected yet"):
             send()

@@ -22,15 +22,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from penstock.engines.fingerprint import add_files
 from penstock.engines.reference.checkpoint import Checkpoint, open_checkpoint, weight_paths
 from penstock.engines.reference.config import ModelConfig
 from penstock.engines.reference.tiles import Floats, TiledMatrix
 from penstock.errors import ConfigError
 
 _KV_FORMAT = "float32, rotary pairs adjacent, (layers, 2, block_size, kv_heads, head_dim), version 1"
-_HASHED_WHOLE_BYTES = 32 << 20
-_SAMPLES_PER_FILE = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +75,12 @@ def load_weights(folder: Path, config: ModelConfig) -> Weights:
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """What two workers must share for the KV of one to mean anything to the other: the geometry, the
-    format of a block, and the weights. Files up to _HASHED_WHOLE_BYTES count whole; of larger ones, the
-    size and samples spread over it, which tell any two trainings apart and take milliseconds."""
+    format of a block, and the weights."""
     digest = hashlib.sha256(_KV_FORMAT.encode())
     digest.update(
         msgspec.json.encode(msgspec.structs.replace(config, eos_token_ids=(), sampling_defaults={}))
     )
-    for path in weight_paths(folder):
-        try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                digest.update(f"{path.name} {size} ".encode())
-                if size <= _HASHED_WHOLE_BYTES:
-                    digest.update(file.read())
-                    continue
-                for sample in range(_SAMPLES_PER_FILE):
-                    file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES_PER_FILE - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    add_files(digest, weight_paths(folder))
     return digest.hexdigest()
 
 

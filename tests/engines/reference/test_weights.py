@@ -49,7 +49,7 @@ def test_weights_that_do_not_fit_the_config(
 def test_the_fingerprint_is_the_models_own(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
-    monkeypatch.setattr("penstock.engines.reference.weights._HASHED_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr("penstock.engines.fingerprint._HASHED_WHOLE_BYTES", whole_bytes)
     first = fingerprint(checkpoint, read_config(checkpoint))
     assert fingerprint(checkpoint, read_config(checkpoint)) == first
     weights = checkpoint / "model.safetensors"

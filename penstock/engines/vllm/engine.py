@@ -1,0 +1,474 @@
+"""vLLM behind the Engine port: its core process, without the API server and the detokenizer around it.
+
+    event loop                                        core process
+    submit, cancel, release  --requests, by ZMQ-->    vLLM's scheduler and model
+    steps()                  <--one message a step--
+                             <--KV events, by ZMQ--
+
+A step of vLLM's is a step here: what its core says of all requests after one step becomes one EngineStep.
+The core client beneath vLLM's AsyncLLM is used, since it speaks in just these terms; AsyncLLM above it
+spends a queue, a task and an output object on each request and token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from penstock.core.hashing import last_hash, root_hash, sequence_hashes
+from penstock.engines.active import fault
+from penstock.engines.outbox import Outbox, merge
+from penstock.engines.vllm.continuation import Continuation, continuation, folded
+from penstock.engines.vllm.event_feed import EventFeed
+from penstock.engines.vllm.events import CacheEvents, Changes
+from penstock.engines.vllm.handoffs import UsedHandoffs, pack
+from penstock.engines.vllm.load import CoreLoad
+from penstock.engines.vllm.settings import VllmSettings
+from penstock.errors import RemoteError
+from penstock.structs import (
+    Attempt,
+    EngineCard,
+    EngineStep,
+    FinishReason,
+    Handoff,
+    JsonObject,
+    Load,
+    Output,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+    from penstock.engines.vllm.startup import Core
+
+log = logging.getLogger("penstock.engine")
+
+PREFILL_ONLY: JsonObject = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What tells vLLM to keep a request's KV for somebody else when it ends."""
+
+SHUTDOWN_S = 10.0
+"""Seconds that vLLM gets to end its processes by itself."""
+
+
+@dataclass(slots=True)
+class _Active:
+    """An attempt that vLLM works on."""
+
+    attempt: Attempt
+    core_id: str  # its name there
+    continuation: Continuation
+    began: float
+    uncached_tokens: int  # an estimate of what will be computed before the first token
+    pulls: bool = False  # it was given a handoff's KV to pull
+    replayed: int = 0
+    given: int = 0  # tokens of its own
+    context_tokens: int = 0  # as counted in the load
+    answered: bool = False
+
+
+class VllmEngine:
+    """An Engine around one vLLM."""
+
+    def __init__(self, settings: VllmSettings) -> None:
+        self._settings = settings
+        self._outbox = Outbox()
+        self._core: Core | None = None
+        self._feed: EventFeed | None = None
+        self._active: dict[str, _Active] = {}  # by core id
+        self._core_ids: dict[str, str] = {}  # attempt id -> core id
+        self._held: dict[str, str] = {}  # handoff id -> vLLM's id of the request whose KV it is
+        self._fewer = asyncio.Event()  # an attempt ended, or a handoff is not held any more
+        self._used = UsedHandoffs()
+        self._commands: asyncio.Queue[Callable[[], Awaitable[Any]]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pending: EngineStep | None = None  # KV events that wait for a step
+        self._pushed = Load()
+        self._due: asyncio.TimerHandle | None = None  # the next push, if nothing happens before
+
+    # --- the port -----------------------------------------------------------------------------------
+
+    async def start(self) -> EngineCard:
+        """As Engine.start: starts vLLM, in seconds to minutes."""
+        from penstock.engines.vllm.startup import start_core
+
+        self._outbox.open()
+        self._core = core = await asyncio.to_thread(start_core, self._settings)
+        self._load = CoreLoad(core.card)
+        events = CacheEvents(core.card.model, core.card.block_size)
+        self._feed = EventFeed(events, core.event_sources, self._on_changes)
+        await self._feed.start()
+        self._tasks = [
+            asyncio.create_task(self._receive(), name="vllm outputs"),
+            asyncio.create_task(self._send(), name="vllm requests"),
+            asyncio.create_task(self._look_after_held(), name="vllm handoffs"),
+        ]
+        log.info(
+            "engine ready: %s, model %s, %d blocks of %d tokens, transport %s",
+            core.card.engine,
+            core.card.model,
+            core.card.total_blocks,
+            core.card.block_size,
+            core.card.transport or "none",
+        )
+        return core.card
+
+    def submit(self, attempt: Attempt) -> None:
+        """As Engine.submit."""
+        self._load.submitted()
+        reason = fault(attempt, self._card)
+        if reason is None and attempt.attempt_id in self._core_ids:
+            reason = f"attempt {attempt.attempt_id} was submitted before"
+        if reason is not None:
+            self._push([Output(attempt.attempt_id, finish_reason=FinishReason.ERROR, error=reason)])
+        elif len(attempt.token_ids) >= min(
+            attempt.prompt_len + attempt.sampling.max_tokens, self._card.max_model_len
+        ):
+            self._push([Output(attempt.attempt_id, finish_reason=FinishReason.LENGTH)])
+        else:
+            self._begin(attempt)
+
+    def cancel(self, attempt_id: str) -> None:
+        """As Engine.cancel."""
+        core_id = self._core_ids.get(attempt_id)
+        if core_id is None:
+            return
+        self._end(self._active[core_id])
+        self._abort(core_id)
+        self._push([Output(attempt_id, finish_reason=FinishReason.CANCELLED)])
+
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        """As Engine.release. KV that a decode worker may be reading is left to that reader, or to the
+        lease's end: vLLM's readers cannot be told that it was withdrawn."""
+        core_id = None if sent else self._held.pop(handoff_id, None)
+        if core_id is not None:
+            self._let_go(core_id)
+
+    def cached_hashes(self) -> Sequence[int]:
+        """As Engine.cached_hashes."""
+        return self._outbox.cached_hashes()
+
+    def steps(self) -> AsyncIterator[EngineStep]:
+        """As Engine.steps, for one reader. RemoteError when vLLM died."""
+        return self._outbox.read()
+
+    async def stop(self, grace_s: float) -> None:
+        """As Engine.stop. Handoffs that wait for their readers count as running."""
+        if self._core is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._active or self._held:
+                    self._fewer.clear()
+                    await self._fewer.wait()
+        for attempt_id in list(self._core_ids):
+            self.cancel(attempt_id)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._feed is not None:
+            await self._feed.close()
+        core, self._core = self._core, None
+        await asyncio.to_thread(core.client.shutdown, SHUTDOWN_S)
+        self._outbox.close()
+
+    # --- attempts on their way in -------------------------------------------------------------------
+
+    @property
+    def _card(self) -> EngineCard:
+        assert self._core is not None, "the engine was not started"
+        return self._core.card
+
+    def _begin(self, attempt: Attempt) -> None:
+        transfer: JsonObject | None = None
+        if attempt.handoff is not None:
+            transfer = self._accept(attempt, attempt.handoff)
+        plan = continuation(attempt, pulls=transfer is not None)
+        if attempt.prefill_only:
+            transfer = dict(PREFILL_ONLY)
+        self._request(attempt, attempt.attempt_id, plan, transfer)
+
+    def _accept(self, attempt: Attempt, handoff: Handoff) -> JsonObject | None:
+        """What vLLM needs to pull the handoff's KV; None when it must not, so that it computes instead."""
+        prompt_len = len(continuation(attempt, pulls=True).prompt)
+        params, reason = self._used.accept(handoff, attempt, self._card, prompt_len)
+        if reason is not None:
+            log.warning(
+                "KV transfer refused, computing instead: attempt=%s handoff=%s from=%s: %s",
+                attempt.attempt_id,
+                handoff.handoff_id,
+                handoff.instance_id,
+                reason,
+            )
+        return params
+
+    def _request(
+        self, attempt: Attempt, core_id: str, plan: Continuation, transfer: JsonObject | None
+    ) -> None:
+        """Hand a request to vLLM, or end the attempt with why it cannot be."""
+        from vllm.exceptions import VLLMClientError
+
+        from penstock.engines.vllm.sampling import sampling_params
+
+        assert self._core is not None
+        prompt: JsonObject = {"type": "token", "prompt_token_ids": plan.prompt}
+        if attempt.cache_salt:
+            prompt["cache_salt"] = attempt.cache_salt
+        try:
+            request = self._core.inputs.process_inputs(
+                core_id,
+                prompt,
+                sampling_params(plan.sampling, plan.replay, transfer),
+                ("generate",),
+                priority=attempt.priority,
+            )
+        except (VLLMClientError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            rejected = Output(attempt.attempt_id, finish_reason=FinishReason.REJECTED, error=reason)
+            self._push([rejected])
+            return
+        except Exception as error:  # whatever else vLLM's checks raise is this attempt's, not everybody's
+            log.exception("attempt %s could not be given to vLLM", attempt.attempt_id)
+            failed = Output(attempt.attempt_id, finish_reason=FinishReason.ERROR, error=repr(error))
+            self._push([failed])
+            return
+        pulls = transfer is not None and not attempt.prefill_only
+        uncached = 0 if pulls else len(plan.prompt) - self._cached(attempt, plan.prompt)
+        self._active[core_id] = _Active(attempt, core_id, plan, monotonic(), uncached, pulls)
+        self._core_ids[attempt.attempt_id] = core_id
+        self._load.began(uncached)
+        self._commands.put_nowait(partial(self._core.client.add_request_async, request))
+
+    def _cached(self, attempt: Attempt, prompt: list[int]) -> int:
+        """About how many of the prompt's tokens vLLM will find in its cache."""
+        block_size = self._card.block_size
+        root = root_hash(self._card.model, attempt.cache_salt)
+        blocks = self._outbox.leading_cached(sequence_hashes(prompt, block_size, root))
+        return min(blocks, (len(prompt) - 1) // block_size) * block_size
+
+    def _abort(self, core_id: str) -> None:
+        assert self._core is not None
+        self._commands.put_nowait(partial(self._core.client.abort_requests_async, [core_id]))
+
+    def _let_go(self, core_id: str) -> None:
+        """End the lease of KV that nobody will read."""
+        assert self._core is not None
+        client = self._core.client
+        self._commands.put_nowait(
+            partial(client.collective_rpc_async, "penstock_release", None, ([core_id],))
+        )
+
+    async def _send(self) -> None:
+        """Commands to vLLM, in order."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while True:
+            command = await self._commands.get()
+            try:
+                await command()
+            except EngineDeadError:
+                return  # _receive says so
+
+    # --- steps on their way out ---------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._core is not None
+        client, error = self._core.client, RemoteError("vLLM's outputs ended")
+        try:
+            while True:
+                self._take(await client.get_output_async())
+        except EngineDeadError:
+            error = RemoteError("vLLM's core process died; its last words are in the log")
+        except Exception as bug:
+            log.exception("the engine broke")
+            error = RemoteError(f"the engine broke: {bug!r}")
+        finally:
+            self._outbox.close(error)
+
+    def _take(self, step: EngineCoreOutputs) -> None:
+        """One message from the core."""
+        outputs = []
+        for core_output in step.outputs:
+            active = self._active.get(core_output.request_id)
+            if active is None:
+                self._forget_late(core_output)
+            elif (output := self._advance(active, core_output)) is not None:
+                outputs.append(output)
+        if step.scheduler_stats is not None:
+            self._load.observe(step.scheduler_stats)
+        if outputs:
+            self._push(outputs)
+        else:
+            self._push_within(self._settings.load_interval_s)
+
+    def _forget_late(self, core_output: EngineCoreOutput) -> None:
+        """An attempt that was cancelled may have handed over meanwhile."""
+        if core_output.kv_transfer_params is not None:
+            self._let_go(core_output.request_id)
+
+    def _advance(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
+        """What one step gave to one attempt; None when its replay went astray and it begins again."""
+        from penstock.engines.vllm.outputs import finish_reason, token_logprobs
+
+        attempt, replay = active.attempt, active.continuation.replay
+        token_ids, logprobs = core_output.new_token_ids, None
+        if attempt.sampling.logprobs is not None and core_output.new_logprobs is not None:
+            logprobs = token_logprobs(core_output.new_logprobs, attempt.sampling.logprobs)
+        left = len(replay) - active.replayed
+        if left and token_ids:
+            again = token_ids[:left]
+            if again != replay[active.replayed : active.replayed + len(again)]:
+                self._begin_again(active)
+                return None
+            active.replayed += len(again)
+            token_ids = token_ids[len(again) :]
+            logprobs = logprobs[len(again) :] if logprobs else logprobs
+        active.given += len(token_ids)
+        output = Output(attempt.attempt_id, token_ids, finish_reason(core_output), logprobs=logprobs)
+        if not active.answered:
+            self._answer(active, core_output, output)
+        else:
+            self._load.grew(len(token_ids))
+            active.context_tokens += len(token_ids)
+        if output.finish_reason is not None:
+            self._finish(active, core_output, output)
+        return output
+
+    def _answer(self, active: _Active, core_output: EngineCoreOutput, output: Output) -> None:
+        """The first output of an attempt: what was cached, and the load's books."""
+        attempt, stats = active.attempt, core_output.prefill_stats
+        active.answered = True
+        active.context_tokens = len(active.continuation.prompt) + len(core_output.new_token_ids)
+        self._load.answered(active.uncached_tokens, active.context_tokens)
+        active.uncached_tokens = 0
+        if stats is None:
+            return
+        output.cached_tokens = min(stats.num_cached_tokens, attempt.prompt_len)
+        if attempt.handoff is not None:
+            blocks = -(-stats.num_external_cached_tokens // self._card.block_size)
+            output.transferred_blocks = blocks
+            if blocks:
+                ms = (monotonic() - active.began) * 1e3
+                self._load.observe_transfer(blocks, ms)
+                log.info(
+                    "KV transfer done: attempt=%s transport=%s blocks=%d from=%s first_token_ms=%.1f",
+                    attempt.attempt_id,
+                    self._card.transport,
+                    blocks,
+                    attempt.handoff.instance_id,
+                    ms,
+                )
+
+    def _finish(self, active: _Active, core_output: EngineCoreOutput, output: Output) -> None:
+        """The attempt's last output: fill in how it ended."""
+        attempt = active.attempt
+        self._end(active)
+        if output.finish_reason is FinishReason.ERROR:
+            output.error = f"vLLM ended it: {core_output.finish_reason}"
+        params = core_output.kv_transfer_params
+        if not attempt.prefill_only or output.finish_reason is FinishReason.ERROR:
+            return
+        length = len(attempt.token_ids) + active.given
+        limit = min(attempt.prompt_len + attempt.sampling.max_tokens, self._card.max_model_len)
+        if output.finish_reason is FinishReason.STOP or length >= limit:
+            if params is not None:
+                self._let_go(active.core_id)  # it ended here: nobody will read its KV
+            return
+        if params is None:
+            output.finish_reason, output.error = FinishReason.ERROR, "vLLM kept no KV to hand over"
+            return
+        output.finish_reason = FinishReason.PREFILLED
+        output.handoff = self._handoff(active, params)
+        self._held[attempt.attempt_id] = active.core_id
+        self._load.held_handoffs = len(self._held)
+
+    def _handoff(self, active: _Active, params: JsonObject) -> Handoff:
+        attempt, card = active.attempt, self._card
+        root = root_hash(card.model, attempt.cache_salt)
+        return Handoff(
+            handoff_id=attempt.attempt_id,
+            instance_id=self._settings.instance_id,
+            epoch=self._settings.epoch,
+            num_tokens=len(attempt.token_ids),
+            block_size=card.block_size,
+            last_hash=last_hash(attempt.token_ids, card.block_size, root),
+            layout=card.layout,
+            ttl_s=self._settings.handoff_ttl_s,
+            transport=card.transport,
+            address=f"{params['remote_host']}:{params['remote_port']}",
+            params=pack(params),
+        )
+
+    def _begin_again(self, active: _Active) -> None:
+        """vLLM generated another token than the one that the client has read already, which can happen
+        where it cannot be held to it (forced.py). What the client has read becomes part of the prompt."""
+        attempt = active.attempt
+        log.warning(
+            "attempt %s: another token came in place of one given before; continuing from what was given",
+            attempt.attempt_id,
+        )
+        self._end(active)
+        self._abort(active.core_id)
+        transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None
+        self._request(attempt, f"{active.core_id}+", folded(attempt), transfer)
+
+    def _end(self, active: _Active) -> None:
+        del self._active[active.core_id]
+        del self._core_ids[active.attempt.attempt_id]
+        self._load.ended(active.uncached_tokens, active.context_tokens)
+        self._fewer.set()
+
+    # --- handing out --------------------------------------------------------------------------------
+
+    def _on_changes(self, changes: Changes) -> None:
+        """KV events travel with the next step, or soon by themselves."""
+        step = EngineStep(stored=changes.stored, removed=changes.removed, cleared=changes.cleared)
+        self._pending = step if self._pending is None else merge(self._pending, step)
+        self._push_within(self._settings.events_delay_s)
+
+    def _push_within(self, delay_s: float) -> None:
+        """Hand out what is new even if no step with outputs follows."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(delay_s, self._push, [])
+
+    def _push(self, outputs: list[Output]) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        load = self._load.load()
+        if not outputs and self._pending is None and load == self._pushed:
+            return
+        step = EngineStep(outputs=outputs, load=load)
+        if self._pending is not None:
+            step, self._pending = merge(self._pending, step), None
+        self._pushed = load
+        self._outbox.push(step)
+
+    async def _look_after_held(self) -> None:
+        """Which handoffs have been pulled, or have expired, only vLLM's worker knows."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._core is not None
+        while True:
+            await asyncio.sleep(self._settings.held_interval_s)
+            if not self._held:
+                continue
+            asked = dict(self._held)
+            try:
+                answers = await self._core.client.collective_rpc_async("penstock_held")
+            except EngineDeadError:
+                return
+            still = {core_id for answer in answers for core_id in answer}
+            for handoff_id, core_id in asked.items():
+                if core_id not in still:
+                    self._held.pop(handoff_id, None)
+            self._load.held_handoffs = len(self._held)
+            self._fewer.set()
+            self._push([])

@@ -1,0 +1,83 @@
+"""An engine's load, from what vLLM's scheduler says and from what was sent to it since."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from penstock.core.load import StepTimes
+from penstock.structs import EngineCard, Load
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+
+
+class CoreLoad:
+    """Counts attempts and tokens as they come and go, and measures what steps take."""
+
+    def __init__(self, card: EngineCard) -> None:
+        self._card = card
+        self._times = StepTimes()
+        self._submitted = 0
+        self._attempts = 0
+        self._running = 0
+        self._usage = 0.0  # share of the blocks
+        self._steps = 0
+        self._prefill_tokens = 0
+        self._context_tokens = 0
+        self.held_handoffs = 0
+
+    def submitted(self) -> None:
+        """One more attempt, whether or not it begins."""
+        self._submitted += 1
+
+    def began(self, uncached_tokens: int) -> None:
+        """It went to vLLM, with so many tokens to compute before its first."""
+        self._attempts += 1
+        self._prefill_tokens += uncached_tokens
+
+    def answered(self, uncached_tokens: int, context_tokens: int) -> None:
+        """Its first token came."""
+        self._prefill_tokens -= uncached_tokens
+        self._context_tokens += context_tokens
+
+    def grew(self, tokens: int) -> None:
+        """More of its output came."""
+        self._context_tokens += tokens
+
+    def ended(self, uncached_tokens: int, context_tokens: int) -> None:
+        """It is gone, with what was still counted for it."""
+        self._attempts -= 1
+        self._prefill_tokens -= uncached_tokens
+        self._context_tokens -= context_tokens
+
+    def observe(self, stats: SchedulerStats) -> None:
+        """A step's statistics."""
+        self._usage = stats.kv_cache_usage
+        # Those whose KV is on its way hold blocks already; vLLM counts them among those it skipped.
+        pulling = sum(stats.num_kv_fetch_reqs_by_stage.values())
+        self._running = stats.num_running_reqs + pulling
+        details = stats.iteration_details
+        if details is not None and not details.is_dummy:
+            self._steps += 1
+            decodes = details.num_generation_requests
+            self._times.observe(details.num_ctx_tokens, decodes, details.elapsed_ms)
+
+    def observe_transfer(self, blocks: int, ms: float) -> None:
+        """A pull took so long."""
+        self._times.observe_transfer(blocks, ms)
+
+    def load(self) -> Load:
+        """The load as of now."""
+        running = min(self._running, self._attempts)
+        return Load(
+            running=running,
+            waiting=self._attempts - running,
+            prefill_tokens=self._prefill_tokens,
+            used_blocks=round(self._usage * self._card.total_blocks),
+            total_blocks=self._card.total_blocks,
+            context_tokens=self._context_tokens,
+            held_handoffs=self.held_handoffs,
+            steps=self._steps,
+            rates=self._times.rates(),
+            submitted=self._submitted,
+        )

