@@ -153,7 +153,7 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     ] = None
     block_size: Annotated[Count | None, flag("Tokens per KV block; the engine's choice when unset.")] = None
     kv_cache_mib: Annotated[
-        Count | None, flag("KV cache of the reference engine, in MiB; its choice when unset.")
+        Count | None, flag("Size of the KV cache, in MiB; the engine's choice when unset.")
     ] = None
     max_model_len: Annotated[Count | None, flag("Longest context, in tokens; the model's when unset.")] = (
         None
@@ -184,6 +184,8 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
             raise ConfigError(
                 f"{self.engine_args[0]}: the {self.engine} engine takes no arguments after --"
             )
+        if self.transfer == "tcp" and self.engine == "vllm":
+            raise ConfigError("--transfer: vllm moves its KV over nixl")
         if self.transfer == "nixl" and self.engine == "sim":
             raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
         CommonOptions.__post_init__(self)

@@ -153,7 +153,7 @@ def _engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
         case "sim":
             return _sim_engine(options, instance_id, epoch)
         case "vllm":
-            raise ConfigError("--engine: vllm is not built into this version; use reference or sim")
+            return _vllm_engine(options, instance_id, epoch)
 
 
 def _reference_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
@@ -186,6 +186,27 @@ def _sim_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
         **given,
     )
     return sim_engine(settings, _transfer(options, instance_id, epoch))
+
+
+def _vllm_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+    from penstock.engines.vllm.engine import VllmEngine
+    from penstock.engines.vllm.settings import VllmSettings
+
+    given = _given(options, "block_size", "max_model_len", "max_running", "max_batch_tokens")
+    if options.kv_cache_mib is not None:
+        given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024
+    settings = VllmSettings(
+        model=options.model,
+        role=options.role,
+        instance_id=instance_id,
+        epoch=epoch,
+        served_name=options.served_model_name,
+        host=options.advertise_host or options.host,
+        handoff_ttl_s=options.handoff_ttl_s,
+        engine_args=options.engine_args,
+        **given,
+    )
+    return VllmEngine(settings)
 
 
 def _scheduler(options: WorkerOptions, instance_id: str, epoch: int) -> SchedulerSettings:

@@ -32,7 +32,8 @@ def worker(**options: object) -> WorkerOptions:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "vllm"}, "--engine: vllm"),
+        ({"engine": "vllm"}, "--engine: vllm is not installed"),
+        ({"engine": "vllm", "transfer": "tcp"}, "--transfer: vllm"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
         ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
         ({"discovery": "etcd://127.0.0.1:2379"}, "--discovery: etcd"),

@@ -30,6 +30,7 @@ from penstock.engines.vllm.events import CacheEvents, Changes
 from penstock.engines.vllm.handoffs import UsedHandoffs, pack
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.settings import VllmSettings
+from penstock.engines.vllm.startup import Core, check_version, start_core
 from penstock.errors import RemoteError
 from penstock.structs import (
     Attempt,
@@ -44,8 +45,6 @@ from penstock.structs import (
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-
-    from penstock.engines.vllm.startup import Core
 
 log = logging.getLogger("penstock.engine")
 
@@ -73,9 +72,10 @@ class _Active:
 
 
 class VllmEngine:
-    """An Engine around one vLLM."""
+    """An Engine around one vLLM. Raises ConfigError unless a version of it is here that is supported."""
 
     def __init__(self, settings: VllmSettings) -> None:
+        check_version()
         self._settings = settings
         self._outbox = Outbox()
         self._core: Core | None = None
@@ -95,8 +95,6 @@ class VllmEngine:
 
     async def start(self) -> EngineCard:
         """As Engine.start: starts vLLM, in seconds to minutes."""
-        from penstock.engines.vllm.startup import start_core
-
         self._outbox.open()
         self._core = core = await asyncio.to_thread(start_core, self._settings)
         self._load = CoreLoad(core.card)
@@ -280,17 +278,15 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._core is not None
-        client, error = self._core.client, RemoteError("vLLM's outputs ended")
+        client = self._core.client
         try:
             while True:
                 self._take(await client.get_output_async())
         except EngineDeadError:
-            error = RemoteError("vLLM's core process died; its last words are in the log")
+            self._outbox.close(RemoteError("vLLM's core process died; its last words are in the log"))
         except Exception as bug:
             log.exception("the engine broke")
-            error = RemoteError(f"the engine broke: {bug!r}")
-        finally:
-            self._outbox.close(error)
+            self._outbox.close(RemoteError(f"the engine broke: {bug!r}"))
 
     def _take(self, step: EngineCoreOutputs) -> None:
         """One message from the core."""

@@ -63,7 +63,6 @@ def start_core(settings: VllmSettings) -> Core:
     Raises ConfigError when it cannot start with these settings.
     """
     prepare_environment()
-    check_version()
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.executor import Executor
@@ -123,6 +122,7 @@ def _parse(settings: VllmSettings) -> Any:
     parser.add_argument("--tool-call-parser", default="")
     parser.add_argument("--enable-auto-tool-choice", action="store_true")  # a parser's name is enough
     limits = {
+        "--kv-cache-memory-bytes": settings.kv_cache_bytes,
         "--block-size": settings.block_size,
         "--max-model-len": settings.max_model_len,
         "--max-num-seqs": settings.max_running,
