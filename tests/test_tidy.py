@@ -34,7 +34,7 @@ KEPT_IN = {
     "vllm": ("engines/vllm/",),
     "torch": ("engines/vllm/",),
     "zmq": ("engines/vllm/",),
-    "nixl": ("transfer/nixl",),
+    "nixl": ("transfer/nixl", "engines/vllm/connector"),
     "lightkube": ("operator/", "discovery/kubernetes"),
     "numpy": ("engines/reference/", "transfer/"),
     "tokenizers": ("frontend/",),

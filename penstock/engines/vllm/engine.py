@@ -87,6 +87,7 @@ class VllmEngine:
         self._used = UsedHandoffs()
         self._commands: asyncio.Queue[Callable[[], Awaitable[Any]]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._step_at = 0.0  # when the core made the message that is being taken, by the monotonic clock
         self._pending: EngineStep | None = None  # KV events that wait for a step
         self._pushed = Load()
         self._due: asyncio.TimerHandle | None = None  # the next push, if nothing happens before
@@ -99,7 +100,7 @@ class VllmEngine:
         self._core = core = await asyncio.to_thread(start_core, self._settings)
         self._load = CoreLoad(core.card)
         events = CacheEvents(core.card.model, core.card.block_size)
-        self._feed = EventFeed(events, core.event_sources, self._on_changes)
+        self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()
         self._tasks = [
             asyncio.create_task(self._receive(), name="vllm outputs"),
@@ -195,7 +196,7 @@ class VllmEngine:
         """What vLLM needs to pull the handoff's KV; None when it must not, so that it computes instead."""
         prompt_len = len(continuation(attempt, pulls=True).prompt)
         params, reason = self._used.accept(handoff, attempt, self._card, prompt_len)
-        if reason is not None:
+        if params is None:
             log.warning(
                 "KV transfer refused, computing instead: attempt=%s handoff=%s from=%s: %s",
                 attempt.attempt_id,
@@ -290,6 +291,7 @@ class VllmEngine:
 
     def _take(self, step: EngineCoreOutputs) -> None:
         """One message from the core."""
+        self._step_at = step.timestamp
         outputs = []
         for core_output in step.outputs:
             active = self._active.get(core_output.request_id)
@@ -387,6 +389,8 @@ class VllmEngine:
 
     def _handoff(self, active: _Active, params: JsonObject) -> Handoff:
         attempt, card = active.attempt, self._card
+        # The lease began when the core said so, however long that message lay somewhere.
+        ttl_s = self._settings.handoff_ttl_s - (monotonic() - self._step_at)
         root = root_hash(card.model, attempt.cache_salt)
         return Handoff(
             handoff_id=attempt.attempt_id,
@@ -396,10 +400,10 @@ class VllmEngine:
             block_size=card.block_size,
             last_hash=last_hash(attempt.token_ids, card.block_size, root),
             layout=card.layout,
-            ttl_s=self._settings.handoff_ttl_s,
+            ttl_s=ttl_s,
             transport=card.transport,
             address=f"{params['remote_host']}:{params['remote_port']}",
-            params=pack(params),
+            params=pack(params, ttl_s),
         )
 
     def _begin_again(self, active: _Active) -> None:

@@ -6,8 +6,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +14,9 @@ import msgspec
 
 from penstock.engines.assets import ASSET_NAMES, assets_from
 from penstock.engines.fingerprint import add_files
+from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
+from penstock.engines.vllm.guard import own_engines
+from penstock.engines.vllm.handoffs import engine_id, lease_s
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError
 from penstock.structs import EngineCard, Role
@@ -54,7 +55,7 @@ class Core:
     client: AsyncMPClient
     inputs: InputProcessor
     card: EngineCard
-    event_sources: Mapping[int, tuple[str, str]]  # rank -> (endpoint, replay endpoint)
+    events: EventSources
 
 
 def start_core(settings: VllmSettings) -> Core:
@@ -68,13 +69,19 @@ def start_core(settings: VllmSettings) -> Core:
     from vllm.v1.executor import Executor
 
     arguments = _parse(settings)
-    config, sources = _config(settings, arguments)
+    events = EventSources(arguments.data_parallel_size)
     try:
+        config = _config(settings, arguments, events.ranks[0])
+        inputs = InputProcessor(config)
+        own_engines()
         client = EngineCoreClient.make_async_mp_client(config, Executor.get_class(config), log_stats=True)
+    except ConfigError:
+        events.close()
+        raise
     except Exception as error:  # the core's own error is in the log above, in full
-        raise ConfigError(f"vLLM did not start: {error}") from error
-    inputs = InputProcessor(config)
-    return Core(config, client, inputs, _card(settings, config, inputs, arguments), sources)
+        events.close()
+        raise ConfigError(f"vLLM did not start: {_one_line(error)}") from error
+    return Core(config, client, inputs, _card(settings, config, inputs, arguments), events)
 
 
 def prepare_environment() -> None:
@@ -135,24 +142,20 @@ def _parse(settings: VllmSettings) -> Any:
     return parser.parse_args([*own, *settings.engine_args])
 
 
-def _config(settings: VllmSettings, arguments: Any) -> tuple[VllmConfig, Mapping[int, tuple[str, str]]]:
+def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> VllmConfig:
     from vllm.config import KVEventsConfig, KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
-
-    from penstock.engines.vllm.connector import lease_s
-    from penstock.engines.vllm.event_feed import event_endpoints
 
     args = AsyncEngineArgs.from_cli_args(arguments)
     args.enable_prefix_caching = True
     args.enable_logging_iteration_details = True  # what each step computed, and how long that took
     args.worker_extension_cls = "penstock.engines.vllm.extension.WorkerExtension"
     args.logits_processors = ["penstock.engines.vllm.forced:ForcedTokens"]
-    endpoint, replay_endpoint, sources = event_endpoints(args.data_parallel_size)
     args.kv_events_config = KVEventsConfig(
         enable_kv_cache_events=True,
         publisher="zmq",
-        endpoint=endpoint,
-        replay_endpoint=replay_endpoint,
+        endpoint=events.publish,
+        replay_endpoint=events.replay,
     )
     if settings.role is not Role.AGGREGATED:
         _offer_side_channel(settings.host, args.data_parallel_size)
@@ -170,12 +173,7 @@ def _config(settings: VllmSettings, arguments: Any) -> tuple[VllmConfig, Mapping
         raise ConfigError(f"vLLM cannot serve {settings.model}: {_one_line(error)}") from error
     if config.use_v2_model_runner:
         config.model_config.logits_processors = None  # made for V1; the engine notices and lives without
-    return config, sources
-
-
-def engine_id(instance_id: str, epoch: int) -> str:
-    """An instance's name in NIXL: each incarnation has its own."""
-    return f"{instance_id}.{epoch}"
+    return config
 
 
 def _offer_side_channel(host: str, ranks: int) -> None:
@@ -183,23 +181,7 @@ def _offer_side_channel(host: str, ranks: int) -> None:
     on port + r."""
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
     if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
-        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_ports(host, ranks))
-
-
-def _free_ports(host: str, count: int) -> int:
-    """The first of so many free ports in a row. Somebody may take one before vLLM does: then it does not
-    start, and says so."""
-    while True:
-        with socket.socket() as first:
-            first.bind((host, 0))
-            port: int = first.getsockname()[1]
-            try:
-                for following in range(port + 1, port + count):
-                    with socket.socket() as other:
-                        other.bind((host, following))
-            except (OSError, OverflowError):
-                continue
-            return port
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(ranks, host))
 
 
 def _one_line(error: Exception) -> str:

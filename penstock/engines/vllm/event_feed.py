@@ -1,0 +1,243 @@
+"""KV events on their way from vLLM's core processes: subscribed, without gaps, a batch at a time.
+
+Each rank publishes on a socket of its own, numbering its payloads from 0, and answers requests for those it
+still has. What is missing is asked for; what cannot be had any more costs all that was known of that rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.engines.vllm.events import CacheEvents, Changes
+from penstock.errors import ProtocolError, RemoteError
+
+log = logging.getLogger("penstock.engine")
+
+_END = b"\xff" * 8  # the number that ends a replay: -1
+_LOOPBACK = "127.0.0.1"
+
+
+class FeedSettings(msgspec.Struct, frozen=True):
+    """Limits of a feed."""
+
+    replay_s: float = 10.0
+    """For an answer to a replay request. vLLM looks for them every 0.1 s, and between payloads."""
+
+    max_batch: int = 256
+    """Payloads taken at once, so that a burst does not hold up the event loop."""
+
+    max_unread: int = 100_000
+    """Payloads that ZMQ may buffer while the event loop is busy; beyond it, the rest is replayed."""
+
+
+class EventEndpoints(msgspec.Struct, frozen=True):
+    """Where one rank publishes, and where it is asked for what was missed."""
+
+    publish: str
+    replay: str
+
+
+class EventSources:
+    """Endpoints for so many ranks of one engine, on this machine, for nobody else.
+
+    One rank uses sockets in a directory that only this user may enter. vLLM numbers the endpoints of
+    several ranks by TCP ports, so those are on the loopback interface.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="penstock-")) if ranks == 1 else None
+        if self._directory is not None:
+            base = EventEndpoints(f"ipc://{self._directory}/events", f"ipc://{self._directory}/replay")
+            self.ranks: Mapping[int, EventEndpoints] = {0: base}
+            return
+        publish, replay = free_ports(ranks), free_ports(ranks)
+        self.ranks = {
+            rank: EventEndpoints(
+                f"tcp://{_LOOPBACK}:{publish + rank}", f"tcp://{_LOOPBACK}:{replay + rank}"
+            )
+            for rank in range(ranks)
+        }
+
+    def close(self) -> None:
+        """Remove the directory."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class EventFeed:
+    """Follows all ranks of one engine.
+
+    Args:
+        on_changes: gets what has changed, for all payloads that could be read at once.
+    """
+
+    def __init__(
+        self,
+        events: CacheEvents,
+        sources: EventSources,
+        on_changes: Callable[[Changes], None],
+        settings: FeedSettings | None = None,
+    ) -> None:
+        self._events = events
+        self._sources = sources
+        self._on_changes = on_changes
+        self._settings = settings or FeedSettings()
+        self._followers: list[_Follower] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Be subscribed to every rank, and know what it has published so far. Raises RemoteError."""
+        import zmq.asyncio
+
+        context = zmq.asyncio.Context.instance()
+        self._followers = [
+            _Follower(rank, endpoints, context, self._settings)
+            for rank, endpoints in self._sources.ranks.items()
+        ]
+        for follower in self._followers:
+            await follower.catch_up(self._events)
+            self._tasks.append(
+                asyncio.create_task(self._follow(follower), name=f"kv events {follower.rank}")
+            )
+        self._report()
+
+    async def close(self) -> None:
+        """Stop following."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for follower in self._followers:
+            follower.close()
+        self._sources.close()
+
+    async def _follow(self, follower: _Follower) -> None:
+        try:
+            while True:
+                await follower.take(self._events)
+                self._report()
+        except ProtocolError as error:
+            # Wrong hints are worse for routing than none.
+            log.error("KV events cannot be understood; the router will not know what is cached: %s", error)
+            self._events.forget_all()
+            self._report()
+
+    def _report(self) -> None:
+        changes = self._events.drain()
+        if changes.stored or changes.removed:
+            self._on_changes(changes)
+
+
+class _Follower:
+    """One rank's subscription."""
+
+    def __init__(self, rank: int, endpoints: EventEndpoints, context: Any, settings: FeedSettings) -> None:
+        import zmq
+
+        self.rank = rank
+        self._endpoints = endpoints
+        self._context = context
+        self._settings = settings
+        self._next = 0  # number of the next payload
+        self._socket = context.socket(zmq.SUB)
+        self._socket.set_hwm(settings.max_unread)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        if endpoints.publish.startswith("tcp:"):
+            self._socket.bind(endpoints.publish)  # without a wildcard, vLLM is the one that connects
+        else:
+            self._socket.connect(endpoints.publish)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+    async def catch_up(self, events: CacheEvents) -> None:
+        """Apply what was published before."""
+        for number, payload in await self._replay(0):
+            self._apply(events, number, payload)
+
+    async def take(self, events: CacheEvents) -> None:
+        """Apply the next payload, and those that can be read with it."""
+        import zmq
+
+        frames = await self._socket.recv_multipart()
+        for _ in range(self._settings.max_batch):
+            await self._next_payload(events, int.from_bytes(frames[1], "big"), frames[2])
+            try:
+                frames = await self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+        await self._next_payload(events, int.from_bytes(frames[1], "big"), frames[2])
+
+    async def _next_payload(self, events: CacheEvents, number: int, payload: bytes) -> None:
+        if number > self._next:
+            await self._fill(events, number)
+        self._apply(events, number, payload)
+
+    async def _fill(self, events: CacheEvents, end: int) -> None:
+        """Get what is missing before payload number `end`."""
+        first = self._next
+        try:
+            missed = await self._replay(first)
+        except RemoteError as error:
+            log.warning("KV events %d to %d of rank %d are lost: %s", first, end - 1, self.rank, error)
+            missed = []
+        if not missed or missed[0][0] != first:
+            log.warning(
+                "KV events %d to %d of rank %d cannot be had any more: forgetting its cache",
+                first,
+                end - 1,
+                self.rank,
+            )
+            events.forget(self.rank)
+            self._next = missed[0][0] if missed else end
+        for number, payload in missed:
+            self._apply(events, number, payload)
+        self._next = max(self._next, end)
+
+    def _apply(self, events: CacheEvents, number: int, payload: bytes) -> None:
+        if number == self._next:  # else it was replayed already
+            events.apply(self.rank, payload)
+            self._next += 1
+
+    async def _replay(self, first: int) -> list[tuple[int, bytes]]:
+        """All payloads from this number on that the rank still has. Raises RemoteError."""
+        import zmq
+
+        dealer = self._context.socket(zmq.DEALER)
+        payloads: list[tuple[int, bytes]] = []
+        try:
+            dealer.connect(self._endpoints.replay)
+            async with asyncio.timeout(self._settings.replay_s):
+                await dealer.send_multipart([b"", first.to_bytes(8, "big")])
+                while True:
+                    _, _, number, payload = await dealer.recv_multipart()
+                    if number == _END:
+                        return payloads
+                    payloads.append((int.from_bytes(number, "big"), payload))
+        except TimeoutError:
+            raise RemoteError(f"no replay of KV events within {self._settings.replay_s:g} s") from None
+        finally:
+            dealer.close(linger=0)
+
+
+def free_ports(count: int, host: str = _LOOPBACK) -> int:
+    """The first of so many free TCP ports in a row. Whoever is to listen there may still find one taken."""
+    while True:
+        with socket.socket() as first:
+            first.bind((host, 0))
+            port: int = first.getsockname()[1]
+            try:
+                for following in range(port + 1, port + count):
+                    with socket.socket() as other:
+                        other.bind((host, following))
+            except (OSError, OverflowError):
+                continue
+            return port

@@ -1,0 +1,34 @@
+"""What Penstock asks of vLLM's workers, in their own processes, by collective_rpc."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from penstock.engines.vllm.guard import die_with_owner
+
+if TYPE_CHECKING:
+    from penstock.engines.vllm.connector import PullWorker
+
+die_with_owner()  # this module is loaded by every worker process
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class. With tensor parallelism every rank answers."""
+
+    def penstock_held(self) -> list[str]:
+        """Request ids whose KV this rank keeps for a reader."""
+        return _connector_worker().held()
+
+    def penstock_release(self, req_ids: list[str]) -> None:
+        """Let go of KV that nobody reads, nor will."""
+        _connector_worker().release(req_ids)
+
+
+def _connector_worker() -> PullWorker:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from penstock.engines.vllm.connector import PullWorker
+
+    worker = get_kv_transfer_group().connector_worker
+    assert isinstance(worker, PullWorker)
+    return worker

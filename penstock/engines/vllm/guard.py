@@ -1,0 +1,40 @@
+"""vLLM's processes end with the worker that started them, however that ended.
+
+Left to themselves they would not notice that it was killed, and keep the GPU for ever. They look at the
+process itself, as a parent's death signal would come when the *thread* that started them ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from functools import cache
+from threading import Thread
+
+OWNER_VARIABLE = "PENSTOCK_ENGINE_OWNER"
+"""Environment variable with the process id of the worker; vLLM's processes inherit it."""
+
+
+def own_engines() -> None:
+    """The engines that this process will start are its own."""
+    os.environ[OWNER_VARIABLE] = str(os.getpid())
+
+
+@cache
+def die_with_owner() -> None:
+    """Watch the owner from now on, if there is one and it is not this process. Also a vLLM plugin (see
+    pyproject.toml), which every process of vLLM's calls; elsewhere it does nothing."""
+    owner = os.environ.get(OWNER_VARIABLE, "")
+    if owner.isdecimal() and int(owner) != os.getpid():
+        Thread(target=_watch, args=(int(owner),), name="penstock-guard", daemon=True).start()
+
+
+def _watch(owner: int) -> None:
+    try:
+        descriptor = os.pidfd_open(owner)
+    except ProcessLookupError:
+        pass  # it is gone already
+    else:
+        select.select([descriptor], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)

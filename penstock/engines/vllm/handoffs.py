@@ -1,0 +1,142 @@
+"""KV that one vLLM hands to another: what is told of it, and what must be true before it is pulled.
+
+vLLM's reader trusts what it is given: too few blocks end its whole engine, blocks that were given to
+somebody else meanwhile become wrong text, and another block size does too. So everything is checked here,
+before vLLM sees it; whatever does not fit costs only this prompt's computation.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import OrderedDict
+from math import ceil
+
+import msgspec
+
+from penstock.engines.active import mismatch
+from penstock.structs import Attempt, EngineCard, Handoff, JsonObject
+
+MIN_LEFT_S = 1.0
+"""A handoff with less life than this is not used: the pull would hardly end in time."""
+
+USED_HANDOFFS = 4096
+"""Handoffs remembered as used. Pulling twice would read what the first pull's end has freed."""
+
+MAX_BLOCK_ID = 2**31 - 1
+MAX_RANKS = 4096
+
+LEASE_FACTOR = 1.5
+LEASE_EXTRA_S = 5.0
+
+
+def lease_s(handoff_ttl_s: float) -> int:
+    """For how long a prefill engine keeps blocks, in whole seconds as vLLM wants it.
+
+    No pull may end later than `handoff_ttl_s` after the prompt was prefilled, by the clocks of the worker
+    that held it and of the one that pulls. The lease is longer by more than those clocks may differ, and is
+    not shortened by anything while a pull is possible.
+    """
+    return ceil(LEASE_FACTOR * handoff_ttl_s + LEASE_EXTRA_S)
+
+
+def engine_id(instance_id: str, epoch: int) -> str:
+    """An instance's name in NIXL: each incarnation has its own."""
+    return f"{instance_id}.{epoch}"
+
+
+class Params(msgspec.Struct, forbid_unknown_fields=False):
+    """What vLLM's pull connector needs, and nothing else; its own names."""
+
+    remote_block_ids: list[list[int]]  # per KV cache group
+    remote_engine_id: str
+    remote_request_id: str
+    remote_host: str
+    remote_port: int
+    remote_num_tokens: int
+    tp_size: int
+    dcp_size: int = 1
+    pp_size: int = 1
+    expires_at: float = 0.0  # seconds since 1970; not vLLM's
+
+
+_DECODER = msgspec.msgpack.Decoder(Params)
+
+
+def pack(params: JsonObject, ttl_s: float) -> bytes:
+    """A prefill's kv_transfer_params, for a Handoff. Raises msgspec.ValidationError when vLLM's shape is
+    not what it was."""
+    checked = msgspec.convert(params, Params)
+    checked.expires_at = time.time() + ttl_s
+    return msgspec.msgpack.encode(checked)
+
+
+class UsedHandoffs:
+    """Decides which handoffs may be pulled, each once."""
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[str, None] = OrderedDict()
+
+    def accept(
+        self, handoff: Handoff, attempt: Attempt, card: EngineCard, prompt_len: int
+    ) -> tuple[JsonObject | None, str]:
+        """kv_transfer_params for the first `prompt_len` tokens of the attempt; or None, and why not."""
+        reason = mismatch(handoff, attempt, card)
+        if reason is None and handoff.handoff_id in self._used:
+            reason = "used before"
+        if reason is not None:
+            return None, reason
+        try:
+            params = _DECODER.decode(handoff.params)
+        except msgspec.MsgspecError as error:
+            return None, f"params: {error}"
+        left_s = min(handoff.ttl_s, params.expires_at - time.time())
+        reason = _fault(params, handoff, prompt_len, left_s)
+        if reason is not None:
+            return None, reason
+        self._used[handoff.handoff_id] = None
+        if len(self._used) > USED_HANDOFFS:
+            self._used.popitem(last=False)
+        blocks = -(-prompt_len // card.block_size)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [group[:blocks] for group in params.remote_block_ids],
+            "remote_engine_id": params.remote_engine_id,
+            "remote_request_id": params.remote_request_id,
+            "remote_host": params.remote_host,
+            "remote_port": params.remote_port,
+            "remote_num_tokens": prompt_len,
+            "tp_size": params.tp_size,
+            "dcp_size": params.dcp_size,
+            "pp_size": params.pp_size,
+            "transfer_mode": "pull",
+            # By this host's monotonic clock; connector.py keeps to it.
+            "remote_blocks_expiry_time": time.monotonic() + left_s,
+        }, ""
+
+
+def _fault(params: Params, handoff: Handoff, prompt_len: int, left_s: float) -> str | None:
+    """Why these params must not reach vLLM, in words."""
+    if left_s < MIN_LEFT_S:
+        return f"expired: {left_s:.1f} s left"
+    if not 0 < prompt_len <= handoff.num_tokens:
+        return f"it has {handoff.num_tokens} tokens, of {prompt_len}"
+    if params.remote_num_tokens != handoff.num_tokens:
+        return f"remote_num_tokens is {params.remote_num_tokens}, num_tokens {handoff.num_tokens}"
+    expected = engine_id(handoff.instance_id, handoff.epoch)
+    if not re.fullmatch(re.escape(expected) + r"(_dp\d+)?", params.remote_engine_id):
+        return f"remote_engine_id is {params.remote_engine_id!r}, expected {expected!r}"
+    blocks = -(-handoff.num_tokens // handoff.block_size)
+    if not params.remote_block_ids:
+        return "remote_block_ids: missing"
+    for group in params.remote_block_ids:
+        if len(group) != blocks:
+            return f"remote_block_ids: {len(group)} blocks for {handoff.num_tokens} tokens"
+        if not all(0 <= block <= MAX_BLOCK_ID for block in group):
+            return "remote_block_ids: not block ids"
+    if not params.remote_request_id or not params.remote_host or not 0 < params.remote_port < 2**16:
+        return "it does not say where its KV is"
+    if not all(1 <= size <= MAX_RANKS for size in (params.tp_size, params.dcp_size, params.pp_size)):
+        return "tp_size, dcp_size or pp_size: not a number of ranks"
+    return None
