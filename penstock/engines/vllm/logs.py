@@ -1,0 +1,53 @@
+"""vLLM's log within Penstock's: the same format, and only what an operator may have to act on.
+
+vLLM's processes, this one included, configure their logging from a file, `logging.json`, which names what
+is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+NOTICES = (
+    # What Penstock decided itself.
+    "Initializing KVConnectorBase_V1. This API is experimental",
+    # What the graph's own flags and variables say.
+    "Enforce eager set, disabling torch.compile",
+    "Inductor compilation was disabled by user settings",
+    "The global random seed is set to",
+    # What the CPU build can do without.
+    "Triton is not installed",
+    "Model Runner V2 requires Triton",
+    "libtcmalloc is not found",
+    "libiomp is not found",
+)
+"""Beginnings of vLLM's warnings that warn of nothing."""
+
+
+class NoNotices(logging.Filter):
+    """Lets them pass only where vLLM is to say everything."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        verbose = logging.getLogger("vllm").isEnabledFor(logging.INFO)
+        return verbose or not record.getMessage().startswith(NOTICES)
+
+
+def log_environment() -> dict[str, str]:
+    """What has vLLM, NIXL and torch log like this. For `debug`, vLLM's INFO is shown too; its own DEBUG
+    when it is asked for by name (PENSTOCK_LOG=info,vllm=debug)."""
+    asked = logging.getLogger("vllm").level
+    if not asked:
+        debug = logging.getLogger("penstock").isEnabledFor(logging.DEBUG)
+        asked = logging.INFO if debug else logging.WARNING
+    wanted = {
+        "VLLM_LOGGING_LEVEL": logging.getLevelName(asked),
+        "NIXL_LOG_LEVEL": "INFO" if asked < logging.INFO else "WARN",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_LOGS": "-torch._library.triton",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of vLLM's authors' concern
+    }
+    if os.environ.get("VLLM_CONFIGURE_LOGGING", "1") == "1":
+        wanted["VLLM_LOGGING_CONFIG_PATH"] = str(Path(__file__).with_name("logging.json"))
+    return wanted

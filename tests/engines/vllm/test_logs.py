@@ -1,0 +1,61 @@
+"""vLLM's log within Penstock's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock.engines.vllm.logs import NOTICES, NoNotices, log_environment
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """Levels as before, afterwards."""
+    loggers = [logging.getLogger(name) for name in ("penstock", "vllm")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("penstock", "vllm", "expected"),
+    [
+        (logging.INFO, logging.NOTSET, "WARNING"),
+        (logging.DEBUG, logging.NOTSET, "INFO"),
+        (logging.INFO, logging.DEBUG, "DEBUG"),
+        (logging.DEBUG, logging.ERROR, "ERROR"),
+    ],
+)
+def test_level_follows_what_was_asked_for(penstock: int, vllm: int, expected: str) -> None:
+    logging.getLogger("penstock").setLevel(penstock)
+    logging.getLogger("vllm").setLevel(vllm)
+    assert log_environment()["VLLM_LOGGING_LEVEL"] == expected
+
+
+def test_configuration_is_left_to_whoever_switched_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses a configuration file then."""
+    path = Path(log_environment()["VLLM_LOGGING_CONFIG_PATH"])
+    assert json.loads(path.read_text())["loggers"].keys() == {"vllm"}
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    assert "VLLM_LOGGING_CONFIG_PATH" not in log_environment()
+
+
+@pytest.mark.parametrize(
+    ("message", "level", "passes"),
+    [
+        (NOTICES[0] + " and subject to change", logging.WARNING, False),
+        (NOTICES[0] + " and subject to change", logging.INFO, True),
+        ("Request was preempted", logging.WARNING, True),
+    ],
+)
+def test_notices(message: str, level: int, passes: bool) -> None:
+    logging.getLogger("vllm").setLevel(level)
+    record = logging.LogRecord("vllm.config", logging.WARNING, __file__, 1, "%s", (message,), None)
+    assert NoNotices().filter(record) is passes
