@@ -83,6 +83,8 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             if req_id in self._reqs_to_send:
                 del self._reqs_to_send[req_id]
                 self._reqs_to_process.discard(req_id)
+                self.consumer_notification_counts_by_req.pop(req_id, None)
+                self.expected_consumer_notifications_by_req.pop(req_id, None)
                 done.add(req_id)
             elif req_id in self._reqs_to_process:
                 continue  # the scheduler's word that it is to be kept is still on its way

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -28,6 +28,7 @@ from penstock.engines.vllm.continuation import Continuation, continuation, folde
 from penstock.engines.vllm.event_feed import EventFeed
 from penstock.engines.vllm.events import CacheEvents, Changes
 from penstock.engines.vllm.handoffs import UsedHandoffs, pack
+from penstock.engines.vllm.held import HeldHandoffs
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, check_version, start_core
@@ -51,9 +52,6 @@ log = logging.getLogger("penstock.engine")
 PREFILL_ONLY: JsonObject = {"do_remote_decode": True, "do_remote_prefill": False}
 """What tells vLLM to keep a request's KV for somebody else when it ends."""
 
-SHUTDOWN_S = 10.0
-"""Seconds that vLLM gets to end its processes by itself."""
-
 
 @dataclass(slots=True)
 class _Active:
@@ -69,6 +67,7 @@ class _Active:
     given: int = 0  # tokens of its own
     context_tokens: int = 0  # as counted in the load
     answered: bool = False
+    told: bool = False  # its first output has been handed out
 
 
 class VllmEngine:
@@ -82,8 +81,8 @@ class VllmEngine:
         self._feed: EventFeed | None = None
         self._active: dict[str, _Active] = {}  # by core id
         self._core_ids: dict[str, str] = {}  # attempt id -> core id
-        self._held: dict[str, str] = {}  # handoff id -> vLLM's id of the request whose KV it is
         self._fewer = asyncio.Event()  # an attempt ended, or a handoff is not held any more
+        self._failed = False
         self._used = UsedHandoffs()
         self._commands: asyncio.Queue[Callable[[], Awaitable[Any]]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,14 +97,18 @@ class VllmEngine:
         """As Engine.start: starts vLLM, in seconds to minutes."""
         self._outbox.open()
         self._core = core = await asyncio.to_thread(start_core, self._settings)
-        self._load = CoreLoad(core.card)
+        self._load = CoreLoad(core.card, core.ranks)
+        self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model, core.card.block_size)
         self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()
         self._tasks = [
-            asyncio.create_task(self._receive(), name="vllm outputs"),
-            asyncio.create_task(self._send(), name="vllm requests"),
-            asyncio.create_task(self._look_after_held(), name="vllm handoffs"),
+            asyncio.create_task(self._while_it_lives(work), name=f"vllm {name}")
+            for name, work in (
+                ("outputs", self._receive()),
+                ("requests", self._send()),
+                ("handoffs", self._held.look_after()),
+            )
         ]
         log.info(
             "engine ready: %s, model %s, %d blocks of %d tokens, transport %s",
@@ -144,9 +147,8 @@ class VllmEngine:
     def release(self, handoff_id: str, *, sent: bool) -> None:
         """As Engine.release. KV that a decode worker may be reading is left to that reader, or to the
         lease's end: vLLM's readers cannot be told that it was withdrawn."""
-        core_id = None if sent else self._held.pop(handoff_id, None)
-        if core_id is not None:
-            self._let_go(core_id)
+        if not sent:
+            self._held.release(handoff_id)
 
     def cached_hashes(self) -> Sequence[int]:
         """As Engine.cached_hashes."""
@@ -162,7 +164,7 @@ class VllmEngine:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._active or self._held:
+                while (self._active or self._held) and not self._failed:
                     self._fewer.clear()
                     await self._fewer.wait()
         for attempt_id in list(self._core_ids):
@@ -173,8 +175,9 @@ class VllmEngine:
         if self._feed is not None:
             await self._feed.close()
         core, self._core = self._core, None
-        await asyncio.to_thread(core.client.shutdown, SHUTDOWN_S)
-        self._outbox.close()
+        await core.close()
+        if not self._failed:
+            self._outbox.close()
 
     # --- attempts on their way in -------------------------------------------------------------------
 
@@ -254,40 +257,37 @@ class VllmEngine:
         assert self._core is not None
         self._commands.put_nowait(partial(self._core.client.abort_requests_async, [core_id]))
 
-    def _let_go(self, core_id: str) -> None:
-        """End the lease of KV that nobody will read."""
-        assert self._core is not None
-        client = self._core.client
-        self._commands.put_nowait(
-            partial(client.collective_rpc_async, "penstock_release", None, ([core_id],))
-        )
+    async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do this as long as vLLM lives; its end is the engine's, with a reason."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await work
+        except EngineDeadError:
+            self._fail("vLLM's core process died; its last words are in the log")
+        except Exception as bug:
+            log.exception("the engine broke")
+            self._fail(f"the engine broke: {bug!r}")
+
+    def _fail(self, reason: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._outbox.close(RemoteError(reason))
+            self._fewer.set()
 
     async def _send(self) -> None:
         """Commands to vLLM, in order."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         while True:
             command = await self._commands.get()
-            try:
-                await command()
-            except EngineDeadError:
-                return  # _receive says so
+            await command()
 
     # --- steps on their way out ---------------------------------------------------------------------
 
     async def _receive(self) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         assert self._core is not None
         client = self._core.client
-        try:
-            while True:
-                self._take(await client.get_output_async())
-        except EngineDeadError:
-            self._outbox.close(RemoteError("vLLM's core process died; its last words are in the log"))
-        except Exception as bug:
-            log.exception("the engine broke")
-            self._outbox.close(RemoteError(f"the engine broke: {bug!r}"))
+        while True:
+            self._take(await client.get_output_async())
 
     def _take(self, step: EngineCoreOutputs) -> None:
         """One message from the core."""
@@ -300,16 +300,16 @@ class VllmEngine:
             elif (output := self._advance(active, core_output)) is not None:
                 outputs.append(output)
         if step.scheduler_stats is not None:
-            self._load.observe(step.scheduler_stats)
+            self._load.observe(step.engine_index, step.scheduler_stats)
         if outputs:
             self._push(outputs)
         else:
             self._push_within(self._settings.load_interval_s)
 
     def _forget_late(self, core_output: EngineCoreOutput) -> None:
-        """An attempt that was cancelled may have handed over meanwhile."""
+        """What nobody asks for any more may have been kept for a decode worker meanwhile."""
         if core_output.kv_transfer_params is not None:
-            self._let_go(core_output.request_id)
+            self._held.let_go(core_output.request_id)
 
     def _advance(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
         """What one step gave to one attempt; None when its replay went astray and it begins again."""
@@ -324,6 +324,7 @@ class VllmEngine:
             again = token_ids[:left]
             if again != replay[active.replayed : active.replayed + len(again)]:
                 self._begin_again(active)
+                self._forget_late(core_output)
                 return None
             active.replayed += len(again)
             token_ids = token_ids[len(again) :]
@@ -346,8 +347,9 @@ class VllmEngine:
         active.context_tokens = len(active.continuation.prompt) + len(core_output.new_token_ids)
         self._load.answered(active.uncached_tokens, active.context_tokens)
         active.uncached_tokens = 0
-        if stats is None:
+        if stats is None or active.told:
             return
+        active.told = True
         output.cached_tokens = min(stats.num_cached_tokens, attempt.prompt_len)
         if attempt.handoff is not None:
             blocks = -(-stats.num_external_cached_tokens // self._card.block_size)
@@ -376,21 +378,20 @@ class VllmEngine:
         length = len(attempt.token_ids) + active.given
         limit = min(attempt.prompt_len + attempt.sampling.max_tokens, self._card.max_model_len)
         if output.finish_reason is FinishReason.STOP or length >= limit:
-            if params is not None:
-                self._let_go(active.core_id)  # it ended here: nobody will read its KV
+            self._forget_late(core_output)  # it ended here: nobody will read its KV
             return
         if params is None:
             output.finish_reason, output.error = FinishReason.ERROR, "vLLM kept no KV to hand over"
             return
         output.finish_reason = FinishReason.PREFILLED
         output.handoff = self._handoff(active, params)
-        self._held[attempt.attempt_id] = active.core_id
+        self._held.add(attempt.attempt_id, active.core_id)
         self._load.held_handoffs = len(self._held)
 
     def _handoff(self, active: _Active, params: JsonObject) -> Handoff:
         attempt, card = active.attempt, self._card
         # The lease began when the core said so, however long that message lay somewhere.
-        ttl_s = self._settings.handoff_ttl_s - (monotonic() - self._step_at)
+        ttl_s = self._settings.handoff_ttl_s - max(0.0, monotonic() - self._step_at)
         root = root_hash(card.model, attempt.cache_salt)
         return Handoff(
             handoff_id=attempt.attempt_id,
@@ -418,6 +419,8 @@ class VllmEngine:
         self._abort(active.core_id)
         transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None
         self._request(attempt, f"{active.core_id}+", folded(attempt), transfer)
+        if (again := self._active.get(f"{active.core_id}+")) is not None:
+            again.told = active.told
 
     def _end(self, active: _Active) -> None:
         del self._active[active.core_id]
@@ -427,9 +430,14 @@ class VllmEngine:
 
     # --- handing out --------------------------------------------------------------------------------
 
+    def _on_fewer_held(self) -> None:
+        self._load.held_handoffs = len(self._held)
+        self._fewer.set()
+        self._push([])
+
     def _on_changes(self, changes: Changes) -> None:
         """KV events travel with the next step, or soon by themselves."""
-        step = EngineStep(stored=changes.stored, removed=changes.removed, cleared=changes.cleared)
+        step = EngineStep(stored=changes.stored, removed=changes.removed)
         self._pending = step if self._pending is None else merge(self._pending, step)
         self._push_within(self._settings.events_delay_s)
 
@@ -450,25 +458,3 @@ class VllmEngine:
             step, self._pending = merge(self._pending, step), None
         self._pushed = load
         self._outbox.push(step)
-
-    async def _look_after_held(self) -> None:
-        """Which handoffs have been pulled, or have expired, only vLLM's worker knows."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        assert self._core is not None
-        while True:
-            await asyncio.sleep(self._settings.held_interval_s)
-            if not self._held:
-                continue
-            asked = dict(self._held)
-            try:
-                answers = await self._core.client.collective_rpc_async("penstock_held")
-            except EngineDeadError:
-                return
-            still = {core_id for answer in answers for core_id in answer}
-            for handoff_id, core_id in asked.items():
-                if core_id not in still:
-                    self._held.pop(handoff_id, None)
-            self._load.held_handoffs = len(self._held)
-            self._fewer.set()
-            self._push([])

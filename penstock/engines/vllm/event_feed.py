@@ -11,6 +11,7 @@ import logging
 import shutil
 import socket
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ class FeedSettings(msgspec.Struct, frozen=True):
 
     replay_s: float = 10.0
     """For an answer to a replay request. vLLM looks for them every 0.1 s, and between payloads."""
+
+    quiet_s: float = 1.0
+    """After so long without a payload, once, it is asked whether the last ones got lost: before the first,
+    say, when the subscription may have come too late. Nothing else would tell."""
 
     max_batch: int = 256
     """Payloads taken at once, so that a burst does not hold up the event loop."""
@@ -54,9 +59,11 @@ class EventSources:
     """
 
     def __init__(self, ranks: int) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="penstock-")) if ranks == 1 else None
-        if self._directory is not None:
-            base = EventEndpoints(f"ipc://{self._directory}/events", f"ipc://{self._directory}/replay")
+        self.directory = Path(tempfile.mkdtemp(prefix="penstock-")) if ranks == 1 else None
+        if self.directory is not None:
+            # Also when this process ends, unless suddenly: then vLLM's processes do it (guard.py).
+            self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+            base = EventEndpoints(f"ipc://{self.directory}/events", f"ipc://{self.directory}/replay")
             self.ranks: Mapping[int, EventEndpoints] = {0: base}
             return
         publish, replay = free_ports(ranks), free_ports(ranks)
@@ -69,8 +76,8 @@ class EventSources:
 
     def close(self) -> None:
         """Remove the directory."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.directory is not None:
+            self._remove()
 
 
 class EventFeed:
@@ -91,16 +98,17 @@ class EventFeed:
         self._sources = sources
         self._on_changes = on_changes
         self._settings = settings or FeedSettings()
+        self._context: Any = None
         self._followers: list[_Follower] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Be subscribed to every rank, and know what it has published so far. Raises RemoteError."""
+        """Be subscribed to every rank, and know what it has published so far."""
         import zmq.asyncio
 
-        context = zmq.asyncio.Context.instance()
+        self._context = zmq.asyncio.Context()
         self._followers = [
-            _Follower(rank, endpoints, context, self._settings)
+            _Follower(rank, endpoints, self._context, self._settings)
             for rank, endpoints in self._sources.ranks.items()
         ]
         for follower in self._followers:
@@ -115,8 +123,8 @@ class EventFeed:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for follower in self._followers:
-            follower.close()
+        if self._context is not None:
+            self._context.destroy(linger=0)
         self._sources.close()
 
     async def _follow(self, follower: _Follower) -> None:
@@ -125,10 +133,14 @@ class EventFeed:
                 await follower.take(self._events)
                 self._report()
         except ProtocolError as error:
-            # Wrong hints are worse for routing than none.
-            log.error("KV events cannot be understood; the router will not know what is cached: %s", error)
-            self._events.forget_all()
-            self._report()
+            log.error("KV events cannot be understood: %s", error)
+        except Exception:
+            log.exception("KV events of rank %d cannot be followed", follower.rank)
+        # Wrong hints are worse for routing than none.
+        log.error("the router will not know any more what rank %d has cached", follower.rank)
+        follower.close()
+        self._events.forget(follower.rank)
+        self._report()
 
     def _report(self) -> None:
         changes = self._events.drain()
@@ -147,6 +159,7 @@ class _Follower:
         self._context = context
         self._settings = settings
         self._next = 0  # number of the next payload
+        self._certain = False  # that there is none yet
         self._socket = context.socket(zmq.SUB)
         self._socket.set_hwm(settings.max_unread)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
@@ -160,47 +173,58 @@ class _Follower:
 
     async def catch_up(self, events: CacheEvents) -> None:
         """Apply what was published before."""
-        for number, payload in await self._replay(0):
-            self._apply(events, number, payload)
+        await self._fill(events, 0)
 
     async def take(self, events: CacheEvents) -> None:
-        """Apply the next payload, and those that can be read with it."""
+        """Apply the next payload, and those that can be read with it. Raises ProtocolError."""
         import zmq
 
+        if not self._certain and not await self._socket.poll(self._settings.quiet_s * 1e3):
+            self._certain = True
+            await self._fill(events, self._next)
+            return
         frames = await self._socket.recv_multipart()
+        self._certain = False
         for _ in range(self._settings.max_batch):
-            await self._next_payload(events, int.from_bytes(frames[1], "big"), frames[2])
+            await self._take(events, frames)
             try:
                 frames = await self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-        await self._next_payload(events, int.from_bytes(frames[1], "big"), frames[2])
+        await self._take(events, frames)
 
-    async def _next_payload(self, events: CacheEvents, number: int, payload: bytes) -> None:
+    async def _take(self, events: CacheEvents, frames: list[bytes]) -> None:
+        if len(frames) != 3:
+            raise ProtocolError(f"KV events of rank {self.rank}: {len(frames)} frames, expected 3")
+        number = int.from_bytes(frames[1], "big")
         if number > self._next:
             await self._fill(events, number)
-        self._apply(events, number, payload)
+        self._apply(events, number, frames[2])
 
     async def _fill(self, events: CacheEvents, end: int) -> None:
-        """Get what is missing before payload number `end`."""
-        first = self._next
+        """Get what is missing before payload number `end`. What cannot be had any more costs all that was
+        known before it."""
         try:
-            missed = await self._replay(first)
+            missed = await self._replay(self._next)
         except RemoteError as error:
-            log.warning("KV events %d to %d of rank %d are lost: %s", first, end - 1, self.rank, error)
+            log.warning("KV events of rank %d from number %d on: %s", self.rank, self._next, error)
             missed = []
-        if not missed or missed[0][0] != first:
-            log.warning(
-                "KV events %d to %d of rank %d cannot be had any more: forgetting its cache",
-                first,
-                end - 1,
-                self.rank,
-            )
-            events.forget(self.rank)
-            self._next = missed[0][0] if missed else end
         for number, payload in missed:
+            if number > self._next:
+                self._skip_to(events, number)
             self._apply(events, number, payload)
-        self._next = max(self._next, end)
+        if end > self._next:
+            self._skip_to(events, end)
+
+    def _skip_to(self, events: CacheEvents, number: int) -> None:
+        log.warning(
+            "KV events %d to %d of rank %d are lost: forgetting its cache",
+            self._next,
+            number - 1,
+            self.rank,
+        )
+        events.forget(self.rank)
+        self._next = number
 
     def _apply(self, events: CacheEvents, number: int, payload: bytes) -> None:
         if number == self._next:  # else it was replayed already
@@ -212,16 +236,21 @@ class _Follower:
         import zmq
 
         dealer = self._context.socket(zmq.DEALER)
+        dealer.set_hwm(self._settings.max_unread)
         payloads: list[tuple[int, bytes]] = []
         try:
             dealer.connect(self._endpoints.replay)
             async with asyncio.timeout(self._settings.replay_s):
                 await dealer.send_multipart([b"", first.to_bytes(8, "big")])
                 while True:
-                    _, _, number, payload = await dealer.recv_multipart()
-                    if number == _END:
+                    frames = await dealer.recv_multipart()
+                    if len(frames) != 4:
+                        raise ProtocolError(
+                            f"KV events of rank {self.rank}: {len(frames)} frames, expected 4"
+                        )
+                    if frames[2] == _END:
                         return payloads
-                    payloads.append((int.from_bytes(number, "big"), payload))
+                    payloads.append((int.from_bytes(frames[2], "big"), frames[3]))
         except TimeoutError:
             raise RemoteError(f"no replay of KV events within {self._settings.replay_s:g} s") from None
         finally:

@@ -11,7 +11,7 @@ Source of the format: vllm/distributed/kv_events.py of vLLM 0.32. One payload is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -20,6 +20,9 @@ from penstock.errors import ProtocolError
 
 EngineHash = int | bytes
 """vLLM's own name for a block; which of the two is a setting of vLLM's."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+"""What block hashes are made of."""
 
 FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention")
 """Kinds of cache that keep every token of a prefix. The others of a hybrid model say nothing about one."""
@@ -33,7 +36,6 @@ class Changes(msgspec.Struct):
 
     stored: list[int] = []
     removed: list[int] = []
-    cleared: bool = False  # before `stored`
 
 
 class BlockStored(msgspec.Struct, tag=True):
@@ -41,7 +43,7 @@ class BlockStored(msgspec.Struct, tag=True):
 
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
-    token_ids: list[int]
+    token_ids: list[TokenId]
     block_size: int
     medium: str | None = None
     lora_name: str | None = None
@@ -103,7 +105,7 @@ class CacheEvents:
         """Take one payload. Raises ProtocolError, and takes nothing of it, when it makes no sense."""
         try:
             batch = _DECODER.decode(payload)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"KV events of rank {rank}: {error}") from error
         for event in batch.events:
             if isinstance(event, BlockStored):
@@ -156,13 +158,14 @@ class CacheEvents:
             self._ignored_groups.add(event.group_idx)
             return
         for engine_hash, name in zip(event.block_hashes, self._names(cache, event), strict=True):
-            if engine_hash in cache.names:
+            known = engine_hash in cache.names
+            if known:
                 cache.copies[engine_hash] = cache.copies.get(engine_hash, 0) + 1
-                continue
-            cache.names[engine_hash] = name
             if name is None:
-                self.unnamed += 1
-            else:
+                self.unnamed += not known
+                cache.names.setdefault(engine_hash, None)
+            elif cache.names.get(engine_hash) is None:  # new, or its parent is known only now
+                cache.names[engine_hash] = name
                 self._hold(name)
 
     def _names(self, cache: _Rank, event: BlockStored) -> list[int | None]:

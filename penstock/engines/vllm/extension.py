@@ -15,13 +15,12 @@ die_with_owner()  # this module is loaded by every worker process
 class WorkerExtension:
     """Mixed into vLLM's worker class. With tensor parallelism every rank answers."""
 
-    def penstock_held(self) -> list[str]:
-        """Request ids whose KV this rank keeps for a reader."""
-        return _connector_worker().held()
-
-    def penstock_release(self, req_ids: list[str]) -> None:
-        """Let go of KV that nobody reads, nor will."""
-        _connector_worker().release(req_ids)
+    def penstock_held(self, unwanted: list[str]) -> list[str]:
+        """Let go of these requests' KV, which nobody reads, nor will. Returns all those whose KV this rank
+        keeps for a reader."""
+        worker = _connector_worker()
+        worker.release(unwanted)
+        return worker.held()
 
 
 def _connector_worker() -> PullWorker:

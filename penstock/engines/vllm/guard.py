@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 from functools import cache
+from pathlib import Path
 from threading import Thread
 
 OWNER_VARIABLE = "PENSTOCK_ENGINE_OWNER"
 """Environment variable with the process id of the worker; vLLM's processes inherit it."""
 
+DIRECTORY_VARIABLE = "PENSTOCK_ENGINE_DIRECTORY"
+"""The same with a directory that is to be removed when the worker ends without having done so."""
 
-def own_engines() -> None:
-    """The engines that this process will start are its own."""
+
+def own_engines(directory: Path | None) -> None:
+    """The engines that this process will start are its own, and so is this directory."""
     os.environ[OWNER_VARIABLE] = str(os.getpid())
+    os.environ[DIRECTORY_VARIABLE] = str(directory or "")
 
 
 @cache
@@ -27,14 +33,17 @@ def die_with_owner() -> None:
     pyproject.toml), which every process of vLLM's calls; elsewhere it does nothing."""
     owner = os.environ.get(OWNER_VARIABLE, "")
     if owner.isdecimal() and int(owner) != os.getpid():
-        Thread(target=_watch, args=(int(owner),), name="penstock-guard", daemon=True).start()
+        directory = os.environ.get(DIRECTORY_VARIABLE, "")
+        Thread(target=_watch, args=(int(owner), directory), name="penstock-guard", daemon=True).start()
 
 
-def _watch(owner: int) -> None:
+def _watch(owner: int, directory: str) -> None:
     try:
         descriptor = os.pidfd_open(owner)
     except ProcessLookupError:
         pass  # it is gone already
     else:
         select.select([descriptor], [], [])
+    if directory:
+        shutil.rmtree(directory, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)

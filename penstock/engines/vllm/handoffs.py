@@ -20,8 +20,12 @@ from penstock.structs import Attempt, EngineCard, Handoff, JsonObject
 MIN_LEFT_S = 1.0
 """A handoff with less life than this is not used: the pull would hardly end in time."""
 
-USED_HANDOFFS = 4096
-"""Handoffs remembered as used. Pulling twice would read what the first pull's end has freed."""
+MAX_LEFT_S = 24 * 3600.0
+"""No worker keeps KV for a reader longer than this: what claims so is wrong."""
+
+MAX_USED = 65536
+"""Handoffs remembered as used, each until it has expired: thousands a second. Pulling one twice would read
+what the first pull's end has freed, so beyond this, none is used."""
 
 MAX_BLOCK_ID = 2**31 - 1
 MAX_RANKS = 4096
@@ -75,28 +79,32 @@ class UsedHandoffs:
     """Decides which handoffs may be pulled, each once."""
 
     def __init__(self) -> None:
-        self._used: OrderedDict[str, None] = OrderedDict()
+        self._used: OrderedDict[str, float] = OrderedDict()  # handoff id -> its end, by the monotonic clock
+
+    def __len__(self) -> int:
+        return len(self._used)
 
     def accept(
         self, handoff: Handoff, attempt: Attempt, card: EngineCard, prompt_len: int
     ) -> tuple[JsonObject | None, str]:
         """kv_transfer_params for the first `prompt_len` tokens of the attempt; or None, and why not."""
-        reason = mismatch(handoff, attempt, card)
-        if reason is None and handoff.handoff_id in self._used:
-            reason = "used before"
+        now = time.monotonic()
+        reason = mismatch(handoff, attempt, card) or self._used_up(handoff.handoff_id, now)
         if reason is not None:
             return None, reason
         try:
             params = _DECODER.decode(handoff.params)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return None, f"params: {error}"
-        left_s = min(handoff.ttl_s, params.expires_at - time.time())
-        reason = _fault(params, handoff, prompt_len, left_s)
+        # By the time on its way, and by the clocks of both hosts: neither alone can be trusted.
+        lefts_s = (handoff.ttl_s, params.expires_at - time.time())
+        left_s = min(lefts_s)
+        if not all(MIN_LEFT_S <= left_s <= MAX_LEFT_S for left_s in lefts_s):
+            return None, f"expired, or not to be believed: {lefts_s[0]:.1f} s and {lefts_s[1]:.1f} s left"
+        reason = _fault(params, handoff, prompt_len)
         if reason is not None:
             return None, reason
-        self._used[handoff.handoff_id] = None
-        if len(self._used) > USED_HANDOFFS:
-            self._used.popitem(last=False)
+        self._used[handoff.handoff_id] = now + left_s
         blocks = -(-prompt_len // card.block_size)
         return {
             "do_remote_prefill": True,
@@ -112,20 +120,25 @@ class UsedHandoffs:
             "pp_size": params.pp_size,
             "transfer_mode": "pull",
             # By this host's monotonic clock; connector.py keeps to it.
-            "remote_blocks_expiry_time": time.monotonic() + left_s,
+            "remote_blocks_expiry_time": now + left_s,
         }, ""
 
+    def _used_up(self, handoff_id: str, now: float) -> str | None:
+        while self._used and next(iter(self._used.values())) <= now:
+            self._used.popitem(last=False)
+        if handoff_id in self._used:
+            return "used before"
+        return None if len(self._used) < MAX_USED else f"{MAX_USED} others are in use"
 
-def _fault(params: Params, handoff: Handoff, prompt_len: int, left_s: float) -> str | None:
+
+def _fault(params: Params, handoff: Handoff, prompt_len: int) -> str | None:
     """Why these params must not reach vLLM, in words."""
-    if left_s < MIN_LEFT_S:
-        return f"expired: {left_s:.1f} s left"
     if not 0 < prompt_len <= handoff.num_tokens:
         return f"it has {handoff.num_tokens} tokens, of {prompt_len}"
     if params.remote_num_tokens != handoff.num_tokens:
         return f"remote_num_tokens is {params.remote_num_tokens}, num_tokens {handoff.num_tokens}"
     expected = engine_id(handoff.instance_id, handoff.epoch)
-    if not re.fullmatch(re.escape(expected) + r"(_dp\d+)?", params.remote_engine_id):
+    if not re.fullmatch(re.escape(expected) + r"(_dp[0-9]+)?", params.remote_engine_id):
         return f"remote_engine_id is {params.remote_engine_id!r}, expected {expected!r}"
     blocks = -(-handoff.num_tokens // handoff.block_size)
     if not params.remote_block_ids:
@@ -133,8 +146,8 @@ def _fault(params: Params, handoff: Handoff, prompt_len: int, left_s: float) -> 
     for group in params.remote_block_ids:
         if len(group) != blocks:
             return f"remote_block_ids: {len(group)} blocks for {handoff.num_tokens} tokens"
-        if not all(0 <= block <= MAX_BLOCK_ID for block in group):
-            return "remote_block_ids: not block ids"
+        if not all(0 <= block <= MAX_BLOCK_ID for block in group) or len(set(group)) < blocks:
+            return "remote_block_ids: not the ids of different blocks"
     if not params.remote_request_id or not params.remote_host or not 0 < params.remote_port < 2**16:
         return "it does not say where its KV is"
     if not all(1 <= size <= MAX_RANKS for size in (params.tp_size, params.dcp_size, params.pp_size)):

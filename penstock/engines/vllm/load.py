@@ -12,15 +12,20 @@ if TYPE_CHECKING:
 
 
 class CoreLoad:
-    """Counts attempts and tokens as they come and go, and measures what steps take."""
+    """Counts attempts and tokens as they come and go, and measures what steps take.
 
-    def __init__(self, card: EngineCard) -> None:
+    Args:
+        ranks: data parallel ones, each with an equal part of the blocks.
+    """
+
+    def __init__(self, card: EngineCard, ranks: int = 1) -> None:
         self._card = card
+        self._ranks = ranks
         self._times = StepTimes()
         self._submitted = 0
         self._attempts = 0
-        self._running = 0
-        self._usage = 0.0  # share of the blocks
+        self._running: dict[int, int] = {}  # by rank
+        self._usage: dict[int, float] = {}  # by rank: share of its blocks
         self._steps = 0
         self._prefill_tokens = 0
         self._context_tokens = 0
@@ -50,12 +55,12 @@ class CoreLoad:
         self._prefill_tokens -= uncached_tokens
         self._context_tokens -= context_tokens
 
-    def observe(self, stats: SchedulerStats) -> None:
+    def observe(self, rank: int, stats: SchedulerStats) -> None:
         """A step's statistics."""
-        self._usage = stats.kv_cache_usage
+        self._usage[rank] = stats.kv_cache_usage
         # Those whose KV is on its way hold blocks already; vLLM counts them among those it skipped.
         pulling = sum(stats.num_kv_fetch_reqs_by_stage.values())
-        self._running = stats.num_running_reqs + pulling
+        self._running[rank] = stats.num_running_reqs + pulling
         details = stats.iteration_details
         if details is not None and not details.is_dummy:
             self._steps += 1
@@ -68,12 +73,13 @@ class CoreLoad:
 
     def load(self) -> Load:
         """The load as of now."""
-        running = min(self._running, self._attempts)
+        running = min(sum(self._running.values()), self._attempts)
+        used = sum(self._usage.values()) / self._ranks * self._card.total_blocks
         return Load(
             running=running,
             waiting=self._attempts - running,
             prefill_tokens=self._prefill_tokens,
-            used_blocks=round(self._usage * self._card.total_blocks),
+            used_blocks=round(used),
             total_blocks=self._card.total_blocks,
             context_tokens=self._context_tokens,
             held_handoffs=self.held_handoffs,

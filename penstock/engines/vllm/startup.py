@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -31,6 +35,9 @@ log = logging.getLogger("penstock.engine")
 
 SUPPORTED = "0.32"
 """The engine speaks with vLLM's core process directly, in terms that change with every version."""
+
+SHUTDOWN_S = 10.0
+"""Seconds that vLLM gets to end its processes by itself."""
 
 TRANSPORT = "vllm-nixl"
 """Name of vLLM's KV transfer in cards and handoffs."""
@@ -58,6 +65,20 @@ class Core:
     card: EngineCard
     events: EventSources
 
+    @property
+    def ranks(self) -> int:
+        """Data parallel ones, each with a process and a part of the blocks."""
+        return int(self.config.parallel_config.data_parallel_size)
+
+    async def close(self) -> None:
+        """End vLLM's processes, and close what its client has open here. On the event loop."""
+        await asyncio.to_thread(self.client.shutdown, SHUTDOWN_S)
+        resources = self.client.resources
+        resources()  # its sockets, if whoever watches over dead processes has not closed them yet
+        ending = Thread(target=resources.ctx.term, name="vllm sockets", daemon=True)
+        ending.start()
+        await asyncio.to_thread(ending.join, SHUTDOWN_S)
+
 
 def start_core(settings: VllmSettings) -> Core:
     """Start vLLM and wait until it is ready: seconds to minutes, so not on the event loop's thread.
@@ -75,8 +96,11 @@ def start_core(settings: VllmSettings) -> Core:
     try:
         config = _config(settings, arguments, events.ranks[0])
         inputs = InputProcessor(config)
-        own_engines()
-        client = EngineCoreClient.make_async_mp_client(config, Executor.get_class(config), log_stats=True)
+        own_engines(events.directory)
+        with _side_channel(settings, config):
+            client = EngineCoreClient.make_async_mp_client(
+                config, Executor.get_class(config), log_stats=True
+            )
     except ConfigError:
         events.close()
         raise
@@ -160,7 +184,6 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
         replay_endpoint=events.replay,
     )
     if settings.role is not Role.AGGREGATED:
-        _offer_side_channel(settings.host, args.data_parallel_size)
         args.kv_transfer_config = KVTransferConfig(
             kv_connector="PenstockConnector",
             kv_connector_module_path="penstock.engines.vllm.connector",
@@ -178,12 +201,25 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
     return config
 
 
-def _offer_side_channel(host: str, ranks: int) -> None:
-    """vLLM takes the address under which peers ask for its KV layout from the environment; rank r listens
-    on port + r."""
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
-    if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
-        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(ranks, host))
+@contextlib.contextmanager
+def _side_channel(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
+    """vLLM's processes take the address under which peers ask for their KV layout from the environment that
+    they are started with; rank r listens on port + r. What the user has set stays."""
+    wanted = {}
+    if settings.role is not Role.AGGREGATED:
+        wanted["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.host
+        if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
+            port = free_ports(config.parallel_config.data_parallel_size, settings.host)
+            wanted["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,71 @@
+"""KV that this engine keeps for decode workers. Which of it has been read, or has expired, only vLLM's
+workers know: they are asked now and then, and told what nobody will read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+
+class HeldHandoffs:
+    """Handoffs by id, until their KV is gone.
+
+    Args:
+        interval_s: between two looks, while there are some.
+        on_fewer: called when some are gone.
+    """
+
+    def __init__(self, client: AsyncMPClient, interval_s: float, on_fewer: Callable[[], None]) -> None:
+        self._client = client
+        self._interval_s = interval_s
+        self._on_fewer = on_fewer
+        self._core_ids: dict[str, str] = {}  # handoff id -> vLLM's id of the request whose KV it is
+        self._unwanted: list[str] = []  # such requests, which nobody will read
+        self._look = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._core_ids)
+
+    def add(self, handoff_id: str, core_id: str) -> None:
+        """It was handed out."""
+        self._core_ids[handoff_id] = core_id
+
+    def release(self, handoff_id: str) -> None:
+        """Nobody has been told of it, so nobody will read it. Unknown ids are ignored."""
+        core_id = self._core_ids.pop(handoff_id, None)
+        if core_id is not None:
+            self.let_go(core_id)
+            self._on_fewer()
+
+    def let_go(self, core_id: str) -> None:
+        """A request's KV is kept, but will not be handed out."""
+        self._unwanted.append(core_id)
+        self._look.set()
+
+    async def look_after(self) -> None:
+        """Until cancelled. Raises EngineDeadError, and whatever else ends an engine."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), self._interval_s)
+            self._look.clear()
+            if self._core_ids or self._unwanted:
+                await self._ask()
+
+    async def _ask(self) -> None:
+        asked, unwanted = dict(self._core_ids), self._unwanted
+        self._unwanted = []
+        ranks = await self._client.call_utility_all_async(
+            "collective_rpc", "penstock_held", None, (unwanted,), None
+        )
+        kept = {core_id for workers in ranks for worker in workers for core_id in worker}
+        gone = [handoff_id for handoff_id, core_id in asked.items() if core_id not in kept]
+        for handoff_id in gone:
+            self._core_ids.pop(handoff_id, None)
+        if gone:
+            self._on_fewer()
