@@ -114,7 +114,9 @@ class Placement:
         candidates = []
         for card in cards:
             overlap = overlaps[card.block_size].get(card.instance_id, 0)
-            placed.overlap_tokens[card.instance_id] = overlap * card.block_size
+            # An engine computes the last token again at least, and with it that token's block.
+            found = min(overlap, (len(tokens) - 1) // card.block_size)
+            placed.overlap_tokens[card.instance_id] = found * card.block_size
             candidates.append(
                 Candidate(
                     instance_id=card.instance_id,

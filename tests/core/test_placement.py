@@ -132,6 +132,16 @@ def test_an_answer_is_compared_once_and_only_from_where_it_runs() -> None:
     assert it.cached(request, "d0", 0) is None
 
 
+def test_a_prompts_last_block_is_never_foreseen_as_cached() -> None:
+    only = card("d0")
+    it = placement(only)
+    it.cache_changed("d0", HASHES, [], False)  # all of the prompt, to the last token
+    request = placed()
+    choose(it, request, only)
+    it.sent(request, "d0", 1, attempt())
+    assert it.cached(request, "d0", 144) == (144, None)
+
+
 def test_the_log_line_has_every_candidate_and_the_reason() -> None:
     cards = [card("p0", Role.PREFILL), card("d0"), card("d1")]
     line = explain("r", choose(placement(*cards), placed(), *cards), {"d9"})
