@@ -1,0 +1,113 @@
+"""An engine's load, from vLLM's own statistics and the comings and goings around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+from penstock.engines.vllm.load import CoreLoad
+from penstock.structs import EngineCard, Load
+
+CARD = EngineCard(
+    engine="vllm", model="m", block_size=32, total_blocks=200, max_model_len=512, vocab_size=1000
+)
+
+
+def stats(running: int, usage: float, fetching: int = 0, **details: Any) -> SchedulerStats:
+    step = {
+        "iteration_index": 0,
+        "num_ctx_requests": 0,
+        "num_ctx_tokens": 0,
+        "num_generation_requests": 0,
+        "num_generation_tokens": 0,
+        "elapsed_ms": 1.0,
+    }
+    return SchedulerStats(
+        num_running_reqs=running,
+        kv_cache_usage=usage,
+        num_kv_fetch_reqs_by_stage={"waiting_to_start": fetching} if fetching else {},
+        iteration_details=SchedulerIterationDetails(**(step | details)) if details else None,
+    )
+
+
+def counts(load: Load) -> tuple[int, int, int, int]:
+    return (load.running, load.waiting, load.prefill_tokens, load.context_tokens)
+
+
+def test_an_attempt_from_its_submission_to_its_end() -> None:
+    load = CoreLoad(CARD)
+    load.submitted()
+    load.began(100)
+    assert counts(load.load()) == (0, 1, 100, 0)
+    load.observe(0, stats(running=1, usage=0.02, num_ctx_tokens=100))
+    load.answered(100, 101)
+    assert counts(load.load()) == (1, 0, 0, 101)
+    assert load.load().used_blocks == 4
+    load.grew(1)
+    assert load.load().context_tokens == 102
+    load.ended(0, 102)
+    assert counts(load.load()) == (0, 0, 0, 0)
+    assert load.load().submitted == 1
+
+
+def test_an_attempt_that_ends_before_its_first_token_leaves_nothing() -> None:
+    load = CoreLoad(CARD)
+    load.began(100)
+    load.ended(100, 0)
+    assert counts(load.load()) == (0, 0, 0, 0)
+
+
+def test_one_that_never_began_counts_as_submitted_only() -> None:
+    load = CoreLoad(CARD)
+    load.submitted()
+    assert counts(load.load()) == (0, 0, 0, 0)
+    assert load.load().submitted == 1
+
+
+def test_those_whose_kv_is_on_its_way_hold_blocks() -> None:
+    load = CoreLoad(CARD)
+    for _ in range(3):
+        load.began(0)
+    load.observe(0, stats(running=1, usage=0.5, fetching=1))
+    assert counts(load.load())[:2] == (2, 1)
+
+
+def test_what_has_ended_here_does_not_run_there() -> None:
+    """vLLM's word is a step old."""
+    load = CoreLoad(CARD)
+    load.began(0)
+    load.observe(0, stats(running=4, usage=0.1))
+    assert counts(load.load())[:2] == (1, 0)
+
+
+def test_only_steps_that_compute_are_counted() -> None:
+    load = CoreLoad(CARD)
+    load.observe(0, stats(0, 0.0))
+    load.observe(0, stats(0, 0.0, num_ctx_tokens=0, is_dummy=True))
+    assert load.load().steps == 0
+    load.observe(0, stats(1, 0.0, num_generation_requests=1))
+    assert load.load().steps == 1
+
+
+def test_data_parallel_ranks_are_added_up() -> None:
+    load = CoreLoad(CARD, ranks=2)
+    for _ in range(5):
+        load.began(0)
+    load.observe(0, stats(running=3, usage=0.5))
+    assert (load.load().used_blocks, load.load().running) == (50, 3)
+    load.observe(1, stats(running=1, usage=0.25))
+    assert (load.load().used_blocks, load.load().running) == (75, 4)
+    load.observe(0, stats(running=0, usage=0.0))
+    assert (load.load().used_blocks, load.load().running) == (25, 1)
+
+
+def test_rates_are_measured() -> None:
+    load = CoreLoad(CARD)
+    for i in range(400):
+        load.observe(0, stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=5.0))
+        load.observe_transfer(4, 20.0)
+    rates = load.load().rates
+    assert rates.step_ms == pytest.approx(5.0, rel=0.2)
+    assert rates.transfer_ms + 4 * rates.transfer_block_ms == pytest.approx(20.0, rel=0.2)
