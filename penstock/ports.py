@@ -7,7 +7,17 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.structs import Attempt, EngineCard, EngineStep, Handoff, Registration
+from penstock.structs import (
+    Attempt,
+    EngineCard,
+    EngineStep,
+    Handoff,
+    JsonObject,
+    ModelView,
+    Parsed,
+    Registration,
+    StructuredOutput,
+)
 
 
 class Engine(Protocol):
@@ -109,3 +119,45 @@ class Discovery(Protocol):
 
     async def close(self) -> None:
         """Release what is open. Leases are closed on their own."""
+
+
+class AnswerParser(Protocol):
+    """Takes one answer apart. Either `push`, step by step, or `whole`, once. Raises RequestRejected(500)
+    for an answer that it cannot read."""
+
+    def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parsed | None:
+        """What the next text, of these tokens, adds; None when nothing yet."""
+
+    def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
+        """The whole answer, with one ToolCallDelta for each call."""
+
+    def reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        """How many of the answer's tokens were reasoning."""
+
+
+class CallParser(Protocol):
+    """One chat request, as its model's parsers see it."""
+
+    skip_special_tokens: bool
+    """Whether special tokens are left out of the text that they read."""
+
+    def structured(self, prompt_ids: Sequence[int]) -> StructuredOutput | None:
+        """What its answers must look like, tool calls included."""
+
+    def answer(self, prompt_ids: Sequence[int]) -> AnswerParser:
+        """For one of its answers."""
+
+
+class ChatParser(Protocol):
+    """Knows how one model writes reasoning and tool calls."""
+
+    def begin(self, body: JsonObject) -> CallParser:
+        """Read a chat request, with only those fields that the client set. Raises RequestRejected(400)."""
+
+
+class ChatParsers(Protocol):
+    """Parsers by the names that engines give them."""
+
+    def load(self, model: ModelView) -> ChatParser:
+        """Seconds of work; not on the event loop. Raises ConfigError when this model's tokenizer or
+        names do not fit."""

@@ -34,7 +34,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError, PenstockError
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
 from penstock.observability import Metrics, setup_logging
-from penstock.ports import Discovery, Engine, KvTransfer
+from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
 from penstock.structs import Role
 
 log = logging.getLogger("penstock.process")
@@ -89,8 +89,9 @@ def run_frontend(options: FrontendOptions) -> None:
             discovery, router_settings, link_settings, metrics.router, frontend_id=_unique_name("frontend")
         )
         async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(router.run())
-            await serve(create_app(router, settings, metrics), settings, stop=stop, grace_s=options.drain_s)
+            app = create_app(router, settings, metrics, _chat_parsers())
+            following = tasks.create_task(router.run(app.prepare))
+            await serve(app, settings, stop=stop, grace_s=options.drain_s)
             following.cancel()
         await discovery.close()
 
@@ -207,6 +208,17 @@ def _vllm_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine
         **given,
     )
     return VllmEngine(settings)
+
+
+def _chat_parsers() -> ChatParsers | None:
+    """vLLM's, where it is installed. It is loaded with the first model that needs it."""
+    from penstock.engines.vllm.installed import installed_version, is_supported
+
+    if not is_supported(installed_version()):
+        return None
+    from penstock.engines.vllm.parsing import VllmParsers
+
+    return VllmParsers()
 
 
 def _scheduler(options: WorkerOptions, instance_id: str, epoch: int) -> SchedulerSettings:

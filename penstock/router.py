@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,6 +45,8 @@ log = logging.getLogger("penstock.router")
 
 OnDelta = Callable[[Delta], None]
 OnError = Callable[[PenstockError], None]
+Prepare = Callable[[ModelView], Awaitable[None]]
+"""Gets ready to serve a model; must not raise."""
 
 
 class RouterSettings(msgspec.Struct, frozen=True):
@@ -125,7 +127,8 @@ class Router:
         self._live: dict[str, _Live] = {}
         self._queued: dict[str, _Live] = {}
         self._catalog = Catalog()
-        self._tasks: asyncio.TaskGroup  # of `run`
+        self._tasks: asyncio.TaskGroup  # of `run`, as is
+        self._prepare: Prepare
 
     # --- for the frontend -------------------------------------------------------------------------
 
@@ -180,8 +183,10 @@ class Router:
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Follow discovery and watch deadlines until cancelled."""
+    async def run(self, prepare: Prepare | None = None) -> None:
+        """Follow discovery and watch deadlines until cancelled. No request goes to a model's first worker
+        before `prepare` is done with the model."""
+        self._prepare = prepare or _ready
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 self._tasks.create_task(self._tick_forever())
@@ -321,6 +326,9 @@ class Router:
         while not await self._fetch(link, card):
             await self._clock.sleep(self._settings.load_retry_s)
         self._catalog.publish(card)
+        view = self._catalog.view(card.model)
+        assert view is not None
+        await self._prepare(view)
         self._membership.loaded(link.instance_id)
         log.info("instance ready: %s", link.instance_id)
         self._retry_queued()
@@ -395,6 +403,10 @@ class Router:
         live = self._live.get(_request_id(bounce.attempt_id))
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
+
+
+async def _ready(model: ModelView) -> None:
+    """Nothing to prepare."""
 
 
 def _request_id(attempt_id: str) -> str:

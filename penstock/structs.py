@@ -47,6 +47,11 @@ class StructuredOutput(msgspec.Struct, frozen=True):
     spec: str = ""
     """json, structural_tag: a JSON text; choice: a JSON list of strings; regex and grammar: as they are;
     json_object: empty."""
+    reasoning_ended: bool | None = None
+    """Whether the prompt leaves the model beyond its reasoning, to which none of this applies; None: the
+    engine looks for itself."""
+    template_variables: JsonObject = {}
+    """What the chat template was told beside the messages: some models reason or not by that."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,6 +86,23 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     token_id: int
     logprob: float
     top: list[tuple[int, float]] = []
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """A part of one call of a tool: its beginning (`id` and `name` are set), or more of its arguments."""
+
+    index: int  # among the answer's calls
+    id: str | None = None
+    name: str | None = None
+    arguments: str | None = None  # JSON, in the making
+
+
+class Parsed(msgspec.Struct):
+    """A part of an answer, or all of it, taken apart."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] = []
 
 
 class Handoff(msgspec.Struct):

@@ -6,7 +6,13 @@ from pathlib import Path
 
 from penstock.errors import ConfigError
 
-ASSET_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+ASSET_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
 
 MAX_ASSET_BYTES = 32 * 1024 * 1024
 """Of one file. Tokenizers of 250,000 tokens take 10 to 20 MB; assets are kept in memory on both sides."""

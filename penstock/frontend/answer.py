@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from penstock.frontend.detokenize import Detokenizer
+from penstock.frontend.reply import Reply
 from penstock.frontend.stop_strings import StopMatcher
 from penstock.structs import Delta, FinishReason, TokenLogprob
 
@@ -16,6 +17,7 @@ class Answer:
 
     __slots__ = (
         "_detokenizer",
+        "_eos_tokens",
         "_logprobs",
         "_min_tokens",
         "_parts",
@@ -25,6 +27,8 @@ class Answer:
         "finish_reason",
         "index",
         "output_tokens",
+        "reply",
+        "stop_reason",
         "token_at",
         "unsent_chars",
     )
@@ -37,9 +41,15 @@ class Answer:
         stops: StopMatcher | None = None,
         min_tokens: int = 0,
         stop_tokens: Collection[int] = (),
+        eos_tokens: Collection[int] = (),
+        reply: Reply | None = None,
     ) -> None:
+        """`stop_tokens` are those that end it, the model's own `eos_tokens` among them. `reply` gets the
+        text instead of whoever calls `take`, to take it apart."""
         self.index = index
+        self.reply = reply
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS
         self.output_tokens = 0
         self.cached_tokens = 0
         self.unsent_chars = 0
@@ -48,11 +58,13 @@ class Answer:
         self._stops = stops
         self._min_tokens = min_tokens
         self._stop_tokens = stop_tokens
+        self._eos_tokens = eos_tokens
         self._parts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
 
     def feed(self, delta: Delta) -> None:
-        """Take one step's tokens. Must not be called once `finish_reason` is set."""
+        """Take one step's tokens. Must not be called once `finish_reason` is set. Raises RequestRejected
+        when the answer cannot be taken apart."""
         token_ids = delta.token_ids
         self.output_tokens += len(token_ids)
         if delta.cached_tokens is not None:
@@ -63,6 +75,8 @@ class Answer:
         reason = delta.finish_reason
         if reason is not None:
             if reason is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_tokens:
+                if token_ids[-1] not in self._eos_tokens:
+                    self.stop_reason = token_ids[-1]
                 token_ids = token_ids[:-1]  # what ended the answer is not part of its text
             self.finish_reason = reason
         text = self._detokenizer.push(token_ids)
@@ -70,14 +84,16 @@ class Answer:
             text += self._detokenizer.flush()
         if self._stops is not None and self.output_tokens > self._min_tokens:
             text = self._match(self._stops, text)
-        if text:
+        self.unsent_chars += len(text)
+        if self.reply is not None:
+            self.reply.add(text, delta.token_ids, finished=self.finish_reason is not None)
+        elif text:
             self._parts.append(text)
-            self.unsent_chars += len(text)
 
     def _match(self, stops: StopMatcher, text: str) -> str:
         text = stops.push(text)
-        if stops.matched:
-            self.finish_reason = FinishReason.STOP
+        if stops.matched is not None:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, stops.matched
         elif self.finish_reason is not None:
             text += stops.flush()
         return text

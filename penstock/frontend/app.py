@@ -6,6 +6,7 @@ each `send`, once per streamed chunk.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -27,7 +28,8 @@ from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.observability import METRICS_CONTENT_TYPE, Metrics
-from penstock.structs import InstanceView, JsonObject
+from penstock.ports import ChatParsers
+from penstock.structs import InstanceView, JsonObject, ModelView
 
 log = logging.getLogger("penstock.frontend")
 
@@ -37,12 +39,18 @@ _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
 class App:
     """The ASGI application. Call `close` after its last request."""
 
-    def __init__(self, completer: Completer, settings: FrontendSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        completer: Completer,
+        settings: FrontendSettings,
+        metrics: Metrics,
+        parsers: ChatParsers | None = None,
+    ) -> None:
         self._completer = completer
         self._settings = settings
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_keys)
-        self._preprocessor = Preprocessor(settings)
+        self._preprocessor = Preprocessor(settings, parsers)
         planner = Planner(self._preprocessor, settings, random.Random())
         self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)
         self._created = int(time.time())
@@ -79,6 +87,11 @@ class App:
             if exchange.status is not None:
                 raise  # the server drops the connection
             await exchange.reject(RequestRejected(500, "Internal error.", code="internal_error"))
+
+    async def prepare(self, model: ModelView) -> None:
+        """Load what the model's requests will need, so that the first one does not wait for it."""
+        with contextlib.suppress(RequestRejected):  # each of its requests will say so
+            await self._preprocessor.text_of(model)
 
     async def drain(self, grace_s: float) -> None:
         """/health turns 503, new calls are refused, calls under way may finish for `grace_s`."""
@@ -129,9 +142,11 @@ class App:
         await exchange.respond(200, self._metrics.render(), content_type=METRICS_CONTENT_TYPE.encode())
 
 
-def create_app(router: Completer, settings: FrontendSettings, metrics: Metrics) -> App:
+def create_app(
+    router: Completer, settings: FrontendSettings, metrics: Metrics, parsers: ChatParsers | None = None
+) -> App:
     """The frontend over a router. Must be called inside the event loop that will serve it."""
-    return App(router, settings, metrics)
+    return App(router, settings, metrics, parsers)
 
 
 def _instance_object(instance: InstanceView) -> JsonObject:

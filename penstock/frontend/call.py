@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.completer import Completer, Ticket
 from penstock.observability import ModelMetrics
@@ -138,7 +138,11 @@ class Call:
         if answer.finish_reason is not None or self.error is not None or self.gone:
             return
         now = self._now()
-        answer.feed(delta)
+        try:
+            answer.feed(delta)
+        except RequestRejected as error:
+            self.fail(error)
+            return
         self._observe(answer, len(delta.token_ids), now)
         self._changed[answer] = None
         if answer.finish_reason is not None:

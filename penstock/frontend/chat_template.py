@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import ChatRequest, Message, ToolCall
+from penstock.frontend.tools import template_tools
 from penstock.structs import JsonObject
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -36,6 +37,10 @@ SPECIAL_TOKENS = (
     "mask_token",
 )
 
+# Names of templates in tokenizer_config.json, where there are several (transformers' names).
+_DEFAULT = "default"
+_TOOL_USE = "tool_use"
+
 # What a template may raise: its own refusals, and what its expressions do with shapes it did not expect.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -49,11 +54,16 @@ _TEMPLATE_ERRORS = (
 
 
 class ChatTemplate:
-    """One model's compiled template."""
+    """One model's compiled template, or two: one of them for requests with tools."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises jinja2.TemplateSyntaxError when `source` is not a template."""
-        self._template = _environment().from_string(source)
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], tools_source: str | None = None
+    ) -> None:
+        """Raises jinja2.TemplateSyntaxError when a source is not a template."""
+        environment = _environment()
+        self._template = self._tools_template = environment.from_string(source)
+        if tools_source is not None:
+            self._tools_template = environment.from_string(tools_source)
         self._globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
 
@@ -61,23 +71,27 @@ class ChatTemplate:
     def of(cls, assets: Mapping[str, bytes]) -> ChatTemplate | None:
         """The template among a model's files; None when it has none. Errors as in the constructor."""
         config = json.loads(assets.get(CONFIG_FILE, b"{}"))
-        source = _source(config, assets)
-        return cls(source, special_tokens(config)) if source is not None else None
+        sources = _sources(config, assets)
+        if _DEFAULT not in sources:
+            return None
+        return cls(sources[_DEFAULT], special_tokens(config), sources.get(_TOOL_USE))
 
     def render(self, request: ChatRequest) -> str:
         """The prompt. Raises RequestRejected(400) with the template's own words."""
         messages = [_template_message(message, index) for index, message in enumerate(request.messages)]
-        variables: JsonObject = {**self._special_tokens, **(request.chat_template_kwargs or {})}
+        tools = template_tools(request.tools)
+        template = self._tools_template if tools else self._template
+        variables: JsonObject = {**self._special_tokens, **request.template_variables}
         variables.update(
             messages=messages,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=request.add_generation_prompt,
         )
         try:
             # As Template.render does, but for looking through the environment's globals each time.
-            context = self._template.new_context({**self._globals, **variables}, shared=True)
-            prompt = "".join(self._template.root_render_func(context))
+            context = template.new_context({**self._globals, **variables}, shared=True)
+            prompt = "".join(template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RequestRejected(
@@ -93,13 +107,14 @@ def special_tokens(config: JsonObject) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _source(config: JsonObject, assets: Mapping[str, bytes]) -> str | None:
+def _sources(config: JsonObject, assets: Mapping[str, bytes]) -> dict[str, str]:
+    """Templates by name."""
     if TEMPLATE_FILE in assets:
-        return assets[TEMPLATE_FILE].decode()
+        return {_DEFAULT: assets[TEMPLATE_FILE].decode()}
     source = config.get("chat_template")
-    if isinstance(source, list):  # several by name; the others are for tools and retrieval
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return source
+    if isinstance(source, list):
+        return {entry["name"]: entry["template"] for entry in source}
+    return {_DEFAULT: source} if source is not None else {}
 
 
 def _template_message(message: Message, index: int) -> JsonObject:
@@ -108,10 +123,13 @@ def _template_message(message: Message, index: int) -> JsonObject:
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     shown: JsonObject = {"role": message.role, "content": content}
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             shown[name] = value
+    reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+    if reasoning is not None:  # templates know either name
+        shown["reasoning"] = shown["reasoning_content"] = reasoning
     if message.tool_calls:
         where = f"messages[{index}].tool_calls"
         shown["tool_calls"] = [

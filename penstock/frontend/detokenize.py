@@ -12,8 +12,9 @@ for each token costs:
 
 Everything else goes through `tokenizers` itself, over a short window of tokens.
 
-Special tokens have no text. Bytes that are no UTF-8 become U+FFFD, as everywhere. An answer continues its
-prompt: a leading space stays, where decoding the answer alone would drop it as Llama 2's decoder does.
+Special tokens have no text, unless a request wants their names. Bytes that are no UTF-8 become U+FFFD, as
+everywhere. An answer continues its prompt: a leading space stays, where decoding the answer alone would drop
+it as Llama 2's decoder does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -48,9 +50,14 @@ class TokenTable:
 
     def __init__(self, pieces: dict[int, bytes], special: Iterable[int]) -> None:
         """`pieces` by token id; the `special` ones have no text."""
-        self.raw_pieces = pieces  # special tokens by their names; for logprobs
+        self.raw_pieces = pieces  # special tokens by their names
         self.pieces = {**pieces, **dict.fromkeys(special, b"")}
-        self.texts = {token_id: _whole_text(piece) for token_id, piece in self.pieces.items()}
+        self.texts = _whole_texts(self.pieces)
+
+    @cached_property
+    def raw_texts(self) -> dict[int, str | None]:
+        """As `texts`, special tokens by their names."""
+        return _whole_texts(self.raw_pieces)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, spec: JsonObject) -> TokenTable | None:
@@ -72,9 +79,10 @@ class TableDetokenizer:
 
     __slots__ = ("_pending", "_pieces", "_texts")
 
-    def __init__(self, table: TokenTable) -> None:
-        self._texts = table.texts
-        self._pieces = table.pieces
+    def __init__(self, table: TokenTable, *, special: bool = False) -> None:
+        """`special`: special tokens have their names for a text."""
+        self._texts = table.raw_texts if special else table.texts
+        self._pieces = table.raw_pieces if special else table.pieces
         self._pending = b""  # the beginning of a character
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -99,10 +107,12 @@ class WindowDetokenizer:
     The window begins where text was complete, so what both decodings share is what was given out.
     """
 
-    __slots__ = ("_ids", "_shown", "_tokenizer")
+    __slots__ = ("_ids", "_shown", "_skip_special", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, special: bool = False) -> None:
+        """`special` as above."""
         self._tokenizer = tokenizer
+        self._skip_special = not special
         self._ids = list(prompt_ids[-_WINDOW_TOKENS:])
         self._shown = len(self._ids)  # the window's tokens whose text was given out
 
@@ -114,8 +124,8 @@ class WindowDetokenizer:
         return self._new_text(final=True)
 
     def _new_text(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[: self._shown], skip_special_tokens=True)
-        after = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        before = self._tokenizer.decode(self._ids[: self._shown], skip_special_tokens=self._skip_special)
+        after = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
         if after == before:
             del self._ids[self._shown :]  # special tokens: nothing to see, and no context either
             return ""
@@ -124,6 +134,10 @@ class WindowDetokenizer:
         self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return after[len(before) :]
+
+
+def _whole_texts(pieces: dict[int, bytes]) -> dict[int, str | None]:
+    return {token_id: _whole_text(piece) for token_id, piece in pieces.items()}
 
 
 def _whole_text(piece: bytes) -> str | None:

@@ -18,6 +18,8 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
+from penstock.frontend.structured import ResponseFormat, StructuredOutputs
+from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
 from penstock.structs import JsonObject
 
 MAX_CHOICES: Final = 128  # n times prompts
@@ -69,16 +71,16 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARS)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    skip_special_tokens: bool = True
 
     # Read only to be refused when they ask for something (see _refuse).
-    response_format: JsonObject | None = None
-    skip_special_tokens: bool = True
     use_beam_search: bool = False
     best_of: int | None = None
     echo: bool | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
-    structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -131,7 +133,8 @@ class Message(msgspec.Struct):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # its older name
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -144,13 +147,31 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: JsonObject | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool = True
 
     chat_template: str | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether an answer may be a call of a tool."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def template_variables(self) -> JsonObject:
+        """What the chat template is told beside messages and tools. To ask for an effort is to ask for
+        reasoning, which some templates must be told apart (as in vLLM)."""
+        variables: JsonObject = {}
+        if self.reasoning_effort is not None:
+            enabled = self.reasoning_effort != "none"
+            variables = {"reasoning_effort": self.reasoning_effort, "enable_thinking": enabled}
+        return variables | (self.chat_template_kwargs or {})
 
     @property
     def wanted_max_tokens(self) -> int | None:
@@ -282,10 +303,6 @@ def _rejected(message: str) -> RequestRejected:
 def _refuse(request: GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise RequestRejected(400, "`stream_options` needs `stream`.", field="stream_options")
-    if request.response_format and request.response_format.get("type") != "text":
-        raise unsupported("response_format", " other than text")
-    if not request.skip_special_tokens:
-        raise unsupported("skip_special_tokens", " set to false")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise unsupported("best_of", " other than `n`")
     for field in _UNSUPPORTED:
@@ -299,7 +316,6 @@ _UNSUPPORTED = (
     "echo",
     "prompt_logprobs",
     "truncate_prompt_tokens",
-    "structured_outputs",
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -308,8 +324,7 @@ _UNSUPPORTED = (
 
 
 def _refuse_in_chat(request: ChatRequest) -> None:
-    if request.tools and request.tool_choice != "none":
-        raise unsupported("tools")
+    check_tools(request.tools, request.tool_choice)
     if request.functions:
         raise unsupported("functions")
     if request.audio is not None:

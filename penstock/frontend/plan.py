@@ -13,10 +13,12 @@ from penstock.frontend.answer import Answer
 from penstock.frontend.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
 from penstock.frontend.openai import ChatRequest, CompletionRequest
 from penstock.frontend.preprocess import ModelText, Preprocessor
+from penstock.frontend.reply import Reply
 from penstock.frontend.sampling import check_vocabulary, choice_seed, first_seed, sampling_of, with_room
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.stop_strings import StopMatcher
-from penstock.structs import ModelView, Request, Sampling
+from penstock.ports import CallParser
+from penstock.structs import JsonObject, ModelView, Request, Sampling
 
 
 @dataclass(slots=True)
@@ -41,11 +43,13 @@ class Planner:
         """Render, tokenize and check. Raises RequestRejected(400) naming the field."""
         sampling = sampling_of(body, view, first_seed(body, self._rng))
         text = await self._preprocessor.text_of(view)
+        parser = _parser(body, text, view)
         prompts = await self._prompt_ids(body, text, view)
         plan = Plan([len(prompt) for prompt in prompts], [], [], [])
-        stop_tokens = frozenset((*view.eos_token_ids, *sampling.stop_token_ids))
         for prompt in prompts:
             fitted = with_room(sampling, body, view, len(prompt), self._settings.default_max_tokens)
+            if parser is not None:
+                fitted = msgspec.structs.replace(fitted, structured=parser.structured(prompt))
             for choice in range(body.n or 1):
                 index = len(plan.requests)
                 own = fitted if choice == 0 else _reseeded(fitted, choice)
@@ -59,8 +63,8 @@ class Planner:
                         priority=body.priority,
                     )
                 )
-                plan.answers.append(_answer(index, body, text, prompt, stop_tokens))
-                if own.logprobs is not None:
+                plan.answers.append(_answer(index, body, text, view, prompt, parser))
+                if own.logprobs is not None and not _hides_tokens(body, parser):
                     kind = ChatLogprobs if isinstance(body, ChatRequest) else CompletionLogprobs
                     plan.formats.append(kind(text.token_bytes, own.logprobs))
         return plan
@@ -88,17 +92,49 @@ def _reseeded(sampling: Sampling, choice: int) -> Sampling:
     return msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, choice))
 
 
+def _parser(body: ChatRequest | CompletionRequest, text: ModelText, view: ModelView) -> CallParser | None:
+    """What takes this request's answers apart; None when they are plain text."""
+    if not isinstance(body, ChatRequest):
+        return None
+    if body.calls_tools and (text.parser is None or not view.tool_parser):
+        reason = "no parser for tool calls was named to its workers (--tool-call-parser)"
+        if view.tool_parser:
+            reason = f"this frontend has no vLLM, whose parser {view.tool_parser} that needs"
+        message = f"`{view.name}` cannot call tools: {reason}."
+        raise RequestRejected(400, message, code="unsupported_value", field="tools")
+    return text.parser.begin(_set_fields(body)) if text.parser is not None else None
+
+
+def _set_fields(body: ChatRequest) -> JsonObject:
+    """What the client has set, as JSON."""
+    fields: JsonObject = msgspec.to_builtins(body, str_keys=True)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _hides_tokens(body: ChatRequest | CompletionRequest, parser: CallParser | None) -> bool:
+    """Log-probabilities show tokens, also those of reasoning that was not to be shown."""
+    return parser is not None and isinstance(body, ChatRequest) and not body.include_reasoning
+
+
 def _answer(
     index: int,
     body: ChatRequest | CompletionRequest,
     text: ModelText,
+    view: ModelView,
     prompt: list[int],
-    stop_tokens: frozenset[int],
+    parser: CallParser | None,
 ) -> Answer:
+    special = not body.skip_special_tokens
+    reply = None
+    if parser is not None and isinstance(body, ChatRequest):
+        reply = Reply(parser.answer(prompt), body)
+        special = not parser.skip_special_tokens
     return Answer(
         index,
-        text.detokenizer(prompt),
+        text.detokenizer(prompt, special=special),
         stops=StopMatcher(body.stops, body.include_stop_str_in_output) if body.stops else None,
         min_tokens=body.min_tokens or 0,
-        stop_tokens=stop_tokens,
+        stop_tokens=frozenset((*view.eos_token_ids, *(body.stop_token_ids or ()))),
+        eos_tokens=view.eos_token_ids,
+        reply=reply,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 import jinja2
 from tokenizers import Tokenizer
 
-from penstock.errors import RequestRejected
+from penstock.errors import ConfigError, RequestRejected
 from penstock.frontend.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
 from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.segments import SegmentCache, Segmenter
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.words import WordEncoder
+from penstock.ports import ChatParser, ChatParsers
 from penstock.structs import JsonObject, ModelView
+
+log = logging.getLogger("penstock.frontend")
 
 # One prompt at a time gains nothing from the library's own threads, which cost a wake-up each.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,8 +35,9 @@ MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is l
 class ModelText:
     """One model's text side: its template, its tokenizer and what its tokens stand for."""
 
-    def __init__(self, view: ModelView, cache_bytes: int) -> None:
-        """Loads the files: up to a second of work. Raises RequestRejected(500) when they are unusable."""
+    def __init__(self, view: ModelView, cache_bytes: int, parsers: ChatParsers | None = None) -> None:
+        """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
+        Raises RequestRejected(500) when they are unusable."""
         try:
             content = view.assets[TOKENIZER_FILE].decode()
             self._tokenizer = Tokenizer.from_str(content)
@@ -52,12 +57,14 @@ class ModelText:
         self._segmenter = Segmenter(self._tokenizer.get_added_tokens_decoder().values())
         self._cache = SegmentCache(cache_bytes)
         self._prefix, self._suffix = _affixes(self._tokenizer, config)
+        self.parser = _parser(view, parsers)
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """A detokenizer for one answer to this prompt."""
+    def detokenizer(self, prompt_ids: Sequence[int], *, special: bool = False) -> Detokenizer:
+        """A detokenizer for one answer to this prompt. `special`: it shows special tokens by their
+        names."""
         if self._table is not None:
-            return TableDetokenizer(self._table)
-        return WindowDetokenizer(self._tokenizer, prompt_ids)
+            return TableDetokenizer(self._table, special=special)
+        return WindowDetokenizer(self._tokenizer, prompt_ids, special=special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, special tokens by their names; for logprobs."""
@@ -90,8 +97,10 @@ class ModelText:
 class Preprocessor:
     """Keeps the loaded models, and the thread for what would hold up the event loop."""
 
-    def __init__(self, settings: FrontendSettings) -> None:
+    def __init__(self, settings: FrontendSettings, parsers: ChatParsers | None = None) -> None:
+        """Without `parsers` all that models say is content."""
         self._settings = settings
+        self._parsers = parsers
         self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by fingerprint
         self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
 
@@ -101,7 +110,7 @@ class Preprocessor:
         if loading is None:
             loop = asyncio.get_running_loop()
             loading = loop.run_in_executor(
-                self._executor, ModelText, view, self._settings.segment_cache_bytes
+                self._executor, ModelText, view, self._settings.segment_cache_bytes, self._parsers
             )
             self._texts[view.fingerprint] = loading
             while len(self._texts) > MAX_LOADED_MODELS:
@@ -130,6 +139,24 @@ class Preprocessor:
     def close(self) -> None:
         """End the thread; what it works on is finished first."""
         self._executor.shutdown(cancel_futures=True)
+
+
+def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
+    names = [name for name in (view.tool_parser, view.reasoning_parser) if name]
+    if not names:
+        return None
+    if parsers is None:
+        log.warning(
+            "%s needs vLLM's parsers (%s), but vLLM is not installed here: reasoning stays in the content"
+            " of answers, and tools are refused",
+            view.name,
+            ", ".join(names),
+        )
+        return None
+    try:
+        return parsers.load(view)
+    except ConfigError as error:
+        raise _unusable(view, str(error)) from None
 
 
 def _unusable(view: ModelView, reason: str) -> RequestRejected:

@@ -10,7 +10,7 @@ import msgspec
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.logprobs import LogprobFormat
-from penstock.structs import JsonObject, ModelView
+from penstock.structs import JsonObject, ModelView, Parsed
 
 OWNER = "penstock"
 
@@ -32,6 +32,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int]
+    completion_tokens_details: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
 
 def usage_of(prompt_lengths: Sequence[int], answers: Sequence[Answer]) -> Usage:
@@ -40,9 +41,14 @@ def usage_of(prompt_lengths: Sequence[int], answers: Sequence[Answer]) -> Usage:
     prompt_tokens = sum(prompt_lengths)
     output_tokens = sum(answer.output_tokens for answer in answers)
     cached_tokens = sum(answer.cached_tokens for answer in answers[::choices])
-    return Usage(
+    usage = Usage(
         prompt_tokens, output_tokens, prompt_tokens + output_tokens, {"cached_tokens": cached_tokens}
     )
+    replies = [answer.reply for answer in answers if answer.reply is not None]
+    if replies:
+        reasoning_tokens = sum(reply.reasoning_tokens for reply in replies)
+        usage.completion_tokens_details = {"reasoning_tokens": reasoning_tokens}
+    return usage
 
 
 def fingerprint_of(model: ModelView) -> str:
@@ -56,16 +62,42 @@ def chat_body(
     choices = []
     for answer in answers:
         text, logprobs = answer.take()
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
+        if answer.reply is not None:
+            message.update(_taken_apart(answer.reply.whole()))
         choices.append(
             {
                 "index": answer.index,
                 "message": message,
                 "logprobs": formats[answer.index].render(logprobs) if formats else None,
-                "finish_reason": answer.finish_reason,
+                "finish_reason": finish_name(answer),
+                "stop_reason": answer.stop_reason,
             }
         )
     return _body(envelope, choices, usage)
+
+
+def _taken_apart(parsed: Parsed) -> JsonObject:
+    """`content`, `reasoning` (vLLM's name for it) and, if there are any, `tool_calls` of a message."""
+    message: JsonObject = {"content": parsed.content, "reasoning": parsed.reasoning}
+    if parsed.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in parsed.tool_calls
+        ]
+    return message
+
+
+def finish_name(answer: Answer) -> str | None:
+    """OpenAI's finish_reason; None as long as the answer goes on."""
+    reason = answer.finish_reason
+    if reason is None or answer.reply is None:
+        return reason
+    return answer.reply.finish_name(reason)
 
 
 def completion_body(
@@ -81,6 +113,7 @@ def completion_body(
                 "text": text,
                 "logprobs": formats[answer.index].render(logprobs) if formats else None,
                 "finish_reason": answer.finish_reason,
+                "stop_reason": answer.stop_reason,
             }
         )
     return _body(envelope, choices, usage)

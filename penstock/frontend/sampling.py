@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
-from xxhash import xxh3_64_intdigest
 
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import GenerationRequest
-from penstock.structs import ModelView, Sampling
+from penstock.frontend.structured import constraint
+from penstock.structs import ModelView, Sampling, StructuredOutput
 
 _SEED_BITS = 63  # what every engine takes for a seed: a non-negative int64
 _SEED_MASK = (1 << _SEED_BITS) - 1
@@ -23,7 +23,8 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
     """The request's sampling, the same for all its choices but for `seed` and `max_tokens`.
 
     What the client left out comes from the model's generation_config.json, then from OpenAI's defaults.
-    Raises RequestRejected(400) for token ids outside the vocabulary.
+    Raises RequestRejected(400) for token ids outside the vocabulary, and for a form of the output that
+    its engine cannot hold it to.
     """
     bias = request.logit_bias or {}
     _check_tokens("logit_bias", bias, model)
@@ -45,7 +46,22 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
         stop_token_ids=stop_token_ids,
         ignore_eos=request.ignore_eos,
         logprobs=request.wanted_logprobs,
+        structured=_structured(request, model),
+        reproducible=request.seed is not None,
     )
+
+
+def _structured(request: GenerationRequest, model: ModelView) -> StructuredOutput | None:
+    wanted = constraint(request.response_format, request.structured_outputs)
+    if wanted is not None and not model.structured_output:
+        field = "response_format" if request.response_format is not None else "structured_outputs"
+        raise RequestRejected(
+            400,
+            f"`{field}`: the engine that serves `{model.name}` cannot hold its output to a form.",
+            code="unsupported_value",
+            field=field,
+        )
+    return wanted
 
 
 def with_room(
@@ -80,10 +96,9 @@ def first_seed(request: GenerationRequest, rng: random.Random) -> int:
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of choice k of n, from the first one's: other tokens, but the same ones every time."""
-    if choice == 0:
-        return seed
-    return xxh3_64_intdigest(choice.to_bytes(8, "little"), seed) & _SEED_MASK
+    """The seed of choice k of n, from the first one's: as in vLLM, so that a client that moves here gets
+    the same answers."""
+    return (seed + choice) & _SEED_MASK
 
 
 def _first(*values: _T | None) -> _T:

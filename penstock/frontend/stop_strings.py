@@ -21,16 +21,16 @@ class StopMatcher:
         self._longest = max(map(len, stops))
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> str:
         """The text that is safe to show now; the answer's last when `matched` is set thereafter."""
         text = self._held + text
         ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if ends:
-            self.matched = True
             self._held = ""
             end, start = min(ends)
+            self.matched = text[start:end]
             return text[: end if self._include else start]
         safe = self._partial_start(text)
         self._held = text[safe:]

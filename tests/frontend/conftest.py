@@ -61,9 +61,8 @@ def byte_level_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    tokenizer.add_tokens(
-        [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
-    )
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     return tokenizer
 
 
@@ -282,10 +281,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(completer, *, grace_s=5.0, **settings):
+async def serving(completer, *, grace_s=5.0, parsers=None, **settings):
     settings = FrontendSettings(**{"port": 0, **settings})
     metrics, stop = Metrics(), asyncio.Event()
-    app = create_app(completer, settings, metrics)
+    app = create_app(completer, settings, metrics, parsers)
     listening = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         serve(app, settings, stop=stop, grace_s=grace_s, on_listening=lambda *at: listening.set_result(at))
@@ -312,11 +311,11 @@ async def serving(completer, *, grace_s=5.0, **settings):
 def serve_script(view, byte_level):
     """`async with serve_script(script, ...)`: a server whose router plays the script (or says a text)."""
 
-    def start(script, *, views=None, step_s=0.0, grace_s=5.0, **settings):
+    def start(script, *, views=None, step_s=0.0, **settings):
         if isinstance(script, str):
             script = saying(byte_level, script)
         completer = ScriptedCompleter(views or [view], script, step_s)
-        return serving(completer, grace_s=grace_s, **settings)
+        return serving(completer, **settings)
 
     return start
 

@@ -84,7 +84,17 @@ async def test_wrong_paths_and_methods(served, method, path, status):
         (b"", None, "invalid_json"),
         (b"[]", None, "invalid_value"),
         (json.dumps({**CHAT, "n": "x"}).encode(), "n", "invalid_value"),
-        (json.dumps({**CHAT, "tools": [{}]}).encode(), "tools", "unsupported_value"),
+        (json.dumps({**CHAT, "tools": [{}]}).encode(), "tools[0].function", "missing_field"),
+        (
+            json.dumps({**CHAT, "tools": [{"function": {"name": "f"}}]}).encode(),
+            "tools",
+            "unsupported_value",
+        ),
+        (
+            json.dumps({**CHAT, "response_format": {"type": "json_object"}}).encode(),
+            "response_format",
+            "unsupported_value",
+        ),
     ],
 )
 async def test_bad_bodies(served, body, param, code):

@@ -10,6 +10,7 @@ from penstock.frontend.chat_template import ChatTemplate
 from penstock.frontend.openai import decode_chat
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": None}}}]
 
 
 def render(source, messages=None, **fields):
@@ -68,6 +69,23 @@ def test_tool_calls_have_their_arguments_as_objects():
     assert raised.value.field == "messages[0].tool_calls[0].function.arguments"
 
 
+def test_tools_come_whole_whether_or_not_they_may_be_called():
+    assert render("{{ tools | tojson }}", tools=TOOLS) == (
+        '[{"type": "function", "function":'
+        ' {"name": "f", "description": null, "parameters": {"b": 1, "a": null}}}]'
+    )
+    assert render("{{ tools | length }}", tools=TOOLS, tool_choice="none") == "1"
+    assert render("{{ tools is none }}") == render("{{ tools is none }}", tools=[]) == "True"
+    strict = [{"function": {"name": "f", "strict": True}}]
+    assert render("{{ tools[0].function.strict }}", tools=strict) == "True"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_earlier_reasoning_has_both_names(name):
+    messages = [{"role": "assistant", "content": "x", name: "why"}]
+    assert render("{{ messages[0].reasoning }} {{ messages[0].reasoning_content }}", messages) == "why why"
+
+
 def test_the_client_may_set_variables_but_not_the_messages():
     kwargs = {"enable_thinking": False, "messages": [], "bos_token": "<own>"}
     source = "{{ enable_thinking }} {{ messages | length }} {{ bos_token }}"
@@ -115,8 +133,9 @@ def assets(config, **files):
     return {"tokenizer_config.json": json.dumps(config).encode(), **files}
 
 
-def rendered(found):
-    return found.render(decode_chat(b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}'))
+def rendered(found, **fields):
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    return found.render(decode_chat(json.dumps(body).encode()))
 
 
 def test_where_a_template_is_found():
@@ -125,6 +144,7 @@ def test_where_a_template_is_found():
     assert rendered(ChatTemplate.of(assets({"chat_template": "one"}))) == "one"
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
     assert rendered(ChatTemplate.of(assets({"chat_template": several}))) == "default"
+    assert rendered(ChatTemplate.of(assets({"chat_template": several})), tools=TOOLS) == "tools"
     assert ChatTemplate.of(assets({"chat_template": several[:1]})) is None
     files = assets({"chat_template": "one"}, **{"chat_template.jinja": b"own file"})
     assert rendered(ChatTemplate.of(files)) == "own file"

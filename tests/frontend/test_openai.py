@@ -6,6 +6,7 @@ import pytest
 
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import MAX_CHOICES, MAX_STOPS, decode_chat, decode_completion
+from penstock.frontend.tools import MAX_TOOLS
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -138,14 +139,34 @@ def test_whole_floats_are_integers():
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+        ({"tools": [{"function": {"name": "f"}}] * (MAX_TOOLS + 1)}, "tools"),
+        ({"tools": [{"function": {"name": "f"}}], "tool_choice": "some"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": "auto"}, "tool_choice"),
+        (
+            {"tools": [{"function": {"name": "f"}}], "tool_choice": {"function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"chat_template": "x"}, "chat_template"),
         ({"guided_json": {}}, "guided_json"),
-        ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"priority": "high"}, "priority"),
     ],
@@ -177,7 +198,11 @@ def test_a_wrong_completion_field_is_named(fields, field):
 
 
 def test_tools_that_must_not_be_called_are_allowed():
-    assert chat(tools=[{"type": "function"}], tool_choice="none").messages
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert not chat(tools=tools, tool_choice="none").calls_tools
+    assert not chat(tools=[]).calls_tools
+    assert not chat(tool_choice="none").calls_tools
+    assert chat(tools=tools).calls_tools
     assert completion(best_of=2, n=2, echo=False, suffix="").n == 2
 
 
@@ -202,3 +227,14 @@ def test_what_is_no_json_is_refused(body):
 def test_json_that_is_no_object_is_refused():
     with pytest.raises(RequestRejected, match="Invalid value for the body"):
         decode_chat(b"[1.0]")
+
+
+def test_an_effort_tells_templates_whether_to_reason_but_the_client_knows_better():
+    assert chat().template_variables == {}
+    assert chat(reasoning_effort="low").template_variables == {
+        "reasoning_effort": "low",
+        "enable_thinking": True,
+    }
+    assert chat(reasoning_effort="none").template_variables["enable_thinking"] is False
+    own = chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True, "x": 1})
+    assert own.template_variables == {"reasoning_effort": "none", "enable_thinking": True, "x": 1}

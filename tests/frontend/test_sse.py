@@ -59,7 +59,9 @@ def test_chat_chunks():
     assert parsed(first) == choice(delta={"role": "assistant", "content": 'He said "hi"\n\u2028'}, **plain)
     assert nothing == b""
     assert parsed(second) == choice(delta={"content": "é😀\x00"}, **plain)
-    assert parsed(last) == choice(delta={"content": ""}, logprobs=None, finish_reason="stop")
+    assert parsed(last) == choice(
+        delta={"content": ""}, logprobs=None, finish_reason="stop", stop_reason=None
+    )
 
 
 def test_text_chunks():

@@ -10,12 +10,13 @@ PIECES = st.lists(st.text("ab\nc", max_size=5), max_size=12)
 
 
 def oracle(text, stops, include):
-    """The text up to the stop string that is complete first, of several the longest."""
+    """The text up to the stop string that is complete first, of several the longest; and that string."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
-            return text[: end if include else end - max(map(len, ending))], True
-    return text, False
+            longest = max(ending, key=len)
+            return text[: end if include else end - len(longest)], longest
+    return text, None
 
 
 @given(stops=STOPS, pieces=PIECES, include=st.booleans())

@@ -29,9 +29,10 @@ from penstock.engines.vllm.event_feed import EventFeed
 from penstock.engines.vllm.events import CacheEvents, Changes
 from penstock.engines.vllm.handoffs import UsedHandoffs, pack
 from penstock.engines.vllm.held import HeldHandoffs
+from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.settings import VllmSettings
-from penstock.engines.vllm.startup import Core, check_version, start_core
+from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
 from penstock.structs import (
     Attempt,
@@ -239,6 +240,10 @@ class VllmEngine:
             failed = Output(attempt.attempt_id, finish_reason=FinishReason.ERROR, error=repr(error))
             self._push([failed])
             return
+        structured = plan.sampling.structured
+        if structured is not None:
+            request.reasoning_ended = structured.reasoning_ended
+            request.reasoning_parser_kwargs = {"chat_template_kwargs": structured.template_variables}
         pulls = transfer is not None and not attempt.prefill_only
         uncached = 0 if pulls else len(plan.prompt) - self._cached(attempt, plan.prompt)
         self._active[core_id] = _Active(attempt, core_id, plan, monotonic(), uncached, pulls)

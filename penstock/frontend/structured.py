@@ -1,0 +1,110 @@
+"""What an answer must look like: OpenAI's `response_format`, and `structured_outputs`, vLLM's own field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from penstock.errors import RequestRejected
+from penstock.structs import JsonObject, StructuredOutput
+
+MAX_SPEC_CHARS: Final = 256 * 1024
+"""Of a schema, grammar or list of choices: an engine compiles it before the first token."""
+
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class TextFormat(msgspec.Struct, tag_field="type", tag="text"):
+    """Anything."""
+
+
+class JsonObjectFormat(msgspec.Struct, tag_field="type", tag="json_object"):
+    """Some JSON object."""
+
+
+class NamedSchema(msgspec.Struct):
+    name: Text
+    schema: JsonObject
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
+    """JSON of this schema."""
+
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(msgspec.Struct, tag_field="type", tag="structural_tag", omit_defaults=True):
+    """Text in which some places have a form; in either of the two shapes that xgrammar takes."""
+
+    format: Any = None
+    structures: list[JsonObject] | None = None
+    triggers: list[str] | None = None
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Exactly one of these."""
+
+    json: str | JsonObject | None = None  # a JSON schema
+    regex: Text | None = None
+    choice: Annotated[list[Text], Meta(min_length=1)] | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+    structural_tag: Text | None = None
+
+
+def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> StructuredOutput | None:
+    """What the two fields ask for; None when it is nothing.
+
+    Raises RequestRejected(400) for constraints that exclude each other, or that are too long.
+    """
+    if isinstance(format, TextFormat):
+        format = None
+    if format is not None and outputs is not None:
+        message = "`response_format` and `structured_outputs` cannot go together."
+        raise RequestRejected(400, message, field="structured_outputs")
+    if format is not None:
+        return _checked(_of_format(format), "response_format")
+    return _checked(_of_outputs(outputs), "structured_outputs") if outputs is not None else None
+
+
+def _of_format(format: ResponseFormat) -> StructuredOutput:
+    match format:
+        case JsonSchemaFormat():
+            return StructuredOutput("json", _json(format.json_schema.schema))
+        case StructuralTagFormat():
+            return StructuredOutput("structural_tag", _json(format))
+        case _:
+            return StructuredOutput("json_object")
+
+
+def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
+    given = msgspec.structs.asdict(outputs)
+    kinds = [kind for kind, value in given.items() if value is not None and value is not False]
+    if len(kinds) != 1:
+        got = ", ".join(kinds) or "none"
+        message = f"`structured_outputs` needs exactly one of {', '.join(given)}; got {got}."
+        raise RequestRejected(400, message, field="structured_outputs")
+    (kind,) = kinds
+    value = given[kind]
+    if kind == "json_object":
+        return StructuredOutput("json_object")
+    spec = value if isinstance(value, str) else _json(value)
+    return msgspec.convert({"kind": kind, "spec": spec}, StructuredOutput)
+
+
+def _checked(output: StructuredOutput, field: str) -> StructuredOutput:
+    if len(output.spec) > MAX_SPEC_CHARS:
+        message = f"`{field}` has {len(output.spec)} characters, more than {MAX_SPEC_CHARS}."
+        raise RequestRejected(400, message, field=field)
+    return output
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,71 @@
+"""Tools that a chat's model may call, as OpenAI's API describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from penstock.errors import RequestRejected
+from penstock.structs import JsonObject
+
+MAX_TOOLS: Final = 1024
+MAX_NAME_CHARS: Final = 256
+
+FunctionName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+class Function(msgspec.Struct):
+    """What a tool does. `parameters` is a JSON schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    """Functions are the only kind."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(msgspec.Struct):
+    name: FunctionName
+
+
+class NamedTool(msgspec.Struct):
+    """The choice of one tool, by its name."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> None:
+    """Raises RequestRejected(400) for a choice that these tools do not offer."""
+    if choice is None or choice == "none":
+        return
+    if not tools:
+        raise RequestRejected(400, "`tool_choice` needs `tools`.", field="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in (tool.function.name for tool in tools):
+        raise RequestRejected(
+            400,
+            f"`tool_choice` names `{choice.function.name}`, which is not among `tools`.",
+            field="tool_choice.function.name",
+        )
+
+
+def template_tools(tools: Sequence[Tool] | None) -> list[JsonObject] | None:
+    """As templates get them: with every field but `strict` even when it is null, as vLLM gives them, since
+    templates write them out whole."""
+    return [_template_tool(tool.function) for tool in tools] if tools else None
+
+
+def _template_tool(function: Function) -> JsonObject:
+    shown = msgspec.structs.asdict(function)
+    if function.strict is None:
+        del shown["strict"]
+    return {"type": "function", "function": shown}

@@ -1,0 +1,50 @@
+"""vLLM's own parsers keep the contract of the port."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from penstock.engines.vllm.parsing import VllmParsers
+from penstock.errors import RequestRejected
+from tests.frontend.conftest import byte_level_tokenizer
+from tests.frontend.conftest import view_of as make_view
+from tests.frontend.parser_contract import TOOLS, ParserContract
+
+
+@pytest.fixture
+def byte_level():
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def view_of():
+    return make_view
+
+
+class TestVllmParsers(ParserContract):
+    @pytest.fixture
+    def parsers(self) -> VllmParsers:
+        return VllmParsers()
+
+    @pytest.mark.parametrize(
+        ("fields", "field"),
+        [
+            ({"messages": [{"content": "Hi"}]}, "messages"),
+            ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
+            ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, None),
+        ],
+    )
+    def test_what_vllm_does_not_take_is_the_clients_fault(self, parsers, model, fields, field) -> None:
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
+        with pytest.raises(RequestRejected) as raised:
+            parsers.load(model).begin(body)
+        assert raised.value.status == 400
+        assert field is None or (raised.value.field or "").startswith(field)
+
+    def test_one_parser_will_do(self, parsers, model) -> None:
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+        only_tools = msgspec.structs.replace(model, reasoning_parser="")
+        assert parsers.load(only_tools).begin(body).answer([1]).whole("Hi", [300]).content == "Hi"
+        only_reasoning = msgspec.structs.replace(model, tool_parser="")
+        assert parsers.load(only_reasoning).begin(body).answer([1]).whole("Hi", [300]).reasoning == "Hi"

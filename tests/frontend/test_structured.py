@@ -1,0 +1,89 @@
+"""What an answer must look like, from either field."""
+
+import json
+
+import pytest
+
+from penstock.errors import RequestRejected
+from penstock.frontend.openai import decode_chat
+from penstock.frontend.sampling import sampling_of
+from penstock.frontend.structured import MAX_SPEC_CHARS
+from penstock.structs import StructuredOutput
+
+SCHEMA = {"type": "object", "properties": {"b": {"enum": [None]}, "a": {}}}
+
+
+@pytest.fixture
+def structured_of(byte_level, view_of):
+    def structured(able=True, **fields):
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
+        view = view_of(byte_level, structured_output=able)
+        return sampling_of(decode_chat(json.dumps(body).encode()), view, 1).structured
+
+    return structured
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": None, "structured_outputs": None}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutput("json_object")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+            StructuredOutput("json", json.dumps(SCHEMA, separators=(",", ":"))),
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "triggers": ["<"], "structures": []}},
+            StructuredOutput(
+                "structural_tag", '{"type":"structural_tag","structures":[],"triggers":["<"]}'
+            ),
+        ),
+        ({"structured_outputs": {"json": {}}}, StructuredOutput("json", "{}")),
+        ({"structured_outputs": {"json": "{ }"}}, StructuredOutput("json", "{ }")),
+        ({"structured_outputs": {"regex": "a+"}}, StructuredOutput("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "\u00e9"]}}, StructuredOutput("choice", '["a","\u00e9"]')),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, StructuredOutput("grammar", "root ::= x")),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutput("json_object")),
+        (
+            {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
+            StructuredOutput("regex", "a"),
+        ),
+    ],
+)
+def test_what_is_asked_for(structured_of, fields, expected):
+    assert structured_of(**fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"regex": "a" * (MAX_SPEC_CHARS + 1)}}, "structured_outputs"),
+    ],
+)
+def test_what_makes_no_sense_is_named(structured_of, fields, field):
+    with pytest.raises(RequestRejected) as raised:
+        structured_of(**fields)
+    assert (raised.value.status, raised.value.field) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_an_engine_that_cannot_is_not_asked(structured_of, fields, field):
+    assert structured_of(able=False, response_format={"type": "text"}) is None
+    with pytest.raises(RequestRejected) as raised:
+        structured_of(able=False, **fields)
+    assert (raised.value.field, raised.value.code) == (field, "unsupported_value")
