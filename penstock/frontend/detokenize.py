@@ -13,8 +13,8 @@ for each token costs:
 Everything else goes through `tokenizers` itself, over a short window of tokens.
 
 Special tokens have no text, unless a request wants their names. Bytes that are no UTF-8 become U+FFFD, as
-everywhere. An answer continues its prompt: a leading space stays, where decoding the answer alone would drop
-it as Llama 2's decoder does.
+everywhere. An answer continues its prompt: a leading space stays, where decoding the answer alone would
+drop it as Llama 2's decoder does.
 """
 
 from __future__ import annotations
