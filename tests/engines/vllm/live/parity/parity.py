@@ -6,29 +6,20 @@ a decode worker through which every prompt goes.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import yaml
 
-from tests.e2e.conftest import Graph, free_port, running
-from tests.engines.vllm.live.conftest import GRAPH, cpu_environment
+from tests.e2e.conftest import running
 from tests.engines.vllm.live.parity.answers import Answer, ask
 from tests.engines.vllm.live.parity.corpus import CORPUS, MODEL
 from tests.engines.vllm.live.parity.models import with_tools
-from tests.engines.vllm.live.running import ENGINE_ARGS
+from tests.engines.vllm.live.servers import START_S, graph_of, vllm_serve
 
 PARSERS = ("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
-LIMITS = ("--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20))
-START_S = 120.0
 REQUEST_S = 60.0
 
 
@@ -58,7 +49,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model: Path) -> Answers:
     """What `vllm serve` says to all of it."""
-    with vllm_serve(model) as server:
+    log = model.parent / "vllm-serve.log"
+    with (
+        vllm_serve(model, MODEL, log, *PARSERS, "--enable-auto-tool-choice") as (url, _),
+        client_of(url) as server,
+    ):
         answers = {
             (name, stream): ask(server, *request, stream=stream)
             for name, request in CORPUS.items()
@@ -77,8 +72,11 @@ def penstock(
     folder = tmp_path_factory.mktemp(request.param)
     file = folder / "graph.yaml"
     roles = ["aggregated"] if request.param == "aggregated" else ["prefill", "decode"]
-    file.write_text(yaml.safe_dump(graph_of(model, roles)))
-    with running(file, folder / "state", instances=len(roles)) as graph, client_of(graph) as client:
+    file.write_text(yaml.safe_dump(graph_of(model, MODEL, roles, *PARSERS)))
+    with (
+        running(file, folder / "state", instances=len(roles), start_s=START_S) as graph,
+        client_of(graph.url) as client,
+    ):
         yield client
         if request.param == "disaggregated":
             assert graph.metric("penstock_transferred_blocks_total") > len(CORPUS)
@@ -90,60 +88,5 @@ def test_answers_are_equal(penstock: httpx.Client, expected: Answers, name: str,
     assert ask(penstock, *CORPUS[name], stream=stream) == expected[name, stream]
 
 
-# --- the servers ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def vllm_serve(model: Path) -> Iterator[httpx.Client]:
-    """vLLM's own server."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    command += [*ENGINE_ARGS, *LIMITS, *PARSERS, "--enable-auto-tool-choice"]
-    environment = os.environ | cpu_environment() | {"VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1"}
-    log = model.parent / "vllm-serve.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_S, trust_env=False
-        ) as client:
-            _wait(client, server, log)
-            yield client
-    finally:
-        server.terminate()
-        server.wait(timeout=REQUEST_S)
-
-
-def _wait(client: httpx.Client, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(httpx.TransportError):
-            if client.get("/health").status_code == 200:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"vllm serve is not up after {START_S} s: {log.read_text()[-4000:]}")
-
-
-def graph_of(model: Path, roles: list[str]) -> dict[str, Any]:
-    """deploy/vllm-cpu.yaml with other workers."""
-    graph = yaml.safe_load(GRAPH.read_text())
-    frontend = graph["spec"]["services"]["Frontend"]
-    frontend["extraPodSpec"]["mainContainer"]["args"] = ["--disagg", "always"]
-    workers = {role: _worker(model, role) for role in roles}
-    graph["spec"]["services"] = {"Frontend": frontend, **workers}
-    return graph
-
-
-def _worker(model: Path, role: str) -> dict[str, Any]:
-    own = ["--role", role, "--engine", "vllm", "--model", str(model), "--served-model-name", MODEL]
-    args = [*own, "--", *ENGINE_ARGS, *LIMITS, *PARSERS]
-    main = {"command": ["penstock", "worker"], "args": args}
-    return {"componentType": "worker", "replicas": 1, "extraPodSpec": {"mainContainer": main}}
-
-
-@contextlib.contextmanager
-def client_of(graph: Graph) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=graph.url, timeout=REQUEST_S, trust_env=False) as client:
-        yield client
+def client_of(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=REQUEST_S, trust_env=False)
