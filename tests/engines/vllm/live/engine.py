@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -180,6 +183,7 @@ async def test_a_dead_core_ends_the_steps_with_a_reason(number: signal.Signals) 
         with pytest.raises(RemoteError, match="died"):
             await asyncio.wait_for(reading, 10.0)
         dying.submit(Attempt("late", "late", PROMPT, len(PROMPT), long))  # must not raise
+        await asyncio.wait_for(dying.engine.stop(60.0), 15.0)  # there is nothing to wait for
 
 
 async def _read_on(dying: Running) -> None:
@@ -188,3 +192,36 @@ async def _read_on(dying: Running) -> None:
         async for _ in dying.engine.steps():
             pass
         await asyncio.sleep(0.05)
+
+
+WORKER = """
+import asyncio, sys
+from tests.engines.vllm.live.running import running, settings
+
+async def main():
+    async with running(settings(name="killed")) as engine:
+        print(engine.core_pid, engine.engine._core.events.directory, flush=True)
+        await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+def _exists(path: bytes) -> bool:
+    return Path(path.decode()).exists()
+
+
+async def test_nothing_of_a_killed_worker_stays() -> None:
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WORKER, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[4]
+    )
+    assert worker.stdout is not None
+    core_pid, directory = (await asyncio.wait_for(worker.stdout.readline(), 120.0)).split()
+    descriptor = os.pidfd_open(int(core_pid))
+    assert _exists(directory)
+    worker.kill()
+    await worker.wait()
+    ended, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], 15.0)
+    os.close(descriptor)
+    assert ended
+    assert not _exists(directory)
