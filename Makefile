@@ -69,7 +69,7 @@ parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penst
 	$(VLLM_PYTHON) -m pytest tests/engines/vllm/live/parity/parity.py $(ARGS)
 
 bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and through Penstock
-	$(VLLM_PYTHON) benchmarks/vllm.py $(ARGS)
+	$(VLLM_PYTHON) benchmarks/against_vllm.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

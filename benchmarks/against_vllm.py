@@ -1,6 +1,6 @@
 """The same load through `vllm serve` and through Penstock, aggregated and disaggregated.
 
-    make bench-vllm             (or: python benchmarks/vllm.py, where vLLM is installed)
+    make bench-vllm             (or: python benchmarks/against_vllm.py, where vLLM is installed)
     make bench-vllm ARGS="--concurrency 32 --prompt-tokens 200 --output-tokens 100 --requests 256"
 
 All with the same engine settings. Each server is started, warmed up, loaded by `penstock bench` a number of
