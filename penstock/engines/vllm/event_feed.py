@@ -11,6 +11,7 @@ import logging
 import shutil
 import socket
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ log = logging.getLogger("penstock.engine")
 
 _END = b"\xff" * 8  # the number that ends a replay: -1
 _LOOPBACK = "127.0.0.1"
+_PREFIX = "penstock-vllm-"
+_DEAD_AFTER_S = 60.0  # when a socket that nobody listens at has hardly just been made
 
 
 class FeedSettings(msgspec.Struct, frozen=True):
@@ -59,8 +62,10 @@ class EventSources:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="penstock-")) if ranks == 1 else None
-        if self.directory is not None:
+        self.directory: Path | None = None
+        if ranks == 1:
+            remove_dead(Path(tempfile.gettempdir()))
+            self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
             # Also when this process ends, unless suddenly: then vLLM's processes do it (guard.py).
             self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
             base = EventEndpoints(f"ipc://{self.directory}/events", f"ipc://{self.directory}/replay")
@@ -78,6 +83,20 @@ class EventSources:
         """Remove the directory."""
         if self.directory is not None:
             self._remove()
+
+
+def remove_dead(parent: Path) -> None:
+    """Remove what is left of engines that were killed together with all that could have done it."""
+    for events in parent.glob(f"{_PREFIX}*/events"):
+        try:
+            if time.time() - events.stat().st_mtime < _DEAD_AFTER_S:
+                continue
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(events))
+        except ConnectionRefusedError:
+            shutil.rmtree(events.parent, ignore_errors=True)
+        except OSError:  # somebody else's, or gone meanwhile
+            continue
 
 
 class EventFeed:

@@ -3,6 +3,8 @@
 Left to themselves they would not notice that it was killed, and keep the GPU for ever. They look at the
 process itself, as a parent's death signal would come when the *thread* that started them ends.
 
+A terminal's Ctrl-C reaches them too, but is their worker's to answer: it lets requests end first.
+
 And all of them end quickly: Python would spend seconds of CPU on looking for garbage among the millions of
 objects that torch and vLLM made, at the very end of their process.
 """
@@ -17,7 +19,7 @@ import shutil
 import signal
 from functools import cache
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 OWNER_VARIABLE = "PENSTOCK_ENGINE_OWNER"
 """Environment variable with the process id of the worker; vLLM's processes inherit it."""
@@ -40,6 +42,8 @@ def die_with_owner() -> None:
     owner = os.environ.get(OWNER_VARIABLE, "")
     if owner.isdecimal() and int(owner) != os.getpid():
         atexit.register(gc.freeze)
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         directory = os.environ.get(DIRECTORY_VARIABLE, "")
         Thread(target=_watch, args=(int(owner), directory), name="penstock-guard", daemon=True).start()
 

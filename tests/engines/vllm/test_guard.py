@@ -63,6 +63,15 @@ def test_an_engine_ends_with_its_worker_and_removes_its_directory(tmp_path: Path
     assert not directory.exists()
 
 
+def test_an_engine_leaves_a_terminal_s_interrupt_to_its_worker() -> None:
+    with run(ENGINE, **{OWNER_VARIABLE: str(os.getpid())}) as engine:
+        assert read_line(engine) == "watching"
+        engine.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            engine.wait(0.3)
+        engine.kill()
+
+
 def test_an_engine_whose_worker_is_gone_already_ends_at_once() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         assert gone.wait(WAIT_S) == 0

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
+import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +20,7 @@ import zmq.asyncio
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVEventBatch, ZmqEventPublisher
 
 from penstock.core.hashing import root_hash, sequence_hashes
-from penstock.engines.vllm.event_feed import EventFeed, EventSources, FeedSettings
+from penstock.engines.vllm.event_feed import EventFeed, EventSources, FeedSettings, remove_dead
 from penstock.engines.vllm.events import CacheEvents, Changes
 
 BLOCK_SIZE = 4
@@ -355,3 +360,22 @@ def test_sources_that_nobody_closes_leave_no_directory() -> None:
     del sources
     gc.collect()
     assert not directory.exists()
+
+
+def test_what_is_left_of_killed_engines_is_removed_by_later_ones(tmp_path: Path) -> None:
+    live, dead, new = (tmp_path / f"penstock-vllm-{name}" for name in ("live", "dead", "new"))
+    long_ago = time.time() - 3600
+    with contextlib.ExitStack() as around:
+        for directory in (live, dead, new):
+            directory.mkdir()
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(directory / "events"))
+            if directory is live:
+                listener.listen()
+                around.callback(listener.close)
+            else:
+                listener.close()
+            if directory is not new:
+                os.utime(directory / "events", (long_ago, long_ago))
+        remove_dead(tmp_path)
+    assert [directory.exists() for directory in (live, dead, new)] == [True, False, True]
