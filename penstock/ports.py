@@ -29,7 +29,7 @@ class Engine(Protocol):
     """
 
     async def start(self) -> EngineCard:
-        """Load the model. Raises ConfigError when it cannot."""
+        """Load the model. Raises ConfigError when it cannot, RemoteError when another time it might."""
 
     def submit(self, attempt: Attempt) -> None:
         """Queue an attempt. Bad input ends it with an ERROR output; this never raises."""

@@ -6,9 +6,15 @@ is here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+LAST_WORDS_VARIABLE = "PENSTOCK_ENGINE_LAST_WORDS"
+"""Environment variable with a file's path."""
 
 NOTICES = (
     # What Penstock decided itself.
@@ -34,6 +40,37 @@ class NoNotices(logging.Filter):
         return verbose or not record.getMessage().startswith(NOTICES)
 
 
+class LastWords(logging.Handler):
+    """Keeps why a process of vLLM's ended, so that its worker can say it: all that the worker is told by
+    vLLM is that it ended."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        path = os.environ.get(LAST_WORDS_VARIABLE)
+        error = record.exc_info[1] if record.exc_info else None
+        if path is not None and error is not None:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(one_line(error) + "\n")
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[Callable[[], str]]:
+    """Listen to the processes that start meanwhile. Gives what the first of them died of, "" if none did:
+    others follow it."""
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        path = Path(folder, "last-words")
+        path.touch()
+        os.environ[LAST_WORDS_VARIABLE] = str(path)
+        try:
+            yield lambda: path.read_text(encoding="utf-8").partition("\n")[0]
+        finally:
+            del os.environ[LAST_WORDS_VARIABLE]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says."""
+    return " ".join((str(error) or repr(error)).split())
+
+
 def log_environment() -> dict[str, str]:
     """What has vLLM, NIXL and torch log like this. For `debug`, vLLM's INFO is shown too; its own DEBUG
     when it is asked for by name (PENSTOCK_LOG=info,vllm=debug)."""
@@ -46,6 +83,7 @@ def log_environment() -> dict[str, str]:
         "NIXL_LOG_LEVEL": "INFO" if asked < logging.INFO else "WARN",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TORCH_LOGS": "-torch._library.triton",
+        "HF_HUB_VERBOSITY": "error",  # what failed in the end is told anyway
         "PYTHONWARNINGS": "ignore::FutureWarning",  # of vLLM's authors' concern
     }
     if os.environ.get("VLLM_CONFIGURE_LOGGING", "1") == "1":

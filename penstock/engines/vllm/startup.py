@@ -21,8 +21,9 @@ from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_
 from penstock.engines.vllm.guard import own_engines
 from penstock.engines.vllm.handoffs import engine_id, lease_s
 from penstock.engines.vllm.installed import installed_version, prepare_environment
+from penstock.engines.vllm.logs import last_words, one_line
 from penstock.engines.vllm.settings import VllmSettings
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, RemoteError
 from penstock.structs import EngineCard, Role
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Core:
 def start_core(settings: VllmSettings) -> Core:
     """Start vLLM and wait until it is ready: seconds to minutes, so not on the event loop's thread.
 
-    Raises ConfigError when it cannot start with these settings.
+    Raises ConfigError when it cannot start with these settings, RemoteError when it failed to: that may
+    pass, as when an engine that ended has not given its memory back yet.
     """
     prepare_environment()
     log.info("starting vLLM %s: model=%s", installed_version(), settings.model)
@@ -87,21 +89,22 @@ def start_core(settings: VllmSettings) -> Core:
 
     arguments = _parse(settings)
     events = EventSources(arguments.data_parallel_size)
-    try:
-        config = _config(settings, arguments, events.ranks[0])
-        inputs = InputProcessor(config)
-        _check_parsers(arguments, config, inputs)
-        own_engines(events.directory)
-        with _side_channel(settings, config):
-            client = EngineCoreClient.make_async_mp_client(
-                config, Executor.get_class(config), log_stats=True
-            )
-    except ConfigError:
-        events.close()
-        raise
-    except Exception as error:  # the core's own error is in the log above, in full
-        events.close()
-        raise ConfigError(f"vLLM did not start: {_one_line(error)}") from error
+    with last_words() as words:
+        try:
+            config = _config(settings, arguments, events.ranks[0])
+            inputs = InputProcessor(config)
+            _check_parsers(arguments, config, inputs)
+            own_engines(events.directory)
+            with _side_channel(settings, config):
+                client = EngineCoreClient.make_async_mp_client(
+                    config, Executor.get_class(config), log_stats=True
+                )
+        except ConfigError:
+            events.close()
+            raise
+        except Exception as error:
+            events.close()
+            raise RemoteError(f"vLLM did not start: {words() or one_line(error)}") from error
     return Core(config, client, inputs, _card(settings, config, inputs, arguments), events)
 
 
@@ -165,10 +168,22 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
     try:
         config = args.create_engine_config()
     except Exception as error:  # pydantic's, Hugging Face's and vLLM's own
-        raise ConfigError(f"vLLM cannot serve {settings.model}: {_one_line(error)}") from error
+        absent = "" if Path(settings.model).exists() else ", which is no folder here"
+        raise ConfigError(f"vLLM cannot serve {settings.model}{absent}: {_reason(error)}") from error
     if config.use_v2_model_runner:
         config.model_config.logits_processors = None  # made for V1; the engine notices and lives without
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Of pydantic's many lines, those that vLLM's validators wrote."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    return "; ".join(
+        " ".join(detail["msg"].removeprefix("Value error, ").split()) for detail in error.errors()
+    )
 
 
 def _check_parsers(arguments: Any, config: VllmConfig, inputs: InputProcessor) -> None:
@@ -199,10 +214,6 @@ def _side_channel(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # --- what it is -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engines.vllm.logs import NOTICES, NoNotices, log_environment
+from penstock.engines.vllm.logs import NOTICES, LastWords, NoNotices, last_words, log_environment
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,18 @@ def test_notices(message: str, level: int, passes: bool) -> None:
     logging.getLogger("vllm").setLevel(level)
     record = logging.LogRecord("vllm.config", logging.WARNING, __file__, 1, "%s", (message,), None)
     assert NoNotices().filter(record) is passes
+
+
+def test_last_words_are_the_first_ones() -> None:
+    log = logging.Logger("vllm.v1.engine.core")
+    log.addHandler(LastWords())
+    with last_words() as words:
+        assert words() == ""
+        log.error("no exception")
+        for cause in ("no memory\nleft", "a process ended"):
+            try:
+                raise ValueError(cause)
+            except ValueError:
+                log.exception("failed to start")
+        assert words() == "no memory left"
+    log.error("nobody listens", exc_info=ValueError("more"))
