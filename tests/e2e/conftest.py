@@ -69,9 +69,9 @@ class Graph(Frontend):
         super().__init__()
         self.state = state
         self.env = {
+            "PENSTOCK_LOG": "debug",  # unless the environment has it
             **os.environ,
             "PENSTOCK_STATE_DIR": str(state),
-            "PENSTOCK_LOG": "debug",
             "PYTHONUNBUFFERED": "1",
         }
         self.console = state.parent / f"{state.name}-console.log"
@@ -143,10 +143,12 @@ class Graph(Frontend):
 
 
 @contextlib.contextmanager
-def running(file: Path, state: Path, *options: str, instances: int | None = None) -> Iterator[Graph]:
+def running(
+    file: Path, state: Path, *options: str, instances: int | None = None, start_s: float = START_S
+) -> Iterator[Graph]:
     graph = Graph(file, state, *options)
     try:
-        graph.wait_healthy(instances)
+        graph.wait_healthy(instances, start_s)
         yield graph
     finally:
         code = graph.stop()
