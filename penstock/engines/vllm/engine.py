@@ -31,6 +31,7 @@ from penstock.engines.vllm.handoffs import UsedHandoffs, pack
 from penstock.engines.vllm.held import HeldHandoffs
 from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.load import CoreLoad
+from penstock.engines.vllm.outputs import finish_reason, token_logprobs
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
@@ -318,8 +319,6 @@ class VllmEngine:
 
     def _advance(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
         """What one step gave to one attempt; None when its replay went astray and it begins again."""
-        from penstock.engines.vllm.outputs import finish_reason, token_logprobs
-
         attempt, replay = active.attempt, active.continuation.replay
         token_ids, logprobs = core_output.new_token_ids, None
         if attempt.sampling.logprobs is not None and core_output.new_logprobs is not None:

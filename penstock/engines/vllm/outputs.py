@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.engine import FinishReason as CoreFinishReason
-from vllm.v1.outputs import LogprobsLists
+from typing import TYPE_CHECKING
 
 from penstock.structs import FinishReason, TokenLogprob
 
-_REASONS = {
-    CoreFinishReason.STOP: FinishReason.STOP,
-    CoreFinishReason.REPETITION: FinishReason.STOP,
-    CoreFinishReason.LENGTH: FinishReason.LENGTH,
-    CoreFinishReason.ABORT: FinishReason.ERROR,  # what we abort is forgotten at once: this is vLLM's own
-    CoreFinishReason.ERROR: FinishReason.ERROR,
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.outputs import LogprobsLists
+
+REASONS = {
+    "stop": FinishReason.STOP,
+    "repetition": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ERROR,  # what we abort is forgotten at once: this is vLLM's own
+    "error": FinishReason.ERROR,
 }
+"""By vLLM's names."""
 
 
 def finish_reason(output: EngineCoreOutput) -> FinishReason | None:
     """None while the request goes on."""
-    return None if output.finish_reason is None else _REASONS[output.finish_reason]
+    return None if output.finish_reason is None else REASONS[str(output.finish_reason)]
 
 
 def token_logprobs(lists: LogprobsLists, asked: int) -> list[TokenLogprob]:

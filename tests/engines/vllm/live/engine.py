@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from penstock.engines.vllm.engine import VllmEngine
+from penstock.engines.vllm.outputs import REASONS
 from penstock.errors import ConfigError, RemoteError
 from penstock.structs import Attempt, FinishReason, Sampling, StructuredOutput
 from tests.engines.vllm.live.running import ENGINE_ARGS, Running, reached, running, settings
@@ -48,6 +49,12 @@ async def test_the_card_says_what_vllm_is(one: Running) -> None:
     assert card.total_blocks == 1024
     assert card.structured_output
     assert set(card.assets) >= {"tokenizer.json", "tokenizer_config.json"}
+
+
+async def test_every_way_to_end_has_a_name_here() -> None:
+    from vllm.v1.engine import FinishReason as CoreFinishReason
+
+    assert {str(reason) for reason in CoreFinishReason} == set(REASONS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,6 +191,18 @@ async def test_a_dead_core_ends_the_steps_with_a_reason(number: signal.Signals) 
             await asyncio.wait_for(reading, 10.0)
         dying.submit(Attempt("late", "late", PROMPT, len(PROMPT), long))  # must not raise
         await asyncio.wait_for(dying.engine.stop(60.0), 15.0)  # there is nothing to wait for
+
+
+async def test_a_bug_on_the_way_to_vllm_ends_the_steps_too(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> None:
+        raise ValueError("a bug")
+
+    async with running(settings(name="broken")) as breaking:
+        reading = asyncio.create_task(_read_on(breaking))
+        breaking.engine._commands.put_nowait(broken)
+        with pytest.raises(RemoteError, match="a bug"):
+            await asyncio.wait_for(reading, 10.0)
+    assert "the engine broke" in caplog.text
 
 
 async def _read_on(dying: Running) -> None:
