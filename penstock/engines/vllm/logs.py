@@ -48,8 +48,11 @@ class LastWords(logging.Handler):
         path = os.environ.get(LAST_WORDS_VARIABLE)
         error = record.exc_info[1] if record.exc_info else None
         if path is not None and error is not None:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(one_line(error) + "\n")
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(one_line(error) + "\n")
+            except OSError:
+                return  # nobody listens any more: these are no last words, and must not become some
 
 
 @contextlib.contextmanager

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engines.vllm.logs import NOTICES, LastWords, NoNotices, last_words, log_environment
+from penstock.engines.vllm.logs import (
+    LAST_WORDS_VARIABLE,
+    NOTICES,
+    LastWords,
+    NoNotices,
+    last_words,
+    log_environment,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +81,13 @@ def test_last_words_are_the_first_ones() -> None:
                 log.exception("failed to start")
         assert words() == "no memory left"
     log.error("nobody listens", exc_info=ValueError("more"))
+
+
+def test_errors_after_the_start_are_no_last_words_and_end_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process keeps the environment that it was started with; nobody listens there any more."""
+    monkeypatch.setenv(LAST_WORDS_VARIABLE, str(tmp_path / "gone" / "last-words"))
+    log = logging.Logger("vllm.v1.engine.core")
+    log.addHandler(LastWords())
+    log.error("a transfer failed", exc_info=ValueError("no such peer"))
