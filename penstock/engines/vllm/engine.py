@@ -227,7 +227,7 @@ class VllmEngine:
             request = self._core.inputs.process_inputs(
                 core_id,
                 prompt,
-                sampling_params(plan.sampling, plan.replay, transfer),
+                sampling_params(plan.sampling, plan.replay, transfer, seeded=self._seeded(attempt)),
                 ("generate",),
                 priority=attempt.priority,
             )
@@ -251,6 +251,12 @@ class VllmEngine:
         self._core_ids[attempt.attempt_id] = core_id
         self._load.began(uncached)
         self._commands.put_nowait(partial(self._core.client.add_request_async, request))
+
+    def _seeded(self, attempt: Attempt) -> bool:
+        """Whether it must draw the same tokens as others do for this request: because the client asked for
+        that, or because it cannot be held to those that the client has read already."""
+        assert self._core is not None
+        return attempt.sampling.reproducible or not self._core.config.model_config.logits_processors
 
     def _cached(self, attempt: Attempt, prompt: list[int]) -> int:
         """About how many of the prompt's tokens vLLM will find in its cache."""

@@ -17,13 +17,18 @@ GREEDY_BELOW = 1e-5
 
 
 def sampling_params(
-    sampling: Sampling, replay: Sequence[int] = (), transfer: JsonObject | None = None
+    sampling: Sampling,
+    replay: Sequence[int] = (),
+    transfer: JsonObject | None = None,
+    *,
+    seeded: bool = True,
 ) -> SamplingParams:
     """vLLM's parameters for one request.
 
     Args:
         replay: the tokens to which the beginning of the output is held.
         transfer: kv_transfer_params, for engines that hand over or take over.
+        seeded: whether it matters which tokens are drawn. vLLM draws for seeded requests one by one.
 
     Raises vLLM's VLLMValidationError, or ValueError, for what vLLM would not take.
     """
@@ -39,7 +44,7 @@ def sampling_params(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        seed=None if sampling.temperature < GREEDY_BELOW else sampling.seed,
+        seed=sampling.seed if seeded and sampling.temperature >= GREEDY_BELOW else None,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
