@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from penstock.engines.vllm.generators import keep_generators_of_partial_prompts
 from penstock.engines.vllm.guard import die_with_owner
 
 if TYPE_CHECKING:
     from penstock.engines.vllm.connector import PullWorker
 
-die_with_owner()  # this module is loaded by every worker process
+# This module is loaded by every worker process.
+die_with_owner()
+keep_generators_of_partial_prompts()
 
 
 class WorkerExtension:
