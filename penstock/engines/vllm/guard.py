@@ -12,6 +12,7 @@ objects that torch and vLLM made, at the very end of their process.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import select
@@ -57,4 +58,21 @@ def _watch(owner: int, directory: str) -> None:
         select.select([descriptor], [], [])
     if directory:
         shutil.rmtree(directory, ignore_errors=True)
+    for process in _others_of(owner):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _others_of(owner: int) -> list[int]:
+    """Processes of the same owner, among which some never load this module: vLLM's coordinator of data
+    parallel ranks, and whatever has not come so far yet."""
+    mark = f"{OWNER_VARIABLE}={owner}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # somebody else's, or gone
+    return [process for process in found if process != os.getpid()]

@@ -27,10 +27,11 @@ time.sleep(1000)
 WORKER = """
 import pathlib, subprocess, sys, threading, time
 from penstock.engines.vllm.guard import own_engines
-own_engines(pathlib.Path(sys.argv[1]))
-thread = threading.Thread(target=lambda: subprocess.Popen([sys.executable, "-c", sys.argv[2]]))
-thread.start()
-thread.join()
+own_engines(pathlib.Path(sys.argv[1]) if sys.argv[1] else None)
+for program in sys.argv[2:]:
+    thread = threading.Thread(target=lambda: subprocess.Popen([sys.executable, "-c", program]))
+    thread.start()
+    thread.join()
 time.sleep(1000)
 """
 
@@ -47,6 +48,15 @@ def run(program: str, *args: str, **environment: str) -> subprocess.Popen[str]:
 def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
+
+
+def test_what_does_not_watch_ends_with_what_does() -> None:
+    unaware = "import time; print('watching', flush=True); time.sleep(1000)"
+    with run(WORKER, "", unaware, ENGINE) as worker:
+        assert [read_line(worker), read_line(worker)] == ["watching", "watching"]
+        assert worker.stdout is not None
+        worker.kill()
+        assert worker.stdout.read() == ""  # the pipe is closed when all of them have ended
 
 
 def test_an_engine_ends_with_its_worker_and_removes_its_directory(tmp_path: Path) -> None:
