@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -107,9 +107,9 @@ class VllmEngine:
         self._tasks = [
             asyncio.create_task(self._while_it_lives(work), name=f"vllm {name}")
             for name, work in (
-                ("outputs", self._receive()),
-                ("requests", self._send()),
-                ("handoffs", self._held.look_after()),
+                ("outputs", self._receive),
+                ("requests", self._send),
+                ("handoffs", self._held.look_after),
             )
         ]
         log.info(
@@ -269,12 +269,12 @@ class VllmEngine:
         assert self._core is not None
         self._commands.put_nowait(partial(self._core.client.abort_requests_async, [core_id]))
 
-    async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _while_it_lives(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do this as long as vLLM lives; its end is the engine's, with a reason."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            await work
+            await work()
         except EngineDeadError:
             self._fail("vLLM's core process died; its last words are in the log")
         except Exception as bug:

@@ -69,7 +69,16 @@ class Core:
         """End vLLM's processes, and close what its client has open here. On the event loop."""
         await asyncio.to_thread(self.client.shutdown, SHUTDOWN_S)
         resources = self.client.resources
-        resources()  # its sockets, if whoever watches over dead processes has not closed them yet
+        sockets = (
+            resources.input_socket,
+            resources.output_socket,
+            resources.first_req_send_socket,
+            resources.first_req_rcv_socket,
+            resources.stats_update_socket,
+        )
+        for socket in sockets:  # whoever watches over dead processes may not have come so far
+            if socket is not None:
+                socket.close(linger=0)
         ending = Thread(target=resources.ctx.term, name="vllm sockets", daemon=True)
         ending.start()
         await asyncio.to_thread(ending.join, SHUTDOWN_S)

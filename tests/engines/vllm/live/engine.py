@@ -193,6 +193,13 @@ async def test_a_dead_core_ends_the_steps_with_a_reason(number: signal.Signals) 
         await asyncio.wait_for(dying.engine.stop(60.0), 15.0)  # there is nothing to wait for
 
 
+async def test_an_engine_can_be_stopped_before_it_did_anything() -> None:
+    async with running(settings(name="idle")) as engine:
+        directory = engine.engine._core and engine.engine._core.events.directory
+    assert directory is not None
+    assert not _exists(bytes(directory))
+
+
 async def test_a_bug_on_the_way_to_vllm_ends_the_steps_too(caplog: pytest.LogCaptureFixture) -> None:
     async def broken() -> None:
         raise ValueError("a bug")
@@ -235,7 +242,7 @@ async def test_nothing_of_a_killed_worker_stays() -> None:
         sys.executable, "-c", WORKER, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[4]
     )
     assert worker.stdout is not None
-    core_pid, directory = (await asyncio.wait_for(worker.stdout.readline(), 120.0)).split()
+    core_pid, directory = (await asyncio.wait_for(worker.stdout.readline(), 300.0)).split()
     descriptor = os.pidfd_open(int(core_pid))
     assert _exists(directory)
     worker.kill()
