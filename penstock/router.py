@@ -275,6 +275,12 @@ class Router:
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate:
         request = live.lifecycle.request
+        if wanted.failed:
+            self._metrics.retried()
+            given = len(live.lifecycle.token_ids) - len(request.token_ids)
+            log.info(
+                "request %s: trying again after %d tokens: %s", request.request_id, given, wanted.failed
+            )
         cards = [
             card
             for card in self._membership.ready(request.model)

@@ -122,10 +122,12 @@ class ClientGone(msgspec.Struct):
 
 
 class Choose(msgspec.Struct):
-    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed."""
+    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed.
+    `failed`: why the attempt before it failed, if one just did."""
 
     avoid: frozenset[str]
     handed: bool = False
+    failed: str = ""
 
 
 class Send(msgspec.Struct):
@@ -213,8 +215,8 @@ class Lifecycle:
 
     # --- placing --------------------------------------------------------------------------------
 
-    def _choose(self) -> Choose:
-        return Choose(frozenset(self._avoid), handed=self._handoff is not None)
+    def _choose(self, failed: str = "") -> Choose:
+        return Choose(frozenset(self._avoid), handed=self._handoff is not None, failed=failed)
 
     def _on_chosen(self, event: Chosen, now: float) -> list[Effect]:
         if self.phase is not Phase.QUEUED:
@@ -342,13 +344,13 @@ class Lifecycle:
         if self._failures >= self._limits.max_attempts:
             message = f"{self._failures} attempts failed; the last on {self.trouble}"
             return [*effects, *self._fail(RequestRejected(502, message, code="attempts_failed"))]
-        return [*effects, *self._queue(now)]
+        return [*effects, *self._queue(now, self.trouble)]
 
-    def _queue(self, now: float) -> list[Effect]:
+    def _queue(self, now: float, failed: str = "") -> list[Effect]:
         self.phase = Phase.QUEUED
         self._attempt_id = self._instance_id = self._decode_id = ""
         self._set_deadline(now + self._limits.queue_s)
-        return [self._choose()]
+        return [self._choose(failed)]
 
     # --- time and the client --------------------------------------------------------------------
 

@@ -111,7 +111,9 @@ def test_lost_decode_worker_continues_from_the_tokens_so_far() -> None:
     life = lifecycle()
     first = sent(prefilled(life, token=10)).attempt
     life.handle(Output(first.attempt_id, [11, 12]), 2.0)
-    assert life.handle(InstanceLost("d0", "link down"), 3.0) == [Choose(frozenset({"d0"}))]
+    assert life.handle(InstanceLost("d0", "link down"), 3.0) == [
+        Choose(frozenset({"d0"}), failed="d0: link down")
+    ]
     again = sent(life.handle(Chosen("d1"), 3.0)).attempt
     assert again.token_ids == [*PROMPT, 10, 11, 12]
     assert again.prompt_len == len(PROMPT)
@@ -177,7 +179,7 @@ def test_lost_decode_attempt_releases_the_handoff_it_may_not_have_pulled() -> No
     life = lifecycle()
     prefilled(life)
     effects = life.handle(InstanceLost("d0", "killed"), 2.0)
-    assert effects == [Release("p0", "r.1", sent=True), Choose(frozenset({"d0"}))]
+    assert effects == [Release("p0", "r.1", sent=True), Choose(frozenset({"d0"}), failed="d0: killed")]
 
 
 def test_failing_everywhere_ends_with_the_last_reason() -> None:
@@ -227,7 +229,8 @@ def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
     attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
     life.handle(Output(attempt.attempt_id, [10]), 1.0)
     effects = life.handle(Tick(), 61.0)
-    assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}))]
+    late = "d0: no output in time during decode"
+    assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}), failed=late)]
 
 
 def test_request_deadline_bounds_everything() -> None:
