@@ -63,7 +63,8 @@ test-transformers: $(VLLM_VENV)/.complete ## the reference engine against transf
 	$(VLLM_PYTHON) -m pytest tests/engines/reference/live/parity.py $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.complete ## vLLM as the engine, live: all of it but what `make parity` compares
-	$(VLLM_PYTHON) -m pytest $(wildcard tests/engines/vllm/live/*.py tests/e2e/vllm/*.py) $(ARGS)
+	$(VLLM_PYTHON) -m pytest $(wildcard tests/engines/vllm/live/*.py) $(ARGS)
+	$(VLLM_PYTHON) -m pytest $(wildcard tests/e2e/vllm/*.py) $(ARGS)
 
 parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penstock, answers field by field
 	$(VLLM_PYTHON) -m pytest tests/engines/vllm/live/parity/parity.py $(ARGS)
