@@ -16,7 +16,7 @@ from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.observability import Metrics
-from penstock.router import Router, RouterSettings
+from penstock.router import Prepare, Router, RouterSettings
 from penstock.structs import Delta, FinishReason, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker import Worker, WorkerSettings
@@ -175,11 +175,12 @@ async def cluster(
     roles: dict[str, Role],
     router: RouterSettings = QUICK,
     sim: dict[str, Any] | None = None,
+    prepare: Prepare | None = None,
     **worker_settings: Any,
 ) -> AsyncIterator[Cluster]:
     """A router with these workers, all ready; at the end all tasks must have ended well."""
     it = Cluster(folder, router, **worker_settings)
-    routing = asyncio.create_task(it.router.run())
+    routing = asyncio.create_task(it.router.run(prepare))
     try:
         for instance_id, role in roles.items():
             it.start(instance_id, role, **(sim or {}))

@@ -11,7 +11,7 @@ from penstock.core.lifecycle import Deadlines
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RequestRejected
 from penstock.router import RouterSettings
-from penstock.structs import FinishReason, Registration, Role
+from penstock.structs import FinishReason, ModelView, Registration, Role
 from tests.cluster import MODEL, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -51,6 +51,21 @@ async def test_many_at_once(tmp_path: Path) -> None:
         for answer in answers:
             assert len(await answer.tokens()) == 10
         await it.wait_idle()
+
+
+async def test_a_model_is_served_once_all_is_prepared(tmp_path: Path) -> None:
+    prepared: list[ModelView] = []
+    may_go_on = asyncio.Event()
+
+    async def prepare(model: ModelView) -> None:
+        prepared.append(model)
+        await may_go_on.wait()
+
+    asyncio.get_running_loop().call_later(0.3, may_go_on.set)
+    async with cluster(tmp_path, {"a0": AGGREGATED}, prepare=prepare) as it:
+        assert may_go_on.is_set()  # the worker was not ready before
+        assert [model.name for model in prepared] == [MODEL]
+        assert it.router.model(MODEL) == prepared[0]
 
 
 async def test_cancel_reaches_the_engine(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The files of a model folder that a frontend needs to render prompts, tokenize and detokenize."""
+"""The files of a model folder that a frontend needs to render prompts, tokenize, detokenize and parse."""
 
 from __future__ import annotations
 

@@ -136,11 +136,15 @@ async def test_a_real_step_takes_its_time():
 async def test_serves_the_files_of_a_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
     (tmp_path / "config.json").write_bytes(b'{"vocab_size": 1024, "hidden_size": 7}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     engine = sim_engine(SimSettings(assets=str(tmp_path)), clock=VirtualClock())
     assert isinstance(engine, VirtualEngine)
     card = await engine.start()
     await engine.stop(0)
-    assert card.assets == {"tokenizer.json": b"{}"}
+    assert card.assets == {
+        "tokenizer.json": b"{}",
+        "config.json": b'{"vocab_size": 1024, "hidden_size": 7}',
+    }
     assert card.vocab_size == 1024
     beyond = SimSettings(assets=str(tmp_path), eos_token_ids=(1024,))
     with pytest.raises(ConfigError, match="eos_token_ids must be in the vocabulary of 1024"):

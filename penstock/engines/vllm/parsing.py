@@ -112,6 +112,10 @@ class VllmChatParser:
         except (VLLMClientError, ValueError) as error:
             parameter = getattr(error, "parameter", None)
             raise RequestRejected(400, str(error), code="invalid_value", field=parameter) from None
+        except Exception as error:  # each parser reads tools and template variables in its own way
+            log.exception("a parser cannot take a request")
+            message = f"The model's parser cannot take this request: {error!r}."
+            raise RequestRejected(400, message, code="invalid_value") from error
 
 
 class VllmCallParser:

@@ -189,7 +189,7 @@ def test_the_card(checkpoint: Path) -> None:
     assert (card.model, card.block_size, card.vocab_size) == ("model", 4, 128)
     assert (card.total_blocks, card.max_model_len) == ((1 << 22) // (3 * 2 * 4 * 2 * 32 * 4), 256)
     assert (card.eos_token_ids, card.sampling_defaults) == ([1, 2], {"top_k": 5.0})
-    assert sorted(card.assets) == ["generation_config.json", "tokenizer.json"]
+    assert sorted(card.assets) == ["config.json", "generation_config.json", "tokenizer.json"]
     assert len(card.layout) == 64
 
 
