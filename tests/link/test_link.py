@@ -140,9 +140,9 @@ async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
         send_step(server, worker, 5)
         await bench.until(lambda: listener.steps)
         assert listener.cached == worker.cached
-    # Shares of the CPU time, since neither other processes nor a slow machine must fail this test. The longest
-    # turns are the worker's copy and this listener's own set of a million numbers; the rest are one part of the
-    # snapshot each.
+    # Shares of the CPU time, since neither other processes nor a slow machine must fail this test. The
+    # longest turns are the worker's copy and this listener's own set of a million numbers; the rest are one
+    # part of the snapshot each.
     assert len(gaps) > 1_000_000 / SNAPSHOT_PART_BLOCKS
     assert statistics.quantiles(gaps, n=20)[-1] < sum(gaps) / 20
 
