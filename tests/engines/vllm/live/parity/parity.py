@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import httpx
-import openai
-import pydantic
 import pytest
 import yaml
 
 from tests.e2e.conftest import running
 from tests.engines.vllm.live.parity.answers import Answer, ask
-from tests.engines.vllm.live.parity.corpus import ALICE, CORPUS, MODEL, PLAIN, WEATHER
+from tests.engines.vllm.live.parity.corpus import CORPUS, MODEL
 from tests.engines.vllm.live.parity.models import with_tools
 from tests.engines.vllm.live.servers import START_S, graph_of, vllm_serve
 
-NO_REASONING = {"chat_template_kwargs": PLAIN}
-STRICT_WEATHER = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
 PARSERS = ("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
 REQUEST_S = 60.0
 
@@ -95,60 +90,3 @@ def test_answers_are_equal(penstock: httpx.Client, expected: Answers, name: str,
 
 def client_of(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=REQUEST_S, trust_env=False)
-
-
-class Person(pydantic.BaseModel):
-    """What OpenAI's client makes a schema of."""
-
-    name: Annotated[str, pydantic.Field(max_length=6)]
-    old: bool
-
-
-def test_openais_client_reads_what_it_asked_for(penstock: httpx.Client) -> None:
-    with openai.OpenAI(base_url=f"{penstock.base_url}v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.parse(
-            model=MODEL, messages=ALICE, response_format=Person, temperature=0, extra_body=NO_REASONING
-        )
-        person = answer.choices[0].message.parsed
-        assert isinstance(person, Person)
-        with client.chat.completions.stream(
-            model=MODEL,
-            messages=ALICE,
-            response_format=Person,
-            temperature=0,
-            extra_body=NO_REASONING,
-        ) as stream:
-            assert stream.get_final_completion().choices[0].message.parsed == person
-
-
-def test_openais_client_reads_calls_and_answers_them(penstock: httpx.Client) -> None:
-    """A call, streamed, and a next turn with what came of it."""
-    with openai.OpenAI(base_url=f"{penstock.base_url}v1", api_key="none", max_retries=0) as client:
-        with client.chat.completions.stream(
-            model=MODEL,
-            messages=ALICE,
-            tools=[STRICT_WEATHER],
-            tool_choice="required",
-            parallel_tool_calls=False,
-            temperature=0,
-            extra_body=NO_REASONING,
-        ) as stream:
-            kinds = {event.type for event in stream}
-            choice = stream.get_final_completion().choices[0]
-        assert "tool_calls.function.arguments.done" in kinds
-        assert choice.finish_reason == "tool_calls"
-        (call,) = choice.message.tool_calls or ()
-        assert set(call.function.parsed_arguments) == {"city", "unit"}
-        result = {"role": "tool", "tool_call_id": call.id, "content": "12 °C"}
-        asked = {
-            "role": "assistant",
-            "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})],
-        }
-        answer = client.chat.completions.create(
-            model=MODEL,
-            messages=[*ALICE, asked, result],
-            temperature=0,
-            max_tokens=8,
-            extra_body=NO_REASONING,
-        )
-        assert answer.choices[0].message.content
