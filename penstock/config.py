@@ -126,7 +126,7 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     role: Annotated[Role, flag("What this worker does for a request.")] = Role.AGGREGATED
     engine: Annotated[
         Literal["reference", "vllm", "sim"],
-        flag("reference runs Qwen3 and Llama on the CPU, vllm is for GPUs, sim only keeps time."),
+        flag("reference runs Qwen3 and Llama on the CPU, vllm is for production, sim only keeps time."),
     ] = "reference"
     model: Annotated[str, flag("Model folder, or a name that the engine can download.")]
     served_model_name: Annotated[str, flag("Name that clients use; the model's own when empty.")] = ""

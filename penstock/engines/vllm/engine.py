@@ -31,6 +31,7 @@ from penstock.engines.vllm.handoffs import UsedHandoffs, pack
 from penstock.engines.vllm.held import HeldHandoffs
 from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.load import CoreLoad
+from penstock.engines.vllm.logs import one_line
 from penstock.engines.vllm.outputs import finish_reason, token_logprobs
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
@@ -232,7 +233,7 @@ class VllmEngine:
                 priority=attempt.priority,
             )
         except (VLLMClientError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             rejected = Output(attempt.attempt_id, finish_reason=FinishReason.REJECTED, error=reason)
             self._push([rejected])
             return

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.engines.vllm.installed import prepare_environment
+from penstock.engines.vllm.logs import one_line
 from penstock.errors import ConfigError, RequestRejected
 from penstock.structs import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
@@ -48,7 +49,7 @@ class VllmParsers:
                 tokenizer = get_tokenizer(folder)
         except Exception as error:  # an import's, Hugging Face's or vLLM's own: whatever it is, it is final
             log.exception("the tokenizer of %s cannot be loaded", model.name)
-            raise ConfigError(f"its tokenizer cannot be loaded: {_one_line(error)}") from error
+            raise ConfigError(f"its tokenizer cannot be loaded: {one_line(error)}") from error
         parser = parser_class(model.tool_parser, model.reasoning_parser, tokenizer)
         return VllmChatParser(partial(parser, tokenizer, model_config=_model_config(model)), parser)
 
@@ -79,7 +80,7 @@ def parser_class(tool_parser: str, reasoning_parser: str, tokenizer: Any) -> Any
             tokenizer=tokenizer,
         )
     except Exception as error:  # each parser has its own, and so has each parser's import
-        raise ConfigError(f"--tool-call-parser, --reasoning-parser: {_one_line(error)}") from error
+        raise ConfigError(f"--tool-call-parser, --reasoning-parser: {one_line(error)}") from error
 
 
 class VllmChatParser:
@@ -230,7 +231,3 @@ def _constraint(params: StructuredOutputsParams) -> tuple[Any, str]:
         if value is not None:
             return kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "json_object", ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

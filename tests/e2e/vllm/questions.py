@@ -10,19 +10,9 @@ import openai
 from openai.types import Completion
 
 from tests.e2e.conftest import MODEL
+from tests.e2e.test_equality import SAMPLINGS
 
 BLOCK = 32
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "seeded": {"temperature": 0.9, "seed": 1234, "top_p": 0.95},
-    "penalties": {
-        "temperature": 0.8,
-        "seed": 7,
-        "presence_penalty": 0.6,
-        "frequency_penalty": 0.4,
-        "extra_body": {"repetition_penalty": 1.1, "top_k": 40, "min_p": 0.01},
-    },
-}
 
 
 class Answer(NamedTuple):
