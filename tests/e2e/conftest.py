@@ -37,6 +37,7 @@ class Frontend:
     def __init__(self) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._clients: list[openai.OpenAI] = []
 
     def get(self, path: str) -> tuple[int, str]:
         try:
@@ -46,9 +47,15 @@ class Frontend:
             return error.code, error.read().decode()
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options
+        """One of its own for each caller, with connections that end with this."""
+        self._clients.append(
+            openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)
         )
+        return self._clients[-1]
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""
@@ -133,6 +140,7 @@ class Graph(Frontend):
         return self.console.read_text(errors="replace")
 
     def stop(self) -> int:
+        self.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:

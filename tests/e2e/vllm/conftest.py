@@ -104,6 +104,7 @@ def always(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
         _wait_healthy(frontend, process, log)
         yield frontend
     finally:
+        frontend.close()
         process.terminate()
         code = process.wait(timeout=40)
     assert code == 0, log.read_text()[-4000:]
