@@ -88,8 +88,15 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
     http_port: Annotated[Port, flag("Port to listen on; 0 takes a free one.")] = 8000
     http_tls_cert: Annotated[str, flag("Serve HTTPS with this certificate, PEM with its chain.")] = ""
     http_tls_key: Annotated[str, flag("Its private key, PEM.")] = ""
-    api_key: Annotated[str, flag("Key that clients must bring.", "PENSTOCK_API_KEY")] = ""
-    api_keys_file: Annotated[str, flag("File with one such key per line.")] = ""
+    api_key: Annotated[
+        str,
+        flag(
+            "Key that clients may bring; others can see flags, so rather the variable.", "PENSTOCK_API_KEY"
+        ),
+    ] = ""
+    api_keys_file: Annotated[
+        str, flag("File with a line of `penstock key` for each key.", "PENSTOCK_API_KEYS_FILE")
+    ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
     router_mode: Annotated[
         Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],

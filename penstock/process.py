@@ -72,7 +72,8 @@ def run_frontend(options: FrontendOptions) -> None:
     settings = FrontendSettings(
         host=options.http_host,
         port=options.http_port,
-        api_keys=_api_keys(options),
+        api_key=options.api_key,
+        api_keys_file=options.api_keys_file,
         max_body_bytes=options.max_body_bytes,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
@@ -254,14 +255,6 @@ def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfe
 def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:
     """The options among these that are set; what is not is the engine's choice."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _api_keys(options: FrontendOptions) -> frozenset[str]:
-    """Keys of which a client must bring one; empty: none needed."""
-    from penstock.frontend.api_keys import read_api_keys
-
-    keys = frozenset({options.api_key} - {""})
-    return keys | read_api_keys(Path(options.api_keys_file)) if options.api_keys_file else keys
 
 
 def _tls(options: FrontendOptions | WorkerOptions) -> TlsSettings | None:

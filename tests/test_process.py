@@ -12,7 +12,7 @@ import pytest
 
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.process import _api_keys, _transfer, run_frontend, run_worker
+from penstock.process import _transfer, run_frontend, run_worker
 from penstock.structs import Role
 
 
@@ -54,6 +54,13 @@ def test_a_frontend_refuses_a_taken_port_and_unknown_discovery() -> None:
         run_frontend(FrontendOptions(http_host="203.0.113.7", http_port=0))
 
 
+def test_a_frontend_refuses_a_file_without_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# none yet\n")
+    with pytest.raises(ConfigError, match=rf"^API keys: {path} has none$"):
+        run_frontend(FrontendOptions(http_port=0, api_keys_file=str(path), discovery=f"file:{tmp_path}"))
+
+
 def test_the_transfer_is_what_was_asked_for_and_what_is_there(tmp_path: Path) -> None:
     def name(**options: object) -> str | None:
         transfer = _transfer(worker(**options), "w", 1)
@@ -65,13 +72,3 @@ def test_the_transfer_is_what_was_asked_for_and_what_is_there(tmp_path: Path) ->
     assert name(role=Role.PREFILL, transfer="nixl") == "nixl"
     assert name(role=Role.PREFILL) == ("nixl" if has_nixl else "tcp")
     assert name(role=Role.PREFILL, engine="sim") == "tcp"
-
-
-def test_api_keys(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# ours\none\n\n two \n")
-    assert _api_keys(FrontendOptions(api_key="zero", api_keys_file=str(path))) == {"zero", "one", "two"}
-    assert _api_keys(FrontendOptions()) == frozenset()
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="has none"):
-        _api_keys(FrontendOptions(api_keys_file=str(path)))

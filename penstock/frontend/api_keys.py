@@ -1,47 +1,170 @@
-"""API keys: who may use the frontend."""
+"""API keys: who may use the frontend, and under which name.
+
+A keys file holds hashes, so that who reads it, or its backup, can use none of the keys:
+
+    # one line per key; a name may have several, as while its key is being replaced
+    team-a sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
+
+The hash is a fast one without salt. Slow, salted hashes are for passwords, which can be guessed; a key made
+by `penstock key` is 256 random bits, which cannot, whatever the speed, and each request must be checked in
+microseconds. A digest is looked up in a dict: how long that takes may depend on the digest, but nobody can
+choose keys by their digests, so there is no way from that time to a key.
+"""
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Collection
+import logging
+import os
+import re
+import secrets
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Final
 
+from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError, RequestRejected
+
+log = logging.getLogger("penstock.frontend")
+
+RECHECK_S: Final = 1.0
+"""Between two looks at the keys file, at most one per request: how long a revoked key may still open."""
+
+MAX_FILE_BYTES: Final = 4 * 1024 * 1024  # 40,000 keys, read in some 30 ms
+MIN_KEY_CHARS: Final = 20  # of keys made elsewhere: 120 bits when they are random
+UNNAMED: Final = "api-key"  # the name of the key that came as a setting and not from the file
+
+_RANDOM_BYTES = 32
+_NAME = re.compile(r"[A-Za-z0-9][-\w.]{0,63}", re.ASCII)
+_LINE = re.compile(rf"(?P<name>{_NAME.pattern})\s+sha256:(?P<digest>[0-9a-f]{{64}})", re.ASCII)
+
+Digests = Mapping[bytes, str]  # SHA-256 of each key, and the name it stands for
+_Stamp = tuple[int, int, int]  # when a file was last changed, its size, and which file it is
 
 
 class ApiKeys:
-    """The keys of which a request must bring one. None at all lets everybody in."""
+    """The keys of which a request must bring one. None at all lets everybody in.
 
-    def __init__(self, keys: Collection[str]) -> None:
-        # Digests have one length, so comparing them tells nothing of a key, not even how long it is.
-        self._digests = [sha256(key.encode()).digest() for key in keys]
+    Args:
+        key: one key in the clear, known as UNNAMED; empty for none.
+        path: a keys file; empty for none. It is read again when it has changed. While it cannot be used,
+            what was last read stays, and the log says why.
+        clock: for the pauses between two looks at the file.
 
-    def check(self, authorization: bytes | None) -> None:
-        """Raises RequestRejected(401) unless the `Authorization` header brings a key."""
+    Raises ConfigError when the file cannot be used.
+    """
+
+    def __init__(self, key: str = "", path: str = "", clock: Clock | None = None) -> None:
+        self._fixed: Digests = {sha256(key.encode()).digest(): UNNAMED} if key else {}
+        self._path = Path(path) if path else None
+        self._clock = clock or MonotonicClock()
+        self._stamp: _Stamp | None = None
+        self._digests = self._fixed
+        if self._path is not None:
+            self._stamp = _stamp(self._path)
+            self._digests = {**read_api_keys(self._path), **self._fixed}
+        self._looked_at = self._clock.now()
+
+    def check(self, authorization: bytes | None) -> str:
+        """The name of the key in an `Authorization` header; "" when no keys are needed.
+
+        Raises RequestRejected(401) unless it brings a key that is known.
+        """
+        self._look_again()
         if not self._digests:
-            return
+            return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise RequestRejected(
                 401, "An API key is needed: `Authorization: Bearer KEY`.", code="missing_api_key"
             )
-        digest = sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all: constant time
-        if not any(matches):
+        name = self._digests.get(sha256(key.strip()).digest())
+        if name is None:
             raise RequestRejected(401, "The API key is not valid.", code="invalid_api_key")
+        return name
+
+    def _look_again(self) -> None:
+        now = self._clock.now()
+        if self._path is None or now - self._looked_at < RECHECK_S:
+            return
+        self._looked_at = now
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            digests = read_api_keys(self._path)
+        except ConfigError as error:
+            log.error("the API keys that were read before stay: %s", error)
+            return
+        self._digests = {**digests, **self._fixed}
+        log.info("API keys read again: path=%s keys=%d", self._path, len(digests))
 
 
-def read_api_keys(path: Path) -> frozenset[str]:
-    """Keys from a file, one per line; empty lines and those that begin with `#` are skipped.
+def new_key() -> str:
+    """A key that cannot be guessed."""
+    return "pk-" + secrets.token_urlsafe(_RANDOM_BYTES)
 
-    Raises ConfigError when the file cannot be read or has no key: an empty file must not open the door.
+
+def key_line(name: str, key: str) -> str:
+    """The line of a keys file for this key. Raises ConfigError when the name or the key will not do."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            "name: expected up to 64 letters, digits, -, _ and ., beginning with a letter or digit"
+        )
+    if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"key: expected at least {MIN_KEY_CHARS} printable ASCII characters without spaces, at random: "
+            f"its hash would not hide less"
+        )
+    return f"{name} sha256:{sha256(key.encode()).hexdigest()}"
+
+
+def read_api_keys(path: Path) -> dict[bytes, str]:
+    """The names in a keys file by their keys' digests; empty lines, and those that begin with `#`, count
+    for nothing.
+
+    Raises ConfigError when the file cannot be read, has a line that is not one of a key, or has no key:
+    an empty file must not open the door. The message never shows what stands in the file.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"API keys: cannot read {path}: {error}") from None
-    keys = frozenset(line for line in lines if line and not line.startswith("#"))
-    if not keys:
+        raise ConfigError(f"API keys: cannot read {path}: {_reason(error)}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"API keys: {path} has more than {MAX_FILE_BYTES} bytes")
+    digests: dict[bytes, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ConfigError(
+                f"API keys: {path}, line {number}: expected `NAME sha256:64_HEX_DIGITS`; a key itself "
+                f"does not belong there, `penstock key NAME --hash` makes its line"
+            )
+        digest = bytes.fromhex(match["digest"])
+        other = digests.setdefault(digest, match["name"])
+        if other != match["name"]:
+            raise ConfigError(f"API keys: {path}, line {number}: the same key as that of {other}")
+    if not digests:
         raise ConfigError(f"API keys: {path} has none")
-    return keys
+    return digests
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"  # the error's own words would show some of its bytes
+    return error.strerror or str(error)
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """Changes whenever the file does; None when there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -49,7 +49,7 @@ class App:
         self._completer = completer
         self._settings = settings
         self._metrics = metrics
-        self._keys = ApiKeys(settings.api_keys)
+        self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
         self._preprocessor = Preprocessor(settings, parsers)
         planner = Planner(self._preprocessor, settings, random.Random())
         self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)

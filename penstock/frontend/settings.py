@@ -20,8 +20,11 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     tls_key: str = ""
     """Its private key, PEM."""
 
-    api_keys: frozenset[str] = frozenset()
-    """Keys of which a request must bring one (`Authorization: Bearer KEY`); empty: none needed."""
+    api_key: str = ""
+    """A key that requests may bring (`Authorization: Bearer KEY`)."""
+
+    api_keys_file: str = ""
+    """File with the hashes of others (frontend/api_keys.py). Neither: none needed."""
 
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body: a prompt of a million token ids fits."""

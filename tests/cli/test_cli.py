@@ -15,7 +15,19 @@ from penstock.launcher.control import GraphStatus, ServiceStatus
 from penstock.launcher.replica import ReplicaState, ReplicaStatus
 from penstock.structs import Role
 
-COMMANDS = ("up", "status", "scale", "logs", "down", "chat", "frontend", "worker", "bench", "version")
+COMMANDS = (
+    "up",
+    "status",
+    "scale",
+    "logs",
+    "down",
+    "chat",
+    "frontend",
+    "worker",
+    "key",
+    "bench",
+    "version",
+)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from penstock import __version__
+from penstock.frontend.api_keys import key_line
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -108,8 +109,10 @@ async def test_bad_bodies(served, body, param, code):
 # --- keys -----------------------------------------------------------------------------------------
 
 
-async def test_keys(serve_script):
-    async with serve_script("x", api_keys=frozenset({"first", "second"})) as served:
+async def test_keys(serve_script, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(key_line("team", "second-" * 4) + "\n")
+    async with serve_script("x", api_key="first", api_keys_file=str(keys)) as served:
 
         async def status(path, key, method="GET"):
             headers = {"authorization": key} if key else {}
@@ -125,7 +128,7 @@ async def test_keys(serve_script):
             ("/v1/models/tiny", "GET"),
         ):
             assert await status(path, "Bearer first", method) == 200
-            assert await status(path, "bearer second", method) == 200
+            assert await status(path, "bearer " + "second-" * 4, method) == 200
             for wrong in (None, "Bearer", "Bearer third", "Basic first", "first", "Bearer first second"):
                 assert await status(path, wrong, method) == 401
         for path in ("/health", "/live", "/metrics", "/version"):
