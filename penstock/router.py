@@ -1,6 +1,6 @@
-"""The router: follows discovery, keeps a link to every instance, and serves requests over them.
+"""The router: serves requests over all instances that discovery shows.
 
-A shell. It decides nothing itself: `core/membership.py` says which instances take part,
+A shell. It decides nothing itself: `instances.py` keeps a link to every instance and says which take part,
 `core/policy.py` which of them gets a request, `core/lifecycle.py` what happens to the request next. All of
 it runs on one event loop; every callback below finishes without awaiting.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,35 +18,21 @@ import msgspec
 
 from penstock.clock import Clock, MonotonicClock
 from penstock.core import lifecycle as life
-from penstock.core.catalog import Catalog
 from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
-from penstock.core.membership import Connect, Disconnect, Membership
 from penstock.core.placement import Placed, Placement, explain
-from penstock.errors import ConfigError, PenstockError, RemoteError, RequestRejected
+from penstock.errors import PenstockError, RequestRejected
+from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import RouterMetrics
 from penstock.ports import Discovery
-from penstock.structs import (
-    Attempt,
-    Card,
-    Delta,
-    InstanceView,
-    Load,
-    ModelView,
-    Output,
-    Registration,
-    Request,
-    Role,
-)
-from penstock.wire.messages import Bounce, Step
+from penstock.structs import Attempt, Delta, InstanceView, ModelView, Output, Request, Role
+from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
 
 OnDelta = Callable[[Delta], None]
 OnError = Callable[[PenstockError], None]
-Prepare = Callable[[ModelView], Awaitable[None]]
-"""Gets ready to serve a model; must not raise."""
 
 
 class RouterSettings(msgspec.Struct, frozen=True):
@@ -115,57 +101,40 @@ class Router:
         clock: Clock | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        self._discovery = discovery
         self._settings = settings
-        self._link_settings = link_settings
         self._metrics = metrics
-        self._frontend_id = frontend_id
         self._clock = clock or MonotonicClock()
         self._placement = Placement(settings.policy, settings.disagg, rng or random.Random())
-        self._membership = Membership()
-        self._links: dict[str, _Link] = {}
+        self._instances = Instances(
+            discovery,
+            self._placement,
+            link_settings,
+            metrics,
+            self._clock,
+            self,
+            frontend_id=frontend_id,
+            load_retry_s=settings.load_retry_s,
+        )
         self._live: dict[str, _Live] = {}
         self._queued: dict[str, _Live] = {}
-        self._catalog = Catalog()
-        self._tasks: asyncio.TaskGroup  # of `run`, as is
-        self._prepare: Prepare
 
     # --- for the frontend -------------------------------------------------------------------------
 
     def models(self) -> list[ModelView]:
         """Models that some ready instance serves."""
-        return [view for view in self._catalog.views() if self._membership.ready(view.name)]
+        return self._instances.models()
 
     def model(self, name: str) -> ModelView:
         """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
-        view = self._catalog.view(name)
-        if view is None:
-            raise RequestRejected(
-                404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
-            )
-        if not self._membership.ready(name):
-            raise RequestRejected(
-                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
-            )
-        return view
+        return self._instances.model(name)
 
     def instances(self) -> list[InstanceView]:
         """All known instances, for /health."""
-        return [
-            InstanceView(
-                instance_id=instance_id,
-                role=member.registration.role,
-                model=member.registration.model,
-                state=member.state.value,
-                address=member.registration.address,
-                load=self._placement.load(instance_id),
-            )
-            for instance_id, member in sorted(self._membership.members.items())
-        ]
+        return self._instances.views()
 
     def healthy(self) -> tuple[bool, str]:
         """Whether every role the graph needs is connected; else which is missing."""
-        missing = self._membership.missing(self._settings.expect)
+        missing = self._instances.membership.missing(self._settings.expect)
         return not missing, ", ".join(missing)
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
@@ -186,15 +155,9 @@ class Router:
     async def run(self, prepare: Prepare | None = None) -> None:
         """Follow discovery and watch deadlines until cancelled. No request goes to a model's first worker
         before `prepare` is done with the model."""
-        self._prepare = prepare or _ready
-        async with asyncio.TaskGroup() as self._tasks:
-            try:
-                self._tasks.create_task(self._tick_forever())
-                async for current in self._discovery.watch():
-                    self._apply(self._membership.discovered(current))
-            finally:
-                for link in self._links.values():
-                    link.close()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tick_forever())
+            await self._instances.run(prepare or _ready)
 
     async def _tick_forever(self) -> None:
         while True:
@@ -211,23 +174,6 @@ class Router:
     def _retry_queued(self) -> None:
         for live in list(self._queued.values()):
             self._event(live, life.Retry())
-
-    def _apply(self, effects: list[Connect | Disconnect]) -> None:
-        for effect in effects:
-            match effect:
-                case Connect(registration):
-                    self._connect(registration)
-                case Disconnect(instance_id):
-                    link = self._links.pop(instance_id, None)
-                    if link is not None:
-                        link.close()
-                    self._metrics.instance_gone(instance_id)
-
-    def _connect(self, registration: Registration) -> None:
-        try:
-            self._links[registration.instance_id] = _Link(self, registration, self._tasks)
-        except ConfigError as error:  # what somebody else registered must not end this process
-            log.error("instance %s cannot be connected: %s", registration.instance_id, error)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -283,7 +229,7 @@ class Router:
             )
         cards = [
             card
-            for card in self._membership.ready(request.model)
+            for card in self._instances.membership.ready(request.model)
             if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
         ]
         decision = self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
@@ -296,11 +242,11 @@ class Router:
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
         """Send and book an attempt. Returns why it could not be sent."""
-        link = self._links.get(instance_id)
+        link = self._instances.link(instance_id)
         if link is None:
             return "no longer known"
         try:
-            seq = link.client.generate(attempt)
+            seq = link.generate(attempt)
         except PenstockError as error:
             return str(error)
         self._placement.sent(live.placed, instance_id, seq, attempt)
@@ -308,107 +254,51 @@ class Router:
 
     def _tell(self, instance_id: str, message: Callable[[LinkClient], None]) -> None:
         """Say something that loses its meaning when the instance is gone."""
-        link = self._links.get(instance_id)
-        if link is not None and link.client.up:
-            message(link.client)
+        link = self._instances.link(instance_id)
+        if link is not None and link.up:
+            message(link)
 
-    # --- what instances say ---------------------------------------------------------------------------
+    # --- what instances say: implements Listener ---------------------------------------------------------
 
-    def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
-        self._membership.up(link.instance_id, card)
-        self._placement.up(card, hashes, load)
-        self._metrics.connected(link.instance_id, card.role, True)
-        log.info(
-            "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
-            link.instance_id,
-            card.role,
-            card.model,
-            card.engine,
-            len(hashes),
-        )
-
-    async def _load(self, link: _Link, card: Card) -> None:
-        """Fetch what the model needs, then let the instance take part."""
-        while not await self._fetch(link, card):
-            await self._clock.sleep(self._settings.load_retry_s)
-        self._catalog.publish(card)
-        view = self._catalog.view(card.model)
-        assert view is not None
-        await self._prepare(view)
-        self._membership.loaded(link.instance_id)
-        log.info("instance ready: %s", link.instance_id)
+    def on_ready(self) -> None:
         self._retry_queued()
 
-    async def _fetch(self, link: _Link, card: Card) -> bool:
-        try:
-            while wanted := self._catalog.wanted(
-                card
-            ):  # again: another model may have dropped one meanwhile
-                self._catalog.put(wanted[0], await link.client.asset(wanted[0]))
-        except RemoteError as error:
-            log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
-            return False
-        if self._catalog.agrees(card) or not self._membership.ready(card.model):
-            return True
-        log.error(
-            "%s is kept out: its tokenizer, template or limits for %s differ from those of the workers "
-            "that serve it already",
-            link.instance_id,
-            card.model,
-        )
-        return False
-
-    def _down(self, link: _Link, reason: str, orderly: bool) -> None:
-        instance_id = link.instance_id
-        effects = self._membership.down(instance_id)
-        self._placement.down(instance_id)
-        self._metrics.connected(instance_id, link.role, False)
-        if orderly:
-            log.info("instance disconnected: %s: %s", instance_id, reason)
-        else:
-            log.warning("instance lost: %s: %s", instance_id, reason)
-        for live in list(self._live.values()):
-            self._event(live, life.InstanceLost(instance_id, reason))
-        self._apply(effects)
-
-    def _step(self, link: _Link, step: Step) -> None:
-        instance_id = link.instance_id
-        self._placement.cache_changed(instance_id, step.stored, step.removed, step.cleared)
-        self._reported(link, step.seen, step.load)
+    def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
         now = self._clock.now()
-        for output in step.outputs:
+        for output in outputs:
             live = self._live.get(_request_id(output.attempt_id))
             if live is not None:
                 if output.cached_tokens is not None:
-                    self._compare(live, link, output)
+                    self._compare(live, instance_id, output)
                 if output.finish_reason is not None:
-                    self._metrics.attempt_ended(link.role, output.finish_reason)
+                    self._metrics.attempt_ended(role, output.finish_reason)
                 self._perform(live, live.lifecycle.handle(output, now))
-            elif output.handoff is not None:
-                link.client.release(output.handoff.handoff_id, sent=False)  # its request ended meanwhile
+            elif output.handoff is not None:  # its request ended meanwhile
+                handoff_id = output.handoff.handoff_id
+                self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=False))
 
-    def _reported(self, link: _Link, seen: int, load: Load) -> None:
-        self._placement.reported(link.instance_id, seen, load)
-        self._metrics.load(link.instance_id, load)
+    def on_bounce(self, role: Role, bounce: Bounce) -> None:
+        self._metrics.bounced(role)
+        live = self._live.get(_request_id(bounce.attempt_id))
+        if live is not None:
+            self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
-    def _compare(self, live: _Live, link: _Link, output: Output) -> None:
+    def on_lost(self, instance_id: str, reason: str) -> None:
+        for live in list(self._live.values()):
+            self._event(live, life.InstanceLost(instance_id, reason))
+
+    def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""
         assert output.cached_tokens is not None
         if output.transferred_blocks:
             self._metrics.transferred(output.transferred_blocks)
-        found = self._placement.cached(live.placed, link.instance_id, output.cached_tokens)
+        found = self._placement.cached(live.placed, instance_id, output.cached_tokens)
         if found is None:
             return
         predicted, verdict = found
         self._metrics.overlap(predicted, output.cached_tokens)
         if verdict is not None:
-            log.warning("kv overlap check: %s: %s", link.instance_id, verdict)
-
-    def _bounce(self, link: _Link, bounce: Bounce) -> None:
-        self._metrics.bounced(link.role)
-        live = self._live.get(_request_id(bounce.attempt_id))
-        if live is not None:
-            self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
+            log.warning("kv overlap check: %s: %s", instance_id, verdict)
 
 
 async def _ready(model: ModelView) -> None:
@@ -418,53 +308,3 @@ async def _ready(model: ModelView) -> None:
 def _request_id(attempt_id: str) -> str:
     """The lifecycle names attempts `<request id>.<number>`."""
     return attempt_id.rpartition(".")[0]
-
-
-class _Link:
-    """One instance's link, with the task that keeps it up. Implements LinkListener."""
-
-    def __init__(self, router: Router, registration: Registration, tasks: asyncio.TaskGroup) -> None:
-        self.instance_id = registration.instance_id
-        self.role = registration.role
-        self._router = router
-        self._tasks = tasks
-        self._loading: asyncio.Task[None] | None = None
-        self.client = LinkClient(
-            registration.address,
-            self,
-            router._link_settings,
-            frontend_id=router._frontend_id,
-            instance_id=registration.instance_id,
-            epoch=registration.epoch,
-        )
-        self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
-
-    def close(self) -> None:
-        self._running.cancel()
-        if self._loading is not None:
-            self._loading.cancel()
-
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
-        self._router._up(self, card, hashes, load)
-        self._loading = self._tasks.create_task(
-            self._router._load(self, card), name=f"load {self.instance_id}"
-        )
-
-    def on_step(self, step: Step) -> None:
-        self._router._step(self, step)
-
-    def on_heartbeat(self, seen: int, load: Load) -> None:
-        self._router._reported(self, seen, load)
-
-    def on_bounce(self, bounce: Bounce) -> None:
-        self._router._bounce(self, bounce)
-
-    def on_draining(self, reason: str) -> None:
-        log.info("instance draining: %s (%s)", self.instance_id, reason)
-        self._router._membership.draining(self.instance_id)
-
-    def on_down(self, reason: str, orderly: bool) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-            self._loading = None
-        self._router._down(self, reason, orderly)

@@ -14,9 +14,10 @@ from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError
+from penstock.instances import Prepare
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.observability import Metrics
-from penstock.router import Prepare, Router, RouterSettings
+from penstock.router import Router, RouterSettings
 from penstock.structs import Delta, FinishReason, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker import Worker, WorkerSettings

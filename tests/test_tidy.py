@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"core", "wire"},
     {"ports", "clock"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
+    {"instances"},
     {"router"},
     {"frontend", "worker"},
     {"config"},

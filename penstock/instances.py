@@ -1,0 +1,265 @@
+"""Which instances there are: follows discovery, keeps a link to each, and loads what its model needs.
+
+The router's other half, and a shell as well: `core/membership.py` says which instances take part. What
+concerns requests goes to a `Listener`. All of it runs on one event loop; every callback finishes without
+awaiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from penstock.clock import Clock
+from penstock.core.catalog import Catalog
+from penstock.core.membership import Connect, Disconnect, Membership
+from penstock.core.placement import Placement
+from penstock.errors import ConfigError, RemoteError, RequestRejected
+from penstock.link.client import LinkClient
+from penstock.link.settings import ClientSettings
+from penstock.observability import RouterMetrics
+from penstock.ports import Discovery
+from penstock.structs import Card, InstanceView, Load, ModelView, Output, Registration, Role
+from penstock.wire.messages import Bounce, Step
+
+log = logging.getLogger("penstock.instances")
+
+Prepare = Callable[[ModelView], Awaitable[None]]
+"""Gets ready to serve a model; must not raise."""
+
+
+class Listener(Protocol):
+    """Who has requests on these instances."""
+
+    def on_ready(self) -> None:
+        """An instance takes attempts from now on."""
+
+    def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
+        """An engine step of this instance gave these; its load and its cache are known already."""
+
+    def on_bounce(self, role: Role, bounce: Bounce) -> None:
+        """An instance refused an attempt."""
+
+    def on_lost(self, instance_id: str, reason: str) -> None:
+        """An instance is gone, with all attempts and handoffs it had."""
+
+
+class Instances:
+    """The instances that discovery shows, with what the placement needs to know of them kept up to date.
+
+    `run()` must be running; everything else is called on its event loop.
+    """
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        placement: Placement,
+        link_settings: ClientSettings,
+        metrics: RouterMetrics,
+        clock: Clock,
+        listener: Listener,
+        *,
+        frontend_id: str,
+        load_retry_s: float,
+    ) -> None:
+        self.membership = Membership()
+        self._discovery = discovery
+        self._placement = placement
+        self._link_settings = link_settings
+        self._metrics = metrics
+        self._clock = clock
+        self._listener = listener
+        self._frontend_id = frontend_id
+        self._load_retry_s = load_retry_s
+        self._links: dict[str, _Link] = {}
+        self._catalog = Catalog()
+        self._tasks: asyncio.TaskGroup  # of `run`, as is
+        self._prepare: Prepare
+
+    # --- who is there -----------------------------------------------------------------------------
+
+    def models(self) -> list[ModelView]:
+        """Models that some ready instance serves."""
+        return [view for view in self._catalog.views() if self.membership.ready(view.name)]
+
+    def model(self, name: str) -> ModelView:
+        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+        view = self._catalog.view(name)
+        if view is None:
+            raise RequestRejected(
+                404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
+            )
+        if not self.membership.ready(name):
+            raise RequestRejected(
+                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
+            )
+        return view
+
+    def views(self) -> list[InstanceView]:
+        """All known instances, for /health."""
+        return [
+            InstanceView(
+                instance_id=instance_id,
+                role=member.registration.role,
+                model=member.registration.model,
+                state=member.state.value,
+                address=member.registration.address,
+                load=self._placement.load(instance_id),
+            )
+            for instance_id, member in sorted(self.membership.members.items())
+        ]
+
+    def link(self, instance_id: str) -> LinkClient | None:
+        """The instance's link, up or not; None when the instance is not known."""
+        link = self._links.get(instance_id)
+        return link.client if link is not None else None
+
+    # --- discovery --------------------------------------------------------------------------------
+
+    async def run(self, prepare: Prepare) -> None:
+        """Follow discovery until cancelled. No instance of a model takes part before `prepare` is done
+        with the model."""
+        self._prepare = prepare
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
+                async for current in self._discovery.watch():
+                    self._apply(self.membership.discovered(current))
+            finally:
+                for link in self._links.values():
+                    link.close()
+
+    def _apply(self, effects: list[Connect | Disconnect]) -> None:
+        for effect in effects:
+            match effect:
+                case Connect(registration):
+                    self._connect(registration)
+                case Disconnect(instance_id):
+                    link = self._links.pop(instance_id, None)
+                    if link is not None:
+                        link.close()
+                    self._metrics.instance_gone(instance_id)
+
+    def _connect(self, registration: Registration) -> None:
+        try:
+            self._links[registration.instance_id] = _Link(self, registration, self._tasks)
+        except ConfigError as error:  # what somebody else registered must not end this process
+            log.error("instance %s cannot be connected: %s", registration.instance_id, error)
+
+    # --- what instances say ---------------------------------------------------------------------------
+
+    def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
+        self.membership.up(link.instance_id, card)
+        self._placement.up(card, hashes, load)
+        self._metrics.connected(link.instance_id, card.role, True)
+        log.info(
+            "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
+            link.instance_id,
+            card.role,
+            card.model,
+            card.engine,
+            len(hashes),
+        )
+
+    async def _load(self, link: _Link, card: Card) -> None:
+        """Fetch what the model needs, then let the instance take part."""
+        while not await self._fetch(link, card):
+            await self._clock.sleep(self._load_retry_s)
+        self._catalog.publish(card)
+        view = self._catalog.view(card.model)
+        assert view is not None
+        await self._prepare(view)
+        self.membership.loaded(link.instance_id)
+        log.info("instance ready: %s", link.instance_id)
+        self._listener.on_ready()
+
+    async def _fetch(self, link: _Link, card: Card) -> bool:
+        try:
+            while wanted := self._catalog.wanted(
+                card
+            ):  # again: another model may have dropped one meanwhile
+                self._catalog.put(wanted[0], await link.client.asset(wanted[0]))
+        except RemoteError as error:
+            log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
+            return False
+        if self._catalog.agrees(card) or not self.membership.ready(card.model):
+            return True
+        log.error(
+            "%s is kept out: its tokenizer, template or limits for %s differ from those of the workers "
+            "that serve it already",
+            link.instance_id,
+            card.model,
+        )
+        return False
+
+    def _down(self, link: _Link, reason: str, orderly: bool) -> None:
+        instance_id = link.instance_id
+        effects = self.membership.down(instance_id)
+        self._placement.down(instance_id)
+        self._metrics.connected(instance_id, link.role, False)
+        if orderly:
+            log.info("instance disconnected: %s: %s", instance_id, reason)
+        else:
+            log.warning("instance lost: %s: %s", instance_id, reason)
+        self._listener.on_lost(instance_id, reason)
+        self._apply(effects)
+
+    def _step(self, link: _Link, step: Step) -> None:
+        self._placement.cache_changed(link.instance_id, step.stored, step.removed, step.cleared)
+        self._reported(link, step.seen, step.load)
+        self._listener.on_outputs(link.instance_id, link.role, step.outputs)
+
+    def _reported(self, link: _Link, seen: int, load: Load) -> None:
+        self._placement.reported(link.instance_id, seen, load)
+        self._metrics.load(link.instance_id, load)
+
+
+class _Link:
+    """One instance's link, with the task that keeps it up. Implements LinkListener."""
+
+    def __init__(self, instances: Instances, registration: Registration, tasks: asyncio.TaskGroup) -> None:
+        self.instance_id = registration.instance_id
+        self.role = registration.role
+        self._instances = instances
+        self._tasks = tasks
+        self._loading: asyncio.Task[None] | None = None
+        self.client = LinkClient(
+            registration.address,
+            self,
+            instances._link_settings,
+            frontend_id=instances._frontend_id,
+            instance_id=registration.instance_id,
+            epoch=registration.epoch,
+        )
+        self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
+
+    def close(self) -> None:
+        self._running.cancel()
+        if self._loading is not None:
+            self._loading.cancel()
+
+    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+        self._instances._up(self, card, hashes, load)
+        self._loading = self._tasks.create_task(
+            self._instances._load(self, card), name=f"load {self.instance_id}"
+        )
+
+    def on_step(self, step: Step) -> None:
+        self._instances._step(self, step)
+
+    def on_heartbeat(self, seen: int, load: Load) -> None:
+        self._instances._reported(self, seen, load)
+
+    def on_bounce(self, bounce: Bounce) -> None:
+        self._instances._listener.on_bounce(self.role, bounce)
+
+    def on_draining(self, reason: str) -> None:
+        log.info("instance draining: %s (%s)", self.instance_id, reason)
+        self._instances.membership.draining(self.instance_id)
+
+    def on_down(self, reason: str, orderly: bool) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            self._loading = None
+        self._instances._down(self, reason, orderly)
