@@ -28,7 +28,6 @@ SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
 STATE_VARIABLE = "PENSTOCK_STATE_DIR"
 SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
 
-_SECRET_CHARS_MIN = 16
 _NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
 
 
@@ -53,7 +52,7 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     link_secret_file: Annotated[
         str,
         flag(
-            f"File with the secret that all workers and frontends share "
+            f"File with the secret that all workers and frontends share, read again when it changes "
             f"(or the secret itself in {SECRET_VARIABLE}).",
             "PENSTOCK_LINK_SECRET_FILE",
         ),
@@ -223,23 +222,6 @@ def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str,
         return Path(url.location).expanduser() / namespace
     own = Path(environ.get("XDG_RUNTIME_DIR") or "~/.cache").expanduser()
     return own / "penstock" / "discovery" / namespace
-
-
-def link_secret(options: FrontendOptions | WorkerOptions, environ: Mapping[str, str]) -> str:
-    """The secret that workers and frontends share; empty when none is set. Raises ConfigError."""
-    if not options.link_secret_file:
-        source, secret = SECRET_VARIABLE, environ.get(SECRET_VARIABLE, "")
-        if not secret:
-            return ""
-    else:
-        source = "--link-secret-file"
-        try:
-            secret = Path(options.link_secret_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: cannot read {options.link_secret_file}: {error}") from error
-    if len(secret) < _SECRET_CHARS_MIN:
-        raise ConfigError(f"{source}: a secret needs at least {_SECRET_CHARS_MIN} characters")
-    return secret
 
 
 def _both(options: CommonOptions, one: str, other: str) -> None:

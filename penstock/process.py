@@ -23,15 +23,16 @@ from typing import Any
 import uvloop
 
 from penstock.config import (
+    SECRET_VARIABLE,
     FrontendOptions,
     WorkerOptions,
     discovery_directory,
-    link_secret,
     parse_discovery,
 )
 from penstock.discovery.file import FileDiscovery
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError, PenstockError
+from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
 from penstock.observability import Metrics, setup_logging
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
@@ -81,7 +82,7 @@ def run_frontend(options: FrontendOptions) -> None:
     router_settings = RouterSettings(
         policy=options.router_mode, disagg=options.disagg, expect=options.expected_roles
     )
-    link_settings = ClientSettings(secret=link_secret(options, os.environ), tls=_tls(options))
+    link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
 
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
@@ -120,7 +121,7 @@ def run_worker(options: WorkerOptions) -> None:
         drain_s=options.drain_s,
     )
     link_settings = ServerSettings(
-        host=options.host, port=options.port, secret=link_secret(options, os.environ), tls=_tls(options)
+        host=options.host, port=options.port, secret=_link_secret(options), tls=_tls(options)
     )
     engine = _engine(options, instance_id, epoch)
 
@@ -255,6 +256,12 @@ def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfe
 def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:
     """The options among these that are set; what is not is the engine's choice."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _link_secret(options: FrontendOptions | WorkerOptions) -> LinkSecret:
+    if options.link_secret_file:
+        return LinkSecret(path=options.link_secret_file)
+    return LinkSecret(os.environ.get(SECRET_VARIABLE, ""))
 
 
 def _tls(options: FrontendOptions | WorkerOptions) -> TlsSettings | None:

@@ -10,7 +10,6 @@ from penstock.config import (
     FrontendOptions,
     WorkerOptions,
     discovery_directory,
-    link_secret,
     parse_discovery,
 )
 from penstock.errors import ConfigError
@@ -127,18 +126,6 @@ def test_namespaces_do_not_share_a_directory() -> None:
         "/run/u/penstock/discovery/a"
     )
     assert discovery_directory(own, "a", {}) == Path.home() / ".cache/penstock/discovery/a"
-
-
-def test_link_secrets(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    options = FrontendOptions(link_secret_file=str(path))
-    with pytest.raises(ConfigError, match=r"^--link-secret-file: cannot read "):
-        link_secret(options, {})
-    path.write_text("0123456789abcdef\n")
-    assert link_secret(options, {"PENSTOCK_LINK_SECRET": "unused unused unused"}) == "0123456789abcdef"
-    assert link_secret(FrontendOptions(), {}) == ""
-    with pytest.raises(ConfigError, match=r"^PENSTOCK_LINK_SECRET: a secret needs at least 16 characters$"):
-        link_secret(FrontendOptions(), {"PENSTOCK_LINK_SECRET": "short"})
 
 
 def test_options_are_frozen() -> None:

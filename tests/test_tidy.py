@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"structs", "checked"},
     {"core", "wire"},
     {"ports", "clock"},
+    {"renewed"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
     {"instances"},
     {"router"},

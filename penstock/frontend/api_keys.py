@@ -13,8 +13,6 @@ choose keys by their digests, so there is no way from that time to a key.
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -22,13 +20,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from penstock.clock import Clock, MonotonicClock
+from penstock.clock import Clock
 from penstock.errors import ConfigError, RequestRejected
-
-log = logging.getLogger("penstock.frontend")
-
-RECHECK_S: Final = 1.0
-"""Between two looks at the keys file, at most one per request: how long a revoked key may still open."""
+from penstock.renewed import Renewed
 
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024  # 40,000 keys, read in some 30 ms
 MIN_KEY_CHARS: Final = 20  # of keys made elsewhere: 120 bits when they are random
@@ -39,7 +33,6 @@ _NAME = re.compile(r"[A-Za-z0-9][-\w.]{0,63}", re.ASCII)
 _LINE = re.compile(rf"(?P<name>{_NAME.pattern})\s+sha256:(?P<digest>[0-9a-f]{{64}})", re.ASCII)
 
 Digests = Mapping[bytes, str]  # SHA-256 of each key, and the name it stands for
-_Stamp = tuple[int, int, int]  # when a file was last changed, its size, and which file it is
 
 
 class ApiKeys:
@@ -47,58 +40,38 @@ class ApiKeys:
 
     Args:
         key: one key in the clear, known as UNNAMED; empty for none.
-        path: a keys file; empty for none. It is read again when it has changed. While it cannot be used,
-            what was last read stays, and the log says why.
-        clock: for the pauses between two looks at the file.
+        path: a keys file, read again when it has changed; empty for none.
+        clock: as for Renewed.
 
     Raises ConfigError when the file cannot be used.
     """
 
     def __init__(self, key: str = "", path: str = "", clock: Clock | None = None) -> None:
         self._fixed: Digests = {sha256(key.encode()).digest(): UNNAMED} if key else {}
-        self._path = Path(path) if path else None
-        self._clock = clock or MonotonicClock()
-        self._stamp: _Stamp | None = None
-        self._digests = self._fixed
-        if self._path is not None:
-            self._stamp = _stamp(self._path)
-            self._digests = {**read_api_keys(self._path), **self._fixed}
-        self._looked_at = self._clock.now()
+        self._file: Renewed[Digests] | None = None
+        if path:
+            file = Path(path)
+            self._file = Renewed(
+                f"API keys {path}", [file], lambda: {**read_api_keys(file), **self._fixed}, clock
+            )
 
     def check(self, authorization: bytes | None) -> str:
         """The name of the key in an `Authorization` header; "" when no keys are needed.
 
         Raises RequestRejected(401) unless it brings a key that is known.
         """
-        self._look_again()
-        if not self._digests:
+        digests = self._file.get() if self._file is not None else self._fixed
+        if not digests:
             return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise RequestRejected(
                 401, "An API key is needed: `Authorization: Bearer KEY`.", code="missing_api_key"
             )
-        name = self._digests.get(sha256(key.strip()).digest())
+        name = digests.get(sha256(key.strip()).digest())
         if name is None:
             raise RequestRejected(401, "The API key is not valid.", code="invalid_api_key")
         return name
-
-    def _look_again(self) -> None:
-        now = self._clock.now()
-        if self._path is None or now - self._looked_at < RECHECK_S:
-            return
-        self._looked_at = now
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            digests = read_api_keys(self._path)
-        except ConfigError as error:
-            log.error("the API keys that were read before stay: %s", error)
-            return
-        self._digests = {**digests, **self._fixed}
-        log.info("API keys read again: path=%s keys=%d", self._path, len(digests))
 
 
 def new_key() -> str:
@@ -159,12 +132,3 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "it is no UTF-8 text"  # the error's own words would show some of its bytes
     return error.strerror or str(error)
-
-
-def _stamp(path: Path) -> _Stamp | None:
-    """Changes whenever the file does; None when there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -114,7 +114,8 @@ class LinkClient:
     async def _serve_once(self) -> Session:
         """Connect and stay until the connection has ended. The session tells how far it came."""
         nonce = secrets.token_bytes(NONCE_BYTES)
-        handshake = FrontendHandshake(self._settings.secret, nonce, self._frontend_id)
+        secrets_now = self._settings.secret.accepted()
+        handshake = FrontendHandshake(secrets_now[0] if secrets_now else "", nonce, self._frontend_id)
         session = Session(self._settings, handshake, self._instance_id, self._epoch, self._listener)
         self._session = session  # before `on_up`, which may already send
         try:

@@ -106,7 +106,7 @@ class Peer:
         self._settings = settings
         self._handler = handler
         self._door = door
-        self._handshake = WorkerHandshake(settings.secret, nonce)
+        self._handshake = WorkerHandshake(settings.secret.accepted(), nonce)
         self._held: list[bytes] | None = None  # frames behind a snapshot that is still leaving
         self._held_bytes = 0
         self._pending_assets = 0

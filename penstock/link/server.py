@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import secrets
+import ssl
 from collections.abc import Collection
 
 from penstock.clock import Clock, MonotonicClock
@@ -15,7 +16,7 @@ from penstock.link.address import join_address
 from penstock.link.connection import Connection
 from penstock.link.peer import LinkHandler, Peer
 from penstock.link.quiet_log import QuietLog
-from penstock.link.settings import ServerSettings
+from penstock.link.settings import ServerSettings, TlsSettings
 from penstock.wire.handshake import NONCE_BYTES
 from penstock.wire.messages import Draining, Goodbye
 
@@ -36,7 +37,7 @@ class LinkServer:
         self._settings = settings
         self._handler = handler
         self._clock = clock or MonotonicClock()
-        self._tls = tls.server_context(settings.tls) if settings.tls else None
+        self._tls = _tls_context(settings.tls) if settings.tls else None
         self._door = _Door(settings, QuietLog(_logger, self._clock))
         self._listener: asyncio.Server | None = None
         self._port = 0
@@ -57,7 +58,7 @@ class LinkServer:
             address = join_address(settings.host, settings.port)
             raise ConfigError(f"link: cannot listen on {address}: {error}") from error
         self._port = self._listener.sockets[0].getsockname()[1]
-        if not settings.secret and not _is_loopback(settings.host):
+        if not settings.secret.accepted() and not _is_loopback(settings.host):
             _logger.warning("link listens on %s without a secret: anyone may connect", self.address)
 
     @property
@@ -169,6 +170,11 @@ class _Door:
                 _logger.warning("frontend %s is lost: %s", peer.frontend_id, reason)
         else:
             self._log.warning("a link from %s did not begin: %s", peer.connection.peer_address, reason)
+
+
+def _tls_context(settings: TlsSettings) -> ssl.SSLContext:
+    files = (settings.cert_file, settings.key_file, settings.ca_file)
+    return tls.renewing("link certificate", files, lambda: tls.server_context(settings))
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from penstock.errors import ConfigError
+from penstock.link.secret import LinkSecret
 from penstock.wire import frames
 
 _MIB = 1024 * 1024
@@ -34,8 +35,8 @@ class TlsSettings:
 class _LinkSettings:
     """What both ends have."""
 
-    secret: str = field(default="", repr=False)
-    """Shared by all workers and frontends; empty: open to whoever can connect, for loopback."""
+    secret: LinkSecret = field(default_factory=LinkSecret)
+    """Shared by all workers and frontends; none: open to whoever can connect, for loopback."""
 
     tls: TlsSettings | None = None
     """None: plain TCP."""

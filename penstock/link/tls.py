@@ -1,12 +1,18 @@
-"""TLS contexts for both ends. Both ends are Penstock, so TLS 1.3 is the only version spoken."""
+"""TLS contexts for both ends. Both ends are Penstock, so TLS 1.3 is the only version spoken.
+
+Certificates and authorities may be renewed under a running process: each connection uses what stands in
+the files when it begins, give or take a second.
+"""
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from penstock.errors import ConfigError
 from penstock.link.settings import TlsSettings
+from penstock.renewed import Renewed
 
 
 def server_context(tls: TlsSettings) -> ssl.SSLContext:
@@ -15,11 +21,31 @@ def server_context(tls: TlsSettings) -> ssl.SSLContext:
         raise ConfigError("tls.cert_file: a worker needs a certificate")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # links last; and a session resumed would not show its certificate again
     _load_own(context, tls)
     if tls.ca_file:
         _load_authorities(context, tls)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def renewing(what: str, files: Iterable[str], build: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """A server's context, for which each handshake uses the one that `build` makes of the files now.
+
+    Args:
+        what: it is, for the log.
+        files: that `build` reads; empty names are skipped.
+        build: makes a context. The modes of the first one stay (versions, whether clients need a
+            certificate); certificates and authorities are those of the latest. Raises ConfigError.
+    """
+    renewed = Renewed(what, [Path(file) for file in files if file], build)
+
+    def choose(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = renewed.get()
+
+    first = renewed.get()
+    first.sni_callback = choose
+    return first
 
 
 def client_context(tls: TlsSettings) -> ssl.SSLContext:

@@ -11,7 +11,10 @@ back to its maker, since the role ("frontend" or "worker") is in it too. What fo
 protected by it, and one who sits in the middle may pass it all on: where the network is not trusted, TLS
 is what helps against that.
 
-An empty secret means open: anyone may connect, and both sides must agree on that too, so that a secret
+A worker may know several secrets, as while one replaces another: it takes a proof of any, and proves the
+same one in return. A frontend proves one, and believes nothing but that.
+
+No secret means open: anyone may connect, and both sides must agree on that too, so that a secret
 forgotten on one side is noticed and named instead of being quietly ignored.
 
 This file does no IO and draws no random numbers: nonces are parameters.
@@ -20,6 +23,7 @@ This file does no IO and draws no random numbers: nonces are parameters.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 
 from penstock.errors import ProtocolError
 from penstock.structs import Card
@@ -37,12 +41,12 @@ class WorkerHandshake:
     """The worker's side.
 
     Args:
-        secret: shared by all workers and frontends of a deployment; empty for open.
+        secrets: those of which a frontend must know one; empty for open.
         nonce: NONCE_BYTES random bytes, never used before.
     """
 
-    def __init__(self, secret: str, nonce: bytes) -> None:
-        self._secret = secret
+    def __init__(self, secrets: Sequence[str], nonce: bytes) -> None:
+        self._secrets = secrets
         self._nonce = nonce
 
     def challenge(self) -> Challenge:
@@ -54,8 +58,14 @@ class WorkerHandshake:
         reason = self._objection(hello)
         if reason:
             return Refused(reason=reason)
-        proof = _proof(self._secret, "worker", self._nonce, hello.nonce, hello.frontend_id)
-        return Welcome(card=card, proof=proof)
+        if not self._secrets:
+            return Welcome(card=card, proof=b"")
+        for secret in self._secrets:
+            expected = _proof(secret, "frontend", self._nonce, hello.nonce, hello.frontend_id)
+            if hmac.compare_digest(hello.proof, expected):
+                proof = _proof(secret, "worker", self._nonce, hello.nonce, hello.frontend_id)
+                return Welcome(card=card, proof=proof)
+        return Refused(reason="the link secrets of frontend and worker differ")
 
     def _objection(self, hello: Hello) -> str:
         if hello.protocol != PROTOCOL_VERSION:
@@ -67,13 +77,10 @@ class WorkerHandshake:
             return f"a frontend id must be 1 to {_MAX_FRONTEND_ID_CHARS} printable characters"
         if len(hello.nonce) != NONCE_BYTES:
             return f"a nonce must be {NONCE_BYTES} bytes"
-        if not self._secret and hello.proof:
+        if not self._secrets and hello.proof:
             return "the frontend has a link secret and the worker has none"
-        if self._secret and not hello.proof:
+        if self._secrets and not hello.proof:
             return "the worker has a link secret and the frontend has none"
-        expected = _proof(self._secret, "frontend", self._nonce, hello.nonce, hello.frontend_id)
-        if not hmac.compare_digest(hello.proof, expected):
-            return "the link secrets of frontend and worker differ"
         return ""
 
 
@@ -81,7 +88,7 @@ class FrontendHandshake:
     """The frontend's side.
 
     Args:
-        secret: as for WorkerHandshake.
+        secret: the one to prove; empty for open.
         nonce: NONCE_BYTES random bytes, never used before.
         frontend_id: names this frontend in the worker's log; unique among running frontends.
     """

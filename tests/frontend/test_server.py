@@ -232,9 +232,7 @@ async def test_an_address_in_use_refuses_to_start(serve_script, served):
             pass
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
+def make_certificate(folder):
     key, cert = folder / "key.pem", folder / "cert.pem"
     command = [
         "openssl",
@@ -251,12 +249,54 @@ def certificate(tmp_path_factory):
     return {"tls_cert": str(cert), "tls_key": str(key)}
 
 
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
 async def test_https(serve_script, certificate):
     async with serve_script("Hello!", **certificate) as served:
         url = f"https://{served.host}:{served.port}"
         async with httpx.AsyncClient(base_url=url, verify=False) as http:
             response = await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
             assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_renewed_certificate_is_used_for_new_connections(serve_script, tmp_path, monkeypatch):
+    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+
+    async def shown():
+        def connect():
+            return ssl.get_server_certificate((served.host, served.port), timeout=5).strip()
+
+        return await asyncio.to_thread(connect)
+
+    files = make_certificate(tmp_path)
+    cert = tmp_path / "cert.pem"
+    first = cert.read_text().strip()
+    async with serve_script("x", **files) as served:
+        assert await shown() == first
+        make_certificate(tmp_path)
+        second = cert.read_text().strip()
+        assert await shown() == second != first
+        cert.write_text("")
+        assert await shown() == second
+
+
+async def test_weak_ciphers_are_not_spoken(serve_script, certificate):
+    def connect(ciphers):
+        context = ssl.create_default_context(cafile=certificate["tls_cert"])
+        context.check_hostname = False
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(ciphers)
+        return asyncio.open_connection(served.host, served.port, ssl=context)
+
+    async with serve_script("x", **certificate) as served:
+        for weak in ("AES128-SHA", "ECDHE-ECDSA-AES128-SHA"):  # no forward secrecy; SHA-1
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await connect(weak)
+        _, writer = await connect("ECDHE-ECDSA-AES128-GCM-SHA256")
+        writer.close()
 
 
 async def test_what_is_no_http_inside_tls(serve_script, certificate):

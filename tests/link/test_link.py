@@ -16,6 +16,7 @@ import pytest
 
 from penstock.errors import RemoteError
 from penstock.link.peer import SNAPSHOT_PART_BLOCKS
+from penstock.link.secret import LinkSecret
 from penstock.structs import Load, Output
 from penstock.wire.messages import Bounce, Step
 
@@ -331,9 +332,9 @@ async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -
 async def test_secrets(bench: Any) -> None:
     right, wrong, none = bench.listener(), bench.listener(), bench.listener()
     async with (
-        bench.server(bench.worker(), secret="s") as server,
-        bench.client(server.address, right, "right", secret="s") as client,
-        bench.client(server.address, wrong, "wrong", secret="t"),
+        bench.server(bench.worker(), secret=LinkSecret("s" * 16)) as server,
+        bench.client(server.address, right, "right", secret=LinkSecret("s" * 16)) as client,
+        bench.client(server.address, wrong, "wrong", secret=LinkSecret("t" * 16)),
         bench.client(server.address, none, "none"),
     ):
         await bench.until(lambda: client.up)

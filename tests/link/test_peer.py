@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.link.peer import SNAPSHOT_PART_BLOCKS, Peer
+from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
 from penstock.structs import Attempt, Load, Sampling
 from penstock.wire.frames import decode_to_frontend, encode
@@ -190,8 +191,8 @@ async def test_frames_are_small_before_the_hello_and_long_after_it(bench: Any) -
 
 
 async def test_a_refusal_is_sent_and_then_the_connection_closes(bench: Any) -> None:
-    case = Case(bench, secret="s")
-    case.transport.receive(case.hello("t"))
+    case = Case(bench, secret=LinkSecret("s" * 16))
+    case.transport.receive(case.hello("t" * 16))
     (refused,) = case.take()
     assert isinstance(refused, Refused)
     assert case.transport.ending == "closed"

@@ -13,6 +13,7 @@ import pytest
 
 from penstock.clock import VirtualClock
 from penstock.errors import ConfigError
+from penstock.link.secret import LinkSecret
 from penstock.link.server import LinkServer
 from penstock.link.settings import ServerSettings, TlsSettings
 from penstock.wire.frames import FrameDecoder, decode_to_frontend, encode
@@ -216,8 +217,8 @@ async def test_an_open_link_beyond_loopback_is_warned_of(
     bench: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.link.server._is_loopback", lambda host: False)
-    for secret, warned in (("s", False), ("", True)):
-        async with bench.server(bench.worker(), secret=secret):
+    for secret, warned in (("s" * 16, False), ("", True)):
+        async with bench.server(bench.worker(), secret=LinkSecret(secret)):
             assert ("without a secret" in caplog.text) == warned
 
 

@@ -38,12 +38,10 @@ class Case:
     def __init__(self, bench: Any, instance_id: str | None = None, **settings: Any) -> None:
         self.listener = bench.listener()
         handshake = FrontendHandshake("s", b"f" * 16, "f1")
-        self.session = Session(
-            ClientSettings(secret="s", **settings), handshake, instance_id, None, self.listener
-        )
+        self.session = Session(ClientSettings(**settings), handshake, instance_id, None, self.listener)
         self.transport = bench.transport(self.session.connection)
         self.transport.open()
-        self.worker = WorkerHandshake("s", b"w" * 16)
+        self.worker = WorkerHandshake(["s"], b"w" * 16)
 
     def greet(self) -> None:
         self.transport.receive(self.worker.challenge())

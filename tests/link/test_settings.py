@@ -5,12 +5,13 @@ import math
 import pytest
 
 from penstock.errors import ConfigError
+from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings
 
 
 @pytest.mark.parametrize("settings", [ServerSettings, ClientSettings])
 def test_the_defaults_are_allowed_and_the_secret_stays_out_of_logs(settings: type) -> None:
-    assert "hidden" not in repr(settings(secret="hidden"))
+    assert "hidden" not in repr(settings(secret=LinkSecret("hidden" * 3)))
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])

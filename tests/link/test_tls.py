@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 import subprocess
 from pathlib import Path
@@ -117,6 +118,51 @@ async def test_a_frontend_without_the_right_certificate(
 async def test_tls_on_one_side_only(bench: Any, pki: Path, caplog: Any) -> None:
     await refused(bench, files(pki, "worker"), None, "is down", caplog)
     await refused(bench, None, files(pki, ca="ca"), "cannot connect", caplog)
+
+
+def install(pki: Path, folder: Path, own: str, ca: str) -> None:
+    """Renew the files in `folder`, each at once."""
+    for name, source in (("own.pem", f"{own}.pem"), ("own.key", f"{own}.key"), ("ca.pem", f"{ca}.pem")):
+        (folder / "new").write_bytes((pki / source).read_bytes())
+        os.replace(folder / "new", folder / name)
+
+
+async def test_files_may_be_renewed_under_a_running_worker(
+    bench: Any, pki: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificate and authorities of both: links that are up stay, new ones use what is there then."""
+    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+    install(pki, tmp_path, "worker", "ca")
+    tls = files(tmp_path, "own", ca="ca")
+    first, second, third = bench.listener(), bench.listener(), bench.listener()
+    async with bench.client_of_tls(bench.worker(), first, tls, files(pki, "frontend", ca="ca")) as (
+        server,
+        client,
+    ):
+        await bench.until(lambda: client.up)
+        install(pki, tmp_path, "stranger", "other_ca")
+        renewed = files(pki, "stranger", ca="other_ca")
+        async with bench.client(server.address, second, "f2", tls=renewed) as second_client:
+            await bench.until(lambda: second_client.up)
+        (tmp_path / "own.key").write_text("spoiled")
+        async with bench.client(server.address, third, "f3", tls=renewed) as third_client:
+            await bench.until(lambda: third_client.up)
+        assert "link certificate: what was read before stays: tls.cert_file and tls.key_file" in caplog.text
+        assert client.up
+        assert first.downs == []
+
+
+async def test_a_renewed_authority_keeps_out_whom_the_old_one_let_in(
+    bench: Any, pki: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+    install(pki, tmp_path, "worker", "ca")
+    listener = bench.listener()
+    frontend_tls = files(pki, "frontend", ca="ca")
+    async with bench.client_of_tls(bench.worker(), listener, files(tmp_path, "own", ca="ca"), frontend_tls):
+        await bench.until(lambda: listener.ups)
+    install(pki, tmp_path, "worker", "other_ca")
+    await refused(bench, files(tmp_path, "own", ca="ca"), frontend_tls, "is down: c", caplog)
 
 
 def test_only_tls_1_3(pki: Path) -> None:
