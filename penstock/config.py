@@ -27,8 +27,11 @@ DiscoveryKind = Literal["file", "etcd", "kubernetes"]
 SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
 STATE_VARIABLE = "PENSTOCK_STATE_DIR"
 SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
+ETCD_PASSWORD_VARIABLE = "PENSTOCK_ETCD_PASSWORD"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
+_ETCD_MEMBER = re.compile(r"(?P<host>[-\w.]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
+_ETCD_PORT = 2379
 
 
 def flag(help_text: str, *variables: str) -> Meta:
@@ -45,10 +48,24 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     discovery: Annotated[
         str,
         flag(
-            "Who exists: file:[DIRECTORY], etcd://HOST:PORT[,...] or kubernetes:[NAMESPACE].",
+            "Who exists: file:[DIRECTORY], etcd://HOST:PORT[,...] (etcds:// with TLS) or "
+            "kubernetes:[NAMESPACE].",
             "PENSTOCK_DISCOVERY",
         ),
     ] = "file:"
+    etcd_user: Annotated[
+        str,
+        flag(f"User of etcd, its password in {ETCD_PASSWORD_VARIABLE}.", "PENSTOCK_ETCD_USER"),
+    ] = ""
+    etcd_ca: Annotated[
+        str,
+        flag(
+            "Authorities, PEM, from which etcd's certificates must come; the system's when empty.",
+            "PENSTOCK_ETCD_CA",
+        ),
+    ] = ""
+    etcd_cert: Annotated[str, flag("Own certificate for etcd, PEM.", "PENSTOCK_ETCD_CERT")] = ""
+    etcd_key: Annotated[str, flag("Its private key, PEM.", "PENSTOCK_ETCD_KEY")] = ""
     link_secret_file: Annotated[
         str,
         flag(
@@ -75,7 +92,12 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"--namespace: expected letters, digits, -, _ and ., got {shown(self.namespace)}"
             )
         _both(self, "link_tls_cert", "link_tls_key")
-        parse_discovery(self.discovery)
+        _both(self, "etcd_cert", "etcd_key")
+        url = parse_discovery(self.discovery)
+        if (self.etcd_ca or self.etcd_cert) and url.kind == "etcd" and not url.tls:
+            raise ConfigError(
+                "--discovery: etcd:// is without TLS; with --etcd-ca or --etcd-cert: etcds://"
+            )
 
 
 class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
@@ -198,22 +220,35 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):
-    """Where discovery is: a directory, etcd's endpoints, or a Kubernetes namespace (empty: the default)."""
+    """Where discovery is: a directory, etcd's members as `host:port,...`, or a Kubernetes namespace (empty:
+    the default). `tls` is etcd's."""
 
     kind: DiscoveryKind
     location: str
+    tls: bool = False
 
 
 def parse_discovery(url: str) -> DiscoveryUrl:
-    """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` or `kubernetes:[NAMESPACE]`. Raises ConfigError."""
+    """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` (`etcds://`: with TLS) or `kubernetes:[NAMESPACE]`.
+    Raises ConfigError."""
     kind, colon, location = url.partition(":")
-    if kind == "etcd" and location.startswith("//") and len(location) > len("//"):
-        return DiscoveryUrl("etcd", location.removeprefix("//"))
+    if kind in ("etcd", "etcds") and location.startswith("//") and len(location) > len("//"):
+        members = [_etcd_member(member) for member in location.removeprefix("//").rstrip("/").split(",")]
+        return DiscoveryUrl("etcd", ",".join(members), tls=kind == "etcds")
     if kind == "file" and colon:
         return DiscoveryUrl("file", location.removeprefix("//"))
     if kind == "kubernetes":
         return DiscoveryUrl("kubernetes", location.removeprefix("//"))
     raise ConfigError(f"--discovery: expected file:, etcd://HOST:PORT or kubernetes:, got {shown(url)}")
+
+
+def _etcd_member(text: str) -> str:
+    """`host:port` of one of etcd's members. Raises ConfigError."""
+    match = _ETCD_MEMBER.fullmatch(text.strip())
+    port = int((match and match["port"]) or _ETCD_PORT)
+    if match is None or not 1 <= port <= PORT_MAX:
+        raise ConfigError(f"--discovery: expected etcd://HOST:PORT[,HOST:PORT...], got {shown(text)}")
+    return f"{match['host']}:{port}"
 
 
 def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str, str]) -> Path:

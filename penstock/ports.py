@@ -101,7 +101,13 @@ class KvTransfer(Protocol):
 
 
 class Lease(Protocol):
-    """A live registration."""
+    """A registration, kept up to date in the background: where discovery forgets it, it is made again."""
+
+    registered: bool
+    """Whether discovery has ever listed this instance."""
+
+    trouble: str
+    """Why it may not be listed now; empty when it is."""
 
     async def close(self) -> None:
         """Deregister at once."""
@@ -111,7 +117,8 @@ class Discovery(Protocol):
     """Who exists. Level-based: a watcher always gets the whole set."""
 
     async def register(self, registration: Registration) -> Lease:
-        """Register until the lease is closed or this process dies."""
+        """Register until the lease is closed or this process dies. An outage is no error: the lease tells
+        of it and goes on trying. Raises ConfigError for what only a person can mend."""
 
     def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
         """The current instances by id, at once and after each change. Never raises for an outage of

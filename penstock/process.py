@@ -23,7 +23,9 @@ from typing import Any
 import uvloop
 
 from penstock.config import (
+    ETCD_PASSWORD_VARIABLE,
     SECRET_VARIABLE,
+    DiscoveryUrl,
     FrontendOptions,
     WorkerOptions,
     discovery_directory,
@@ -144,9 +146,31 @@ def run_worker(options: WorkerOptions) -> None:
 
 def _discovery(options: FrontendOptions | WorkerOptions) -> Discovery:
     url = parse_discovery(options.discovery)
-    if url.kind == "file":
-        return FileDiscovery(discovery_directory(url, options.namespace, os.environ))
-    raise ConfigError(f"--discovery: {url.kind} is not built into this version; use file:DIRECTORY")
+    match url.kind:
+        case "file":
+            return FileDiscovery(discovery_directory(url, options.namespace, os.environ))
+        case "etcd":
+            return _etcd_discovery(options, url)
+    raise ConfigError(f"--discovery: {url.kind} is not built into this version; use file: or etcd://")
+
+
+def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl) -> Discovery:
+    if find_spec("httpx2") is None:
+        raise ConfigError("--discovery: etcd needs a package more: pip install 'penstock[etcd]'")
+    from penstock.discovery.etcd import EtcdDiscovery
+    from penstock.discovery.etcd_settings import EtcdSettings
+
+    scheme = "https" if url.tls else "http"
+    settings = EtcdSettings(
+        endpoints=tuple(f"{scheme}://{member}" for member in url.location.split(",")),
+        namespace=options.namespace,
+        user=options.etcd_user,
+        password=os.environ.get(ETCD_PASSWORD_VARIABLE, ""),
+        ca_file=options.etcd_ca,
+        cert_file=options.etcd_cert,
+        key_file=options.etcd_key,
+    )
+    return EtcdDiscovery(settings)
 
 
 def _engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:

@@ -78,6 +78,7 @@ class Worker:
         self._tls = link_settings.tls is not None
         self._server = LinkServer(link_settings, self, self._clock)
         self._card: Card | None = None
+        self._lease: Lease | None = None  # once the engine is ready
         self._assets: dict[str, bytes] = {}  # sha256 -> content
         self._load = Load()  # as of the engine's latest step
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
@@ -91,7 +92,7 @@ class Worker:
         self._card = self._describe(await self._engine.start())
         await self._server.start()
         address = join_address(self._host, self._server.port)
-        lease = await self._discovery.register(self._registration(address))
+        self._lease = lease = await self._discovery.register(self._registration(address))
         log.info("worker ready: %s", self._summary(address))
         reason, failed = "stopped", False
         try:
@@ -105,14 +106,18 @@ class Worker:
             await self._server.close(reason, failed=failed)
 
     def health(self) -> dict[str, Any]:
-        """For /health: `status` is starting, healthy or draining."""
-        ready = "healthy" if self._card is not None else "starting"
+        """For /health: `status` is starting (until it is first listed by discovery), healthy or draining;
+        `discovery` says why it may not be listed now, which takes nothing from those who know it."""
+        ready = "healthy" if self._lease is not None and self._lease.registered else "starting"
         return {
             "status": "draining" if self._draining else ready,
             "instance_id": self._settings.instance_id,
             "role": self._settings.role,
             "attempts": len(self._owners),
             "frontends": len(self._server.peers),
+            "discovery": (self._lease.trouble or "ok")
+            if self._lease is not None
+            else "waiting for the engine",
         }
 
     async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:

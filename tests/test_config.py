@@ -81,6 +81,14 @@ def test_a_wrong_variable_is_named() -> None:
             {"model": "m", "discovery": "etcd:"},
             "--discovery: expected file:, etcd://HOST:PORT",
         ),
+        (FrontendOptions, {"discovery": "etcd://a:70000"}, "--discovery: expected etcd://HOST:PORT[,HOST"),
+        (
+            FrontendOptions,
+            {"discovery": "etcd://http://a:1"},
+            "--discovery: expected etcd://HOST:PORT[,HOST",
+        ),
+        (FrontendOptions, {"etcd-cert": "c"}, "--etcd-cert: needs --etcd-key too"),
+        (FrontendOptions, {"discovery": "etcd://a", "etcd-ca": "c"}, "--discovery: etcd:// is without TLS"),
         (
             WorkerOptions,
             {"model": "m", "engine": "sim", "transfer": "nixl"},
@@ -115,6 +123,7 @@ def test_every_flag_has_help_of_one_sentence(options: type) -> None:
 def test_discovery_urls() -> None:
     assert parse_discovery("file:/a/b") == parse_discovery("file:///a/b") == DiscoveryUrl("file", "/a/b")
     assert parse_discovery("etcd://a:1,b:2") == DiscoveryUrl("etcd", "a:1,b:2")
+    assert parse_discovery("etcds://[::1],b/") == DiscoveryUrl("etcd", "[::1]:2379,b:2379", tls=True)
     assert parse_discovery("kubernetes:") == parse_discovery("kubernetes") == DiscoveryUrl("kubernetes", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def worker(**options: object) -> WorkerOptions:
         ({"engine": "vllm", "transfer": "tcp"}, "--transfer: vllm"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
         ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
-        ({"discovery": "etcd://127.0.0.1:2379"}, "--discovery: etcd"),
+        ({"discovery": "etcds://127.0.0.1:2379", "etcd_ca": "/no.pem"}, "--etcd-ca: cannot read /no.pem"),
         ({"max_batch_tokens": 4}, "max_batch_tokens"),
         ({"block_size": 5000}, "block_size"),
         ({"link_tls_cert": "/no.pem", "link_tls_key": "/no.key"}, "/no.pem"),
@@ -45,6 +46,12 @@ def worker(**options: object) -> WorkerOptions:
 def test_a_worker_refuses_what_it_cannot_do(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_worker(worker(**options))
+
+
+def test_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ConfigError, match=r"--discovery: etcd needs .* pip install 'penstock\[etcd\]'"):
+        run_frontend(FrontendOptions(http_port=0, discovery="etcd://127.0.0.1"))
 
 
 def test_a_frontend_refuses_a_taken_port_and_unknown_discovery() -> None:

@@ -37,6 +37,7 @@ KEPT_IN = {
     "torch": ("engines/vllm/",),
     "zmq": ("engines/vllm/",),
     "nixl": ("transfer/nixl", "engines/vllm/connector"),
+    "httpx2": ("discovery/etcd",),
     "lightkube": ("operator/", "discovery/kubernetes"),
     "numpy": ("engines/reference/", "transfer/"),
     "tokenizers": ("frontend/",),

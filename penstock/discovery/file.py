@@ -112,10 +112,13 @@ class FileLease:
         self._epoch = registration.epoch
         self._content = msgspec.json.encode(_Record(registration, pid_space(), os.getpid()))
         self._settings = settings
+        self.registered = False
+        self.trouble = "not registered yet"
         self._refresher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin refreshing; ends with `close`."""
+        self.registered, self.trouble = True, ""
         self._refresher = asyncio.create_task(self._refresh_forever(), name=f"lease {self._path.stem}")
 
     async def close(self) -> None:
@@ -133,18 +136,18 @@ class FileLease:
         temporary.replace(self._path)
 
     async def _refresh_forever(self) -> None:
-        warned = False
         while True:
             await asyncio.sleep(self._settings.refresh_s)
             try:
                 superseded = not await asyncio.to_thread(self._refresh)
             except OSError as error:
-                if not warned:
+                if not self.trouble:
                     log.warning("discovery: cannot refresh %s (%s), trying on", self._path, error.strerror)
-                warned = True
+                self.trouble = f"cannot refresh {self._path}: {error.strerror}"
                 continue
-            warned = False
+            self.trouble = ""
             if superseded:
+                self.trouble = "a newer incarnation took over"
                 log.warning("discovery: a newer incarnation took over %s", self._path.name)
                 return
 

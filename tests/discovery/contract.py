@@ -1,5 +1,5 @@
 """What every discovery adapter must do. An adapter's tests subclass `DiscoveryContract` and say how to open
-one; whatever directory it stands on must be shared by all that one test opens."""
+one; whatever it stands on must be shared by all that one test opens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import logging
 import os
@@ -15,21 +14,7 @@ import pytest
 
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
 from penstock.errors import ConfigError
-
-
-def _load_contract():
-    """The suite shared by all adapters' tests: tests are no package, so it is loaded by path."""
-    spec = importlib.util.spec_from_file_location(
-        "discovery_contract", Path(__file__).parent / "contract.py"
-    )
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "DiscoveryContract"):
-        spec.loader.exec_module(module)
-    return module
-
-
-contract = _load_contract()
-registration, Watcher = contract.registration, contract.Watcher
+from tests.discovery.contract import DiscoveryContract, Watcher, registration
 
 FAST = FileDiscoverySettings(lease_s=0.9, poll_s=0.05)
 
@@ -71,7 +56,7 @@ async def open_discovery(tmp_path: Path) -> AsyncIterator[object]:
         await discovery.close()
 
 
-class TestFileDiscovery(contract.DiscoveryContract):
+class TestFileDiscovery(DiscoveryContract):
     pass
 
 

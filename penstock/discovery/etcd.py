@@ -1,0 +1,280 @@
+"""Discovery over etcd: one key per instance, held by a lease; watched from the revision of a list.
+
+etcd is never needed by what runs already. While it is down, a watcher keeps its last set and an owner tries
+on; when it comes back, with its data or without, every owner sees within `refresh_s` that its lease or key
+is gone and writes it again, with the same epoch.
+
+A watch is a list, and the changes since its revision. Any end of it (a lost connection, a compacted
+revision, `watch_s`) leads to a new list, never to a resumption from the old revision: the whole set is
+small, and an etcd whose data was lost counts its revisions from 1 again, so that a resumed watch would wait
+for a revision that comes tomorrow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from urllib.parse import quote
+
+import msgspec
+
+from penstock.discovery.etcd_client import EtcdClient, EtcdError, KeyValue, WatchReply
+from penstock.discovery.etcd_settings import EtcdSettings
+from penstock.structs import Registration
+
+log = logging.getLogger(__name__)
+
+_WRITES_MAX = 3
+"""Attempts to write a key that others keep changing, before the next refresh tries again."""
+
+
+class EtcdDiscovery:
+    """The `Discovery` port over one etcd cluster."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        """Connects to nothing yet. Raises ConfigError when the TLS files cannot be used."""
+        self._settings = settings
+        self._client = EtcdClient(settings)
+        self._followers: set[asyncio.Task[None]] = set()
+
+    async def register(self, registration: Registration) -> EtcdLease:
+        """Write this instance's key and keep it until the lease is closed. Returns after the first try:
+        when that failed, the lease says so and goes on trying."""
+        lease = EtcdLease(self._client, registration, self._settings)
+        await lease.start()
+        return lease
+
+    async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
+        known = _Known(self._settings)
+        follower = asyncio.create_task(self._follow(known), name="etcd watch")
+        follower.add_done_callback(lambda _: known.changed.set())
+        self._followers.add(follower)
+        try:
+            while True:
+                await known.changed.wait()
+                known.changed.clear()
+                if follower.done():
+                    if not follower.cancelled():
+                        follower.result()
+                    return
+                yield known.instances()
+        finally:
+            self._followers.discard(follower)
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End all watches and close all connections."""
+        for follower in self._followers:
+            follower.cancel()
+        await self._client.close()
+
+    async def _follow(self, known: _Known) -> None:
+        outage = _Outage("what is known stays")
+        pause = _Pause(self._settings)
+        while True:
+            try:
+                listed = await self._client.list(self._settings.prefix, self._settings.instances_max)
+            except EtcdError as error:
+                outage.began(str(error))
+                await pause.after_failure()
+                continue
+            outage.ended()
+            known.replace(listed.kvs, listed.count)
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self._settings.watch_s):
+                    await self._client.watch(self._settings.prefix, listed.header.revision + 1, known.apply)
+                reason = "closed by etcd"
+            except TimeoutError:
+                pause.reset()
+                continue
+            except EtcdError as error:
+                reason = str(error)
+            log.info("etcd watch ended: reason=%r lasted_s=%.1f", reason, time.monotonic() - began)
+            await pause.after_failure()
+
+
+class EtcdLease:
+    """One instance's key and lease, and the task that keeps both."""
+
+    def __init__(self, client: EtcdClient, registration: Registration, settings: EtcdSettings) -> None:
+        self.registered = False
+        self.trouble = "not registered yet"
+        self._client = client
+        self._settings = settings
+        self._instance_id = registration.instance_id
+        self._epoch = registration.epoch
+        self._key = settings.prefix + quote(registration.instance_id, safe="")
+        self._value = msgspec.json.encode(registration)
+        self._lease = 0  # chosen here, so that it can be revoked whatever became of the reply; 0: none
+        self._outage = _Outage(f"instance {registration.instance_id} goes on trying to register")
+        self._keeper: asyncio.Task[None] | None = None
+        self._superseded = False
+
+    async def start(self) -> None:
+        """Try once, then keep at it in the background until `close`."""
+        await self._try()
+        self._keeper = asyncio.create_task(self._keep(), name=f"lease {self._instance_id}")
+
+    async def close(self) -> None:
+        """Deregister, in at most `close_s`; while etcd is down, the lease ends by itself."""
+        if self._keeper is None:
+            return
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        self._keeper = None
+        if not self._lease:
+            return
+        try:
+            async with asyncio.timeout(self._settings.close_s):
+                await self._client.revoke(self._lease)
+        except (EtcdError, TimeoutError) as error:
+            log.warning(
+                "etcd: instance=%s could not be deregistered, its lease ends in %g s: reason=%r",
+                self._instance_id,
+                self._settings.lease_s,
+                str(error) or f"no answer in {self._settings.close_s:g} s",
+            )
+
+    async def _keep(self) -> None:
+        pause = _Pause(self._settings)
+        while not self._superseded:
+            if self.trouble:
+                await pause.after_failure()
+            else:
+                pause.reset()
+                await asyncio.sleep(self._settings.refresh_s * random.uniform(0.8, 1.0))
+            await self._try()
+
+    async def _try(self) -> None:
+        try:
+            held = await self._refresh()
+        except EtcdError as error:
+            self.trouble = str(error)
+            self._outage.began(self.trouble)
+            return
+        self._outage.ended()
+        self.registered, self.trouble = True, ""
+        if not held:
+            self._superseded = True
+            self.trouble = "a newer incarnation took over"
+            log.warning("etcd: a newer incarnation took over instance=%s", self._instance_id)
+
+    async def _refresh(self) -> bool:
+        """See that lease and key are there, and as they should be. False: a newer incarnation owns it."""
+        if self._lease and not await self._client.keep_alive(self._lease):
+            log.warning("etcd: instance=%s lost its lease, registering again", self._instance_id)
+            self._lease = 0
+        for _ in range(_WRITES_MAX):
+            held = await self._client.get(self._key)
+            if held is not None:
+                if held.value == self._value and held.lease == self._lease:
+                    return True
+                if _epoch_in(held.value) > self._epoch:
+                    return False
+            if not self._lease:
+                self._lease = secrets.randbits(62) + 1
+                await self._client.grant(self._lease, max(1, round(self._settings.lease_s)))
+            if await self._client.put(
+                self._key, self._value, self._lease, held.mod_revision if held is not None else 0
+            ):
+                log.info("etcd: registered instance=%s key=%s", self._instance_id, self._key)
+                return True
+        raise EtcdError(f"{self._key} changes faster than it can be written")
+
+
+class _Known:
+    """What a watch has seen so far."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        self.changed = asyncio.Event()  # `instances` has something new
+        self._settings = settings
+        self._by_key: dict[bytes, Registration] | None = None  # None: nothing seen yet
+        self._warned: set[bytes] = set()  # garbage that has been named
+
+    def instances(self) -> dict[str, Registration]:
+        return {found.instance_id: found for found in (self._by_key or {}).values()}
+
+    def replace(self, found: Iterable[KeyValue], count: int) -> None:
+        """Take a whole list of what may be `count` keys."""
+        if count > self._settings.instances_max:
+            self._warn_once(
+                b"", f"{count} instances, over {self._settings.instances_max}; the rest is ignored"
+            )
+        self._become({held.key: read for held in found if (read := self._read(held)) is not None})
+
+    def apply(self, reply: WatchReply) -> None:
+        """Take changes."""
+        current = dict(self._by_key or {})
+        for event in reply.events:
+            read = None if event.type == "DELETE" else self._read(event.kv)
+            if read is None:
+                current.pop(event.kv.key, None)
+            elif event.kv.key in current or len(current) < self._settings.instances_max:
+                current[event.kv.key] = read
+        self._become(current)
+
+    def _become(self, current: dict[bytes, Registration]) -> None:
+        if current != self._by_key:
+            self._by_key = current
+            self.changed.set()
+
+    def _read(self, held: KeyValue) -> Registration | None:
+        try:
+            if len(held.value) > self._settings.value_bytes_max:
+                raise msgspec.ValidationError(f"{len(held.value)} bytes is too large")
+            return msgspec.json.decode(held.value, type=Registration)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self._warn_once(held.key, f"ignoring {held.key!r}: {error}")
+            return None
+
+    def _warn_once(self, key: bytes, message: str) -> None:
+        if key not in self._warned and len(self._warned) < self._settings.instances_max:
+            self._warned.add(key)
+            log.warning("etcd: %s", message)
+
+
+class _Outage:
+    """Says once that something failed, and once that it works again."""
+
+    def __init__(self, meanwhile: str) -> None:
+        self._meanwhile = meanwhile
+        self._began: float | None = None
+
+    def began(self, reason: str) -> None:
+        if self._began is None:
+            self._began = time.monotonic()
+            log.warning("etcd is not available, %s: reason=%r", self._meanwhile, reason)
+
+    def ended(self) -> None:
+        if self._began is not None:
+            log.info("etcd is available again: outage_s=%.1f", time.monotonic() - self._began)
+            self._began = None
+
+
+class _Pause:
+    """Longer after each failure, and different for everybody: an etcd that comes back meets no crowd."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        self._settings = settings
+        self._next_s = settings.retry_min_s
+
+    def reset(self) -> None:
+        self._next_s = self._settings.retry_min_s
+
+    async def after_failure(self) -> None:
+        pause_s = self._next_s * random.uniform(0.5, 1.0)
+        self._next_s = min(2 * self._next_s, self._settings.retry_max_s)
+        await asyncio.sleep(pause_s)
+
+
+def _epoch_in(value: bytes) -> int:
+    try:
+        return msgspec.json.decode(value, type=Registration).epoch
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return -1

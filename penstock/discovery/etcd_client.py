@@ -1,0 +1,270 @@
+"""etcd's v3 API, as far as discovery needs it, over the JSON gateway that every member has.
+
+JSON over HTTP instead of gRPC: it is part of etcd, needs no compiled package of 20 MB with threads of its
+own, ends at once when a task is cancelled, and takes the TLS contexts that everything else here takes.
+The gateway writes int64 as text and bytes as base64, which msgspec reads as they are meant.
+
+Every call has a deadline for each member that it tries. A member that does not answer, or that says it has
+lost the others, is left for the next; the one that answered last is asked first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import httpx2
+import msgspec
+
+from penstock.discovery.etcd_settings import EtcdSettings
+from penstock.errors import PenstockError
+
+INVALID_ARGUMENT, NOT_FOUND, OUT_OF_RANGE, UNAUTHENTICATED = 3, 5, 11, 16
+"""gRPC's codes, of those that mean something to a caller."""
+
+_AMISS_HERE = {1, 2, 4, 8, 13, 14}
+"""Those by which a member says that it cannot, rather than that it will not: cancelled, unknown, deadline
+exceeded, resource exhausted, internal, unavailable."""
+
+_TOKEN_REFUSED = ("invalid auth token", "revision of auth store is old", "user name is empty")
+"""How etcd says that a token is to be fetched anew: it forgot it, or its users were changed."""
+
+Reply = TypeVar("Reply", bound=msgspec.Struct)
+
+
+class EtcdError(PenstockError):
+    """etcd did not do it. `code` is gRPC's; 14, unavailable, when no member answered."""
+
+    def __init__(self, message: str, code: int = 14) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Header(msgspec.Struct):
+    revision: int = 0
+
+
+class KeyValue(msgspec.Struct):
+    key: bytes = b""
+    value: bytes = b""
+    mod_revision: int = 0
+    lease: int = 0
+
+
+class RangeReply(msgspec.Struct):
+    header: Header
+    kvs: list[KeyValue] = []
+    count: int = 0
+
+
+class TxnReply(msgspec.Struct):
+    header: Header
+    succeeded: bool = False
+
+
+class LeaseReply(msgspec.Struct):
+    ttl: int = msgspec.field(name="TTL", default=0)
+
+
+class _KeepAliveReply(msgspec.Struct):
+    result: LeaseReply
+
+
+class Event(msgspec.Struct):
+    kv: KeyValue
+    type: str = "PUT"
+
+
+class WatchReply(msgspec.Struct):
+    canceled: bool = False
+    compact_revision: int = 0
+    cancel_reason: str = ""
+    events: list[Event] = []
+
+
+class _Status(msgspec.Struct):
+    """An error, as a reply or in a stream."""
+
+    message: str = ""
+    code: int = 0
+    grpc_code: int = 0
+
+
+class _WatchLine(msgspec.Struct):
+    result: WatchReply | None = None
+    error: _Status | None = None
+
+
+class _Token(msgspec.Struct):
+    token: str
+
+
+class _Done(msgspec.Struct):
+    """A reply of which nothing is needed."""
+
+
+class EtcdClient:
+    """A client of one cluster. Methods raise EtcdError. For one event loop; `close` it."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        """Raises ConfigError when the TLS files cannot be used."""
+        self._settings = settings
+        self._at = 0  # the endpoint in use
+        self._token = ""
+        secure = any(endpoint.startswith("https:") for endpoint in settings.endpoints)
+        self._http = httpx2.AsyncClient(
+            verify=settings.tls() if secure else False,
+            trust_env=False,  # a proxy for web pages is none for etcd
+            timeout=None,  # the deadlines are here
+            headers={"accept-encoding": "identity"},
+        )
+
+    async def list(self, prefix: str, limit: int) -> RangeReply:
+        """At most `limit` keys below a prefix, with their values; `count` says how many there are."""
+        return await self._call("kv/range", _below(prefix) | {"limit": limit}, RangeReply)
+
+    async def get(self, key: str) -> KeyValue | None:
+        """A key's value; None when there is no such key."""
+        reply = await self._call("kv/range", {"key": _base64(key)}, RangeReply)
+        return reply.kvs[0] if reply.kvs else None
+
+    async def put(self, key: str, value: bytes, lease: int, mod_revision: int) -> bool:
+        """Write a key if it is still as it was at `mod_revision` (0: absent); whether it was."""
+        unchanged = {"key": _base64(key), "target": "MOD", "result": "EQUAL", "mod_revision": mod_revision}
+        put = {"key": _base64(key), "value": base64.b64encode(value).decode(), "lease": lease}
+        body = {"compare": [unchanged], "success": [{"request_put": put}]}
+        return (await self._call("kv/txn", body, TxnReply)).succeeded
+
+    async def grant(self, lease: int, ttl_s: int) -> None:
+        """Make a lease of this id."""
+        await self._call("lease/grant", {"ID": lease, "TTL": ttl_s}, LeaseReply)
+
+    async def keep_alive(self, lease: int) -> bool:
+        """Refresh a lease; False when there is none of this id."""
+        return (await self._call("lease/keepalive", {"ID": lease}, _KeepAliveReply)).result.ttl > 0
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease, and its keys with it."""
+        try:
+            await self._call("lease/revoke", {"ID": lease}, _Done)
+        except EtcdError as error:
+            if error.code != NOT_FOUND:
+                raise
+
+    async def watch(self, prefix: str, revision: int, handle: Callable[[WatchReply], None]) -> None:
+        """Hand on what changes below a prefix from a revision on, until the stream ends.
+
+        Raises EtcdError, with OUT_OF_RANGE when etcd no longer has that revision. The caller bounds it:
+        a stream may be silent for ever.
+        """
+        endpoint = self._settings.endpoints[self._at]
+        body = {"create_request": _below(prefix) | {"start_revision": revision}}
+        line = b""
+        try:
+            async with self._http.stream("POST", f"{endpoint}/v3/watch", **self._request(body)) as response:
+                async for chunk in response.aiter_raw():
+                    *lines, line = (line + chunk).split(b"\n")
+                    for whole in lines:
+                        handle(_watched(whole))
+                    self._check_size(len(line))
+        except (httpx2.HTTPError, OSError) as error:
+            raise EtcdError(f"{endpoint}: {_said(error)}") from error
+        if line:
+            handle(_watched(line))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    async def _call(self, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
+        """Try the members in turn; once more with a new token when the old one is refused."""
+        try:
+            return await self._try_members(path, body, reply)
+        except EtcdError as error:
+            if not (self._settings.user and any(words in str(error) for words in _TOKEN_REFUSED)):
+                raise
+        self._token = ""
+        name_and_password = {"name": self._settings.user, "password": self._settings.password}
+        self._token = (await self._try_members("auth/authenticate", name_and_password, _Token)).token
+        return await self._try_members(path, body, reply)
+
+    async def _try_members(self, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
+        failed = []
+        for _ in self._settings.endpoints:
+            at = self._at
+            endpoint = self._settings.endpoints[at]
+            try:
+                async with asyncio.timeout(self._settings.call_s):
+                    return await self._ask(endpoint, path, body, reply)
+            except TimeoutError:
+                failed.append(f"{endpoint}: no answer in {self._settings.call_s:g} s")
+            except (httpx2.HTTPError, OSError) as error:
+                failed.append(f"{endpoint}: {_said(error)}")
+            except EtcdError as error:
+                if error.code not in _AMISS_HERE:
+                    raise
+                failed.append(f"{endpoint}: {error}")
+            if self._at == at:  # else another task has found this out already
+                self._at = (at + 1) % len(self._settings.endpoints)
+        raise EtcdError("; ".join(failed))
+
+    async def _ask(self, endpoint: str, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
+        content = bytearray()
+        async with self._http.stream("POST", f"{endpoint}/v3/{path}", **self._request(body)) as response:
+            async for chunk in response.aiter_raw():
+                content += chunk
+                self._check_size(len(content))
+        if response.status_code != httpx2.codes.OK:
+            raise _refusal(response.status_code, bytes(content))
+        return _decoded(bytes(content), reply)
+
+    def _request(self, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"authorization": self._token} if self._token else {}
+        return {"content": msgspec.json.encode(body), "headers": headers}
+
+    def _check_size(self, size: int) -> None:
+        if size > self._settings.reply_bytes_max:
+            raise EtcdError(f"a reply of over {self._settings.reply_bytes_max} bytes")
+
+
+def _decoded(content: bytes, reply: type[Reply]) -> Reply:
+    try:
+        return msgspec.json.decode(content, type=reply, strict=False)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise EtcdError(f"that is no etcd: {error}") from error
+
+
+def _watched(line: bytes) -> WatchReply:
+    message = _decoded(line, _WatchLine)
+    if message.error is not None:
+        raise EtcdError(message.error.message, message.error.grpc_code or message.error.code)
+    reply = message.result or WatchReply()
+    if reply.canceled:
+        code = OUT_OF_RANGE if reply.compact_revision else UNAUTHENTICATED
+        raise EtcdError(reply.cancel_reason or "the watch was cancelled", code)
+    return reply
+
+
+def _refusal(status: int, content: bytes) -> EtcdError:
+    try:
+        said = msgspec.json.decode(content, type=_Status)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return EtcdError(f"HTTP {status}, which is no answer of etcd's")
+    return EtcdError(said.message, said.code or said.grpc_code)
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _below(prefix: str) -> dict[str, Any]:
+    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    return {"key": _base64(prefix), "range_end": _base64(end)}
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
