@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TextIO
 
@@ -348,6 +348,15 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.frontend = FrontendMetrics(self._registry)
         self.router = RouterMetrics(self._registry)
+
+    def watch_discovery(self, trouble: Callable[[], str]) -> None:
+        """Ask, at each scrape, whether discovery works."""
+        gauge = Gauge(
+            "penstock_discovery_up",
+            "0: the set of instances may be out of date, for the reason in the log",
+            registry=self._registry,
+        )
+        gauge.set_function(lambda: 0.0 if trouble() else 1.0)
 
     def render(self) -> bytes:
         """The exposition format, as METRICS_CONTENT_TYPE says."""

@@ -89,6 +89,7 @@ def run_frontend(options: FrontendOptions) -> None:
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
         discovery = _discovery(options)
+        metrics.watch_discovery(lambda: discovery.trouble)
         router = Router(
             discovery, router_settings, link_settings, metrics.router, frontend_id=_unique_name("frontend")
         )

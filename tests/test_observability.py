@@ -157,3 +157,12 @@ def test_a_worker_has_series_exactly_as_long_as_it_is_known():
     router.instance_gone("w-1")
     router.instance_gone("never-seen")
     assert not any("w-1" in key for key in _samples(metrics))
+
+
+def test_discovery_is_asked_at_each_scrape() -> None:
+    metrics = Metrics()
+    trouble = ["etcd is not available"]
+    metrics.watch_discovery(lambda: trouble[0])
+    assert "penstock_discovery_up 0.0" in metrics.render().decode()
+    trouble[0] = ""
+    assert "penstock_discovery_up 1.0" in metrics.render().decode()

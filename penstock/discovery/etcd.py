@@ -40,6 +40,7 @@ class EtcdDiscovery:
         self._settings = settings
         self._client = EtcdClient(settings)
         self._followers: set[asyncio.Task[None]] = set()
+        self.trouble = ""
 
     async def register(self, registration: Registration) -> EtcdLease:
         """Write this instance's key and keep it until the lease is closed. Returns after the first try:
@@ -80,9 +81,11 @@ class EtcdDiscovery:
             try:
                 listed = await self._client.list(self._settings.prefix, self._settings.instances_max)
             except EtcdError as error:
-                outage.began(str(error))
+                self.trouble = str(error)
+                outage.began(self.trouble)
                 await pause.after_failure()
                 continue
+            self.trouble = ""
             outage.ended()
             known.replace(listed.kvs, listed.count)
             began = time.monotonic()

@@ -69,6 +69,7 @@ class FileDiscovery:
         self.directory = directory
         self._settings = settings or FileDiscoverySettings()
         self._closed = asyncio.Event()
+        self.trouble = ""
 
     async def register(self, registration: Registration) -> FileLease:
         """Write this instance's file and keep touching it until the lease is closed.
@@ -89,6 +90,7 @@ class FileDiscovery:
         previous: Mapping[str, Registration] | None = None
         while not self._closed.is_set():
             current = await asyncio.to_thread(scan.instances)
+            self.trouble = scan.trouble
             if current != previous:
                 yield current
                 previous = current
@@ -192,6 +194,7 @@ class DirectoryScan:
         self._settings = settings
         self._seen: dict[str, _Seen] = {}
         self._instances: dict[str, Registration] = {}
+        self.trouble = ""  # why the last listing failed
         self._warned: set[str] = set()  # what has been warned of and not yet ended
 
     def instances(self) -> dict[str, Registration]:
@@ -200,10 +203,10 @@ class DirectoryScan:
         try:
             seen = self._list(now)
         except OSError as error:
-            self._warn_once(
-                "outage", f"cannot read {self._directory}: {error.strerror}; keeping what is known"
-            )
+            self.trouble = f"cannot read {self._directory}: {error.strerror}"
+            self._warn_once("outage", f"{self.trouble}; keeping what is known")
             return self._instances
+        self.trouble = ""
         self._warned.discard("outage")
         self._seen = {name: entry for name, entry in seen.items() if self._keep(name, entry, now)}
         self._instances = {

@@ -243,10 +243,10 @@ async def test_an_outage_keeps_the_last_set(own_etcd: Etcd, opened: Open, caplog
     settings = quick(own_etcd.endpoint)
     lease = await opened(settings).register(registration())
     with caplog.at_level(logging.INFO, "penstock.discovery.etcd"):
-        async with Watcher(opened(settings)) as watcher:
+        async with Watcher(watching := opened(settings)) as watcher:
             await watcher.until("w-0")
             own_etcd.kill()
-            await until(lambda: bool(lease.trouble))
+            await until(lambda: bool(lease.trouble and watching.trouble))
             await asyncio.sleep(LEASE_S)
             assert lease.registered  # it was, which is what /health goes by
             assert logged(caplog, "is not available") == 2  # once for the lease, once for the watch
@@ -255,6 +255,7 @@ async def test_an_outage_keeps_the_last_set(own_etcd: Etcd, opened: Open, caplog
             await opened(settings).register(registration("w-1"))
             await watcher.until("w-0", "w-1", within_s=WAIT_S)
             await until(lambda: logged(caplog, "available again") == 2)
+            assert watching.trouble == ""
 
 
 async def test_lost_data_is_written_again(own_etcd: Etcd, opened: Open) -> None:

@@ -128,15 +128,18 @@ async def test_all_come_back_after_the_directory_is_deleted(tmp_path, open_disco
 async def test_an_outage_keeps_the_last_set(tmp_path, open_discovery, caplog) -> None:
     directory = tmp_path / "discovery"
     lease = await open_discovery().register(registration())
-    async with Watcher(open_discovery()) as watcher:
+    async with Watcher(watching := open_discovery()) as watcher:
         await watcher.until("w-0")
         shutil.rmtree(directory)
         directory.write_text("a file where the directory was")
         await asyncio.sleep(2 * FAST.lease_s)
         assert set(watcher.latest) == {"w-0"}
+        assert "cannot read" in watching.trouble
+        assert "cannot refresh" in lease.trouble
         directory.unlink()
         await asyncio.sleep(FAST.lease_s)
         assert set(watcher.latest) == {"w-0"}
+        assert watching.trouble == lease.trouble == ""
         await lease.close()
         await watcher.until()
     assert sum("cannot read" in record.message for record in caplog.records) == 1

@@ -1,0 +1,195 @@
+"""Plain `penstock worker` and `penstock frontend` processes that find each other in a real etcd."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.discovery.etcd_server import Etcd, running_etcd
+from tests.e2e.conftest import ROOT, START_S, Frontend
+
+TOKENS = 60
+NAMESPACE = "shop"
+
+
+class Process(Frontend):
+    """One Penstock process. `port` serves its HTTP: the API of a frontend, the probes of a worker."""
+
+    def __init__(self, folder: Path, etcd: Etcd, name: str, *arguments: str) -> None:
+        super().__init__()
+        self.name = name
+        self.log = folder / f"{name}.log"
+        port = "--http-port" if arguments[0] == "frontend" else "--system-port"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "penstock", *arguments, port, str(self.port)],
+                env={
+                    **os.environ,
+                    "PENSTOCK_DISCOVERY": etcd.endpoint.replace("http://", "etcd://"),
+                    "PENSTOCK_NAMESPACE": NAMESPACE,
+                    "PENSTOCK_LINK_SECRET": "sixteen characters",
+                },
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
+
+    def health(self) -> tuple[int, dict]:
+        """The status and body of /health; (0, {}) while nobody answers."""
+        with contextlib.suppress(OSError):
+            status, body = self.get("/health")
+            return status, json.loads(body)
+        return 0, {}
+
+    def ready_workers(self) -> int:
+        return sum(instance["state"] == "ready" for instance in self.health()[1].get("instances", ()))
+
+    def stop(self) -> None:
+        """As systemd or Kubernetes would."""
+        self.close()
+        self.process.send_signal(signal.SIGTERM)
+
+
+class Shop:
+    """Two frontends, and workers."""
+
+    def __init__(self, folder: Path, etcd: Etcd) -> None:
+        self.folder, self.etcd = folder, etcd
+        self.processes: list[Process] = []
+        self.workers = [self.start_worker(f"w-{number}") for number in range(2)]
+        self.frontends = [self._start(f"f-{number}", "frontend") for number in range(2)]
+
+    def start_worker(self, name: str) -> Process:
+        return self._start(name, "worker", "--engine", "sim", "--model", "sim", "--instance-id", name)
+
+    def _start(self, name: str, *arguments: str) -> Process:
+        self.processes.append(Process(self.folder, self.etcd, name, *arguments))
+        return self.processes[-1]
+
+    def keys(self) -> list[str]:
+        """The instances that etcd has."""
+        prefix = f"/penstock/{NAMESPACE}/instances/"
+        return [
+            line.removeprefix(prefix)
+            for line in self.etcd.ctl("get", "--prefix", prefix, "--keys-only").split()
+        ]
+
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_S
+        while not holds():
+            for process in self.processes:
+                assert process.process.poll() is None, f"{process.name}: {process.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, what
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.stop()
+        codes = {process.name: process.process.wait(timeout=30) for process in self.processes}
+        assert set(codes.values()) == {0}, codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.close()
+            process.process.kill()
+            process.process.wait()
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    with running_etcd(tmp_path) as etcd:
+        shop = Shop(tmp_path, etcd)
+        try:
+            yield shop
+        finally:
+            shop.kill()
+
+
+class Streams:
+    """Clients of both frontends, one stream after the other until told to stop."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.shop = shop
+        self.ended = threading.Event()
+        self.answers: list[tuple[str | None, int]] = []
+        self.errors: list[str] = []
+
+    def __enter__(self) -> Streams:
+        self.pool = concurrent.futures.ThreadPoolExecutor(6)
+        self.clients = [self.pool.submit(self.ask, number) for number in range(6)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        for client in self.clients:
+            client.result(timeout=60)
+        self.pool.shutdown()
+
+    def ask(self, number: int) -> None:
+        client = self.shop.frontends[number % 2].client()
+        turn = 0
+        while not self.ended.is_set():
+            turn += 1
+            try:
+                stream = client.completions.create(
+                    model="sim",
+                    prompt=f"{number} {turn}",
+                    max_tokens=TOKENS,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                    extra_body={"ignore_eos": True},
+                )
+                finish, tokens = None, 0
+                for chunk in stream:
+                    finish = chunk.choices[0].finish_reason if chunk.choices else finish
+                    tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+                self.answers.append((finish, tokens))
+            except openai.OpenAIError as error:  # whatever a client can see is the finding
+                self.errors.append(repr(error))
+
+    def wait_for_more(self) -> None:
+        target = len(self.answers) + 12
+        self.shop.wait(lambda: len(self.answers) >= target or bool(self.errors), "no answers")
+
+
+def test_etcd_dies_and_comes_back_empty_under_load(shop: Shop) -> None:
+    frontends, etcd = shop.frontends, shop.etcd
+    shop.wait(lambda: all(frontend.ready_workers() == 2 for frontend in frontends), "workers not found")
+    with Streams(shop) as streams:
+        streams.wait_for_more()
+        etcd.kill()
+        etcd.lose_data()
+        late = shop.start_worker("w-2")
+        known = shop.workers[0]
+        shop.wait(lambda: known.health()[1]["discovery"] != "ok", "the outage is not told of")
+        assert known.health()[0] == 200  # it serves those who know it
+        assert frontends[0].metric("penstock_discovery_up") == 0
+        shop.wait(
+            lambda: late.health()[0] == 503 and etcd.endpoint in late.health()[1]["discovery"], "silent"
+        )
+        assert late.health()[1]["status"] == "starting"
+        streams.wait_for_more()
+        etcd.start()
+        shop.wait(lambda: sorted(shop.keys()) == ["w-0", "w-1", "w-2"], "not registered again")
+        shop.wait(lambda: all(frontend.ready_workers() == 3 for frontend in frontends), "w-2 is not found")
+        shop.wait(lambda: late.health()[0] == known.health()[0] == 200, "not healthy")
+        streams.wait_for_more()
+    assert streams.errors == []
+    assert set(streams.answers) == {("length", TOKENS)}
+    for frontend in frontends:
+        assert frontend.metric("penstock_retries_total") == 0  # nothing was even tried twice
+        assert frontend.metric("penstock_discovery_up") == 1
+    etcd.kill()
+    shop.stop()  # in time, without etcd
