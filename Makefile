@@ -14,7 +14,7 @@ VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sh
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
 .PHONY: help serve serve-vllm test test-nixl test-transformers test-vllm parity bench-vllm lint format check \
-	soak clean
+	soak faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -85,6 +85,9 @@ check: lint test ## what CI runs
 
 soak: $(VENV)/.serve ## 64 clients for 5 minutes: no error, no leak
 	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+faults: $(VENV)/.dev ## every fault at every phase on real processes: 0 hung, 0 lost, 0 wrong
+	$(BIN)/python -m tests.faults.lab $(ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

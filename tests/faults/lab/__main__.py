@@ -1,0 +1,113 @@
+"""Run the lab: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from penstock import __version__
+from tests.faults.lab import report
+from tests.faults.lab.episode import REFERENCE_PHASES, Lab, Row
+from tests.faults.lab.faults import FAULTS, Fault
+from tests.faults.lab.processes import ROOT, Graph
+from tests.faults.lab.reference import questions
+
+ENGINES = {
+    "sim": ["--engine", "sim", "--model", "sim", "--sim-speedup", "0.4", "--transfer", "tcp"],
+    "reference": ["--model", str(ROOT / "models" / "tiny"), "--transfer", "tcp"],
+}
+
+
+def chosen(options: argparse.Namespace, engine: str) -> list[tuple[Fault, str]]:
+    """Every fault at every phase of it that this run wants."""
+    found = []
+    for fault in FAULTS:
+        if options.only and not any(word in fault.name for word in options.only):
+            continue
+        if engine == "reference" and not fault.reference:
+            continue
+        phases = fault.quick if options.quick else fault.phases
+        if engine == "reference":
+            phases = tuple(REFERENCE_PHASES)
+        found += [(fault, phase) for phase in phases if options.phase in ("", phase)]
+    return found
+
+
+async def run_engine(engine: str, options: argparse.Namespace, folder: Path, until: float) -> list[Row]:
+    """All of it once, then again in another order until the time is over."""
+    rng = random.Random(options.seed)
+    folder.mkdir()
+    graph = Graph(folder, ENGINES[engine])
+    rows: list[Row] = []
+    try:
+        await graph.start()
+        lab = Lab(graph, engine, await questions(graph) if engine == "reference" else [])
+        first = True
+        while first or time.monotonic() < until:
+            episodes = chosen(options, engine)
+            if not first:
+                rng.shuffle(episodes)
+            for fault, phase in episodes:
+                if not first and time.monotonic() >= until:
+                    break
+                row = await lab.episode(fault, phase)
+                rows.append(row)
+                print(report.line(row), flush=True)
+                for note in row.notes[:5]:
+                    print(f"    {note}", flush=True)
+            first = False
+    finally:
+        await graph.stop()
+    return rows
+
+
+async def main(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    rows: list[Row] = []
+    folder = Path(options.logs or tempfile.mkdtemp(prefix="penstock-faults-"))
+    folder.mkdir(exist_ok=True)
+    print(report.header(), flush=True)
+    engines = list(ENGINES) if options.engine == "both" else [options.engine]
+    for number, engine in enumerate(engines, 1):
+        until = began + options.duration * number / len(engines)
+        rows += await run_engine(engine, options, folder / engine, until)
+    print(report.totals(rows))
+    if options.json:
+        Path(options.json).write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
+    if options.write_docs:
+        report.write_document(rows, _described(time.monotonic() - began))
+    passed = bool(rows) and all(row.passed for row in rows)
+    print("OK: nothing hung, nothing lost, nothing wrong" if passed else f"FAILED; logs are in {folder}")
+    return not passed
+
+
+def _described(took_s: float) -> str:
+    return f"Penstock {__version__}, {os.cpu_count()} cores, {took_s / 60:.0f} minutes"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.lab")
+    parser.add_argument("--engine", choices=[*ENGINES, "both"], default="both")
+    parser.add_argument("--quick", action="store_true", help="a part of it, in a minute or two")
+    parser.add_argument("--duration", type=float, default=0.0, help="seconds; all of it once, at least")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORDS", help="faults with this in their name"
+    )
+    parser.add_argument("--phase", default="", help="only this one")
+    parser.add_argument("--seed", type=int, default=0, help="of the order after the first round")
+    parser.add_argument("--json", default="", metavar="FILE", help="write all rows there")
+    parser.add_argument("--logs", default="", metavar="FOLDER", help="of the processes' logs")
+    parser.add_argument("--write-docs", action="store_true", help=f"renew the table in {report.DOCUMENT}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(uvloop.run(main(_parser().parse_args())))

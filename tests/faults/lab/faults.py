@@ -1,0 +1,392 @@
+"""The catalogue: what can happen to a graph, and what its clients then see."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.lab import strangers
+from tests.faults.lab.processes import LINK_PORT, Graph, Part
+from tests.faults.lab.proxy import Weather
+
+Happening = Callable[[Graph], Awaitable[None]]
+
+ALL = "queued prefill transfer decode"
+NO_SEAM = "the answer without a seam; the stall shown"
+STALL = "a stall as long as that, then the answer goes on without a seam"
+CUT = "its connections end; another frontend answers who asks again"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault. `happen` returns once it is over."""
+
+    name: str
+    promise: str  # what clients see, for docs/reliability.md
+    phases: tuple[str, ...]
+    happen: Happening
+    quick: tuple[str, ...] = ()  # the phases of a quick run
+    ends_connections: bool = False  # those of a frontend that it ends
+    errors: frozenset[str] = frozenset()  # typed errors that clients may get
+    reference: bool = False  # also with real weights
+    lasts_s: float = 0.0  # what of `happen` is the fault itself; the rest is recovery
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(
+    name: str, promise: str = NO_SEAM, phases: str = ALL, quick: str = "", **options: Any
+) -> Callable[[Happening], Happening]:
+    """Enter a fault into the catalogue."""
+
+    def enter(happen: Happening) -> Happening:
+        FAULTS.append(Fault(name, promise, tuple(phases.split()), happen, tuple(quick.split()), **options))
+        return happen
+
+    return enter
+
+
+@fault("nothing", "for comparison: the same bursts in peace", reference=True)
+async def nothing(graph: Graph) -> None:
+    await asyncio.sleep(0.0)
+
+
+# --- workers that die or freeze ----------------------------------------------------------------------
+
+
+async def kill(graph: Graph, victims: list[Part]) -> None:
+    for victim in victims:
+        victim.kill()
+    await asyncio.gather(*(graph.restart(victim) for victim in victims))
+
+
+@fault("kill -9 of a prefill worker", quick="prefill transfer", reference=True)
+async def kill_prefill(graph: Graph) -> None:
+    await kill(graph, [await graph.busiest("prefill")])
+
+
+@fault("kill -9 of a decode worker", quick="transfer decode", reference=True)
+async def kill_decode(graph: Graph) -> None:
+    await kill(graph, [await graph.busiest("decode")])
+
+
+@fault("kill -9 of all prefill workers at once", phases="queued prefill transfer")
+async def kill_prefills(graph: Graph) -> None:
+    await kill(graph, graph.role("prefill"))
+
+
+@fault("kill -9 of all decode workers at once", phases="prefill transfer decode", quick="decode")
+async def kill_decodes(graph: Graph) -> None:
+    await kill(graph, graph.role("decode"))
+
+
+@fault("kill -9 of all workers at once", phases="prefill decode")
+async def kill_workers(graph: Graph) -> None:
+    await kill(graph, graph.workers)
+
+
+async def freeze(part: Part, seconds: float) -> None:
+    part.signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        part.signal(signal.SIGCONT)
+
+
+@fault("a prefill worker frozen for 1 s", phases="queued prefill transfer", lasts_s=1)
+async def freeze_prefill_short(graph: Graph) -> None:
+    await freeze(await graph.busiest("prefill"), 1.0)
+
+
+@fault("a prefill worker frozen for 20 s", phases="queued prefill transfer", lasts_s=20)
+async def freeze_prefill_long(graph: Graph) -> None:
+    await freeze(await graph.busiest("prefill"), 20.0)
+
+
+@fault("a decode worker frozen for 1 s", phases="transfer decode", reference=True, lasts_s=1)
+async def freeze_decode_short(graph: Graph) -> None:
+    await freeze(await graph.busiest("decode"), 1.0)
+
+
+@fault(
+    "a decode worker frozen for 20 s", phases="transfer decode", quick="decode", reference=True, lasts_s=20
+)
+async def freeze_decode_long(graph: Graph) -> None:
+    await freeze(await graph.busiest("decode"), 20.0)
+
+
+# --- frontends ---------------------------------------------------------------------------------------
+
+
+@fault("kill -9 of a frontend", CUT, "queued prefill transfer decode", "decode", ends_connections=True)
+async def kill_frontend(graph: Graph) -> None:
+    await kill(graph, graph.frontends[:1])
+
+
+@fault("a frontend frozen for 1 s", STALL, "decode", lasts_s=1)
+async def freeze_frontend_short(graph: Graph) -> None:
+    await freeze(graph.frontends[0], 1.0)
+
+
+@fault("a frontend frozen for 20 s", STALL, "prefill decode", lasts_s=20)
+async def freeze_frontend_long(graph: Graph) -> None:
+    await freeze(graph.frontends[0], 20.0)
+
+
+# --- leaving in order --------------------------------------------------------------------------------
+
+
+async def drain(graph: Graph, part: Part) -> None:
+    code = await graph.drain(part)
+    assert code == 0, f"{part.name} exited with {code}"
+
+
+@fault("SIGTERM to a prefill worker", quick="transfer", reference=True)
+async def drain_prefill(graph: Graph) -> None:
+    await drain(graph, await graph.busiest("prefill"))
+
+
+@fault("SIGTERM to a decode worker", quick="decode", reference=True)
+async def drain_decode(graph: Graph) -> None:
+    await drain(graph, await graph.busiest("decode"))
+
+
+@fault("SIGTERM to a frontend", "the answer without a seam; new requests go to another", quick="decode")
+async def drain_frontend(graph: Graph) -> None:
+    await drain(graph, graph.frontends[0])
+
+
+@fault("rolling restart of every process", "as with SIGTERM to each", "queued decode", reference=True)
+async def rolling_restart(graph: Graph) -> None:
+    for part in graph.parts:
+        await drain(graph, part)
+        await graph.ready()
+
+
+# --- the network --------------------------------------------------------------------------------------
+
+
+async def storm(
+    graph: Graph, parts: list[Part], weather: Weather, seconds: float, *, transfer: bool = False
+) -> None:
+    graph.weather(parts, weather, transfer=transfer)
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        graph.weather(parts, Weather(), transfer=transfer)
+
+
+@fault("a prefill worker's links cut for 3 s", phases="queued prefill transfer", lasts_s=3)
+async def cut_prefill(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("prefill")], Weather(refused=True), 3.0)
+
+
+@fault("a decode worker's links cut for 3 s", phases="transfer decode", quick="decode", lasts_s=3)
+async def cut_decode(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("decode")], Weather(refused=True), 3.0)
+
+
+@fault("all links reset at once", phases="queued prefill transfer decode")
+async def cut_all(graph: Graph) -> None:
+    for part in graph.workers:
+        assert part.link is not None
+        part.link.cut()
+
+
+@fault("a prefill worker's links silent for 8 s", phases="queued prefill transfer", lasts_s=8)
+async def silence_prefill(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("prefill")], Weather(hold_up=True, hold_down=True), 8.0)
+
+
+@fault("a decode worker's links silent for 8 s", phases="transfer decode", quick="decode", lasts_s=8)
+async def silence_decode(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("decode")], Weather(hold_up=True, hold_down=True), 8.0)
+
+
+@fault("links silent towards a decode worker for 8 s", phases="transfer decode", lasts_s=8)
+async def silence_up(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("decode")], Weather(hold_up=True), 8.0)
+
+
+@fault("links silent from a decode worker for 8 s", phases="transfer decode", lasts_s=8)
+async def silence_down(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("decode")], Weather(hold_down=True), 8.0)
+
+
+@fault("all links silent for 8 s", phases="prefill decode", lasts_s=8)
+async def silence_all(graph: Graph) -> None:
+    await storm(graph, graph.workers, Weather(hold_up=True, hold_down=True), 8.0)
+
+
+@fault("200 ms more on every link for 5 s", phases="prefill decode", lasts_s=5)
+async def delay_all(graph: Graph) -> None:
+    await storm(graph, graph.workers, Weather(delay_s=0.2), 5.0)
+
+
+@fault("20 kB/s on a decode worker's links for 5 s", phases="decode", lasts_s=5)
+async def throttle_decode(graph: Graph) -> None:
+    await storm(graph, [await graph.busiest("decode")], Weather(bytes_per_s=20e3), 5.0)
+
+
+@fault("KV transfer refused for 5 s", phases="prefill transfer", quick="prefill", reference=True, lasts_s=5)
+async def cut_transfer(graph: Graph) -> None:
+    await storm(graph, graph.role("prefill"), Weather(refused=True), 5.0, transfer=True)
+
+
+@fault("KV transfer silent for 8 s", phases="prefill", quick="prefill", reference=True, lasts_s=8)
+async def silence_transfer(graph: Graph) -> None:
+    weather = Weather(hold_up=True, hold_down=True)
+    await storm(graph, graph.role("prefill"), weather, 8.0, transfer=True)
+
+
+@fault("KV transfer at 2 kB/s for 8 s", phases="prefill", reference=True, lasts_s=8)
+async def throttle_transfer(graph: Graph) -> None:
+    await storm(graph, graph.role("prefill"), Weather(bytes_per_s=2e3), 8.0, transfer=True)
+
+
+# --- discovery ---------------------------------------------------------------------------------------
+
+
+@fault("the discovery directory deleted", phases="queued decode", quick="decode", lasts_s=6)
+async def delete_discovery(graph: Graph) -> None:
+    shutil.rmtree(graph.directory)
+    await asyncio.sleep(6.0)  # longer than a lease
+
+
+@fault("the discovery directory unreadable for 8 s", phases="decode", quick="decode", lasts_s=8)
+async def hide_discovery(graph: Graph) -> None:
+    hidden = graph.directory.with_name("hidden")
+    graph.directory.rename(hidden)
+    graph.directory.write_text("not a directory")
+    try:
+        await asyncio.sleep(8.0)
+    finally:
+        graph.directory.unlink()
+        hidden.rename(graph.directory)
+
+
+@fault("garbage in the discovery directory", phases="decode", lasts_s=2)
+async def litter_discovery(graph: Graph) -> None:
+    place = graph.directory / "default"
+    litter = [place / "garbage.json", place / "large.json", place / "empty.json"]
+    litter[0].write_bytes(os.urandom(999))
+    litter[1].write_bytes(b" " * 1_000_000)
+    litter[2].write_bytes(b"")
+    await asyncio.sleep(2.0)
+    for path in litter:
+        path.unlink(missing_ok=True)
+
+
+# --- what runs out -----------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def full_disk(graph: Graph) -> AsyncIterator[Path]:
+    """A file system of 64 kB without a free byte."""
+    place = graph.folder / "full"
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place: Path) -> None:
+    with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 512)
+
+
+@fault("the disk full that a decode worker and a frontend log to", phases="decode")
+async def full_log_disk(graph: Graph) -> None:
+    parts = [await graph.busiest("decode"), graph.frontends[0]]
+    async with full_disk(graph) as place:
+        for part in parts:
+            part.output = place / part.log.name
+            await drain(graph, part)
+        await graph.ready()
+        fill(place)
+        await asyncio.sleep(3.0)
+        assert all(part.running for part in parts), "a process ended"
+        for part in parts:
+            part.output = None
+            await drain(graph, part)
+
+
+@contextlib.asynccontextmanager
+async def no_descriptors(part: Part) -> AsyncIterator[None]:
+    """It can open nothing more."""
+    before = part.limit(resource.RLIMIT_NOFILE, part.descriptors())
+    try:
+        yield
+    finally:
+        part.limit(resource.RLIMIT_NOFILE, before)
+
+
+@fault(
+    "a frontend without file descriptors for 4 s",
+    "streams go on; new connections wait or are closed, and another frontend answers",
+    "prefill decode",
+    "decode",
+    ends_connections=True,
+    lasts_s=4,
+)
+async def starve_frontend(graph: Graph) -> None:
+    async with no_descriptors(graph.frontends[0]):
+        await strangers.connect_only(graph.frontends[0].url, 50, 4.0)
+
+
+@fault("a decode worker without file descriptors for 4 s", phases="transfer decode", lasts_s=4)
+async def starve_decode(graph: Graph) -> None:
+    async with no_descriptors(await graph.busiest("decode")):
+        await asyncio.sleep(4.0)
+
+
+@fault("a prefill worker without file descriptors for 4 s", phases="prefill transfer", lasts_s=4)
+async def starve_prefill(graph: Graph) -> None:
+    async with no_descriptors(await graph.busiest("prefill")):
+        await asyncio.sleep(4.0)
+
+
+# --- strangers ---------------------------------------------------------------------------------------
+
+
+@fault("garbage on a worker's link port", phases="decode", quick="decode")
+async def garbage_link(graph: Graph) -> None:
+    part = await graph.busiest("decode")
+    await strangers.garbage(part.host, LINK_PORT)
+
+
+@fault("garbage on a prefill worker's transfer port", phases="transfer", quick="transfer", reference=True)
+async def garbage_transfer(graph: Graph) -> None:
+    part = await graph.busiest("prefill")
+    assert part.transfer is not None
+    await strangers.garbage(*part.transfer.target)
+
+
+@fault("garbage on a frontend's HTTP port", phases="decode")
+async def garbage_http(graph: Graph) -> None:
+    await strangers.garbage("127.0.0.1", graph.frontends[0].port)
+
+
+@fault(
+    "64 clients that hang up", "others notice nothing; the work of who left ends", "queued decode", "decode"
+)
+async def hang_up(graph: Graph) -> None:
+    await strangers.hang_up(graph.urls, 64)
+
+
+@fault("16 clients that do not read", "others notice nothing", "decode", lasts_s=4)
+async def slow_readers(graph: Graph) -> None:
+    await strangers.do_not_read(graph.urls, 16, 4.0)
