@@ -48,7 +48,7 @@ every few requests, and cost 3 % of its CPU."""
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Run a process's coroutine; SIGTERM and SIGINT set its stop event.
+    """Run a process's coroutine; SIGTERM and SIGINT set its stop event, a second one ends it at once.
 
     Errors of the tree are raised as they are, one of several when tasks failed together.
     """
@@ -56,8 +56,16 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     async def with_signals() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def interrupted(number: int) -> None:
+            if stop.is_set():
+                log.warning("%s again: ending without waiting", signal.Signals(number).name)
+                logging.shutdown()
+                os._exit(128 + number)  # whatever still runs here; what is lost goes on elsewhere
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, interrupted, number)
         await main(stop)
 
     with _one_error(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -25,7 +25,17 @@ from penstock.link.address import join_address
 from penstock.link.server import LinkServer, Peer
 from penstock.link.settings import ServerSettings
 from penstock.ports import Discovery, Engine, Lease
-from penstock.structs import Attempt, Card, EngineCard, EngineStep, Load, Output, Registration, Role
+from penstock.structs import (
+    Attempt,
+    Card,
+    EngineCard,
+    EngineStep,
+    Handoff,
+    Load,
+    Output,
+    Registration,
+    Role,
+)
 from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.worker")
@@ -82,6 +92,9 @@ class Worker:
         self._assets: dict[str, bytes] = {}  # sha256 -> content
         self._load = Load()  # as of the engine's latest step
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
+        self._handed: dict[
+            str, tuple[Peer, float]
+        ] = {}  # handoff id -> who got it, and its end; oldest first
         self._submitted = 0
         self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
         self._draining = False
@@ -175,6 +188,8 @@ class Worker:
                 self._owners.pop(output.attempt_id, None)
             if owner in outputs:
                 outputs[owner].append(output)
+                if output.handoff is not None:
+                    self._remember(owner, output.handoff)
             elif output.handoff is not None:  # its frontend is gone
                 self._engine.release(output.handoff.handoff_id, sent=False)
         load = self.load()
@@ -190,6 +205,13 @@ class Worker:
                 )
             )
         self._changed.set()
+
+    def _remember(self, peer: Peer, handoff: Handoff) -> None:
+        """Who got this handoff, for as long as it lives."""
+        now = self._clock.now()
+        while self._handed and next(iter(self._handed.values()))[1] <= now:
+            del self._handed[next(iter(self._handed))]
+        self._handed[handoff.handoff_id] = (peer, now + handoff.ttl_s)
 
     # --- LinkHandler --------------------------------------------------------------------------------
 
@@ -240,6 +262,7 @@ class Worker:
             self._engine.cancel(attempt_id)
 
     def on_release(self, handoff_id: str, sent: bool) -> None:
+        self._handed.pop(handoff_id, None)
         self._engine.release(handoff_id, sent=sent)
 
     def on_peer_lost(self, peer: Peer) -> None:
@@ -248,6 +271,9 @@ class Worker:
             log.warning("frontend %s is gone: cancelling its %d attempts", peer.frontend_id, len(orphans))
         for attempt_id in orphans:
             self._engine.cancel(attempt_id)
+        # Its requests ended with it; whoever it may have sent these to is told the same.
+        for handoff_id in [handoff_id for handoff_id, (owner, _) in self._handed.items() if owner is peer]:
+            self.on_release(handoff_id, sent=True)
 
     # --- what this worker is --------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,31 @@ def worker(**options: object) -> WorkerOptions:
 def test_a_worker_refuses_what_it_cannot_do(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_worker(worker(**options))
+
+
+_SLOW_TO_LEAVE = """
+import asyncio
+from penstock.process import run
+
+async def main(stop):
+    print("up", flush=True)
+    await stop.wait()
+    print("draining", flush=True)
+    await asyncio.sleep(600)
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", _SLOW_TO_LEAVE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for word in ("up", "draining"):
+            assert process.stdout.readline() == f"{word}\n"
+            process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
 
 
 def test_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,23 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
     await until(lambda: stage.engine.released == ["a.1"])
 
 
+async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> None:
+    from penstock.structs import Handoff
+
+    frontend, other = await stage.frontend(), await stage.frontend("other")
+    for number, peer in ((1, frontend), (2, frontend), (3, other)):
+        peer.client.generate(attempt(number))
+        await until(lambda number=number: len(stage.engine.submitted) == number)
+        name = f"a.{number}"
+        handoff = Handoff(name, "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+        stage.engine.say(Output(name, [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: frontend.steps and other.steps)
+    frontend.client.release("a.2", sent=False)
+    await until(lambda: stage.engine.released == ["a.2"])
+    await frontend.hang_up()
+    await until(lambda: stage.engine.released == ["a.2", "a.1"])
+
+
 async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) -> None:
     frontend = await stage.frontend()
     frontend.client.generate(attempt(1))

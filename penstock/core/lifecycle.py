@@ -18,8 +18,10 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE    Output, stop or length     DONE      Emit
     PREFILL,  Output, rejected           DONE      Fail: no other instance would take it either
     DECODE
-    PREFILL,  Output, error/cancelled;   QUEUED    Choose without that instance (Fail after the limit)
+    PREFILL,  Output, error;             QUEUED    Choose without that instance (Fail after the limit)
     DECODE    InstanceLost; phase late
+    PREFILL,  Output, cancelled          QUEUED    Choose without that instance, which is leaving
+    DECODE
     PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
     DECODE
     any       request deadline, queue    DONE      Cancel, Release, Fail
@@ -72,7 +74,7 @@ class Deadlines:
     margin; a request that kills engines must not visit them all."""
 
     max_bounces: int = 100
-    """Refusals by full workers before the request is answered with 429."""
+    """Refusals by full or leaving workers before the request is answered with 429."""
 
     handoff_margin_s: float = 1.0
     """A handoff with less life than this is not used: the pull could not finish."""
@@ -298,6 +300,9 @@ class Lifecycle:
         if reason is FinishReason.REJECTED:
             message = output.error or "the engine rejected this request"
             return self._fail(RequestRejected(400, message, code="rejected_by_engine"))
+        if reason is FinishReason.CANCELLED:  # not by this request, which would not listen any more
+            effects = self._drop_handoff()
+            return [*effects, *self._turned_away("handed back by a leaving worker", now, migrates=True)]
         # Tokens of a failed step were not committed by the engine; they are computed again.
         return self._lost(output.error or f"attempt ended as {reason}", now)
 
@@ -312,9 +317,14 @@ class Lifecycle:
     def _on_bounced(self, event: Bounced, now: float) -> list[Effect]:
         if event.attempt_id != self._attempt_id:
             return []
-        self._bounces += 1
         self._handoff, self._sent_handoff = self._sent_handoff, None  # a bounced attempt pulled nothing
-        self.trouble = f"{self._instance_id}: {event.reason}"
+        return self._turned_away(event.reason, now)
+
+    def _turned_away(self, reason: str, now: float, *, migrates: bool = False) -> list[Effect]:
+        """This worker does not want it, or not any more. Nothing has failed: a rolling restart may do
+        this more often than a request may fail."""
+        self._bounces += 1
+        self.trouble = f"{self._instance_id}: {reason}"
         if self._bounces > self._limits.max_bounces:
             return self._fail(
                 RequestRejected(
@@ -322,7 +332,7 @@ class Lifecycle:
                 )
             )
         self._avoid.add(self._instance_id)
-        return self._queue(now)
+        return self._queue(now, self.trouble if migrates else "")
 
     def _on_instance_lost(self, event: InstanceLost, now: float) -> list[Effect]:
         if event.instance_id == self._decode_id:

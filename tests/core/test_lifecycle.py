@@ -196,6 +196,20 @@ def test_failing_everywhere_ends_with_the_last_reason() -> None:
     assert life.phase is Phase.DONE
 
 
+def test_leaving_workers_may_hand_a_request_back_more_often_than_it_may_fail() -> None:
+    life = lifecycle()
+    assert LIMITS.max_bounces > LIMITS.max_attempts
+    for number in range(LIMITS.max_bounces):
+        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        life.handle(Output(attempt.attempt_id, [number]), 1.0)
+        effects = life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)
+        (choose,) = effects
+        assert isinstance(choose, Choose)
+        assert f"d{number}" in choose.avoid
+        assert "leaving" in choose.failed
+    assert life.token_ids == [*PROMPT, *range(LIMITS.max_bounces)]
+
+
 def test_bounces_end_in_429() -> None:
     life = lifecycle()
     for _ in range(LIMITS.max_bounces + 1):
@@ -327,7 +341,7 @@ class Story:
         elif action == "bounce" and send is not None:
             del self.running[send.attempt.attempt_id]
             self.perform(self.life.handle(Bounced(send.attempt.attempt_id, "full"), self.now))
-        elif action in ("token", "finish", "error") and send is not None:
+        elif action in ("token", "finish", "error", "cancelled") and send is not None:
             self.answer(action, send)
         elif action == "tick":
             self.now += 50.0
@@ -345,6 +359,8 @@ class Story:
             self.held.discard(attempt.handoff.handoff_id)
         if action == "error":
             output = Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom")
+        elif action == "cancelled":
+            output = Output(attempt.attempt_id, [], FinishReason.CANCELLED)
         elif attempt.prefill_only and action == "token":
             output.finish_reason = FinishReason.PREFILLED
             output.handoff = handoff(attempt.attempt_id, send.instance_id)
@@ -357,7 +373,7 @@ class Story:
 
 
 ACTIONS = st.sampled_from(
-    ["choose", "choose", "token", "token", "finish", "error", "lose", "bounce", "tick"]
+    ["choose", "choose", "token", "token", "finish", "error", "cancelled", "lose", "bounce", "tick"]
 )
 
 

@@ -149,9 +149,8 @@ class VllmEngine:
 
     def release(self, handoff_id: str, *, sent: bool) -> None:
         """As Engine.release. KV that a decode worker may be reading is left to that reader, or to the
-        lease's end: vLLM's readers cannot be told that it was withdrawn."""
-        if not sent:
-            self._held.release(handoff_id)
+        lease's end: vLLM's readers cannot be told that it was withdrawn. But nobody waits for that."""
+        self._held.release(handoff_id, sent=sent)
 
     def cached_hashes(self) -> Sequence[int]:
         """As Engine.cached_hashes."""

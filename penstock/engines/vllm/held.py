@@ -36,11 +36,13 @@ class HeldHandoffs:
         """It was handed out."""
         self._core_ids[handoff_id] = core_id
 
-    def release(self, handoff_id: str) -> None:
-        """Nobody has been told of it, so nobody will read it. Unknown ids are ignored."""
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        """Nobody waits for it any more. Where a reader was told of it, vLLM keeps its KV until that has
+        read it or the lease is over, but stopping does not wait for that. Unknown ids are ignored."""
         core_id = self._core_ids.pop(handoff_id, None)
         if core_id is not None:
-            self.let_go(core_id)
+            if not sent:
+                self.let_go(core_id)
             self._on_fewer()
 
     def let_go(self, core_id: str) -> None:

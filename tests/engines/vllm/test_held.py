@@ -82,10 +82,10 @@ async def test_nobody_is_asked_while_nothing_is_held() -> None:
 
 async def test_a_release_is_told_at_once_and_once() -> None:
     async with holding("a", "b") as held:
-        held.handoffs.release("a")
+        held.handoffs.release("a", sent=False)
         assert (len(held.handoffs), held.fewer) == (1, 1)
-        held.handoffs.release("a")
-        held.handoffs.release("nobody")
+        held.handoffs.release("a", sent=False)
+        held.handoffs.release("nobody", sent=False)
         held.handoffs.let_go("core-x")
         await held.workers.asking.wait()
         assert held.workers.unwanted[0] == ["core-a", "core-x"]
@@ -94,13 +94,23 @@ async def test_a_release_is_told_at_once_and_once() -> None:
         assert held.fewer == 1
 
 
+async def test_what_a_reader_was_told_of_is_kept_by_vllm_and_not_waited_for() -> None:
+    async with holding("a", "b") as held:
+        held.handoffs.release("a", sent=True)
+        assert (len(held.handoffs), held.fewer) == (1, 1)
+        await held.workers.asking.wait()
+        await asyncio.sleep(3 * INTERVAL_S)
+        assert held.workers.unwanted == [[]] * len(held.workers.unwanted)
+        assert (len(held.handoffs), held.fewer) == (1, 1)
+
+
 async def test_what_was_handed_out_while_the_workers_were_asked_is_not_taken_for_gone() -> None:
     async with holding("a") as held:
         held.workers.answering.clear()
         held.workers.asking.clear()
         await held.workers.asking.wait()
         held.handoffs.add("late", "core-late")
-        held.handoffs.release("a")
+        held.handoffs.release("a", sent=False)
         held.workers.kept = {"core-late"}
         held.workers.answering.set()
         await asyncio.sleep(3 * INTERVAL_S)
