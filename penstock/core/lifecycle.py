@@ -18,8 +18,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE    Output, stop or length     DONE      Emit
     PREFILL,  Output, rejected           DONE      Fail: no other instance would take it either
     DECODE
-    PREFILL,  Output, error;             QUEUED    Choose without that instance (Fail after the limit)
-    DECODE    InstanceLost; phase late
+    PREFILL,  Output, error;             QUEUED    Choose without that instance: the first time at once,
+    DECODE    InstanceLost; phase late             then by Retry (Fail after the limit)
     PREFILL,  Output, cancelled          QUEUED    Choose without that instance, which is leaving
     DECODE
     PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
@@ -172,6 +172,7 @@ class Lifecycle:
         "_bounces",
         "_cached_reported",
         "_decode_id",
+        "_failed",
         "_failures",
         "_handoff",
         "_handoff_at",
@@ -202,6 +203,7 @@ class Lifecycle:
         self._handoff_at = 0.0
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
         self._avoid: set[str] = set()
+        self._failed = ""  # why the last attempt failed, until somebody was asked for another
         self._failures = 0
         self._bounces = 0
         self._cached_reported = False
@@ -217,7 +219,8 @@ class Lifecycle:
 
     # --- placing --------------------------------------------------------------------------------
 
-    def _choose(self, failed: str = "") -> Choose:
+    def _choose(self) -> Choose:
+        failed, self._failed = self._failed, ""
         return Choose(frozenset(self._avoid), handed=self._handoff is not None, failed=failed)
 
     def _on_chosen(self, event: Chosen, now: float) -> list[Effect]:
@@ -332,7 +335,8 @@ class Lifecycle:
                 )
             )
         self._avoid.add(self._instance_id)
-        return self._queue(now, self.trouble if migrates else "")
+        self._failed = self.trouble if migrates else ""
+        return self._queue(now)
 
     def _on_instance_lost(self, event: InstanceLost, now: float) -> list[Effect]:
         if event.instance_id == self._decode_id:
@@ -354,13 +358,16 @@ class Lifecycle:
         if self._failures >= self._limits.max_attempts:
             message = f"{self._failures} attempts failed; the last on {self.trouble}"
             return [*effects, *self._fail(RequestRejected(502, message, code="attempts_failed"))]
-        return [*effects, *self._queue(now, self.trouble)]
+        self._failed = self.trouble
+        # After the first: many workers may be dying at once, each noticed by itself. Going on to the next
+        # at once would use up all attempts on them; Retry comes when they are known to be gone.
+        return [*effects, *self._queue(now, wait=self._failures > 1)]
 
-    def _queue(self, now: float, failed: str = "") -> list[Effect]:
+    def _queue(self, now: float, *, wait: bool = False) -> list[Effect]:
         self.phase = Phase.QUEUED
         self._attempt_id = self._instance_id = self._decode_id = ""
         self._set_deadline(now + self._limits.queue_s)
-        return [self._choose(failed)]
+        return [] if wait else [self._choose()]
 
     # --- time and the client --------------------------------------------------------------------
 

@@ -196,6 +196,20 @@ def test_failing_everywhere_ends_with_the_last_reason() -> None:
     assert life.phase is Phase.DONE
 
 
+def test_workers_that_die_together_do_not_use_up_the_attempts() -> None:
+    life = lifecycle()
+    life.handle(Chosen("d0"), 0.0)
+    (choose,) = life.handle(InstanceLost("d0", "reset"), 1.0)
+    assert isinstance(choose, Choose)
+    life.handle(Chosen("d1"), 1.0)
+    assert life.handle(InstanceLost("d1", "reset"), 1.0) == []
+    assert life.phase is Phase.QUEUED
+    (choose,) = life.handle(Retry(), 1.1)
+    assert isinstance(choose, Choose)
+    assert choose.failed == "d1: reset"
+    assert life.handle(Retry(), 1.2) == [Choose(frozenset({"d0", "d1"}))]
+
+
 def test_leaving_workers_may_hand_a_request_back_more_often_than_it_may_fail() -> None:
     life = lifecycle()
     assert LIMITS.max_bounces > LIMITS.max_attempts
@@ -343,6 +357,8 @@ class Story:
             self.perform(self.life.handle(Bounced(send.attempt.attempt_id, "full"), self.now))
         elif action in ("token", "finish", "error", "cancelled") and send is not None:
             self.answer(action, send)
+        elif action == "retry":
+            self.perform(self.life.handle(Retry(), self.now))
         elif action == "tick":
             self.now += 50.0
             self.perform(self.life.handle(Tick(), self.now))
@@ -373,7 +389,19 @@ class Story:
 
 
 ACTIONS = st.sampled_from(
-    ["choose", "choose", "token", "token", "finish", "error", "cancelled", "lose", "bounce", "tick"]
+    [
+        "choose",
+        "choose",
+        "token",
+        "token",
+        "finish",
+        "error",
+        "cancelled",
+        "lose",
+        "bounce",
+        "tick",
+        "retry",
+    ]
 )
 
 

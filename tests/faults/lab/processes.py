@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from penstock.config import SUPERVISOR_VARIABLE
 from tests.faults.lab.http import get
 from tests.faults.lab.proxy import Proxy, Weather
 
@@ -107,6 +108,7 @@ class Graph:
             "PENSTOCK_LOG": "info",
             **os.environ,
             "PENSTOCK_LINK_SECRET": SECRET,
+            SUPERVISOR_VARIABLE: str(os.getpid()),  # they do not outlive the lab
             "OPENBLAS_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
