@@ -14,8 +14,9 @@ from typing import Protocol
 
 from penstock.clock import Clock
 from penstock.core.catalog import Catalog
-from penstock.core.membership import Connect, Disconnect, Membership
+from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.placement import Placement
+from penstock.core.progress import Progress, ProgressLimits
 from penstock.errors import ConfigError, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
@@ -45,6 +46,9 @@ class Listener(Protocol):
     def on_lost(self, instance_id: str, reason: str) -> None:
         """An instance is gone, with all attempts and handoffs it had."""
 
+    def on_stuck(self, instance_id: str, reason: str) -> None:
+        """An instance's engine does not advance. Said again and again while that lasts."""
+
 
 class Instances:
     """The instances that discovery shows, with what the placement needs to know of them kept up to date.
@@ -63,6 +67,7 @@ class Instances:
         *,
         frontend_id: str,
         load_retry_s: float,
+        progress: ProgressLimits,
     ) -> None:
         self.membership = Membership()
         self._discovery = discovery
@@ -73,6 +78,9 @@ class Instances:
         self._listener = listener
         self._frontend_id = frontend_id
         self._load_retry_s = load_retry_s
+        self._progress = progress
+        self._heard_s = 0.0  # see `tick`
+        self._ticked_at = clock.now()
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
         self._tasks: asyncio.TaskGroup  # of `run`, as is
@@ -107,14 +115,50 @@ class Instances:
                 state=member.state.value,
                 address=member.registration.address,
                 load=self._placement.load(instance_id),
+                reason=member.stuck or self._why_down(instance_id, member),
             )
             for instance_id, member in sorted(self.membership.members.items())
         ]
+
+    def _why_down(self, instance_id: str, member: Member) -> str:
+        link = self._links.get(instance_id)
+        if member.up:
+            return ""
+        return link.client.reason if link is not None else "its registration is senseless"
 
     def link(self, instance_id: str) -> LinkClient | None:
         """The instance's link, up or not; None when the instance is not known."""
         link = self._links.get(instance_id)
         return link.client if link is not None else None
+
+    def tick(self, interval_s: float) -> None:
+        """See whose engines advance. To be called about every `interval_s`.
+
+        Progress is judged by a clock that passes by no more than two intervals from one call to the next:
+        when this process itself was held up, nothing was heard meanwhile, and nobody is to blame."""
+        now = self._clock.now()
+        self._heard_s += min(now - self._ticked_at, 2 * interval_s)
+        self._ticked_at = now
+        for link in self._links.values():
+            if link.progress is not None:
+                self._judge(link, link.progress)
+
+    def _judge(self, link: _Link, progress: Progress) -> None:
+        member = self.membership.members[link.instance_id]
+        if progress.stuck_s(self._heard_s):
+            reason = progress.describe(self._heard_s)
+            if not member.stuck:
+                log.warning("instance quarantined: %s: %s", link.instance_id, reason)
+                link.stuck_at = self._clock.now()
+            self.membership.stuck(link.instance_id, reason)
+            self._listener.on_stuck(link.instance_id, reason)
+        elif member.stuck:
+            self.membership.advancing(link.instance_id)
+            log.info("instance back: %s after_s=%.1f", link.instance_id, self._clock.now() - link.stuck_at)
+            self._listener.on_ready()
+        else:
+            return
+        self._metrics.state(link.instance_id, link.role, member.state)
 
     # --- discovery --------------------------------------------------------------------------------
 
@@ -152,7 +196,9 @@ class Instances:
     def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
         self.membership.up(link.instance_id, card)
         self._placement.up(card, hashes, load)
-        self._metrics.connected(link.instance_id, card.role, True)
+        link.progress = Progress(self._progress, card.max_batch_tokens)
+        link.progress.observe(load, self._heard_s)
+        self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
             link.instance_id,
@@ -171,6 +217,7 @@ class Instances:
         assert view is not None
         await self._prepare(view)
         self.membership.loaded(link.instance_id)
+        self._metrics.state(link.instance_id, card.role, self.membership.members[link.instance_id].state)
         log.info("instance ready: %s", link.instance_id)
         self._listener.on_ready()
 
@@ -193,11 +240,17 @@ class Instances:
         )
         return False
 
+    def _draining(self, link: _Link, reason: str) -> None:
+        log.info("instance draining: %s (%s)", link.instance_id, reason)
+        self.membership.draining(link.instance_id)
+        self._metrics.state(link.instance_id, link.role, State.DRAINING)
+
     def _down(self, link: _Link, reason: str, orderly: bool) -> None:
         instance_id = link.instance_id
         effects = self.membership.down(instance_id)
         self._placement.down(instance_id)
-        self._metrics.connected(instance_id, link.role, False)
+        link.progress = None
+        self._metrics.state(instance_id, link.role, State.CONNECTING)
         if orderly:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
@@ -212,6 +265,8 @@ class Instances:
 
     def _reported(self, link: _Link, seen: int, load: Load) -> None:
         self._placement.reported(link.instance_id, seen, load)
+        assert link.progress is not None, "only a live link reports"
+        link.progress.observe(load, self._heard_s)
         self._metrics.load(link.instance_id, load)
 
 
@@ -223,6 +278,8 @@ class _Link:
         self.role = registration.role
         self._instances = instances
         self._tasks = tasks
+        self.progress: Progress | None = None  # while it is up
+        self.stuck_at = 0.0  # when its engine was last found stuck
         self._loading: asyncio.Task[None] | None = None
         self.client = LinkClient(
             registration.address,
@@ -255,8 +312,7 @@ class _Link:
         self._instances._listener.on_bounce(self.role, bounce)
 
     def on_draining(self, reason: str) -> None:
-        log.info("instance draining: %s (%s)", self.instance_id, reason)
-        self._instances.membership.draining(self.instance_id)
+        self._instances._draining(self, reason)
 
     def on_down(self, reason: str, orderly: bool) -> None:
         if self._loading is not None:

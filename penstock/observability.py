@@ -293,10 +293,10 @@ class RouterMetrics:
         self._transfers.inc()
         self._transferred.inc(blocks)
 
-    def connected(self, instance_id: str, role: str, connected: bool) -> None:
-        """An instance's link came up or went down."""
-        self._workers.connected[instance_id] = (role, connected)
-        if not connected:
+    def state(self, instance_id: str, role: str, state: str) -> None:
+        """An instance's state (core/membership.py)."""
+        self._workers.states[instance_id] = (role, state)
+        if state == "connecting":
             self._workers.loads.pop(instance_id, None)
 
     def load(self, instance_id: str, load: Load) -> None:
@@ -305,7 +305,7 @@ class RouterMetrics:
 
     def instance_gone(self, instance_id: str) -> None:
         """Remove all series of an instance. Unknown ids are ignored."""
-        self._workers.connected.pop(instance_id, None)
+        self._workers.states.pop(instance_id, None)
         self._workers.loads.pop(instance_id, None)
 
 
@@ -315,23 +315,34 @@ class _WorkerGauges(Collector):
     FIELDS = ("running", "waiting", "prefill_tokens", "used_blocks", "total_blocks")
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.connected: dict[str, tuple[str, bool]] = {}  # instance id -> role, link is up
+        self.states: dict[str, tuple[str, str]] = {}  # instance id -> role, state
         self.loads: dict[str, Load] = {}
         registry.register(self)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        return self._families()
+        yield from self._families()
+        yield self._state_family({})
+
+    @staticmethod
+    def _state_family(states: Mapping[str, tuple[str, str]]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "penstock_instance_state", "1 for the state it is in", labels=["instance", "role", "state"]
+        )
+        for instance_id, (role, state) in states.items():
+            family.add_metric([instance_id, role, state], 1.0)
+        return family
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for family in self._families():
             field = family.name.removeprefix("penstock_worker_")
-            for instance_id, (role, connected) in self.connected.items():
+            for instance_id, (role, state) in self.states.items():
                 load = self.loads.get(instance_id)
                 if field == "connected":
-                    family.add_metric([instance_id, role], float(connected))
+                    family.add_metric([instance_id, role], float(state != "connecting"))
                 elif load is not None:
                     family.add_metric([instance_id, role], float(getattr(load, field)))
             yield family
+        yield self._state_family(self.states)
 
     def _families(self) -> Iterator[GaugeMetricFamily]:
         for field in (*self.FIELDS, "connected"):

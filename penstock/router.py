@@ -20,6 +20,7 @@ from penstock.clock import Clock, MonotonicClock
 from penstock.core import lifecycle as life
 from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
+from penstock.core.progress import ProgressLimits
 from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
@@ -57,6 +58,8 @@ class RouterSettings(msgspec.Struct, frozen=True):
     """Seconds before an instance whose model files could not be fetched, or differ, is tried again."""
 
     deadlines: Deadlines = Deadlines()
+
+    progress: ProgressLimits = ProgressLimits()
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +117,7 @@ class Router:
             self,
             frontend_id=frontend_id,
             load_retry_s=settings.load_retry_s,
+            progress=settings.progress,
         )
         self._live: dict[str, _Live] = {}
         self._queued: dict[str, _Live] = {}
@@ -165,6 +169,7 @@ class Router:
             self._tick()
 
     def _tick(self) -> None:
+        self._instances.tick(self._settings.tick_s)
         now = self._clock.now()
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
             self._event(live, life.Tick())
@@ -286,6 +291,13 @@ class Router:
     def on_lost(self, instance_id: str, reason: str) -> None:
         for live in list(self._live.values()):
             self._event(live, life.InstanceLost(instance_id, reason))
+
+    def on_stuck(self, instance_id: str, reason: str) -> None:
+        """Whoever can be served elsewhere goes there; for the others, waiting is all that is left."""
+        served = {card.model for card in self._instances.membership.ready_cards() if card.role.decodes}
+        for live in list(self._live.values()):
+            if live.placed.request.model in served:
+                self._event(live, life.InstanceStuck(instance_id, reason))
 
     def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""

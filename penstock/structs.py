@@ -177,7 +177,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     total_blocks: int = 0
     context_tokens: int = 0  # tokens with KV, over running requests
     held_handoffs: int = 0
-    steps: int = 0  # engine steps so far: that it grows under load is the proof of progress
+    steps: int = 0  # turns that the engine took: that it grows while there is work is its sign of life
     rates: Rates = Rates()
     submitted: int = 0  # attempts submitted to the engine so far that this load includes
 
@@ -209,6 +209,7 @@ class EngineCard(msgspec.Struct):
     structured_output: bool = False  # whether it takes Sampling.structured
     tool_parser: str = ""  # name of vLLM's parser for this model's tool calls; empty: none
     reasoning_parser: str = ""  # the same for its reasoning
+    max_batch_tokens: int = 0  # most tokens of one step; 0: unknown
 
 
 class Card(msgspec.Struct):
@@ -228,9 +229,10 @@ class Card(msgspec.Struct):
     transport: str = ""
     sampling_defaults: dict[str, float] = {}
     assets: dict[str, str] = {}  # file name -> sha256 hex of its content, fetched with AssetRequest
-    structured_output: bool = False  # this and the next two as in EngineCard
+    structured_output: bool = False  # this and the next three as in EngineCard
     tool_parser: str = ""
     reasoning_parser: str = ""
+    max_batch_tokens: int = 0
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -290,3 +292,4 @@ class InstanceView(msgspec.Struct):
     state: str  # core/membership.py: State
     address: str
     load: Load
+    reason: str = ""  # why it takes no attempts, where that is not plain from the state

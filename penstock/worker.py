@@ -298,6 +298,7 @@ class Worker:
             structured_output=card.structured_output,
             tool_parser=card.tool_parser,
             reasoning_parser=card.reasoning_parser,
+            max_batch_tokens=card.max_batch_tokens,
         )
 
     def _registration(self, address: str) -> Registration:

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from penstock.worker import Worker, WorkerSettings
 
 MODEL = "sim"
 WAIT_S = 20.0
+
+
+class Gate:
+    """Stands before an engine's runner; while it is closed, a step does not end."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.open = threading.Event()
+
+    def run(self, batch: list[Any]) -> list[Any]:
+        assert self.open.wait(WAIT_S)
+        return self._runner.run(batch)
 
 
 class RunningWorker:
@@ -55,6 +68,18 @@ class RunningWorker:
         )
         self.stop = asyncio.Event()
         self.task = asyncio.create_task(self.worker.run(self.stop))
+
+    @contextlib.contextmanager
+    def stuck(self) -> Iterator[None]:
+        """Meanwhile its engine stands still, from its next step on; the worker around it lives."""
+        cycle = self.engine._cycle
+        gate, runner = Gate(cycle._runner), cycle._runner
+        cycle._runner = gate
+        try:
+            yield
+        finally:
+            gate.open.set()
+            cycle._runner = runner
 
     async def leave(self) -> None:
         """As on SIGTERM."""

@@ -144,15 +144,16 @@ def test_the_router_counts():
 def test_a_worker_has_series_exactly_as_long_as_it_is_known():
     metrics = Metrics()
     router = metrics.router
-    router.connected("w-1", "decode", True)
+    router.state("w-1", "decode", "ready")
     router.load("w-1", Load(running=3, used_blocks=40, total_blocks=100))
     samples = _samples(metrics)
     assert samples["penstock_worker_running", "decode", "w-1"] == 3
     assert samples["penstock_worker_used_blocks", "decode", "w-1"] == 40
     assert samples["penstock_worker_connected", "decode", "w-1"] == 1
-    router.connected("w-1", "decode", False)
+    router.state("w-1", "decode", "connecting")
     samples = _samples(metrics)
     assert samples["penstock_worker_connected", "decode", "w-1"] == 0
+    assert samples["penstock_instance_state", "w-1", "decode", "connecting"] == 1
     assert ("penstock_worker_running", "decode", "w-1") not in samples
     router.instance_gone("w-1")
     router.instance_gone("never-seen")

@@ -22,6 +22,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE    InstanceLost; phase late             then by Retry (Fail after the limit)
     PREFILL,  Output, cancelled          QUEUED    Choose without that instance, which is leaving
     DECODE
+    PREFILL,  InstanceStuck, up to       QUEUED    Cancel, Choose without that instance
+    DECODE    `max_moves` times
     PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
     DECODE
     any       request deadline, queue    DONE      Cancel, Release, Fail
@@ -73,6 +75,10 @@ class Deadlines:
     """Attempts that may fail before the request does: one bad instance, a bad second choice, and a
     margin; a request that kills engines must not visit them all."""
 
+    max_moves: int = 3
+    """Times that a request leaves an instance which only stands still; then it stays where it is, so that
+    no number of false alarms makes it fail."""
+
     max_bounces: int = 100
     """Refusals by full or leaving workers before the request is answered with 429."""
 
@@ -107,6 +113,13 @@ class Bounced(msgspec.Struct):
 
 class InstanceLost(msgspec.Struct):
     """An instance is gone with all it had; attempts there are lost and handoffs void."""
+
+    instance_id: str
+    reason: str
+
+
+class InstanceStuck(msgspec.Struct):
+    """An instance stands still, and there are others. It may go on, but better not wait for that."""
 
     instance_id: str
     reason: str
@@ -158,7 +171,7 @@ class Fail(msgspec.Struct):
     error: PenstockError
 
 
-Event = Chosen | NoCandidate | Retry | Bounced | InstanceLost | Tick | ClientGone | Output
+Event = Chosen | NoCandidate | Retry | Bounced | InstanceLost | InstanceStuck | Tick | ClientGone | Output
 Effect = Choose | Send | Cancel | Release | Emit | Fail
 
 
@@ -178,6 +191,7 @@ class Lifecycle:
         "_handoff_at",
         "_instance_id",
         "_limits",
+        "_moves",
         "_request_deadline",
         "_sent_handoff",
         "deadline",
@@ -206,6 +220,7 @@ class Lifecycle:
         self._failed = ""  # why the last attempt failed, until somebody was asked for another
         self._failures = 0
         self._bounces = 0
+        self._moves = 0
         self._cached_reported = False
 
     def start(self) -> list[Effect]:
@@ -349,6 +364,18 @@ class Lifecycle:
             return []
         return self._lost(event.reason, now)
 
+    def _on_instance_stuck(self, event: InstanceStuck, now: float) -> list[Effect]:
+        if event.instance_id == self._decode_id:
+            self._decode_id = ""
+        if event.instance_id != self._instance_id or not self._attempt_id:
+            return []
+        if self._moves >= self._limits.max_moves:
+            return []
+        self._moves += 1
+        self.trouble = f"{self._instance_id}: {event.reason}"
+        self._avoid.add(self._instance_id)
+        return [*self._abandon(), *self._drop_handoff(), *self._queue(now, self.trouble)]
+
     def _lost(self, reason: str, now: float) -> list[Effect]:
         self._failures += 1
         self._attempt_id = ""
@@ -430,6 +457,7 @@ _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
     Output: Lifecycle._on_output,
     Bounced: Lifecycle._on_bounced,
     InstanceLost: Lifecycle._on_instance_lost,
+    InstanceStuck: Lifecycle._on_instance_stuck,
     Tick: Lifecycle._on_tick,
     ClientGone: Lifecycle._on_client_gone,
 }

@@ -9,7 +9,11 @@ So when discovery goes away or forgets a lease, what is connected keeps serving.
     CONNECTING   discovered, or the link went down                 no
     LOADING      link up, the tokenizer is still being fetched     no
     READY        all it needs is here                              yes
+    QUARANTINED  its engine is stuck (core/progress.py)            no
     DRAINING     the worker said so                                no
+
+A QUARANTINED instance is READY again once its engine advances. One that is LOADING or DRAINING meanwhile
+keeps that state; its engine is stuck all the same.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ class State(StrEnum):
     CONNECTING = "connecting"
     LOADING = "loading"
     READY = "ready"
+    QUARANTINED = "quarantined"
     DRAINING = "draining"
 
 
@@ -48,6 +53,7 @@ class Member:
     state: State = State.CONNECTING
     card: Card | None = None  # None until the link is up
     listed: bool = True  # discovery still knows it
+    stuck: str = ""  # how long its engine stands still already; empty while it advances
 
     @property
     def up(self) -> bool:
@@ -86,6 +92,20 @@ class Membership:
         """Everything the instance's model needs is here."""
         member = self.members.get(instance_id)
         if member is not None and member.state is State.LOADING:
+            member.state = State.QUARANTINED if member.stuck else State.READY
+
+    def stuck(self, instance_id: str, reason: str) -> None:
+        """Its engine does not advance, although it has work."""
+        member = self.members[instance_id]
+        member.stuck = reason
+        if member.state is State.READY:
+            member.state = State.QUARANTINED
+
+    def advancing(self, instance_id: str) -> None:
+        """Its engine advances again."""
+        member = self.members[instance_id]
+        member.stuck = ""
+        if member.state is State.QUARANTINED:
             member.state = State.READY
 
     def draining(self, instance_id: str) -> None:
@@ -100,6 +120,7 @@ class Membership:
             return []
         member.state = State.CONNECTING
         member.card = None
+        member.stuck = ""
         if member.listed:
             return []
         del self.members[instance_id]
@@ -107,19 +128,19 @@ class Membership:
 
     def ready(self, model: str) -> list[Card]:
         """Who may get a new attempt for this model."""
+        return [card for card in self.ready_cards() if card.model == model]
+
+    def ready_cards(self) -> list[Card]:
+        """Who may get new attempts."""
         return [
             member.card
             for member in self.members.values()
-            if member.state is State.READY and member.card is not None and member.card.model == model
+            if member.state is State.READY and member.card is not None
         ]
 
     def missing(self, expected: Iterable[Role]) -> list[Role]:
         """The roles without a ready instance; with none expected, something must be able to decode."""
-        ready = {
-            member.card.role
-            for member in self.members.values()
-            if member.state is State.READY and member.card is not None
-        }
+        ready = {card.role for card in self.ready_cards()}
         expected = list(expected)
         if not expected:
             return [] if any(role.decodes for role in ready) else [Role.DECODE]

@@ -26,6 +26,10 @@ MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine is given up: one may be a single bad attempt, which has
 then ended; several mean that the runner is broken, and attempts are better served elsewhere."""
 
+SIGN_S = 1.0
+"""Seconds between two turns while attempts wait for something else than this engine (a pull, blocks that
+are held for others): that turns are taken is how others know that it is not stuck."""
+
 Command = Callable[[float], None]
 """Something for the scheduler, called between turns with the time in seconds."""
 
@@ -34,7 +38,7 @@ class LoadedModel(msgspec.Struct):
     """What an engine is built around."""
 
     card: EngineCard
-    """`transport` is filled in by `build_cycle`."""
+    """`transport` and `max_batch_tokens` are filled in by `build_cycle`."""
 
     runner: Runner
 
@@ -66,12 +70,13 @@ class EngineCycle:
         self._post = post
         self._failed_steps = 0
         self._stop_at: float | None = None
+        self._sign_at: float | None = None
         self._reported = Load()
 
     @property
     def wake_at(self) -> float | None:
         """When the next turn must begin at the latest, even without commands or a batch."""
-        deadlines = (self.scheduler.next_deadline, self._stop_at)
+        deadlines = (self.scheduler.next_deadline, self._stop_at, self._sign_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
@@ -89,6 +94,11 @@ class EngineCycle:
         for command in commands:
             command(self._now())
         batch = self.scheduler.plan(self._now())
+        self._sign_at = None
+        if not batch:
+            self.scheduler.idled()
+            if self.scheduler.busy:
+                self._sign_at = self._now() + SIGN_S
         self._act()
         return batch
 
@@ -162,6 +172,7 @@ def build_cycle(
     """A cycle around a loaded model, its transfer started and its card complete. May block for as long as
     the transfer takes to start; arguments as of EngineCycle."""
     card = model.card
+    card.max_batch_tokens = settings.max_batch_tokens
     if transfer is not None:
         card.transport = transfer.name
     scheduler = Scheduler(card, settings)

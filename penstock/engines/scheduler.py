@@ -93,6 +93,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def busy(self) -> bool:
+        """Some attempt has not ended."""
+        return bool(self._active)
+
+    @property
     def idle(self) -> bool:
         """Nothing runs, waits, or is held or pulled: stopping now would lose nothing."""
         return not (self._active or self.pulls or self.held)
@@ -230,6 +235,10 @@ class Scheduler:
             budget = self._admit_waiting(budget, now)
         self._prompt_tokens = self.settings.max_batch_tokens - self._decodes - budget
         return batch
+
+    def idled(self) -> None:
+        """The plan was empty: the turn ends here."""
+        self._steps += 1
 
     def commit(self, samples: list[Sampled | None], now: float) -> None:
         """The planned batch was computed; `samples` as from Runner.run."""

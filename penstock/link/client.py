@@ -68,6 +68,11 @@ class LinkClient:
         """Whether the worker can be sent to."""
         return self._session is not None and self._session.live
 
+    @property
+    def reason(self) -> str:
+        """Why it is not up."""
+        return self._reason
+
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt. Returns its `seq` on this connection, which `seen` in steps and heartbeats
         will reach. Raises RemoteError when down, ProtocolError for an attempt longer than a frame."""

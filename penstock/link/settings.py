@@ -78,8 +78,8 @@ class ServerSettings(_LinkSettings):
     port: int = 0
     """TCP port; 0 lets the system choose."""
 
-    heartbeat_s: float = 1.0
-    """Between heartbeats, and how often deadlines are checked. A third of a frontend's `silence_s`."""
+    heartbeat_s: float = 0.5
+    """Between heartbeats, and how often deadlines are checked. A fifth of a frontend's `silence_s`."""
 
     peer_timeout_s: float = 10.0
     """Nothing heard from a frontend for this long: its connection is cut and its attempts are ended.
@@ -109,17 +109,17 @@ class ClientSettings(_LinkSettings):
     connect_timeout_s: float = 5.0
     """For TCP and TLS to be established."""
 
-    ping_s: float = 0.5
+    ping_s: float = 0.25
     """Between pings, and how often deadlines are checked."""
 
-    silence_s: float = 3.0
-    """Nothing heard from a worker for this long: it is down (frozen, or cut off). Three heartbeats;
-    found out at most `ping_s` later."""
+    silence_s: float = 2.5
+    """Nothing heard from a worker for this long: it is down (frozen, or cut off). Five heartbeats;
+    found out at most `ping_s` later, and so within 3 s."""
 
     retry_min_s: float = 0.1
     """First pause before connecting again; doubles with each failure. All pauses are jittered."""
 
-    retry_max_s: float = 5.0
+    retry_max_s: float = 2.0
     """Longest pause before connecting again, and how long a connection must last to count as good."""
 
     refused_retry_s: float = 30.0

@@ -89,3 +89,31 @@ def test_missing_roles() -> None:
     assert membership.missing([Role.PREFILL, Role.DECODE]) == [Role.PREFILL]
     ready(membership, "p0", Role.PREFILL)
     assert membership.missing([Role.PREFILL, Role.DECODE]) == []
+
+
+def test_a_stuck_instance_takes_nothing_until_it_advances() -> None:
+    membership = Membership()
+    ready(membership, "d0")
+    membership.stuck("d0", "no step for 3 s")
+    assert membership.members["d0"].state is State.QUARANTINED
+    assert membership.ready("m") == []
+    assert membership.missing([Role.DECODE]) == [Role.DECODE]
+    membership.advancing("d0")
+    assert len(membership.ready("m")) == 1
+
+
+def test_a_stuck_instance_that_loads_or_drains_is_not_taken_for_ready() -> None:
+    membership = Membership()
+    membership.discovered({"d0": registration("d0")})
+    membership.up("d0", card("d0"))
+    membership.stuck("d0", "no step")
+    membership.loaded("d0")
+    assert membership.members["d0"].state is State.QUARANTINED
+    membership.draining("d0")
+    membership.advancing("d0")
+    assert membership.members["d0"].state is State.DRAINING
+    membership.stuck("d0", "no step")
+    membership.down("d0")
+    membership.up("d0", card("d0"))
+    membership.loaded("d0")
+    assert membership.members["d0"].state is State.READY

@@ -44,7 +44,7 @@ def test_server_values_that_do_not_fit_together(values: dict[str, float], name: 
 
 
 @pytest.mark.parametrize(
-    ("values", "name"), [({"silence_s": 0.6}, "silence_s"), ({"retry_max_s": 0.01}, "retry_max_s")]
+    ("values", "name"), [({"silence_s": 0.4}, "silence_s"), ({"retry_max_s": 0.01}, "retry_max_s")]
 )
 def test_client_values_that_do_not_fit_together(values: dict[str, float], name: str) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -84,6 +84,7 @@ class VllmEngine:
         self._feed: EventFeed | None = None
         self._active: dict[str, _Active] = {}  # by core id
         self._core_ids: dict[str, str] = {}  # attempt id -> core id
+        self._cancelled = asyncio.Event()  # since vLLM was last asked whether it is there
         self._fewer = asyncio.Event()  # an attempt ended, or a handoff is not held any more
         self._failed = False
         self._used = UsedHandoffs()
@@ -111,6 +112,7 @@ class VllmEngine:
                 ("outputs", self._receive),
                 ("requests", self._send),
                 ("handoffs", self._held.look_after),
+                ("signs of life", self._ask_after_cancelling),
             )
         ]
         log.info(
@@ -145,6 +147,7 @@ class VllmEngine:
             return
         self._end(self._active[core_id])
         self._abort(core_id)
+        self._cancelled.set()
         self._push([Output(attempt_id, finish_reason=FinishReason.CANCELLED)])
 
     def release(self, handoff_id: str, *, sent: bool) -> None:
@@ -293,6 +296,17 @@ class VllmEngine:
             command = await self._commands.get()
             await command()
 
+    async def _ask_after_cancelling(self) -> None:
+        """Have vLLM's core answer once it has come to what was cancelled: for that it may take no step, and
+        one that was stuck would never be seen to be back."""
+        assert self._core is not None
+        while True:
+            await self._cancelled.wait()
+            self._cancelled.clear()
+            await self._core.client.call_utility_all_async("is_scheduler_paused")
+            self._load.responded()
+            self._push([])
+
     # --- steps on their way out ---------------------------------------------------------------------
 
     async def _receive(self) -> None:
@@ -312,7 +326,7 @@ class VllmEngine:
             elif (output := self._advance(active, core_output)) is not None:
                 outputs.append(output)
         if step.scheduler_stats is not None:
-            self._load.observe(step.engine_index, step.scheduler_stats)
+            self._load.observe(step.engine_index, step.scheduler_stats, monotonic())
         if outputs:
             self._push(outputs)
         else:

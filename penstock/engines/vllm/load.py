@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 from penstock.core.load import StepTimes
 from penstock.structs import EngineCard, Load
 
+SIGN_S = 0.5
+"""Seconds between two steps that count although they computed nothing. vLLM takes hundreds a second while
+attempts wait for KV or for a grammar; that some are taken is how others know that it is not stuck."""
+
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
@@ -27,6 +31,7 @@ class CoreLoad:
         self._running: dict[int, int] = {}  # by rank
         self._usage: dict[int, float] = {}  # by rank: share of its blocks
         self._steps = 0
+        self._sign_at = 0.0  # when the next empty step counts
         self._prefill_tokens = 0
         self._context_tokens = 0
         self.held_handoffs = 0
@@ -55,17 +60,24 @@ class CoreLoad:
         self._prefill_tokens -= uncached_tokens
         self._context_tokens -= context_tokens
 
-    def observe(self, rank: int, stats: SchedulerStats) -> None:
-        """A step's statistics."""
+    def observe(self, rank: int, stats: SchedulerStats, now: float) -> None:
+        """A step's statistics, which came now (seconds)."""
         self._usage[rank] = stats.kv_cache_usage
         # Those whose KV is on its way hold blocks already; vLLM counts them among those it skipped.
         pulling = sum(stats.num_kv_fetch_reqs_by_stage.values())
         self._running[rank] = stats.num_running_reqs + pulling
         details = stats.iteration_details
-        if details is not None and not details.is_dummy:
+        computed = details is not None and not details.is_dummy
+        if computed or (self._attempts and now >= self._sign_at):
             self._steps += 1
+            self._sign_at = now + SIGN_S
+        if details is not None and not details.is_dummy:
             decodes = details.num_generation_requests
             self._times.observe(details.num_ctx_tokens, decodes, details.elapsed_ms)
+
+    def responded(self) -> None:
+        """It answered a question between two steps: it is not stuck."""
+        self._steps += 1
 
     def observe_transfer(self, blocks: int, ms: float) -> None:
         """A pull took so long."""

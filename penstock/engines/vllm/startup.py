@@ -251,6 +251,7 @@ def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, ar
         structured_output=not model.skip_tokenizer_init,
         tool_parser=arguments.tool_call_parser,
         reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
+        max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
     )
 
 

@@ -41,7 +41,7 @@ def test_an_attempt_from_its_submission_to_its_end() -> None:
     load.submitted()
     load.began(100)
     assert counts(load.load()) == (0, 1, 100, 0)
-    load.observe(0, stats(running=1, usage=0.02, num_ctx_tokens=100))
+    load.observe(0, stats(running=1, usage=0.02, num_ctx_tokens=100), now=0.0)
     load.answered(100, 101)
     assert counts(load.load()) == (1, 0, 0, 101)
     assert load.load().used_blocks == 4
@@ -70,7 +70,7 @@ def test_those_whose_kv_is_on_its_way_hold_blocks() -> None:
     load = CoreLoad(CARD)
     for _ in range(3):
         load.began(0)
-    load.observe(0, stats(running=1, usage=0.5, fetching=1))
+    load.observe(0, stats(running=1, usage=0.5, fetching=1), now=0.0)
     assert counts(load.load())[:2] == (2, 1)
 
 
@@ -78,16 +78,28 @@ def test_what_has_ended_here_does_not_run_there() -> None:
     """vLLM's word is a step old."""
     load = CoreLoad(CARD)
     load.began(0)
-    load.observe(0, stats(running=4, usage=0.1))
+    load.observe(0, stats(running=4, usage=0.1), now=0.0)
     assert counts(load.load())[:2] == (1, 0)
 
 
-def test_only_steps_that_compute_are_counted() -> None:
+def test_empty_steps_are_signs_of_life_now_and_then_while_there_is_work() -> None:
     load = CoreLoad(CARD)
-    load.observe(0, stats(0, 0.0))
-    load.observe(0, stats(0, 0.0, num_ctx_tokens=0, is_dummy=True))
+    load.observe(0, stats(0, 0.0), now=0.0)
     assert load.load().steps == 0
-    load.observe(0, stats(1, 0.0, num_generation_requests=1))
+    load.began(0)
+    for i in range(100):
+        load.observe(0, stats(0, 0.0), now=0.01 * i)
+    assert load.load().steps == 2
+    load.responded()
+    assert load.load().steps == 3
+
+
+def test_steps_that_compute_are_counted() -> None:
+    load = CoreLoad(CARD)
+    load.observe(0, stats(0, 0.0), now=0.0)
+    load.observe(0, stats(0, 0.0, num_ctx_tokens=0, is_dummy=True), now=0.0)
+    assert load.load().steps == 0
+    load.observe(0, stats(1, 0.0, num_generation_requests=1), now=0.0)
     assert load.load().steps == 1
 
 
@@ -95,18 +107,19 @@ def test_data_parallel_ranks_are_added_up() -> None:
     load = CoreLoad(CARD, ranks=2)
     for _ in range(5):
         load.began(0)
-    load.observe(0, stats(running=3, usage=0.5))
+    load.observe(0, stats(running=3, usage=0.5), now=0.0)
     assert (load.load().used_blocks, load.load().running) == (50, 3)
-    load.observe(1, stats(running=1, usage=0.25))
+    load.observe(1, stats(running=1, usage=0.25), now=0.0)
     assert (load.load().used_blocks, load.load().running) == (75, 4)
-    load.observe(0, stats(running=0, usage=0.0))
+    load.observe(0, stats(running=0, usage=0.0), now=0.0)
     assert (load.load().used_blocks, load.load().running) == (25, 1)
 
 
 def test_rates_are_measured() -> None:
     load = CoreLoad(CARD)
     for i in range(400):
-        load.observe(0, stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=5.0))
+        step = stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=5.0)
+        load.observe(0, step, now=0.0)
         load.observe_transfer(4, 20.0)
     rates = load.load().rates
     assert rates.step_ms == pytest.approx(5.0, rel=0.2)
