@@ -153,7 +153,7 @@ def test_a_worker_has_series_exactly_as_long_as_it_is_known():
     router.state("w-1", "decode", "connecting")
     samples = _samples(metrics)
     assert samples["penstock_worker_connected", "decode", "w-1"] == 0
-    assert samples["penstock_instance_state", "w-1", "decode", "connecting"] == 1
+    assert samples["penstock_instance_state", "connecting", "decode", "w-1"] == 1
     assert ("penstock_worker_running", "decode", "w-1") not in samples
     router.instance_gone("w-1")
     router.instance_gone("never-seen")
