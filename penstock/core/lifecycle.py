@@ -374,7 +374,8 @@ class Lifecycle:
         self._moves += 1
         self.trouble = f"{self._instance_id}: {event.reason}"
         self._avoid.add(self._instance_id)
-        return [*self._abandon(), *self._drop_handoff(), *self._queue(now, self.trouble)]
+        self._failed = self.trouble
+        return [*self._abandon(), *self._drop_handoff(), *self._queue(now)]
 
     def _lost(self, reason: str, now: float) -> list[Effect]:
         self._failures += 1
