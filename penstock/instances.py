@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -63,6 +64,7 @@ class Instances:
         link_settings: ClientSettings,
         metrics: RouterMetrics,
         clock: Clock,
+        rng: random.Random,
         listener: Listener,
         *,
         frontend_id: str,
@@ -75,6 +77,7 @@ class Instances:
         self._link_settings = link_settings
         self._metrics = metrics
         self._clock = clock
+        self._rng = rng
         self._listener = listener
         self._frontend_id = frontend_id
         self._load_retry_s = load_retry_s
@@ -288,6 +291,8 @@ class _Link:
             frontend_id=instances._frontend_id,
             instance_id=registration.instance_id,
             epoch=registration.epoch,
+            rng=instances._rng,
+            clock=instances._clock,
         )
         self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
 

@@ -107,13 +107,15 @@ class Router:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
-        self._placement = Placement(settings.policy, settings.disagg, rng or random.Random())
+        rng = rng or random.Random()
+        self._placement = Placement(settings.policy, settings.disagg, rng)
         self._instances = Instances(
             discovery,
             self._placement,
             link_settings,
             metrics,
             self._clock,
+            rng,
             self,
             frontend_id=frontend_id,
             load_retry_s=settings.load_retry_s,

@@ -27,7 +27,7 @@ from penstock.engines.stepping import SteppingEngine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
 from penstock.ports import Engine, KvTransfer
-from penstock.structs import EngineCard, TokenLogprob
+from penstock.structs import EngineCard, Sampling, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""
@@ -115,7 +115,7 @@ class SimRunner:
         return [self._sample(row.sequence) if row.sample else None for row in batch]
 
     def _sample(self, sequence: Sequence) -> Sampled:
-        token_id = self._draw(sequence)
+        token_id = self.draw(len(sequence.token_ids) - sequence.prompt_len, sequence.sampling)
         if sequence.sampling.logprobs is None:
             return Sampled(token_id)
         # All tokens but EOS are equally likely, so any others are the next most likely.
@@ -123,11 +123,9 @@ class SimRunner:
         top = [(self._token_id(place + more), self._logprob) for more in range(sequence.sampling.logprobs)]
         return Sampled(token_id, TokenLogprob(token_id, self._logprob, top))
 
-    def _draw(self, sequence: Sequence) -> int:
-        """The token at this output position: a function of it and of the request's seed alone, but for
-        stop tokens, which it steps over."""
-        sampling = sequence.sampling
-        position = len(sequence.token_ids) - sequence.prompt_len
+    def draw(self, position: int, sampling: Sampling) -> int:
+        """The token at this output position, from 0: a function of it and of the request's seed alone, but
+        for stop tokens, which it steps over."""
         draw = xxh3_64_intdigest(position.to_bytes(8, "little"), sampling.seed & _SEED_MASK)
         if draw % _EOS_SCALE < self._eos_below and position >= sampling.min_tokens:
             return min(self._eos)
@@ -160,11 +158,12 @@ def sim_engine(
         return costs.step_ms(batch) / 1e3 / settings.speedup
 
     if clock is None:
-        return SteppingEngine(lambda: _load(settings, duration_s), settings.scheduler, transfer)
-    return VirtualEngine(lambda: _load(settings, None), duration_s, settings.scheduler, clock, transfer)
+        return SteppingEngine(lambda: load_sim(settings, duration_s), settings.scheduler, transfer)
+    return VirtualEngine(lambda: load_sim(settings, None), duration_s, settings.scheduler, clock, transfer)
 
 
-def _load(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
+def load_sim(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
+    """A runner that draws tokens, and takes the time for it itself if `duration_s` is given."""
     assets, vocab_size, token_ids = _tokens(settings)
     settings = msgspec.structs.replace(settings, vocab_size=vocab_size)  # checks EOS ids against it
     card = EngineCard(

@@ -1,8 +1,8 @@
-"""A KvTransfer that moves nothing and takes the time of it: for sim engines of one process.
+"""A KvTransfer between pools of one process, which takes the time of a real one: for sim engines.
 
 A holder sends to its readers one after the other, so the pulls of a busy prefill worker queue up as they do
 on a real network card. Everything else is the port's: offers are for one reader, and can be withdrawn
-until a reader has begun.
+until a reader has begun. Bytes move at the end of a pull, all at once.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class SimNetwork:
     def __init__(self) -> None:
         self.holders: dict[str, SimTransfer] = {}
 
+    def pull_s(self, holder: str, reader: str, seconds: float) -> float:
+        """How long a pull takes that should take so many seconds, from one address to another; for
+        simulations in which things go wrong. Infinite: it ends by its timeout."""
+        return seconds
+
 
 class SimTransfer:
     """One worker's end. To be made on the event loop, where pulls pass and callbacks come.
@@ -62,9 +67,11 @@ class SimTransfer:
         self._address = address
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self._pool = memoryview(b"")  # flat
+        self._row_bytes = 0
         self._lock = Lock()  # guards the next two: engines call from their threads
-        self._offers: set[str] = set()
-        self._reading: set[str] = set()
+        self._offers: dict[str, Sequence[int]] = {}  # block ids by handoff id
+        self._reading: dict[str, SimTransfer] = {}  # who reads, by handoff id
         self._sends_until = 0.0  # the end of the last pull from here, so far
         self._on_pulled: Callable[[str], None] = _ignore
         self._tasks: set[asyncio.Task[str | None]] = set()
@@ -72,18 +79,20 @@ class SimTransfer:
     def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
         """As KvTransfer.start."""
         self._on_pulled = on_pulled
+        self._pool = pool.cast("B")
+        self._row_bytes = pool.nbytes // max(1, len(pool))
         self._network.holders[self._address] = self
 
     def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
         """As KvTransfer.export."""
         with self._lock:
-            self._offers.add(handoff_id)
+            self._offers[handoff_id] = list(block_ids)
         return self._address, b""
 
     def retract(self, handoff_id: str) -> bool:
         """As KvTransfer.retract."""
         with self._lock:
-            self._offers.discard(handoff_id)
+            self._offers.pop(handoff_id, None)
             return handoff_id not in self._reading
 
     def pull(
@@ -95,7 +104,7 @@ class SimTransfer:
         on_done: Callable[[Pulled], None],
     ) -> None:
         """As KvTransfer.pull."""
-        pull = partial(self._spawn, handoff, len(block_ids), timeout_s, on_done)
+        pull = partial(self._spawn, handoff, list(source_indices), list(block_ids), timeout_s, on_done)
         self._loop.call_soon_threadsafe(pull)
 
     def stop(self) -> None:
@@ -103,58 +112,79 @@ class SimTransfer:
         self._network.holders.pop(self._address, None)
         self._loop.call_soon_threadsafe(self._cancel)
 
+    def kill(self) -> None:
+        """End as with its process, which is told nothing: holders give up what it was reading."""
+        self._network.holders.pop(self._address, None)
+        for holder in self._network.holders.values():
+            for handoff_id in [it for it, reader in holder._reading.items() if reader is self]:
+                holder._end(handoff_id)
+
     def _cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
 
     def _spawn(
-        self, handoff: Handoff, blocks: int, timeout_s: float, on_done: Callable[[Pulled], None]
+        self,
+        handoff: Handoff,
+        sources: list[int],
+        targets: list[int],
+        timeout_s: float,
+        on_done: Callable[[Pulled], None],
     ) -> None:
         began = self._clock.now()
 
         def finish(task: asyncio.Task[str | None]) -> None:
             self._tasks.discard(task)
             error = "stopped" if task.cancelled() else task.result()
-            moved = 0 if error else blocks
+            moved = 0 if error else len(targets)
             seconds = self._clock.now() - began
             on_done(Pulled(moved, moved * self._settings.bytes_per_block, seconds, error))
 
-        task = self._loop.create_task(self._transfer(handoff, blocks, timeout_s))
+        task = self._loop.create_task(self._transfer(handoff, sources, targets, timeout_s))
         self._tasks.add(task)
         task.add_done_callback(finish)
 
-    async def _transfer(self, handoff: Handoff, blocks: int, timeout_s: float) -> str | None:
+    async def _transfer(
+        self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
+    ) -> str | None:
         """Why it failed, or None."""
         holder = self._network.holders.get(handoff.address)
         if holder is None:
             return f"nobody at {handoff.address}"
-        if not holder._begin(handoff.handoff_id):
+        offered = holder._begin(handoff.handoff_id, self)
+        if offered is None:
             return f"{handoff.address} does not offer {handoff.handoff_id}"
         try:
-            seconds = holder._send_s(blocks * self._settings.bytes_per_block)
+            seconds = holder._send_s(len(targets) * self._settings.bytes_per_block)
+            seconds = self._network.pull_s(handoff.address, self._address, seconds)
             await self._clock.sleep(min(seconds, timeout_s))
+            if seconds > timeout_s:
+                return f"not done within {timeout_s:g} s"
+            if self._network.holders.get(handoff.address) is not holder:
+                return f"{handoff.address} stopped"
+            for source, target in zip(sources, targets, strict=True):
+                self._row(target)[:] = holder._row(offered[source])
         finally:
             holder._end(handoff.handoff_id)
-        if seconds > timeout_s:
-            return f"not done within {timeout_s:g} s"
-        if self._network.holders.get(handoff.address) is not holder:
-            return f"{handoff.address} stopped"
         holder._on_pulled(handoff.handoff_id)
         return None
 
     # --- what a reader does to its holder -----------------------------------------------------------
 
-    def _begin(self, handoff_id: str) -> bool:
+    def _begin(self, handoff_id: str, reader: SimTransfer) -> Sequence[int] | None:
+        """The blocks that are offered to one reader, who has begun now."""
         with self._lock:
-            if handoff_id not in self._offers:
-                return False
-            self._offers.discard(handoff_id)
-            self._reading.add(handoff_id)
-            return True
+            offered = self._offers.pop(handoff_id, None)
+            if offered is not None:
+                self._reading[handoff_id] = reader
+            return offered
 
     def _end(self, handoff_id: str) -> None:
         with self._lock:
-            self._reading.discard(handoff_id)
+            self._reading.pop(handoff_id, None)
+
+    def _row(self, block_id: int) -> memoryview:
+        return self._pool[block_id * self._row_bytes : (block_id + 1) * self._row_bytes]
 
     def _send_s(self, size_bytes: int) -> float:
         """How long from now until this much has been sent, after what is being sent already."""

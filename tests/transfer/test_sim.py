@@ -23,11 +23,12 @@ class Pair:
         self.reader = SimTransfer(SETTINGS, network, "d", self.clock)
         self.pulled: list[str] = []
         self.done: list[tuple[float, Pulled]] = []
-        self.holder.start(memoryview(b""), self.pulled.append)
-        self.reader.start(memoryview(b""), lambda handoff_id: None)
+        self.pools = [memoryview(bytearray(20 * [fill] * 4)).cast("B", (20, 4)) for fill in (1, 2)]
+        self.holder.start(self.pools[0], self.pulled.append)
+        self.reader.start(self.pools[1], lambda handoff_id: None)
 
     def offer(self, handoff_id: str) -> Handoff:
-        address, params = self.holder.export(handoff_id, [0, 1])
+        address, params = self.holder.export(handoff_id, range(10))
         return Handoff(handoff_id, "p", 1, 8, 4, 0, "", 30.0, "sim", address, params)
 
     def pull(self, handoff: Handoff, blocks: int = 10, timeout_s: float = 1.0) -> None:
@@ -49,6 +50,26 @@ async def test_a_pull_takes_setup_and_bandwidth():
     await pair.clock.advance(0.1)
     assert pair.pulled == ["a"]
     assert pair.done == [(pytest.approx(0.015), Pulled(10, 10_000_000, pytest.approx(0.015), None))]
+
+
+async def test_a_pull_moves_its_blocks_at_its_end():
+    pair = Pair()
+    held, here = pair.pools
+    held.cast("B")[9 * 4 : 10 * 4] = bytes([9, 9, 9, 9])
+    pair.reader.pull(pair.offer("a"), [9, 0], [3, 4], 1.0, lambda end: None)
+    await pair.clock.advance(0.006)
+    assert bytes(here) == bytes([2]) * 80
+    await pair.clock.advance(1.0)
+    assert bytes(here) == bytes([2] * 12 + [9] * 4 + [1] * 4 + [2] * 60)
+
+
+async def test_a_killed_reader_reads_no_longer():
+    pair = Pair()
+    pair.pull(pair.offer("a"))
+    await pair.clock.advance(0.006)
+    assert not pair.holder.retract("a")
+    pair.reader.kill()
+    assert pair.holder.retract("a")
 
 
 async def test_pulls_from_one_holder_queue_up():
