@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from penstock.cli import key, local, serve, talk
+from penstock.cli import key, local, serve, sim, talk
 from penstock.errors import ConfigError, PenstockError
 
 # All that a command line's parser raises has this base; its module differs between versions of typer.
@@ -60,6 +60,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     talk.register(app)
     serve.register(app)
     key.register(app)
+    sim.register(app)
     if arguments[:1] == ["bench"]:
         from penstock.bench.command import bench
 

@@ -1,0 +1,230 @@
+"""The sim engine with a memory that can be checked, and with what can go wrong in an engine.
+
+A block's 64 bytes hold its tokens' ids instead of their KV. Before anything is computed on top of blocks,
+they must hold the tokens that they stand for: found in the cache, pulled from elsewhere, or computed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+
+from penstock.engines.batch import Row, Sampled
+from penstock.engines.cost_models import cost_model
+from penstock.engines.cycle import EngineCycle, LoadedModel
+from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
+from penstock.engines.virtual import VirtualEngine
+from penstock.ports import KvTransfer
+from penstock.simulator.loop import Process
+from penstock.simulator.network import Network
+from penstock.structs import Handoff
+from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
+
+TOKEN_BYTES = 4
+BLOCK_TOKENS = POOL_BYTES_PER_BLOCK // TOKEN_BYTES
+"""Most tokens per block."""
+
+CHECK_EVERY = 8
+"""Decode steps of an attempt between two looks at all its blocks; the first look is at its first step."""
+
+GARBAGE = 0xEE
+"""What a failed transfer leaves behind."""
+
+
+class InjectedFault(Exception):
+    """A step that was made to fail."""
+
+
+class LabClock:
+    """An engine's clock: its process's, but while the engine is wedged no sleep ends."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._wedged = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def now(self) -> float:
+        return self._process.clock.now()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._free.wait()
+
+    def wedge(self) -> None:
+        self._wedged += 1
+        self._free.clear()
+
+    def unwedge(self) -> None:
+        self._wedged -= 1
+        if not self._wedged:
+            self._free.set()
+
+
+class LabEngine(VirtualEngine):
+    """A sim engine on `clock`.
+
+    Args:
+        wrong: told of KV that is not what it should be.
+    """
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        clock: LabClock,
+        transfer: KvTransfer | None,
+        wrong: Callable[[str], None],
+    ) -> None:
+        costs = cost_model(settings.cost_model)
+        self.failing_steps = 0
+        self._clear_next = False
+        self._wrong = wrong
+        self._block_size = settings.block_size
+        super().__init__(
+            lambda: self._watched(load_sim(settings, None)),
+            lambda batch: costs.step_ms(batch) / 1e3 / settings.speedup,
+            settings.scheduler,
+            clock,
+            transfer,
+        )
+
+    def evict(self) -> None:
+        """Lose all blocks that nobody uses at the moment, as under a storm of other prompts."""
+
+        def storm(now: float) -> None:
+            pool = self.scheduler.pool
+            taken = pool.allocate(pool.available_blocks)
+            assert taken is not None
+            pool.release(taken)
+
+        self._post(storm)
+
+    def clear(self) -> None:
+        """The same, and say it as engines do that drop a whole cache."""
+        self.evict()
+        self._clear_next = True
+
+    def _hand_out(self, cycle: EngineCycle) -> None:
+        step = cycle.report()
+        if step is None:
+            return
+        if self._clear_next:
+            self._clear_next = False
+            step.cleared, step.removed = True, []
+            pool = cycle.scheduler.pool
+            step.stored = [pool.sequence_hash(block) for block in pool._cached.values()]
+        self._outbox.push(step)
+
+    def _watched(self, model: LoadedModel) -> LoadedModel:
+        assert isinstance(model.runner, SimRunner)
+        model.runner = _CheckedRunner(self, model.runner, model.pool, self._block_size, self._wrong)
+        return model
+
+
+class _CheckedRunner:
+    """Writes tokens where their KV would be, and looks at those before them."""
+
+    def __init__(
+        self,
+        engine: LabEngine,
+        inner: SimRunner,
+        pool: memoryview,
+        block_size: int,
+        wrong: Callable[[str], None],
+    ) -> None:
+        assert block_size <= BLOCK_TOKENS, f"more than {BLOCK_TOKENS} tokens do not fit in a block"
+        self._engine = engine
+        self._inner = inner
+        self._pool = pool.cast("B")
+        self._block_size = block_size
+        self._wrong = wrong
+        self._next: dict[str, int] = {}  # where an attempt's next row begins, if nothing happens to it
+
+    def run(self, batch: list[Row]) -> list[Sampled | None]:
+        if self._engine.failing_steps:
+            self._engine.failing_steps -= 1
+            raise InjectedFault("this step was made to fail")
+        if len(self._next) > 4 * len(batch) + 1000:
+            self._next.clear()
+        for row in batch:
+            sequence, start = row.sequence, row.start
+            known = self._next.get(sequence.attempt_id) == start
+            if start and (not known or start % CHECK_EVERY == 0):
+                self._check(row)
+            self._next[sequence.attempt_id] = start + row.count
+            self._write(row)
+        return self._inner.run(batch)
+
+    def _write(self, row: Row) -> None:
+        size, tokens, block_ids = self._block_size, row.sequence.token_ids, row.sequence.block_ids
+        at, end = row.start, row.start + row.count
+        while at < end:
+            upto = min(end, at - at % size + size)
+            data = array("I", tokens[at:upto]).tobytes()
+            place = block_ids[at // size] * POOL_BYTES_PER_BLOCK + at % size * TOKEN_BYTES
+            self._pool[place : place + len(data)] = data
+            at = upto
+
+    def _check(self, row: Row) -> None:
+        size, sequence, pool = self._block_size, row.sequence, self._pool
+        width = size * TOKEN_BYTES
+        there = b"".join(
+            pool[block * POOL_BYTES_PER_BLOCK : block * POOL_BYTES_PER_BLOCK + width]
+            for block in sequence.block_ids[: -(-row.start // size)]
+        )
+        wanted = array("I", sequence.token_ids[: row.start]).tobytes()
+        if there[: len(wanted)] != wanted:
+            self._wrong(f"attempt {sequence.attempt_id} computes on wrong KV before token {row.start}")
+
+
+class LabTransferNetwork(SimNetwork):
+    """Transfers that meet the faults of the network and of the other process."""
+
+    def __init__(self, network: Network, processes: Callable[[str], Process | None]) -> None:
+        super().__init__()
+        self.slower: dict[str, float] = {}  # factors by holder
+        self._network = network
+        self._processes = processes
+
+    def pull_s(self, holder: str, reader: str, seconds: float) -> float:
+        process = self._processes(holder)
+        blocked = self._network.blocked(holder, reader) or self._network.blocked(reader, holder)
+        if blocked or process is None or process.held:
+            return float("inf")
+        return seconds * self.slower.get(holder, 1.0)
+
+
+class LabTransfer(SimTransfer):
+    """Counts what is pulled; a pull that fails leaves garbage where its blocks should be.
+
+    Args:
+        offered, pulled: told of every handoff that may be read, and that was read to its end.
+    """
+
+    def __init__(
+        self,
+        settings: SimTransferSettings,
+        network: SimNetwork,
+        process: Process,
+        offered: Callable[[str], None],
+        pulled: Callable[[str], None],
+    ) -> None:
+        super().__init__(settings, network, process.name, process.clock)
+        self._offered = offered
+        self._pulled = pulled
+
+    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
+        self._offered(handoff_id)
+        return super().export(handoff_id, block_ids)
+
+    async def _transfer(
+        self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
+    ) -> str | None:
+        error = await super()._transfer(handoff, sources, targets, timeout_s)
+        if error is None:
+            self._pulled(handoff.handoff_id)
+        else:
+            for target in targets:
+                self._row(target)[:] = bytes([GARBAGE]) * len(self._row(target))
+        return error

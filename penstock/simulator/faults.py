@@ -1,0 +1,378 @@
+"""What can go wrong. Each fault picks its target and its length, happens, and is over when it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from penstock.simulator.workload import FIRST_TOKEN_ID, draw_calls
+from penstock.structs import Role
+from penstock.wire import frames
+from penstock.wire.messages import Cancel, Generate, Ping, Release
+
+if TYPE_CHECKING:
+    from penstock.simulator.lab import Lab
+    from penstock.simulator.parts import SimFrontend, SimWorker
+
+Fault = Callable[["Lab", random.Random], Awaitable[None]]
+
+FAULTS: dict[str, Fault] = {}
+BUSY_SHARE = 0.8
+"""How many faults choose among workers that have something to do, if there are any."""
+
+GENTLE: list[str] = []
+"""Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
+
+
+def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
+    def add(fault: Fault) -> Fault:
+        FAULTS[name] = fault
+        if gentle:
+            GENTLE.append(name)
+        return fault
+
+    return add
+
+
+def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
+    """One that is up, of these roles if any has them; in gentle scenarios not the untouchable one."""
+    up = [it for it in lab.live_workers() if it.serving and not it.process.held]
+    if lab.scenario.gentle:
+        up = [it for it in up if it.instance_id != lab.untouchable]
+    fitting = [it for it in up if it.role in roles] or up
+    busy = [it for it in fitting if it.worker.health()["attempts"]]
+    if busy and rng.random() < BUSY_SHARE:
+        return rng.choice(busy)
+    return rng.choice(fitting) if fitting else None
+
+
+def _frontend(lab: Lab, rng: random.Random) -> SimFrontend | None:
+    there = [it for it in lab.live_frontends() if not it.process.held]
+    return rng.choice(there) if there else None
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@_fault("crash", gentle=True)
+async def crash(lab: Lab, rng: random.Random) -> None:
+    """A worker is killed, and started again later."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("crash", worker.instance_id, lab.flying(worker.instance_id))
+        worker.kill()
+        await lab.restart(worker, rng.uniform(0.05, 6.0))
+
+
+@_fault("host-lost", gentle=True)
+async def host_lost(lab: Lab, rng: random.Random) -> None:
+    """The same, and nobody is told: its host is off until the restart."""
+    worker = _worker(lab, rng)
+    if worker is None:
+        return
+    name = worker.instance_id
+    others = [it.name for it in lab.frontends] + [it for it in lab.workers if it != name]
+    lab.fault("host-lost", name, lab.flying(name))
+    for other in others:
+        lab.network.block(name, other)
+        lab.network.block(other, name)
+    worker.kill()
+    await asyncio.sleep(rng.uniform(0.5, 15.0))
+    for other in others:
+        lab.network.open(name, other)
+        lab.network.open(other, name)
+    await lab.restart(worker, 0.0)
+
+
+@_fault("freeze", gentle=True)
+async def freeze(lab: Lab, rng: random.Random) -> None:
+    """A worker's process stands still, its sockets stay open; later it goes on with everything late."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
+        worker.process.freeze()
+        await asyncio.sleep(rng.uniform(0.2, 15.0))
+        worker.process.thaw()
+
+
+@_fault("frontend-freeze", gentle=True)
+async def frontend_freeze(lab: Lab, rng: random.Random) -> None:
+    """The same with a frontend: its clients wait that much longer."""
+    frontend = _frontend(lab, rng)
+    if frontend is not None:
+        lab.fault("frontend-freeze", frontend.name, lab.flying(frontend=frontend.name))
+        frontend.process.freeze()
+        seconds = rng.uniform(0.2, 15.0)
+        lab.frozen_s[frontend.name] += seconds
+        await asyncio.sleep(seconds)
+        frontend.process.thaw()
+
+
+@_fault("frontend-crash", gentle=True)
+async def frontend_crash(lab: Lab, rng: random.Random) -> None:
+    """A frontend is killed with its clients' requests; the next one may give requests the same names."""
+    frontend = _frontend(lab, rng)
+    if frontend is None:
+        return
+    lab.fault("frontend-crash", frontend.name, lab.flying(frontend=frontend.name))
+    place = lab.frontends.index(frontend)
+    frontend.kill()
+    await asyncio.sleep(rng.uniform(0.0, 3.0))
+    lab.start_frontend(place, same_requests=rng.random() < 0.5)
+
+
+@_fault("drain", gentle=True)
+async def drain(lab: Lab, rng: random.Random) -> None:
+    """A worker is told to leave, and its next incarnation follows, as in a rolling restart."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("drain", worker.instance_id, lab.flying(worker.instance_id))
+        worker.leave()
+        while not worker.exited:
+            await asyncio.sleep(0.1)
+        await lab.restart(worker, rng.uniform(0.05, 2.0))
+
+
+@_fault("scale-down", gentle=True)
+async def scale_down(lab: Lab, rng: random.Random) -> None:
+    """A worker leaves for good, if it is not the last of its kind."""
+    worker = _worker(lab, rng)
+    if worker is None:
+        return
+    alike = [it for it in lab.live_workers() if it.up and it.role.decodes == worker.role.decodes]
+    if len(alike) > 1:
+        lab.fault("scale-down", worker.instance_id, lab.flying(worker.instance_id))
+        worker.leave()
+        while not worker.exited:
+            await asyncio.sleep(0.1)
+
+
+@_fault("scale-up", gentle=True)
+async def scale_up(lab: Lab, rng: random.Random) -> None:
+    """One more worker."""
+    role = rng.choice(list(lab.scenario.roles.values()))
+    worker = lab.add_worker(role)
+    lab.fault("scale-up", worker.instance_id, [])
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+@_fault("wedge")
+async def wedge(lab: Lab, rng: random.Random) -> None:
+    """An engine takes work and makes no step; its worker is well."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("wedge", worker.instance_id, lab.flying(worker.instance_id))
+        worker.clock.wedge()
+        await asyncio.sleep(rng.uniform(0.2, 15.0))
+        worker.clock.unwedge()
+
+
+@_fault("step-failure", gentle=True)
+async def step_failure(lab: Lab, rng: random.Random) -> None:
+    """One step of an engine fails, with the attempts in it."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("step-failure", worker.instance_id, lab.flying(worker.instance_id))
+        worker.engine.failing_steps += 1
+
+
+@_fault("engine-death")
+async def engine_death(lab: Lab, rng: random.Random) -> None:
+    """An engine is broken from now on; its worker gives up."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("engine-death", worker.instance_id, lab.flying(worker.instance_id))
+        worker.engine.failing_steps += 3
+
+
+@_fault("eviction-storm", gentle=True)
+async def eviction_storm(lab: Lab, rng: random.Random) -> None:
+    """A worker loses all blocks that nobody uses, several times."""
+    worker = _worker(lab, rng)
+    if worker is not None:
+        lab.fault("eviction-storm", worker.instance_id, lab.flying(worker.instance_id))
+        for _ in range(rng.randint(1, 6)):
+            if worker.exited:
+                return
+            if rng.random() < 0.3:
+                worker.engine.clear()
+            else:
+                worker.engine.evict()
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+
+
+@_fault("stale-handoff")
+async def stale_handoff(lab: Lab, rng: random.Random) -> None:
+    """A worker that decodes is wedged until handoffs given to it have expired, or nearly."""
+    worker = _worker(lab, rng, Role.DECODE)
+    if worker is not None:
+        lab.fault("stale-handoff", worker.instance_id, lab.flying(worker.instance_id))
+        worker.clock.wedge()
+        await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
+        worker.clock.unwedge()
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+@_fault("partition", gentle=True)
+async def partition(lab: Lab, rng: random.Random) -> None:
+    """Nothing arrives between a frontend and a worker, in one direction or both."""
+    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    if worker is None or frontend is None:
+        return
+    routes = [(worker.instance_id, frontend.name), (frontend.name, worker.instance_id)]
+    routes = rng.choice((routes, routes[:1], routes[1:]))
+    name = " ".join(f"{source}>{target}" for source, target in routes)
+    lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
+    for route in routes:
+        lab.network.block(*route)
+    await asyncio.sleep(rng.uniform(0.2, 20.0))
+    for route in routes:
+        lab.network.open(*route)
+
+
+@_fault("reset", gentle=True)
+async def reset(lab: Lab, rng: random.Random) -> None:
+    """A link is cut, and may be opened again at once."""
+    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    if worker is not None and frontend is not None:
+        met = lab.flying(worker.instance_id, frontend.name)
+        lab.fault("reset", f"{frontend.name} {worker.instance_id}", met)
+        lab.network.cut(frontend.name, worker.instance_id)
+
+
+@_fault("delay", gentle=True)
+async def delay(lab: Lab, rng: random.Random) -> None:
+    """What a worker says, or hears, takes longer."""
+    worker = _worker(lab, rng)
+    if worker is None:
+        return
+    lab.fault("delay", worker.instance_id, lab.flying(worker.instance_id))
+    routes = [(worker.instance_id, it.name) for it in lab.frontends]
+    if rng.random() < 0.5:
+        routes += [(target, source) for source, target in routes]
+    for _ in range(rng.randint(1, 3)):
+        for route in routes:
+            lab.network.slower_s[route] = rng.uniform(0.02, 2.0)
+        await asyncio.sleep(rng.uniform(0.2, 4.0))
+    for route in routes:
+        lab.network.slower_s.pop(route, None)
+
+
+@_fault("slow-reader", gentle=True)
+async def slow_reader(lab: Lab, rng: random.Random) -> None:
+    """A frontend reads only a trickle of what workers send."""
+    frontend = _frontend(lab, rng)
+    if frontend is not None:
+        lab.fault("slow-reader", frontend.name, lab.flying(frontend=frontend.name))
+        frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
+        await asyncio.sleep(rng.uniform(0.5, 6.0))
+        frontend.process.read_bytes_per_s = None
+
+
+@_fault("duplicate")
+async def duplicate(lab: Lab, rng: random.Random) -> None:
+    """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
+    frontend = _frontend(lab, rng)
+    if frontend is None or lab.network.tap is not None:
+        return
+    kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
+    lab.fault("duplicate", frontend.name, lab.flying(frontend=frontend.name))
+    process = frontend.process
+
+    def twice(end: Any, data: bytes) -> bytes:
+        if end.process is process and rng.random() < 0.3:
+            message = frames.decode_to_worker(data[frames.LENGTH_BYTES :])
+            if isinstance(message, kinds):
+                return data + data
+        return data
+
+    lab.network.tap = twice
+    await asyncio.sleep(rng.uniform(0.2, 3.0))
+    lab.network.tap = None
+
+
+@_fault("transfer-cut", gentle=True)
+async def transfer_cut(lab: Lab, rng: random.Random) -> None:
+    """Workers cannot pull from one of them."""
+    holder = _worker(lab, rng, Role.PREFILL)
+    if holder is None:
+        return
+    others = [it for it in lab.workers if it != holder.instance_id]
+    lab.fault("transfer-cut", holder.instance_id, lab.flying(holder.instance_id))
+    for other in others:
+        lab.network.block(other, holder.instance_id)
+    await asyncio.sleep(rng.uniform(0.2, 10.0))
+    for other in others:
+        lab.network.open(other, holder.instance_id)
+
+
+@_fault("transfer-slow", gentle=True)
+async def transfer_slow(lab: Lab, rng: random.Random) -> None:
+    """Pulls from one worker take much longer."""
+    holder = _worker(lab, rng, Role.PREFILL)
+    if holder is not None:
+        lab.fault("transfer-slow", holder.instance_id, lab.flying(holder.instance_id))
+        lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
+        await asyncio.sleep(rng.uniform(0.2, 10.0))
+        lab.transfers.slower.pop(holder.instance_id, None)
+
+
+# --- time, discovery, clients ---------------------------------------------------------------------
+
+
+@_fault("clock-jump")
+async def clock_jump(lab: Lab, rng: random.Random) -> None:
+    """One process's clock jumps forward."""
+    target = rng.choice((_worker(lab, rng), _frontend(lab, rng)))
+    if target is not None:
+        name = target.process.name
+        lab.fault("clock-jump", name, lab.flying(name) or lab.flying(frontend=name))
+        target.process.clock.ahead_s += rng.choice((0.5, 3.0, 30.0, 300.0))
+
+
+@_fault("discovery-away", gentle=True)
+async def discovery_away(lab: Lab, rng: random.Random) -> None:
+    """The directory does not answer; it may have lost everything when it is back."""
+    lab.fault("discovery-away", "directory", lab.flying())
+    lab.directory.away += 1
+    await asyncio.sleep(rng.uniform(0.2, 15.0))
+    if rng.random() < 0.5:
+        lab.directory.lose_everything()
+    lab.directory.away -= 1
+
+
+@_fault("discovery-flaps", gentle=True)
+async def discovery_flaps(lab: Lab, rng: random.Random) -> None:
+    """All registrations are lost, again and again; workers renew them."""
+    lab.fault("discovery-flaps", "directory", lab.flying())
+    for _ in range(rng.randint(1, 4)):
+        lab.directory.lose_everything()
+        await asyncio.sleep(rng.uniform(0.1, 3.0))
+
+
+@_fault("hang-ups", gentle=True)
+async def hang_ups(lab: Lab, rng: random.Random) -> None:
+    """Many clients leave at once."""
+    leaving = [asked for asked in lab.flying() if rng.random() < 0.5]
+    lab.fault("hang-ups", "clients", leaving)
+    for asked in leaving:
+        frontend = next(it for it in lab.frontends if it.name == asked.frontend)
+        if asked.cancel is not None:
+            frontend.process.soon(asked.cancel)
+
+
+@_fault("burst")
+async def burst(lab: Lab, rng: random.Random) -> None:
+    """Many requests at once."""
+    frontends = lab.live_frontends()
+    calls = draw_calls(rng, rng.randint(20, 80), 0.0, lab.scenario.sim.vocab_size or FIRST_TOKEN_ID + 1)
+    for call in calls if frontends else []:
+        lab.asked += rng.choice(frontends).ask(replace(call))
+    lab.fault("burst", "clients", lab.flying())

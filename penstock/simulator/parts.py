@@ -1,0 +1,194 @@
+"""The processes of a simulation: workers and frontends, as `process.py` puts them together."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.observability import Metrics
+from penstock.router import Router
+from penstock.simulator.directory import SimDiscovery
+from penstock.simulator.engine import LabClock, LabEngine, LabTransfer
+from penstock.simulator.loop import Process
+from penstock.simulator.workload import Asked, Call
+from penstock.structs import Request, Role
+from penstock.worker import Worker, WorkerSettings
+
+if TYPE_CHECKING:
+    from penstock.simulator.lab import Lab
+
+
+RESTART_S = 1.0
+"""Until a supervisor starts a worker again that ended by itself."""
+
+
+class SimWorker:
+    """One incarnation of a worker, from its start to its exit."""
+
+    def __init__(self, lab: Lab, instance_id: str, role: Role, epoch: int) -> None:
+        self.lab = lab
+        self.instance_id = instance_id
+        self.role = role
+        self.epoch = epoch
+        self.process = Process(lab.loop, instance_id)
+        self.exited = ""  # how
+        self.leaving = False
+        self.clock = LabClock(self.process)
+        self.engine: LabEngine
+        self.worker: Worker
+        self.transfer: LabTransfer | None = None
+        self._stop: asyncio.Event
+        self.main = self.process.spawn(self._run(), f"worker {instance_id}")
+        self.main.add_done_callback(lambda task: self._exit("left"), context=lab.context)
+
+    @property
+    def up(self) -> bool:
+        """Whether it has started and not begun to leave."""
+        return not self.exited and not self.leaving
+
+    @property
+    def serving(self) -> bool:
+        """Whether it is up and has said so."""
+        return self.up and hasattr(self, "worker") and self.worker.health()["status"] == "healthy"
+
+    def leave(self) -> None:
+        """As on SIGTERM."""
+        self.leaving = True
+        self.process.soon(lambda: self._stop.set())
+
+    def kill(self) -> None:
+        """As on SIGKILL."""
+        self._exit("killed")
+
+    async def _run(self) -> None:
+        lab, scenario = self.lab, self.lab.scenario
+        self._stop = asyncio.Event()
+        if self.role is not Role.AGGREGATED:
+            self.transfer = LabTransfer(
+                scenario.transfer, lab.transfers, self.process, lab.offered, lab.pulled
+            )
+        scheduler = replace(scenario.sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
+        self.engine = LabEngine(
+            replace(scenario.sim, scheduler=scheduler),
+            self.clock,
+            self.transfer,
+            lambda what: lab.violate("wrong KV", f"{self.instance_id}: {what}"),
+        )
+        self.worker = Worker(
+            self.engine,
+            SimDiscovery(lab.directory),
+            WorkerSettings(
+                self.instance_id,
+                self.epoch,
+                self.role,
+                max_waiting=scenario.max_waiting,
+                drain_s=scenario.drain_s,
+            ),
+            dataclasses.replace(scenario.server, host=self.instance_id),
+            self.process.clock,
+        )
+        try:
+            await self.worker.run(self._stop)
+        except PenstockError as error:
+            lab.note("worker failed", self.instance_id, error)
+
+    def _exit(self, how: str) -> None:
+        if self.exited:
+            return
+        lab = self.lab
+        if how == "left" and not self.main.cancelled():
+            error = self.main.exception()
+            if error is not None:
+                lab.violate("no crash", f"{self.instance_id} ends with {error!r}")
+            leaked = [name for name in self.process.running_tasks() if self.leaving]
+            if leaked:
+                lab.violate("no task leaked", f"{self.instance_id} left, and its tasks did not: {leaked}")
+        self.exited = how
+        self.process.dead = True
+        lab.note("exit", self.instance_id, self.epoch, how)
+        lab.network.killed(self.process)
+        if self.transfer is not None:
+            self.transfer.kill()
+        if how == "left" and not self.leaving:
+            lab.spawn(lab.restart(self, RESTART_S))
+
+
+class SimFrontend:
+    """One incarnation of a frontend, with the clients that it serves."""
+
+    def __init__(self, lab: Lab, name: str, incarnation: int, first_request: int) -> None:
+        self.lab = lab
+        self.name = name
+        self.process = Process(lab.loop, name)
+        self.incarnation = incarnation
+        self.exited = ""
+        self._numbers = first_request
+        scenario = lab.scenario
+        self.metrics = Metrics()
+        self.router = Router(
+            SimDiscovery(lab.directory),
+            scenario.router,
+            scenario.client,
+            self.metrics.router,
+            frontend_id=name,
+            clock=self.process.clock,
+            rng=random.Random(f"{scenario.seed} {name} {incarnation}"),
+        )
+        self.main = self.process.spawn(self.router.run(), f"router {name}")
+
+    def ask(self, call: Call) -> list[Asked]:
+        """The requests of a client's call. They are submitted once the process runs."""
+        asked = []
+        for sampling in call.samplings:
+            self._numbers += 1
+            request = Request(
+                f"{self.name}-{self._numbers}",
+                self.lab.scenario.sim.model,
+                list(call.token_ids),
+                sampling,
+                cache_salt=call.cache_salt,
+                priority=call.priority,
+            )
+            wanted, reason = self.lab.oracle.answer(len(call.token_ids), sampling)
+            lab = self.lab
+            now = lab.loop.time
+            it = Asked(request, self.name, now(), wanted, reason, lab.note, lab.violate, now)
+            asked.append(it)
+            self.process.soon(self._submit, it, call.hang_up_s)
+        return asked
+
+    def _submit(self, asked: Asked, hang_up_s: float | None) -> None:
+        try:
+            ticket = self.router.submit(asked.request, asked.on_delta, asked.on_error)
+        except RequestRejected as error:
+            asked.on_error(error)
+            return
+
+        def cancel() -> None:
+            if not asked.ended:
+                asked.end("hung up")
+                ticket.cancel()
+
+        asked.cancel = cancel
+        asked.failures = lambda: ticket._live.lifecycle._failures
+        if hang_up_s is not None:
+            self.process.soon(self.lab.loop.call_later, hang_up_s, cancel)
+
+    def leave(self) -> None:
+        """End in order."""
+        self.process.soon(self.main.cancel)
+
+    def kill(self) -> None:
+        """As on SIGKILL: its clients hear of it from their own systems."""
+        self.exited = "killed"
+        self.process.dead = True
+        self.lab.note("exit", self.name, self.incarnation, "killed")
+        self.lab.network.killed(self.process)
+        for asked in self.lab.asked:
+            if asked.frontend == self.name and not asked.ended:
+                asked.end("lost with its frontend")

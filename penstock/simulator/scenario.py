@@ -1,0 +1,147 @@
+"""What one seed stands for: which workers and frontends, what is asked of them, what goes wrong when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from penstock.core.lifecycle import Deadlines
+from penstock.core.policy import POLICIES
+from penstock.engines.settings import SchedulerSettings
+from penstock.engines.sim import SimSettings
+from penstock.link.secret import LinkSecret
+from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.router import RouterSettings
+from penstock.simulator.faults import FAULTS, GENTLE
+from penstock.simulator.workload import Call, draw_calls
+from penstock.structs import Role
+from penstock.transfer.sim import SimTransferSettings
+
+MODEL = "lab"
+VOCAB_SIZE = 5000
+
+LARGE_EVERY = 50
+"""Every so manieth seed has hundreds of workers, and little time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line may say. None and empty: the seed's choice."""
+
+    workers: int | None = None
+    frontends: int | None = None
+    faults: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFault:
+    kind: str
+    at: float
+    seed: int  # of its target and its length
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """All that is decided in advance. Times are virtual seconds."""
+
+    seed: int
+    gentle: bool  # there is always a way to serve every request: no error is allowed
+    roles: dict[str, Role]
+    frontends: int
+    load_s: float
+    calls: list[Call]
+    faults: list[PlannedFault]
+    router: RouterSettings
+    client: ClientSettings
+    server: ServerSettings
+    sim: SimSettings
+    transfer: SimTransferSettings
+    max_waiting: int
+    drain_s: float
+    latency_s: tuple[float, float]
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+def draw_scenario(seed: int, options: Options) -> Scenario:
+    """The same for the same arguments, always."""
+    rng = random.Random(f"scenario {seed}")
+    large = options.workers is None and seed % LARGE_EVERY == LARGE_EVERY - 1
+    count = options.workers or (rng.randint(100, 300) if large else rng.randint(3, 12))
+    gentle = rng.random() < 0.4
+    load_s = 2.0 if large else rng.uniform(3.0, 10.0)
+    kinds = list(options.faults) or (GENTLE if gentle else list(FAULTS))
+    gentle = gentle and set(kinds) <= set(GENTLE)
+    most = 3 if gentle else 8
+    faults = [
+        PlannedFault(rng.choice(kinds), rng.uniform(0.5, load_s), rng.randrange(1 << 30))
+        for _ in range(rng.randint(1, most))
+    ]
+    calls = draw_calls(rng, rng.randint(20, 60), load_s, VOCAB_SIZE)
+    deadlines = _deadlines(rng, gentle)
+    secret = LinkSecret("a secret of the lab")
+    return Scenario(
+        seed=seed,
+        gentle=gentle,
+        roles=_roles(rng, count),
+        frontends=options.frontends or (1 if large else rng.randint(1, 3)),
+        load_s=load_s,
+        calls=calls,
+        faults=sorted(faults, key=lambda fault: fault.at),
+        router=RouterSettings(
+            policy="kv" if rng.random() < 0.7 else rng.choice(sorted(POLICIES)),
+            disagg=rng.choice(("auto", "auto", "always", "never")),
+            deadlines=deadlines,
+        ),
+        client=ClientSettings(secret=secret),
+        server=ServerSettings(secret=secret),
+        sim=_sim(rng, gentle),
+        transfer=SimTransferSettings(setup_ms=rng.choice((0.5, 2.0, 50.0))),
+        max_waiting=256 if gentle else rng.choice((4, 32, 256)),
+        drain_s=rng.choice((2.0, 10.0, 30.0)),
+        latency_s=rng.choice(((0.0001, 0.0005), (0.0005, 0.02), (0.001, 0.1))),
+        deadlines=deadlines,
+    )
+
+
+def _roles(rng: random.Random, count: int) -> dict[str, Role]:
+    """At least one that decodes. The first stays well in gentle scenarios."""
+    if rng.random() < 0.3:
+        kinds = [Role.AGGREGATED]
+    elif rng.random() < 0.2:
+        kinds = [Role.AGGREGATED, Role.PREFILL, Role.DECODE]
+    else:
+        kinds = [Role.DECODE, Role.PREFILL]
+    return {f"w{i}": kinds[i % len(kinds)] for i in range(count)}
+
+
+def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
+    if gentle:
+        return Deadlines(queue_s=60.0, first_token_s=30.0, stall_s=30.0, request_s=300.0)
+    scale = rng.choice((0.3, 1.0, 3.0))
+    return Deadlines(
+        queue_s=10.0 * scale,
+        first_token_s=10.0 * scale,
+        stall_s=6.0 * scale,
+        request_s=rng.choice((10.0, 60.0)) * scale,
+    )
+
+
+def _sim(rng: random.Random, gentle: bool) -> SimSettings:
+    """Small pools, so that blocks are evicted and attempts preempted."""
+    return SimSettings(
+        model=MODEL,
+        block_size=rng.choice((4, 8, 16)),
+        total_blocks=rng.choice((128, 256, 1024)) if gentle else rng.choice((64, 128, 1024)),
+        max_model_len=400,
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=(0,),
+        eos_rate=rng.choice((0.0, 0.02, 0.1)),
+        speedup=rng.choice((0.2, 0.5, 1.0)),
+        scheduler=SchedulerSettings(
+            max_running=rng.choice((4, 16, 64)),
+            max_batch_tokens=rng.choice((64, 256, 2048)),
+            handoff_ttl_s=rng.choice((2.0, 10.0, 30.0)),
+            pull_timeout_s=rng.choice((1.0, 5.0)),
+        ),
+    )

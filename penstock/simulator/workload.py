@@ -1,0 +1,147 @@
+"""What clients ask for, and what they must get: the answer is a function of the request alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from penstock.engines.sim import SimRunner, SimSettings
+from penstock.errors import PenstockError, RequestRejected
+from penstock.structs import Delta, FinishReason, Request, Sampling
+
+FIRST_TOKEN_ID = 1
+"""Token 0 is the EOS."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A client's call: one request for each seed."""
+
+    at: float
+    frontend: int  # a number; the frontends that there are then share them
+    token_ids: list[int]
+    samplings: list[Sampling]
+    priority: int = 0
+    cache_salt: str = ""
+    hang_up_s: float | None = None  # after so long the client has had enough
+
+
+def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: int) -> list[Call]:
+    """Calls with shared prefixes, of several lengths and kinds, over `duration_s`."""
+    prefixes = [_tokens(rng, rng.choice((8, 16, 40, 64, 120)), vocab_size) for _ in range(1 + count // 8)]
+    calls = []
+    for _ in range(count):
+        prefix = rng.choice(prefixes) if rng.random() < 0.8 else []
+        prompt = prefix[: rng.randint(0, len(prefix))] if rng.random() < 0.2 else prefix
+        prompt = prompt + _tokens(rng, rng.randint(1, 24), vocab_size)
+        greedy = rng.random() < 0.3
+        sampling = Sampling(
+            max_tokens=rng.choice((1, 2, 8, 16, 24, 40)),
+            min_tokens=rng.choice((0, 0, 0, 4)),
+            temperature=0.0 if greedy else 1.0,
+            ignore_eos=rng.random() < 0.2,
+            stop_token_ids=(rng.randrange(FIRST_TOKEN_ID, vocab_size),) if rng.random() < 0.1 else (),
+            reproducible=rng.random() < 0.5,
+        )
+        choices = 1 if rng.random() < 0.85 else rng.randint(2, 3)
+        calls.append(
+            Call(
+                at=rng.uniform(0.0, duration_s),
+                frontend=rng.randrange(1 << 16),
+                token_ids=prompt,
+                samplings=[replace(sampling, seed=rng.randrange(1 << 40)) for _ in range(choices)],
+                priority=rng.choice((0, 0, 0, 0, -5, 5)),
+                cache_salt=rng.choice(("", "", "", "salt")),
+                hang_up_s=rng.expovariate(1.0) if rng.random() < 0.05 else None,
+            )
+        )
+    return sorted(calls, key=lambda call: call.at)
+
+
+def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    return [rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(count)]
+
+
+class Oracle:
+    """Knows every answer."""
+
+    def __init__(self, settings: SimSettings) -> None:
+        assert settings.vocab_size is not None
+        self._settings = settings
+        self._runner = SimRunner(settings, range(settings.vocab_size))
+
+    def answer(self, prompt_tokens: int, sampling: Sampling) -> tuple[list[int], FinishReason]:
+        """The tokens, and why they end."""
+        stops = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stops.update(self._settings.eos_token_ids)
+        tokens: list[int] = []
+        most = min(sampling.max_tokens, self._settings.max_model_len - prompt_tokens)
+        while len(tokens) < most:
+            token_id = self._runner.draw(len(tokens), sampling)
+            tokens.append(token_id)
+            if token_id in stops and len(tokens) >= sampling.min_tokens:
+                return tokens, FinishReason.STOP
+        return tokens, FinishReason.LENGTH
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A request on its way, with what was heard of it. `violate` is told of what must never be."""
+
+    request: Request
+    frontend: str
+    at: float
+    wanted: list[int]
+    reason: FinishReason
+    note: Callable[..., None]
+    violate: Callable[[str, str], None]
+    now: Callable[[], float]
+    got: int = 0  # tokens
+    ended: str = ""  # ok, an error's code, hung up, or lost with its frontend
+    ended_at: float = 0.0
+    error: PenstockError | None = None
+    deltas: int = 0
+    cancel: Callable[[], None] | None = None
+    failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
+
+    def on_delta(self, delta: Delta) -> None:
+        """As Router.submit's."""
+        name = self.request.request_id
+        if self.ended:
+            self.violate("one end", f"{name} gets {delta} after its end ({self.ended})")
+        upto = self.got + len(delta.token_ids)
+        if delta.token_ids != self.wanted[self.got : upto]:
+            wanted = self.wanted[self.got : upto]
+            self.violate("tokens", f"{name} gets {delta.token_ids} instead of {wanted} at {self.got}")
+        self.got = upto
+        if delta.cached_tokens is not None:
+            if self.deltas:
+                self.violate("usage", f"{name} hears of cached tokens in delta {self.deltas}")
+            if not 0 <= delta.cached_tokens <= len(self.request.token_ids):
+                self.violate("usage", f"{name} has {delta.cached_tokens} cached tokens")
+        self.deltas += 1
+        if delta.finish_reason is not None:
+            if delta.finish_reason is not self.reason or self.got != len(self.wanted):
+                self.violate(
+                    "tokens",
+                    f"{name} ends with {delta.finish_reason} after {self.got} tokens "
+                    f"instead of {self.reason} after {len(self.wanted)}",
+                )
+            self.end("ok")
+
+    def on_error(self, error: PenstockError) -> None:
+        """As Router.submit's."""
+        if self.ended:
+            self.violate("one end", f"{self.request.request_id} fails after its end: {error}")
+        self.error = error
+        code = error.code if isinstance(error, RequestRejected) else None
+        self.end(code or type(error).__name__)
+
+    def end(self, how: str) -> None:
+        self.note("end", self.request.request_id, how, self.got)
+        self.ended = how
+        self.ended_at = self.now()
