@@ -14,7 +14,7 @@ VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sh
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
 .PHONY: help serve serve-vllm test test-nixl test-transformers test-vllm parity bench-vllm lint format check \
-	soak faults clean
+	sim sim-nightly soak faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -82,6 +82,12 @@ format: $(VENV)/.dev ## let ruff put it in order
 	$(BIN)/ruff format .
 
 check: lint test ## what CI runs
+
+sim: $(VENV)/.serve ## the fault lab: 2,000 seeds of workers, frontends and faults on virtual time
+	$(BIN)/penstock sim --seeds 0..1999 $(ARGS)
+
+sim-nightly: $(VENV)/.serve ## the same with 100,000 other seeds
+	$(BIN)/penstock sim --seeds 100000..199999 $(ARGS)
 
 soak: $(VENV)/.serve ## 64 clients for 5 minutes: no error, no leak
 	$(BIN)/python benchmarks/soak.py $(ARGS)
