@@ -11,6 +11,8 @@ from penstock.structs import Registration
 RETRY_S = 0.25
 """Between tries while the directory is away."""
 
+AWAY = "the directory is away"
+
 
 class Directory:
     """What all processes see.
@@ -94,6 +96,7 @@ class SimDiscovery:
     """One process's view of it. Implements Discovery."""
 
     def __init__(self, directory: Directory) -> None:
+        self.trouble = ""
         self._directory = directory
 
     async def register(self, registration: Registration) -> SimLease:
@@ -120,7 +123,9 @@ class SimDiscovery:
 
     async def _reachable(self) -> None:
         while self._directory.away:
+            self.trouble = AWAY
             await asyncio.sleep(RETRY_S)
+        self.trouble = ""
 
 
 class SimLease:
@@ -143,7 +148,7 @@ class SimLease:
         """As long as the process lives."""
         while True:
             if self._directory.away:
-                self.trouble = "the directory is away"
+                self.trouble = AWAY
                 await asyncio.sleep(RETRY_S)
             else:
                 self._directory.put(self._registration, asyncio.get_running_loop().time())
