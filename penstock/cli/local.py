@@ -1,4 +1,4 @@
-"""The commands around a graph on this machine: up, status, scale, logs, down."""
+"""The commands around a graph on this machine: up, status, scale, restart, logs, down."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     app.command("up")(up)
     app.command("status")(status)
     app.command("scale")(scale)
+    app.command("restart")(restart)
     app.command("logs")(logs)
     app.command("down")(down)
 
@@ -107,6 +108,22 @@ def scale(
             if before != now
             else f"{service}: {now} replicas already"
         )
+
+
+def restart(
+    services: Annotated[
+        list[str] | None, typer.Argument(metavar="[SERVICE...]", help="E.g. DecodeWorker. [all]")
+    ] = None,
+    graph: GraphOption = "",
+) -> None:
+    """Replace replicas one by one, each by a new one that is ready before the old one leaves."""
+    from penstock.launcher.control import ControlRequest, call
+    from penstock.launcher.up import follow_restart
+
+    folder = _running(graph)
+    names = call(folder, ControlRequest(op="restart", services=services or [])).restarting
+    for name in follow_restart(folder, names):
+        print(f"{name}: replaced", flush=True)
 
 
 def logs(

@@ -1,4 +1,4 @@
-"""How `penstock status`, `scale` and `down` reach a running supervisor.
+"""How `penstock status`, `scale`, `restart` and `down` reach a running supervisor.
 
 A unix socket, open to its owner alone. One request and one response per connection, a line of JSON each;
 both carry the protocol's version, and fields are only added.
@@ -29,9 +29,10 @@ _CALL_TIMEOUT_S = 15.0
 class ControlRequest(msgspec.Struct, omit_defaults=True):
     """What a command asks of the supervisor."""
 
-    op: Literal["status", "scale", "down"]
+    op: Literal["status", "scale", "restart", "down"]
     version: int = VERSION
     replicas: dict[str, int] = {}  # scale: by service name or label
+    services: list[str] = []  # restart: names or labels; none: all
 
 
 class ServiceStatus(msgspec.Struct):
@@ -53,6 +54,8 @@ class GraphStatus(msgspec.Struct):
     services: list[ServiceStatus]
     health: dict[str, dict[str, Any]] = {}  # each frontend's /health by URL
     notes: list[str] = []
+    restarting: list[str] = []  # replicas that a rolling restart has yet to replace
+    restart_error: str = ""  # why the last one ended before its end
 
 
 class ControlResponse(msgspec.Struct, omit_defaults=True):
@@ -62,6 +65,7 @@ class ControlResponse(msgspec.Struct, omit_defaults=True):
     error: str = ""
     status: GraphStatus | None = None
     scaled: dict[str, tuple[int, int]] = {}  # service: replicas wanted before and now
+    restarting: list[str] = []  # replicas that will be replaced, in order
 
 
 Handler = Callable[[ControlRequest], Awaitable[ControlResponse]]

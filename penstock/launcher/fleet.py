@@ -15,7 +15,7 @@ from penstock.launcher.plan import lowest_free_index
 from penstock.launcher.replica import Replica, ReplicaState
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fleet:
     """The replicas of a service: those wanted, and those on their way out."""
 

@@ -26,6 +26,10 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     kill_margin_s: float = 5.0
     """Beyond its own drain time, what a process gets to end after SIGTERM. Then SIGKILL."""
 
+    start_timeout_s: float = 900.0
+    """What a replica gets to become ready before a rolling restart is ended for it: a large model may have
+    to be downloaded first."""
+
     ready_poll_s: float = 0.1
     """Between looks at whether a starting process is ready."""
 

@@ -6,7 +6,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from penstock.checked import suggestion
 from penstock.config import DiscoveryUrl, discovery_directory
@@ -29,6 +30,7 @@ from penstock.launcher.plan import (
     plan_worker,
 )
 from penstock.launcher.replica import Replica, ReplicaState, Surroundings
+from penstock.launcher.rolling import RollingRestart
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
 from penstock.structs import Registration
@@ -75,6 +77,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._was_ready = False
         self._failure = ""
+        self._rolling = RollingRestart(self, settings.start_timeout_s)
 
     async def run(self) -> None:
         """Start everything, keep it running, stop it in order after `interrupt`.
@@ -97,10 +100,12 @@ class Supervisor:
                 self._start_all()
                 await self._stopping.wait()
                 announce.cancel()
+                self._rolling.cancel()
                 await self._stop_all()
             finally:
                 watch.cancel()
                 announce.cancel()
+                self._rolling.cancel()
         self._notices.close()
         if self._failure:
             raise ConfigError(self._failure)
@@ -125,7 +130,8 @@ class Supervisor:
     def _replicas(self) -> list[Replica]:
         return [replica for fleet in self._fleets for replica in fleet.replicas]
 
-    def _grow(self, fleet: Fleet, count: int) -> None:
+    def grow(self, fleet: Fleet, count: int) -> None:
+        """Start more replicas. Raises ConfigError when they cannot be: no GPU, no port."""
         for _ in range(count):
             index = fleet.next_index
             launch = self._plan(fleet.service, index)
@@ -149,7 +155,7 @@ class Supervisor:
     def _start_all(self) -> None:
         try:
             for fleet in self._fleets:
-                self._grow(fleet, fleet.service.replicas)
+                self.grow(fleet, fleet.service.replicas)
         except ConfigError as error:
             self._fail(str(error))
 
@@ -168,9 +174,13 @@ class Supervisor:
             fleets = [fleet for fleet in self._fleets if fleet.service.kind is kind]
             for replica in [replica for fleet in fleets for replica in fleet.replicas]:
                 replica.stop()
-            while any(fleet.replicas for fleet in fleets):
-                self._changed.clear()
-                await self._changed.wait()
+            await self.until(partial(_all_gone, fleets))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Look again whenever some replica has changed."""
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
 
     def _choose_first_port(self) -> int:
         for fleet in self._fleets:
@@ -199,9 +209,7 @@ class Supervisor:
         return all(fleet.is_ready for fleet in self._fleets)
 
     async def _announce(self) -> None:
-        while not self._is_ready():
-            self._changed.clear()
-            await self._changed.wait()
+        await self.until(self._is_ready)
         self._was_ready = True
         model = next((registration.model for registration in self._registered.values()), "MODEL")
         for line in ready_lines(self._urls(), model, time.monotonic() - self._started_at):
@@ -237,6 +245,8 @@ class Supervisor:
             return ControlResponse()
         if request.op == "scale":
             return ControlResponse(scaled=self.scale(request.replicas))
+        if request.op == "restart":
+            return ControlResponse(restarting=self.restart(request.services))
         return ControlResponse(status=await self.status())
 
     def scale(self, targets: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -264,10 +274,30 @@ class Supervisor:
         for name, fleet in fleets.items():
             if more[name]:
                 self.notice(f"{name}: {wanted[name]} replicas wanted")
-            self._grow(fleet, more[name])
+            self.grow(fleet, more[name])
             for replica in fleet.newest_first[: max(0, -more[name])]:
                 replica.stop()
         return {name: (wanted[name] - more[name], wanted[name]) for name in wanted}
+
+    def restart(self, names: Sequence[str]) -> list[str]:
+        """Begin to replace all replicas of these services, of all when there are none, one by one.
+
+        Returns:
+            the replicas' names, in order.
+
+        Raises:
+            ConfigError: no such service, all is stopping, or a restart is under way.
+        """
+        if self._stopping.is_set():
+            raise ConfigError(f"{self._graph.name} is stopping")
+        fleets = [self._fleet(name) for name in names] or self._fleets
+        return self._rolling.begin(list(dict.fromkeys(fleets)), self._tasks)
+
+    def can_grow(self, fleet: Fleet) -> bool:
+        """Whether one more replica may run beside those there are: it finds GPUs, and needs no port that
+        clients know."""
+        spare = gpus_needed(fleet.service) <= self._gpus.free
+        return spare and fleet.service.kind is ServiceKind.WORKER
 
     def _check_count(self, name: str, count: int) -> None:
         if not 0 <= count <= self._settings.replicas_max:
@@ -294,4 +324,10 @@ class Supervisor:
             services=[fleet.status() for fleet in self._fleets],
             health=dict(zip(urls, answers, strict=True)),
             notes=self._warnings,
+            restarting=self._rolling.left,
+            restart_error=self._rolling.error,
         )
+
+
+def _all_gone(fleets: Sequence[Fleet]) -> bool:
+    return not any(fleet.replicas for fleet in fleets)

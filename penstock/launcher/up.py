@@ -6,7 +6,7 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from penstock.errors import ConfigError, PenstockError
@@ -105,6 +105,18 @@ def stop_graph(folder: StateFolder) -> None:
     while folder.is_running():
         if time.monotonic() > deadline:
             raise ConfigError(f"{folder.graph} has not stopped within {STOP_TIMEOUT_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def follow_restart(folder: StateFolder, names: Sequence[str]) -> Iterator[str]:
+    """These replicas' names, each once it has been replaced. Raises ConfigError when that ends early."""
+    left = list(names)
+    while left:
+        status = call(folder, ControlRequest(op="status")).status
+        if status is None or status.restart_error:
+            raise ConfigError(status.restart_error if status else "the supervisor gave no status")
+        while left and left[0] not in status.restarting:
+            yield left.pop(0)
         time.sleep(_POLL_S)
 
 

@@ -89,6 +89,22 @@ def test_scaling_under_load(graph: Graph) -> None:
     load.check()
 
 
+def test_a_rolling_restart_of_the_workers_under_load(graph: Graph) -> None:
+    graph.wait_healthy(instances=4)
+    before = {replica["pid"] for replica in graph.replicas()}
+    with Load(graph) as load:
+        load.wait_for_more()
+        result = graph.command("restart", "PrefillWorker", "DecodeWorker", timeout_s=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count(": replaced") == 4
+        graph.wait_healthy(instances=4)
+        load.wait_for_more()
+    load.check()
+    after = {replica["pid"] for replica in graph.replicas()}
+    assert len(after) == len(before)
+    assert len(after & before) == 1  # the frontend
+
+
 @pytest.mark.parametrize("service", ["PrefillWorker", "DecodeWorker"])
 def test_killed_worker_loses_no_request(graph: Graph, service: str) -> None:
     graph.wait_healthy(instances=4)
