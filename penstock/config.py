@@ -79,6 +79,11 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     link_tls_ca: Annotated[
         str, flag("Authorities, PEM, from which the other side's certificate must come.")
     ] = ""
+    max_wait_ms: Annotated[
+        float,
+        Meta(gt=0),
+        flag("Longest that a request may wait for a worker, or in one, as predicted, in milliseconds."),
+    ] = 10_000.0
     drain_s: Annotated[
         float, Meta(ge=0), flag("Seconds that running requests get to end on SIGTERM.", "PENSTOCK_DRAIN_S")
     ] = 30.0

@@ -41,7 +41,7 @@ class Listener(Protocol):
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
         """An engine step of this instance gave these; its load and its cache are known already."""
 
-    def on_bounce(self, role: Role, bounce: Bounce) -> None:
+    def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
     def on_lost(self, instance_id: str, reason: str) -> None:
@@ -314,7 +314,7 @@ class _Link:
         self._instances._reported(self, seen, load)
 
     def on_bounce(self, bounce: Bounce) -> None:
-        self._instances._listener.on_bounce(self.role, bounce)
+        self._instances._listener.on_bounce(self.instance_id, self.role, bounce)
 
     def on_draining(self, reason: str) -> None:
         self._instances._draining(self, reason)

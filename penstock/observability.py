@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TextIO
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -59,6 +60,7 @@ ITL_BUCKETS_S = (
     1,
     5,
 )
+QUEUE_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 
@@ -267,7 +269,33 @@ class RouterMetrics:
         )
         self._transfers = Counter("penstock_transfers", "Prompts whose KV was pulled", registry=registry)
         self._transferred = Counter("penstock_transferred_blocks", "KV blocks pulled", registry=registry)
+        self._rejections = Counter(
+            "penstock_rejected",
+            "Requests answered with 429 (wait: predicted too long; full: too many; displaced: by one that "
+            "goes first; overdue: waited too long)",
+            ["reason"],
+            registry=registry,
+        )
+        self._queue_seconds = Histogram(
+            "penstock_queue_seconds",
+            "From a request's coming until it is sent to a worker",
+            buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
         self._workers = _WorkerGauges(registry)
+        self._queues = _QueueGauges(registry)
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused, or gave up its place. `reason` as in core/admission.py."""
+        self._rejections.labels(reason).inc()
+
+    def waited(self, seconds: float) -> None:
+        """A request goes to a worker."""
+        self._queue_seconds.observe(seconds)
+
+    def queues_from(self, source: Callable[[], Iterable[QueueView]]) -> None:
+        """Ask there at each scrape."""
+        self._queues.source = source
 
     def decided(self, policy: str, path: str) -> None:
         """A request was placed. `path` is local, remote or aggregated."""
@@ -307,6 +335,38 @@ class RouterMetrics:
         """Remove all series of an instance. Unknown ids are ignored."""
         self._workers.states.pop(instance_id, None)
         self._workers.loads.pop(instance_id, None)
+
+
+class QueueView(msgspec.Struct, frozen=True):
+    """What waits at a frontend for one model."""
+
+    model: str
+    requests: int
+    saturation_ms: float
+
+
+class _QueueGauges(Collector):
+    """Gauges per model, asked for at each scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.source: Callable[[], Iterable[QueueView]] = list
+        registry.register(self)
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        return self.collect()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        queued = GaugeMetricFamily(
+            "penstock_queued", "Requests that wait here for their turn at a worker", labels=["model"]
+        )
+        saturation = GaugeMetricFamily(
+            "penstock_saturation_ms", "Predicted wait for a worker behind all that waits", labels=["model"]
+        )
+        for view in self.source():
+            queued.add_metric([view.model], view.requests)
+            saturation.add_metric([view.model], view.saturation_ms)
+        yield queued
+        yield saturation
 
 
 class _WorkerGauges(Collector):

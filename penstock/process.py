@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
 def run_frontend(options: FrontendOptions) -> None:
     """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
     setup_logging(options.log_level)
+    from penstock.core.admission import AdmissionSettings
+    from penstock.core.lifecycle import Deadlines
     from penstock.frontend.app import create_app
     from penstock.frontend.server import serve
     from penstock.frontend.settings import FrontendSettings
@@ -89,8 +92,16 @@ def run_frontend(options: FrontendOptions) -> None:
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
     )
+    deadlines = Deadlines()
+    # Who may wait for its turn for so long may wait as long for a worker to come back.
+    queue_s = max(deadlines.queue_s, 2 * options.max_wait_ms / 1e3)
+    deadlines = replace(deadlines, queue_s=queue_s)
     router_settings = RouterSettings(
-        policy=options.router_mode, disagg=options.disagg, expect=options.expected_roles
+        policy=options.router_mode,
+        disagg=options.disagg,
+        expect=options.expected_roles,
+        admission=AdmissionSettings(max_wait_ms=options.max_wait_ms),
+        deadlines=deadlines,
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
 
@@ -128,6 +139,7 @@ def run_worker(options: WorkerOptions) -> None:
         role=options.role,
         model=options.served_model_name,
         advertise_host=options.advertise_host,
+        max_wait_ms=options.max_wait_ms,
         max_waiting=options.max_waiting,
         drain_s=options.drain_s,
     )

@@ -1,8 +1,9 @@
 """The router: serves requests over all instances that discovery shows.
 
 A shell. It decides nothing itself: `instances.py` keeps a link to every instance and says which take part,
-`core/policy.py` which of them gets a request, `core/lifecycle.py` what happens to the request next. All of
-it runs on one event loop; every callback below finishes without awaiting.
+`core/admission.py` whose turn it is, `core/policy.py` which instance gets the request, and
+`core/lifecycle.py` what happens to it next. All of it runs on one event loop; every callback below finishes
+without awaiting.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import msgspec
 
 from penstock.clock import Clock, MonotonicClock
 from penstock.core import lifecycle as life
+from penstock.core.admission import AdmissionSettings, Queue, Refusal, work_tokens
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS
 from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
@@ -25,7 +28,7 @@ from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
-from penstock.observability import RouterMetrics
+from penstock.observability import QueueView, RouterMetrics
 from penstock.ports import Discovery
 from penstock.structs import Attempt, Delta, InstanceView, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
@@ -48,11 +51,14 @@ class RouterSettings(msgspec.Struct, frozen=True):
     expect: tuple[Role, ...] = ()
     """Roles that must be connected for the graph to be healthy."""
 
-    max_queued: int = 1024
-    """Requests that may wait here for an instance; the next one is answered with 429."""
+    admission: AdmissionSettings = AdmissionSettings()
 
     tick_s: float = 0.1
     """Seconds between looks at deadlines and at queued requests: a small part of the shortest deadline."""
+
+    look_s: float = 0.01
+    """Seconds at least between looks at queued requests because of a worker's report, however many workers
+    report: less than an engine's step."""
 
     load_retry_s: float = 5.0
     """Seconds before an instance whose model files could not be fetched, or differ, is tried again."""
@@ -70,6 +76,7 @@ class _Live:
     on_delta: OnDelta
     on_error: OnError
     placed: Placed
+    queue: Queue  # its model's
     filed: Phase | None = None  # the phase that the router's books are up to date with
 
 
@@ -107,22 +114,26 @@ class Router:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
-        rng = rng or random.Random()
-        self._placement = Placement(settings.policy, settings.disagg, rng)
+        self._rng = rng or random.Random()
+        self._placement = Placement(settings.policy, settings.disagg, self._rng)
         self._instances = Instances(
             discovery,
             self._placement,
             link_settings,
             metrics,
             self._clock,
-            rng,
+            self._rng,
             self,
             frontend_id=frontend_id,
             load_retry_s=settings.load_retry_s,
             progress=settings.progress,
         )
         self._live: dict[str, _Live] = {}
-        self._queued: dict[str, _Live] = {}
+        self._queues: dict[str, Queue] = {}  # by model, of those that are or were served
+        self._resting: dict[str, _Live] = {}  # requests that must not ask for a worker before the next tick
+        self._full_until: dict[str, float] = {}  # instances that refused an attempt
+        self._looked_at = 0.0
+        metrics.queues_from(self.queues)
 
     # --- for the frontend -------------------------------------------------------------------------
 
@@ -145,16 +156,34 @@ class Router:
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
-        or `on_error` is called once. Raises RequestRejected(429) when too many wait already."""
-        if len(self._queued) >= self._settings.max_queued:
-            raise RequestRejected(
-                429, "Too many requests are waiting for a worker.", code="overloaded", retry_after_s=1.0
-            )
-        lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now())
-        live = _Live(lifecycle, on_delta, on_error, Placed(request))
+        or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.
+        The choices of a call must be submitted one directly after the other."""
+        now = self._clock.now()
+        self.check(request.model, request.tenant, request.priority)
+        queue = self._queue(request.model)
+        lifecycle = Lifecycle(request, self._settings.deadlines, now)
+        live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         self._live[request.request_id] = live
+        displaced = queue.enter(
+            request.request_id, request.call_id, request.tenant, request.priority, _work(live), now
+        )
+        self._refuse(displaced)
         self._perform(live, lifecycle.start())
+        self._refuse(queue.hopeless(request.request_id))
         return Ticket(self, live)
+
+    def queues(self) -> list[QueueView]:
+        """What waits here, by model, for /metrics."""
+        return [
+            QueueView(model, len(queue), queue.saturation_ms()) for model, queue in self._queues.items()
+        ]
+
+    def check(self, model: str, tenant: str, priority: int) -> None:
+        """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
+        queue = self._queues.get(model)
+        refusal = queue.refusal(tenant, priority) if queue is not None else None
+        if refusal is not None:
+            raise self._rejected(refusal)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -175,12 +204,40 @@ class Router:
         now = self._clock.now()
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
             self._event(live, life.Tick())
-        self._retry_queued()
+        for queue in self._queues.values():
+            self._refuse(queue.overdue(now))
+        resting, self._resting = self._resting, {}
+        for live in resting.values():
+            self._event(live, life.Retry())
+        self._look(now)
         self._placement.tick()
 
-    def _retry_queued(self) -> None:
-        for live in list(self._queued.values()):
-            self._event(live, life.Retry())
+    # --- the queues -------------------------------------------------------------------------------
+
+    def _queue(self, model: str) -> Queue:
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = Queue(self._settings.admission, self._rng)
+        return queue
+
+    def _look(self, now: float) -> None:
+        """Let those go whose turn has come."""
+        self._looked_at = now
+        for queue in list(self._queues.values()):
+            while (request_id := queue.next()) is not None:
+                self._event(self._live[request_id], life.Retry())
+                if queue.next() == request_id:
+                    break
+
+    def _refuse(self, refusals: list[tuple[str, Refusal]]) -> None:
+        for request_id, refusal in refusals:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._event(live, life.Refused(self._rejected(refusal)))
+
+    def _rejected(self, refusal: Refusal) -> RequestRejected:
+        self._metrics.rejected(refusal.reason)
+        return RequestRejected(429, str(refusal), code="overloaded", retry_after_s=refusal.retry_after_s)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -219,29 +276,42 @@ class Router:
         """Keep the books by phase."""
         live.filed = live.lifecycle.phase
         request_id = live.lifecycle.request.request_id
-        if live.lifecycle.phase is Phase.QUEUED:
-            self._queued[request_id] = live
-        else:
-            self._queued.pop(request_id, None)
+        if live.lifecycle.phase is Phase.QUEUED and request_id not in live.queue:
+            self._resting[request_id] = live
         if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
+            live.queue.leave(request_id)
             self._placement.ended(live.placed)
 
-    def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate:
-        request = live.lifecycle.request
+    def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
+        request, queue, now = live.lifecycle.request, live.queue, self._clock.now()
         if wanted.failed:
             self._metrics.retried()
             given = len(live.lifecycle.token_ids) - len(request.token_ids)
             log.info(
                 "request %s: trying again after %d tokens: %s", request.request_id, given, wanted.failed
             )
-        cards = [
+        if request.request_id not in queue:  # it was sent before
+            queue.back(request.request_id, _work(live), now)
+        if not queue.turn(request.request_id):
+            return life.Held()
+        ready = [
             card
             for card in self._instances.membership.ready(request.model)
             if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
         ]
+        cards = [card for card in ready if self._full_until.get(card.instance_id, now) <= now]
         decision = self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
         if decision is None:
+            if any(card.role.decodes for card in ready):
+                queue.hold(request.request_id, now)
+                return life.Held()
+            queue.nobody(now)
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
+        workers = sum(card.role.decodes for card in cards)
+        token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
+        if not queue.may_go(request.request_id, decision.wait_ms, workers, token_ms, now):
+            return life.Held()
+        self._metrics.waited(queue.take(request.request_id, now))
         self._metrics.decided(self._settings.policy, decision.path)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", explain(request.request_id, decision, wanted.avoid))
@@ -268,7 +338,7 @@ class Router:
     # --- what instances say: implements Listener ---------------------------------------------------------
 
     def on_ready(self) -> None:
-        self._retry_queued()
+        self._look(self._clock.now())
 
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
         now = self._clock.now()
@@ -283,14 +353,18 @@ class Router:
             elif output.handoff is not None:  # its request ended meanwhile
                 handoff_id = output.handoff.handoff_id
                 self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=False))
+        if now - self._looked_at >= self._settings.look_s:
+            self._look(now)
 
-    def on_bounce(self, role: Role, bounce: Bounce) -> None:
+    def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         self._metrics.bounced(role)
+        self._full_until[instance_id] = self._clock.now() + bounce.retry_after_s
         live = self._live.get(_request_id(bounce.attempt_id))
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
     def on_lost(self, instance_id: str, reason: str) -> None:
+        self._full_until.pop(instance_id, None)
         for live in list(self._live.values()):
             self._event(live, life.InstanceLost(instance_id, reason))
 
@@ -317,6 +391,13 @@ class Router:
 
 async def _ready(model: ModelView) -> None:
     """Nothing to prepare."""
+
+
+def _work(live: _Live) -> float:
+    request = live.lifecycle.request
+    given = len(live.lifecycle.token_ids) - len(request.token_ids)
+    expected = min(EXPECTED_OUTPUT_TOKENS, request.sampling.max_tokens)
+    return work_tokens(len(live.lifecycle.token_ids), max(0, expected - given))
 
 
 def _request_id(attempt_id: str) -> str:

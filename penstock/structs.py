@@ -210,6 +210,7 @@ class EngineCard(msgspec.Struct):
     tool_parser: str = ""  # name of vLLM's parser for this model's tool calls; empty: none
     reasoning_parser: str = ""  # the same for its reasoning
     max_batch_tokens: int = 0  # most tokens of one step; 0: unknown
+    max_running: int = 0  # requests in one step; 0: not known
 
 
 class Card(msgspec.Struct):
@@ -229,10 +230,11 @@ class Card(msgspec.Struct):
     transport: str = ""
     sampling_defaults: dict[str, float] = {}
     assets: dict[str, str] = {}  # file name -> sha256 hex of its content, fetched with AssetRequest
-    structured_output: bool = False  # this and the next three as in EngineCard
+    structured_output: bool = False  # this and the next four as in EngineCard
     tool_parser: str = ""
     reasoning_parser: str = ""
     max_batch_tokens: int = 0
+    max_running: int = 0
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -256,7 +258,9 @@ class Request(msgspec.Struct):
     token_ids: list[int]
     sampling: Sampling
     cache_salt: str = ""
-    priority: int = 0
+    priority: int = 0  # lower goes first
+    tenant: str = ""  # the name of the API key that it came with; empty where none are needed
+    call_id: str = ""  # shared by the choices of a call, which are admitted together
 
 
 class Delta(msgspec.Struct):

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
 from penstock.errors import PenstockError, RemoteError
 from penstock.link.address import join_address
 from penstock.link.server import LinkServer, Peer
@@ -58,9 +59,12 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     advertise_host: str = ""
     """The host under which frontends reach the link; the one it listens on when empty."""
 
+    max_wait_ms: float = 10_000.0
+    """An attempt that is predicted to wait longer in the engine is bounced: work for another worker, or for
+    later. Frontends send much less than that ahead; this is for what they cannot know of each other."""
+
     max_waiting: int = 256
-    """Attempts that may wait in the engine; the next one is bounced to another worker. A few seconds of
-    work for a small engine: longer queues only hide overload."""
+    """Attempts that may wait in the engine, whatever the prediction: a bound on memory."""
 
     bounce_retry_s: float = 0.25
     """Seconds after which a bounced attempt may be offered again."""
@@ -253,9 +257,22 @@ class Worker:
         waiting = self._load.waiting + len(self._on_the_way)
         if waiting >= self._settings.max_waiting:
             return f"full: {waiting} attempts are waiting"
+        wait_ms = self._wait_ms(attempt)
+        if wait_ms > self._settings.max_wait_ms:
+            return f"full: wait_ms={wait_ms:.0f} bound_ms={self._settings.max_wait_ms:.0f}"
         if attempt.attempt_id in self._owners:
             return "this attempt is here already"
         return ""
+
+    def _wait_ms(self, attempt: Attempt) -> float:
+        """How long until the engine could begin it, as a frontend would predict it."""
+        card = self.card()
+        expected = min(EXPECTED_OUTPUT_TOKENS, attempt.sampling.max_tokens)
+        query = Query(len(attempt.token_ids), expected_output_tokens=expected)
+        here = Candidate(
+            card.instance_id, card.role, self.load(), card.block_size, max_running=card.max_running
+        )
+        return costs(query, here).queue_ms
 
     def on_cancel(self, peer: Peer, attempt_id: str) -> None:
         if self._owners.get(attempt_id) is peer:
@@ -299,6 +316,7 @@ class Worker:
             tool_parser=card.tool_parser,
             reasoning_parser=card.reasoning_parser,
             max_batch_tokens=card.max_batch_tokens,
+            max_running=card.max_running,
         )
 
     def _registration(self, address: str) -> Registration:

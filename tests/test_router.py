@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.admission import AdmissionSettings
 from penstock.core.lifecycle import Deadlines
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RequestRejected
@@ -147,7 +148,9 @@ async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> N
 
 
 async def test_queue_is_bounded(tmp_path: Path) -> None:
-    async with cluster(tmp_path, {"p0": PREFILL}, RouterSettings(max_queued=3)) as it:
+    async with cluster(
+        tmp_path, {"p0": PREFILL}, RouterSettings(admission=AdmissionSettings(max_queued=3))
+    ) as it:
         for _ in range(3):
             it.ask(PROMPT)
         with pytest.raises(RequestRejected) as caught:

@@ -80,12 +80,14 @@ class StreamedAnswer:
         "finish_reason",
         "first_at",
         "last_at",
+        "retry_after_s",
         "status",
         "usage",
     )
 
     def __init__(self, on_gap: Callable[[float], None] | None = None, *, keep_text: bool = False) -> None:
         self.status = 0
+        self.retry_after_s = 0.0  # as the server asked for, when it did
         self.first_at: float | None = None
         self.last_at = 0.0
         self.chunks = 0  # that carry text
@@ -106,8 +108,9 @@ class StreamedAnswer:
     def complete(self) -> bool:
         return self.failure is None and self.done and self.finish_reason is not None
 
-    def on_status(self, status: int) -> None:
+    def on_status(self, status: int, retry_after_s: float = 0.0) -> None:
         self.status = status
+        self.retry_after_s = retry_after_s
         if status != 200:
             self.failure = (f"http {status}", "")
 
@@ -170,7 +173,7 @@ class JsonAnswer:
         self.status = 0
         self._body = b""
 
-    def on_status(self, status: int) -> None:
+    def on_status(self, status: int, retry_after_s: float = 0.0) -> None:
         self.status = status
 
     def on_body(self, chunk: bytes, now: float) -> None:

@@ -35,8 +35,8 @@ class RequestFailed(RemoteError):
 class Receiver(Protocol):
     """Takes an answer as it arrives. Must not raise."""
 
-    def on_status(self, status: int) -> None:
-        """The head of the answer has arrived."""
+    def on_status(self, status: int, retry_after_s: float = 0.0) -> None:
+        """The head of the answer has arrived; 0 when it has no Retry-After in seconds."""
 
     def on_body(self, chunk: bytes, now: float) -> None:
         """A part of the body; `now` is time.perf_counter() when it was read from the socket."""
@@ -133,6 +133,7 @@ class _Connection(asyncio.Protocol):
         self.used = True
         self.answered = self.reusable = False
         self._receiver = receiver
+        self._retry_after_s = 0.0
         self._parser = httptools.HttpResponseParser(self)
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._transport.is_closing():
@@ -172,9 +173,13 @@ class _Connection(asyncio.Protocol):
 
     # --- httptools --------------------------------------------------------------------------------
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after" and value.isdigit():
+            self._retry_after_s = float(value)
+
     def on_headers_complete(self) -> None:
         self.answered = True
-        self._receiver.on_status(self._parser.get_status_code())
+        self._receiver.on_status(self._parser.get_status_code(), self._retry_after_s)
 
     def on_body(self, body: bytes) -> None:
         self._receiver.on_body(body, self._now)

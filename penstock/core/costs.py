@@ -4,7 +4,7 @@ For a worker with rates r, b = running + waiting requests and q prompt tokens st
 
     step_ms(b)   = r.step_ms + r.decode_request_ms * b
     compute(n)   = r.prefill_token_ms * n + ceil(n / STEP_TOKENS) * step_ms(b)
-    queue_ms     = compute(q), plus the wait for blocks when too few are free
+    queue_ms     = compute(q), plus the wait for a place when all are taken, or for blocks
     prefill_ms   = compute(uncached),  uncached = max(1, prompt - overlap), the last token at least
     inflicted_ms = max(1, b) * r.prefill_token_ms * (uncached + QUEUE_SHARE * q)
     decode_ms    = expected_output_tokens * step_ms(b + 1)
@@ -60,6 +60,7 @@ class Candidate(msgspec.Struct, frozen=True):
     load: Load
     block_size: int
     overlap_blocks: int = 0
+    max_running: int = 0  # requests that it serves at one time; 0: not known
 
 
 class Costs(msgspec.Struct, frozen=True, gc=False):
@@ -105,17 +106,22 @@ def _steps(tokens: int) -> int:
 
 
 def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float:
-    """How long until there are blocks for it; 0 while there are enough.
+    """How long until there are a place and blocks for it; 0 while there are enough.
 
-    Requests that each keep their blocks for `stay_ms` give back those of one every stay_ms / running;
-    the waiting ones are served first. On a prefill worker a stay lasts until the decode worker has
-    pulled; on the others, for the whole output.
+    Requests that each keep theirs for `stay_ms` give back those of one every stay_ms / running; the
+    waiting ones are served first. On a prefill worker a stay lasts until the decode worker has pulled; on
+    the others, for the whole output.
     """
     load, rates = candidate.load, candidate.load.rates
-    if not load.total_blocks or load.total_blocks - load.used_blocks >= needed_blocks:
+    ahead = 0  # how many must end, or be served, before it can begin
+    if candidate.max_running:
+        ahead = max(0, load.running + load.waiting + 1 - candidate.max_running)
+    if load.total_blocks and load.total_blocks - load.used_blocks < needed_blocks:
+        ahead = max(ahead, load.waiting + 1)
+    if not ahead:
         return 0.0
     if candidate.role is Role.PREFILL:
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
         stay_ms = query.expected_output_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
-    return (load.waiting + 1) * stay_ms / max(1, load.running + load.held_handoffs)
+    return ahead * stay_ms / max(1, load.running + load.held_handoffs)

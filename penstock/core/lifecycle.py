@@ -10,7 +10,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     (new)     start                      QUEUED    Choose
     QUEUED    Chosen, with prefill       PREFILL   Send(prefill attempt)
     QUEUED    Chosen, without            DECODE    Send(attempt, with the handoff if one is held)
-    QUEUED    NoCandidate                QUEUED    none; whoever drives it asks again by Retry
+    QUEUED    NoCandidate, Held          QUEUED    none; whoever drives it asks again by Retry
+    QUEUED    Refused                    DONE      Release, Fail
     QUEUED    Retry                      QUEUED    Choose
     PREFILL   Output, prefilled          DECODE    Send(attempt with handoff) to the decode worker, Emit
     PREFILL   Output, stop or length     DONE      Emit
@@ -24,7 +25,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE
     PREFILL,  InstanceStuck, up to       QUEUED    Cancel, Choose without that instance
     DECODE    `max_moves` times
-    PREFILL,  Bounced                    QUEUED    Choose without that instance; a handoff stays valid
+    PREFILL,  Bounced                    QUEUED    Choose; a handoff stays valid
     DECODE
     any       request deadline, queue    DONE      Cancel, Release, Fail
               deadline
@@ -102,6 +103,16 @@ class NoCandidate(msgspec.Struct):
     reason: str
 
 
+class Held(msgspec.Struct):
+    """The router's answer to Choose when instances could take the request, but its turn has not come."""
+
+
+class Refused(msgspec.Struct):
+    """A queued request must not wait any longer."""
+
+    error: PenstockError
+
+
 class Retry(msgspec.Struct):
     """Something changed: a queued request may ask again."""
 
@@ -171,7 +182,19 @@ class Fail(msgspec.Struct):
     error: PenstockError
 
 
-Event = Chosen | NoCandidate | Retry | Bounced | InstanceLost | InstanceStuck | Tick | ClientGone | Output
+Event = (
+    Chosen
+    | NoCandidate
+    | Held
+    | Refused
+    | Retry
+    | Bounced
+    | InstanceLost
+    | InstanceStuck
+    | Tick
+    | ClientGone
+    | Output
+)
 Effect = Choose | Send | Cancel | Release | Emit | Fail
 
 
@@ -288,6 +311,12 @@ class Lifecycle:
         self.trouble = self.trouble or event.reason
         return []
 
+    def _on_held(self, event: Held, now: float) -> list[Effect]:
+        return []
+
+    def _on_refused(self, event: Refused, now: float) -> list[Effect]:
+        return self._fail(event.error) if self.phase is Phase.QUEUED else []
+
     def _on_retry(self, event: Retry, now: float) -> list[Effect]:
         return [self._choose()] if self.phase is Phase.QUEUED else []
 
@@ -349,8 +378,9 @@ class Lifecycle:
                     429, f"every worker is full ({self.trouble})", code="overloaded", retry_after_s=5.0
                 )
             )
-        self._avoid.add(self._instance_id)
-        self._failed = self.trouble if migrates else ""
+        if migrates:
+            self._avoid.add(self._instance_id)
+            self._failed = self.trouble
         return self._queue(now)
 
     def _on_instance_lost(self, event: InstanceLost, now: float) -> list[Effect]:
@@ -454,6 +484,8 @@ def _release_late(output: Output) -> list[Effect]:
 _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
     Chosen: Lifecycle._on_chosen,
     NoCandidate: Lifecycle._on_no_candidate,
+    Held: Lifecycle._on_held,
+    Refused: Lifecycle._on_refused,
     Retry: Lifecycle._on_retry,
     Output: Lifecycle._on_output,
     Bounced: Lifecycle._on_bounced,

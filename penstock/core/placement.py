@@ -124,6 +124,7 @@ class Placement:
                     load=self._book.view(card.instance_id),
                     block_size=card.block_size,
                     overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
+                    max_running=card.max_running,
                 )
             )
         return candidates

@@ -36,13 +36,15 @@ __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scor
 
 class Decision(msgspec.Struct, frozen=True):
     """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `scores` are
-    the plans that were compared, cheapest first."""
+    the plans that were compared, cheapest first. `wait_ms` is the least time in which workers could begin
+    it, if not necessarily these: one may be busier, and yet the better choice for what it has cached."""
 
     decode: str
     prefill: str | None
     path: Path
     reason: str
     scores: list[Scored]
+    wait_ms: float = 0.0
 
 
 Shortlist = Callable[[Query, Sequence[Candidate], Random], Sequence[Candidate]]
@@ -71,26 +73,32 @@ def choose(
     decoders = [candidate for candidate in candidates if candidate.role.decodes]
     if not decoders:
         return None
-    first = None
+    first, ahead = None, []
     prefills = [candidate for candidate in candidates if not candidate.role.decodes]
     if prefills and mode is not Disagg.NEVER and not query.handed:
         ahead = [costs(query, candidate) for candidate in shortlist(query, prefills, rng)]
         first = _least(ahead, _ready_ms, rng)
-    scores = [plan(query, costs(query, it), first, mode) for it in shortlist(query, decoders, rng)]
+    here = [costs(query, candidate) for candidate in shortlist(query, decoders, rng)]
+    scores = [plan(query, it, first, mode) for it in here]
     best = _least(scores, _total_ms, rng)
     scores.sort(key=_total_ms)
+    wait_ms = min(map(_queue_ms, here))
+    if ahead and best.path is Path.REMOTE:
+        wait_ms = max(wait_ms, min(map(_queue_ms, ahead)))
     return Decision(
         decode=best.instance_id,
         prefill=first.candidate.instance_id if first is not None and best.path is Path.REMOTE else None,
         path=best.path,
         reason=_reason(best),
         scores=scores,
+        wait_ms=wait_ms,
     )
 
 
 _Item = TypeVar("_Item")
 _total_ms = attrgetter("total_ms")
 _ready_ms = attrgetter("ready_ms")
+_queue_ms = attrgetter("queue_ms")
 
 
 def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> _Item:

@@ -176,6 +176,7 @@ def load_sim(settings: SimSettings, duration_s: Callable[[list[Row]], float] | N
         eos_token_ids=list(settings.eos_token_ids),
         layout=f"sim/{settings.model}/{settings.block_size}",
         assets=assets,
+        max_running=settings.scheduler.max_running,
     )
     shape = (settings.total_blocks, POOL_BYTES_PER_BLOCK)
     pool = memoryview(bytearray(settings.total_blocks * POOL_BYTES_PER_BLOCK)).cast("B", shape)

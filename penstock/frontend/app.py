@@ -105,8 +105,8 @@ class App:
 
     def _generate(self, kind: Kind) -> Callable[[Exchange, Scope], Awaitable[None]]:
         async def generate(exchange: Exchange, scope: Scope) -> None:
-            self._keys.check(exchange.header(b"authorization"))
-            await self._generation.serve(kind, exchange)
+            tenant = self._keys.check(exchange.header(b"authorization"))
+            await self._generation.serve(kind, exchange, tenant)
 
         return generate
 

@@ -31,6 +31,9 @@ class Completer(Protocol):
     def healthy(self) -> tuple[bool, str]:
         """Whether every role that is needed is there; else which are missing, comma-separated."""
 
+    def check(self, model: str, tenant: str, priority: int) -> None:
+        """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
+
     def submit(
         self,
         request: Request,
@@ -41,5 +44,6 @@ class Completer(Protocol):
 
         Callbacks come from the event loop, one `on_delta` per engine step, the last with a
         finish_reason; or one `on_error` instead of it. They may come before this returns.
-        Raises RequestRejected when the request cannot even be queued.
+        Raises RequestRejected when the request cannot even be queued. The requests of one `call_id` must
+        come one directly after the other.
         """

@@ -17,7 +17,7 @@ from penstock.frontend.call import Call, Turn
 from penstock.frontend.completer import Completer
 from penstock.frontend.exchange import CLIENT_GONE, Exchange
 from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
-from penstock.frontend.plan import Plan, Planner
+from penstock.frontend.plan import Plan, Planner, priority_of
 from penstock.frontend.responses import (
     Envelope,
     chat_body,
@@ -32,6 +32,7 @@ from penstock.observability import FrontendMetrics
 
 log = logging.getLogger("penstock.frontend")
 
+OVERLOADED: Final = 429
 RETRY_AFTER_S: Final = 1.0  # for what passes by itself: a full or a leaving frontend
 
 
@@ -60,6 +61,7 @@ class Record:
     """What is known of a call, for its log line and its metrics."""
 
     began: float  # perf_counter, once the request was read
+    tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
     plan: Plan | None = None
     call: Call | None = None
@@ -93,9 +95,9 @@ class GenerationEndpoint:
             for call in list(self._calls):
                 call.fail(_leaving())
 
-    async def serve(self, kind: Kind, exchange: Exchange) -> None:
+    async def serve(self, kind: Kind, exchange: Exchange, tenant: str) -> None:
         """Answer one request, be it with an error."""
-        record = Record(time.perf_counter())
+        record = Record(time.perf_counter(), tenant)
         self._inflight += 1
         self._idle.clear()
         try:
@@ -121,16 +123,18 @@ class GenerationEndpoint:
             raise _leaving()
         if self._inflight > self._settings.max_inflight:
             raise RequestRejected(
-                429, "Too many requests at a time.", code="overloaded", retry_after_s=RETRY_AFTER_S
+                OVERLOADED, "Too many requests at a time.", code="overloaded", retry_after_s=RETRY_AFTER_S
             )
         body = kind.decode(await exchange.body())
         record.began = time.perf_counter()
         view = self._completer.model(body.model)
         record.model = view.name
+        priority = priority_of(body, record.tenant)
+        self._completer.check(view.name, record.tenant, priority)  # before the work of tokenizing
         metrics = self._metrics.of(view.name)
         with metrics.inflight.track_inprogress():
             call_id = kind.id_prefix + uuid.uuid4().hex
-            record.plan = plan = await self._planner.plan(call_id, body, view)
+            record.plan = plan = await self._planner.plan(call_id, body, view, record.tenant)
             record.call = call = Call(
                 plan.answers,
                 metrics=metrics,
@@ -189,7 +193,7 @@ class GenerationEndpoint:
                 metrics.cached_tokens.inc(cached)
         log.info(
             "request_id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
-            " ttft_ms=%.1f duration_ms=%.1f finish=%s",
+            " ttft_ms=%.1f duration_ms=%.1f finish=%s%s",
             exchange.request_id.decode(),
             kind.endpoint,
             record.model or "-",
@@ -200,6 +204,7 @@ class GenerationEndpoint:
             ttft_s * 1e3,
             (ended - record.began) * 1e3,
             _finish(record, gone),
+            _why(record),
         )
 
 
@@ -267,6 +272,13 @@ def _leaving() -> RequestRejected:
     return RequestRejected(
         503, "This server is shutting down.", code="shutting_down", retry_after_s=RETRY_AFTER_S
     )
+
+
+def _why(record: Record) -> str:
+    """For the log: of a request that was turned away, whose it was and the reason with its figures."""
+    if record.error is None or status_of(record.error) != OVERLOADED:
+        return ""
+    return f" tenant={record.tenant or '-'} error={str(record.error)!r}"
 
 
 def _finish(record: Record, gone: bool) -> str:

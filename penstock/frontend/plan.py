@@ -39,7 +39,9 @@ class Planner:
         self._settings = settings
         self._rng = rng
 
-    async def plan(self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView) -> Plan:
+    async def plan(
+        self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView, tenant: str
+    ) -> Plan:
         """Render, tokenize and check. Raises RequestRejected(400) naming the field."""
         sampling = sampling_of(body, view, first_seed(body, self._rng))
         text = await self._preprocessor.text_of(view)
@@ -60,7 +62,9 @@ class Planner:
                         token_ids=prompt,
                         sampling=own,
                         cache_salt=body.cache_salt or "",
-                        priority=body.priority,
+                        priority=priority_of(body, tenant),
+                        tenant=tenant,
+                        call_id=call_id,
                     )
                 )
                 plan.answers.append(_answer(index, body, text, view, prompt, parser))
@@ -86,6 +90,11 @@ class Planner:
                 raise RequestRejected(400, "A prompt is empty.", field="prompt")
             prompts.append(prompt)
         return prompts
+
+
+def priority_of(body: ChatRequest | CompletionRequest, tenant: str) -> int:
+    """Where there are tenants, none of them may put itself before the others; after them it may."""
+    return max(0, body.priority) if tenant else body.priority
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:

@@ -65,7 +65,10 @@ def _busy(worker: SimWorker) -> list[str]:
 def _open_books(frontend: SimFrontend) -> list[str]:
     router = frontend.router
     complaints = [f"{frontend.name} has request {it} live" for it in router._live]
-    complaints += [f"{frontend.name} has request {it} queued" for it in router._queued]
+    complaints += [
+        f"{frontend.name} has {it.requests} requests queued" for it in router.queues() if it.requests
+    ]
+    complaints += [f"{frontend.name} has request {it} resting" for it in router._resting]
     for instance_id, account in router._placement._book._accounts.items():
         left = (
             len(account.on_the_way),

@@ -17,10 +17,12 @@ from penstock.core.lifecycle import (
     Effect,
     Emit,
     Fail,
+    Held,
     InstanceLost,
     Lifecycle,
     NoCandidate,
     Phase,
+    Refused,
     Release,
     Retry,
     Send,
@@ -169,7 +171,7 @@ def test_bounced_decode_keeps_the_handoff_for_the_next_one() -> None:
     life = lifecycle()
     send = sent(prefilled(life))
     effects = life.handle(Bounced(send.attempt.attempt_id, "full"), 2.0)
-    assert effects == [Choose(frozenset({"d0"}), handed=True)]
+    assert effects == [Choose(frozenset(), handed=True)]  # who is full, is so for all: the router's affair
     again = sent(life.handle(Chosen("d1"), 2.0)).attempt
     assert again.handoff is not None
     assert again.handoff.ttl_s == pytest.approx(29.0)
@@ -246,10 +248,23 @@ def test_queue_deadline_names_the_trouble() -> None:
 
 def test_avoided_instances_are_forgiven_when_nobody_else_is_there() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
-    life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
-    life.handle(NoCandidate("all avoided"), 0.0)
-    assert life.handle(Retry(), 0.1) == [Choose(frozenset())]
+    sent(life.handle(Chosen("d0"), 0.0))
+    life.handle(InstanceLost("d0", "killed"), 0.0)
+    life.handle(Held(), 0.0)  # there are others, and they are busy
+    assert life.handle(Retry(), 0.1) == [Choose(frozenset({"d0"}))]
+    life.handle(NoCandidate("all avoided"), 0.1)
+    assert life.handle(Retry(), 0.2) == [Choose(frozenset())]
+
+
+def test_only_who_waits_can_be_refused() -> None:
+    refused = Refused(RequestRejected(429, "too long"))
+    life = lifecycle()
+    assert life.handle(refused, 0.0) == [Fail(refused.error)]
+    assert life.phase is Phase.DONE
+    life = lifecycle()
+    sent(life.handle(Chosen("d0"), 0.0))
+    assert life.handle(refused, 0.0) == []
+    assert life.phase is Phase.DECODE
 
 
 def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:

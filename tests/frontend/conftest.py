@@ -204,6 +204,8 @@ class ScriptedCompleter:
     missing: str = ""
     serving: bool = True
     submit_error: RequestRejected | None = None
+    check_error: RequestRejected | None = None
+    checked: list[tuple[str, str, int]] = field(default_factory=list)
 
     def models(self) -> list[ModelView]:
         return self.views
@@ -221,6 +223,11 @@ class ScriptedCompleter:
 
     def healthy(self) -> tuple[bool, str]:
         return not self.missing, self.missing
+
+    def check(self, model: str, tenant: str, priority: int) -> None:
+        self.checked.append((model, tenant, priority))
+        if self.check_error is not None:
+            raise self.check_error
 
     def submit(self, request, on_delta, on_error) -> ScriptedTicket:
         if self.submit_error is not None:

@@ -89,6 +89,7 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         layout=fingerprint(folder, config),
         sampling_defaults=config.sampling_defaults,
         assets=assets,
+        max_running=settings.scheduler.max_running,
     )
     runner = ReferenceRunner(Model(config, weights, pool, max_model_len), config.eos_token_ids)
     _warm_up(runner, pool, settings.block_size)

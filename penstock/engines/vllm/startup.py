@@ -252,6 +252,7 @@ def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, ar
         tool_parser=arguments.tool_call_parser,
         reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
         max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
+        max_running=config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size,
     )
 
 

@@ -1,0 +1,451 @@
+"""Which requests of a model wait at a frontend, in which order, and which are told to come back later.
+
+Theory. Workers get work just ahead of their needs: a request is sent only while some worker could begin it
+within `dispatch_wait_ms`. All others wait here, where a later one may still go first, and an engine's own
+queue stays short. Who could not begin within `max_wait_ms` hears so at once.
+
+Order. Lines by priority, the lower number first; a line waits until those before it are empty, and nobody
+moves up by waiting. Within a line, tenants take turns by start-time fair queueing (Goyal and others, 1996):
+the tenant with the least virtual time goes, and then pays what its call costs. One that had nothing waiting
+starts at the time of whoever was served last, so nothing can be saved up. A tenant's calls go first come,
+first served. Before all lines are the requests that were sent once and came back, as their worker was lost
+or full: they were at the head when they left. The choices of a call go together or not at all.
+
+Prediction. A newcomer waits until those in front of it have gone:
+
+    wait_ms = wait of the head + max(pace * work ahead, its flow's pace * the flow's work ahead)
+
+Work is in tokens (see `work_tokens`), pace in ms per token. The queue's pace is measured while something
+waits, so it holds whatever limits the workers: prompts, decoding, blocks, or other frontends' requests. A
+flow (a tenant within a line) is slower than that by what others send later and get first; its own pace,
+measured in the same way, shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+
+ACCEPT_SHARE = 0.8
+"""Of `max_wait_ms`: the longest predicted wait with which a newcomer is let in. Predictions err; with this
+margin, few of those let in are sent away later."""
+
+OUTPUT_WORK = 4.0
+"""Work of an output token, in prompt tokens: on Qwen3-32B (2 x H200) with 64 requests a step, a prompt
+token takes 46 us and an output token 200."""
+
+FORGETTING = 0.98
+"""Weight of a call taken relative to the next one, in a pace: the last 50 or so count."""
+
+PRIOR_CALLS = 8
+"""Calls taken before a flow's own pace counts; the queue's first guess weighs as much as that many."""
+
+_BACK = -(2**31) - 1  # the line of those who came back: before every priority, which has 32 bits
+
+
+class AdmissionSettings(msgspec.Struct, frozen=True):
+    """How long requests may wait, and where."""
+
+    max_wait_ms: float = 10_000.0
+    """The longest wait for a worker, its engine's queue included. A request that is predicted to wait
+    longer is refused when it comes; one that has waited as long, then. Set it to the objective for the time
+    to first token, less what a prompt takes."""
+
+    dispatch_wait_ms: float = 250.0
+    """A request is sent while some worker could begin it within this: two or three steps of the largest
+    batches, so that no engine runs dry between two reports, and little is beyond reordering."""
+
+    max_queued: int = 1024
+    """Requests that may wait here, whatever the prediction: a bound on memory."""
+
+    @property
+    def gate_ms(self) -> float:
+        """The wait at a worker up to which requests are sent."""
+        return min(self.dispatch_wait_ms, self.max_wait_ms)
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a request is not, or no longer, in the queue."""
+
+    reason: str  # wait, full, displaced or overdue
+    wait_ms: float  # as predicted for a newcomer in its place
+    bound_ms: float
+    place: int  # how many would go before it
+    retry_after_s: float  # whole seconds
+
+    def __str__(self) -> str:
+        return (
+            f"Too many requests are waiting for a worker (reason={self.reason} wait_ms={self.wait_ms:.0f} "
+            f"bound_ms={self.bound_ms:.0f} place={self.place})."
+        )
+
+
+def work_tokens(prompt_tokens: int, output_tokens: int) -> float:
+    """What a request costs its tenant."""
+    return prompt_tokens + OUTPUT_WORK * output_tokens
+
+
+class _Drain:
+    """How fast something empties, measured while there is something in it."""
+
+    __slots__ = ("_last", "_ms", "_work", "calls")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._ms = 0.0
+        self._work = 0.0
+        self._last: float | None = None  # when the time not counted yet began; None: nothing waits
+
+    def begin(self, now: float) -> None:
+        """Something waits."""
+        if self._last is None:
+            self._last = now
+
+    def end(self) -> None:
+        """Nothing does any more."""
+        self._last = None
+
+    def guess(self, pace: float, work: float) -> None:
+        """The first guess, as if `work` had been taken at this pace."""
+        self._ms, self._work = pace * work, work
+
+    def took(self, work: float, now: float, workers: int = 1) -> None:
+        """So much has gone."""
+        if self._last is None:
+            return
+        self.calls += 1
+        self._ms = self._ms * FORGETTING + (now - self._last) * 1e3 * workers
+        self._work = self._work * FORGETTING + work
+        self._last = now
+
+    @property
+    def pace(self) -> float:
+        """Milliseconds of one worker per unit of work; 0 as long as nothing is known."""
+        return self._ms / self._work if self._work else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """What waits: the requests of one client's call."""
+
+    flow: _Flow
+    key: str
+    since: float
+    requests: dict[str, float] = field(default_factory=dict)  # work by request id
+
+    @property
+    def work(self) -> float:
+        return sum(self.requests.values())
+
+
+@dataclass(slots=True, eq=False)
+class _Flow:
+    """A tenant in a line. It is kept while the line is, even with nothing in it."""
+
+    line: _Line
+    tenant: str
+    start: float  # virtual time at which its next call begins
+    calls: dict[str, _Call] = field(default_factory=dict)  # in order of arrival
+    work: float = 0.0
+    drain: _Drain = field(default_factory=_Drain)
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A priority. It is kept while something of it waits."""
+
+    priority: int
+    flows: dict[str, _Flow] = field(default_factory=dict)
+    calls: int = 0
+    work: float = 0.0
+    virtual: float = 0.0  # the virtual start of the call that went last
+
+    def flow(self, tenant: str) -> _Flow:
+        found = self.flows.get(tenant)
+        if found is None:
+            found = self.flows[tenant] = _Flow(self, tenant, self.virtual)
+        return found
+
+
+class Queue:
+    """The requests of one model that wait. Pure; `now` in seconds, `rng` spreads the retries of those sent
+    away.
+
+    A request enters (`enter`, or `back` when it was sent before), asks for a worker whenever `turn` says
+    so, and is out of the queue with `take`, when it goes to one, or `leave`, when it does not.
+    """
+
+    def __init__(self, settings: AdmissionSettings, rng: Random) -> None:
+        self._settings = settings
+        self._rng = rng
+        self._lines: dict[int, _Line] = {}
+        self._calls: dict[str, _Call] = {}  # by request id
+        self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
+        self._gone_key = ""  # the call that went last
+        self._drain = _Drain()
+        self._head_ms = 0.0  # how long the head has to wait at the workers, as of its latest try
+        self._workers = 1
+        self._served_since = -math.inf  # there have been workers from then on
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._calls or request_id in self._along
+
+    # --- coming and going ---------------------------------------------------------------------------
+
+    def refusal(self, tenant: str, priority: int) -> Refusal | None:
+        """Why a newcomer would be refused, whatever it costs; None when it would be let in.
+
+        With nothing waiting this is always None: what the workers' wait is, shows with the first try, and
+        then `hopeless` says the same."""
+        if not self._calls:
+            return None
+        wait_ms, place = self._predict(tenant, priority)
+        if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
+            return self._refuse("wait", wait_ms, place)
+        if len(self._calls) >= self._settings.max_queued and self._worse_than(tenant, priority) is None:
+            return self._refuse("full", wait_ms, place)
+        return None
+
+    def hopeless(self, request_id: str) -> list[tuple[str, Refusal]]:
+        """The newcomer itself, with why it is refused, if it is the only one and the workers' wait alone is
+        too long."""
+        if len(self._calls) != 1 or request_id not in self._calls:
+            return []
+        if self._head_ms <= ACCEPT_SHARE * self._settings.max_wait_ms:
+            return []
+        return [(request_id, self._refuse("wait", self._head_ms, 0))]
+
+    def enter(
+        self, request_id: str, call_id: str, tenant: str, priority: int, work: float, now: float
+    ) -> list[tuple[str, Refusal]]:
+        """Let a newcomer in that `refusal` had nothing against. Returns the requests that it displaces, if
+        the queue was full: of all that wait, the call that would have gone last.
+
+        Requests with the same `call_id`, which may be empty, must come one directly after the other."""
+        if call_id and call_id == self._gone_key:
+            self._along[request_id] = None
+            return []
+        displaced = []
+        if len(self._calls) >= self._settings.max_queued:
+            last = self._worse_than(tenant, priority)
+            if last is not None:
+                wait_ms, place = self._predict(last.flow.tenant, last.flow.line.priority)
+                refusal = self._refuse("displaced", wait_ms, place)
+                displaced = [(member, refusal) for member in last.requests]
+                self._remove(last)
+        self._add(request_id, call_id or request_id, tenant, priority, work, now)
+        return displaced
+
+    def back(self, request_id: str, work: float, now: float) -> None:
+        """One that was sent before is to be sent again. It is never refused here."""
+        self._add(request_id, request_id, "", _BACK, work, now)
+
+    def turn(self, request_id: str) -> bool:
+        """Whether this request may ask for a worker now."""
+        if request_id in self._along:
+            return True
+        call = self._calls.get(request_id)
+        return call is not None and call is self._first()
+
+    def may_go(self, request_id: str, wait_ms: float, workers: int, token_ms: float, now: float) -> bool:
+        """Whether this request, whose turn it is, is to be sent; if not, it waits on.
+
+        Args:
+            wait_ms: the least time in which one of the workers could begin it.
+            workers: how many there are that can end it.
+            token_ms: what one of them takes for a prompt token: a first guess at the pace.
+        """
+        if request_id in self._along:
+            return True
+        self._head_ms = wait_ms
+        self._workers = max(1, workers)
+        if wait_ms <= self._settings.gate_ms:
+            return True
+        if not self._drain.pace:
+            self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)
+        self.hold(request_id, now)
+        return False
+
+    def hold(self, request_id: str, now: float) -> None:
+        """It has to wait on."""
+        call = self._calls.get(request_id)
+        if call is not None:
+            self._hold(call.flow, now)
+
+    def nobody(self, now: float) -> None:
+        """There is no worker at all. Until there is one, nobody is overdue."""
+        self._served_since = now
+        self._head_ms = 0.0
+
+    def take(self, request_id: str, now: float) -> float:
+        """It goes. Returns how many seconds it waited. Those of the same call are next."""
+        if request_id in self._along:
+            del self._along[request_id]
+            return 0.0
+        call = self._calls[request_id]
+        flow, work = call.flow, call.work
+        flow.line.virtual = flow.start
+        flow.start += work
+        self._drain.took(work, now, self._workers)
+        flow.drain.took(work, now)
+        self._along.update(dict.fromkeys(member for member in call.requests if member != request_id))
+        self._gone_key = call.key
+        self._remove(call)
+        return now - call.since
+
+    def leave(self, request_id: str) -> None:
+        """Nobody waits for it any more. Unknown ids are ignored."""
+        self._along.pop(request_id, None)
+        call = self._calls.get(request_id)
+        if call is None:
+            return
+        if len(call.requests) == 1:
+            self._remove(call)
+            return
+        work = call.requests.pop(request_id)
+        del self._calls[request_id]
+        call.flow.work -= work
+        call.flow.line.work -= work
+
+    def next(self) -> str | None:
+        """A request whose turn it is; None when nothing waits."""
+        if self._along:
+            return next(iter(self._along))
+        return next(iter(self._first().requests)) if self._calls else None
+
+    def overdue(self, now: float) -> list[tuple[str, Refusal]]:
+        """Requests that have waited as long as they may; to be taken out by `leave`."""
+        latest = now - self._settings.max_wait_ms / 1e3
+        if self._served_since > latest:
+            return []
+        found = []
+        for line in self._lines.values():
+            if line.priority == _BACK:
+                continue
+            for flow in line.flows.values():
+                for call in flow.calls.values():
+                    if call.since > latest:
+                        break
+                    refusal = self._refuse("overdue", *self._predict(flow.tenant, line.priority))
+                    found += [(member, refusal) for member in call.requests]
+        return found
+
+    def saturation_ms(self) -> float:
+        """The predicted wait of a newcomer behind all that wait; 0 when nothing does."""
+        if not self._calls:
+            return 0.0
+        return self._head_ms + self._pace * sum(line.work for line in self._lines.values())
+
+    # --- the order ----------------------------------------------------------------------------------
+
+    def _first(self) -> _Call:
+        line = self._lines[min(self._lines)]
+        waiting = [flow for flow in line.flows.values() if flow.calls]
+        flow = waiting[0] if len(waiting) == 1 else min(waiting, key=_start)
+        return next(iter(flow.calls.values()))
+
+    def _worse_than(self, tenant: str, priority: int) -> _Call | None:
+        """The call that goes last, if that is after a newcomer's place."""
+        line = self._lines[max(self._lines)]
+        flow = max((flow for flow in line.flows.values() if flow.calls), key=_end)
+        if line.priority < priority:
+            return None
+        if line.priority == priority and self._newcomers_start(line, tenant) >= _end(flow):
+            return None
+        return next(reversed(flow.calls.values()))
+
+    def _newcomers_start(self, line: _Line, tenant: str) -> float:
+        flow = line.flows.get(tenant)
+        if flow is None:
+            return line.virtual
+        return max(line.virtual, flow.start) + flow.work
+
+    def _predict(self, tenant: str, priority: int) -> tuple[float, int]:
+        """A newcomer's wait in ms, and how many requests would go before it."""
+        ahead, place, own_ms = 0.0, 0.0, 0.0
+        for line in self._lines.values():
+            if line.priority < priority:
+                ahead += line.work
+                place += line.calls
+            elif line.priority == priority:
+                start = self._newcomers_start(line, tenant)
+                for flow in line.flows.values():
+                    share = 1.0
+                    if flow.tenant == tenant:
+                        own_ms = _own_ms(flow)
+                    elif flow.work:
+                        share = min(1.0, max(0.0, (start - flow.start) / flow.work))
+                    ahead += share * flow.work
+                    place += share * len(flow.calls)
+        return self._head_ms + max(ahead * self._pace, own_ms), round(place)
+
+    @property
+    def _pace(self) -> float:
+        return self._drain.pace / self._workers
+
+    # --- books --------------------------------------------------------------------------------------
+
+    def _add(self, request_id: str, key: str, tenant: str, priority: int, work: float, now: float) -> None:
+        line = self._lines.get(priority)
+        if line is None:
+            line = self._lines[priority] = _Line(priority)
+        flow = line.flow(tenant)
+        call = flow.calls.get(key)
+        if call is None:
+            if self._calls:
+                self._hold(flow, now)
+            if not flow.calls:
+                flow.start = max(flow.start, line.virtual)
+            call = flow.calls[key] = _Call(flow, key, now)
+            line.calls += 1
+        call.requests[request_id] = work
+        self._calls[request_id] = call
+        flow.work += work
+        line.work += work
+
+    def _hold(self, flow: _Flow, now: float) -> None:
+        """Something of this flow has to wait: from now on its pace is measured."""
+        self._drain.begin(now)
+        flow.drain.begin(now)
+
+    def _remove(self, call: _Call) -> None:
+        flow, line, work = call.flow, call.flow.line, call.work
+        for request_id in call.requests:
+            del self._calls[request_id]
+        del flow.calls[call.key]
+        line.calls -= 1
+        flow.work -= work
+        line.work -= work
+        if not flow.calls:
+            flow.work = 0.0  # no rounding errors
+            flow.drain = _Drain()
+        if not line.calls:
+            del self._lines[line.priority]
+        if not self._calls:
+            self._drain.end()
+
+    def _refuse(self, reason: str, wait_ms: float, place: int) -> Refusal:
+        """Come back when the wait is within the bound, and not all at the same moment."""
+        over_s = max(0.0, wait_ms - ACCEPT_SHARE * self._settings.max_wait_ms) / 1e3
+        retry_after_s = math.ceil(over_s + self._rng.random() * max(1.0, over_s / 4))
+        bound_ms = self._settings.max_wait_ms
+        return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)))
+
+
+def _start(flow: _Flow) -> float:
+    return flow.start
+
+
+def _end(flow: _Flow) -> float:
+    return flow.start + flow.work
+
+
+def _own_ms(flow: _Flow) -> float:
+    """How long what waits of this flow takes at the flow's own pace, once that is known."""
+    return flow.drain.pace * flow.work if flow.drain.calls >= PRIOR_CALLS else 0.0
