@@ -1,7 +1,8 @@
 """A client's connection: uvicorn's HTTP protocol with the limits that it leaves open.
 
 uvicorn has deadlines for idle connections and none for slow ones. Here a request's head has a deadline
-and a size, and a closing connection whose client takes nothing is dropped.
+and a size, whatever else is no body has a size too, connections and pipelined requests have a limit, and
+a closing connection whose client takes nothing is dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from penstock.errors import RequestRejected
+from penstock.errors import ProtocolError, RequestRejected
 from penstock.frontend.exchange import ABORT_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
@@ -22,7 +23,13 @@ from penstock.link.address import join_address
 
 log = logging.getLogger("penstock.frontend")
 
-MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers; common servers allow 8 to 64 KiB
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Request line and headers; common servers allow 8 to 64 KiB. The same goes for all else that may come
+without a byte of a body between it: blank lines, and after the last chunk of a body its trailers."""
+
+MAX_PIPELINED: Final = 16
+"""Requests that may wait on one connection for the response to the one before. Common clients send none."""
+
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 
 
@@ -39,9 +46,16 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._refused = False
+        self._in_request = False  # between the first byte of one and its last
+        self._head_bytes = 0  # since the last byte of a body, or the last end of a request
         self._abort_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._await_head()
+        if len(self.connections) > 2 * self.settings.max_connections:  # refused ones linger
+            self.transport.abort()
+        elif len(self.connections) > self.settings.max_connections:
+            error = RequestRejected(503, "Too many connections.", code="overloaded", retry_after_s=1.0)
+            self._refuse("503 Service Unavailable", error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_complete()
@@ -51,12 +65,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         self._unset_keepalive_if_required()
+        if self._head_timer is None and not self._in_request and self.cycle.response_complete:
+            self._await_head()  # it was idle; what comes may be no request yet
         self._feed(data)
-        if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-            message = f"The request's head is longer than {MAX_HEAD_BYTES} bytes."
+        if self._head_bytes > MAX_HEAD_BYTES:
+            message = f"More than {MAX_HEAD_BYTES} bytes of headers or trailers."
             self._refuse("431 Request Header Fields Too Large", RequestRejected(431, message))
 
     def _feed(self, data: bytes) -> None:
@@ -95,7 +110,11 @@ class Connection(HttpToolsProtocol):
         return join_address(*self.client) if self.client else "a client"
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) == MAX_PIPELINED:
+            self.transport.abort()
+            raise ProtocolError(f"more than {MAX_PIPELINED} requests without waiting for responses")
         super().on_message_begin()
+        self._in_request = True
         extensions = {ABORT_EXTENSION: self.transport.abort, WRITE_EXTENSION: self._write_chunk}
         cast(dict[str, Any], self.scope)["extensions"] = extensions
         if self._head_timer is None:
@@ -105,7 +124,13 @@ class Connection(HttpToolsProtocol):
         self._head_complete()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._in_request = False
+        self._head_bytes = 0
         self._unset_abort()
         super().on_message_complete()
 
@@ -143,7 +168,6 @@ class Connection(HttpToolsProtocol):
         self._abort_after(LINGER_S)
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
         self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
 
     def _head_complete(self) -> None:

@@ -34,16 +34,39 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 Header = tuple[bytes, bytes]
 
 
+class Reading:
+    """What the bodies that are being read hold, all together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that have arrived. Raises RequestRejected(429) when they are too many."""
+        self._bytes += size
+        if self._bytes > self._max_bytes:
+            raise RequestRejected(
+                429, "Too many request bodies at a time.", code="overloaded", retry_after_s=1.0
+            )
+
+    def give_back(self, size: int) -> None:
+        """Bytes that were taken are held no longer."""
+        self._bytes -= size
+
+
 class Exchange:
     """The two sides of one HTTP exchange."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings, reading: Reading
+    ) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
         self._writing_since: float | None = None
         self._scope = scope
         self._receive = receive
         self._send = send
         self._settings = settings
+        self._reading = reading
         self._write_now: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
         self._stall_timer: asyncio.TimerHandle | None = None
         given = self.header(b"x-request-id") or b""
@@ -56,8 +79,8 @@ class Exchange:
     async def body(self) -> bytes:
         """The whole request body.
 
-        Raises RequestRejected: 413 as soon as it is known to be too long, 408 when it comes too slowly,
-        499 when the client leaves instead."""
+        Raises RequestRejected: 413 as soon as it is known to be too long, 429 when all bodies together
+        are, 408 when it comes too slowly, 499 when the client leaves instead."""
         limit = self._settings.max_body_bytes
         length = self.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > limit:
@@ -71,6 +94,7 @@ class Exchange:
                         raise RequestRejected(CLIENT_GONE, "The client left.")
                     chunk = message.get("body", b"")
                     size += len(chunk)
+                    self._reading.take(len(chunk))
                     if size > limit:
                         raise _too_large(limit)
                     chunks.append(chunk)
@@ -78,6 +102,8 @@ class Exchange:
         except TimeoutError:
             message_text = f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
             raise RequestRejected(408, message_text, code="request_timeout") from None
+        finally:
+            self._reading.give_back(size)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def disconnected(self) -> None:

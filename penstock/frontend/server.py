@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import msgspec
 import uvicorn
 
 from penstock.errors import ConfigError
@@ -24,6 +26,7 @@ from penstock.link.tls import renewing
 log = logging.getLogger("penstock.frontend")
 
 BACKLOG: Final = 2048  # connections the kernel holds until they are accepted
+OTHER_DESCRIPTORS: Final = 512  # that clients must leave, above all for links: one for each worker
 CLOSE_GRACE_S: Final = 2  # for writing what is left after the last call has ended
 
 
@@ -40,6 +43,7 @@ async def serve(
     `on_listening` is called with the host and port once connections are accepted. Cancelling this drops
     everything at once. Raises ConfigError when the address or the certificate cannot be used.
     """
+    settings = msgspec.structs.replace(settings, max_connections=_connections(settings))
     config = _config(app, settings)
     listener = _listen(settings.host, settings.port)
     port = listener.getsockname()[1]
@@ -61,6 +65,20 @@ async def serve(
         server.drop_all()
         listener.close()
         app.close()
+
+
+def _connections(settings: FrontendSettings) -> int:
+    """How many clients there may be, with as many file descriptors as this process can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return settings.max_connections
+    wanted = settings.max_connections + OTHER_DESCRIPTORS
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < wanted:
+        log.warning("room for %d connections only: ulimit -n is %d", soft - OTHER_DESCRIPTORS, soft)
+    return min(settings.max_connections, max(1, soft - OTHER_DESCRIPTORS))
 
 
 def _config(app: App, settings: FrontendSettings) -> uvicorn.Config:

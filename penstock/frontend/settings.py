@@ -29,6 +29,13 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body: a prompt of a million token ids fits."""
 
+    max_reading_bytes: int = 256 * 1024 * 1024
+    """Bodies that have begun to arrive, all together; what goes beyond it is answered with 429."""
+
+    max_connections: int = 16_384
+    """Clients connected at one time; the next one is answered with 503. Less where the process may not have
+    as many file descriptors (`ulimit -n`)."""
+
     body_timeout_s: float = 30.0
     """From a request's headers to the last byte of its body."""
 

@@ -75,7 +75,8 @@ class LinkClient:
 
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt. Returns its `seq` on this connection, which `seen` in steps and heartbeats
-        will reach. Raises RemoteError when down, ProtocolError for an attempt longer than a frame."""
+        will reach. Raises RemoteError when down or when too much is waiting for the network, ProtocolError
+        for an attempt longer than a frame."""
         return self._live_session().generate(attempt)
 
     def cancel(self, attempt_id: str) -> None:

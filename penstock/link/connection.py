@@ -85,6 +85,12 @@ class Connection(asyncio.Protocol):
             transport.write(frame)
             self.check_unsent(0)
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may be written now, with room left for what cannot wait."""
+        transport = self._open()
+        unsent_bytes = 0 if transport is None else transport.get_write_buffer_size()
+        return unsent_bytes == 0 or unsent_bytes + size <= self._max_unsent_bytes * 7 // 8
+
     def check_unsent(self, held_bytes: int) -> None:
         """Cut the connection when the unsent bytes, and those the owner holds back, are too many."""
         transport = self._open()

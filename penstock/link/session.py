@@ -115,6 +115,10 @@ class Session:
         frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
         if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
             raise ProtocolError(f"an attempt of {len(frame)} bytes is too long for a frame")
+        if not self.connection.has_room(len(frame)):
+            raise RemoteError(
+                "its link is full: attempts are sent to it faster than the network takes them"
+            )
         self._seq += 1
         self.connection.write(frame)
         return self._seq

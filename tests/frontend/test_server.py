@@ -1,6 +1,7 @@
 """Connections that misbehave, and the end of the server."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.frontend.connection import MAX_HEAD_BYTES
+from penstock.frontend.connection import MAX_HEAD_BYTES, MAX_PIPELINED
 from penstock.structs import Delta, FinishReason
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -131,6 +132,85 @@ async def test_too_long_a_head(served):
         answer = await everything(reader)
         assert answer.startswith(b"HTTP/1.1 431 ")
         assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"a: b\r\n" * 1000, b"x" * 8192],
+    ids=["many", "one"],
+)
+async def test_too_long_trailers(serve_script, part):
+    """What comes after the last chunk of a body is no body, and counted nowhere else."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with serve_script("x") as served, connection(served) as (reader, writer):
+        writer.write(head + b"1\r\n{\r\n0\r\na: ")
+        for _ in range(100):
+            writer.write(part)
+            await asyncio.sleep(0)
+        answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+async def test_a_body_of_many_chunks_is_no_head(served):
+    content = json.dumps({**CHAT, "x": "y" * 3 * MAX_HEAD_BYTES}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    async with connection(served) as (reader, writer):
+        writer.write(head + b"transfer-encoding: chunked\r\n\r\n")
+        for start in range(0, len(content), 5):
+            writer.write(b"%x;some=extension\r\n%s\r\n" % (len(content[start:][:5]), content[start:][:5]))
+        writer.write(b"0\r\na: trailer\r\n\r\n")
+        assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_too_many_pipelined_requests(served):
+    """Each waits with all that belongs to it: a thousand fit into one read."""
+    async with connection(served) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = await everything(reader)
+        assert answer.count(b"HTTP/1.1") <= MAX_PIPELINED + 1
+    assert (await served.http.get("/live")).status_code == 200
+
+
+async def test_blank_lines_do_not_keep_a_connection(serve_script):
+    async with serve_script("x", header_timeout_s=0.3) as served, connection(served) as (reader, writer):
+        writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in await reader.readuntil(b"}")
+        async with asyncio.timeout(5):
+            while not reader.at_eof():
+                writer.write(b"\r\n")
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    await asyncio.wait_for(reader.read(1), 0.05)
+
+
+async def test_too_many_connections(serve_script):
+    async with serve_script("x", max_connections=2) as served, contextlib.AsyncExitStack() as stack:
+        first = [await stack.enter_async_context(connection(served)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        async with connection(served) as (reader, writer):
+            answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"overloaded"' in answer
+        for reader, writer in first:
+            writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
+        await asyncio.sleep(0.05)
+        assert (await served.http.get("/live")).status_code == 200  # one that left makes room
+
+
+async def test_too_much_of_bodies_at_a_time(serve_script):
+    async with serve_script("x", max_reading_bytes=20_000) as served, connection(served) as (_, writer):
+        writer.write(post({**CHAT, "user": "x" * 16_000}, length=30_000))
+        await asyncio.sleep(0.1)
+        long = {**CHAT, "user": "x" * 8000}
+        refused = await served.http.post("/v1/chat/completions", json=long)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "overloaded"
+        writer.transport.abort()
+        await asyncio.sleep(0.1)
+        assert (await served.http.post("/v1/chat/completions", json=long)).status_code == 200
 
 
 async def test_pipelined_requests_are_answered_in_order(served):

@@ -17,6 +17,7 @@ from penstock.wire.messages import (
     Asset,
     AssetRequest,
     Bounce,
+    Cancel,
     Challenge,
     Draining,
     Goodbye,
@@ -189,11 +190,31 @@ async def test_a_worker_that_does_not_read_is_down(bench: Any) -> None:
     case = Case(bench, max_frame_bytes=50_000, max_unsent_bytes=100_000)
     case.go_live()
     case.transport.stuck = True
-    for _ in range(12):
-        case.session.generate(bench.attempt(tokens=3000))
+    for _ in range(100_000):
+        case.session.send(Cancel(attempt_id="a1"))
     assert not case.session.live
     assert "it does not read" in await case.ended()
     assert len(case.listener.downs) == 1
+
+
+async def test_attempts_that_find_the_link_full_go_elsewhere_and_do_not_end_it(bench: Any) -> None:
+    """Long prompts sent at a time by one client must not cost the others their worker."""
+    case = Case(bench, max_frame_bytes=50_000, max_unsent_bytes=100_000)
+    case.go_live()
+    case.transport.stuck = True
+    sent = 0
+    with pytest.raises(RemoteError, match="its link is full"):  # noqa: PT012
+        while True:
+            case.session.generate(bench.attempt(tokens=3000))
+            sent += 1
+    assert sent > 5
+    assert case.session.live
+    case.session.send(Cancel(attempt_id="a1"))
+    case.session.tick(0.5)
+    assert case.session.live
+    case.transport.unstick()
+    case.take()
+    assert case.session.generate(bench.attempt()) == sent + 1  # what was refused has no number
 
 
 async def test_files_are_lost_with_the_connection(bench: Any) -> None:
