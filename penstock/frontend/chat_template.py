@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.errors import RequestRejected
+from penstock.frontend.json_limits import check_depth
 from penstock.frontend.openai import ChatRequest, Message, ToolCall
 from penstock.frontend.tools import template_tools
 from penstock.structs import JsonObject
@@ -143,8 +144,9 @@ def _template_call(call: ToolCall, where: str) -> JsonObject:
     field = f"{where}.function.arguments"
     try:
         arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise RequestRejected(400, f"`{field}` is not a JSON object: {error}", field=field) from None
+    check_depth(arguments, field)
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": call.type, "function": function}
 

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
+from penstock.frontend.json_limits import check_depth, check_size
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs
 from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
 from penstock.structs import JsonObject
@@ -30,6 +31,7 @@ MAX_LOGIT_BIASES: Final = 1024
 MAX_MESSAGES: Final = 4096
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SALT_CHARS: Final = 256
+MAX_MODEL_CHARS: Final = 256  # an error repeats it
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default for /v1/completions
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -49,7 +51,7 @@ class StreamOptions(msgspec.Struct):
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """What both kinds of completion share. None and absence mean the model's or the API's default."""
 
-    model: Annotated[str, Meta(min_length=1)]
+    model: Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_CHARS)]
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -253,6 +255,7 @@ def unsupported(field: str, what: str = "") -> RequestRejected:
 
 
 def _decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    check_size(body)
     try:
         try:
             return decoder.decode(body)
@@ -325,6 +328,7 @@ _UNSUPPORTED = (
 
 def _refuse_in_chat(request: ChatRequest) -> None:
     check_tools(request.tools, request.tool_choice)
+    check_depth(request.chat_template_kwargs, "chat_template_kwargs")
     if request.functions:
         raise unsupported("functions")
     if request.audio is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -14,11 +15,26 @@ from penstock.frontend.logprobs import ChatLogprobs, CompletionLogprobs, Logprob
 from penstock.frontend.openai import ChatRequest, CompletionRequest
 from penstock.frontend.preprocess import ModelText, Preprocessor
 from penstock.frontend.reply import Reply
-from penstock.frontend.sampling import check_vocabulary, choice_seed, first_seed, sampling_of, with_room
+from penstock.frontend.sampling import (
+    check_vocabulary,
+    choice_seed,
+    first_seed,
+    sampling_of,
+    too_long,
+    with_room,
+)
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.stop_strings import StopMatcher
 from penstock.ports import CallParser
 from penstock.structs import JsonObject, ModelView, Request, Sampling
+
+MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
+"""Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this
+many they fit what may wait for one worker (`max_unsent_bytes` of a link)."""
+
+MAX_CHARS_PER_TOKEN: Final = 16
+"""A text with more than this for each token of the context is refused unread. Texts have 1 to 6; tokenizing
+takes a second for each million characters."""
 
 
 @dataclass(slots=True)
@@ -47,6 +63,10 @@ class Planner:
         text = await self._preprocessor.text_of(view)
         parser = _parser(body, text, view)
         prompts = await self._prompt_ids(body, text, view)
+        tokens = sum(map(len, prompts)) * (body.n or 1)
+        if tokens > MAX_CALL_TOKENS:
+            message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
+            raise RequestRejected(400, message, field="n")
         plan = Plan([len(prompt) for prompt in prompts], [], [], [])
         for prompt in prompts:
             fitted = with_room(sampling, body, view, len(prompt), self._settings.default_max_tokens)
@@ -77,10 +97,13 @@ class Planner:
         self, body: ChatRequest | CompletionRequest, text: ModelText, view: ModelView
     ) -> list[list[int]]:
         if isinstance(body, ChatRequest):
-            return [await self._preprocessor.chat_ids(text, body)]
+            rendered = self._preprocessor.chat_prompt(text, body)
+            _check_length(rendered, view)
+            return [await self._preprocessor.encode(text, rendered, add_special_tokens=False)]
         prompts = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
+                _check_length(prompt, view)
                 special = body.add_special_tokens
                 prompt = await self._preprocessor.encode(text, prompt, add_special_tokens=special)
                 await asyncio.sleep(0)  # between prompts, others' tokens may go out
@@ -95,6 +118,12 @@ class Planner:
 def priority_of(body: ChatRequest | CompletionRequest, tenant: str) -> int:
     """Where there are tenants, none of them may put itself before the others; after them it may."""
     return max(0, body.priority) if tenant else body.priority
+
+
+def _check_length(prompt: str, view: ModelView) -> None:
+    limit = view.max_model_len * MAX_CHARS_PER_TOKEN
+    if len(prompt) > limit:
+        raise too_long(view.max_model_len, f"your prompt has {len(prompt)} characters, more than {limit}")
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:

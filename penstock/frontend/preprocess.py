@@ -119,13 +119,13 @@ class Preprocessor:
         # One client that leaves must not end the loading for the others.
         return loading.result() if loading.done() else await asyncio.shield(loading)
 
-    async def chat_ids(self, text: ModelText, request: ChatRequest) -> list[int]:
+    def chat_prompt(self, text: ModelText, request: ChatRequest) -> str:
         """The prompt of a chat. Its template writes the special tokens itself."""
         if text.template is None:
             raise RequestRejected(
                 400, f"`{request.model}` has no chat template; use /v1/completions.", field="model"
             )
-        return await self.encode(text, text.template.render(request), add_special_tokens=False)
+        return text.template.render(request)
 
     async def encode(self, text: ModelText, prompt: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of a plain prompt."""

@@ -77,11 +77,11 @@ def with_room(
     """
     limit, wanted = model.max_model_len, request.wanted_max_tokens
     if prompt_tokens >= limit:
-        raise _too_long(limit, f"your prompt has {prompt_tokens} tokens, and at least 1 must be generated")
+        raise too_long(limit, f"your prompt has {prompt_tokens} tokens, and at least 1 must be generated")
     if wanted is not None and prompt_tokens + wanted > limit:
         asked = prompt_tokens + wanted
         parts = f"{prompt_tokens} in the prompt, {wanted} in the completion"
-        raise _too_long(limit, f"you requested {asked} tokens ({parts})")
+        raise too_long(limit, f"you requested {asked} tokens ({parts})")
     max_tokens = wanted if wanted is not None else min(default_max_tokens, limit - prompt_tokens)
     if sampling.min_tokens > max_tokens:
         raise RequestRejected(
@@ -118,6 +118,7 @@ def check_vocabulary(field: str, token_ids: Iterable[int], vocab_size: int) -> N
         )
 
 
-def _too_long(limit: int, however: str) -> RequestRejected:
+def too_long(limit: int, however: str) -> RequestRejected:
+    """The refusal of what does not fit into a model's context of `limit` tokens."""
     message = f"This model's maximum context length is {limit} tokens. However, {however}."
     return RequestRejected(400, message, code="context_length_exceeded", field=None)

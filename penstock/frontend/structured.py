@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
+from penstock.frontend.json_limits import check_depth
 from penstock.structs import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
@@ -62,7 +63,7 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_default
 def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> StructuredOutput | None:
     """What the two fields ask for; None when it is nothing.
 
-    Raises RequestRejected(400) for constraints that exclude each other, or that are too long.
+    Raises RequestRejected(400) for constraints that exclude each other, or that are too long or too deep.
     """
     if isinstance(format, TextFormat):
         format = None
@@ -103,6 +104,11 @@ def _checked(output: StructuredOutput, field: str) -> StructuredOutput:
     if len(output.spec) > MAX_SPEC_CHARS:
         message = f"`{field}` has {len(output.spec)} characters, more than {MAX_SPEC_CHARS}."
         raise RequestRejected(400, message, field=field)
+    if output.kind in ("json", "structural_tag"):
+        try:
+            check_depth(msgspec.json.decode(output.spec), field)
+        except (msgspec.DecodeError, RecursionError) as error:  # given as a string
+            raise RequestRejected(400, f"`{field}` is not valid JSON: {error}.", field=field) from None
     return output
 
 

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
+from penstock.frontend.json_limits import check_depth
 from penstock.structs import JsonObject
 
 MAX_TOOLS: Final = 1024
@@ -45,7 +46,9 @@ class NamedTool(msgspec.Struct):
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> None:
-    """Raises RequestRejected(400) for a choice that these tools do not offer."""
+    """Raises RequestRejected(400) for a choice that these tools do not offer, or too deep a schema."""
+    for index, tool in enumerate(tools or ()):
+        check_depth(tool.function.parameters, f"tools[{index}].function.parameters")
     if choice is None or choice == "none":
         return
     if not tools:

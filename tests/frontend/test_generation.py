@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 
 import openai
 import pytest
@@ -302,9 +303,24 @@ async def test_a_prompt_longer_than_the_context(served):
         await complete(served, prompt=[1] * 2048)
     assert caught.value.body["code"] == "context_length_exceeded"
     assert caught.value.body["message"].count("2048") == 2
+    text = "x" * 2048 * 17
+    asked = partial(complete, prompt=text), partial(chat, messages=[{"role": "user", "content": text}])
+    for ask in asked:
+        with pytest.raises(openai.BadRequestError, match="characters, more than 32768") as caught:
+            await ask(served)
+        assert caught.value.body["code"] == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="2049 tokens"):
         await complete(served, prompt=[1] * 2000, max_tokens=49)
     assert served.completer.requests == []
+
+
+async def test_too_many_prompt_tokens_of_all_choices(serve_script, view_of, byte_level):
+    view = view_of(byte_level, max_model_len=1_000_000)
+    async with serve_script("x", views=[view]) as served:
+        with pytest.raises(openai.BadRequestError, match="come to 4200000 prompt tokens") as caught:
+            await complete(served, prompt=[1] * 600_000, n=7)
+        assert caught.value.body["param"] == "n"
+        assert served.completer.requests == []
 
 
 @pytest.mark.parametrize(

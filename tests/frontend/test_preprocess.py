@@ -31,7 +31,8 @@ async def test_a_conversation_has_the_ids_of_its_whole_prompt(preprocessor, view
         request = chat_of(*contents[:turns])
         prompt = text.template.render(request)
         for _ in range(2):  # the second time from the cache
-            ids = await preprocessor.chat_ids(text, request)
+            prompt = preprocessor.chat_prompt(text, request)
+            ids = await preprocessor.encode(text, prompt, add_special_tokens=False)
             assert ids == byte_level.encode(prompt, add_special_tokens=False).ids
 
 
@@ -123,5 +124,5 @@ async def test_unusable_files_are_the_servers_fault(preprocessor, view_of, byte_
 async def test_a_model_without_a_template_has_no_chat(preprocessor, view_of, byte_level):
     text = await preprocessor.text_of(view_of(byte_level, template=None))
     with pytest.raises(RequestRejected, match="no chat template") as raised:
-        await preprocessor.chat_ids(text, chat_of("x"))
+        preprocessor.chat_prompt(text, chat_of("x"))
     assert raised.value.status == 400

@@ -10,6 +10,7 @@ from penstock.frontend.sampling import sampling_of
 from penstock.frontend.structured import MAX_SPEC_CHARS
 from penstock.structs import StructuredOutput
 
+DEEP = "[" * 65 + "]" * 65
 SCHEMA = {"type": "object", "properties": {"b": {"enum": [None]}, "a": {}}}
 
 
@@ -67,6 +68,19 @@ def test_what_is_asked_for(structured_of, fields, expected):
             "structured_outputs",
         ),
         ({"structured_outputs": {"regex": "a" * (MAX_SPEC_CHARS + 1)}}, "structured_outputs"),
+        ({"structured_outputs": {"json": DEEP}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "no JSON"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": '{"x":' + DEEP + "}"}}, "structured_outputs"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": json.loads('{"x":' + DEEP + "}")},
+                }
+            },
+            "response_format",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_named(structured_of, fields, field):
