@@ -44,8 +44,9 @@ class Listener(Protocol):
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
-    def on_lost(self, instance_id: str, reason: str) -> None:
-        """An instance is gone, with all attempts and handoffs it had."""
+    def on_lost(self, instance_id: str, reason: str, attempts: int, died: bool) -> None:
+        """An instance is gone, with all handoffs and attempts it had: so many, of all frontends. `died`: it
+        neither meant to leave nor just fell silent."""
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """An instance's engine does not advance. Said again and again while that lasts."""
@@ -163,6 +164,11 @@ class Instances:
             return
         self._metrics.state(link.instance_id, link.role, member.state)
 
+    def advances(self, instance_id: str) -> bool:
+        """Whether its engine gets on with what it has, as far as is known."""
+        member = self.membership.members.get(instance_id)
+        return member is not None and member.up and not member.stuck
+
     # --- discovery --------------------------------------------------------------------------------
 
     async def run(self, prepare: Prepare) -> None:
@@ -251,6 +257,7 @@ class Instances:
     def _down(self, link: _Link, reason: str, orderly: bool) -> None:
         instance_id = link.instance_id
         effects = self.membership.down(instance_id)
+        load = self._placement.load(instance_id)
         self._placement.down(instance_id)
         link.progress = None
         self._metrics.state(instance_id, link.role, State.CONNECTING)
@@ -258,7 +265,8 @@ class Instances:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
             log.warning("instance lost: %s: %s", instance_id, reason)
-        self._listener.on_lost(instance_id, reason)
+        died = not (orderly or link.client.fell_silent)
+        self._listener.on_lost(instance_id, reason, load.running + load.waiting, died)
         self._apply(effects)
 
     def _step(self, link: _Link, step: Step) -> None:

@@ -77,7 +77,7 @@ def run_frontend(options: FrontendOptions) -> None:
     """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
     setup_logging(options.log_level)
     from penstock.core.admission import AdmissionSettings
-    from penstock.core.lifecycle import Deadlines
+    from penstock.core.deadlines import Deadlines
     from penstock.frontend.app import create_app
     from penstock.frontend.server import serve
     from penstock.frontend.settings import FrontendSettings

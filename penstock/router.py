@@ -18,19 +18,21 @@ from functools import partial
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
-from penstock.core import lifecycle as life
+from penstock.core import events as life
 from penstock.core.admission import AdmissionSettings, Queue, Refusal, work_tokens
 from penstock.core.costs import EXPECTED_OUTPUT_TOKENS
-from penstock.core.lifecycle import Deadlines, Lifecycle, Phase
+from penstock.core.deadlines import Deadlines
+from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
+from penstock.core.suspects import HOLD_S, Suspect, apart
 from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import QueueView, RouterMetrics
 from penstock.ports import Discovery
-from penstock.structs import Attempt, Delta, InstanceView, ModelView, Output, Request, Role
+from penstock.structs import Attempt, Card, Delta, InstanceView, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
@@ -134,6 +136,7 @@ class Router:
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
         metrics.queues_from(self.queues)
+        self._suspects: dict[str, _Live] = {}  # with strikes, when last looked at
 
     # --- for the frontend -------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ class Router:
         self._instances.tick(self._settings.tick_s)
         now = self._clock.now()
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
-            self._event(live, life.Tick())
+            self._event(live, life.Tick(queued=self._waits_in_a_queue(live)))
         for queue in self._queues.values():
             self._refuse(queue.overdue(now))
         resting, self._resting = self._resting, {}
@@ -211,6 +214,11 @@ class Router:
             self._event(live, life.Retry())
         self._look(now)
         self._placement.tick()
+
+    def _waits_in_a_queue(self, live: _Live) -> bool:
+        """Whether its instance gets on with its work, and has more than it can do at once."""
+        instance_id, _ = live.lifecycle.places
+        return self._instances.advances(instance_id) and self._placement.load(instance_id).waiting > 0
 
     # --- the queues -------------------------------------------------------------------------------
 
@@ -260,7 +268,7 @@ class Router:
                 case life.Release(instance_id, handoff_id, sent):
                     self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=sent))
                 case life.Fail(error):
-                    live.on_error(error)
+                    self._fail(live, error)
         if live.filed is not live.lifecycle.phase:
             self._file(live)
 
@@ -272,6 +280,18 @@ class Router:
             log.exception("request %s: its output could not be delivered", live.placed.request.request_id)
             self._event(live, life.ClientGone())
 
+    def _fail(self, live: _Live, error: RequestRejected) -> None:
+        if error.code == life.KILLER:
+            strikes, request = live.lifecycle.strikes, live.placed.request
+            log.error(
+                "request %s kills workers, and is stopped: deaths=%d instances=%s prompt_tokens=%d",
+                request.request_id,
+                strikes.deaths,
+                ",".join(strikes.killed),
+                len(request.token_ids),
+            )
+        live.on_error(error)
+
     def _file(self, live: _Live) -> None:
         """Keep the books by phase."""
         live.filed = live.lifecycle.phase
@@ -280,6 +300,7 @@ class Router:
             self._resting[request_id] = live
         if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
             live.queue.leave(request_id)
+            self._suspects.pop(request_id, None)
             self._placement.ended(live.placed)
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
@@ -299,7 +320,12 @@ class Router:
             for card in self._instances.membership.ready(request.model)
             if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
         ]
-        cards = [card for card in ready if self._full_until.get(card.instance_id, now) <= now]
+        apart = self._keep_apart(live, ready)
+        if ready and not apart:  # it must not stand in the way of those behind it
+            queue.leave(request.request_id)
+            self._resting[request.request_id] = live
+            return life.Held()
+        cards = [card for card in apart if self._full_until.get(card.instance_id, now) <= now]
         decision = self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
         if decision is None:
             if any(card.role.decodes for card in ready):
@@ -316,6 +342,24 @@ class Router:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", explain(request.request_id, decision, wanted.avoid))
         return life.Chosen(decision.decode, decision.prefill)
+
+    def _keep_apart(self, live: _Live, cards: list[Card]) -> list[Card]:
+        """Where it may run, for all that is known of who kills engines."""
+        strikes = live.lifecycle.strikes.count
+        if strikes:
+            self._suspects[live.placed.request.request_id] = live
+        elif not self._suspects:
+            return cards
+        for request_id, other in list(self._suspects.items()):
+            if not other.lifecycle.strikes.count:
+                del self._suspects[request_id]
+        others = [
+            Suspect(other.lifecycle.strikes.count, other.lifecycle.places)
+            for other in self._suspects.values()
+            if other is not live
+        ]
+        held = live.lifecycle.waited_s(self._clock.now()) >= HOLD_S
+        return apart(strikes, cards, others, held=held)
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
         """Send and book an attempt. Returns why it could not be sent."""
@@ -363,10 +407,15 @@ class Router:
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, reason: str) -> None:
+    def on_lost(self, instance_id: str, reason: str, attempts: int, died: bool) -> None:
         self._full_until.pop(instance_id, None)
-        for live in list(self._live.values()):
-            self._event(live, life.InstanceLost(instance_id, reason))
+        lives = list(self._live.values())
+        on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
+        deaths = sorted((live.lifecycle.strikes.deaths for live in on_it), reverse=True)
+        for live in lives:
+            # The second most are fewer, and nothing is known of other frontends' requests.
+            alone = deaths[1:2] < [live.lifecycle.strikes.deaths] and attempts <= len(on_it)
+            self._event(live, life.InstanceLost(instance_id, reason, died, alone))
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """Whoever can be served elsewhere goes there; for the others, waiting is all that is left."""

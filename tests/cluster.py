@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
+from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError
@@ -36,6 +37,27 @@ class Gate:
 
     def run(self, batch: list[Any]) -> list[Any]:
         assert self.open.wait(WAIT_S)
+        return self._runner.run(batch)
+
+
+class Poisonable:
+    """Stands before an engine's runner, and cannot compute a prompt that begins with this token.
+
+    Args:
+        dies: the engine is dead then; else only its step fails.
+    """
+
+    def __init__(self, cycle: Any, token: int, *, dies: bool) -> None:
+        self._runner = cycle._runner
+        self._cycle = cycle
+        self._token = token
+        self._dies = dies
+
+    def run(self, batch: list[Any]) -> list[Any]:
+        if any(row.sequence.token_ids[0] == self._token for row in batch):
+            if self._dies:
+                self._cycle._failed_steps = MAX_FAILED_STEPS
+            raise ValueError("poison")
         return self._runner.run(batch)
 
 
@@ -68,6 +90,14 @@ class RunningWorker:
         )
         self.stop = asyncio.Event()
         self.task = asyncio.create_task(self.worker.run(self.stop))
+
+    def dies_of(self, token: int) -> None:
+        """A prompt that begins with this token is its engine's last."""
+        self.engine._cycle._runner = Poisonable(self.engine._cycle, token, dies=True)
+
+    def fails_at(self, token: int) -> None:
+        """A step with such a prompt fails."""
+        self.engine._cycle._runner = Poisonable(self.engine._cycle, token, dies=False)
 
     @contextlib.contextmanager
     def stuck(self) -> Iterator[None]:

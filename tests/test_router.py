@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.admission import AdmissionSettings
-from penstock.core.lifecycle import Deadlines
+from penstock.core.deadlines import Deadlines
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RequestRejected
 from penstock.router import RouterSettings

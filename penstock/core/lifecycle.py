@@ -20,7 +20,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     PREFILL,  Output, rejected           DONE      Fail: no other instance would take it either
     DECODE
     PREFILL,  Output, error;             QUEUED    Choose without that instance: the first time at once,
-    DECODE    InstanceLost; phase late             then by Retry (Fail after the limit)
+    DECODE    InstanceLost; phase late             then by Retry (Fail after the limit: core/suspects.py)
     PREFILL,  Output, cancelled          QUEUED    Choose without that instance, which is leaving
     DECODE
     PREFILL,  InstanceStuck, up to       QUEUED    Cancel, Choose without that instance
@@ -31,20 +31,42 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
               deadline
     any       ClientGone                 DONE      Cancel, Release
 
-Every phase has a deadline: `deadline` says when `Tick` must be called at the latest. An Emit is always
-the last effect: whoever gets the delta may answer with ClientGone at once.
+Every phase has a deadline (core/deadlines.py): `deadline` says when `Tick` must be called at the latest. An
+Emit is always the last effect: whoever gets the delta may answer with ClientGone at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import msgspec
 
-from penstock.errors import PenstockError, RequestRejected
+from penstock.core.deadlines import Awaited, Deadlines
+from penstock.core.events import (
+    KILLER,
+    Bounced,
+    Cancel,
+    Choose,
+    Chosen,
+    ClientGone,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Held,
+    InstanceLost,
+    InstanceStuck,
+    NoCandidate,
+    Refused,
+    Release,
+    Retry,
+    Send,
+    Tick,
+)
+from penstock.core.suspects import Strikes
+from penstock.errors import RequestRejected
 from penstock.structs import Attempt, Delta, FinishReason, Handoff, Output, Request
 
 
@@ -55,149 +77,6 @@ class Phase(Enum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """How long each phase may take before it is given up, and how often it is tried again."""
-
-    queue_s: float = 30.0
-    """Seconds without any instance to send to, before 503: longer than a worker's restart."""
-
-    first_token_s: float = 120.0
-    """Seconds from sending an attempt to its first token, an engine's queue included. Dead and frozen
-    workers are noticed by the link within seconds; this is for engines that lost a request."""
-
-    stall_s: float = 60.0
-    """Seconds between two outputs of an attempt; long enough for a preempted request's return."""
-
-    request_s: float = 1800.0
-    """Seconds for the whole request, whatever happens."""
-
-    max_attempts: int = 4
-    """Attempts that may fail before the request does: one bad instance, a bad second choice, and a
-    margin; a request that kills engines must not visit them all."""
-
-    max_moves: int = 3
-    """Times that a request leaves an instance which only stands still; then it stays where it is, so that
-    no number of false alarms makes it fail."""
-
-    max_bounces: int = 100
-    """Refusals by full or leaving workers before the request is answered with 429."""
-
-    handoff_margin_s: float = 1.0
-    """A handoff with less life than this is not used: the pull could not finish."""
-
-
-# --- events -------------------------------------------------------------------------------------
-
-
-class Chosen(msgspec.Struct):
-    """The router's answer to Choose. `prefill` is None when the decode worker prefills itself."""
-
-    decode: str
-    prefill: str | None = None
-
-
-class NoCandidate(msgspec.Struct):
-    """The router's answer to Choose when no instance can take the request now."""
-
-    reason: str
-
-
-class Held(msgspec.Struct):
-    """The router's answer to Choose when instances could take the request, but its turn has not come."""
-
-
-class Refused(msgspec.Struct):
-    """A queued request must not wait any longer."""
-
-    error: PenstockError
-
-
-class Retry(msgspec.Struct):
-    """Something changed: a queued request may ask again."""
-
-
-class Bounced(msgspec.Struct):
-    attempt_id: str
-    reason: str
-
-
-class InstanceLost(msgspec.Struct):
-    """An instance is gone with all it had; attempts there are lost and handoffs void."""
-
-    instance_id: str
-    reason: str
-
-
-class InstanceStuck(msgspec.Struct):
-    """An instance stands still, and there are others. It may go on, but better not wait for that."""
-
-    instance_id: str
-    reason: str
-
-
-class Tick(msgspec.Struct):
-    """Time has passed."""
-
-
-class ClientGone(msgspec.Struct):
-    """Nobody wants the rest."""
-
-
-# --- effects ------------------------------------------------------------------------------------
-
-
-class Choose(msgspec.Struct):
-    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed.
-    `failed`: why the attempt before it failed, if one just did."""
-
-    avoid: frozenset[str]
-    handed: bool = False
-    failed: str = ""
-
-
-class Send(msgspec.Struct):
-    instance_id: str
-    attempt: Attempt
-
-
-class Cancel(msgspec.Struct):
-    instance_id: str
-    attempt_id: str
-
-
-class Release(msgspec.Struct):
-    """Let go of KV. `sent`: a decode worker knows of it, and may be reading."""
-
-    instance_id: str
-    handoff_id: str
-    sent: bool = False
-
-
-class Emit(msgspec.Struct):
-    delta: Delta
-
-
-class Fail(msgspec.Struct):
-    error: PenstockError
-
-
-Event = (
-    Chosen
-    | NoCandidate
-    | Held
-    | Refused
-    | Retry
-    | Bounced
-    | InstanceLost
-    | InstanceStuck
-    | Tick
-    | ClientGone
-    | Output
-)
-Effect = Choose | Send | Cancel | Release | Emit | Fail
-
-
 class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
@@ -205,21 +84,23 @@ class Lifecycle:
         "_attempt_id",
         "_attempt_number",
         "_avoid",
+        "_awaited",
         "_bounces",
+        "_busy_waits",
         "_cached_reported",
         "_decode_id",
         "_failed",
-        "_failures",
         "_handoff",
         "_handoff_at",
         "_instance_id",
         "_limits",
-        "_moves",
         "_request_deadline",
         "_sent_handoff",
+        "_since",
         "deadline",
         "phase",
         "request",
+        "strikes",
         "token_ids",
         "trouble",
     )
@@ -230,6 +111,7 @@ class Lifecycle:
         self.token_ids = list(request.token_ids)  # prompt + output so far
         self.deadline = now + limits.queue_s
         self.trouble = ""  # why the last attempt ended, for logs and the final error
+        self.strikes = Strikes()
         self._limits = limits
         self._request_deadline = now + limits.request_s
         self._attempt_number = 0
@@ -241,10 +123,20 @@ class Lifecycle:
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
         self._avoid: set[str] = set()
         self._failed = ""  # why the last attempt failed, until somebody was asked for another
-        self._failures = 0
         self._bounces = 0
-        self._moves = 0
+        self._awaited = Awaited.WORKER
+        self._since = now  # when it began to wait for that
+        self._busy_waits = 0
         self._cached_reported = False
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """The instance that has its current attempt, and the one that is to decode it; empty for none."""
+        return self._instance_id if self._attempt_id else "", self._decode_id
+
+    def waited_s(self, now: float) -> float:
+        """For how long it has waited for what it waits for."""
+        return now - self._since
 
     def start(self) -> list[Effect]:
         """The first effects."""
@@ -291,7 +183,11 @@ class Lifecycle:
         self._attempt_number += 1
         self._attempt_id = f"{self.request.request_id}.{self._attempt_number}"
         self._instance_id = instance_id
-        self._set_deadline(now + self._limits.first_token_s)
+        self._busy_waits = 0
+        if prefill_only:
+            self._await(Awaited.PREFILL, now)
+        else:
+            self._await(Awaited.FIRST_TOKEN if handoff is None else Awaited.TRANSFER, now)
         attempt = Attempt(
             attempt_id=self._attempt_id,
             request_id=self.request.request_id,
@@ -329,7 +225,9 @@ class Lifecycle:
         if reason is None:
             self._sent_handoff = None
             self.token_ids += output.token_ids
-            self._set_deadline(now + self._limits.stall_s)
+            self._await(Awaited.NEXT_TOKEN, now)
+            if self.strikes.count and len(self.token_ids) >= self.strikes.acquitted_at:
+                self.strikes.acquit()
             return [self._emit(output, None)] if output.token_ids else []
         self._attempt_id = ""
         if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
@@ -392,60 +290,78 @@ class Lifecycle:
             self._sent_handoff = None  # the decode worker recomputes by itself
         if event.instance_id != self._instance_id or not self._attempt_id:
             return []
-        return self._lost(event.reason, now)
+        return self._lost(event.reason, now, died=event.died, alone=event.alone)
 
     def _on_instance_stuck(self, event: InstanceStuck, now: float) -> list[Effect]:
         if event.instance_id == self._decode_id:
             self._decode_id = ""
         if event.instance_id != self._instance_id or not self._attempt_id:
             return []
-        if self._moves >= self._limits.max_moves:
+        if self.strikes.moves >= self._limits.max_moves:
             return []
-        self._moves += 1
+        self.strikes.moved(event.instance_id, event.reason, len(self.token_ids))
         self.trouble = f"{self._instance_id}: {event.reason}"
         self._avoid.add(self._instance_id)
         self._failed = self.trouble
         return [*self._abandon(), *self._drop_handoff(), *self._queue(now)]
 
-    def _lost(self, reason: str, now: float) -> list[Effect]:
-        self._failures += 1
+    def _lost(
+        self, reason: str, now: float, *, died: bool = False, alone: bool = False, code: str = ""
+    ) -> list[Effect]:
+        strikes = self.strikes
+        strikes.add(self._instance_id, reason, len(self.token_ids), died=died)
         self._attempt_id = ""
         self.trouble = f"{self._instance_id}: {reason}"
         self._avoid.add(self._instance_id)
         effects = self._drop_handoff()
-        if self._failures >= self._limits.max_attempts:
-            message = f"{self._failures} attempts failed; the last on {self.trouble}"
-            return [*effects, *self._fail(RequestRejected(502, message, code="attempts_failed"))]
+        if died and strikes.is_cause(self._limits.max_deaths, alone=alone):
+            message = f"stopped: {strikes.deaths} workers died computing it ({', '.join(strikes.killed)})"
+            return [*effects, *self._fail(RequestRejected(502, message, code=KILLER))]
+        if strikes.failures >= self._limits.max_attempts:
+            message = f"{len(strikes.reasons)} attempts failed: {'; '.join(strikes.reasons)}"
+            status = 504 if code else 502
+            return [*effects, *self._fail(RequestRejected(status, message, code=code or "attempts_failed"))]
         self._failed = self.trouble
         # After the first: many workers may be dying at once, each noticed by itself. Going on to the next
         # at once would use up all attempts on them; Retry comes when they are known to be gone.
-        return [*effects, *self._queue(now, wait=self._failures > 1)]
+        return [*effects, *self._queue(now, wait=strikes.count > 1)]
 
     def _queue(self, now: float, *, wait: bool = False) -> list[Effect]:
         self.phase = Phase.QUEUED
         self._attempt_id = self._instance_id = self._decode_id = ""
-        self._set_deadline(now + self._limits.queue_s)
+        self._await(Awaited.WORKER, now)
         return [] if wait else [self._choose()]
 
     # --- time and the client --------------------------------------------------------------------
 
-    def _set_deadline(self, deadline: float) -> None:
+    def _await(self, awaited: Awaited, now: float) -> None:
+        """Wait for this from now on."""
+        self._awaited, self._since = awaited, now
         last = self._request_deadline
-        self.deadline = deadline if deadline < last else last  # `min` costs twice that, for every token
+        # No `of` and `min` for what comes with every token: they cost twice all the rest.
+        limit_s = self._limits.stall_s if awaited is Awaited.NEXT_TOKEN else self._limits.of(awaited)
+        self.deadline = now + limit_s if now + limit_s < last else last
 
     def _on_tick(self, event: Tick, now: float) -> list[Effect]:
         if now < self.deadline or self.phase is Phase.DONE:
             return []
         if now >= self._request_deadline:
-            message = f"request took longer than {self._limits.request_s:g} s (in {self.phase.value})"
+            where = f" from {self._instance_id}" if self._instance_id else ""
+            message = f"request took longer than {self._limits.request_s:g} s"
+            message += f": {self._awaited.missing}{where} for {self.waited_s(now):.3g} s"
             return [*self._abandon(), *self._fail(RequestRejected(504, message, code="request_timeout"))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
             if self.trouble:
                 message += f" ({self.trouble})"
             return self._fail(RequestRejected(503, message, code="no_worker", retry_after_s=5.0))
-        cancel = self._abandon()
-        return [*cancel, *self._lost(f"no output in time during {self.phase.value}", now)]
+        started = self._awaited is Awaited.NEXT_TOKEN
+        if event.queued and self._busy_waits < self._limits.busy_waits and not started:
+            self._busy_waits += 1
+            self.deadline = min(now + self._limits.of(self._awaited), self._request_deadline)
+            return []
+        late = f"{self._awaited.missing} within {self._limits.of(self._awaited):g} s"
+        return [*self._abandon(), *self._lost(late, now, code=f"{self._awaited.value}_timeout")]
 
     def _on_client_gone(self, event: ClientGone, now: float) -> list[Effect]:
         if self.phase is Phase.DONE:
@@ -467,7 +383,7 @@ class Lifecycle:
         self._handoff = self._sent_handoff = None
         return [Release(handoff.instance_id, handoff.handoff_id, sent)] if handoff is not None else []
 
-    def _fail(self, error: PenstockError) -> list[Effect]:
+    def _fail(self, error: RequestRejected) -> list[Effect]:
         effects = self._drop_handoff()
         self.phase = Phase.DONE
         self._attempt_id = ""

@@ -73,6 +73,11 @@ class LinkClient:
         """Why it is not up."""
         return self._reason
 
+    @property
+    def fell_silent(self) -> bool:
+        """Whether the last connection was cut here because nothing came any more."""
+        return self._session is not None and self._session.fell_silent
+
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt. Returns its `seq` on this connection, which `seen` in steps and heartbeats
         will reach. Raises RemoteError when down or when too much is waiting for the network, ProtocolError

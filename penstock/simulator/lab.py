@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from time import process_time
 from typing import Any
 
+from penstock.core.deadlines import Awaited
 from penstock.simulator import checks
 from penstock.simulator.directory import Directory
 from penstock.simulator.engine import InjectedFault, LabTransferNetwork
@@ -36,7 +37,9 @@ LOOK_S = 0.25
 LATE_S = 1.0
 """How much later than its deadline a request may end: ticks, and a frontend that catches up."""
 
-ERRORS_ALLOWED = {"attempts_failed", "no_worker", "overloaded", "request_timeout"}
+ERRORS_ALLOWED = {"attempts_failed", "kills_workers", "no_worker", "overloaded", "request_timeout"} | {
+    f"{awaited.value}_timeout" for awaited in Awaited
+}
 """In scenarios that are not gentle."""
 
 NOT_SERVED = {"hung up", "lost with its frontend"}

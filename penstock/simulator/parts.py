@@ -175,7 +175,7 @@ class SimFrontend:
                 ticket.cancel()
 
         asked.cancel = cancel
-        asked.failures = lambda: ticket._live.lifecycle._failures
+        asked.failures = lambda: ticket._live.lifecycle.strikes.lost
         if hang_up_s is not None:
             self.process.soon(self.lab.loop.call_later, hang_up_s, cancel)
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from penstock.core.lifecycle import Deadlines
+from penstock.core.deadlines import Deadlines
 from penstock.core.policy import POLICIES
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings
@@ -117,10 +117,14 @@ def _roles(rng: random.Random, count: int) -> dict[str, Role]:
 
 def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
     if gentle:
-        return Deadlines(queue_s=60.0, first_token_s=30.0, stall_s=30.0, request_s=300.0)
+        return Deadlines(
+            queue_s=60.0, prefill_s=30.0, transfer_s=30.0, first_token_s=30.0, stall_s=30.0, request_s=300.0
+        )
     scale = rng.choice((0.3, 1.0, 3.0))
     return Deadlines(
         queue_s=10.0 * scale,
+        prefill_s=10.0 * scale,
+        transfer_s=10.0 * scale,
         first_token_s=10.0 * scale,
         stall_s=6.0 * scale,
         request_s=rng.choice((10.0, 60.0)) * scale,

@@ -7,27 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.lifecycle import (
+from penstock.core.deadlines import Deadlines
+from penstock.core.events import (
     Bounced,
     Cancel,
     Choose,
     Chosen,
     ClientGone,
-    Deadlines,
     Effect,
     Emit,
     Fail,
     Held,
     InstanceLost,
-    Lifecycle,
     NoCandidate,
-    Phase,
     Refused,
     Release,
     Retry,
     Send,
     Tick,
 )
+from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.errors import RequestRejected
 from penstock.structs import FinishReason, Handoff, Output, Request, Sampling
 
@@ -272,7 +271,7 @@ def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
     attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
     life.handle(Output(attempt.attempt_id, [10]), 1.0)
     effects = life.handle(Tick(), 61.0)
-    late = "d0: no output in time during decode"
+    late = "d0: no next token within 60 s"
     assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}), failed=late)]
 
 

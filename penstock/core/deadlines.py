@@ -1,0 +1,84 @@
+"""How long each phase of a request may take, and how often it may be tried again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Awaited(Enum):
+    """What a request waits for: the phases that have a deadline. The value is its name in `--deadlines`."""
+
+    WORKER = "queue"  # no instance has it
+    PREFILL = "prefill"  # a prefill worker computes its prompt
+    TRANSFER = "transfer"  # a decode worker was handed its KV, and has said nothing yet
+    FIRST_TOKEN = "first_token"  # a worker computes its prompt to go on by itself
+    NEXT_TOKEN = "stall"  # a worker generates
+
+    @property
+    def missing(self) -> str:
+        """What has not come, in words."""
+        return _MISSING[self]
+
+
+_MISSING = {
+    Awaited.WORKER: "no worker",
+    Awaited.PREFILL: "no prefill",
+    Awaited.TRANSFER: "no token after the KV transfer",
+    Awaited.FIRST_TOKEN: "no first token",
+    Awaited.NEXT_TOKEN: "no next token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Limits of one request. `queue_s` and `request_s` end it; what else is late is tried again elsewhere,
+    as often as an attempt may fail."""
+
+    queue_s: float = 30.0
+    """Seconds without any instance to send to, before 503: longer than a worker's restart."""
+
+    prefill_s: float = 120.0
+    """Seconds from sending a prompt to a prefill worker until its KV is ready, that engine's queue included
+    (see `busy_waits`). Dead, frozen and stuck workers are noticed within seconds; this and the next two are
+    for engines that lost a request."""
+
+    transfer_s: float = 60.0
+    """Seconds from handing KV to a decode worker to its first output: its queue, the pull (which the
+    worker itself gives up after seconds, to compute the prompt) and a step."""
+
+    first_token_s: float = 120.0
+    """Seconds from sending a request to a worker that computes its prompt to the first output."""
+
+    stall_s: float = 60.0
+    """Seconds between two outputs of an attempt; long enough for a preempted request's return."""
+
+    request_s: float = 1800.0
+    """Seconds for the whole request, whatever happens."""
+
+    busy_waits: int = 4
+    """So many times a late first output is waited for again while that engine advances and has others
+    waiting: in a queue that moves nothing is lost, and elsewhere it would begin at the end of one."""
+
+    max_attempts: int = 4
+    """Attempts in a row that may fail without progress before the request does: one bad instance, a bad
+    second choice, and a margin."""
+
+    max_deaths: int = 3
+    """Instances in a row that may die under a request without progress, if the last death points to it
+    alone (core/suspects.py): it is stopped as the cause."""
+
+    max_moves: int = 3
+    """Times that a request leaves an instance which only stands still; then it stays where it is, so that
+    no number of false alarms makes it fail."""
+
+    max_bounces: int = 100
+    """Refusals by full or leaving workers before the request is answered with 429."""
+
+    handoff_margin_s: float = 1.0
+    """A handoff with less life than this is not used: the pull could not finish."""
+
+    def of(self, awaited: Awaited) -> float:
+        """The deadline of this phase, in seconds from its beginning."""
+        seconds: float = getattr(self, f"{awaited.value}_s")
+        return seconds

@@ -1,0 +1,129 @@
+"""What can happen to a request, and what is then to be done: the words between its state machine
+(lifecycle.py) and whoever carries it out.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.errors import RequestRejected
+from penstock.structs import Attempt, Delta, Output
+
+KILLER = "kills_workers"
+"""The code of the error that ends a request for being the cause of workers' deaths."""
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+class Chosen(msgspec.Struct):
+    """The router's answer to Choose. `prefill` is None when the decode worker prefills itself."""
+
+    decode: str
+    prefill: str | None = None
+
+
+class NoCandidate(msgspec.Struct):
+    """The router's answer to Choose when no instance can take the request now."""
+
+    reason: str
+
+
+class Held(msgspec.Struct):
+    """The router's answer to Choose when instances could take the request, but its turn has not come."""
+
+
+class Refused(msgspec.Struct):
+    """A queued request must not wait any longer."""
+
+    error: RequestRejected
+
+
+class Retry(msgspec.Struct):
+    """Something changed: a queued request may ask again."""
+
+
+class Bounced(msgspec.Struct):
+    attempt_id: str
+    reason: str
+
+
+class InstanceLost(msgspec.Struct):
+    """An instance is gone with all it had; attempts there are lost and handoffs void. `died`: it did not
+    just leave or fall silent. `alone`: no other request with as many deaths was on it."""
+
+    instance_id: str
+    reason: str
+    died: bool = False
+    alone: bool = False
+
+
+class InstanceStuck(msgspec.Struct):
+    """An instance stands still, and there are others. It may go on, but better not wait for that."""
+
+    instance_id: str
+    reason: str
+
+
+class Tick(msgspec.Struct):
+    """Time has passed. `queued`: the instance that has it advances, and has others waiting."""
+
+    queued: bool = False
+
+
+class ClientGone(msgspec.Struct):
+    """Nobody wants the rest."""
+
+
+# --- effects ------------------------------------------------------------------------------------
+
+
+class Choose(msgspec.Struct):
+    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed.
+    `failed`: why the attempt before it failed, if one just did."""
+
+    avoid: frozenset[str]
+    handed: bool = False
+    failed: str = ""
+
+
+class Send(msgspec.Struct):
+    instance_id: str
+    attempt: Attempt
+
+
+class Cancel(msgspec.Struct):
+    instance_id: str
+    attempt_id: str
+
+
+class Release(msgspec.Struct):
+    """Let go of KV. `sent`: a decode worker knows of it, and may be reading."""
+
+    instance_id: str
+    handoff_id: str
+    sent: bool = False
+
+
+class Emit(msgspec.Struct):
+    delta: Delta
+
+
+class Fail(msgspec.Struct):
+    error: RequestRejected
+
+
+Event = (
+    Chosen
+    | NoCandidate
+    | Held
+    | Refused
+    | Retry
+    | Bounced
+    | InstanceLost
+    | InstanceStuck
+    | Tick
+    | ClientGone
+    | Output
+)
+Effect = Choose | Send | Cancel | Release | Emit | Fail
