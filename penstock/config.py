@@ -30,7 +30,9 @@ SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
 ETCD_PASSWORD_VARIABLE = "PENSTOCK_ETCD_PASSWORD"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
-_ETCD_MEMBER = re.compile(r"(?P<host>[-\w.]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
+_ETCD_MEMBER = re.compile(
+    r"(?P<host>[-\w]{1,63}(\.[-\w]{1,63})*|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?", re.ASCII
+)
 _ETCD_PORT = 2379
 
 

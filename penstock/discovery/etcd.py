@@ -79,7 +79,7 @@ class EtcdDiscovery:
         pause = _Pause(self._settings)
         while True:
             try:
-                listed = await self._client.list(self._settings.prefix, self._settings.instances_max)
+                listed = await self._client.list_below(self._settings.prefix, self._settings.instances_max)
             except EtcdError as error:
                 self.trouble = str(error)
                 outage.began(self.trouble)
@@ -152,7 +152,11 @@ class EtcdLease:
             else:
                 pause.reset()
                 await asyncio.sleep(self._settings.refresh_s * random.uniform(0.8, 1.0))
-            await self._try()
+            try:
+                await self._try()
+            except Exception:  # the task's top: a mistake of ours must not end what keeps us listed
+                log.exception("etcd: instance=%s could not be refreshed", self._instance_id)
+                self.trouble = "an error, see the log"
 
     async def _try(self) -> None:
         try:
@@ -162,10 +166,10 @@ class EtcdLease:
             self._outage.began(self.trouble)
             return
         self._outage.ended()
-        self.registered, self.trouble = True, ""
-        if not held:
-            self._superseded = True
-            self.trouble = "a newer incarnation took over"
+        if held:
+            self.registered, self.trouble = True, ""
+        else:
+            self._superseded, self.trouble = True, "a newer incarnation took over"
             log.warning("etcd: a newer incarnation took over instance=%s", self._instance_id)
 
     async def _refresh(self) -> bool:

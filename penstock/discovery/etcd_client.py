@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx2
 import msgspec
 
 from penstock.discovery.etcd_settings import EtcdSettings
-from penstock.errors import PenstockError
+from penstock.errors import ConfigError, PenstockError
 
 INVALID_ARGUMENT, NOT_FOUND, OUT_OF_RANGE, UNAUTHENTICATED = 3, 5, 11, 16
 """gRPC's codes, of those that mean something to a caller."""
@@ -68,10 +69,6 @@ class LeaseReply(msgspec.Struct):
     ttl: int = msgspec.field(name="TTL", default=0)
 
 
-class _KeepAliveReply(msgspec.Struct):
-    result: LeaseReply
-
-
 class Event(msgspec.Struct):
     kv: KeyValue
     type: str = "PUT"
@@ -92,8 +89,10 @@ class _Status(msgspec.Struct):
     grpc_code: int = 0
 
 
-class _WatchLine(msgspec.Struct):
-    result: WatchReply | None = None
+class _Streamed(msgspec.Struct, Generic[Reply]):
+    """One message of a stream."""
+
+    result: Reply | None = None
     error: _Status | None = None
 
 
@@ -113,15 +112,18 @@ class EtcdClient:
         self._settings = settings
         self._at = 0  # the endpoint in use
         self._token = ""
-        secure = any(endpoint.startswith("https:") for endpoint in settings.endpoints)
+        self._tls: ssl.SSLContext | None = None
+        if any(endpoint.startswith("https:") for endpoint in settings.endpoints):
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            settings.load_tls(self._tls)
         self._http = httpx2.AsyncClient(
-            verify=settings.tls() if secure else False,
+            verify=self._tls or False,
             trust_env=False,  # a proxy for web pages is none for etcd
             timeout=None,  # the deadlines are here
             headers={"accept-encoding": "identity"},
         )
 
-    async def list(self, prefix: str, limit: int) -> RangeReply:
+    async def list_below(self, prefix: str, limit: int) -> RangeReply:
         """At most `limit` keys below a prefix, with their values; `count` says how many there are."""
         return await self._call("kv/range", _below(prefix) | {"limit": limit}, RangeReply)
 
@@ -143,7 +145,8 @@ class EtcdClient:
 
     async def keep_alive(self, lease: int) -> bool:
         """Refresh a lease; False when there is none of this id."""
-        return (await self._call("lease/keepalive", {"ID": lease}, _KeepAliveReply)).result.ttl > 0
+        reply = await self._call("lease/keepalive", {"ID": lease}, _Streamed[LeaseReply])
+        return reply.result is not None and reply.result.ttl > 0
 
     async def revoke(self, lease: int) -> None:
         """End a lease, and its keys with it."""
@@ -164,6 +167,8 @@ class EtcdClient:
         line = b""
         try:
             async with self._http.stream("POST", f"{endpoint}/v3/watch", **self._request(body)) as response:
+                if response.status_code != httpx2.codes.OK:
+                    raise _refusal(response.status_code, await self._read(response))
                 async for chunk in response.aiter_raw():
                     *lines, line = (line + chunk).split(b"\n")
                     for whole in lines:
@@ -210,17 +215,30 @@ class EtcdClient:
                 failed.append(f"{endpoint}: {error}")
             if self._at == at:  # else another task has found this out already
                 self._at = (at + 1) % len(self._settings.endpoints)
+        self._tls_again(failed)
         raise EtcdError("; ".join(failed))
 
+    def _tls_again(self, failed: list[str]) -> None:
+        """Take a certificate that was replaced, now that the old one may no longer do."""
+        if self._tls is not None:
+            try:
+                self._settings.load_tls(self._tls)
+            except ConfigError as error:
+                failed.append(str(error))
+
     async def _ask(self, endpoint: str, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
-        content = bytearray()
         async with self._http.stream("POST", f"{endpoint}/v3/{path}", **self._request(body)) as response:
-            async for chunk in response.aiter_raw():
-                content += chunk
-                self._check_size(len(content))
+            content = await self._read(response)
         if response.status_code != httpx2.codes.OK:
-            raise _refusal(response.status_code, bytes(content))
-        return _decoded(bytes(content), reply)
+            raise _refusal(response.status_code, content)
+        return _decoded(content, reply)
+
+    async def _read(self, response: httpx2.Response) -> bytes:
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            content += chunk
+            self._check_size(len(content))
+        return bytes(content)
 
     def _request(self, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"authorization": self._token} if self._token else {}
@@ -233,16 +251,16 @@ class EtcdClient:
 
 def _decoded(content: bytes, reply: type[Reply]) -> Reply:
     try:
-        return msgspec.json.decode(content, type=reply, strict=False)
+        decoded = msgspec.json.decode(content, type=reply, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise EtcdError(f"that is no etcd: {error}") from error
+    if isinstance(decoded, _Streamed) and decoded.error is not None:
+        raise EtcdError(decoded.error.message, decoded.error.grpc_code or decoded.error.code)
+    return decoded
 
 
 def _watched(line: bytes) -> WatchReply:
-    message = _decoded(line, _WatchLine)
-    if message.error is not None:
-        raise EtcdError(message.error.message, message.error.grpc_code or message.error.code)
-    reply = message.result or WatchReply()
+    reply = _decoded(line, _Streamed[WatchReply]).result or WatchReply()
     if reply.canceled:
         code = OUT_OF_RANGE if reply.compact_revision else UNAUTHENTICATED
         raise EtcdError(reply.cancel_reason or "the watch was cancelled", code)

@@ -58,12 +58,12 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Three chances to refresh the lease before it is over."""
         return self.lease_s / 3
 
-    def tls(self) -> ssl.SSLContext:
-        """For `https` endpoints. Raises ConfigError, naming the flag."""
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
+    def load_tls(self, context: ssl.SSLContext) -> None:
+        """The files into a context, for its next connections. Raises ConfigError, naming the flag."""
         if self.ca_file:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             _load("--etcd-ca", self.ca_file, lambda: context.load_verify_locations(self.ca_file))
+        else:
+            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
         if self.cert_file:
             _load("--etcd-key", self.key_file, lambda: None)
             _load(
@@ -71,7 +71,6 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
                 self.cert_file,
                 lambda: context.load_cert_chain(self.cert_file, self.key_file, lambda: ""),
             )
-        return context
 
 
 def _load(flag: str, path: str, load: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Etcd:
     ) -> None:
         self.folder = folder / name
         self.name = name
-        self.port, self.peer_port = free_ports(2)
+        self.port, self.peer_port, self.metrics_port = free_ports(3)
         self.endpoint = f"{scheme}://127.0.0.1:{self.port}"
         self.peer_url = f"http://127.0.0.1:{self.peer_port}"
         self.cluster = f"{name}={self.peer_url}"
@@ -56,6 +57,7 @@ class Etcd:
                     *("--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint),
                     *("--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url),
                     *("--initial-cluster", self.cluster),
+                    *("--listen-metrics-urls", f"http://127.0.0.1:{self.metrics_port}"),
                     *("--heartbeat-interval", "20", "--election-timeout", "200"),
                     *("--unsafe-no-fsync", "--log-level", "warn"),
                     *self._options,
@@ -67,12 +69,14 @@ class Etcd:
             self.wait()
 
     def wait(self) -> None:
-        """Until it accepts connections."""
+        """Until it has a leader, and committed something: killed before, it would never start again."""
         deadline = time.monotonic() + START_S
         while True:
             assert self._process.poll() is None, self.log.read_text()[-3000:]
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
+            url = f"http://127.0.0.1:{self.metrics_port}/health"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1) as response:
+                if response.status == 200:
+                    return
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.02)
 

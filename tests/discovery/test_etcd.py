@@ -311,7 +311,7 @@ async def test_a_compacted_revision_leads_to_a_new_list(etcd: Etcd, opened: Open
         async def watch(self, prefix: str, revision: int, handle: Callable[[WatchReply], None]) -> None:
             if not refused:
                 await opened(settings).register(registration("w-1"))
-                now = (await self.list(prefix, 1)).header.revision
+                now = (await self.list_below(prefix, 1)).header.revision
                 await asyncio.to_thread(etcd.ctl, "put", "elsewhere", "x")
                 await asyncio.to_thread(etcd.ctl, "compact", str(now + 1))
             try:
@@ -377,7 +377,7 @@ async def test_replies_are_bounded(etcd: Etcd, opened: Open) -> None:
     await opened(settings).register(registration())
     small = EtcdClient(msgspec.structs.replace(settings, reply_bytes_max=100))
     with pytest.raises(EtcdError, match="over 100 bytes"):
-        await small.list(settings.prefix, 10)
+        await small.list_below(settings.prefix, 10)
     await small.close()
 
 
@@ -385,13 +385,14 @@ async def test_replies_are_bounded(etcd: Etcd, opened: Open) -> None:
 
 
 def require_users(etcd: Etcd) -> None:
-    """A user `workers` with the password `secret`, for Penstock's keys."""
+    """Users `workers` and `frontends` with the password `secret`, for Penstock's keys."""
     etcd.ctl("user", "add", "root:root")
     etcd.ctl("user", "grant-role", "root", "root")
-    etcd.ctl("role", "add", "penstock")
-    etcd.ctl("role", "grant-permission", "penstock", "--prefix=true", "readwrite", "/penstock/")
-    etcd.ctl("user", "add", "workers:secret")
-    etcd.ctl("user", "grant-role", "workers", "penstock")
+    for name, permission in (("workers", "readwrite"), ("frontends", "read")):
+        etcd.ctl("role", "add", name)
+        etcd.ctl("role", "grant-permission", name, "--prefix=true", permission, "/penstock/")
+        etcd.ctl("user", "add", f"{name}:secret")
+        etcd.ctl("user", "grant-role", name, name)
     etcd.ctl("auth", "enable")
 
 
@@ -400,7 +401,8 @@ async def test_users_and_forgotten_tokens(own_etcd: Etcd, opened: Open) -> None:
     settings = quick(own_etcd.endpoint, user="workers", password="secret")
     lease = await opened(settings).register(registration())
     assert lease.registered
-    async with Watcher(opened(settings)) as watcher:
+    frontend = msgspec.structs.replace(settings, user="frontends")
+    async with Watcher(opened(frontend)) as watcher:
         await watcher.until("w-0")
         own_etcd.kill()
         await asyncio.to_thread(own_etcd.start)  # its tokens lived in memory
@@ -440,11 +442,17 @@ def authority(tmp_path: Path) -> trustme.CA:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     trustme.CA().cert_pem.write_to_path(tmp_path / "other-ca.pem")
-    for name, identity in (("server", "127.0.0.1"), ("client", "client")):
-        certificate = authority.issue_cert(identity, common_name=name)
-        certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
-        certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    replace(tmp_path, "server", authority)
+    replace(tmp_path, "client", authority)
+    replace(tmp_path, "late", trustme.CA())
     return authority
+
+
+def replace(folder: Path, name: str, authority: trustme.CA) -> None:
+    """A certificate of the authority's, and its key, in the place of what is there."""
+    certificate = authority.issue_cert("127.0.0.1", common_name=name)
+    certificate.private_key_pem.write_to_path(folder / f"{name}.key")
+    certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
 
 
 async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open) -> None:
@@ -463,6 +471,13 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
         stranger = quick(etcd.endpoint, **(ours | {"ca_file": path("other-ca.pem")}))
         lease = await opened(stranger).register(registration())
         assert "CERTIFICATE_VERIFY_FAILED" in lease.trouble
+        impostor = quick(
+            etcd.endpoint, **(ours | {"cert_file": path("late.pem"), "key_file": path("late.key")})
+        )
+        lease = await opened(impostor).register(registration())
+        assert not lease.registered
+        replace(tmp_path, "late", authority)
+        await until(lambda: lease.registered)
         nameless = quick(etcd.endpoint, ca_file=path("ca.pem"))
         lease = await opened(nameless).register(registration())
         assert not lease.registered
