@@ -32,6 +32,9 @@ exceeded, resource exhausted, internal, unavailable."""
 _TOKEN_REFUSED = ("invalid auth token", "revision of auth store is old", "user name is empty")
 """How etcd says that a token is to be fetched anew: it forgot it, or its users were changed."""
 
+_TEXT_MAX = 200
+"""Characters of a reply that is not etcd's JSON, as shown in a log line."""
+
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
@@ -271,12 +274,19 @@ def _refusal(status: int, content: bytes) -> EtcdError:
     try:
         said = msgspec.json.decode(content, type=_Status)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return EtcdError(f"HTTP {status}, which is no answer of etcd's")
+        text = content[:_TEXT_MAX].decode(errors="replace").strip()
+        return EtcdError(f"HTTP {status} in place of an answer: {text!r}")
     return EtcdError(said.message, said.code or said.grpc_code)
 
 
-def _said(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _said(error: BaseException) -> str:
+    """What went wrong in the words of its cause: `connection refused` rather than `read error`."""
+    said = type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        said = str(cause) or said
+        cause = cause.__cause__ or cause.__context__
+    return said
 
 
 def _below(prefix: str) -> dict[str, Any]:

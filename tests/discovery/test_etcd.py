@@ -368,7 +368,7 @@ async def test_what_is_no_etcd_is_named(opened: Open) -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         lease = await opened(quick(f"http://127.0.0.1:{port}")).register(registration())
-        assert "HTTP 404, which is no answer of etcd's" in lease.trouble
+        assert "HTTP 404 in place of an answer: 'hello'" in lease.trouble
         await lease.close()
 
 
@@ -384,16 +384,16 @@ async def test_replies_are_bounded(etcd: Etcd, opened: Open) -> None:
 # --- who may ------------------------------------------------------------------------------------------
 
 
-def require_users(etcd: Etcd) -> None:
+def require_users(etcd: Etcd, *options: str) -> None:
     """Users `workers` and `frontends` with the password `secret`, for Penstock's keys."""
-    etcd.ctl("user", "add", "root:root")
-    etcd.ctl("user", "grant-role", "root", "root")
+    etcd.ctl(*options, "user", "add", "root:root")
+    etcd.ctl(*options, "user", "grant-role", "root", "root")
     for name, permission in (("workers", "readwrite"), ("frontends", "read")):
-        etcd.ctl("role", "add", name)
-        etcd.ctl("role", "grant-permission", name, "--prefix=true", permission, "/penstock/")
-        etcd.ctl("user", "add", f"{name}:secret")
-        etcd.ctl("user", "grant-role", name, name)
-    etcd.ctl("auth", "enable")
+        etcd.ctl(*options, "role", "add", name)
+        etcd.ctl(*options, "role", "grant-permission", name, "--prefix=true", permission, "/penstock/")
+        etcd.ctl(*options, "user", "add", f"{name}:secret")
+        etcd.ctl(*options, "user", "grant-role", name, name)
+    etcd.ctl(*options, "auth", "enable")
 
 
 async def test_users_and_forgotten_tokens(own_etcd: Etcd, opened: Open) -> None:
@@ -448,9 +448,9 @@ def authority(tmp_path: Path) -> trustme.CA:
     return authority
 
 
-def replace(folder: Path, name: str, authority: trustme.CA) -> None:
+def replace(folder: Path, name: str, authority: trustme.CA, common_name: str | None = None) -> None:
     """A certificate of the authority's, and its key, in the place of what is there."""
-    certificate = authority.issue_cert("127.0.0.1", common_name=name)
+    certificate = authority.issue_cert("127.0.0.1", common_name=common_name)
     certificate.private_key_pem.write_to_path(folder / f"{name}.key")
     certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
 
@@ -462,6 +462,8 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
     options = ["--cert-file", path("server.pem"), "--key-file", path("server.key")]
     options += ["--client-cert-auth", "--trusted-ca-file", path("ca.pem")]
     ours = {"ca_file": path("ca.pem"), "cert_file": path("client.pem"), "key_file": path("client.key")}
+    late = ours | {"cert_file": path("late.pem"), "key_file": path("late.key")}
+    certificate = ["--cert", path("client.pem"), "--key", path("client.key")]
     with running_etcd(tmp_path, options, scheme="https") as etcd:
         settings = quick(etcd.endpoint, **ours)
         lease = await opened(settings).register(registration())
@@ -471,17 +473,24 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
         stranger = quick(etcd.endpoint, **(ours | {"ca_file": path("other-ca.pem")}))
         lease = await opened(stranger).register(registration())
         assert "CERTIFICATE_VERIFY_FAILED" in lease.trouble
-        impostor = quick(
-            etcd.endpoint, **(ours | {"cert_file": path("late.pem"), "key_file": path("late.key")})
-        )
+        impostor = quick(etcd.endpoint, **late)
         lease = await opened(impostor).register(registration())
         assert not lease.registered
-        replace(tmp_path, "late", authority)
+        replace(tmp_path, "late", authority, common_name="workers")
         await until(lambda: lease.registered)
         nameless = quick(etcd.endpoint, ca_file=path("ca.pem"))
         lease = await opened(nameless).register(registration())
         assert not lease.registered
-        assert "certificate" in lease.trouble.lower()
+        # Users come from passwords: etcd refuses certificates that would name one.
+        await asyncio.to_thread(require_users, etcd, "--cacert", path("ca.pem"), *certificate)
+        lease = await opened(quick(etcd.endpoint, user="workers", password="secret", **ours)).register(
+            registration()
+        )
+        assert lease.registered
+        lease = await opened(quick(etcd.endpoint, user="workers", password="secret", **late)).register(
+            registration()
+        )
+        assert "CommonName" in lease.trouble
 
 
 def test_tls_files_are_checked_at_the_start(tmp_path: Path, authority: trustme.CA) -> None:
