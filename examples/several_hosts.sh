@@ -4,8 +4,8 @@
 #   PENSTOCK=.venv/bin/penstock sh examples/several_hosts.sh
 #
 # To be seen at work, everything runs on this machine here. On real hosts, run each `penstock` line on its own
-# one, let FOLDER be a shared folder (NFS), and say where the others reach a worker:
-# `--host 0.0.0.0 --advertise-host 10.0.0.11`.
+# one, let FOLDER be a shared folder (NFS) or PENSTOCK_DISCOVERY be an etcd (etcd://10.0.0.1:2379), and say where
+# the others reach a worker: `--host 0.0.0.0 --advertise-host 10.0.0.11`.
 set -eu
 
 PENSTOCK=${PENSTOCK:-penstock}

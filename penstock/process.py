@@ -181,12 +181,15 @@ def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl)
     from penstock.discovery.etcd import EtcdDiscovery
     from penstock.discovery.etcd_settings import EtcdSettings
 
+    password = os.environ.get(ETCD_PASSWORD_VARIABLE, "")
+    if options.etcd_user and not password:
+        raise ConfigError(f"--etcd-user: needs its password in {ETCD_PASSWORD_VARIABLE}")
     scheme = "https" if url.tls else "http"
     settings = EtcdSettings(
         endpoints=tuple(f"{scheme}://{member}" for member in url.location.split(",")),
         namespace=options.namespace,
         user=options.etcd_user,
-        password=os.environ.get(ETCD_PASSWORD_VARIABLE, ""),
+        password=password,
         ca_file=options.etcd_ca,
         cert_file=options.etcd_cert,
         key_file=options.etcd_key,

@@ -39,6 +39,10 @@ def worker(**options: object) -> WorkerOptions:
         ({"engine": "vllm", "transfer": "tcp"}, "--transfer: vllm"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
         ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
+        (
+            {"discovery": "etcd://127.0.0.1", "etcd_user": "me"},
+            "--etcd-user: needs its password in PENSTOCK",
+        ),
         ({"discovery": "etcds://127.0.0.1:2379", "etcd_ca": "/no.pem"}, "--etcd-ca: cannot read /no.pem"),
         ({"max_batch_tokens": 4}, "max_batch_tokens"),
         ({"block_size": 5000}, "block_size"),

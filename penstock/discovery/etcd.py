@@ -40,7 +40,7 @@ class EtcdDiscovery:
         self._settings = settings
         self._client = EtcdClient(settings)
         self._followers: set[asyncio.Task[None]] = set()
-        self.trouble = ""
+        self.trouble = "not asked yet"
 
     async def register(self, registration: Registration) -> EtcdLease:
         """Write this instance's key and keep it until the lease is closed. Returns after the first try:
