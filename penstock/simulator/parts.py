@@ -87,6 +87,7 @@ class SimWorker:
                 self.epoch,
                 self.role,
                 max_waiting=scenario.max_waiting,
+                max_wait_ms=scenario.max_wait_ms,
                 drain_s=scenario.drain_s,
             ),
             dataclasses.replace(scenario.server, host=self.instance_id),
@@ -144,6 +145,7 @@ class SimFrontend:
     def ask(self, call: Call) -> list[Asked]:
         """The requests of a client's call. They are submitted once the process runs."""
         asked = []
+        call_id = f"{self.name}-{self._numbers}"
         for sampling in call.samplings:
             self._numbers += 1
             request = Request(
@@ -153,6 +155,8 @@ class SimFrontend:
                 sampling,
                 cache_salt=call.cache_salt,
                 priority=call.priority,
+                tenant=f"tenant-{call.frontend % 3}",
+                call_id=call_id,
             )
             wanted, reason = self.lab.oracle.answer(len(call.token_ids), sampling)
             lab = self.lab

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.policy import POLICIES
 from penstock.engines.settings import SchedulerSettings
@@ -57,7 +58,8 @@ class Scenario:
     server: ServerSettings
     sim: SimSettings
     transfer: SimTransferSettings
-    max_waiting: int
+    max_waiting: int  # this and the next: of each worker
+    max_wait_ms: float
     drain_s: float
     latency_s: tuple[float, float]
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -92,12 +94,14 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
             policy="kv" if rng.random() < 0.7 else rng.choice(sorted(POLICIES)),
             disagg=rng.choice(("auto", "auto", "always", "never")),
             deadlines=deadlines,
+            admission=_admission(rng, gentle),
         ),
         client=ClientSettings(secret=secret),
         server=ServerSettings(secret=secret),
         sim=_sim(rng, gentle),
         transfer=SimTransferSettings(setup_ms=rng.choice((0.5, 2.0, 50.0))),
         max_waiting=256 if gentle else rng.choice((4, 32, 256)),
+        max_wait_ms=120_000.0 if gentle else rng.choice((50.0, 1000.0, 10_000.0)),
         drain_s=rng.choice((2.0, 10.0, 30.0)),
         latency_s=rng.choice(((0.0001, 0.0005), (0.0005, 0.02), (0.001, 0.1))),
         deadlines=deadlines,
@@ -113,6 +117,16 @@ def _roles(rng: random.Random, count: int) -> dict[str, Role]:
     else:
         kinds = [Role.DECODE, Role.PREFILL]
     return {f"w{i}": kinds[i % len(kinds)] for i in range(count)}
+
+
+def _admission(rng: random.Random, gentle: bool) -> AdmissionSettings:
+    if gentle:
+        return AdmissionSettings(max_wait_ms=120_000.0)
+    return AdmissionSettings(
+        max_wait_ms=rng.choice((200.0, 2000.0, 10_000.0)),
+        dispatch_wait_ms=rng.choice((5.0, 250.0)),
+        max_queued=rng.choice((4, 1024)),
+    )
 
 
 def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
