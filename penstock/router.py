@@ -20,7 +20,6 @@ import msgspec
 from penstock.clock import Clock, MonotonicClock
 from penstock.core import events as life
 from penstock.core.admission import AdmissionSettings, Queue, Refusal, work_tokens
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS
 from penstock.core.deadlines import Deadlines
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
@@ -168,7 +167,7 @@ class Router:
         live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         self._live[request.request_id] = live
         displaced = queue.enter(
-            request.request_id, request.call_id, request.tenant, request.priority, _work(live), now
+            request.request_id, request.call_id, request.tenant, request.priority, self._work(live), now
         )
         self._refuse(displaced)
         self._perform(live, lifecycle.start())
@@ -237,6 +236,11 @@ class Router:
                 if queue.next() == request_id:
                     break
 
+    def _work(self, live: _Live) -> float:
+        """What is left of it, in tokens (core/admission.py)."""
+        expected = self._placement.expected_output_tokens(live.placed.request) - _given(live)
+        return work_tokens(len(live.lifecycle.token_ids), max(0.0, expected))
+
     def _refuse(self, refusals: list[tuple[str, Refusal]]) -> None:
         for request_id, refusal in refusals:
             live = self._live.get(request_id)
@@ -301,18 +305,20 @@ class Router:
         if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
             live.queue.leave(request_id)
             self._suspects.pop(request_id, None)
-            self._placement.ended(live.placed)
+            self._placement.ended(live.placed, _given(live))
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
         request, queue, now = live.lifecycle.request, live.queue, self._clock.now()
         if wanted.failed:
             self._metrics.retried()
-            given = len(live.lifecycle.token_ids) - len(request.token_ids)
             log.info(
-                "request %s: trying again after %d tokens: %s", request.request_id, given, wanted.failed
+                "request %s: trying again after %d tokens: %s",
+                request.request_id,
+                _given(live),
+                wanted.failed,
             )
         if request.request_id not in queue:  # it was sent before
-            queue.back(request.request_id, _work(live), now)
+            queue.back(request.request_id, self._work(live), now)
         if not queue.turn(request.request_id):
             return life.Held()
         ready = [
@@ -442,11 +448,9 @@ async def _ready(model: ModelView) -> None:
     """Nothing to prepare."""
 
 
-def _work(live: _Live) -> float:
-    request = live.lifecycle.request
-    given = len(live.lifecycle.token_ids) - len(request.token_ids)
-    expected = min(EXPECTED_OUTPUT_TOKENS, request.sampling.max_tokens)
-    return work_tokens(len(live.lifecycle.token_ids), max(0, expected - given))
+def _given(live: _Live) -> int:
+    """Output tokens so far."""
+    return len(live.lifecycle.token_ids) - len(live.placed.request.token_ids)
 
 
 def _request_id(attempt_id: str) -> str:

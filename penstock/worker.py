@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
+from penstock.core.costs import Candidate, Query, costs
 from penstock.errors import PenstockError, RemoteError
 from penstock.link.address import join_address
 from penstock.link.server import LinkServer, Peer
@@ -267,8 +267,7 @@ class Worker:
     def _wait_ms(self, attempt: Attempt) -> float:
         """How long until the engine could begin it, as a frontend would predict it."""
         card = self.card()
-        expected = min(EXPECTED_OUTPUT_TOKENS, attempt.sampling.max_tokens)
-        query = Query(len(attempt.token_ids), expected_output_tokens=expected)
+        query = Query(len(attempt.token_ids))
         here = Candidate(
             card.instance_id, card.role, self.load(), card.block_size, max_running=card.max_running
         )

@@ -197,13 +197,32 @@ class Cluster:
                 await asyncio.sleep(0.01)
 
     def ask(
-        self, tokens: list[int], max_tokens: int = 8, seed: int = 1, **sampling: Any
+        self,
+        tokens: list[int],
+        max_tokens: int = 8,
+        seed: int = 1,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        call_id: str = "",
+        **sampling: Any,
     ) -> tuple[Answer, Any]:
         answer = Answer()
         request = Request(
-            f"r{next(self.ids)}", MODEL, tokens, Sampling(max_tokens=max_tokens, seed=seed, **sampling)
+            f"r{next(self.ids)}",
+            MODEL,
+            tokens,
+            Sampling(max_tokens=max_tokens, seed=seed, **sampling),
+            tenant=tenant,
+            priority=priority,
+            call_id=call_id,
         )
         return answer, self.router.submit(request, answer.on_delta, answer.on_error)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait in the router."""
+        return sum(view.requests for view in self.router.queues())
 
     async def complete(self, tokens: list[int], **options: Any) -> list[int]:
         return await self.ask(tokens, **options)[0].tokens()

@@ -83,7 +83,7 @@ class Refusal(msgspec.Struct, frozen=True):
         )
 
 
-def work_tokens(prompt_tokens: int, output_tokens: int) -> float:
+def work_tokens(prompt_tokens: int, output_tokens: float) -> float:
     """What a request costs its tenant."""
     return prompt_tokens + OUTPUT_WORK * output_tokens
 

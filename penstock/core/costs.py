@@ -21,6 +21,8 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import msgspec
 
 from penstock.structs import Load, Role
@@ -37,18 +39,25 @@ All of it, as in LMetric (arXiv 2603.15202), spreads better when most prompts ar
 kinds of load, 0.3 stays within 5 % of the better one's mean time to first token."""
 
 EXPECTED_OUTPUT_TOKENS = 256
-"""Output length when nothing better is known: between the means of two public conversation traces,
-211 (Azure 2023) and 343 (Mooncake)."""
+"""Output length until some were seen: between the means of two public conversation traces, 211 (Azure 2023)
+and 343 (Mooncake)."""
+
+LENGTHS_FORGETTING = 0.99
+LENGTHS_PRIOR = 8.0
+"""Weight of an output's length relative to the next one's, so that the last 100 or so count, and of
+EXPECTED_OUTPUT_TOKENS at the start, in outputs."""
 
 
 class Query(msgspec.Struct, frozen=True):
     """The request to place. `ordinal` counts this router's requests, for round-robin. `handed`: the
-    prompt's KV waits on a prefill worker; only a place to decode is needed."""
+    prompt's KV waits on a prefill worker; only a place to decode is needed. `stay_tokens`: how long the
+    outputs of requests are that have a place already, on average."""
 
     prompt_tokens: int
     ordinal: int = 0
-    expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
+    expected_output_tokens: float = EXPECTED_OUTPUT_TOKENS
     handed: bool = False
+    stay_tokens: float = EXPECTED_OUTPUT_TOKENS
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -123,5 +132,22 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     if candidate.role is Role.PREFILL:
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
-        stay_ms = query.expected_output_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
+        stay_ms = query.stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
     return ahead * stay_ms / max(1, load.running + load.held_handoffs)
+
+
+class OutputLengths:
+    """How long outputs are, on average, by a key of the caller's."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Hashable, tuple[float, float]] = {}  # of tokens, and of weights
+
+    def ended(self, key: Hashable, tokens: int) -> None:
+        """An output ended after so many tokens."""
+        total, weight = self._sums.get(key, (EXPECTED_OUTPUT_TOKENS * LENGTHS_PRIOR, LENGTHS_PRIOR))
+        self._sums[key] = (total * LENGTHS_FORGETTING + tokens, weight * LENGTHS_FORGETTING + 1.0)
+
+    def mean(self, key: Hashable) -> float:
+        """In tokens; at least 1."""
+        total, weight = self._sums.get(key, (float(EXPECTED_OUTPUT_TOKENS), 1.0))
+        return max(1.0, total / weight)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS
+from penstock.core.costs import OutputLengths
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.overlap_check import OverlapCheck, Verdict
@@ -42,6 +42,7 @@ class Placement:
         self._book = LoadBook()
         self._check = OverlapCheck()
         self._block_sizes: dict[str, int] = {}  # of the connected instances
+        self._lengths = OutputLengths()
         self._ordinal = 0
 
     # --- what instances say -------------------------------------------------------------------------
@@ -95,8 +96,9 @@ class Placement:
         query = Query(
             prompt_tokens=len(tokens),
             ordinal=self._ordinal,
-            expected_output_tokens=min(EXPECTED_OUTPUT_TOKENS, placed.request.sampling.max_tokens),
+            expected_output_tokens=self.expected_output_tokens(placed.request),
             handed=handed,
+            stay_tokens=self._lengths.mean(placed.request.model),
         )
         candidates = self._candidates(placed, tokens, cards)
         decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
@@ -141,9 +143,17 @@ class Placement:
         # What the engine reports after a handoff includes the blocks it pulled: not the index's doing.
         placed.predicted_tokens = overlap if attempt.handoff is None else None
 
-    def ended(self, placed: Placed) -> None:
+    def ended(self, placed: Placed, output_tokens: int) -> None:
         """The request wants nothing more."""
         self._unbook(placed)
+        if placed.runs_on:
+            request = placed.request
+            self._lengths.ended(request.model, output_tokens)
+            self._lengths.ended((request.model, request.tenant), output_tokens)
+
+    def expected_output_tokens(self, request: Request) -> float:
+        """How long its output will be, going by its tenant's others."""
+        return min(self._lengths.mean((request.model, request.tenant)), request.sampling.max_tokens)
 
     def _unbook(self, placed: Placed) -> None:
         if placed.booked_on:

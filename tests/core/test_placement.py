@@ -91,7 +91,7 @@ def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
     booked = choose(it, first, *cards)
     assert booked.prefill == "p0"
     assert choose(it, placed("r1"), *cards).decode != booked.decode
-    it.ended(first)
+    it.ended(first, 0)
     loads = {scored.instance_id: scored.decode_ms for scored in choose(it, placed("r2"), *cards).scores}
     assert loads[booked.decode] < max(loads.values())
 
