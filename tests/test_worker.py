@@ -200,6 +200,25 @@ async def test_bounces_when_full_and_twins(stage: Stage) -> None:
     assert [each.attempt_id for each in stage.engine.submitted] == ["a.1", "a.2"]
 
 
+async def test_bounces_what_would_wait_too_long(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    stage.engine.say(load=Load(running=1, prefill_tokens=90_000, submitted=1))  # at 0.1 ms each
+    await until(lambda: frontend.steps)
+    frontend.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    stage.engine.say(load=Load(running=2, prefill_tokens=120_000, submitted=2))
+    await until(lambda: len(frontend.steps) == 2)
+    frontend.client.generate(attempt(3))
+    await until(lambda: frontend.bounces)
+    (bounce,) = frontend.bounces
+    assert bounce.attempt_id == "a.3"
+    assert bounce.reason.startswith("full: wait_ms=120")
+    assert bounce.reason.endswith("bound_ms=10000")
+    assert bounce.retry_after_s > 0
+
+
 async def test_only_the_owner_cancels(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
     mine.client.generate(attempt(1))

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from penstock import __version__
+from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import key_line
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -187,6 +188,37 @@ async def test_too_many_requests_at_a_time(serve_script):
         assert error_of(response)["type"] == "rate_limit_error"
         assert response.headers["retry-after"] == "1"
         assert (await first).status_code == 200
+
+
+async def test_a_key_stands_for_a_tenant_who_cannot_put_itself_before_others(serve_script, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(key_line("team-a", "a key of twenty chars".replace(" ", "-")))
+    headers = {"Authorization": "Bearer a-key-of-twenty-chars"}
+    async with serve_script("x", api_keys_file=str(keys)) as served:
+        for given, counts in ((-7, 0), (7, 7)):
+            body = {**CHAT, "priority": given, "n": 2}
+            response = await served.http.post("/v1/chat/completions", json=body, headers=headers)
+            assert response.status_code == 200
+            requests, served.completer.requests = served.completer.requests, []
+            assert {(request.tenant, request.priority) for request in requests} == {("team-a", counts)}
+            assert len({request.call_id for request in requests}) == 1
+            assert served.completer.checked.pop() == ("tiny", "team-a", counts)
+
+
+async def test_who_would_wait_too_long_is_told_before_anything_is_done(serve_script, caplog):
+    caplog.set_level("INFO", "penstock.frontend")
+    async with serve_script("x") as served:
+        reason = "Too many (reason=wait wait_ms=12000 bound_ms=10000 place=7)."
+        served.completer.check_error = RequestRejected(429, reason, code="overloaded", retry_after_s=3.0)
+        # Its prompt is not looked at: the same without an error would be a 400.
+        body = {**CHAT, "max_tokens": 10**9}
+        response = await served.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "3"
+        assert error_of(response)["message"] == reason
+        assert not served.completer.requests
+    (line,) = [record.getMessage() for record in caplog.records if "status=429" in record.getMessage()]
+    assert f"finish=overloaded tenant=- error={reason!r}" in line
 
 
 async def test_a_request_cannot_last_for_ever(serve_script):
