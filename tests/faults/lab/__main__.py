@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import uvloop
 
 from penstock import __version__
+from tests.discovery.etcd_server import running_etcd
 from tests.faults.lab import report
 from tests.faults.lab.episode import REFERENCE_PHASES, Lab, Row
 from tests.faults.lab.faults import FAULTS, Fault
@@ -25,6 +28,9 @@ ENGINES = {
     "reference": ["--model", str(ROOT / "models" / "tiny"), "--transfer", "tcp"],
 }
 
+DISCOVERY = {"sim": "file", "reference": "etcd"}
+"""Where the processes of each find each other."""
+
 
 def chosen(options: argparse.Namespace, engine: str) -> list[tuple[Fault, str]]:
     """Every fault at every phase of it that this run wants."""
@@ -32,7 +38,9 @@ def chosen(options: argparse.Namespace, engine: str) -> list[tuple[Fault, str]]:
     for fault in FAULTS:
         if options.only and not any(word in fault.name for word in options.only):
             continue
-        if engine == "reference" and not fault.reference:
+        if fault.discovery not in ("", DISCOVERY[engine]):
+            continue
+        if engine == "reference" and not (fault.reference or fault.discovery):
             continue
         phases = fault.quick if options.quick else fault.phases
         if engine == "reference":
@@ -43,30 +51,37 @@ def chosen(options: argparse.Namespace, engine: str) -> list[tuple[Fault, str]]:
 
 async def run_engine(engine: str, options: argparse.Namespace, folder: Path, until: float) -> list[Row]:
     """All of it once, then again in another order until the time is over."""
-    rng = random.Random(options.seed)
     folder.mkdir()
-    graph = Graph(folder, ENGINES[engine])
-    rows: list[Row] = []
-    try:
-        await graph.start()
-        lab = Lab(graph, engine, await questions(graph) if engine == "reference" else [])
-        first = True
-        while first or time.monotonic() < until:
-            episodes = chosen(options, engine)
-            if not first:
-                rng.shuffle(episodes)
-            for fault, phase in episodes:
-                if not first and time.monotonic() >= until:
-                    break
-                row = await lab.episode(fault, phase)
-                rows.append(row)
-                print(report.line(row), flush=True)
-                for note in row.notes[:5]:
-                    print(f"    {note}", flush=True)
-            first = False
-    finally:
-        await graph.stop()
-    return rows
+    with contextlib.ExitStack() as around:
+        etcd = around.enter_context(running_etcd(folder)) if DISCOVERY[engine] == "etcd" else None
+        graph = Graph(folder, ENGINES[engine], etcd=etcd)
+        try:
+            await graph.start()
+            lab = Lab(graph, engine, await questions(graph) if engine == "reference" else [])
+            return [row async for row in episodes(lab, options, until)]
+        finally:
+            await graph.stop()
+
+
+async def episodes(lab: Lab, options: argparse.Namespace, until: float) -> AsyncIterator[Row]:
+    """In the catalogue's order first, then in random order while there is time."""
+    rng = random.Random(options.seed)
+    first = True
+    while first or time.monotonic() < until:
+        wanted = chosen(options, lab.engine)
+        if not wanted:
+            return
+        if not first:
+            rng.shuffle(wanted)
+        for fault, phase in wanted:
+            if not first and time.monotonic() >= until:
+                return
+            row = await lab.episode(fault, phase)
+            print(report.line(row), flush=True)
+            for note in row.notes[:5]:
+                print(f"    {note}", flush=True)
+            yield row
+        first = False
 
 
 async def main(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""One fault at one phase: a burst of requests into a healthy graph, the fault, and what came of both."""
+"""One fault at one phase: a burst of requests into a healthy graph, the fault, and what came of it."""
 
 from __future__ import annotations
 
@@ -87,16 +87,23 @@ class Lab:
     questions: list[Question] = field(default_factory=list)  # with the reference engine
     asked: int = 0
 
-    def clients(self, phase: Phase) -> list[Client]:
-        clients = []
-        for _ in range(phase.requests):
-            self.asked += 1
-            if self.questions:
-                question = self.questions[self.asked % len(self.questions)]
-            else:
-                question = sim_question(self.asked, phase.prompt_chars, phase.max_tokens)
-            clients.append(Client(question, self.graph.urls, self.asked))
-        return clients
+    def _client(self, phase: Phase) -> Client:
+        self.asked += 1
+        if self.questions:
+            question = self.questions[self.asked % len(self.questions)]
+        else:
+            question = sim_question(self.asked, phase.prompt_chars, phase.max_tokens)
+        return Client(question, self.graph.urls, self.asked)
+
+    async def _ask_on(
+        self, client: Client, phase: Phase, clients: list[Client], over: asyncio.Event
+    ) -> None:
+        """One user, who asks the next question after each answer for as long as the fault lasts."""
+        await client.run()
+        while not over.is_set():
+            client = self._client(phase)
+            clients.append(client)
+            await client.run()
 
     async def loads(self) -> dict[str, float]:
         """The workers' load as the first frontend that answers sees it: by role and summed."""
@@ -114,17 +121,18 @@ class Lab:
         retries = await self.graph.metric("penstock_retries_total")
         if phase.stalled_transfers:
             self.graph.weather(self.graph.role("prefill"), Weather(hold_down=True), transfer=True)
-        clients = self.clients(phase)
-        tasks = [asyncio.create_task(client.run()) for client in clients]
+        clients = [self._client(phase) for _ in range(phase.requests)]
+        over = asyncio.Event()
+        slots = [asyncio.create_task(self._ask_on(client, phase, clients, over)) for client in clients]
         await self._until(phase, clients, row)
-        row.requests = len(clients)
         row.in_flight = sum(not client.done for client in clients)
         hurting = asyncio.create_task(self._hurt(fault, row))
         if phase.stalled_transfers:
             await asyncio.sleep(1.0)
             self.graph.weather(self.graph.role("prefill"), Weather(), transfer=True)
         await hurting
-        await asyncio.gather(*tasks)
+        over.set()
+        await asyncio.gather(*slots)
         self._count(row, fault, clients)
         await self._idle(row)
         after = await self.graph.metric("penstock_retries_total")
@@ -134,7 +142,7 @@ class Lab:
     async def _until(self, phase: Phase, clients: list[Client], row: Row) -> None:
         deadline = time.monotonic() + _PHASE_S
         while not phase.reached(clients, await self.loads()):
-            if time.monotonic() > deadline or all(client.done for client in clients):
+            if time.monotonic() > deadline:
                 row.notes.append("the burst was not in this phase")
                 return
             await asyncio.sleep(0.02)
@@ -151,6 +159,7 @@ class Lab:
 
     def _count(self, row: Row, fault: Fault, clients: list[Client]) -> None:
         errors: Counter[str] = Counter()
+        row.requests = len(clients)
         for client in clients:
             outcome = client.outcome
             row.cut += outcome.cuts

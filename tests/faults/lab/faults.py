@@ -38,6 +38,7 @@ class Fault:
     ends_connections: bool = False  # those of a frontend that it ends
     errors: frozenset[str] = frozenset()  # typed errors that clients may get
     reference: bool = False  # also with real weights
+    discovery: str = ""  # file or etcd: only where instances are found there
     lasts_s: float = 0.0  # what of `happen` is the fault itself; the rest is recovery
 
 
@@ -257,13 +258,21 @@ async def throttle_transfer(graph: Graph) -> None:
 # --- discovery ---------------------------------------------------------------------------------------
 
 
-@fault("the discovery directory deleted", phases="queued decode", quick="decode", lasts_s=6)
+@fault(
+    "the discovery directory deleted", phases="queued decode", quick="decode", lasts_s=6, discovery="file"
+)
 async def delete_discovery(graph: Graph) -> None:
     shutil.rmtree(graph.directory)
     await asyncio.sleep(6.0)  # longer than a lease
 
 
-@fault("the discovery directory unreadable for 8 s", phases="decode", quick="decode", lasts_s=8)
+@fault(
+    "the discovery directory unreadable for 8 s",
+    phases="decode",
+    quick="decode",
+    lasts_s=8,
+    discovery="file",
+)
 async def hide_discovery(graph: Graph) -> None:
     hidden = graph.directory.with_name("hidden")
     graph.directory.rename(hidden)
@@ -275,7 +284,7 @@ async def hide_discovery(graph: Graph) -> None:
         hidden.rename(graph.directory)
 
 
-@fault("garbage in the discovery directory", phases="decode", lasts_s=2)
+@fault("garbage in the discovery directory", phases="decode", lasts_s=2, discovery="file")
 async def litter_discovery(graph: Graph) -> None:
     place = graph.directory / "default"
     litter = [place / "garbage.json", place / "large.json", place / "empty.json"]
@@ -285,6 +294,50 @@ async def litter_discovery(graph: Graph) -> None:
     await asyncio.sleep(2.0)
     for path in litter:
         path.unlink(missing_ok=True)
+
+
+@fault("etcd killed for 15 s", phases="decode", quick="decode", discovery="etcd", lasts_s=15)
+async def kill_etcd(graph: Graph) -> None:
+    assert graph.etcd is not None
+    graph.etcd.kill()
+    await asyncio.sleep(15.0)  # longer than a lease
+    graph.etcd.start()
+
+
+@fault("etcd killed and started again without its data", phases="decode", discovery="etcd", lasts_s=2)
+async def lose_etcd(graph: Graph) -> None:
+    assert graph.etcd is not None
+    graph.etcd.kill()
+    graph.etcd.lose_data()
+    await asyncio.sleep(2.0)
+    graph.etcd.start()
+    await asyncio.sleep(1.0)
+
+
+@fault("etcd frozen for 15 s", phases="decode", discovery="etcd", lasts_s=15)
+async def freeze_etcd(graph: Graph) -> None:
+    assert graph.etcd is not None
+    graph.etcd.signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(15.0)
+    finally:
+        graph.etcd.signal(signal.SIGCONT)
+
+
+@fault(
+    "etcd killed for 8 s, a decode worker killed meanwhile", phases="decode", discovery="etcd", lasts_s=8
+)
+async def kill_etcd_and_worker(graph: Graph) -> None:
+    assert graph.etcd is not None
+    graph.etcd.kill()
+    victim = await graph.busiest("decode")
+    victim.kill()
+    restarting = asyncio.create_task(graph.restart(victim))
+    await asyncio.sleep(8.0)
+    graph.etcd.start()
+    await restarting
+    if not victim.running:  # it gave up without etcd: a supervisor starts it again
+        await graph.launch(victim)
 
 
 # --- what runs out -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.config import SUPERVISOR_VARIABLE
+from tests.discovery.etcd_server import Etcd
 from tests.faults.lab.http import get
 from tests.faults.lab.proxy import Proxy, Weather
 
@@ -81,7 +82,7 @@ class Part:
 
 
 class Graph:
-    """Frontends, prefill and decode workers, each started with the flags of its kind."""
+    """Frontends, prefill and decode workers. They find each other in a directory, or in a running etcd."""
 
     def __init__(
         self,
@@ -91,18 +92,18 @@ class Graph:
         frontends: int = 2,
         prefill: int = 2,
         decode: int = 3,
-        discovery: str = "",
-        slow: Sequence[str] = (),
+        etcd: Etcd | None = None,
     ) -> None:
         self.folder = folder
         self.directory = folder / "discovery"
-        self.discovery = discovery or f"file:{self.directory}"
+        self.etcd = etcd
         self.net = random.SystemRandom().randint(10, 250)  # 127.NET.*.*: two labs do not meet
-        common = ["--discovery", self.discovery, "--drain-s", str(DRAIN_S)]
+        discovery = etcd.endpoint.replace("http:", "etcd:") if etcd else f"file:{self.directory}"
+        common = ["--discovery", discovery, "--drain-s", str(DRAIN_S)]
         self.frontends = [self._frontend(index, common) for index in range(frontends)]
         workers = ["prefill"] * prefill + ["decode"] * decode
         self.workers = [
-            self._worker(role, number, [*common, *model, *slow]) for number, role in enumerate(workers)
+            self._worker(role, number, [*common, *model]) for number, role in enumerate(workers)
         ]
         self.env = {
             "PENSTOCK_LOG": "info",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 
 _CHUNK_BYTES = 64 * 1024
@@ -96,9 +95,11 @@ class Proxy:
                 await asyncio.sleep(len(chunk) / self._weather.bytes_per_s)
             if self._weather.delay_s:
                 await asyncio.sleep(self._weather.delay_s)
+            if writer.is_closing():
+                return
             writer.write(chunk)
             await writer.drain()
-        with contextlib.suppress(OSError):
+        if not writer.is_closing():
             writer.write_eof()
 
     async def _clear(self, up: bool) -> None:
