@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -70,6 +71,7 @@ class Instances:
         *,
         frontend_id: str,
         load_retry_s: float,
+        outage_s: float,
         progress: ProgressLimits,
     ) -> None:
         self.membership = Membership()
@@ -82,6 +84,8 @@ class Instances:
         self._listener = listener
         self._frontend_id = frontend_id
         self._load_retry_s = load_retry_s
+        self._outage_s = outage_s
+        self._served_at: dict[str, float] = {}  # by model: when somebody was last seen to serve it
         self._progress = progress
         self._heard_s = 0.0  # see `tick`
         self._ticked_at = clock.now()
@@ -97,13 +101,15 @@ class Instances:
         return [view for view in self._catalog.views() if self.membership.ready(view.name)]
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody has served for
+        `outage_s`: until then, whoever served it may be back before a queued request gives up."""
         view = self._catalog.view(name)
         if view is None:
             raise RequestRejected(
                 404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
             )
-        if not self.membership.ready(name):
+        missed_s = self._clock.now() - self._served_at.get(name, -math.inf)
+        if missed_s > self._outage_s and not self.membership.ready(name):
             raise RequestRejected(
                 503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
             )
@@ -136,13 +142,15 @@ class Instances:
         return link.client if link is not None else None
 
     def tick(self, interval_s: float) -> None:
-        """See whose engines advance. To be called about every `interval_s`.
+        """See who is there, and whose engines advance. To be called about every `interval_s`.
 
         Progress is judged by a clock that passes by no more than two intervals from one call to the next:
         when this process itself was held up, nothing was heard meanwhile, and nobody is to blame."""
         now = self._clock.now()
         self._heard_s += min(now - self._ticked_at, 2 * interval_s)
         self._ticked_at = now
+        for card in self.membership.ready_cards():
+            self._served_at[card.model] = now
         for link in self._links.values():
             if link.progress is not None:
                 self._judge(link, link.progress)
@@ -226,6 +234,7 @@ class Instances:
         assert view is not None
         await self._prepare(view)
         self.membership.loaded(link.instance_id)
+        self._served_at[card.model] = self._clock.now()
         self._metrics.state(link.instance_id, card.role, self.membership.members[link.instance_id].state)
         log.info("instance ready: %s", link.instance_id)
         self._listener.on_ready()

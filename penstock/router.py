@@ -127,6 +127,7 @@ class Router:
             self,
             frontend_id=frontend_id,
             load_retry_s=settings.load_retry_s,
+            outage_s=settings.deadlines.queue_s,
             progress=settings.progress,
         )
         self._live: dict[str, _Live] = {}
@@ -144,7 +145,8 @@ class Router:
         return self._instances.models()
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody has served for as
+        long as a request may queue."""
         return self._instances.model(name)
 
     def instances(self) -> list[InstanceView]:

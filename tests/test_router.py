@@ -159,7 +159,8 @@ async def test_queue_is_bounded(tmp_path: Path) -> None:
 
 
 async def test_models_and_health(tmp_path: Path) -> None:
-    async with cluster(tmp_path, PAIR, RouterSettings(expect=(PREFILL, DECODE))) as it:
+    settings = RouterSettings(expect=(PREFILL, DECODE), deadlines=Deadlines(queue_s=1.0))
+    async with cluster(tmp_path, PAIR, settings) as it:
         assert it.router.healthy() == (True, "")
         assert [view.name for view in it.router.models()] == [MODEL]
         with pytest.raises(RequestRejected) as unknown:
@@ -170,9 +171,18 @@ async def test_models_and_health(tmp_path: Path) -> None:
         assert it.router.healthy() == (False, "decode")
         await it.workers["p0"].leave()
         await it.wait_ready()
+        await asyncio.sleep(1.5)
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
         assert known.value.status == 503
+
+
+async def test_a_model_whose_workers_are_away_for_a_moment_takes_requests(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
+        await it.workers["a0"].leave()
+        await it.wait_ready()
+        assert it.router.models() == []
+        assert it.router.model(MODEL).name == MODEL
 
 
 async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:
