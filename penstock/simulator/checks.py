@@ -23,7 +23,7 @@ def unsettled(lab: Lab) -> list[str]:
 
 def unready(lab: Lab) -> list[str]:
     """Workers that some frontend does not use, and instances that it should have forgotten."""
-    complaints = []
+    complaints = [f"{lab.restarting} workers are starting again"] if lab.restarting else []
     there = {worker.instance_id: worker for worker in lab.live_workers() if worker.up}
     for frontend in lab.live_frontends():
         members = frontend.router._instances.membership.members

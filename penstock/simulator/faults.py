@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.simulator.workload import FIRST_TOKEN_ID, draw_calls
 from penstock.structs import Role
 from penstock.wire import frames
@@ -22,6 +23,9 @@ Fault = Callable[["Lab", random.Random], Awaitable[None]]
 FAULTS: dict[str, Fault] = {}
 BUSY_SHARE = 0.8
 """How many faults choose among workers that have something to do, if there are any."""
+
+STEPS_S = 3.0
+"""So long a step that is to fail is waited for."""
 
 GENTLE: list[str] = []
 """Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
@@ -93,9 +97,10 @@ async def freeze(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
-        worker.process.freeze()
-        await asyncio.sleep(rng.uniform(0.2, 15.0))
-        worker.process.thaw()
+        with lab.suspecting([worker]):
+            worker.process.freeze()
+            await asyncio.sleep(rng.uniform(0.2, 15.0))
+            worker.process.thaw()
 
 
 @_fault("frontend-freeze", gentle=True)
@@ -108,6 +113,7 @@ async def frontend_freeze(lab: Lab, rng: random.Random) -> None:
         seconds = rng.uniform(0.2, 15.0)
         lab.frozen_s[frontend.name] += seconds
         await asyncio.sleep(seconds)
+        lab.watch.forgive(frontend.name)
         frontend.process.thaw()
 
 
@@ -161,15 +167,16 @@ async def scale_up(lab: Lab, rng: random.Random) -> None:
 # --- engines --------------------------------------------------------------------------------------
 
 
-@_fault("wedge")
+@_fault("wedge", gentle=True)
 async def wedge(lab: Lab, rng: random.Random) -> None:
     """An engine takes work and makes no step; its worker is well."""
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("wedge", worker.instance_id, lab.flying(worker.instance_id))
-        worker.clock.wedge()
-        await asyncio.sleep(rng.uniform(0.2, 15.0))
-        worker.clock.unwedge()
+        with lab.suspecting([worker]):
+            worker.clock.wedge()
+            await asyncio.sleep(rng.uniform(0.2, 15.0))
+            worker.clock.unwedge()
 
 
 @_fault("step-failure", gentle=True)
@@ -178,7 +185,7 @@ async def step_failure(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("step-failure", worker.instance_id, lab.flying(worker.instance_id))
-        worker.engine.failing_steps += 1
+        await _fail_steps(worker, 1)
 
 
 @_fault("engine-death")
@@ -187,7 +194,14 @@ async def engine_death(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("engine-death", worker.instance_id, lab.flying(worker.instance_id))
-        worker.engine.failing_steps += 3
+        await _fail_steps(worker, MAX_FAILED_STEPS)
+
+
+async def _fail_steps(worker: SimWorker, count: int) -> None:
+    """Its next steps fail, if there are any soon."""
+    worker.engine.failing_steps = count
+    await asyncio.sleep(STEPS_S)
+    worker.engine.failing_steps = 0
 
 
 @_fault("eviction-storm", gentle=True)
@@ -206,15 +220,16 @@ async def eviction_storm(lab: Lab, rng: random.Random) -> None:
             await asyncio.sleep(rng.uniform(0.0, 0.5))
 
 
-@_fault("stale-handoff")
+@_fault("stale-handoff", gentle=True)
 async def stale_handoff(lab: Lab, rng: random.Random) -> None:
     """A worker that decodes is wedged until handoffs given to it have expired, or nearly."""
     worker = _worker(lab, rng, Role.DECODE)
     if worker is not None:
         lab.fault("stale-handoff", worker.instance_id, lab.flying(worker.instance_id))
-        worker.clock.wedge()
-        await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
-        worker.clock.unwedge()
+        with lab.suspecting([worker]):
+            worker.clock.wedge()
+            await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
+            worker.clock.unwedge()
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -230,11 +245,12 @@ async def partition(lab: Lab, rng: random.Random) -> None:
     routes = rng.choice((routes, routes[:1], routes[1:]))
     name = " ".join(f"{source}>{target}" for source, target in routes)
     lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
-    for route in routes:
-        lab.network.block(*route)
-    await asyncio.sleep(rng.uniform(0.2, 20.0))
-    for route in routes:
-        lab.network.open(*route)
+    with lab.suspecting([worker], [frontend]):
+        for route in routes:
+            lab.network.block(*route)
+        await asyncio.sleep(rng.uniform(0.2, 20.0))
+        for route in routes:
+            lab.network.open(*route)
 
 
 @_fault("reset", gentle=True)
@@ -280,22 +296,21 @@ async def slow_reader(lab: Lab, rng: random.Random) -> None:
 async def duplicate(lab: Lab, rng: random.Random) -> None:
     """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
     frontend = _frontend(lab, rng)
-    if frontend is None or lab.network.tap is not None:
+    if frontend is None:
         return
     kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
     lab.fault("duplicate", frontend.name, lab.flying(frontend=frontend.name))
-    process = frontend.process
 
-    def twice(end: Any, data: bytes) -> bytes:
-        if end.process is process and rng.random() < 0.3:
+    def twice(route: tuple[str, str], data: bytes) -> bytes:
+        if route[0] == frontend.name and rng.random() < 0.3:
             message = frames.decode_to_worker(data[frames.LENGTH_BYTES :])
             if isinstance(message, kinds):
                 return data + data
         return data
 
-    lab.network.tap = twice
+    lab.network.taps.append(twice)
     await asyncio.sleep(rng.uniform(0.2, 3.0))
-    lab.network.tap = None
+    lab.network.taps.remove(twice)
 
 
 @_fault("transfer-cut", gentle=True)

@@ -23,6 +23,7 @@ from penstock.simulator.loop import Process, StandsStill, VirtualLoop
 from penstock.simulator.network import Network
 from penstock.simulator.parts import SimFrontend, SimWorker
 from penstock.simulator.scenario import PlannedFault, Scenario
+from penstock.simulator.watch import Watch
 from penstock.simulator.workload import Asked, Call, Oracle
 from penstock.structs import Role, Sampling
 
@@ -105,11 +106,14 @@ class Lab:
         self._tasks: list[asyncio.Task[Any]] = []
         self._epochs: Counter[str] = Counter()
         self._failed = asyncio.Event()
+        self._restarting = 0
+        self._leaving = False
         self.frozen_s: dict[str, float] = defaultdict(float)  # by frontend
         self._names = len(scenario.roles)
         network_rng = random.Random(f"network {scenario.seed}")
         self.network = Network(self.loop, network_rng, self.note, scenario.latency_s)
         self.loop.network = self.network
+        self.watch = Watch(self)
         self.directory = Directory(random.Random(f"directory {scenario.seed}"), self.note)
         self.transfers = LabTransferNetwork(self.network, self._process)
 
@@ -152,6 +156,11 @@ class Lab:
     def live_workers(self) -> list[SimWorker]:
         return [worker for worker in self.workers.values() if not worker.exited]
 
+    @property
+    def restarting(self) -> int:
+        """Workers that have ended and will be there again."""
+        return self._restarting
+
     def live_frontends(self) -> list[SimFrontend]:
         return [frontend for frontend in self.frontends if not frontend.exited]
 
@@ -170,8 +179,10 @@ class Lab:
 
     async def restart(self, worker: SimWorker, after_s: float) -> None:
         """Start it again, unless somebody has."""
+        self._restarting += 1
         await asyncio.sleep(after_s)
-        if self.workers[worker.instance_id] is worker:
+        self._restarting -= 1
+        if self.workers[worker.instance_id] is worker and not self._leaving:
             self.start_worker(worker.instance_id, worker.role)
 
     def start_frontend(self, place: int, same_requests: bool = False) -> SimFrontend:
@@ -183,6 +194,15 @@ class Lab:
         frontend = SimFrontend(self, f"f{place}", incarnation, first)
         self.frontends[place : place + 1] = [frontend]
         return frontend
+
+    @contextmanager
+    def suspecting(
+        self, workers: list[SimWorker], frontends: list[SimFrontend] | None = None
+    ) -> Iterator[None]:
+        """These workers do not answer these frontends, all if not given: they must be routed around."""
+        names = [it.name for it in (self.frontends if frontends is None else frontends)]
+        with self.watch.suspecting(workers, names):
+            yield
 
     def flying(self, instance_id: str | None = None, frontend: str | None = None) -> list[Asked]:
         """Requests that have not ended: of one worker, of one frontend, or all."""
@@ -318,6 +338,7 @@ class Lab:
 
     async def _leave(self) -> None:
         """Everybody leaves in order."""
+        self._leaving = True
         for worker in self.live_workers():
             worker.leave()
         until = self.loop.time() + self.scenario.drain_s + SETTLE_S

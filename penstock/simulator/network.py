@@ -54,7 +54,7 @@ class Network:
         self.cut_share = cut_share
         self.over = False  # nothing is carried any more
         self.slower_s: dict[Route, float] = {}  # spikes of delay
-        self.tap: Callable[[_End, bytes], bytes] | None = None  # may change what is written
+        self.taps: list[Callable[[Route, bytes], bytes]] = []  # see, and may change, what is written
         self._latency_s = latency_s
         self._blocked: Counter[Route] = Counter()
         self._stuck: list[_End] = []  # ends for which bytes wait until their route is open
@@ -219,8 +219,8 @@ class _End(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self.closing:
             return
-        if self._network.tap is not None:
-            data = self._network.tap(self, bytes(data))
+        for tap in self._network.taps:
+            data = tap(self.route_out, bytes(data))
         self._unsent.append(bytes(data))
         self._unsent_bytes += len(data)
         self._send()
