@@ -64,6 +64,12 @@ class Connection(asyncio.Protocol):
         return self._open() is not None
 
     @property
+    def unsent_bytes(self) -> int:
+        """Written, and not yet taken by the network."""
+        transport = self._open()
+        return transport.get_write_buffer_size() if transport is not None else 0
+
+    @property
     def peer_address(self) -> str:
         """Where the other end is, for the log."""
         name = self._transport and self._transport.get_extra_info("peername")

@@ -103,7 +103,9 @@ class Session:
         self._listener = listener
         self._card: Card | None = None
         self._hashes: list[int] = []
-        self._seq = 0
+        self._seq = 0  # of the latest Generate
+        self._seen = 0  # the latest that the worker has seen
+        self._unseen_s = 0.0  # ticked while one was on its way and none arrived
         self._downloads: dict[str, Download] = {}
 
     @property
@@ -157,10 +159,24 @@ class Session:
         if self.connection.silent_s > settings.silence_s:
             self.fell_silent = True
             self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
+        elif self._arrives_late(seconds):
+            self.connection.cut(f"nothing that was sent has arrived in {settings.silence_s:g} s")
         elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"no snapshot in {settings.snapshot_timeout_s:g} s")
         else:
             self.connection.write(_PING)
+
+    def _arrives_late(self, seconds: float) -> bool:
+        """Whether a worker that is heard hears nothing itself: a path can be cut in one direction. What the
+        network has not taken yet, a long prompt over a slow line, is only on its way."""
+        on_its_way = self._seen < self._seq and not self.connection.unsent_bytes
+        self._unseen_s = self._unseen_s + seconds if on_its_way else 0.0
+        return self._unseen_s > self._settings.silence_s
+
+    def _hear(self, seen: int) -> None:
+        if seen > self._seen:
+            self._seen = seen
+            self._unseen_s = 0.0
 
     # What the connection calls.
 
@@ -229,8 +245,10 @@ class Session:
     def _pass_on(self, message: ToFrontend) -> None:
         match message:
             case Step():
+                self._hear(message.seen)
                 self._listener.on_step(message)
             case Heartbeat():
+                self._hear(message.seen)
                 self._listener.on_heartbeat(message.seen, message.load)
             case Bounce():
                 self._listener.on_bounce(message)

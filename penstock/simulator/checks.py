@@ -83,7 +83,8 @@ def _open_books(frontend: SimFrontend) -> list[str]:
 
 def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
     index = indexed(frontend.router._placement._index)
-    complaints = []
+    up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
+    complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
     for worker in lab.live_workers():
         known = index.get(worker.instance_id)
         there = set(worker.engine.cached_hashes())

@@ -97,7 +97,7 @@ async def freeze(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker]):
+        with lab.suspecting([worker], silent=True):
             worker.process.freeze()
             await asyncio.sleep(rng.uniform(0.2, 15.0))
             worker.process.thaw()
@@ -245,7 +245,8 @@ async def partition(lab: Lab, rng: random.Random) -> None:
     routes = rng.choice((routes, routes[:1], routes[1:]))
     name = " ".join(f"{source}>{target}" for source, target in routes)
     lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
-    with lab.suspecting([worker], [frontend]):
+    one_way = routes == [(frontend.name, worker.instance_id)]  # noticed by what does not arrive there
+    with lab.suspecting([worker], [frontend], silent=not one_way):
         for route in routes:
             lab.network.block(*route)
         await asyncio.sleep(rng.uniform(0.2, 20.0))

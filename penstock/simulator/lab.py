@@ -34,6 +34,9 @@ SETTLE_S = 90.0
 """Longest time in which everything must be put in order once requests have ended and faults are over: a
 handoff's life, a pull, a lease, a refused connection's pause."""
 
+QUIET_SETTLE_S = 1.8
+"""The same where nothing went wrong: less than any handoff's life."""
+
 LOOK_S = 0.25
 LATE_S = 1.0
 """How much later than its deadline a request may end: ticks, and a frontend that catches up."""
@@ -197,11 +200,15 @@ class Lab:
 
     @contextmanager
     def suspecting(
-        self, workers: list[SimWorker], frontends: list[SimFrontend] | None = None
+        self,
+        workers: list[SimWorker],
+        frontends: list[SimFrontend] | None = None,
+        silent: bool = False,
     ) -> Iterator[None]:
-        """These workers do not answer these frontends, all if not given: they must be routed around."""
+        """These workers do not answer these frontends, all if not given: they must be routed around.
+        `silent`: nothing is heard of them; else it shows by work that is not done."""
         names = [it.name for it in (self.frontends if frontends is None else frontends)]
-        with self.watch.suspecting(workers, names):
+        with self.watch.suspecting(workers, names, silent):
             yield
 
     def flying(self, instance_id: str | None = None, frontend: str | None = None) -> list[Asked]:
@@ -281,7 +288,8 @@ class Lab:
         await self._all_ended()
         self._check_ends()
         await self._settle(checks.unready, "all is well again")
-        await self._settle(checks.unsettled, "nothing is left over")
+        quiet_s = QUIET_SETTLE_S if self.scenario.quiet else SETTLE_S
+        await self._settle(checks.unsettled, "nothing is left over", quiet_s)
         await self._probe()
         await self._settle(checks.unsettled, "nothing is left over")
         await self._leave()
@@ -315,11 +323,13 @@ class Lab:
             if asked.ended_at - asked.at > bound_s + self.frozen_s[asked.frontend]:
                 self.violate("an end", f"{name} ends {asked.ended_at - asked.at:.3f} s after its start")
 
-    async def _settle(self, complaints: Callable[[Lab], list[str]], what: str) -> None:
-        until = self.loop.time() + SETTLE_S
+    async def _settle(
+        self, complaints: Callable[[Lab], list[str]], what: str, most_s: float = SETTLE_S
+    ) -> None:
+        until = self.loop.time() + most_s
         while left := complaints(self):
             if self.loop.time() > until:
-                self.violate(what, f"after {SETTLE_S:g} s: {'; '.join(left[:8])}")
+                self.violate(what, f"after {most_s:g} s: {'; '.join(left[:8])}")
                 return
             await asyncio.sleep(LOOK_S)
         self.note("settled", what)

@@ -37,16 +37,17 @@ class Watch:
         self._bounds_s: dict[str, float] = {}  # by worker
 
     @contextmanager
-    def suspecting(self, workers: Iterable[SimWorker], frontends: Iterable[str]) -> Iterator[None]:
+    def suspecting(
+        self, workers: Iterable[SimWorker], frontends: Iterable[str], silent: bool
+    ) -> Iterator[None]:
         """These workers do not answer these frontends."""
         now = self._lab.loop.time()
         routes = []
         for worker in workers:
             self._bounds_s[worker.instance_id] = self._bound_s(worker)
-            busy = worker.worker.health()["attempts"] > 0
             for name in frontends:
                 routes.append((name, worker.instance_id))
-                self._since[name, worker.instance_id] = now if busy else None
+                self._since[name, worker.instance_id] = now if silent else None
         if self._on_write not in self._lab.network.taps:
             self._lab.network.taps.append(self._on_write)
         try:

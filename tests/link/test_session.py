@@ -163,6 +163,26 @@ async def test_pings_and_silence(bench: Any) -> None:
     assert case.listener.downs == ["nothing heard in 1 s"]
 
 
+async def test_a_worker_that_is_heard_and_hears_nothing(bench: Any) -> None:
+    """Cut off in one direction: its heartbeats come, what is sent to it does not arrive."""
+    case = Case(bench, silence_s=1.0, ping_s=0.5)
+    case.go_live()
+    for _ in range(5):
+        case.session.tick(0.5)  # nothing was sent that could be missed
+        case.transport.receive(Heartbeat(seen=0, load=Load()))
+    case.session.generate(bench.attempt("a.1"))
+    case.session.generate(bench.attempt("b.1"))
+    case.session.tick(0.5)
+    case.session.tick(0.5)
+    case.transport.receive(Heartbeat(seen=1, load=Load()))  # one has arrived: slow is not lost
+    for _ in range(2):
+        case.session.tick(0.5)
+        case.transport.receive(Heartbeat(seen=1, load=Load()))
+    assert case.session.live
+    case.session.tick(0.5)
+    assert await case.ended() == "nothing that was sent has arrived in 1 s"
+
+
 async def test_deadlines_of_the_handshake_and_the_snapshot(bench: Any) -> None:
     case = Case(bench, handshake_timeout_s=1.0, silence_s=1.0)
     case.session.tick(1.0)
