@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from penstock.engines.cycle import MAX_FAILED_STEPS
+from penstock.simulator.network import first_message
 from penstock.simulator.workload import FIRST_TOKEN_ID, draw_calls
 from penstock.structs import Role
-from penstock.wire import frames
 from penstock.wire.messages import Cancel, Generate, Ping, Release
 
 if TYPE_CHECKING:
@@ -304,8 +304,7 @@ async def duplicate(lab: Lab, rng: random.Random) -> None:
 
     def twice(route: tuple[str, str], data: bytes) -> bytes:
         if route[0] == frontend.name and rng.random() < 0.3:
-            message = frames.decode_to_worker(data[frames.LENGTH_BYTES :])
-            if isinstance(message, kinds):
+            if isinstance(first_message(data), kinds):
                 return data + data
         return data
 

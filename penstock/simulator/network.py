@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from penstock.simulator.loop import Process, VirtualLoop, current_process
+from penstock.wire import frames
+from penstock.wire.messages import ToWorker
 
 WINDOW_BYTES = 128 * 1024
 """Most that may be on its way, or received and not read. What is beyond it waits at the sender."""
@@ -28,6 +30,12 @@ SLOW_READ_S = 0.05
 
 Route = tuple[str, str]
 """From host, to host."""
+
+
+def first_message(data: bytes) -> ToWorker:
+    """The first of the frames that a frontend writes."""
+    end = frames.LENGTH_BYTES + int.from_bytes(data[: frames.LENGTH_BYTES], "big")
+    return frames.decode_to_worker(data[frames.LENGTH_BYTES : end])
 
 
 class Network:

@@ -141,6 +141,11 @@ class SimFrontend:
             rng=random.Random(f"{scenario.seed} {name} {incarnation}"),
         )
         self.main = self.process.spawn(self.router.run(), f"router {name}")
+        self.main.add_done_callback(self._ended, context=lab.context)
+
+    def _ended(self, main: asyncio.Task[None]) -> None:
+        if not main.cancelled():
+            self.lab.violate("no crash", f"{self.name} ends with {main.exception()!r}")
 
     def ask(self, call: Call) -> list[Asked]:
         """The requests of a client's call. They are submitted once the process runs."""

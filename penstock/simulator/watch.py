@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from penstock.core.progress import Progress, ProgressLimits
-from penstock.simulator.network import Route
-from penstock.wire import frames
-from penstock.wire.messages import Generate
+from penstock.simulator.network import Route, first_message
+from penstock.wire.messages import Generate, Hello
 
 if TYPE_CHECKING:
     from penstock.simulator.lab import Lab
@@ -66,7 +65,10 @@ class Watch:
     def _on_write(self, route: Route, data: bytes) -> bytes:
         if route not in self._since:
             return data
-        if isinstance(frames.decode_to_worker(data[frames.LENGTH_BYTES :]), Generate):
+        message = first_message(data)
+        if isinstance(message, Hello):
+            self._since[route] = None  # what was known of it went with the old link
+        elif isinstance(message, Generate):
             now, since = self._lab.loop.time(), self._since[route]
             if since is None:
                 self._since[route] = now
