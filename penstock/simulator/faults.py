@@ -303,10 +303,8 @@ async def duplicate(lab: Lab, rng: random.Random) -> None:
     lab.fault("duplicate", frontend.name, lab.flying(frontend=frontend.name))
 
     def twice(route: tuple[str, str], data: bytes) -> bytes:
-        if route[0] == frontend.name and rng.random() < 0.3:
-            if isinstance(first_message(data), kinds):
-                return data + data
-        return data
+        doubled = route[0] == frontend.name and rng.random() < 0.3
+        return data + data if doubled and isinstance(first_message(data), kinds) else data
 
     lab.network.taps.append(twice)
     await asyncio.sleep(rng.uniform(0.2, 3.0))
