@@ -130,6 +130,10 @@ class Instances:
             for instance_id, member in sorted(self.membership.members.items())
         ]
 
+    def discovery(self) -> str:
+        """Why there may be instances that are not known here; empty when there are none."""
+        return self._discovery.trouble
+
     def _why_down(self, instance_id: str, member: Member) -> str:
         link = self._links.get(instance_id)
         if member.up:

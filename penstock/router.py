@@ -158,6 +158,10 @@ class Router:
         missing = self._instances.membership.missing(self._settings.expect)
         return not missing, ", ".join(missing)
 
+    def discovery(self) -> str:
+        """Why there may be instances that are not known here; empty when there are none."""
+        return self._instances.discovery()
+
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
         or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.

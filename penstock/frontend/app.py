@@ -129,6 +129,7 @@ class App:
             "status": status,
             "missing": [role.strip() for role in missing.split(",") if role.strip()],
             "draining": self._generation.draining,
+            "discovery": self._completer.discovery() or "ok",
             "instances": [_instance_object(instance) for instance in self._completer.instances()],
         }
         await exchange.respond(200 if healthy else 503, msgspec.json.encode(answer))

@@ -31,6 +31,9 @@ class Completer(Protocol):
     def healthy(self) -> tuple[bool, str]:
         """Whether every role that is needed is there; else which are missing, comma-separated."""
 
+    def discovery(self) -> str:
+        """Why there may be instances that are not known here; empty when there are none."""
+
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
 

@@ -98,6 +98,13 @@ class DiscoveryContract:
             await asyncio.sleep(0.8)
             assert watcher.updates == 1
 
+    async def test_leases_and_watches_say_that_all_is_well(self, open_discovery: OpenDiscovery) -> None:
+        lease = await open_discovery().register(registration())
+        assert lease.registered
+        async with Watcher(watching := open_discovery()) as watcher:
+            await watcher.until("w-0")
+            assert lease.trouble == watching.trouble == ""
+
     async def test_closing_a_lease_twice_is_harmless(self, open_discovery: OpenDiscovery) -> None:
         lease = await open_discovery().register(registration())
         await lease.close()

@@ -21,6 +21,7 @@ from tests.discovery.etcd_server import Etcd, running_etcd
 from tests.e2e.conftest import ROOT, START_S, Frontend
 
 TOKENS = 60
+CLIENTS = 4
 NAMESPACE = "shop"
 
 
@@ -107,10 +108,11 @@ class Shop:
             process.process.wait()
 
 
-@pytest.fixture
-def shop(tmp_path: Path) -> Iterator[Shop]:
-    with running_etcd(tmp_path) as etcd:
-        shop = Shop(tmp_path, etcd)
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    folder = tmp_path_factory.mktemp("shop")
+    with running_etcd(folder) as etcd:
+        shop = Shop(folder, etcd)
         try:
             yield shop
         finally:
@@ -127,8 +129,8 @@ class Streams:
         self.errors: list[str] = []
 
     def __enter__(self) -> Streams:
-        self.pool = concurrent.futures.ThreadPoolExecutor(6)
-        self.clients = [self.pool.submit(self.ask, number) for number in range(6)]
+        self.pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
+        self.clients = [self.pool.submit(self.ask, number) for number in range(CLIENTS)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,8 +162,30 @@ class Streams:
                 self.errors.append(repr(error))
 
     def wait_for_more(self) -> None:
-        target = len(self.answers) + 12
+        target = len(self.answers) + 2 * CLIENTS
         self.shop.wait(lambda: len(self.answers) >= target or bool(self.errors), "no answers")
+
+    def check(self) -> None:
+        assert self.errors == []
+        assert set(self.answers) == {("length", TOKENS)}
+        for frontend in self.shop.frontends:
+            assert frontend.metric("penstock_retries_total") == 0  # nothing was even tried twice
+
+
+def test_etcd_freezes_under_load(shop: Shop) -> None:
+    frontends, worker = shop.frontends, shop.workers[0]
+    shop.wait(lambda: all(frontend.ready_workers() == 2 for frontend in frontends), "workers not found")
+    with Streams(shop) as streams:
+        streams.wait_for_more()
+        shop.etcd.signal(signal.SIGSTOP)
+        try:
+            shop.wait(lambda: "no answer" in worker.health()[1]["discovery"], "the outage is not told of")
+            assert worker.health()[0] == 200  # it serves those who know it
+            streams.wait_for_more()
+        finally:
+            shop.etcd.signal(signal.SIGCONT)
+        shop.wait(lambda: worker.health()[1]["discovery"] == "ok", "not over")
+    streams.check()
 
 
 def test_etcd_dies_and_comes_back_empty_under_load(shop: Shop) -> None:
@@ -186,10 +210,7 @@ def test_etcd_dies_and_comes_back_empty_under_load(shop: Shop) -> None:
         shop.wait(lambda: all(frontend.ready_workers() == 3 for frontend in frontends), "w-2 is not found")
         shop.wait(lambda: late.health()[0] == known.health()[0] == 200, "not healthy")
         streams.wait_for_more()
-    assert streams.errors == []
-    assert set(streams.answers) == {("length", TOKENS)}
-    for frontend in frontends:
-        assert frontend.metric("penstock_retries_total") == 0  # nothing was even tried twice
-        assert frontend.metric("penstock_discovery_up") == 1
+    streams.check()
+    assert {frontend.metric("penstock_discovery_up") for frontend in frontends} == {1}
     etcd.kill()
     shop.stop()  # in time, without etcd

@@ -224,6 +224,9 @@ class ScriptedCompleter:
     def healthy(self) -> tuple[bool, str]:
         return not self.missing, self.missing
 
+    def discovery(self) -> str:
+        return ""
+
     def check(self, model: str, tenant: str, priority: int) -> None:
         self.checked.append((model, tenant, priority))
         if self.check_error is not None:
