@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,18 @@ def core_of(worker: int) -> int:
     return core
 
 
+@dataclass(frozen=True)
+class Victim:
+    """A process to kill."""
+
+    worker: int  # the pid of the worker that is lost with it
+    pid: int
+
+    def kill(self) -> int:
+        os.kill(self.pid, signal.SIGKILL)
+        return self.worker
+
+
 class Workers:
     """The graph's workers, found and hurt."""
 
@@ -115,11 +128,9 @@ class Workers:
         workers = [replica["pid"] for replica in self._graph.replicas(service)]
         return workers if part == "worker" else [core_of(worker) for worker in workers]
 
-    def kill(self, service: str, part: str) -> int:
-        """Kill the first of a service; the pid of the worker that is lost."""
-        worker, victim = self.pids(service)[0], self.pids(service, part)[0]
-        os.kill(victim, signal.SIGKILL)
-        return worker
+    def victim(self, service: str, part: str) -> Victim:
+        """The first of a service. Looking it up takes as long as an answer: not while one is under way."""
+        return Victim(self.pids(service)[0], self.pids(service, part)[0])
 
     def wait_replaced(self, lost: int) -> None:
         """Until another worker does this one's work, and nothing is left of it."""
@@ -163,10 +174,11 @@ def test_prefill_killed_while_requests_wait_for_it(
     always: Frontend, expected: Expected, workers: Workers, part: str
 ) -> None:
     sent = always.metric("penstock_decisions_total", path="remote")
+    victim = workers.victim("PrefillWorker", part)
     with Load(always, expected) as load, frozen(workers.pids("PrefillWorker", "core")):
         load.start()
         wait_until(lambda: always.metric("penstock_decisions_total", path="remote") == sent + len(LONG))
-        lost = workers.kill("PrefillWorker", part)
+        lost = victim.kill()
     workers.wait_replaced(lost)
 
 
@@ -175,10 +187,11 @@ def test_prefill_killed_before_its_kv_is_pulled(
     always: Frontend, expected: Expected, workers: Workers, part: str
 ) -> None:
     """The clients have read its first tokens; the decode workers compute the prompts themselves."""
+    victim = workers.victim("PrefillWorker", part)
     with Load(always, expected) as load, frozen(workers.pids("DecodeWorker", "core")):
         load.start()
         load.wait_for_tokens(1)
-        lost = workers.kill("PrefillWorker", part)
+        lost = victim.kill()
     workers.wait_replaced(lost)
 
 
@@ -186,10 +199,11 @@ def test_prefill_killed_before_its_kv_is_pulled(
 def test_decode_killed_before_it_has_pulled(
     always: Frontend, expected: Expected, workers: Workers, part: str
 ) -> None:
+    victim = workers.victim("DecodeWorker", part)
     with Load(always, expected) as load, frozen(workers.pids("DecodeWorker", "core")):
         load.start()
         load.wait_for_tokens(1)
-        lost = workers.kill("DecodeWorker", part)
+        lost = victim.kill()
     workers.wait_replaced(lost)
 
 
@@ -198,10 +212,11 @@ def test_decode_killed_in_the_middle_of_answers(
     always: Frontend, expected: Expected, workers: Workers, part: str
 ) -> None:
     again = always.metric("penstock_retries_total")
+    victim = workers.victim("DecodeWorker", part)
     with Load(always, expected) as load:
         load.start()
         load.wait_for_tokens(MANY)
-        lost = workers.kill("DecodeWorker", part)
+        lost = victim.kill()
     assert always.metric("penstock_retries_total") > again
     workers.wait_replaced(lost)
 
@@ -216,11 +231,12 @@ def test_frozen_prefill_worker(always: Frontend, expected: Expected, workers: Wo
 
 def test_frozen_decode_worker(always: Frontend, expected: Expected, workers: Workers) -> None:
     """The same; and what it says when it wakes up counts no more."""
+    decode = workers.pids("DecodeWorker")[:1]
     again = always.metric("penstock_retries_total")
     with Load(always, expected) as load:
         load.start()
         load.wait_for_tokens(MANY)
-        with frozen(workers.pids("DecodeWorker")[:1]):
+        with frozen(decode):
             wait_until(lambda: always.metric("penstock_retries_total") > again)
 
 
