@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.checked import shown
+from penstock.core.deadlines import Deadlines, parse_deadlines
 from penstock.errors import ConfigError
 from penstock.structs import Role
 
@@ -133,6 +134,14 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
     disagg: Annotated[
         Literal["auto", "always", "never"], flag("When a prefill worker goes first: auto weighs the costs.")
     ] = "auto"
+    deadlines: Annotated[
+        str,
+        flag(
+            "Seconds that a phase of a request may take, as in first_token=60,stall=20; phases are queue,"
+            " prefill, transfer, first_token, stall and request.",
+            "PENSTOCK_DEADLINES",
+        ),
+    ] = ""
     link_tls_server_name: Annotated[
         str, flag("Name that workers' certificates must carry; the host of their address when empty.")
     ] = ""
@@ -144,6 +153,7 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         _both(self, "http_tls_cert", "http_tls_key")
         CommonOptions.__post_init__(self)
         self.expected_roles  # noqa: B018 - checks it
+        parse_deadlines(self.deadlines, Deadlines())
 
     @property
     def expected_roles(self) -> tuple[Role, ...]:
@@ -179,9 +189,9 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         flag("Name of this instance; made from role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
     ] = ""
     system_port: Annotated[
-        Port | None,
+        Annotated[int, Meta(ge=-1, le=PORT_MAX)] | None,
         flag(
-            "Port of /live and /health; none when unset.",
+            "Port of /live and /health; 0 takes a free one, -1 none. When unset 9090, or a free one.",
             "PENSTOCK_SYSTEM_PORT",
             "DYN_SYSTEM_PORT",
         ),

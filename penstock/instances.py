@@ -18,7 +18,7 @@ from penstock.clock import Clock
 from penstock.core.catalog import Catalog
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.placement import Placement
-from penstock.core.progress import Progress, ProgressLimits
+from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import ConfigError, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
@@ -73,6 +73,7 @@ class Instances:
         load_retry_s: float,
         outage_s: float,
         progress: ProgressLimits,
+        tick_s: float,
     ) -> None:
         self.membership = Membership()
         self._discovery = discovery
@@ -87,8 +88,8 @@ class Instances:
         self._outage_s = outage_s
         self._served_at: dict[str, float] = {}  # by model: when somebody was last seen to serve it
         self._progress = progress
-        self._heard_s = 0.0  # see `tick`
-        self._ticked_at = clock.now()
+        self._time = PatientTime(clock.now(), tick_s)
+        self._listed = False  # discovery has said who exists
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
         self._tasks: asyncio.TaskGroup  # of `run`, as is
@@ -97,19 +98,27 @@ class Instances:
     # --- who is there -----------------------------------------------------------------------------
 
     def models(self) -> list[ModelView]:
-        """Models that some ready instance serves."""
-        return [view for view in self._catalog.views() if self.membership.ready(view.name)]
+        """Models that can be served."""
+        served = {
+            member.registration.model for member in self.membership.members.values() if member.servable
+        }
+        return [view for view in self._catalog.views() if view.name in served]
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody has served for
-        `outage_s`: until then, whoever served it may be back before a queued request gives up."""
+        """Raises RequestRejected: 404 for a model that nobody serves or served; 503 for one whose first
+        workers are still connecting, or that nobody has served for `outage_s`: until then, whoever served it
+        may be back before a queued request gives up."""
+        members = [m for m in self.membership.members.values() if m.registration.model == name]
         view = self._catalog.view(name)
+        if view is None and (members or not self._listed):
+            message = f"The workers of `{name}` are still connecting."
+            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
         if view is None:
             raise RequestRejected(
                 404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
             )
         missed_s = self._clock.now() - self._served_at.get(name, -math.inf)
-        if missed_s > self._outage_s and not self.membership.ready(name):
+        if missed_s > self._outage_s and not any(member.servable for member in members):
             raise RequestRejected(
                 503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
             )
@@ -145,14 +154,10 @@ class Instances:
         link = self._links.get(instance_id)
         return link.client if link is not None else None
 
-    def tick(self, interval_s: float) -> None:
-        """See who is there, and whose engines advance. To be called about every `interval_s`.
-
-        Progress is judged by a clock that passes by no more than two intervals from one call to the next:
-        when this process itself was held up, nothing was heard meanwhile, and nobody is to blame."""
+    def tick(self) -> None:
+        """See who is there, and whose engines advance."""
         now = self._clock.now()
-        self._heard_s += min(now - self._ticked_at, 2 * interval_s)
-        self._ticked_at = now
+        self._time.look(now)
         for card in self.membership.ready_cards():
             self._served_at[card.model] = now
         for link in self._links.values():
@@ -161,8 +166,8 @@ class Instances:
 
     def _judge(self, link: _Link, progress: Progress) -> None:
         member = self.membership.members[link.instance_id]
-        if progress.stuck_s(self._heard_s):
-            reason = progress.describe(self._heard_s)
+        if progress.stuck_s(self._time.seconds):
+            reason = progress.describe(self._time.seconds)
             if not member.stuck:
                 log.warning("instance quarantined: %s: %s", link.instance_id, reason)
                 link.stuck_at = self._clock.now()
@@ -190,6 +195,7 @@ class Instances:
         async with asyncio.TaskGroup() as self._tasks:
             try:
                 async for current in self._discovery.watch():
+                    self._listed = True
                     self._apply(self.membership.discovered(current))
             finally:
                 for link in self._links.values():
@@ -218,7 +224,7 @@ class Instances:
         self.membership.up(link.instance_id, card)
         self._placement.up(card, hashes, load)
         link.progress = Progress(self._progress, card.max_batch_tokens)
-        link.progress.observe(load, self._heard_s)
+        link.progress.observe(load, self._time.seconds)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -290,7 +296,7 @@ class Instances:
     def _reported(self, link: _Link, seen: int, load: Load) -> None:
         self._placement.reported(link.instance_id, seen, load)
         assert link.progress is not None, "only a live link reports"
-        link.progress.observe(load, self._heard_s)
+        link.progress.observe(load, self._time.seconds)
         self._metrics.load(link.instance_id, load)
 
 

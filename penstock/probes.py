@@ -1,4 +1,4 @@
-"""A worker's HTTP port for probes: /live while the process turns, /health while it takes work.
+"""A worker's HTTP port for probes: /live until its engine is dead, /health while it takes work.
 
 What `kubectl` and people ask a worker. It is a small ASGI application on uvicorn; the frontend's server is
 not used, because nothing of OpenAI's API is served here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +21,9 @@ from penstock.errors import ConfigError
 
 log = logging.getLogger("penstock.probes")
 
+DEFAULT_PORT = 9090
+"""Dynamo's manifests ask there."""
+
 MAX_CONNECTIONS = 64
 """Probes at once; a further one is answered with 503. Probes are few, and answered at once."""
 
@@ -27,7 +31,8 @@ Health = Callable[[], dict[str, Any]]
 
 
 class _App:
-    """The ASGI application. `health` returns the body; its `status` decides between 200 and 503."""
+    """The ASGI application. `health` returns the body; its `status` decides between 200 and 503: /health
+    is for `healthy` only, /live for anything but `dead`."""
 
     def __init__(self, health: Health) -> None:
         self._health = health
@@ -35,7 +40,8 @@ class _App:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         status, body = 404, {"status": "not found"}
         if scope["path"] == "/live":
-            status, body = 200, {"status": "live"}
+            dead = self._health()["status"] == "dead"
+            status, body = (503, {"status": "dead"}) if dead else (200, {"status": "live"})
         elif scope["path"] == "/health":
             body = self._health()
             status = 200 if body["status"] == "healthy" else 503
@@ -51,8 +57,9 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def probes(host: str, port: int, health: Health) -> AsyncIterator[int]:
-    """Serve probes meanwhile; the value is the port. Raises ConfigError when it cannot be had."""
+async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[int]:
+    """Serve probes meanwhile; the value is the port. Raises ConfigError when it cannot be had. None: the
+    usual port, or another where that is taken."""
     config = uvicorn.Config(
         _App(health),
         lifespan="off",
@@ -63,11 +70,7 @@ async def probes(host: str, port: int, health: Health) -> AsyncIterator[int]:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(f"--system-port: cannot listen on {host}:{port}: {error.strerror}") from error
-    with listener:
+    with _listen(host, port) as listener:
         server = _Server(config)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve([listener]), name="probes")
@@ -76,3 +79,14 @@ async def probes(host: str, port: int, health: Health) -> AsyncIterator[int]:
                 yield listener.getsockname()[1]
             finally:
                 server.should_exit = True
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    try:
+        return socket.create_server((host, DEFAULT_PORT if port is None else port))
+    except OSError as error:
+        if port is None and error.errno == errno.EADDRINUSE:
+            log.warning("port %d is taken, probes get another one; --system-port sets it", DEFAULT_PORT)
+            return _listen(host, 0)
+        where = f"{host}:{DEFAULT_PORT if port is None else port}"
+        raise ConfigError(f"--system-port: cannot listen on {where}: {error.strerror}") from error

@@ -16,7 +16,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,12 +76,15 @@ def run_frontend(options: FrontendOptions) -> None:
     """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
     setup_logging(options.log_level)
     from penstock.core.admission import AdmissionSettings
-    from penstock.core.deadlines import Deadlines
+    from penstock.core.deadlines import Deadlines, parse_deadlines
     from penstock.frontend.app import create_app
     from penstock.frontend.server import serve
     from penstock.frontend.settings import FrontendSettings
     from penstock.router import Router, RouterSettings
 
+    # Who may wait for its turn for so long may wait as long for a worker to come back.
+    queue_s = max(Deadlines().queue_s, 2 * options.max_wait_ms / 1e3)
+    deadlines = parse_deadlines(options.deadlines, Deadlines(queue_s=queue_s))
     settings = FrontendSettings(
         host=options.http_host,
         port=options.http_port,
@@ -91,11 +93,8 @@ def run_frontend(options: FrontendOptions) -> None:
         max_body_bytes=options.max_body_bytes,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
+        request_timeout_s=2 * deadlines.request_s,
     )
-    deadlines = Deadlines()
-    # Who may wait for its turn for so long may wait as long for a worker to come back.
-    queue_s = max(deadlines.queue_s, 2 * options.max_wait_ms / 1e3)
-    deadlines = replace(deadlines, queue_s=queue_s)
     router_settings = RouterSettings(
         policy=options.router_mode,
         disagg=options.disagg,
@@ -152,7 +151,7 @@ def run_worker(options: WorkerOptions) -> None:
         discovery = _discovery(options)
         worker = Worker(engine, discovery, settings, link_settings)
         async with contextlib.AsyncExitStack() as around:
-            if options.system_port is not None:
+            if options.system_port != -1:
                 from penstock.probes import probes
 
                 await around.enter_async_context(probes(options.host, options.system_port, worker.health))

@@ -129,6 +129,7 @@ class Router:
             load_retry_s=settings.load_retry_s,
             outage_s=settings.deadlines.queue_s,
             progress=settings.progress,
+            tick_s=settings.tick_s,
         )
         self._live: dict[str, _Live] = {}
         self._queues: dict[str, Queue] = {}  # by model, of those that are or were served
@@ -208,7 +209,7 @@ class Router:
             self._tick()
 
     def _tick(self) -> None:
-        self._instances.tick(self._settings.tick_s)
+        self._instances.tick()
         now = self._clock.now()
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
             self._event(live, life.Tick(queued=self._waits_in_a_queue(live)))

@@ -21,6 +21,7 @@ import msgspec
 
 from penstock.clock import Clock, MonotonicClock
 from penstock.core.costs import Candidate, Query, costs
+from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import PenstockError, RemoteError
 from penstock.link.address import join_address
 from penstock.link.server import LinkServer, Peer
@@ -41,6 +42,7 @@ from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.worker")
 
+_PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
 _DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
 _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 
@@ -72,6 +74,9 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     drain_s: float = 30.0
     """Seconds that a leaving worker gives its attempts and handoffs to end."""
 
+    progress: ProgressLimits = ProgressLimits()
+    """When its engine counts as stuck, for /health and the log. Frontends judge for themselves."""
+
 
 class Worker:
     """Runs until told to stop, or until its engine dies. Implements the link's LinkHandler."""
@@ -95,6 +100,10 @@ class Worker:
         self._lease: Lease | None = None  # once the engine is ready
         self._assets: dict[str, bytes] = {}  # sha256 -> content
         self._load = Load()  # as of the engine's latest step
+        self._progress = Progress(settings.progress)
+        self._time = PatientTime(self._clock.now(), _PROGRESS_LOOK_S)
+        self._stuck = ""  # how it stands still, as of the last look
+        self._dead = False
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
         self._handed: dict[
             str, tuple[Peer, float]
@@ -107,6 +116,7 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
         self._card = self._describe(await self._engine.start())
+        self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
         await self._server.start()
         address = join_address(self._host, self._server.port)
         self._lease = lease = await self._discovery.register(self._registration(address))
@@ -115,6 +125,7 @@ class Worker:
         try:
             await self._serve(stop, lease)
         except PenstockError as error:
+            self._dead = True
             reason, failed = f"engine died: {error}", True
             log.error("%s", reason)
             raise
@@ -123,13 +134,15 @@ class Worker:
             await self._server.close(reason, failed=failed)
 
     def health(self) -> dict[str, Any]:
-        """For /health: `status` is starting (until it is first listed by discovery), healthy or draining;
-        `discovery` says why it may not be listed now, which takes nothing from those who know it."""
-        ready = "healthy" if self._lease is not None and self._lease.registered else "starting"
+        """For /health: `status` is starting (until it is first listed by discovery), healthy, stuck,
+        draining or dead; `engine` says how it is stuck, and `discovery` why it may not be listed now, which
+        takes nothing from those who know it."""
+        self._look_at_progress()
         return {
-            "status": "draining" if self._draining else ready,
+            "status": self._status(),
             "instance_id": self._settings.instance_id,
             "role": self._settings.role,
+            "engine": self._stuck or ("ok" if self._card is not None else "starting"),
             "attempts": len(self._owners),
             "frontends": len(self._server.peers),
             "discovery": (self._lease.trouble or "ok")
@@ -137,12 +150,22 @@ class Worker:
             else "waiting for the engine",
         }
 
+    def _status(self) -> str:
+        if self._dead:
+            return "dead"
+        if self._draining:
+            return "draining"
+        if self._lease is None or not self._lease.registered:
+            return "starting"
+        return "stuck" if self._stuck else "healthy"
+
     async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:
         pump = asyncio.create_task(self._pump(), name="engine steps")
         beat = asyncio.create_task(self._server.run(), name="heartbeats")
+        watch = asyncio.create_task(self._watch(), name="progress")
         stopping = asyncio.create_task(stop.wait(), name="stop signal")
         try:
-            done, _ = await asyncio.wait({pump, beat, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({pump, beat, watch, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if done == {stopping}:
                 await self._drain(lease, pump)
                 await self._engine.stop(grace_s=0.0)
@@ -151,9 +174,9 @@ class Worker:
                 task.result()
                 raise RemoteError(f"{task.get_name()} ended by itself")
         finally:
-            for task in (pump, beat, stopping):
+            for task in (pump, beat, watch, stopping):
                 task.cancel()
-            await asyncio.gather(pump, beat, stopping, return_exceptions=True)
+            await asyncio.gather(pump, beat, watch, stopping, return_exceptions=True)
 
     async def _drain(self, lease: Lease, pump: asyncio.Task[None]) -> None:
         """Leave without losing anything: no new work, let attempts end and handoffs be pulled."""
@@ -175,6 +198,20 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(left_s, _DRAIN_LOOK_S))
 
+    async def _watch(self) -> None:
+        while True:
+            await self._clock.sleep(_PROGRESS_LOOK_S)
+            self._look_at_progress()
+
+    def _look_at_progress(self) -> None:
+        """Say in the log when the engine begins to stand still, and when it goes on."""
+        now, before = self._time.look(self._clock.now()), self._stuck
+        self._stuck = self._progress.describe(now) if self._progress.stuck_s(now) else ""
+        if self._stuck and not before:
+            log.error("engine stuck: %s", self._stuck)
+        elif before and not self._stuck:
+            log.info("engine goes on: steps=%d", self._load.steps)
+
     async def _pump(self) -> None:
         async for step in self._engine.steps():
             self._publish(step)
@@ -185,6 +222,7 @@ class Worker:
         for _ in range(arrived):
             self._on_the_way.popleft()
         self._load = step.load
+        self._progress.observe(self.load(), self._time.look(self._clock.now()))
         outputs: dict[Peer, list[Output]] = {peer: [] for peer in self._server.peers}
         for output in step.outputs:
             owner = self._owners.get(output.attempt_id)
@@ -248,6 +286,7 @@ class Worker:
         self._submitted += 1
         self._on_the_way.append(0 if attempt.handoff is not None else len(attempt.token_ids))
         self._owners[attempt.attempt_id] = peer
+        self._progress.observe(self.load(), self._time.look(self._clock.now()))
         self._engine.submit(attempt)
 
     def _refusal(self, attempt: Attempt) -> str:

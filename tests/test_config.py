@@ -60,7 +60,7 @@ def test_numbers_are_finite_and_in_range(value: str) -> None:
 
 
 def test_a_wrong_variable_is_named() -> None:
-    line = 'DYN_SYSTEM_PORT: expected an integer from 0 to 65535, got "x"'
+    line = 'DYN_SYSTEM_PORT: expected an integer from -1 to 65535, got "x"'
     assert errors_of(WorkerOptions, {"model": "m"}, {"DYN_SYSTEM_PORT": "x"}) == [line]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from penstock.core.progress import ProgressLimits
 from penstock.router import RouterSettings
 from penstock.structs import Role
-from tests.cluster import WAIT_S, Cluster, cluster
+from tests.cluster import MODEL, WAIT_S, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 PROMPT = list(range(100))
@@ -70,6 +70,7 @@ async def test_a_lone_engine_is_left_to_finish(tmp_path: Path) -> None:
         for _ in range(6):  # more often than an attempt may fail
             with it.workers["a0"].stuck():
                 await until_state(it, "a0", "quarantined")
+                assert it.router.model(MODEL).name == MODEL  # new requests may wait for it
             await until_state(it, "a0", "ready")
         assert len(await answer.tokens()) == 300
         assert "penstock_retries_total 0.0" in it.metrics.render().decode()

@@ -22,6 +22,10 @@ async def test_health_follows_the_worker() -> None:
         assert answer.status_code == 200
         assert json.loads(answer.text) == body
         assert (await client.get(f"{url}/other")).status_code == 404
+        for status, live in (("stuck", 200), ("draining", 200), ("dead", 503)):
+            body["status"] = status
+            assert (await client.get(f"{url}/health")).status_code == 503
+            assert (await client.get(f"{url}/live")).status_code == live
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port)):
         pass
 
@@ -32,3 +36,16 @@ async def test_a_taken_port_is_one_clear_line() -> None:
         with pytest.raises(ConfigError, match=f"--system-port: cannot listen on 127.0.0.1:{port}"):
             async with probes("127.0.0.1", port, dict):
                 pass
+
+
+async def test_where_no_port_was_asked_for_a_taken_one_is_gone_around(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        usual = taken.getsockname()[1]
+        monkeypatch.setattr("penstock.probes.DEFAULT_PORT", usual)
+        async with probes("127.0.0.1", None, lambda: {"status": "healthy"}) as port:
+            assert port not in (0, usual)
+            assert f"port {usual} is taken" in caplog.text
+    async with probes("127.0.0.1", None, lambda: {"status": "healthy"}) as port:
+        assert port == usual

@@ -13,7 +13,7 @@ from penstock.discovery.file import FileDiscovery
 from penstock.errors import RequestRejected
 from penstock.router import RouterSettings
 from penstock.structs import FinishReason, ModelView, Registration, Role
-from tests.cluster import MODEL, cluster
+from tests.cluster import MODEL, QUICK, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 PAIR = {"p0": PREFILL, "d0": DECODE}
@@ -183,6 +183,35 @@ async def test_a_model_whose_workers_are_away_for_a_moment_takes_requests(tmp_pa
         await it.wait_ready()
         assert it.router.models() == []
         assert it.router.model(MODEL).name == MODEL
+
+
+async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_path: Path) -> None:
+    may_go_on = asyncio.Event()
+
+    async def prepare(model: ModelView) -> None:
+        await may_go_on.wait()
+
+    refusals: list[RequestRejected] = []
+    it = Cluster(tmp_path, QUICK)
+    with pytest.raises(RequestRejected) as unheard:  # nobody has said who exists
+        it.router.model(MODEL)
+    routing = asyncio.create_task(it.router.run(prepare))
+    worker = it.start("a0", AGGREGATED)
+    async with asyncio.timeout(20):
+        while not any(view.state == "loading" for view in it.router.instances()):
+            await asyncio.sleep(0.01)
+    for name in (MODEL, "other"):
+        with pytest.raises(RequestRejected) as caught:
+            it.router.model(name)
+        refusals.append(caught.value)
+    assert [error.status for error in (unheard.value, *refusals)] == [503, 503, 404]
+    assert unheard.value.retry_after_s
+    may_go_on.set()
+    await it.wait_ready("a0")
+    assert it.router.model(MODEL).name == MODEL
+    await worker.leave()
+    routing.cancel()
+    await asyncio.gather(routing, return_exceptions=True)
 
 
 async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:

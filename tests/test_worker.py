@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.progress import ProgressLimits
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RemoteError
 from penstock.link.client import LinkClient
@@ -276,6 +277,28 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) 
     stage.engine.say(Output("a.1", [7], FinishReason.STOP))
     await asyncio.wait_for(stage.task, 10)
     assert frontend.steps[-1].outputs or frontend.steps[-2].outputs
+
+
+async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    stage = Stage(tmp_path, progress=ProgressLimits(stuck_s=0.2, first_s=0.0))
+    assert stage.worker.health()["status"] == "starting"
+    frontend = await stage.frontend()
+    await until(lambda: stage.worker.health()["status"] == "healthy")
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.worker.health()["status"] == "stuck")
+    assert stage.worker.health()["engine"].startswith("no step for 0.")
+    stage.engine.say(load=Load(submitted=1, running=1, steps=1))
+    await until(lambda: stage.worker.health()["status"] == "healthy")
+    assert "engine stuck: no step for" in caplog.text
+    assert "engine goes on: steps=1" in caplog.text
+    stage.engine.die()
+    with pytest.raises(RemoteError, match="out of ideas"):
+        await asyncio.wait_for(stage.task, 10)
+    assert stage.worker.health()["status"] == "dead"
+    await frontend.hang_up()
 
 
 async def test_a_dead_engine_ends_the_worker_with_its_reason(stage: Stage) -> None:

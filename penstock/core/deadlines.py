@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from math import isfinite
+from typing import Any
+
+from penstock.checked import shown, suggestion
+from penstock.errors import ConfigError
 
 
 class Awaited(Enum):
@@ -82,3 +87,26 @@ class Deadlines:
         """The deadline of this phase, in seconds from its beginning."""
         seconds: float = getattr(self, f"{awaited.value}_s")
         return seconds
+
+
+def parse_deadlines(text: str, otherwise: Deadlines) -> Deadlines:
+    """`first_token=60,stall=20`, in seconds, as Deadlines; whatever it does not name is as in `otherwise`.
+
+    Raises ConfigError, which names the flag and the phase."""
+    names = [awaited.value for awaited in Awaited] + ["request"]
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if name not in names:
+            hint = suggestion(name, names) or f"; one of {', '.join(names)}"
+            raise ConfigError(f"--deadlines: unknown phase {shown(name)}{hint}")
+        if f"{name}_s" in found:
+            raise ConfigError(f"--deadlines: {name} is given twice")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not (equals and isfinite(seconds) and seconds > 0):
+            raise ConfigError(f"--deadlines: {name}: expected seconds above 0, got {shown(value)}")
+        found[f"{name}_s"] = seconds
+    return replace(otherwise, **found)

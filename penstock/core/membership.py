@@ -56,6 +56,11 @@ class Member:
     stuck: str = ""  # how long its engine stands still already; empty while it advances
 
     @property
+    def servable(self) -> bool:
+        """It takes requests, or will once its engine goes on: they may wait for that."""
+        return self.state in (State.READY, State.QUARANTINED)
+
+    @property
     def up(self) -> bool:
         return self.state is not State.CONNECTING
 

@@ -101,3 +101,26 @@ class Progress:
             f"no step for {now - self._since:.1f} s: steps={load.steps} running={load.running}"
             f" waiting={load.waiting} prefill_tokens={load.prefill_tokens}"
         )
+
+
+class PatientTime:
+    """Seconds that do not pass while this process was itself held up: frozen, or busy for long. Nothing was
+    heard then, and nobody else is to blame.
+
+    Args:
+        interval_s: at which `look` is called at the latest; the time passes by twice that at most from one
+            call to the next.
+    """
+
+    __slots__ = ("_limit_s", "_looked_at", "seconds")
+
+    def __init__(self, now: float, interval_s: float) -> None:
+        self.seconds = 0.0  # as of the latest look
+        self._looked_at = now
+        self._limit_s = 2 * interval_s
+
+    def look(self, now: float) -> float:
+        """Let time pass until now. Returns `seconds`."""
+        self.seconds += min(now - self._looked_at, self._limit_s)
+        self._looked_at = now
+        return self.seconds

@@ -88,6 +88,7 @@ def plan_worker(site: Site, service: Service, index: int, gpus: Sequence[str]) -
         "port": "0",
         "advertise-host": _LOOPBACK,
         "instance-id": instance_id,
+        "system-port": "0",
         **_shared_flags(site),
     }
     env = _environment(site, service, _SINGLE_THREADED)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from penstock.core.deadlines import Deadlines
 from penstock.core.events import (
+    KILLER,
     Bounced,
     Cancel,
     Choose,
@@ -19,6 +20,7 @@ from penstock.core.events import (
     Fail,
     Held,
     InstanceLost,
+    InstanceStuck,
     NoCandidate,
     Refused,
     Release,
@@ -30,7 +32,16 @@ from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.errors import RequestRejected
 from penstock.structs import FinishReason, Handoff, Output, Request, Sampling
 
-LIMITS = Deadlines(queue_s=30, first_token_s=120, stall_s=60, request_s=1000, max_attempts=3, max_bounces=5)
+LIMITS = Deadlines(
+    queue_s=30,
+    prefill_s=90,
+    transfer_s=45,
+    first_token_s=120,
+    stall_s=60,
+    request_s=1000,
+    max_attempts=3,
+    max_bounces=5,
+)
 PROMPT = [1, 2, 3, 4, 5]
 
 
@@ -275,6 +286,110 @@ def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
     assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}), failed=late)]
 
 
+@pytest.mark.parametrize(
+    ("remote", "tokens", "late"),
+    [
+        (True, 0, "p0: no prefill within 90 s"),
+        (True, 1, "d0: no token after the KV transfer within 45 s"),
+        (False, 0, "d0: no first token within 120 s"),
+        (False, 1, "d0: no next token within 60 s"),
+    ],
+)
+def test_every_phase_has_its_own_deadline_and_says_so(remote: bool, tokens: int, late: str) -> None:
+    life = lifecycle()
+    if remote and tokens:
+        prefilled(life, now=0.0)
+    else:
+        attempt = sent(life.handle(Chosen("d0", "p0" if remote else None), 0.0)).attempt
+        if tokens:
+            life.handle(Output(attempt.attempt_id, [10]), 0.0)
+    seconds = float(late.split()[-2])
+    assert life.deadline == seconds
+    assert life.handle(Tick(), seconds - 0.1) == []
+    effects = life.handle(Tick(), seconds)
+    assert isinstance(effects[0], Cancel)
+    assert life.trouble == late
+    assert effects[-1] == Choose(frozenset({late[:2]}), failed=late)
+
+
+def test_late_attempts_end_in_an_error_that_names_each() -> None:
+    life = lifecycle()
+    now = 0.0
+    for instance in ("d0", "d1", "d2"):
+        life.handle(Chosen(instance), now)
+        now = life.deadline
+        effects = life.handle(Tick(), now)
+    error = effects[-1].error
+    assert (error.status, error.code) == (504, "first_token_timeout")
+    assert str(error) == "3 attempts failed: " + "; ".join(
+        f"{instance}: no first token within 120 s" for instance in ("d0", "d1", "d2")
+    )
+
+
+def test_a_request_in_a_queue_that_moves_is_not_taken_for_lost() -> None:
+    life = lifecycle()
+    life.handle(Chosen("d0"), 0.0)
+    for again in range(1, LIMITS.busy_waits + 1):
+        assert life.handle(Tick(queued=True), 120.0 * again) == []
+        assert life.deadline == 120.0 * (again + 1)
+    assert isinstance(life.handle(Tick(queued=True), life.deadline)[0], Cancel)
+
+
+def test_one_that_has_begun_does_not_wait_for_others() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    life.handle(Output(attempt.attempt_id, [10]), 1.0)
+    assert life.handle(Tick(queued=True), 61.0)[0] == Cancel("d0", attempt.attempt_id)
+
+
+def test_standing_still_moves_a_request_so_often_and_never_fails_it() -> None:
+    life = lifecycle()
+    for number in range(LIMITS.max_moves):
+        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        effects = life.handle(InstanceStuck(f"d{number}", "no step for 3 s"), 3.0)
+        assert effects[0] == Cancel(f"d{number}", attempt.attempt_id)
+        if number:
+            assert isinstance(effects[-1], Choose)
+    life.handle(Chosen("d9"), 4.0)
+    assert life.handle(InstanceStuck("d9", "no step for 3 s"), 7.0) == []
+    assert life.phase is Phase.DECODE
+    assert life.strikes.failures == 0
+
+
+def test_standing_still_elsewhere_only_changes_who_decodes() -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    assert life.handle(InstanceStuck("d0", "no step"), 1.0) == []
+    output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
+    assert Choose(frozenset(), handed=True) in life.handle(output, 2.0)
+
+
+def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
+    life = lifecycle()
+    for number in range(3):
+        life.handle(Chosen(f"d{number}"), 0.0)
+        effects = life.handle(InstanceLost(f"d{number}", "killed", died=True, alone=number == 2), 1.0)
+    assert (effects[-1].error.status, effects[-1].error.code) == (502, KILLER)
+    assert "3 workers died computing it (d0, d1, d2)" in str(effects[-1].error)
+
+
+def test_deaths_with_others_around_do_not() -> None:
+    life = lifecycle()
+    for number in range(4):
+        life.handle(Chosen(f"d{number}"), 0.0)
+        life.handle(InstanceLost(f"d{number}", "killed", died=True), 1.0)
+    assert life.phase is Phase.QUEUED
+
+
+def test_progress_between_them_forgives_failures() -> None:
+    life = lifecycle()
+    for number in range(3 * LIMITS.max_attempts):
+        attempt = sent(life.handle(Chosen(f"d{number % 3}"), 0.0)).attempt
+        life.handle(Output(attempt.attempt_id, list(range(16))), 1.0)
+        life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 2.0)
+        assert life.phase is Phase.QUEUED
+
+
 def test_request_deadline_bounds_everything() -> None:
     life = lifecycle()
     attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
@@ -283,6 +398,7 @@ def test_request_deadline_bounds_everything() -> None:
     cancel, fail = life.handle(Tick(), 1000.0)
     assert cancel == Cancel("d0", attempt.attempt_id)
     assert fail.error.status == 504
+    assert str(fail.error) == "request took longer than 1000 s: no next token from d0 for 50 s"
 
 
 def test_client_gone_cancels_and_releases() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from penstock.core.progress import Progress, ProgressLimits
+import pytest
+
+from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.structs import Load, Rates
 
 LIMITS = ProgressLimits()
@@ -65,3 +67,10 @@ def test_unmeasured_rates_are_not_believed() -> None:
     progress = after((0.0, busy(LIMITS.first_steps, prefill_tokens=1000)))
     assert not progress.stuck_s(6.0)
     assert progress.stuck_s(8.0)
+
+
+def test_time_in_which_this_process_was_held_up_does_not_count() -> None:
+    time = PatientTime(100.0, interval_s=0.1)
+    assert time.look(100.1) == pytest.approx(0.1)
+    assert time.look(160.0) == pytest.approx(0.3)
+    assert time.look(160.1) == pytest.approx(0.4)

@@ -63,6 +63,7 @@ def test_a_worker_listens_on_a_free_local_port_and_registers_here() -> None:
         "--port": "0",
         "--advertise-host": "127.0.0.1",
         "--instance-id": "toy-prefill-1",
+        "--system-port": "0",
         "--namespace": "ns",
         "--discovery": "file:/s/discovery",
         "--link-secret-file": "/s/secret",
