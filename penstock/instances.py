@@ -106,8 +106,8 @@ class Instances:
 
     def model(self, name: str) -> ModelView:
         """Raises RequestRejected: 404 for a model that nobody serves or served; 503 for one whose first
-        workers are still connecting, or that nobody has served for `outage_s`: until then, whoever served it
-        may be back before a queued request gives up."""
+        workers are still connecting, or that nobody has served for `outage_s`: until then, whoever served
+        it may be back before a queued request gives up."""
         members = [m for m in self.membership.members.values() if m.registration.model == name]
         view = self._catalog.view(name)
         if view is None and (members or not self._listed):
