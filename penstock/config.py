@@ -142,6 +142,11 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
             "PENSTOCK_DEADLINES",
         ),
     ] = ""
+    max_itl_ms: Annotated[
+        float,
+        Meta(ge=0),
+        flag("Mean time between tokens, in ms, up to which workers are given more; 0: as many as fit."),
+    ] = 0.0
     link_tls_server_name: Annotated[
         str, flag("Name that workers' certificates must carry; the host of their address when empty.")
     ] = ""

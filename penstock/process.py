@@ -99,7 +99,7 @@ def run_frontend(options: FrontendOptions) -> None:
         policy=options.router_mode,
         disagg=options.disagg,
         expect=options.expected_roles,
-        admission=AdmissionSettings(max_wait_ms=options.max_wait_ms),
+        admission=AdmissionSettings(max_wait_ms=options.max_wait_ms, max_itl_ms=options.max_itl_ms),
         deadlines=deadlines,
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))

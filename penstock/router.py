@@ -116,7 +116,9 @@ class Router:
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
         self._rng = rng or random.Random()
-        self._placement = Placement(settings.policy, settings.disagg, self._rng)
+        self._placement = Placement(
+            settings.policy, settings.disagg, self._rng, settings.admission.max_itl_ms
+        )
         self._instances = Instances(
             discovery,
             self._placement,

@@ -58,6 +58,10 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     """A request is sent while some worker could begin it within this: two or three steps of the largest
     batches, so that no engine runs dry between two reports, and little is beyond reordering."""
 
+    max_itl_ms: float = 0.0
+    """The mean time between tokens up to which a worker is given more requests; 0: any. It turns the
+    objective for it into places at a worker, and those into waits."""
+
     max_queued: int = 1024
     """Requests that may wait here, whatever the prediction: a bound on memory."""
 

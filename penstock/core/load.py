@@ -31,6 +31,9 @@ SPREAD_GAIN = 0.05
 clipped at OUTLIER_SPREADS it grows by at most 15 % an observation: one pause of the process changes
 nothing, but a lasting change of speed by 10 is believed after 20 steps or so."""
 
+PROMPT_GAIN = 0.02
+"""Weight of the latest attempt in the mean number of prompt tokens that they bring."""
+
 _TINY_MS = 1e-6
 
 
@@ -171,6 +174,7 @@ class _Account:
     uncached_tokens: int = 0  # sums over on_the_way and booked
     context_tokens: int = 0
     booked: dict[str, int] = field(default_factory=dict)  # request id -> context tokens
+    prompt_tokens: float = 0.0  # uncached, of an attempt: the mean of the last 50 or so
 
 
 class LoadBook:
@@ -192,6 +196,12 @@ class LoadBook:
         account.on_the_way.append(_Sent(seq, uncached_tokens, context_tokens))
         account.uncached_tokens += uncached_tokens
         account.context_tokens += context_tokens
+        account.prompt_tokens += PROMPT_GAIN * (uncached_tokens - account.prompt_tokens)
+
+    def prompt_tokens(self, instance_id: str) -> float:
+        """How many prompt tokens an attempt sent there gives it to compute, on average."""
+        account = self._accounts.get(instance_id)
+        return account.prompt_tokens if account is not None else 0.0
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """The worker's load arrived; it includes every Generate up to `seen`."""

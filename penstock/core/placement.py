@@ -34,9 +34,10 @@ class Placed:
 class Placement:
     """Pure, but for its random generator, which breaks ties."""
 
-    def __init__(self, policy: str, disagg: str, rng: random.Random) -> None:
+    def __init__(self, policy: str, disagg: str, rng: random.Random, max_itl_ms: float = 0.0) -> None:
         self._policy = policy
         self._disagg = disagg
+        self._max_itl_ms = max_itl_ms
         self._rng = rng
         self._index = PrefixIndex()
         self._book = LoadBook()
@@ -99,6 +100,7 @@ class Placement:
             expected_output_tokens=self.expected_output_tokens(placed.request),
             handed=handed,
             stay_tokens=self._lengths.mean(placed.request.model),
+            max_itl_ms=self._max_itl_ms,
         )
         candidates = self._candidates(placed, tokens, cards)
         decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
@@ -127,6 +129,7 @@ class Placement:
                     block_size=card.block_size,
                     overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
                     max_running=card.max_running,
+                    prompt_tokens=self._book.prompt_tokens(card.instance_id),
                 )
             )
         return candidates

@@ -1,0 +1,83 @@
+"""When a worker is full, in places, blocks and time between tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from msgspec.structs import replace
+
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, OutputLengths, Query, costs
+from penstock.core.policy import Path, choose
+from penstock.structs import Load, Rates, Role
+
+RATES = Rates(step_ms=10.0, prefill_token_ms=0.05, decode_request_ms=0.1)
+QUERY = Query(prompt_tokens=160, stay_tokens=100.0)
+
+
+def candidate(
+    instance_id: str = "a0", role: Role = Role.AGGREGATED, max_running: int = 0, **load: int
+) -> Candidate:
+    return Candidate(instance_id, role, Load(rates=RATES, **load), 16, max_running=max_running)
+
+
+def wait_ms(query: Query, it: Candidate) -> float:
+    return costs(query, it).queue_ms
+
+
+def test_a_place_is_waited_for() -> None:
+    step_ms = 10.0 + 0.1 * 8
+    assert wait_ms(QUERY, candidate(max_running=8, running=7)) == 0.0
+    assert wait_ms(QUERY, candidate(max_running=8, running=8)) == pytest.approx(100 * step_ms / 8)
+    assert wait_ms(QUERY, candidate(max_running=8, running=8, waiting=3)) == pytest.approx(
+        4 * 100 * step_ms / 8
+    )
+    assert wait_ms(QUERY, candidate(running=10_000)) == 0.0  # nobody said how many there are
+
+
+def test_blocks_are_kept_for_those_that_run() -> None:
+    room = candidate(running=10, used_blocks=0, total_blocks=100)
+    # 10 needed, and 10 * 100 * 0.25 / 16 for the others
+    assert wait_ms(QUERY, replace(room, load=replace(room.load, used_blocks=75))) == 0.0
+    assert wait_ms(QUERY, replace(room, load=replace(room.load, used_blocks=76))) > 0.0
+    prefill = candidate(role=Role.PREFILL, running=10, used_blocks=90, total_blocks=100)
+    assert wait_ms(QUERY, prefill) == 0.0  # prompts do not grow
+    assert wait_ms(QUERY, candidate(used_blocks=90, total_blocks=100)) == 0.0  # nobody to keep them for
+
+
+def test_an_objective_for_the_time_between_tokens_limits_the_places() -> None:
+    query = replace(QUERY, max_itl_ms=20.0)
+    decode = candidate(role=Role.DECODE, running=99)
+    assert wait_ms(query, decode) == 0.0
+    assert wait_ms(query, replace(decode, load=replace(decode.load, running=100))) > 0.0
+    both = replace(decode, role=Role.AGGREGATED, prompt_tokens=800.0)  # 0.4 ms more for each
+    assert wait_ms(query, replace(both, load=replace(both.load, running=19))) == 0.0
+    assert wait_ms(query, replace(both, load=replace(both.load, running=20))) > 0.0
+    # One is always possible, however slow the worker.
+    assert wait_ms(replace(query, max_itl_ms=1.0), candidate(role=Role.DECODE)) == 0.0
+
+
+def test_a_decision_says_how_long_the_least_busy_workers_take_to_begin() -> None:
+    busy = candidate("a0", prefill_tokens=10_000)
+    idle = candidate("a1", prefill_tokens=100)
+    decision = choose(QUERY, [busy, idle], rng=random.Random(0))
+    assert decision is not None
+    assert decision.wait_ms == wait_ms(QUERY, idle)
+    prefills = [candidate(f"p{n}", Role.PREFILL, prefill_tokens=n * 1000) for n in (3, 2)]
+    decode = candidate("d0", Role.DECODE)
+    remote = choose(QUERY, [*prefills, decode], disagg="always", rng=random.Random(0))
+    assert remote is not None
+    assert remote.path is Path.REMOTE
+    assert remote.wait_ms == wait_ms(QUERY, prefills[1])
+
+
+def test_output_lengths_are_learned() -> None:
+    lengths = OutputLengths()
+    assert lengths.mean("m") == EXPECTED_OUTPUT_TOKENS
+    for _ in range(500):
+        lengths.ended("m", 20)
+    assert lengths.mean("m") == pytest.approx(20, rel=0.05)
+    assert lengths.mean("other") == EXPECTED_OUTPUT_TOKENS
+    for _ in range(2000):
+        lengths.ended("m", 0)
+    assert lengths.mean("m") == 1.0
