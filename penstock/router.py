@@ -192,7 +192,7 @@ class Router:
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
         queue = self._queues.get(model)
-        refusal = queue.refusal(tenant, priority) if queue is not None else None
+        refusal = queue.refusal(tenant, priority, self._clock.now()) if queue is not None else None
         if refusal is not None:
             raise self._rejected(refusal)
 

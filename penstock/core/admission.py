@@ -13,12 +13,13 @@ or full: they were at the head when they left. The choices of a call go together
 
 Prediction. A newcomer waits until those in front of it have gone:
 
-    wait_ms = wait of the head + max(pace * work ahead, its flow's pace * the flow's work ahead)
+    wait_ms = wait of the head + max(pace * work ahead / (1 - share of the lines before),
+                                     its flow's pace * the flow's work ahead)
 
 Work is in tokens (see `work_tokens`), pace in ms per token. The queue's pace is measured while something
-waits, so it holds whatever limits the workers: prompts, decoding, blocks, or other frontends' requests. A
-flow (a tenant within a line) is slower than that by what others send later and get first; its own pace,
-measured in the same way, shows it.
+waits, so it holds whatever limits the workers: prompts, decoding, blocks, or other frontends' requests.
+What will come later and go first slows a line down by the share of the workers that the lines before it
+have lately had, and a flow (a tenant within a line) by what shows in its own pace, measured like the other.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ FORGETTING = 0.98
 
 PRIOR_CALLS = 8
 """Calls taken before a flow's own pace counts; the queue's first guess weighs as much as that many."""
+
+LARGEST_SHARE = 0.99
+"""Of the lines before one, in a prediction: they may stop any time."""
+
+MAX_RETRY_S = 60.0
+"""Of Retry-After, before it is spread: further than this nobody can see."""
+
+MAX_LINES = 256
+"""Priorities whose recent work is remembered."""
 
 _BACK = -(2**31) - 1  # the line of those who came back: before every priority, which has 32 bits
 
@@ -131,6 +141,30 @@ class _Drain:
         return self._ms / self._work if self._work else 0.0
 
 
+class _Recent:
+    """How much work of each priority went lately: sums that halve every `half_s`."""
+
+    def __init__(self, half_s: float) -> None:
+        self._half_s = half_s
+        self._sums: dict[int, tuple[float, float]] = {}  # work, and when that was
+
+    def took(self, priority: int, work: float, now: float) -> None:
+        """So much went."""
+        before, at = self._sums.pop(priority, (0.0, now))
+        self._sums[priority] = (before * math.exp2((at - now) / self._half_s) + work, now)
+        if len(self._sums) > MAX_LINES:
+            del self._sums[next(iter(self._sums))]  # of which none went for the longest time
+
+    def per_second_before(self, priority: int, now: float) -> float:
+        """Work per second of all lower numbers."""
+        recent = sum(
+            work * math.exp2((at - now) / self._half_s)
+            for number, (work, at) in self._sums.items()
+            if number < priority
+        )
+        return recent * math.log(2) / self._half_s
+
+
 @dataclass(slots=True, eq=False)
 class _Call:
     """What waits: the requests of one client's call."""
@@ -190,6 +224,7 @@ class Queue:
         self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
         self._gone_key = ""  # the call that went last
         self._drain = _Drain()
+        self._recent = _Recent(settings.max_wait_ms / 2e3)
         self._head_ms = 0.0  # how long the head has to wait at the workers, as of its latest try
         self._workers = 1
         self._served_since = -math.inf  # there have been workers from then on
@@ -202,14 +237,14 @@ class Queue:
 
     # --- coming and going ---------------------------------------------------------------------------
 
-    def refusal(self, tenant: str, priority: int) -> Refusal | None:
+    def refusal(self, tenant: str, priority: int, now: float) -> Refusal | None:
         """Why a newcomer would be refused, whatever it costs; None when it would be let in.
 
         With nothing waiting this is always None: what the workers' wait is, shows with the first try, and
         then `hopeless` says the same."""
         if not self._calls:
             return None
-        wait_ms, place = self._predict(tenant, priority)
+        wait_ms, place = self._predict(tenant, priority, now)
         if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
             return self._refuse("wait", wait_ms, place)
         if len(self._calls) >= self._settings.max_queued and self._worse_than(tenant, priority) is None:
@@ -239,7 +274,7 @@ class Queue:
         if len(self._calls) >= self._settings.max_queued:
             last = self._worse_than(tenant, priority)
             if last is not None:
-                wait_ms, place = self._predict(last.flow.tenant, last.flow.line.priority)
+                wait_ms, place = self._predict(last.flow.tenant, last.flow.line.priority, now)
                 refusal = self._refuse("displaced", wait_ms, place)
                 displaced = [(member, refusal) for member in last.requests]
                 self._remove(last)
@@ -297,6 +332,7 @@ class Queue:
         flow.line.virtual = flow.start
         flow.start += work
         self._drain.took(work, now, self._workers)
+        self._recent.took(flow.line.priority, work, now)
         flow.drain.took(work, now)
         self._along.update(dict.fromkeys(member for member in call.requests if member != request_id))
         self._gone_key = call.key
@@ -336,7 +372,7 @@ class Queue:
                 for call in flow.calls.values():
                     if call.since > latest:
                         break
-                    refusal = self._refuse("overdue", *self._predict(flow.tenant, line.priority))
+                    refusal = self._refuse("overdue", *self._predict(flow.tenant, line.priority, now))
                     found += [(member, refusal) for member in call.requests]
         return found
 
@@ -370,7 +406,7 @@ class Queue:
             return line.virtual
         return max(line.virtual, flow.start) + flow.work
 
-    def _predict(self, tenant: str, priority: int) -> tuple[float, int]:
+    def _predict(self, tenant: str, priority: int, now: float) -> tuple[float, int]:
         """A newcomer's wait in ms, and how many requests would go before it."""
         ahead, place, own_ms = 0.0, 0.0, 0.0
         for line in self._lines.values():
@@ -387,7 +423,9 @@ class Queue:
                         share = min(1.0, max(0.0, (start - flow.start) / flow.work))
                     ahead += share * flow.work
                     place += share * len(flow.calls)
-        return self._head_ms + max(ahead * self._pace, own_ms), round(place)
+        share = self._pace / 1e3 * self._recent.per_second_before(priority, now)
+        ahead_ms = ahead * self._pace / (1.0 - min(LARGEST_SHARE, share))
+        return self._head_ms + max(ahead_ms, own_ms), round(place)
 
     @property
     def _pace(self) -> float:
@@ -437,6 +475,7 @@ class Queue:
     def _refuse(self, reason: str, wait_ms: float, place: int) -> Refusal:
         """Come back when the wait is within the bound, and not all at the same moment."""
         over_s = max(0.0, wait_ms - ACCEPT_SHARE * self._settings.max_wait_ms) / 1e3
+        over_s = min(over_s, MAX_RETRY_S)
         retry_after_s = math.ceil(over_s + self._rng.random() * max(1.0, over_s / 4))
         bound_ms = self._settings.max_wait_ms
         return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)))

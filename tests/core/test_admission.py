@@ -148,7 +148,7 @@ def test_a_newcomer_is_refused_when_those_before_it_take_too_long() -> None:
     it = queue(max_wait_ms=10_000.0)
     refusals = []
     for number in range(100):
-        refusal = it.refusal("", 0)
+        refusal = it.refusal("", 0, 0.0)
         if refusal is None:
             enter(it, str(number))
             offer(it, BUSY_MS)
@@ -166,10 +166,10 @@ def test_a_newcomer_is_refused_when_those_before_it_take_too_long() -> None:
 def test_who_ranks_better_is_let_in_all_the_same() -> None:
     it = queue(max_wait_ms=5_000.0)
     fill(it, 40, "greedy")
-    assert it.refusal("greedy", 0) is not None
-    assert it.refusal("modest", 0) is None
-    assert it.refusal("greedy", -1) is None
-    assert it.refusal("modest", 1) is not None
+    assert it.refusal("greedy", 0, 0.0) is not None
+    assert it.refusal("modest", 0, 0.0) is None
+    assert it.refusal("greedy", -1, 0.0) is None
+    assert it.refusal("modest", 1, 0.0) is not None
 
 
 def test_the_pace_is_learned() -> None:
@@ -201,9 +201,32 @@ def test_a_tenant_that_others_overtake_learns_that_too() -> None:
         if gone["a"] >= 60:
             break
     assert gone["a"] == gone["b"] == 60
-    wait_ms, place = it._predict("a", 0)
+    wait_ms, place = it._predict("a", 0, now)
     assert place == 40
     assert wait_ms == pytest.approx(it._head_ms + 40 * 200.0, rel=0.1)
+
+
+def test_a_line_is_slowed_down_by_what_keeps_coming_before_it() -> None:
+    it = queue(max_wait_ms=8000.0)
+    fill(it, 1)
+    now = 0.0
+    for number in range(200):  # half of what the workers can do, at 1 ms for a token
+        enter(it, f"high{number}", priority=-1, now=now)
+        offer(it, BUSY_MS, now)
+        now += 0.1
+        assert offer(it, 0.0, now) == f"high{number}"
+        offer(it, BUSY_MS, now)
+        now += 0.1
+    it.leave("0")
+    enter(it, "again", now=now)
+    offer(it, BUSY_MS, now)
+    wait_ms, place = it._predict("", 0, now)
+    assert place == 1
+    # The pace is that of the times in which something waited: all of them.
+    assert wait_ms == pytest.approx(BUSY_MS + 200.0 / (1.0 - 0.99), rel=0.2)
+    assert it._predict("", -1, now)[0] == BUSY_MS
+    now += 60.0
+    assert it._predict("", 0, now)[0] < BUSY_MS + 300.0  # forgotten
 
 
 def test_alone_and_without_hope() -> None:
@@ -213,7 +236,7 @@ def test_alone_and_without_hope() -> None:
     ((request_id, refusal),) = it.hopeless("a")
     assert (request_id, refusal.reason, refusal.wait_ms) == ("a", "wait", 900.0)
     it.leave("a")
-    assert it.refusal("", 0) is None  # the last that was known of the workers does not stick
+    assert it.refusal("", 0, 0.0) is None  # the last that was known of the workers does not stick
     enter(it, "b")
     assert it.may_go("b", 10.0, 1, TOKEN_MS, 0.0)
 
@@ -231,17 +254,17 @@ def test_a_full_queue_refuses_the_newcomer_or_displaces_who_would_go_last() -> N
     it = queue(max_queued=3)
     for request_id in ("a", "b", "c"):
         enter(it, request_id, "t", 1)
-    refusal = it.refusal("t", 1)
+    refusal = it.refusal("t", 1, 0.0)
     assert refusal is not None
     assert refusal.reason == "full"
-    assert it.refusal("t", 2) is not None
-    assert it.refusal("t", 0) is None
+    assert it.refusal("t", 2, 0.0) is not None
+    assert it.refusal("t", 0, 0.0) is None
     ((displaced, why),) = enter(it, "d", "t", 0)
     assert (displaced, why.reason) == ("c", "displaced")
-    assert it.refusal("u", 1) is None
+    assert it.refusal("u", 1, 0.0) is None
     ((displaced, _),) = enter(it, "e", "u", 1)
     assert displaced == "b"
-    assert it.refusal("u", 1) is not None
+    assert it.refusal("u", 1, 0.0) is not None
     assert drain(it) == ["d", "a", "e"]
 
 
@@ -309,7 +332,7 @@ class Router:
         self.check()
 
     def ask(self, tenant: str, priority: int, work: float, choices: int) -> None:
-        if self.queue.refusal(tenant, priority) is not None:
+        if self.queue.refusal(tenant, priority, self.now) is not None:
             return
         self.asked += 1
         for choice in range(choices):
