@@ -89,8 +89,8 @@ sim: $(VENV)/.serve ## the fault lab: 2,000 seeds of workers, frontends and faul
 sim-nightly: $(VENV)/.serve ## the same with 100,000 other seeds
 	$(BIN)/penstock sim --seeds 100000..199999 $(ARGS)
 
-soak: $(VENV)/.serve ## 64 clients for 5 minutes: no error, no leak
-	$(BIN)/python benchmarks/soak.py $(ARGS)
+soak: $(VENV)/.dev ## 64 clients for 5 minutes: no error, no leak; with ARGS=--churn, processes come and go
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 faults: $(VENV)/.dev ## every fault at every phase on real processes: 0 hung, 0 lost, 0 wrong
 	$(BIN)/python -m tests.faults.lab $(ARGS)

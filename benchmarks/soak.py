@@ -1,16 +1,17 @@
 """64 clients for 5 minutes on the local graph: no error, and everything returns to where it began.
 
-    python benchmarks/soak.py [--duration 300] [--concurrency 64] [--graph deploy/local.yaml]
+    python -m benchmarks.soak [--duration 300] [--concurrency 64] [--graph deploy/local.yaml]
 
 Starts the graph, loads it with conversations of three turns, and compares before and after: blocks in use,
 handoffs held; resident memory, threads and file descriptors of every process. "Before" is after a short
 load of the same kind, so that caches that are meant to fill have filled. Exit code 1 when a request failed
-or something grew.
+or something grew. With `--churn`, processes come and go meanwhile: churn.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -21,7 +22,9 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from benchmarks import churn
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 90.0
@@ -122,13 +125,24 @@ def soak(url: str, options: argparse.Namespace, env: dict[str, str]) -> list[str
     return wrong
 
 
+def tell(wrong: list[str]) -> NoReturn:
+    print("\n".join(["FAILED", *wrong]) if wrong else "OK: no request failed, nothing grew")
+    sys.exit(bool(wrong))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--duration", type=float, default=300.0, help="seconds")
     parser.add_argument("--warm", type=float, default=30.0, help="seconds of load before the first look")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--graph", type=Path, default=ROOT / "deploy/local.yaml")
+    parser.add_argument(
+        "--churn", action="store_true", help="kill, drain, freeze, add and remove meanwhile"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the churn")
     options = parser.parse_args()
+    if options.churn:
+        tell(asyncio.run(churn.soak(options.duration, options.concurrency, options.seed)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -142,8 +156,7 @@ def main() -> None:
         finally:
             graph.send_signal(signal.SIGINT)
             graph.wait(timeout=120)
-    print("\n".join(["FAILED", *wrong]) if wrong else "OK: no request failed, nothing grew")
-    sys.exit(bool(wrong))
+    tell(wrong)
 
 
 if __name__ == "__main__":

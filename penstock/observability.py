@@ -8,6 +8,7 @@ and turned into samples only when somebody scrapes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -419,6 +420,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.frontend = FrontendMetrics(self._registry)
         self.router = RouterMetrics(self._registry)
+        tasks = Gauge("penstock_tasks", "asyncio tasks of this process", registry=self._registry)
+        tasks.set_function(_tasks)
 
     def watch_discovery(self, trouble: Callable[[], str]) -> None:
         """Ask, at each scrape, whether discovery works."""
@@ -432,3 +435,10 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition format, as METRICS_CONTENT_TYPE says."""
         return generate_latest(self._registry)
+
+
+def _tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # no event loop runs here
+        return 0

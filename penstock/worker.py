@@ -145,6 +145,7 @@ class Worker:
             "engine": self._stuck or ("ok" if self._card is not None else "starting"),
             "attempts": len(self._owners),
             "frontends": len(self._server.peers),
+            "tasks": len(asyncio.all_tasks()),
             "discovery": (self._lease.trouble or "ok")
             if self._lease is not None
             else "waiting for the engine",

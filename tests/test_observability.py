@@ -1,7 +1,9 @@
 """Log lines and metrics, as an operator reads them."""
 
+import asyncio
 import io
 import logging
+import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -167,3 +169,12 @@ def test_discovery_is_asked_at_each_scrape() -> None:
     assert "penstock_discovery_up 0.0" in metrics.render().decode()
     trouble[0] = ""
     assert "penstock_discovery_up 1.0" in metrics.render().decode()
+
+
+async def test_tasks_are_counted() -> None:
+    metrics = Metrics()
+    before = re.search(r"^penstock_tasks (\S+)$", metrics.render().decode(), re.MULTILINE)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.sleep(0))
+        during = re.search(r"^penstock_tasks (\S+)$", metrics.render().decode(), re.MULTILINE)
+    assert float(during[1]) == float(before[1]) + 1

@@ -52,7 +52,7 @@ class Phase:
     requests: int
     prompt_chars: int
     max_tokens: int
-    reached: Callable[[list[Client], dict[str, float]], bool]
+    reached: Callable[[list[Client], dict[str, float]], object]  # a truth
     stalled_transfers: bool = False
 
 
@@ -60,8 +60,14 @@ def _load(loads: dict[str, float], *names: str) -> float:
     return sum(loads.get(name, 0) for name in names)
 
 
+def _unanswered(clients: list[Client]) -> int:
+    return sum(not (client.answering or client.done) for client in clients)
+
+
 SIM_PHASES = {
-    "queued": Phase(32, 2000, 24, lambda clients, load: _load(load, "prefill.waiting") >= 12),
+    "queued": Phase(
+        20, 2000, 24, lambda clients, load: _load(load, "prefill.running") and _unanswered(clients) >= 16
+    ),
     "prefill": Phase(8, 6000, 40, lambda clients, load: _load(load, "prefill.running") >= 2),
     "transfer": Phase(
         24, 600, 60, lambda clients, load: _load(load, "held_handoffs") >= 12, stalled_transfers=True

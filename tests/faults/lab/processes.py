@@ -44,7 +44,7 @@ class Part:
     log: Path
     host: str = ""  # a worker's own address
     front: str = ""  # what it advertises: its proxies' address
-    port: int = 0  # a frontend's
+    port: int = 0  # of its HTTP: a frontend's API, a worker's probes
     process: subprocess.Popen[bytes] | None = None
     link: Proxy | None = None
     transfer: Proxy | None = None
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host or '127.0.0.1'}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -100,11 +100,11 @@ class Graph:
         self.net = random.SystemRandom().randint(10, 250)  # 127.NET.*.*: two labs do not meet
         discovery = etcd.endpoint.replace("http:", "etcd:") if etcd else f"file:{self.directory}"
         common = ["--discovery", discovery, "--drain-s", str(DRAIN_S)]
+        self._worker_flags = [*common, *model]
         self.frontends = [self._frontend(index, common) for index in range(frontends)]
         workers = ["prefill"] * prefill + ["decode"] * decode
-        self.workers = [
-            self._worker(role, number, [*common, *model]) for number, role in enumerate(workers)
-        ]
+        self.workers = [self._worker(role, number) for number, role in enumerate(workers)]
+        self._named = len(workers)
         self.env = {
             "PENSTOCK_LOG": "info",
             **os.environ,
@@ -123,12 +123,14 @@ class Graph:
         name = f"frontend-{index}"
         return Part(name, "frontend", arguments, self._log(name), port=port)
 
-    def _worker(self, role: str, number: int, common: Sequence[str]) -> Part:
+    def _worker(self, role: str, number: int) -> Part:
         name = f"{role}-{number}"
         host, front = f"127.{self.net}.1.{number + 1}", f"127.{self.net}.2.{number + 1}"
-        arguments = ["worker", "--role", role, "--instance-id", name, *common]
+        arguments = ["worker", "--role", role, "--instance-id", name, *self._worker_flags]
         arguments += ["--host", host, "--port", str(LINK_PORT), "--advertise-host", front]
-        return Part(name, role, arguments, self._log(name), host=host, front=front)
+        port = _free_port()
+        arguments += ["--system-port", str(port)]
+        return Part(name, role, arguments, self._log(name), host=host, front=front, port=port)
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -157,8 +159,7 @@ class Graph:
 
     async def start(self) -> None:
         for part in self.workers:
-            part.link = Proxy((part.front, LINK_PORT), (part.host, LINK_PORT))
-            await part.link.start()
+            await self._open_link(part)
         await asyncio.gather(*(self.launch(part) for part in self.parts))
         await self.ready()
 
@@ -177,11 +178,34 @@ class Graph:
         if part.kind != "frontend":
             await self._open_transfer(part)
 
+    async def _open_link(self, part: Part) -> None:
+        part.link = Proxy((part.front, LINK_PORT), (part.host, LINK_PORT))
+        await part.link.start()
+
+    async def add(self, role: str) -> Part:
+        """One more worker, which nobody has seen before."""
+        part = self._worker(role, self._named)
+        self._named += 1
+        await self._open_link(part)
+        await self.launch(part)
+        self.workers.append(part)
+        return part
+
+    async def remove(self, part: Part) -> int:
+        """Have it leave for good; its exit code."""
+        part.signal(signal.SIGTERM)
+        code = await self.wait_exit(part)
+        self.workers.remove(part)
+        for proxy in (part.link, part.transfer):
+            if proxy is not None:
+                await proxy.stop()
+        return code
+
     async def _open_transfer(self, part: Part) -> None:
         """A proxy for the port of its KV transfer, which each incarnation chooses anew."""
         deadline = time.monotonic() + START_S
         while part.running and time.monotonic() < deadline:
-            ports = [port for port in listening(part.host) if port != LINK_PORT]
+            ports = [port for port in listening(part.host) if port not in (LINK_PORT, part.port)]
             if ports:
                 if part.transfer is not None:
                     await part.transfer.stop()
