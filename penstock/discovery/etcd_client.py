@@ -122,7 +122,9 @@ class EtcdClient:
         self._http = httpx2.AsyncClient(
             verify=self._tls or False,
             trust_env=False,  # a proxy for web pages is none for etcd
-            timeout=None,  # the deadlines are here
+            # The deadlines are here, except that TCP and TLS, half each, must be given up by the library: a
+            # handshake that is cancelled from outside would leave its socket to the garbage collector.
+            timeout=httpx2.Timeout(None, connect=settings.call_s / 2),
             headers={"accept-encoding": "identity"},
         )
 
@@ -208,8 +210,6 @@ class EtcdClient:
             try:
                 async with asyncio.timeout(self._settings.call_s):
                     return await self._ask(endpoint, path, body, reply)
-            except TimeoutError:
-                failed.append(f"{endpoint}: no answer in {self._settings.call_s:g} s")
             except (httpx2.HTTPError, OSError) as error:
                 failed.append(f"{endpoint}: {_said(error)}")
             except EtcdError as error:
@@ -281,6 +281,8 @@ def _refusal(status: int, content: bytes) -> EtcdError:
 
 def _said(error: BaseException) -> str:
     """What went wrong in the words of its cause: `connection refused` rather than `read error`."""
+    if isinstance(error, TimeoutError | httpx2.TimeoutException):
+        return "no answer in time"
     said = type(error).__name__
     cause: BaseException | None = error
     while cause is not None:

@@ -478,6 +478,10 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
         assert not lease.registered
         replace(tmp_path, "late", authority, common_name="workers")
         await until(lambda: lease.registered)
+        etcd.signal(signal.SIGSTOP)  # in the middle of handshakes: none may be left open
+        frozen = await opened(quick(etcd.endpoint, call_s=0.4, **ours)).register(registration())
+        await until(lambda: "no answer in time" in frozen.trouble)
+        etcd.signal(signal.SIGCONT)
         nameless = quick(etcd.endpoint, ca_file=path("ca.pem"))
         lease = await opened(nameless).register(registration())
         assert not lease.registered
