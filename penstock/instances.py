@@ -45,9 +45,9 @@ class Listener(Protocol):
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
-    def on_lost(self, instance_id: str, reason: str, attempts: int, died: bool) -> None:
-        """An instance is gone, with all handoffs and attempts it had: so many, of all frontends. `died`: it
-        neither meant to leave nor just fell silent."""
+    def on_lost(self, instance_id: str, reason: str, attempts: int, died: str) -> None:
+        """An instance is gone, with all handoffs and attempts it had: so many, of all frontends. `died`:
+        its incarnation, if it neither meant to leave nor just fell silent."""
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """An instance's engine does not advance. Said again and again while that lasts."""
@@ -284,7 +284,7 @@ class Instances:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
             log.warning("instance lost: %s: %s", instance_id, reason)
-        died = not (orderly or link.client.fell_silent)
+        died = "" if orderly or link.client.fell_silent else link.incarnation
         self._listener.on_lost(instance_id, reason, load.running + load.waiting, died)
         self._apply(effects)
 
@@ -306,6 +306,7 @@ class _Link:
     def __init__(self, instances: Instances, registration: Registration, tasks: asyncio.TaskGroup) -> None:
         self.instance_id = registration.instance_id
         self.role = registration.role
+        self.incarnation = registration.incarnation
         self._instances = instances
         self._tasks = tasks
         self.progress: Progress | None = None  # while it is up

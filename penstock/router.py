@@ -422,10 +422,13 @@ class Router:
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, reason: str, attempts: int, died: bool) -> None:
+    def on_lost(self, instance_id: str, reason: str, attempts: int, died: str) -> None:
         self._full_until.pop(instance_id, None)
         lives = list(self._live.values())
         on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
+        connected = self._instances.membership.incarnations()
+        for live in on_it:
+            live.lifecycle.strikes.survived(connected)
         deaths = sorted((live.lifecycle.strikes.deaths for live in on_it), reverse=True)
         for live in lives:
             # The second most are fewer, and nothing is known of other frontends' requests.

@@ -249,6 +249,11 @@ class Registration(msgspec.Struct, frozen=True):
     host: str = ""
     tls: bool = False
 
+    @property
+    def incarnation(self) -> str:
+        """This process, and none before or after it, in words."""
+        return f"{self.instance_id}@{self.epoch}"
+
 
 class Request(msgspec.Struct):
     """One choice of a client's call, checked and tokenized: what the router serves."""

@@ -214,6 +214,22 @@ async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_
     await asyncio.gather(routing, return_exceptions=True)
 
 
+async def test_links_that_are_cut_make_no_request_a_killer(tmp_path: Path) -> None:
+    roles = {"a0": AGGREGATED, "a1": AGGREGATED}
+    async with cluster(tmp_path, roles, sim={**SLOW, "speedup": 0.2}) as it:
+        answer, _ = it.ask(list(range(900)), max_tokens=20)
+        cuts = 0
+        while cuts < 3:  # before its first token
+            await it.wait_ready("a0", "a1")
+            (live,) = it.router._live.values()
+            place, _ = live.lifecycle.places
+            if place:
+                it.router._instances.link(place)._session.connection.cut("cut by the test")
+                cuts += 1
+            await asyncio.sleep(0.01)
+        assert len(await answer.tokens()) == 20
+
+
 async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
         lease = await FileDiscovery(tmp_path).register(Registration("odd", 1, DECODE, MODEL, "no address"))

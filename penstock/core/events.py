@@ -49,12 +49,13 @@ class Bounced(msgspec.Struct):
 
 
 class InstanceLost(msgspec.Struct):
-    """An instance is gone with all it had; attempts there are lost and handoffs void. `died`: it did not
-    just leave or fall silent. `alone`: no other request with as many deaths was on it."""
+    """An instance is gone with all it had; attempts there are lost and handoffs void. `died`: what seems to
+    have died (`Registration.incarnation`), unless it just left or fell silent. `alone`: no other request
+    with as many deaths was on it."""
 
     instance_id: str
     reason: str
-    died: bool = False
+    died: str = ""
     alone: bool = False
 
 

@@ -306,7 +306,7 @@ class Lifecycle:
         return [*self._abandon(), *self._drop_handoff(), *self._queue(now)]
 
     def _lost(
-        self, reason: str, now: float, *, died: bool = False, alone: bool = False, code: str = ""
+        self, reason: str, now: float, *, died: str = "", alone: bool = False, code: str = ""
     ) -> list[Effect]:
         strikes = self.strikes
         strikes.add(self._instance_id, reason, len(self.token_ids), died=died)

@@ -135,6 +135,10 @@ class Membership:
         """Who may get a new attempt for this model."""
         return [card for card in self.ready_cards() if card.model == model]
 
+    def incarnations(self) -> set[str]:
+        """The processes that are connected."""
+        return {member.registration.incarnation for member in self.members.values() if member.up}
+
     def ready_cards(self) -> list[Card]:
         """Who may get new attempts."""
         return [

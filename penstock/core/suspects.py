@@ -55,16 +55,17 @@ class Strikes:
     deaths: int = 0  # of the instance under an attempt
     acquitted_at: int = 0  # tokens of prompt and output that are progress
     reasons: list[str] = field(default_factory=list)
-    killed: list[str] = field(default_factory=list)  # instances that died under it
+    killed: list[str] = field(default_factory=list)  # incarnations that died under it
     lost: int = 0  # attempts, whatever came after them
     _all_deaths: int = 0
 
-    def add(self, instance_id: str, reason: str, tokens: int, *, died: bool = False) -> None:
-        """An attempt on this instance was lost when the request had so many tokens."""
+    def add(self, instance_id: str, reason: str, tokens: int, *, died: str = "") -> None:
+        """An attempt on this instance was lost when the request had so many tokens. `died`: the incarnation
+        that did, if one did."""
         if died:
             self.deaths += 1
             self._all_deaths += 1
-            self.killed.append(instance_id)
+            self.killed.append(died)
         else:
             self.failures += 1
         self._strike(f"{instance_id}: {reason}", tokens)
@@ -73,6 +74,13 @@ class Strikes:
         """An attempt was taken away from an instance that stood still: suspicious, but no failure."""
         self.moves += 1
         self._strike(f"{instance_id}: {reason}", tokens)
+
+    def survived(self, connected: Collection[str]) -> None:
+        """These incarnations are connected: those among them that seemed to be dead had only lost their
+        link."""
+        dead = [incarnation for incarnation in self.killed if incarnation not in connected]
+        self.failures += len(self.killed) - len(dead)
+        self.killed, self.deaths = dead, len(dead)
 
     def acquit(self) -> None:
         """It made progress."""

@@ -368,16 +368,18 @@ def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
     life = lifecycle()
     for number in range(3):
         life.handle(Chosen(f"d{number}"), 0.0)
-        effects = life.handle(InstanceLost(f"d{number}", "killed", died=True, alone=number == 2), 1.0)
+        effects = life.handle(
+            InstanceLost(f"d{number}", "killed", died=f"d{number}@1", alone=number == 2), 1.0
+        )
     assert (effects[-1].error.status, effects[-1].error.code) == (502, KILLER)
-    assert "3 workers died computing it (d0, d1, d2)" in str(effects[-1].error)
+    assert "3 workers died computing it (d0@1, d1@1, d2@1)" in str(effects[-1].error)
 
 
 def test_deaths_with_others_around_do_not() -> None:
     life = lifecycle()
     for number in range(4):
         life.handle(Chosen(f"d{number}"), 0.0)
-        life.handle(InstanceLost(f"d{number}", "killed", died=True), 1.0)
+        life.handle(InstanceLost(f"d{number}", "killed", died=f"d{number}@1"), 1.0)
     assert life.phase is Phase.QUEUED
 
 

@@ -49,20 +49,28 @@ def test_prime_suspects_wait_for_a_place_of_their_own() -> None:
 
 def test_progress_acquits_and_must_be_longer_after_each_death() -> None:
     strikes = Strikes()
-    strikes.add("d0", "killed", 100, died=True)
+    strikes.add("d0", "killed", 100, died="d0@1")
     assert strikes.acquitted_at == 100 + 2 * ACQUIT_TOKENS
     strikes.acquit()
     assert (strikes.count, strikes.reasons, strikes.killed) == (0, [], [])
-    strikes.add("d1", "killed", 200, died=True)
+    strikes.add("d1", "killed", 200, died="d1@1")
     assert strikes.acquitted_at == 200 + 4 * ACQUIT_TOKENS
 
 
 def test_three_deaths_make_a_cause_if_nobody_else_can_be_it() -> None:
     strikes = Strikes()
     for number in range(1, MAX_DEATHS + 1):
-        strikes.add(f"d{number}", "killed", 10, died=True)
+        strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
         assert strikes.is_cause(3, alone=True) is (number >= 3)
         assert strikes.is_cause(3, alone=False) is (number >= MAX_DEATHS)
+
+
+def test_whoever_is_connected_again_had_not_died() -> None:
+    strikes = Strikes()
+    strikes.add("d0", "reset", 10, died="d0@1")
+    strikes.add("d1", "killed", 10, died="d1@1")
+    strikes.survived({"d0@1", "d1@2"})
+    assert (strikes.deaths, strikes.killed, strikes.failures) == (1, ["d1@1"], 1)
 
 
 def test_one_poisonous_request_among_many_is_found_by_its_third_death() -> None:
@@ -80,7 +88,7 @@ def test_one_poisonous_request_among_many_is_found_by_its_third_death() -> None:
             lost = [name for name, place in places.items() if place == victim]
             deaths += 1
             for name in lost:
-                records[name].add(victim, "killed", 10, died=True)
+                records[name].add(victim, "killed", 10, died=f"{victim}@1")
                 del places[name]
             rng.shuffle(lost)
             _place_all(lost, records, places, alive, rng, poison)
