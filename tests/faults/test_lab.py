@@ -106,7 +106,7 @@ async def test_a_cut_stream_is_counted_and_asked_again_elsewhere() -> None:
 
 
 async def test_a_frontend_that_leaves_is_passed_over() -> None:
-    body = json.dumps({"error": {"code": "draining"}}).encode()
+    body = json.dumps({"error": {"code": "shutting_down"}}).encode()
     leaving = b"HTTP/1.1 503 x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
     async with answering(leaving, stream(part("abcd", "length"), USAGE)) as urls:
         outcome = await Client(QUESTION, urls, 0).run()

@@ -151,7 +151,7 @@ class Client:
 
     def _refused(self, status: int, body: bytes) -> bool:
         code = str(json.loads(body)["error"]["code"])
-        if status == 503 and code == "draining":
+        if status == 503 and code == "shutting_down":
             self.outcome.refusals += 1
             return False
         self.outcome.kind, self.outcome.detail = f"{status} {code}", body.decode()[:300]

@@ -23,6 +23,7 @@ Happening = Callable[[Graph], Awaitable[None]]
 ALL = "queued prefill transfer decode"
 NO_SEAM = "the answer without a seam; the stall shown"
 STALL = "a stall as long as that, then the answer goes on without a seam"
+OVERDUE = frozenset({"429 overloaded"})
 CUT = "its connections end; another frontend answers who asks again"
 
 
@@ -139,7 +140,13 @@ async def freeze_frontend_short(graph: Graph) -> None:
     await freeze(graph.frontends[0], 1.0)
 
 
-@fault("a frontend frozen for 20 s", STALL, "prefill decode", lasts_s=20)
+@fault(
+    "a frontend frozen for 20 s",
+    STALL + "; a request that had no worker yet may have waited too long: 429",
+    "prefill decode",
+    errors=OVERDUE,
+    lasts_s=20,
+)
 async def freeze_frontend_long(graph: Graph) -> None:
     await freeze(graph.frontends[0], 20.0)
 
