@@ -18,6 +18,8 @@ class Connections:
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
+        # The holder closes at idle_timeout_s; half of it leaves no race worth having.
+        self._useful_s = settings.idle_timeout_s / 2
         self._lock = threading.Lock()
         self._idle: OrderedDict[Stream, tuple[str, float]] = OrderedDict()  # address, since; oldest first
         self._busy: set[Stream] = set()
@@ -30,9 +32,7 @@ class Connections:
             if found is None:
                 return None
             _, since = self._idle.pop(found)
-            # The holder closes at idle_timeout_s; half of it leaves no race worth having.
-            fresh = time.monotonic() - since < self._settings.idle_timeout_s / 2
-            if fresh and not found.is_stale():
+            if time.monotonic() - since < self._useful_s and not found.is_stale():
                 self._busy.add(found)
                 return found
         found.close()
@@ -63,17 +63,24 @@ class Connections:
 
     def keep(self, address: str, stream: Stream) -> None:
         """A connection's exchange went to its end: keep it for the next."""
-        oldest = None
+        useless = []
         with self._lock:
             self._busy.discard(stream)
             if self._closed:
-                oldest = stream
+                useless.append(stream)
             else:
-                self._idle[stream] = (address, time.monotonic())
-                if len(self._idle) > self._settings.max_idle_connections:
-                    oldest, _ = self._idle.popitem(last=False)
-        if oldest is not None:
-            oldest.close()
+                now = time.monotonic()
+                self._idle[stream] = (address, now)
+                # Those of holders that come back are reused in time; those of the dead go here.
+                while len(self._idle) > self._settings.max_idle_connections or self._outdated(now):
+                    useless.append(self._idle.popitem(last=False)[0])
+        for old in useless:
+            old.close()
+
+    def _outdated(self, now: float) -> bool:
+        """Whether the connection that was used longest ago will not be used again."""
+        _, since = next(iter(self._idle.values()))
+        return now - since >= self._useful_s
 
     def drop(self, stream: Stream) -> None:
         """A connection's exchange broke off: nobody knows what its next bytes mean."""

@@ -66,6 +66,20 @@ def test_one_that_the_holder_may_be_closing_is_not_reused(connections, address) 
     assert connections.reuse(address) is None
 
 
+def test_connections_to_holders_that_never_come_back_do_not_gather(connections, listener, address) -> None:
+    gone = connections.open(address, soon())
+    connections.keep(address, gone)
+    time.sleep(0.25)
+    other = connections.open(address, soon())
+    connections.keep("127.0.0.1:2", other)
+    accepted = listener.accept()[0]
+    accepted.settimeout(SOON_S)
+    assert accepted.recv(1) == b"", "the first was not closed"
+    accepted.close()
+    assert connections.reuse("127.0.0.1:2") is other
+    connections.drop(other)
+
+
 def test_one_that_the_holder_closed_is_not_reused(connections, listener, address) -> None:
     connections.keep(address, connections.open(address, soon()))
     listener.accept()[0].close()
