@@ -14,7 +14,7 @@ VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sh
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
 .PHONY: help serve serve-vllm test test-nixl test-transformers test-vllm parity bench-vllm lint format check \
-	sim sim-nightly soak faults clean
+	sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -88,6 +88,15 @@ sim: $(VENV)/.serve ## the fault lab: 2,000 seeds of workers, frontends and faul
 
 sim-nightly: $(VENV)/.serve ## the same with 100,000 other seeds
 	$(BIN)/penstock sim --seeds 100000..199999 $(ARGS)
+
+fuzz: $(VENV)/.dev ## guided search for inputs that break something (installs atheris)
+	$(PIP) install --quiet --editable '.[dev,fuzz]'
+	$(BIN)/python -m tests.fuzz.guided $(ARGS)
+
+audit: $(VENV)/.dev ## known vulnerabilities, licences and version ranges of what is installed
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.7,<3'
+	$(BIN)/python tests/audit.py --pip-audit .venv-audit/bin/pip-audit $(ARGS)
 
 soak: $(VENV)/.dev ## 64 clients for 5 minutes: no error, no leak; with ARGS=--churn, processes come and go
 	$(BIN)/python -m benchmarks.soak $(ARGS)

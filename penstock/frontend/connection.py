@@ -77,11 +77,12 @@ class Connection(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         while data:
             try:
-                self.parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                self._stay_with_http_1()
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    self._stay_with_http_1()
             except httptools.HttpParserError as error:
                 log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
                 message = "Invalid HTTP request received."

@@ -27,6 +27,8 @@ _SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
 _NAME_CHARS_MAX = 45  # Kubernetes gives 63 to a pod's labels; the service's name and a suffix join this one
 _SERVICES_MAX = 25  # as in the API's next version
 _FILE_BYTES_MAX = 1024 * 1024
+_DEPTH_MAX = 64  # of lists and objects within each other; manifests have a dozen
+_VALUES_MAX = 50_000  # 25 services with hundreds of values each have a tenth
 
 
 def _names(words: str) -> frozenset[str]:
@@ -170,16 +172,44 @@ def parse_manifest(text: str, source: str) -> Manifest:
     return converted(graphs[0], Manifest)
 
 
+class _Loader(yaml.SafeLoader):
+    """With a limit on nesting, whose cost would grow with its square."""
+
+    def fetch_more_tokens(self) -> None:
+        if self.flow_level + len(self.indents) > _DEPTH_MAX:
+            message = f"nested to more than {_DEPTH_MAX} levels"
+            raise yaml.scanner.ScannerError(None, None, message, self.get_mark())
+        super().fetch_more_tokens()
+
+
 def _documents(text: str, source: str) -> list[Any]:
     if len(text) > _FILE_BYTES_MAX:
         raise ConfigError(f"{source}: larger than {_FILE_BYTES_MAX} bytes")
     try:
-        return list(yaml.safe_load_all(text))
+        documents = list(yaml.load_all(text, _Loader))
+        if _is_larger(documents, _VALUES_MAX):
+            raise ConfigError(f"{source}: more than {_VALUES_MAX} values, aliases written out")
+        return documents
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{source}:{line} not YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _is_larger(document: Any, values_max: int) -> bool:
+    """Whether it has more values than that where each alias counts as often as it stands there: a few lines
+    of them can stand for billions, and one within itself for endless ones."""
+    waiting, values = [document], 0
+    while waiting:
+        value = waiting.pop()
+        values += 1
+        if isinstance(value, dict | list):
+            values += len(value)
+            waiting += value.values() if isinstance(value, dict) else value
+        if values > values_max:
+            return True
+    return False
 
 
 def _is_graph(document: Any) -> bool:

@@ -1,0 +1,280 @@
+"""What is fuzzed: each target takes any bytes, and must end in a value or an error of the tree, in time.
+
+The same targets serve hypothesis (test_fuzz.py), atheris (guided.py, `make fuzz`) and the corpus, in which
+every input that once broke something is kept (test_corpus.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shlex
+import tempfile
+from collections.abc import Awaitable, Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from penstock.discovery.file import DirectoryScan, FileDiscoverySettings
+from penstock.errors import ConfigError, ProtocolError, RequestRejected
+from penstock.frontend.api_keys import read_api_keys
+from penstock.frontend.app import App
+from penstock.frontend.connection import connection_class
+from penstock.frontend.openai import decode_chat, decode_completion
+from penstock.frontend.plan import Planner
+from penstock.frontend.preprocess import Preprocessor
+from penstock.frontend.settings import FrontendSettings
+from penstock.graph import Overrides, build_graph, parse_manifest
+from penstock.graph.command import parse_command
+from penstock.link.peer import Peer
+from penstock.link.session import Session
+from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.observability import Metrics
+from penstock.structs import Card, ModelView, Role
+from penstock.transfer import messages as kv
+from penstock.wire.frames import MAX_FRAME_BYTES, encode
+from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
+from penstock.wire.messages import Generate, Snapshot
+from tests.frontend.conftest import ScriptedCompleter, byte_level_tokenizer, saying, view_of
+from tests.link.conftest import FakeListener, FakeTransport, FakeWorker, attempt
+
+CARD = Card("w1", 1, Role.DECODE, "m", "fake", 16, 100, 1000, 1000)
+
+
+@cache
+def loop() -> asyncio.AbstractEventLoop:
+    """One loop for all inputs: making one costs more than most of them."""
+    return asyncio.new_event_loop()
+
+
+def run(work: Awaitable[None]) -> None:
+    loop().run_until_complete(work)
+
+
+# --- the link -----------------------------------------------------------------------------------------
+
+
+class _OpenDoor:
+    """Lets in whoever knows the secret."""
+
+    def opened(self, peer: Peer) -> None:
+        pass
+
+    def objection(self, peer: Peer) -> str:
+        return ""
+
+    def welcomed(self, peer: Peer) -> None:
+        pass
+
+    def gone(self, peer: Peer, reason: str) -> None:
+        pass
+
+
+def to_worker(data: bytes) -> None:
+    """Bytes of a stranger, and the same from a frontend that has proved itself."""
+
+    async def receive(greeted: bool) -> None:
+        peer = Peer(ServerSettings(), FakeWorker({1, 2}), _OpenDoor(), b"w" * 16)
+        transport = FakeTransport(peer.connection)
+        transport.open()
+        if greeted:
+            challenge = WorkerHandshake([], b"w" * 16).challenge()
+            transport.receive(FrontendHandshake("", b"f" * 16, "f1").answer(challenge))
+            transport.receive(Generate(seq=1, attempt=attempt()))
+        await _fed(transport, peer.connection, data)
+
+    run(receive(False))
+    run(receive(True))
+
+
+def to_frontend(data: bytes) -> None:
+    """Bytes of whoever listens at a worker's address, and the same from a worker that is up."""
+
+    async def receive(live: bool) -> None:
+        handshake = FrontendHandshake("", b"f" * 16, "f1")
+        session = Session(ClientSettings(), handshake, None, None, FakeListener())
+        transport = FakeTransport(session.connection)
+        transport.open()
+        if live:
+            worker = WorkerHandshake([], b"w" * 16)
+            hello = FrontendHandshake("", b"f" * 16, "f1").answer(worker.challenge())
+            transport.receive(worker.challenge())
+            transport.receive(worker.answer(hello, CARD))
+            transport.receive(Snapshot(hashes=[1], last=True))
+            session.download("00")
+        await _fed(transport, session.connection, data)
+
+    run(receive(False))
+    run(receive(True))
+
+
+async def _fed(transport: FakeTransport, connection: Any, data: bytes) -> None:
+    """The bytes in two reads, cut where the first of them says."""
+    cut = data[0] * len(data) // 255 if data else 0
+    for part in (data[:cut], data[cut:]):
+        if part and not transport.ending:
+            connection.data_received(part)
+    assert connection._decoder.held_bytes <= MAX_FRAME_BYTES + len(data)
+    if not transport.ending:
+        transport.abort()
+    assert await asyncio.wait_for(connection.ended, 5)
+
+
+def kv_transfer(data: bytes) -> None:
+    """A frame's body, as either end of a KV transfer reads it."""
+    for kind in (kv.Read, kv.Granted, kv.Done, kv.Held):
+        with contextlib.suppress(ProtocolError):
+            kv.parsed(kind, data)
+
+
+# --- HTTP ---------------------------------------------------------------------------------------------
+
+
+@cache
+def _view() -> ModelView:
+    return view_of(byte_level_tokenizer(), name="m", structured_output=True)
+
+
+@cache
+def _preprocessor() -> Preprocessor:
+    return Preprocessor(FrontendSettings())
+
+
+def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
+    """A body, up to the attempts that would be sent."""
+    with contextlib.suppress(RequestRejected):
+        planner = Planner(_preprocessor(), FrontendSettings(), random.Random(1))
+        plan = loop().run_until_complete(planner.plan("c", decode(data), _view(), "tenant"))
+        assert 0 < len(plan.requests) <= 128
+        for request in plan.requests:
+            assert 0 < len(request.token_ids) < _view().max_model_len
+            assert max(request.token_ids) < _view().vocab_size
+            sent = attempt()
+            sent.token_ids, sent.sampling = request.token_ids, request.sampling
+            encode(Generate(seq=1, attempt=sent))
+
+
+def chat(data: bytes) -> None:
+    """A body of /v1/chat/completions."""
+    _planned(decode_chat, data)
+
+
+def completion(data: bytes) -> None:
+    """A body of /v1/completions."""
+    _planned(decode_completion, data)
+
+
+@cache
+def _server() -> tuple[uvicorn.Config, type[asyncio.Protocol]]:
+    settings = FrontendSettings(max_body_bytes=100_000, api_key="key")
+    completer = ScriptedCompleter([_view()], saying(byte_level_tokenizer(), "Hi"))
+
+    async def make() -> App:
+        return App(completer, settings, Metrics())
+
+    app = loop().run_until_complete(make())
+    config = uvicorn.Config(app, ws="none", lifespan="off", interface="asgi3", log_config=None)
+    config.load()
+    return config, connection_class(settings)
+
+
+class _HttpTransport(FakeTransport):
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return bool(self.ending)
+
+
+def http(data: bytes) -> None:
+    """Bytes on an HTTP connection: whole responses or none, and the end when the client leaves."""
+
+    config, protocol = _server()
+
+    async def receive() -> None:
+        state = ServerState()
+        connection = protocol(config, state, {}, loop())  # type: ignore[call-arg]
+        transport = _HttpTransport(connection)
+        connection.connection_made(transport)
+        cut = data[0] * len(data) // 255 if data else 0
+        for part in (data[:cut], data[cut:]):
+            if part and not transport.ending:
+                connection.data_received(part)
+                await asyncio.sleep(0)
+        for _ in range(200):
+            if not state.tasks:
+                break
+            await asyncio.sleep(0)
+        written = bytes(transport.written)
+        assert not written or written.startswith(b"HTTP/1.1 ")
+        assert b"HTTP/1.1 500" not in written
+        transport.abort()
+        async with asyncio.timeout(5):
+            while state.tasks or state.connections:
+                await asyncio.sleep(0)
+
+    run(receive())
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def graph(data: bytes) -> None:
+    """A manifest."""
+    with contextlib.suppress(ConfigError, UnicodeDecodeError):
+        build_graph(parse_manifest(data.decode(), "fuzz.yaml"), Overrides(), "fuzz.yaml")
+
+
+def command(data: bytes) -> None:
+    """What a container runs, as its words and as a script."""
+    with contextlib.suppress(ConfigError, UnicodeDecodeError):
+        text = data.decode()
+        with contextlib.suppress(ConfigError):
+            parse_command(["/bin/sh", "-c", text], {"A": "penstock"})
+        try:
+            words = shlex.split(text)
+        except ValueError:
+            words = text.split()
+        parse_command(words, {"A": "penstock"})
+
+
+def keys(data: bytes) -> None:
+    """A file of API keys."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ConfigError):
+        path = Path(folder) / "keys"
+        path.write_bytes(data)
+        assert all(len(digest) == 32 and name for digest, name in read_api_keys(path).items())
+
+
+def registration(data: bytes) -> None:
+    """A file in a discovery directory, read by whoever watches it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.json").write_bytes(data)
+        scan = DirectoryScan(Path(folder), FileDiscoverySettings())
+        for _ in range(2):
+            assert len(scan.instances()) <= 1
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target
+    for target in (
+        to_worker,
+        to_frontend,
+        kv_transfer,
+        chat,
+        completion,
+        http,
+        graph,
+        command,
+        keys,
+        registration,
+    )
+}
+"""By name, which is also that of its folder in corpus/."""
