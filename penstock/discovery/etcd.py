@@ -79,27 +79,35 @@ class EtcdDiscovery:
         pause = _Pause(self._settings)
         while True:
             try:
-                listed = await self._client.list_below(self._settings.prefix, self._settings.instances_max)
-            except EtcdError as error:
-                self.trouble = str(error)
-                outage.began(self.trouble)
-                await pause.after_failure()
-                continue
-            self.trouble = ""
-            outage.ended()
-            known.replace(listed.kvs, listed.count)
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(self._settings.watch_s):
-                    await self._client.watch(self._settings.prefix, listed.header.revision + 1, known.apply)
-                reason = "closed by etcd"
-            except TimeoutError:
-                pause.reset()
-                continue
-            except EtcdError as error:
-                reason = str(error)
-            log.info("etcd watch ended: reason=%r lasted_s=%.1f", reason, time.monotonic() - began)
+                if await self._list_and_watch(known, outage, pause):
+                    continue
+            except Exception:  # the task's top: a mistake of ours must not take a frontend along
+                log.exception("etcd watch failed")
             await pause.after_failure()
+
+    async def _list_and_watch(self, known: _Known, outage: _Outage, pause: _Pause) -> bool:
+        """A list, and a watch from there to its end. Whether it ended because it was time."""
+        try:
+            listed = await self._client.list_below(self._settings.prefix, self._settings.instances_max)
+        except EtcdError as error:
+            self.trouble = str(error)
+            outage.began(self.trouble)
+            return False
+        self.trouble = ""
+        outage.ended()
+        known.replace(listed.kvs, listed.count)
+        began = time.monotonic()
+        reason = "closed by etcd"
+        try:
+            async with asyncio.timeout(self._settings.watch_s):
+                await self._client.watch(self._settings.prefix, listed.header.revision + 1, known.apply)
+        except TimeoutError:
+            pause.reset()
+            return True
+        except EtcdError as error:
+            reason = str(error)
+        log.info("etcd watch ended: reason=%r lasted_s=%.1f", reason, time.monotonic() - began)
+        return False
 
 
 class EtcdLease:
@@ -112,7 +120,7 @@ class EtcdLease:
         self._settings = settings
         self._instance_id = registration.instance_id
         self._epoch = registration.epoch
-        self._key = settings.prefix + quote(registration.instance_id, safe="")
+        self._key = _key(settings, registration.instance_id)
         self._value = msgspec.json.encode(registration)
         self._lease = 0  # chosen here, so that it can be revoked whatever became of the reply; 0: none
         self._outage = _Outage(f"instance {registration.instance_id} goes on trying to register")
@@ -235,8 +243,11 @@ class _Known:
         try:
             if len(held.value) > self._settings.value_bytes_max:
                 raise msgspec.ValidationError(f"{len(held.value)} bytes is too large")
-            return msgspec.json.decode(held.value, type=Registration)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            found = msgspec.json.decode(held.value, type=Registration)
+            if held.key.decode() != _key(self._settings, found.instance_id):
+                raise msgspec.ValidationError(f"it is not the key of {found.instance_id!r}")
+            return found
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._warn_once(held.key, f"ignoring {held.key!r}: {error}")
             return None
 
@@ -280,8 +291,12 @@ class _Pause:
         await asyncio.sleep(pause_s)
 
 
+def _key(settings: EtcdSettings, instance_id: str) -> str:
+    return settings.prefix + quote(instance_id, safe="")
+
+
 def _epoch_in(value: bytes) -> int:
     try:
         return msgspec.json.decode(value, type=Registration).epoch
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return -1

@@ -255,7 +255,7 @@ class EtcdClient:
 def _decoded(content: bytes, reply: type[Reply]) -> Reply:
     try:
         decoded = msgspec.json.decode(content, type=reply, strict=False)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EtcdError(f"that is no etcd: {error}") from error
     if isinstance(decoded, _Streamed) and decoded.error is not None:
         raise EtcdError(decoded.error.message, decoded.error.grpc_code or decoded.error.code)
@@ -273,7 +273,7 @@ def _watched(line: bytes) -> WatchReply:
 def _refusal(status: int, content: bytes) -> EtcdError:
     try:
         said = msgspec.json.decode(content, type=_Status)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         text = content[:_TEXT_MAX].decode(errors="replace").strip()
         return EtcdError(f"HTTP {status} in place of an answer: {text!r}")
     return EtcdError(said.message, said.code or said.grpc_code)

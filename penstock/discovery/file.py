@@ -261,7 +261,7 @@ class DirectoryScan:
             record = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Record)
         except FileNotFoundError:
             raise
-        except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
             self._warn_once(entry.path, f"ignoring {entry.path}: {error}")
             return None
         self._warned.discard(entry.path)
@@ -340,5 +340,5 @@ def _process_exists(pid: int) -> bool:
 def _epoch_in(content: bytes) -> int:
     try:
         return msgspec.json.decode(content, type=_Record).registration.epoch
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return -1

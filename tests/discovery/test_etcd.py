@@ -145,14 +145,17 @@ async def test_garbage_is_named_once_and_ignored(etcd: Etcd, opened: Open, caplo
     settings = quick(etcd.endpoint, watch_s=0.2)
     etcd.ctl("put", settings.prefix + "half", '{"instance_id"')
     etcd.ctl("put", settings.prefix + "huge", "x" * (settings.value_bytes_max + 1))
+    etcd.ctl("put", settings.prefix + "deep", '{"x":' + 8000 * "[" + 8000 * "]" + "}")
+    etcd.ctl("put", settings.prefix + "alias", msgspec.json.encode(registration(port=666)).decode())
     await opened(settings).register(registration())
     async with Watcher(opened(settings)) as watcher:
-        await watcher.until("w-0")
+        assert (await watcher.until("w-0"))["w-0"] == registration()
         etcd.ctl("put", settings.prefix + "late", "[]")
         await until(lambda: logged(caplog, "late") > 0)
         await asyncio.sleep(0.5)
         assert watcher.updates == 1
-    assert [logged(caplog, name) for name in ("half", "huge", "late")] == [1, 1, 1]
+    names = ("half", "huge", "deep", "alias", "late")
+    assert [logged(caplog, name) for name in names] == [1] * len(names)
 
 
 async def test_instances_beyond_the_limit_are_ignored(etcd: Etcd, opened: Open, caplog) -> None:
@@ -334,7 +337,7 @@ async def test_a_compacted_revision_leads_to_a_new_list(etcd: Etcd, opened: Open
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_another_member_takes_over(tmp_path: Path, opened: Open, number, caplog) -> None:
     with running_cluster(tmp_path) as cluster:
-        settings = quick(*(member.endpoint for member in cluster), watch_s=1.0, lease_s=4.0)
+        settings = quick(*(member.endpoint for member in cluster), watch_s=1.0, lease_s=3.0)
         lease = await opened(settings).register(registration())
         async with Watcher(opened(settings)) as watcher:
             await watcher.until("w-0", within_s=WAIT_S)
@@ -342,7 +345,7 @@ async def test_another_member_takes_over(tmp_path: Path, opened: Open, number, c
             await opened(settings).register(registration("w-1"))
             await watcher.until("w-0", "w-1", within_s=WAIT_S)
             await until(lambda: not lease.trouble)
-            await asyncio.sleep(4.0)
+            await asyncio.sleep(3.0)
             assert set(watcher.latest) == {"w-0", "w-1"}
         assert logged(caplog, "lost its lease") == 0
 

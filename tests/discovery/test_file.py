@@ -149,6 +149,7 @@ async def test_garbage_is_named_once_and_ignored(tmp_path, open_discovery, caplo
     directory = tmp_path / "discovery"
     directory.mkdir()
     (directory / "half.json").write_text('{"registration": {"instance_id"')
+    (directory / "deep.json").write_text(2000 * '{"a":' + "1" + 2000 * "}")
     (directory / "binary.json").write_bytes(b"\xff\xfe\x00")
     (directory / "huge.json").write_bytes(b" " * (FAST.file_bytes_max + 1))
     (directory / "folder.json").mkdir()
@@ -158,7 +159,7 @@ async def test_garbage_is_named_once_and_ignored(tmp_path, open_discovery, caplo
         async with Watcher(open_discovery()) as watcher:
             await watcher.until("w-0")
             await asyncio.sleep(0.3)
-    for name in ("half.json", "binary.json", "huge.json", "folder.json"):
+    for name in ("half.json", "deep.json", "binary.json", "huge.json", "folder.json"):
         assert sum(name in record.message for record in caplog.records) == 1, name
     assert not any("README" in record.message for record in caplog.records)
     assert (directory / "half.json").exists()
