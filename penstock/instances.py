@@ -213,6 +213,7 @@ class Instances:
                     self._metrics.instance_gone(instance_id)
 
     def _connect(self, registration: Registration) -> None:
+        self._metrics.state(registration.instance_id, registration.role, State.CONNECTING)
         try:
             self._links[registration.instance_id] = _Link(self, registration, self._tasks)
         except ConfigError as error:  # what somebody else registered must not end this process

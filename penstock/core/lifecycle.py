@@ -77,6 +77,9 @@ class Phase(Enum):
     DONE = "done"
 
 
+_NEXT_TOKEN = Awaited.NEXT_TOKEN  # looked up with every token
+
+
 class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
@@ -225,7 +228,10 @@ class Lifecycle:
         if reason is None:
             self._sent_handoff = None
             self.token_ids += output.token_ids
-            self._await(Awaited.NEXT_TOKEN, now)
+            # As `_await` does, which would cost this more than all the rest.
+            self._awaited, self._since = _NEXT_TOKEN, now
+            deadline, last = now + self._limits.stall_s, self._request_deadline
+            self.deadline = deadline if deadline < last else last
             if self.strikes.count and len(self.token_ids) >= self.strikes.acquitted_at:
                 self.strikes.acquit()
             return [self._emit(output, None)] if output.token_ids else []
@@ -337,10 +343,7 @@ class Lifecycle:
     def _await(self, awaited: Awaited, now: float) -> None:
         """Wait for this from now on."""
         self._awaited, self._since = awaited, now
-        last = self._request_deadline
-        # No `of` and `min` for what comes with every token: they cost twice all the rest.
-        limit_s = self._limits.stall_s if awaited is Awaited.NEXT_TOKEN else self._limits.of(awaited)
-        self.deadline = now + limit_s if now + limit_s < last else last
+        self.deadline = min(now + self._limits.of(awaited), self._request_deadline)
 
     def _on_tick(self, event: Tick, now: float) -> list[Effect]:
         if now < self.deadline or self.phase is Phase.DONE:

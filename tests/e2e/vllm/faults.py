@@ -77,6 +77,11 @@ class Load:
             ] * len(LONG)
             assert answers == self._expected
 
+    def wait_for_answers(self) -> None:
+        """Until every answer is there."""
+        for answer in self._answers:
+            answer.result(timeout=ANSWERED_S)
+
     def wait_for_tokens(self, count: int) -> None:
         """Until every answer has so many."""
         wait_until(lambda: [len(stream.tokens) >= count for stream in self._streams] == [True] * len(LONG))
@@ -241,12 +246,37 @@ def test_frozen_decode_worker(always: Frontend, expected: Expected, workers: Wor
 
 
 @pytest.mark.parametrize("service", ["PrefillWorker", "DecodeWorker"])
-def test_vllm_stands_still_for_a_while(
+def test_vllm_stands_still(
+    always: Frontend, expected: Expected, workers: Workers, service: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its worker lives and talks, so only the steps that it does not take give it away. All is answered
+    elsewhere meanwhile, and it is taken back once it goes on."""
+    again = always.metric("penstock_retries_total")
+    with Load(always, expected) as load:
+        load.start()
+        if service == "DecodeWorker":
+            load.wait_for_tokens(MANY)
+        with frozen(workers.pids(service, "core")[:1]):
+            began = time.monotonic()
+            wait_until(lambda: always.metric("penstock_instance_state", state="quarantined") == 1)
+            noticed_s = time.monotonic() - began
+            load.wait_for_answers()
+            answered_s = time.monotonic() - began
+        began = time.monotonic()
+        wait_until(lambda: always.metric("penstock_instance_state", state="quarantined") == 0)
+        back_s = time.monotonic() - began
+    assert always.metric("penstock_retries_total") > again
+    with capsys.disabled():
+        print(f"\n{service}: noticed_s={noticed_s:.1f} answered_s={answered_s:.1f} back_s={back_s:.1f}")
+
+
+@pytest.mark.parametrize("service", ["PrefillWorker", "DecodeWorker"])
+def test_vllm_stands_still_for_a_moment(
     always: Frontend, expected: Expected, workers: Workers, service: str
 ) -> None:
     """Too short to be given up."""
     again = always.metric("penstock_retries_total")
     with Load(always, expected) as load, frozen(workers.pids(service, "core")):
         load.start()
-        time.sleep(3)
+        time.sleep(1)
     assert always.metric("penstock_retries_total") == again
