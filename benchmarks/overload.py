@@ -34,7 +34,6 @@ from penstock.bench.client import HttpClient, RequestFailed
 
 READY_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 60.0
-WORKERS = 2
 PLACES = 32  # requests a worker serves at one time
 MANY_PLACES = 256  # the same where the time between tokens is the limit
 COST_MODEL = "qwen3-32b/h200/tp2"  # 11 to 12 ms a step with so few
@@ -169,13 +168,13 @@ def _headers(tenant: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def graph(
-    frontends: int, max_wait_ms: float | None, *, keys: bool = False, more: Sequence[str] = ()
+    options: argparse.Namespace, *, keys: bool = False, more: Sequence[str] = ()
 ) -> Iterator[list[str]]:
     """Frontends and sim workers; yields the frontends' URLs."""
     with tempfile.TemporaryDirectory() as folder:
         common = ["--discovery", f"file:{folder}/discovery"]
-        if max_wait_ms is not None:
-            common += ["--max-wait-ms", str(max_wait_ms)]
+        if options.max_wait_ms:
+            common += ["--max-wait-ms", str(options.max_wait_ms)]
         worker = ["worker", "--engine", "sim", "--model", "bench", "--sim-cost-model", COST_MODEL]
         worker += ["--max-running", str(PLACES if not more else MANY_PLACES), *common]
         frontend = ["frontend", "--http-port", "0", *common, *more]
@@ -185,13 +184,14 @@ def graph(
                 "".join(f"{name} sha256:{sha256(key.encode()).hexdigest()}\n" for name, key in KEYS.items())
             )
             frontend += ["--api-keys-file", str(path)]
-        logs = [Path(folder) / f"log{number}" for number in range(frontends)]
-        processes = [_start(worker) for _ in range(WORKERS)]
+        logs = [Path(folder) / f"log{number}" for number in range(options.frontends)]
+        roles = options.roles.split(",")
+        processes = [_start([*worker, "--role", role]) for role in roles]
         try:
             for log_path in logs:
                 with log_path.open("w") as log_file:
                     processes.append(_start(frontend, log_file))
-            yield [_wait_ready(log_path) for log_path in logs]
+            yield [_wait_ready(log_path, len(roles)) for log_path in logs]
         finally:
             for process in processes:
                 process.send_signal(signal.SIGTERM)
@@ -205,11 +205,11 @@ def _start(arguments: list[str], output: object = subprocess.DEVNULL) -> subproc
     )
 
 
-def _wait_ready(log_file: Path) -> str:
+def _wait_ready(log_file: Path, workers: int) -> str:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         text = log_file.read_text()
-        if "listening on " in text and text.count("instance ready") == WORKERS:
+        if "listening on " in text and text.count("instance ready") == workers:
             return text.split("listening on ")[1].split()[0]
         time.sleep(0.1)
     raise SystemExit(f"the frontend did not get ready:\n{log_file.read_text()}")
@@ -293,23 +293,20 @@ PARTS: list[tuple[str, Part, bool, tuple[str, ...]]] = [  # name, what, with key
 
 
 async def main(options: argparse.Namespace) -> None:
-    max_wait_ms = options.max_wait_ms if options.max_wait_ms > 0 else None
     print(HEADING)
     capacity = options.capacity
     if not capacity:
-        with graph(1, None) as urls:
+        with graph(options) as urls:
             clients = Clients(urls)
-            capacity = await clients.closed_loop(WORKERS * PLACES * 5 // 4, options.seconds)
+            users = sum(role != "prefill" for role in options.roles.split(",")) * PLACES * 5 // 4
+            capacity = await clients.closed_loop(users, options.seconds)
             await clients.close()
     print(f"capacity {capacity:.1f} requests a second", flush=True)
     for name, run, keys, more in PARTS:
         if options.part not in ("all", name):
             continue
-        print(
-            f"--- {name}: {options.frontends} frontends, --max-wait-ms {max_wait_ms or 'as built in'}",
-            *more,
-        )
-        with graph(options.frontends, max_wait_ms, keys=keys, more=more) as urls:
+        print(f"--- {name}: --max-wait-ms {options.max_wait_ms or 'as built in'}", *more, flush=True)
+        with graph(options, keys=keys, more=more) as urls:
             clients = Clients(urls)
             await run(clients, capacity, options.seconds)
             await clients.close()
@@ -324,6 +321,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--frontends", type=int, default=1)
+    parser.add_argument("--roles", default="aggregated,aggregated", help="of the workers")
     parser.add_argument("--capacity", type=float, default=0.0, help="requests a second; 0: measure it")
     parser.add_argument("--max-wait-ms", type=float, default=MAX_WAIT_MS, help="0: as built in")
     os.environ.setdefault("PENSTOCK_LOG", "info")

@@ -204,3 +204,27 @@ async def test_requests_of_a_lost_worker_go_before_those_that_wait(tmp_path: Pat
         for answer in (first, second, *answers.values()):
             await answer.tokens()
         assert set(order[-3:]) <= set(answers)
+
+
+async def test_what_waits_does_so_in_the_frontend_when_prefill_is_the_limit(tmp_path: Path) -> None:
+    """Neither the prefill worker's queue nor KV that waits to be pulled piles up."""
+    settings = RouterSettings(
+        tick_s=0.02,
+        disagg="always",
+        admission=AdmissionSettings(dispatch_wait_ms=20.0, max_wait_ms=120_000.0),
+    )
+    roles = {"p0": Role.PREFILL, "d0": Role.DECODE}
+    async with cluster(tmp_path, roles, settings, sim=SLOW) as it:
+        answers = [it.ask([number, *range(400)], max_tokens=4)[0] for number in range(60)]
+        assert it.queued >= 30
+        waiting = held = 0
+        while it.queued:
+            loads = [view.load for view in it.router.instances()]
+            waiting = max(waiting, *(load.waiting for load in loads))
+            held = max(held, *(load.held_handoffs for load in loads))
+            await asyncio.sleep(0.005)
+        for answer in answers:
+            assert len(await answer.tokens()) == 4
+        assert waiting <= 15
+        assert held <= 20
+        await it.wait_idle()
