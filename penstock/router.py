@@ -350,7 +350,9 @@ class Router:
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
         workers = sum(card.role.decodes for card in cards)
         token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
-        if not queue.may_go(request.request_id, decision.wait_ms, workers, token_ms, now):
+        if not queue.may_go(
+            request.request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded
+        ):
             return life.Held()
         self._metrics.waited(queue.take(request.request_id, now))
         self._metrics.decided(self._settings.policy, decision.path)

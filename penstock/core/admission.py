@@ -30,6 +30,8 @@ from random import Random
 
 import msgspec
 
+from penstock.core.pace import Drain, Recent
+
 ACCEPT_SHARE = 0.8
 """Of `max_wait_ms`: the longest predicted wait with which a newcomer is let in. Predictions err; with this
 margin, few of those let in are sent away later."""
@@ -37,9 +39,6 @@ margin, few of those let in are sent away later."""
 OUTPUT_WORK = 4.0
 """Work of an output token, in prompt tokens: on Qwen3-32B (2 x H200) with 64 requests a step, a prompt
 token takes 46 us and an output token 200."""
-
-FORGETTING = 0.98
-"""Weight of a call taken relative to the next one, in a pace: the last 50 or so count."""
 
 PRIOR_CALLS = 8
 """Calls taken before a flow's own pace counts; the queue's first guess weighs as much as that many."""
@@ -49,9 +48,6 @@ LARGEST_SHARE = 0.99
 
 MAX_RETRY_S = 60.0
 """Of Retry-After, before it is spread: further than this nobody can see."""
-
-MAX_LINES = 256
-"""Priorities whose recent work is remembered."""
 
 _BACK = -(2**31) - 1  # the line of those who came back: before every priority, which has 32 bits
 
@@ -69,8 +65,7 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     batches, so that no engine runs dry between two reports, and little is beyond reordering."""
 
     max_itl_ms: float = 0.0
-    """The mean time between tokens up to which a worker is given more requests; 0: any. It turns the
-    objective for it into places at a worker, and those into waits."""
+    """The mean time between tokens up to which a worker is given more requests; 0: any."""
 
     max_queued: int = 1024
     """Requests that may wait here, whatever the prediction: a bound on memory."""
@@ -102,69 +97,6 @@ def work_tokens(prompt_tokens: int, output_tokens: float) -> float:
     return prompt_tokens + OUTPUT_WORK * output_tokens
 
 
-class _Drain:
-    """How fast something empties, measured while there is something in it."""
-
-    __slots__ = ("_last", "_ms", "_work", "calls")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._ms = 0.0
-        self._work = 0.0
-        self._last: float | None = None  # when the time not counted yet began; None: nothing waits
-
-    def begin(self, now: float) -> None:
-        """Something waits."""
-        if self._last is None:
-            self._last = now
-
-    def end(self) -> None:
-        """Nothing does any more."""
-        self._last = None
-
-    def guess(self, pace: float, work: float) -> None:
-        """The first guess, as if `work` had been taken at this pace."""
-        self._ms, self._work = pace * work, work
-
-    def took(self, work: float, now: float, workers: int = 1) -> None:
-        """So much has gone."""
-        if self._last is None:
-            return
-        self.calls += 1
-        self._ms = self._ms * FORGETTING + (now - self._last) * 1e3 * workers
-        self._work = self._work * FORGETTING + work
-        self._last = now
-
-    @property
-    def pace(self) -> float:
-        """Milliseconds of one worker per unit of work; 0 as long as nothing is known."""
-        return self._ms / self._work if self._work else 0.0
-
-
-class _Recent:
-    """How much work of each priority went lately: sums that halve every `half_s`."""
-
-    def __init__(self, half_s: float) -> None:
-        self._half_s = half_s
-        self._sums: dict[int, tuple[float, float]] = {}  # work, and when that was
-
-    def took(self, priority: int, work: float, now: float) -> None:
-        """So much went."""
-        before, at = self._sums.pop(priority, (0.0, now))
-        self._sums[priority] = (before * math.exp2((at - now) / self._half_s) + work, now)
-        if len(self._sums) > MAX_LINES:
-            del self._sums[next(iter(self._sums))]  # of which none went for the longest time
-
-    def per_second_before(self, priority: int, now: float) -> float:
-        """Work per second of all lower numbers."""
-        recent = sum(
-            work * math.exp2((at - now) / self._half_s)
-            for number, (work, at) in self._sums.items()
-            if number < priority
-        )
-        return recent * math.log(2) / self._half_s
-
-
 @dataclass(slots=True, eq=False)
 class _Call:
     """What waits: the requests of one client's call."""
@@ -188,7 +120,7 @@ class _Flow:
     start: float  # virtual time at which its next call begins
     calls: dict[str, _Call] = field(default_factory=dict)  # in order of arrival
     work: float = 0.0
-    drain: _Drain = field(default_factory=_Drain)
+    drain: Drain = field(default_factory=Drain)
 
 
 @dataclass(slots=True, eq=False)
@@ -223,8 +155,8 @@ class Queue:
         self._calls: dict[str, _Call] = {}  # by request id
         self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
         self._gone_key = ""  # the call that went last
-        self._drain = _Drain()
-        self._recent = _Recent(settings.max_wait_ms / 2e3)
+        self._drain = Drain()
+        self._recent = Recent(settings.max_wait_ms / 2e3)
         self._head_ms = 0.0  # how long the head has to wait at the workers, as of its latest try
         self._workers = 1
         self._served_since = -math.inf  # there have been workers from then on
@@ -292,19 +224,29 @@ class Queue:
         call = self._calls.get(request_id)
         return call is not None and call is self._first()
 
-    def may_go(self, request_id: str, wait_ms: float, workers: int, token_ms: float, now: float) -> bool:
+    def may_go(
+        self,
+        request_id: str,
+        wait_ms: float,
+        workers: int,
+        token_ms: float,
+        now: float,
+        *,
+        crowded: bool = False,
+    ) -> bool:
         """Whether this request, whose turn it is, is to be sent; if not, it waits on.
 
         Args:
             wait_ms: the least time in which one of the workers could begin it.
             workers: how many there are that can end it.
             token_ms: what one of them takes for a prompt token: a first guess at the pace.
+            crowded: whether each of them has as many as it should have, whoever may wait.
         """
         if request_id in self._along:
             return True
         self._head_ms = wait_ms
         self._workers = max(1, workers)
-        if wait_ms <= self._settings.gate_ms:
+        if wait_ms <= self._settings.gate_ms and not crowded:
             return True
         if not self._drain.pace:
             self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)
@@ -466,7 +408,7 @@ class Queue:
         line.work -= work
         if not flow.calls:
             flow.work = 0.0  # no rounding errors
-            flow.drain = _Drain()
+            flow.drain = Drain()
         if not line.calls:
             del self._lines[line.priority]
         if not self._calls:

@@ -5,7 +5,6 @@ For a worker with rates r, b = running + waiting requests and q prompt tokens st
     step_ms(b)   = r.step_ms + r.decode_request_ms * b
     compute(n)   = r.prefill_token_ms * n + ceil(n / STEP_TOKENS) * step_ms(b)
     queue_ms     = compute(q), plus the wait for a place when all are taken, or for blocks
-    places       = the engine's own number, or fewer to keep within max_itl_ms (see _places)
     prefill_ms   = compute(uncached),  uncached = max(1, prompt - overlap), the last token at least
     inflicted_ms = max(1, b) * r.prefill_token_ms * (uncached + QUEUE_SHARE * q)
     decode_ms    = expected_output_tokens * step_ms(b + 1)
@@ -22,7 +21,6 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 
 import msgspec
@@ -133,7 +131,9 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     the others, for the whole output.
     """
     load, rates = candidate.load, candidate.load.rates
-    ahead = max(0.0, load.running + load.waiting + 1 - _places(query, candidate))
+    ahead = 0  # how many must end, or be served, before it can begin
+    if candidate.max_running:
+        ahead = max(0, load.running + load.waiting + 1 - candidate.max_running)
     free = load.total_blocks - load.used_blocks
     if candidate.role.decodes and load.running:
         free -= int(GROWTH_SHARE * query.stay_tokens * load.running / candidate.block_size)
@@ -145,22 +145,25 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
         stay_ms = query.stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
+        stay_ms += (
+            load.running * rates.prefill_token_ms * candidate.prompt_tokens
+        )  # those that begin meanwhile
     return ahead * stay_ms / max(1, load.running + load.held_handoffs)
 
 
-def _places(query: Query, candidate: Candidate) -> float:
-    """How many requests it may serve at one time.
+def crowded(query: Query, candidate: Candidate) -> bool:
+    """Whether one request more would bring the time between tokens there beyond `max_itl_ms`.
 
-    With b of them, each step takes step_ms + b * decode_request_ms. While one of them gets its n tokens, as
-    many others begin as there are places, each with p prompt tokens to compute, and all wait for that: the
-    mean time between tokens is step_ms + b * (decode_request_ms + prefill_token_ms * p / n).
+    With b of them, each step takes step_ms + b * decode_request_ms. While one of them gets its n tokens, b
+    others begin, each with p prompt tokens to compute, and all wait for that: the mean time between tokens
+    is step_ms + b * (decode_request_ms + prefill_token_ms * p / n). A single one is never too many.
     """
-    places = float(candidate.max_running or math.inf)
-    if query.max_itl_ms and candidate.role.decodes:
-        rates = candidate.load.rates
-        prompt_ms = rates.prefill_token_ms * candidate.prompt_tokens / query.stay_tokens
-        places = min(places, (query.max_itl_ms - rates.step_ms) / (rates.decode_request_ms + prompt_ms))
-    return max(1.0, places)
+    if not query.max_itl_ms:
+        return False
+    rates, requests = candidate.load.rates, candidate.load.running + candidate.load.waiting
+    prompt_ms = rates.prefill_token_ms * candidate.prompt_tokens / query.stay_tokens
+    itl_ms = rates.step_ms + (requests + 1) * (rates.decode_request_ms + prompt_ms)
+    return requests > 0 and itl_ms > query.max_itl_ms
 
 
 class OutputLengths:

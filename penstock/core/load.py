@@ -174,6 +174,7 @@ class _Account:
     uncached_tokens: int = 0  # sums over on_the_way and booked
     context_tokens: int = 0
     booked: dict[str, int] = field(default_factory=dict)  # request id -> context tokens
+    sent: int = 0  # attempts
     prompt_tokens: float = 0.0  # uncached, of an attempt: the mean of the last 50 or so
 
 
@@ -196,7 +197,9 @@ class LoadBook:
         account.on_the_way.append(_Sent(seq, uncached_tokens, context_tokens))
         account.uncached_tokens += uncached_tokens
         account.context_tokens += context_tokens
-        account.prompt_tokens += PROMPT_GAIN * (uncached_tokens - account.prompt_tokens)
+        account.sent += 1
+        gain = max(PROMPT_GAIN, 1 / account.sent)
+        account.prompt_tokens += gain * (uncached_tokens - account.prompt_tokens)
 
     def prompt_tokens(self, instance_id: str) -> float:
         """How many prompt tokens an attempt sent there gives it to compute, on average."""

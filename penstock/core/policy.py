@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.core.costs import Candidate, Query, costs
+from penstock.core.costs import Candidate, Query, costs, crowded
 from penstock.core.disagg import Disagg, Path, Scored, plan
 
 __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
@@ -37,7 +37,8 @@ __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scor
 class Decision(msgspec.Struct, frozen=True):
     """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `scores` are
     the plans that were compared, cheapest first. `wait_ms` is the least time in which workers could begin
-    it, if not necessarily these: one may be busier, and yet the better choice for what it has cached."""
+    it, if not necessarily these: one may be busier, and yet the better choice for what it has cached.
+    `crowded`: on each of them, it would slow down the others' tokens too much."""
 
     decode: str
     prefill: str | None
@@ -45,6 +46,7 @@ class Decision(msgspec.Struct, frozen=True):
     reason: str
     scores: list[Scored]
     wait_ms: float = 0.0
+    crowded: bool = False
 
 
 Shortlist = Callable[[Query, Sequence[Candidate], Random], Sequence[Candidate]]
@@ -73,6 +75,8 @@ def choose(
     decoders = [candidate for candidate in candidates if candidate.role.decodes]
     if not decoders:
         return None
+    free = [candidate for candidate in decoders if not crowded(query, candidate)]
+    decoders = free or decoders
     first, ahead = None, []
     prefills = [candidate for candidate in candidates if not candidate.role.decodes]
     if prefills and mode is not Disagg.NEVER and not query.handed:
@@ -92,6 +96,7 @@ def choose(
         reason=_reason(best),
         scores=scores,
         wait_ms=wait_ms,
+        crowded=not free,
     )
 
 

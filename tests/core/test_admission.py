@@ -61,6 +61,7 @@ def test_the_only_one_goes_at_once_and_the_next_waits_its_turn() -> None:
     assert not it.may_go("b", 250.1, 2, TOKEN_MS, 0.0)
     enter(it, "c")
     assert not it.turn("c")
+    assert not it.may_go("b", 0.0, 2, TOKEN_MS, 0.5, crowded=True)
     assert drain(it, 1.0) == ["b", "c"]
     assert len(it) == 0
     assert it.next() is None

@@ -7,7 +7,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, OutputLengths, Query, costs
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, OutputLengths, Query, costs, crowded
 from penstock.core.policy import Path, choose
 from penstock.structs import Load, Rates, Role
 
@@ -47,14 +47,30 @@ def test_blocks_are_kept_for_those_that_run() -> None:
 
 def test_an_objective_for_the_time_between_tokens_limits_the_places() -> None:
     query = replace(QUERY, max_itl_ms=20.0)
-    decode = candidate(role=Role.DECODE, running=99)
-    assert wait_ms(query, decode) == 0.0
-    assert wait_ms(query, replace(decode, load=replace(decode.load, running=100))) > 0.0
+
+    def with_running(it: Candidate, running: int) -> Candidate:
+        return replace(it, load=replace(it.load, running=running))
+
+    decode = candidate(role=Role.DECODE)
+    assert not crowded(query, with_running(decode, 99))
+    assert crowded(query, with_running(decode, 100))
+    assert not crowded(QUERY, with_running(decode, 100))
     both = replace(decode, role=Role.AGGREGATED, prompt_tokens=800.0)  # 0.4 ms more for each
-    assert wait_ms(query, replace(both, load=replace(both.load, running=19))) == 0.0
-    assert wait_ms(query, replace(both, load=replace(both.load, running=20))) > 0.0
-    # One is always possible, however slow the worker.
-    assert wait_ms(replace(query, max_itl_ms=1.0), candidate(role=Role.DECODE)) == 0.0
+    assert not crowded(query, with_running(both, 19))
+    assert crowded(query, with_running(both, 20))
+    assert not crowded(replace(query, max_itl_ms=1.0), decode)  # one is always possible
+
+
+def test_a_worker_with_a_free_place_is_preferred_and_the_lack_of_any_is_said() -> None:
+    query = replace(QUERY, max_itl_ms=20.0)
+    cached = replace(candidate("a0", running=120), overlap_blocks=9)
+    free = candidate("a1", running=50)
+    decision = choose(query, [cached, free], rng=random.Random(0))
+    assert decision is not None
+    assert (decision.decode, decision.crowded) == ("a1", False)
+    decision = choose(query, [cached], rng=random.Random(0))
+    assert decision is not None
+    assert (decision.decode, decision.crowded) == ("a0", True)
 
 
 def test_a_decision_says_how_long_the_least_busy_workers_take_to_begin() -> None:
