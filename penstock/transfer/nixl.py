@@ -85,7 +85,7 @@ class NixlTransfer(Exchange):
         self._pool: NDArray[np.uint8] = np.asarray(pool)
         self._staging = Staging(settings.staging_buffers, settings.staging_bytes, self._pool.shape[1])
         incarnation = f"{self.instance_id}-{self.epoch}-{secrets.token_hex(4)}"
-        self._agent = Agent(incarnation, settings.progress_interval_s)
+        self._agent = Agent(incarnation, settings.progress_interval_s, settings.host)
         self._agent.register(self._pool)
         self._agent.register(self._staging.memory)
         self._metadata = self._agent.metadata()

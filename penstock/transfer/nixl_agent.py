@@ -7,6 +7,7 @@ binding below it is used, where that thread can be told to sleep. Written agains
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import logging
 import os
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 # The extra `penstock[nixl]` does it too, but pip then brings torch, which NIXL names and does not need.
 _INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1"
 _PLUGIN = "UCX"
+_LOOPBACK_DEVICE = "lo"
 _HOST_MEMORY = 0  # the device number that goes with memory of the host
 
 Descriptors = NDArray[np.uint64]  # shape (reads, 3): address, bytes, device number
@@ -34,13 +36,17 @@ class Agent:
     Args:
         name: unique among all agents that ever meet, incarnations included.
         progress_interval_s: longest that its thread sleeps; events wake it earlier.
+        host: where this process may listen. UCX would listen on every network device; for a loopback
+            address it is kept to that one, unless `UCX_NET_DEVICES` says otherwise.
 
     Raises:
         ConfigError: NIXL is not installed, or finds no transport.
     """
 
-    def __init__(self, name: str, progress_interval_s: float) -> None:
+    def __init__(self, name: str, progress_interval_s: float, host: str) -> None:
         self.name = name
+        if host == "localhost" or _is_loopback(host):
+            os.environ.setdefault("UCX_NET_DEVICES", _LOOPBACK_DEVICE)
         self._nixl = _bindings()
         with self._mapped(ConfigError, "cannot start"):
             config = self._nixl.nixlAgentConfig()
@@ -138,6 +144,13 @@ class Agent:
             if type(error).__module__ != self._nixl.__name__ and not isinstance(error, RuntimeError):
                 raise
             raise kind(f"NIXL: {what}: {str(error) or type(error).__name__}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bindings() -> Any:

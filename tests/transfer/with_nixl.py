@@ -159,7 +159,7 @@ class TestReadsThatWereGivenUp:
 
 
 def test_errors_of_nixl_are_mapped() -> None:
-    agent = Agent("mapped", 0.01)
+    agent = Agent("mapped", 0.01, "127.0.0.1")
     memory = np.zeros((1, 64), np.uint8)
     agent.register(memory)
     row = np.array([[memory.ctypes.data, 64, 0]], np.uint64)
