@@ -252,11 +252,14 @@ def test_vllm_stands_still(
     """Its worker lives and talks, so only the steps that it does not take give it away. All is answered
     elsewhere meanwhile, and it is taken back once it goes on."""
     again = always.metric("penstock_retries_total")
+    pids = workers.pids(service, "core")[:1]
     with Load(always, expected) as load:
-        load.start()
         if service == "DecodeWorker":
+            load.start()
             load.wait_for_tokens(MANY)
-        with frozen(workers.pids(service, "core")[:1]):
+        with frozen(pids):
+            if service == "PrefillWorker":
+                load.start()
             began = time.monotonic()
             wait_until(lambda: always.metric("penstock_instance_state", state="quarantined") == 1)
             noticed_s = time.monotonic() - began
