@@ -70,7 +70,7 @@ SIM_PHASES = {
     ),
     "prefill": Phase(8, 6000, 40, lambda clients, load: _load(load, "prefill.running") >= 2),
     "transfer": Phase(
-        24, 600, 60, lambda clients, load: _load(load, "held_handoffs") >= 12, stalled_transfers=True
+        24, 600, 60, lambda clients, load: _load(load, "held_handoffs") >= 8, stalled_transfers=True
     ),
     "decode": Phase(
         48, 200, 160, lambda clients, load: sum(client.outcome.pieces > 4 for client in clients) >= 36
