@@ -42,6 +42,8 @@ def chosen(options: argparse.Namespace, engine: str) -> list[tuple[Fault, str]]:
             continue
         if engine == "reference" and not (fault.reference or fault.discovery):
             continue
+        if options.quick and not fault.quick:
+            continue
         phases = fault.quick if options.quick else fault.phases
         if engine == "reference":
             phases = tuple(REFERENCE_PHASES)

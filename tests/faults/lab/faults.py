@@ -72,12 +72,12 @@ async def kill(graph: Graph, victims: list[Part]) -> None:
     await asyncio.gather(*(graph.restart(victim) for victim in victims))
 
 
-@fault("kill -9 of a prefill worker", quick="prefill transfer", reference=True)
+@fault("kill -9 of a prefill worker", reference=True, quick="transfer")
 async def kill_prefill(graph: Graph) -> None:
     await kill(graph, [await graph.busiest("prefill")])
 
 
-@fault("kill -9 of a decode worker", quick="transfer decode", reference=True)
+@fault("kill -9 of a decode worker", reference=True, quick="decode")
 async def kill_decode(graph: Graph) -> None:
     await kill(graph, [await graph.busiest("decode")])
 
@@ -115,14 +115,14 @@ async def freeze_prefill_long(graph: Graph) -> None:
     await freeze(await graph.busiest("prefill"), 20.0)
 
 
-@fault("a decode worker frozen for 1 s", phases="transfer decode", reference=True, lasts_s=1)
+@fault(
+    "a decode worker frozen for 1 s", phases="transfer decode", reference=True, lasts_s=1, quick="decode"
+)
 async def freeze_decode_short(graph: Graph) -> None:
     await freeze(await graph.busiest("decode"), 1.0)
 
 
-@fault(
-    "a decode worker frozen for 20 s", phases="transfer decode", quick="decode", reference=True, lasts_s=20
-)
+@fault("a decode worker frozen for 20 s", phases="transfer decode", reference=True, lasts_s=20)
 async def freeze_decode_long(graph: Graph) -> None:
     await freeze(await graph.busiest("decode"), 20.0)
 
@@ -159,12 +159,12 @@ async def drain(graph: Graph, part: Part) -> None:
     assert code == 0, f"{part.name} exited with {code}"
 
 
-@fault("SIGTERM to a prefill worker", quick="transfer", reference=True)
+@fault("SIGTERM to a prefill worker", reference=True)
 async def drain_prefill(graph: Graph) -> None:
     await drain(graph, await graph.busiest("prefill"))
 
 
-@fault("SIGTERM to a decode worker", quick="decode", reference=True)
+@fault("SIGTERM to a decode worker", reference=True, quick="decode")
 async def drain_decode(graph: Graph) -> None:
     await drain(graph, await graph.busiest("decode"))
 
@@ -199,7 +199,7 @@ async def cut_prefill(graph: Graph) -> None:
     await storm(graph, [await graph.busiest("prefill")], Weather(refused=True), 3.0)
 
 
-@fault("a decode worker's links cut for 3 s", phases="transfer decode", quick="decode", lasts_s=3)
+@fault("a decode worker's links cut for 3 s", phases="transfer decode", lasts_s=3)
 async def cut_decode(graph: Graph) -> None:
     await storm(graph, [await graph.busiest("decode")], Weather(refused=True), 3.0)
 
@@ -216,7 +216,7 @@ async def silence_prefill(graph: Graph) -> None:
     await storm(graph, [await graph.busiest("prefill")], Weather(hold_up=True, hold_down=True), 8.0)
 
 
-@fault("a decode worker's links silent for 8 s", phases="transfer decode", quick="decode", lasts_s=8)
+@fault("a decode worker's links silent for 8 s", phases="transfer decode", lasts_s=8, quick="decode")
 async def silence_decode(graph: Graph) -> None:
     await storm(graph, [await graph.busiest("decode")], Weather(hold_up=True, hold_down=True), 8.0)
 
@@ -246,12 +246,12 @@ async def throttle_decode(graph: Graph) -> None:
     await storm(graph, [await graph.busiest("decode")], Weather(bytes_per_s=20e3), 5.0)
 
 
-@fault("KV transfer refused for 5 s", phases="prefill transfer", quick="prefill", reference=True, lasts_s=5)
+@fault("KV transfer refused for 5 s", phases="prefill transfer", reference=True, lasts_s=5, quick="prefill")
 async def cut_transfer(graph: Graph) -> None:
     await storm(graph, graph.role("prefill"), Weather(refused=True), 5.0, transfer=True)
 
 
-@fault("KV transfer silent for 8 s", phases="prefill", quick="prefill", reference=True, lasts_s=8)
+@fault("KV transfer silent for 8 s", phases="prefill", reference=True, lasts_s=8)
 async def silence_transfer(graph: Graph) -> None:
     weather = Weather(hold_up=True, hold_down=True)
     await storm(graph, graph.role("prefill"), weather, 8.0, transfer=True)
@@ -266,7 +266,7 @@ async def throttle_transfer(graph: Graph) -> None:
 
 
 @fault(
-    "the discovery directory deleted", phases="queued decode", quick="decode", lasts_s=6, discovery="file"
+    "the discovery directory deleted", phases="queued decode", lasts_s=6, discovery="file", quick="decode"
 )
 async def delete_discovery(graph: Graph) -> None:
     shutil.rmtree(graph.directory)
@@ -276,7 +276,6 @@ async def delete_discovery(graph: Graph) -> None:
 @fault(
     "the discovery directory unreadable for 8 s",
     phases="decode",
-    quick="decode",
     lasts_s=8,
     discovery="file",
 )
@@ -303,7 +302,7 @@ async def litter_discovery(graph: Graph) -> None:
         path.unlink(missing_ok=True)
 
 
-@fault("etcd killed for 15 s", phases="decode", quick="decode", discovery="etcd", lasts_s=15)
+@fault("etcd killed for 15 s", phases="decode", discovery="etcd", lasts_s=15)
 async def kill_etcd(graph: Graph) -> None:
     assert graph.etcd is not None
     graph.etcd.kill()
@@ -311,7 +310,13 @@ async def kill_etcd(graph: Graph) -> None:
     graph.etcd.start()
 
 
-@fault("etcd killed and started again without its data", phases="decode", discovery="etcd", lasts_s=2)
+@fault(
+    "etcd killed and started again without its data",
+    phases="decode",
+    discovery="etcd",
+    lasts_s=2,
+    quick="decode",
+)
 async def lose_etcd(graph: Graph) -> None:
     assert graph.etcd is not None
     graph.etcd.kill()
@@ -419,6 +424,19 @@ async def starve_prefill(graph: Graph) -> None:
         await asyncio.sleep(4.0)
 
 
+@fault("a decode worker without memory for 4 s", phases="decode", lasts_s=4)
+async def starve_memory(graph: Graph) -> None:
+    part = await graph.busiest("decode")
+    status = Path(f"/proc/{part.pid}/status").read_text()
+    used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize:"))
+    before = part.limit(resource.RLIMIT_AS, used * 1024)
+    await asyncio.sleep(4.0)
+    if part.running:
+        part.limit(resource.RLIMIT_AS, before)
+    else:  # as after any death
+        await graph.restart(part)
+
+
 # --- strangers ---------------------------------------------------------------------------------------
 
 
@@ -428,7 +446,7 @@ async def garbage_link(graph: Graph) -> None:
     await strangers.garbage(part.host, LINK_PORT)
 
 
-@fault("garbage on a prefill worker's transfer port", phases="transfer", quick="transfer", reference=True)
+@fault("garbage on a prefill worker's transfer port", phases="transfer", reference=True)
 async def garbage_transfer(graph: Graph) -> None:
     part = await graph.busiest("prefill")
     assert part.transfer is not None
