@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.errors import ConfigError
 
@@ -26,6 +27,9 @@ DEFAULT_PORT = 9090
 
 MAX_CONNECTIONS = 64
 """Probes at once; a further one is answered with 503. Probes are few, and answered at once."""
+
+CONNECTION_S = 10.0
+"""How long a connection may last, idle or not; a prober simply makes another."""
 
 Health = Callable[[], dict[str, Any]]
 
@@ -50,6 +54,19 @@ class _App:
         await send({"type": "http.response.body", "body": msgspec.json.encode(body)})
 
 
+class _Connection(H11Protocol):
+    """h11, unlike the faster parser, bounds all that is no body, trailers included; and no connection lasts
+    long enough to keep others out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._end = self.loop.call_later(CONNECTION_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        super().connection_lost(exc)
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,6 +79,7 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
     usual port, or another where that is taken."""
     config = uvicorn.Config(
         _App(health),
+        http=_Connection,
         lifespan="off",
         ws="none",
         log_config=None,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 from typing import Any
@@ -28,6 +30,31 @@ async def test_health_follows_the_worker() -> None:
             assert (await client.get(f"{url}/live")).status_code == live
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port)):
         pass
+
+
+async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trailers without end, and connections that only wait."""
+    monkeypatch.setattr("penstock.probes.CONNECTION_S", 1.0)
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /live HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(20):
+                while not reader.at_eof() and sent < 10_000_000:
+                    writer.write(b"a: b\r\n" * 1000)
+                    sent += 6000
+                    await writer.drain()
+                    await asyncio.sleep(0)
+        writer.close()
+        assert sent < 10_000_000
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(20):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/live")).status_code == 200
 
 
 async def test_a_taken_port_is_one_clear_line() -> None:
