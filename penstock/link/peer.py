@@ -34,9 +34,6 @@ from penstock.wire.messages import (
     Welcome,
 )
 
-SNAPSHOT_PART_BLOCKS = 16_384
-"""Hashes in one Snapshot: a quarter of a millisecond to encode, 144 KiB."""
-
 ASSET_PART_BYTES = 1024 * 1024
 
 
@@ -202,9 +199,10 @@ class Peer:
 
     def _snapshot_frames(self, hashes: list[int], load: Load) -> Iterator[bytes]:
         """The parts of a snapshot; once they have left, what was held back follows."""
-        whole = len(hashes) // SNAPSHOT_PART_BLOCKS * SNAPSHOT_PART_BLOCKS
-        for start in range(0, whole, SNAPSHOT_PART_BLOCKS):
-            yield frames.encode(Snapshot(hashes=hashes[start : start + SNAPSHOT_PART_BLOCKS]))
+        part = self._settings.snapshot_part_blocks
+        whole = len(hashes) // part * part
+        for start in range(0, whole, part):
+            yield frames.encode(Snapshot(hashes=hashes[start : start + part]))
         yield frames.encode(Snapshot(hashes=hashes[whole:], last=True, load=load))
         held, self._held = self._held or [], None
         self._held_bytes = 0

@@ -93,7 +93,7 @@ class Session:
         self.phase = Phase.HANDSHAKE
         self.refused = False  # it ended in a way that only a person can mend
         self.orderly = False  # one side left on purpose, and said so
-        self.fell_silent = False  # it was cut because nothing came
+        self.fell_silent = False  # it was cut because nothing came, or nothing arrived there
         self.was_live = False  # once it has ended: whether `on_up` and `on_down` were called
         self.live_s = 0.0  # how long it was live, once it has ended
         self._settings = settings
@@ -160,6 +160,7 @@ class Session:
             self.fell_silent = True
             self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
         elif self._arrives_late(seconds):
+            self.fell_silent = True
             self.connection.cut(f"nothing that was sent has arrived in {settings.silence_s:g} s")
         elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"no snapshot in {settings.snapshot_timeout_s:g} s")

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from penstock.engines.batch import Row, Sampled
+from penstock.engines.block_pool import BlockPool
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
@@ -51,6 +52,11 @@ class LabClock:
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         await self._free.wait()
+
+    @property
+    def wedged(self) -> bool:
+        """Whether no sleep ends."""
+        return self._wedged > 0
 
     def wedge(self) -> None:
         self._wedged += 1
@@ -200,6 +206,7 @@ class LabTransfer(SimTransfer):
 
     Args:
         offered, pulled: told of every handoff that may be read, and that was read to its end.
+        wrong: told of blocks that are read or written and belong to nobody.
     """
 
     def __init__(
@@ -209,19 +216,39 @@ class LabTransfer(SimTransfer):
         process: Process,
         offered: Callable[[str], None],
         pulled: Callable[[str], None],
+        wrong: Callable[[str], None],
     ) -> None:
         super().__init__(settings, network, process.name, process.clock)
+        self.pool: Callable[[], BlockPool]  # of the engine that it is for
         self._offered = offered
         self._pulled = pulled
+        self._wrong = wrong
+        self._read: dict[str, Sequence[int]] = {}  # blocks that are being read from here
 
     def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
         self._offered(handoff_id)
         return super().export(handoff_id, block_ids)
 
+    def _begin(self, handoff_id: str, reader: SimTransfer) -> Sequence[int] | None:
+        offered = super()._begin(handoff_id, reader)
+        if offered is not None:
+            self._read[handoff_id] = offered
+        return offered
+
+    def _end(self, handoff_id: str) -> None:
+        super()._end(handoff_id)
+        self._held(self._read.pop(handoff_id, ()), f"freed while {handoff_id} is read from them")
+
+    def _held(self, block_ids: Sequence[int], otherwise: str) -> None:
+        free = [block for block in block_ids if not self.pool()._references[block]]
+        if free:
+            self._wrong(f"blocks {free} are {otherwise}")
+
     async def _transfer(
         self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
     ) -> str | None:
         error = await super()._transfer(handoff, sources, targets, timeout_s)
+        self._held(targets, f"freed while {handoff.handoff_id} is written to them")
         if error is None:
             self._pulled(handoff.handoff_id)
         else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.simulator.network import first_message
+from penstock.simulator.watch import Seen
 from penstock.simulator.workload import FIRST_TOKEN_ID, draw_calls
 from penstock.structs import Role
 from penstock.wire.messages import Cancel, Generate, Ping, Release
@@ -97,7 +98,7 @@ async def freeze(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker], silent=True):
+        with lab.suspecting([worker], seen=Seen.AT_ONCE):
             worker.process.freeze()
             await asyncio.sleep(rng.uniform(0.2, 15.0))
             worker.process.thaw()
@@ -173,7 +174,7 @@ async def wedge(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng)
     if worker is not None:
         lab.fault("wedge", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker]):
+        with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
             worker.clock.wedge()
             await asyncio.sleep(rng.uniform(0.2, 15.0))
             worker.clock.unwedge()
@@ -226,7 +227,7 @@ async def stale_handoff(lab: Lab, rng: random.Random) -> None:
     worker = _worker(lab, rng, Role.DECODE)
     if worker is not None:
         lab.fault("stale-handoff", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker]):
+        with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
             worker.clock.wedge()
             await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
             worker.clock.unwedge()
@@ -246,7 +247,7 @@ async def partition(lab: Lab, rng: random.Random) -> None:
     name = " ".join(f"{source}>{target}" for source, target in routes)
     lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
     one_way = routes == [(frontend.name, worker.instance_id)]  # noticed by what does not arrive there
-    with lab.suspecting([worker], [frontend], silent=not one_way):
+    with lab.suspecting([worker], [frontend], seen=Seen.WHEN_SENT_TO if one_way else Seen.AT_ONCE):
         for route in routes:
             lab.network.block(*route)
         await asyncio.sleep(rng.uniform(0.2, 20.0))
@@ -373,7 +374,8 @@ async def discovery_flaps(lab: Lab, rng: random.Random) -> None:
 @_fault("hang-ups", gentle=True)
 async def hang_ups(lab: Lab, rng: random.Random) -> None:
     """Many clients leave at once."""
-    leaving = [asked for asked in lab.flying() if rng.random() < 0.5]
+    share = rng.choice((0.3, 0.6, 1.0))
+    leaving = [asked for asked in lab.flying() if rng.random() < share]
     lab.fault("hang-ups", "clients", leaving)
     for asked in leaving:
         frontend = next(it for it in lab.frontends if it.name == asked.frontend)

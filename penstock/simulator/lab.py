@@ -23,7 +23,7 @@ from penstock.simulator.loop import Process, StandsStill, VirtualLoop
 from penstock.simulator.network import Network
 from penstock.simulator.parts import SimFrontend, SimWorker
 from penstock.simulator.scenario import PlannedFault, Scenario
-from penstock.simulator.watch import Watch
+from penstock.simulator.watch import Seen, Watch
 from penstock.simulator.workload import Asked, Call, Oracle
 from penstock.structs import Role, Sampling
 
@@ -92,7 +92,7 @@ class Lab:
 
     def __init__(self, scenario: Scenario, trace: Callable[[str], None] | None = None) -> None:
         self.scenario = scenario
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop(scenario.callback_s)
         self.context = contextvars.copy_context()
         self.over = False
         self.violation: Violation | None = None
@@ -203,12 +203,12 @@ class Lab:
         self,
         workers: list[SimWorker],
         frontends: list[SimFrontend] | None = None,
-        silent: bool = False,
+        *,
+        seen: Seen,
     ) -> Iterator[None]:
-        """These workers do not answer these frontends, all if not given: they must be routed around.
-        `silent`: nothing is heard of them; else it shows by work that is not done."""
+        """These workers do not answer these frontends, all if not given: they must be routed around."""
         names = [it.name for it in (self.frontends if frontends is None else frontends)]
-        with self.watch.suspecting(workers, names, silent):
+        with self.watch.suspecting(workers, names, seen):
             yield
 
     def flying(self, instance_id: str | None = None, frontend: str | None = None) -> list[Asked]:
@@ -246,6 +246,7 @@ class Lab:
                 self.loop.run_until_complete(self._until_violated())
             except StandsStill as error:
                 self.violate("time passes", str(error))
+                self.loop.forgive()
             self.over = self.network.over = True
             self._tear_down()
         return Outcome(
@@ -273,6 +274,7 @@ class Lab:
     async def _story(self) -> None:
         scenario = self.scenario
         self.spawn(self.directory.expire_forever(self.loop))
+        self.spawn(self.watch.orphans_forever())
         for place in range(scenario.frontends):
             self.start_frontend(place)
         for instance_id, role in scenario.roles.items():
@@ -316,9 +318,8 @@ class Lab:
         bound_s = self.scenario.deadlines.request_s + LATE_S
         for asked in self.asked:
             name = asked.request.request_id
-            if asked.ended in NOT_SERVED or asked.ended == "ok":
-                continue
-            if self.scenario.gentle or asked.ended not in ERRORS_ALLOWED:
+            served = asked.ended in NOT_SERVED or asked.ended == "ok"
+            if not served and (self.scenario.gentle or asked.ended not in ERRORS_ALLOWED):
                 self.violate("errors", f"{name} fails with {asked.ended}: {asked.error}")
             if asked.ended_at - asked.at > bound_s + self.frozen_s[asked.frontend]:
                 self.violate("an end", f"{name} ends {asked.ended_at - asked.at:.3f} s after its start")

@@ -1,9 +1,12 @@
 """An event loop on virtual time, and processes within it that can be frozen and killed.
 
 Time jumps to the next timer when nothing else is left to do, so an hour in which little happens takes
-seconds. Callbacks take no time. Whatever a process starts (tasks, timers, callbacks) carries the process
+seconds. Whatever a process starts (tasks, timers, callbacks) carries the process
 in its context; while the process is held, its callbacks are kept, as the kernel keeps what happens to a
 stopped one, and run when it goes on. A killed process is held until the end of the simulation.
+
+All processes share one processor: while one does something, for `callback_s`, nothing else happens, but
+what is due meanwhile comes between two callbacks of a series.
 
 Nothing depends on addresses in memory: tasks and futures hash by the order of their creation, so that the
 sets which asyncio keeps of them have one order.
@@ -128,8 +131,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     network: Network
 
-    def __init__(self) -> None:
+    def __init__(self, callback_s: float = 0.0) -> None:
         super().__init__()
+        self.callback_s = callback_s  # how long each callback takes
         self.callbacks = 0  # run so far
         self.processes: list[Process] = []
         self._now = 0.0
@@ -191,14 +195,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> Any:
         return self.network.listen(protocol_factory, host, port)
 
+    def forgive(self) -> None:
+        """Go on after StandsStill."""
+        self._at_once = 0
+
     def run_backlog(self, process: Process) -> None:
         """Let a process that is not held any more catch up."""
         self._ready.extend(process.backlog)
         process.backlog.clear()
 
     def _run_once(self) -> None:
-        ready = self._ready
-        if not ready:
+        ready, timers = self._ready, self._timers
+        if not ready or (timers and timers[0][0] <= self._now):
             self._advance()
         self._at_once += len(ready)
         if self._at_once > MAX_CALLBACKS_AT_ONCE:
@@ -212,21 +220,22 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 process.backlog.append(handle)
             else:
                 self.callbacks += 1
+                self._now += self.callback_s
                 handle._run()
 
     def _advance(self) -> None:
         timers = self._timers
         while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
-        if not timers:
+        if not timers and not self._ready:
             raise StandsStill("nothing is left that could happen")
-        if timers[0][0] > self._now:
+        if timers and not self._ready and timers[0][0] > self._now:
             self._now = timers[0][0]
-            self._at_once = 0
         while timers and timers[0][0] <= self._now:
             timer = heapq.heappop(timers)[2]
             if not timer._cancelled:
                 self._ready.append(timer)
+                self._at_once = 0
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Cancelled timers are left out when they are due."""

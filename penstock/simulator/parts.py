@@ -70,15 +70,17 @@ class SimWorker:
         self._stop = asyncio.Event()
         if self.role is not Role.AGGREGATED:
             self.transfer = LabTransfer(
-                scenario.transfer, lab.transfers, self.process, lab.offered, lab.pulled
+                scenario.transfer, lab.transfers, self.process, lab.offered, lab.pulled, self._wrong
             )
         scheduler = replace(scenario.sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
         self.engine = LabEngine(
             replace(scenario.sim, scheduler=scheduler),
             self.clock,
             self.transfer,
-            lambda what: lab.violate("wrong KV", f"{self.instance_id}: {what}"),
+            self._wrong,
         )
+        if self.transfer is not None:
+            self.transfer.pool = lambda: self.engine.scheduler.pool
         self.worker = Worker(
             self.engine,
             SimDiscovery(lab.directory),
@@ -97,6 +99,9 @@ class SimWorker:
             await self.worker.run(self._stop)
         except PenstockError as error:
             lab.note("worker failed", self.instance_id, error)
+
+    def _wrong(self, what: str) -> None:
+        self.lab.violate("wrong KV", f"{self.instance_id}: {what}")
 
     def _exit(self, how: str) -> None:
         if self.exited:

@@ -6,8 +6,10 @@ no further attempt for as long as that lasts, once its patience is over.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -27,6 +29,18 @@ SILENCE_S = 3.0
 """Within which a silent worker is found."""
 
 
+ORPHANS_S = 3.0
+"""Within which a worker ends attempts whose frontend is gone."""
+
+
+class Seen(Enum):
+    """From when on a frontend can know that a worker does not answer."""
+
+    AT_ONCE = "silence"
+    WHEN_BUSY = "work that is not done"
+    WHEN_SENT_TO = "no sign that it arrived"
+
+
 class Watch:
     """Sees what frontends send to workers that do not answer."""
 
@@ -37,16 +51,18 @@ class Watch:
 
     @contextmanager
     def suspecting(
-        self, workers: Iterable[SimWorker], frontends: Iterable[str], silent: bool
+        self, workers: Iterable[SimWorker], frontends: Iterable[str], seen: Seen
     ) -> Iterator[None]:
         """These workers do not answer these frontends."""
         now = self._lab.loop.time()
         routes = []
         for worker in workers:
             self._bounds_s[worker.instance_id] = self._bound_s(worker)
+            busy = worker.worker.health()["attempts"] > 0
+            at_once = seen is Seen.AT_ONCE or (seen is Seen.WHEN_BUSY and busy)
             for name in frontends:
                 routes.append((name, worker.instance_id))
-                self._since[name, worker.instance_id] = now if silent else None
+                self._since[name, worker.instance_id] = now if at_once else None
         if self._on_write not in self._lab.network.taps:
             self._lab.network.taps.append(self._on_write)
         try:
@@ -61,6 +77,18 @@ class Watch:
         """This frontend could not find out anything."""
         for route in [route for route in self._since if route[0] == frontend]:
             self._since[route] = None
+
+    async def orphans_forever(self) -> None:
+        """Look for attempts that nobody waits for."""
+        since: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(ORPHANS_S / 4)
+            orphans = {name for worker in self._lab.live_workers() for name in _orphans(worker)}
+            now = self._lab.loop.time()
+            since = {name: since.get(name, now) for name in sorted(orphans)}
+            for name, first in since.items():
+                if now - first > ORPHANS_S:
+                    self._lab.violate("orphans end", f"{name} runs since {first:.3f}, for nobody")
 
     def _on_write(self, route: Route, data: bytes) -> bytes:
         if route not in self._since:
@@ -86,3 +114,12 @@ class Watch:
         progress = Progress(ProgressLimits(), settings.max_batch_tokens)
         progress.observe(replace(load, prefill_tokens=settings.max_batch_tokens), 0.0)
         return max(SILENCE_S, progress.patience_s()) + LOOK_S
+
+
+def _orphans(worker: SimWorker) -> list[str]:
+    """Attempts whose frontend's link has ended, on a worker that could do something about it."""
+    if not worker.serving or worker.process.held or worker.clock.wedged:
+        return []
+    shell = worker.worker
+    peers = set(shell._server.peers)
+    return [f"{worker.instance_id} {name}" for name, peer in shell._owners.items() if peer not in peers]

@@ -39,7 +39,7 @@ def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: in
         prompt = prompt + _tokens(rng, rng.randint(1, 24), vocab_size)
         greedy = rng.random() < 0.3
         sampling = Sampling(
-            max_tokens=rng.choice((1, 2, 8, 16, 24, 40)),
+            max_tokens=rng.choice((1, 2, 8, 16, 24, 40, 100)),
             min_tokens=rng.choice((0, 0, 0, 4)),
             temperature=0.0 if greedy else 1.0,
             ignore_eos=rng.random() < 0.2,

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from penstock.errors import RemoteError
-from penstock.link.peer import SNAPSHOT_PART_BLOCKS
 from penstock.link.secret import LinkSecret
+from penstock.link.settings import ServerSettings
 from penstock.structs import Load, Output
 from penstock.wire.messages import Bounce, Step
 
@@ -144,7 +144,7 @@ async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
     # Shares of the CPU time, since neither other processes nor a slow machine must fail this test. The
     # longest turns are the worker's copy and this listener's own set of a million numbers; the rest are one
     # part of the snapshot each.
-    assert len(gaps) > 1_000_000 / SNAPSHOT_PART_BLOCKS
+    assert len(gaps) > 1_000_000 / ServerSettings().snapshot_part_blocks
     assert statistics.quantiles(gaps, n=20)[-1] < sum(gaps) / 20
 
 

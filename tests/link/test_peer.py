@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.link.peer import SNAPSHOT_PART_BLOCKS, Peer
+from penstock.link.peer import Peer
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
 from penstock.structs import Attempt, Load, Sampling
@@ -26,6 +26,8 @@ from penstock.wire.messages import (
     Step,
     Welcome,
 )
+
+PART = ServerSettings().snapshot_part_blocks
 
 
 class OpenDoor:
@@ -96,7 +98,7 @@ async def test_welcome_and_snapshot(bench: Any) -> None:
 
 async def test_what_is_sent_during_the_snapshot_follows_it(bench: Any) -> None:
     case = Case(bench)
-    case.worker.cached = set(range(2 * SNAPSHOT_PART_BLOCKS + 1))
+    case.worker.cached = set(range(2 * PART + 1))
     case.greet()
     for number in range(4):
         case.worker.cached.add(10**6 + number)  # after the copy
@@ -106,16 +108,14 @@ async def test_what_is_sent_during_the_snapshot_follows_it(bench: Any) -> None:
     case.peer.send(Step(seen=4, load=Load()))
     welcome, *parts, step0, step1, step2, step3, step4 = case.take()
     assert isinstance(welcome, Welcome)
-    assert [len(part.hashes) for part in parts] == [SNAPSHOT_PART_BLOCKS, SNAPSHOT_PART_BLOCKS, 1]
+    assert [len(part.hashes) for part in parts] == [PART, PART, 1]
     assert [part.last for part in parts] == [False, False, True]
-    assert sorted(number for part in parts for number in part.hashes) == list(
-        range(2 * SNAPSHOT_PART_BLOCKS + 1)
-    )
+    assert sorted(number for part in parts for number in part.hashes) == list(range(2 * PART + 1))
     assert [step.seen for step in (step0, step1, step2, step3, step4)] == [0, 1, 2, 3, 4]
 
 
 async def test_a_whole_number_of_parts_and_an_empty_cache(bench: Any) -> None:
-    for count, sizes in ((0, [0]), (SNAPSHOT_PART_BLOCKS, [SNAPSHOT_PART_BLOCKS, 0])):
+    for count, sizes in ((0, [0]), (PART, [PART, 0])):
         case = Case(bench)
         case.worker.cached = set(range(count))
         case.greet()

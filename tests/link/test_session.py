@@ -181,6 +181,7 @@ async def test_a_worker_that_is_heard_and_hears_nothing(bench: Any) -> None:
     assert case.session.live
     case.session.tick(0.5)
     assert await case.ended() == "nothing that was sent has arrived in 1 s"
+    assert case.session.fell_silent
 
 
 async def test_deadlines_of_the_handshake_and_the_snapshot(bench: Any) -> None:

@@ -1,0 +1,226 @@
+"""Whether the simulation would notice: code is broken on purpose, and some seed must show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from penstock.core import lifecycle
+from penstock.core.load import LoadBook
+from penstock.core.membership import Membership
+from penstock.core.placement import Placement
+from penstock.core.prefix_index import PrefixIndex
+from penstock.core.progress import Progress
+from penstock.engines.block_pool import BlockPool
+from penstock.engines.handoffs import HeldHandoffs
+from penstock.engines.pulls import OpenPulls
+from penstock.engines.scheduler import Scheduler
+from penstock.link.client import LinkClient
+from penstock.link.session import Session
+from penstock.simulator.report import simulate
+from penstock.simulator.scenario import QUIET_EVERY, Options
+from penstock.worker import Worker
+
+MOST_SEEDS = 60
+"""Within which each must be found; most need fewer than 10."""
+
+QUIET = ("none",)
+"""Only seeds in which nothing goes wrong."""
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def releases_are_not_sent(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LinkClient, "release", lambda self, handoff_id, *, sent: None)
+
+
+def cancels_are_not_sent(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LinkClient, "cancel", lambda self, attempt_id: None)
+
+
+def late_outputs_are_taken(patch: pytest.MonkeyPatch) -> None:
+    real = lifecycle.Lifecycle._on_output
+
+    def on_output(self: Any, output: Any, now: float) -> Any:
+        return real(self, msgspec.structs.replace(output, attempt_id=self._attempt_id), now)
+
+    patch.setitem(lifecycle._HANDLERS, lifecycle.Output, on_output)
+
+
+def the_next_attempt_forgets_what_was_generated(patch: pytest.MonkeyPatch) -> None:
+    real = lifecycle.Lifecycle._send
+
+    def send(self: Any, *args: Any, **options: Any) -> Any:
+        effect = real(self, *args, **options)
+        attempt = effect.attempt
+        return msgspec.structs.replace(
+            effect,
+            attempt=msgspec.structs.replace(attempt, token_ids=attempt.token_ids[: attempt.prompt_len]),
+        )
+
+    patch.setattr(lifecycle.Lifecycle, "_send", send)
+
+
+def a_deadline_is_not_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(lifecycle._HANDLERS, lifecycle.Tick, lambda self, event, now: [])
+
+
+def bookings_stay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Placement, "_unbook", lambda self, placed: None)
+
+
+def reports_do_not_settle_what_was_sent(patch: pytest.MonkeyPatch) -> None:
+    def reported(self: Any, instance_id: str, seen: int, load: Any) -> None:
+        self._account(instance_id).load = load
+
+    patch.setattr(LoadBook, "reported", reported)
+
+
+def the_index_keeps_a_lost_worker(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrefixIndex, "remove_worker", lambda self, worker: None)
+
+
+def evictions_are_not_indexed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrefixIndex, "removed", lambda self, worker, hashes: None)
+
+
+def a_cleared_cache_is_not_indexed(patch: pytest.MonkeyPatch) -> None:
+    real = Placement.cache_changed
+
+    def cache_changed(self: Any, instance_id: str, stored: Any, removed: Any, cleared: bool) -> None:
+        real(self, instance_id, stored, removed, False)
+
+    patch.setattr(Placement, "cache_changed", cache_changed)
+
+
+def blocks_are_freed_while_they_are_read(patch: pytest.MonkeyPatch) -> None:
+    real = HeldHandoffs.retracted
+    patch.setattr(
+        HeldHandoffs,
+        "retracted",
+        lambda self, handoff_id, done, now: real(self, handoff_id, True, now),
+    )
+
+
+def blocks_are_freed_while_they_are_written(patch: pytest.MonkeyPatch) -> None:
+    real = OpenPulls.abandon
+
+    def abandon(self: Any, attempt_id: str) -> None:
+        pull = self._open[attempt_id]
+        real(self, attempt_id)
+        self._pool.release(pull.block_ids)
+        pull.block_ids = []
+
+    patch.setattr(OpenPulls, "abandon", abandon)
+
+
+def a_failed_pull_counts_as_good(patch: pytest.MonkeyPatch) -> None:
+    real = Scheduler.pull_done
+
+    def pull_done(self: Any, attempt_id: str, pulled: Any, now: float) -> None:
+        real(self, attempt_id, msgspec.structs.replace(pulled, error=None), now)
+
+    patch.setattr(Scheduler, "pull_done", pull_done)
+
+
+def handoffs_never_expire(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HeldHandoffs, "due", lambda self, now: [])
+
+
+def preempted_attempts_keep_their_blocks(patch: pytest.MonkeyPatch) -> None:
+    real = Scheduler._preempt
+
+    def preempt(self: Any, active: Any) -> None:
+        self.pool.acquire(active.block_ids[: active.cached_blocks])
+        real(self, active)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+def a_reused_block_is_not_reported(patch: pytest.MonkeyPatch) -> None:
+    real = BlockPool.drain
+    patch.setattr(BlockPool, "drain", lambda self: (real(self)[0], []))
+
+
+def orphans_run_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Worker, "on_peer_lost", lambda self, peer: None)
+
+
+def a_worker_forgets_whose_attempt_it_was(patch: pytest.MonkeyPatch) -> None:
+    real = Worker.on_generate
+
+    def on_generate(self: Any, peer: Any, attempt: Any) -> None:
+        real(self, peer, attempt)
+        self._owners[attempt.attempt_id] = next(iter(self._server.peers))
+
+    patch.setattr(Worker, "on_generate", on_generate)
+
+
+def silence_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    real = Session.tick
+
+    def tick(self: Any, seconds: float) -> None:
+        self.connection.silent_s = 0.0
+        real(self, 0.0)
+
+    patch.setattr(Session, "tick", tick)
+
+
+def one_direction_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Session, "_arrives_late", lambda self, seconds: False)
+
+
+def wedged_engines_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Progress, "stuck_s", lambda self, now: 0.0)
+
+
+def a_new_incarnation_is_not_connected(patch: pytest.MonkeyPatch) -> None:
+    real = Membership.discovered
+
+    def discovered(self: Any, current: Any) -> Any:
+        kept = {
+            name: self.members[name].registration if name in self.members else registration
+            for name, registration in current.items()
+        }
+        return real(self, kept)
+
+    patch.setattr(Membership, "discovered", discovered)
+
+
+BREAKS: dict[Break, tuple[str, ...]] = {
+    # With the faults that show it soonest; none: all of them.
+    releases_are_not_sent: QUIET,
+    cancels_are_not_sent: QUIET,
+    late_outputs_are_taken: ("wedge",),
+    the_next_attempt_forgets_what_was_generated: ("crash",),
+    a_deadline_is_not_kept: ("burst",),
+    bookings_stay: (),
+    reports_do_not_settle_what_was_sent: (),
+    the_index_keeps_a_lost_worker: ("scale-down",),
+    evictions_are_not_indexed: ("eviction-storm",),
+    a_cleared_cache_is_not_indexed: ("eviction-storm",),
+    blocks_are_freed_while_they_are_read: ("transfer-slow", "hang-ups"),
+    blocks_are_freed_while_they_are_written: ("transfer-slow", "hang-ups"),
+    a_failed_pull_counts_as_good: ("transfer-cut",),
+    handoffs_never_expire: ("frontend-crash",),
+    preempted_attempts_keep_their_blocks: (),
+    a_reused_block_is_not_reported: (),
+    orphans_run_on: ("frontend-crash",),
+    a_worker_forgets_whose_attempt_it_was: (),
+    silence_is_not_noticed: ("freeze",),
+    one_direction_is_not_noticed: ("partition",),
+    wedged_engines_are_not_noticed: ("wedge",),
+    a_new_incarnation_is_not_connected: ("crash",),
+}
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda it: it.__name__)
+def test_a_mistake_is_found(break_it: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_it(monkeypatch)
+    kinds = BREAKS[break_it]
+    step, options = (QUIET_EVERY, Options()) if kinds is QUIET else (1, Options(faults=kinds))
+    seeds = range(0, MOST_SEEDS * step, step)
+    assert any(simulate(seed, options).violation for seed in seeds)
