@@ -25,6 +25,9 @@ VOCAB_SIZE = 5000
 QUIET_EVERY = 20
 """Every so manieth seed has no fault but clients who hang up: nothing may wait for a timeout there."""
 
+POOL_TOKENS = 256
+"""What the smallest pools hold: just the longest request."""
+
 LARGE_EVERY = 50
 """Every so manieth seed has hundreds of workers, and little time."""
 
@@ -107,7 +110,7 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         ),
         client=ClientSettings(secret=secret),
         server=ServerSettings(secret=secret, snapshot_part_blocks=rng.choice((4, 64, 16_384))),
-        sim=_sim(rng, gentle),
+        sim=_sim(rng),
         transfer=SimTransferSettings(setup_ms=rng.choice((0.5, 2.0, 50.0))),
         max_waiting=256 if gentle else rng.choice((4, 32, 256)),
         max_wait_ms=120_000.0 if gentle else rng.choice((50.0, 1000.0, 10_000.0)),
@@ -155,12 +158,13 @@ def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
     )
 
 
-def _sim(rng: random.Random, gentle: bool) -> SimSettings:
+def _sim(rng: random.Random) -> SimSettings:
     """Small pools, so that blocks are evicted and attempts preempted."""
+    block_size = rng.choice((4, 8, 16))
     return SimSettings(
         model=MODEL,
-        block_size=rng.choice((4, 8, 16)),
-        total_blocks=rng.choice((128, 256, 1024)) if gentle else rng.choice((64, 128, 1024)),
+        block_size=block_size,
+        total_blocks=rng.choice((POOL_TOKENS, 2 * POOL_TOKENS, 16 * POOL_TOKENS)) // block_size,
         max_model_len=400,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(0,),
