@@ -6,7 +6,13 @@ import asyncio
 import time
 from pathlib import Path
 
+import msgspec
+import pytest
+
+from penstock.core.admission import AdmissionSettings
+from penstock.core.deadlines import Deadlines
 from penstock.core.progress import ProgressLimits
+from penstock.errors import RequestRejected
 from penstock.router import RouterSettings
 from penstock.structs import Role
 from tests.cluster import MODEL, WAIT_S, Cluster, cluster
@@ -99,3 +105,31 @@ async def test_a_router_that_was_held_up_blames_nobody(tmp_path: Path) -> None:
         assert {state(it, "a0"), state(it, "a1")} == {"ready"}
         for answer in answers:
             assert len(await answer.tokens()) == 300
+
+
+async def test_a_request_in_an_engines_queue_is_late_only_when_the_queue_stands(tmp_path: Path) -> None:
+    """Two places, and more requests than that, each of which takes longer than a first token may."""
+    settings = msgspec.structs.replace(
+        SETTINGS,
+        deadlines=Deadlines(first_token_s=0.2, busy_waits=100),
+        admission=AdmissionSettings(max_wait_ms=1e6, dispatch_wait_ms=1e6),
+    )
+    sim = {**SLOW, "scheduler": {"max_running": 2}}
+    async with cluster(tmp_path, {"a0": AGGREGATED}, settings, sim, max_wait_ms=1e6) as it:
+        answers = [it.ask([seed, *PROMPT], max_tokens=100, seed=seed)[0] for seed in range(6)]
+        for answer in answers:
+            assert len(await answer.tokens()) == 100
+        assert "penstock_retries_total 0.0" in it.metrics.render().decode()
+
+
+async def test_a_late_first_token_is_an_error_that_says_so(tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(SETTINGS, deadlines=Deadlines(first_token_s=0.1, max_attempts=2))
+    slow = {"cost_model": "qwen3-32b/h200/tp2", "speedup": 0.02}  # 600 ms a step
+    async with cluster(tmp_path, {"a0": AGGREGATED}, settings, slow) as it:
+        answer, _ = it.ask(PROMPT)
+        with pytest.raises(RequestRejected) as caught:
+            await answer.tokens()
+        assert (caught.value.status, caught.value.code) == (504, "first_token_timeout")
+        assert str(caught.value) == (
+            "2 attempts failed: a0: no first token within 0.1 s; a0: no first token within 0.1 s"
+        )
