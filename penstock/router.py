@@ -24,7 +24,7 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
-from penstock.core.suspects import HOLD_S, Suspect, apart
+from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspect, apart
 from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
@@ -363,6 +363,9 @@ class Router:
     def _keep_apart(self, live: _Live, cards: list[Card]) -> list[Card]:
         """Where it may run, for all that is known of who kills engines."""
         strikes = live.lifecycle.strikes.count
+        waited_s = live.lifecycle.waited_s(self._clock.now())
+        if live.lifecycle.strikes.deaths >= PRIME and waited_s < CONFIRM_S:
+            return []
         if strikes:
             self._suspects[live.placed.request.request_id] = live
         elif not self._suspects:
@@ -375,8 +378,7 @@ class Router:
             for other in self._suspects.values()
             if other is not live
         ]
-        held = live.lifecycle.waited_s(self._clock.now()) >= HOLD_S
-        return apart(strikes, cards, others, held=held)
+        return apart(strikes, cards, others, held=waited_s >= HOLD_S)
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
         """Send and book an attempt. Returns why it could not be sent."""

@@ -34,6 +34,10 @@ HOLD_S = 5.0
 """How long a prime suspect waits for a place of its own. When hundreds of requests lost two attempts each
 (two machines failed under load), there are not so many places; then the next death divides them."""
 
+CONFIRM_S = 1.0
+"""How long a request waits after its second death, and each that follows: a worker that only lost its link
+is connected again by then."""
+
 ACQUIT_TOKENS = 8
 """Progress that acquits of a strike; doubles with each of the first deaths."""
 
