@@ -111,14 +111,14 @@ async def test_a_request_in_an_engines_queue_is_late_only_when_the_queue_stands(
     """Two places, and more requests than that, each of which takes longer than a first token may."""
     settings = msgspec.structs.replace(
         SETTINGS,
-        deadlines=Deadlines(first_token_s=0.2, busy_waits=100),
+        deadlines=Deadlines(first_token_s=1.0, busy_waits=100),
         admission=AdmissionSettings(max_wait_ms=1e6, dispatch_wait_ms=1e6),
     )
     sim = {**SLOW, "scheduler": {"max_running": 2}}
     async with cluster(tmp_path, {"a0": AGGREGATED}, settings, sim, max_wait_ms=1e6) as it:
-        answers = [it.ask([seed, *PROMPT], max_tokens=100, seed=seed)[0] for seed in range(6)]
+        answers = [it.ask([seed, *PROMPT], max_tokens=250, seed=seed)[0] for seed in range(6)]
         for answer in answers:
-            assert len(await answer.tokens()) == 100
+            assert len(await answer.tokens()) == 250
         assert "penstock_retries_total 0.0" in it.metrics.render().decode()
 
 
