@@ -218,8 +218,10 @@ class Router:
         for queue in self._queues.values():
             self._refuse(queue.overdue(now))
         resting, self._resting = self._resting, {}
-        for live in resting.values():
+        for request_id, live in resting.items():
             self._event(live, life.Retry())
+            if live.lifecycle.phase is Phase.QUEUED and request_id not in live.queue:
+                self._resting[request_id] = live
         self._look(now)
         self._placement.tick()
 

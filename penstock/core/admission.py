@@ -246,7 +246,9 @@ class Queue:
             return True
         self._head_ms = wait_ms
         self._workers = max(1, workers)
-        if wait_ms <= self._settings.gate_ms and not crowded:
+        # Who came back has been let in before, and is behind what it has given already: a client waits.
+        begun = self._calls[request_id].flow.line.priority == _BACK
+        if begun or (wait_ms <= self._settings.gate_ms and not crowded):
             return True
         if not self._drain.pace:
             self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)

@@ -80,6 +80,13 @@ class Phase(Enum):
 _NEXT_TOKEN = Awaited.NEXT_TOKEN  # looked up with every token
 
 
+REST_S = 0.5
+"""Pause after the second death in a row under a request, doubling with each further one: a busy machine
+takes that long to end many processes, and a request that meets them all looks like the cause."""
+
+REST_MAX_S = 4.0
+
+
 class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
@@ -98,6 +105,7 @@ class Lifecycle:
         "_instance_id",
         "_limits",
         "_request_deadline",
+        "_rests_until",
         "_sent_handoff",
         "_since",
         "deadline",
@@ -123,6 +131,7 @@ class Lifecycle:
         self._decode_id = ""  # during PREFILL: who decodes afterwards
         self._handoff: Handoff | None = None  # received, and not yet given to a decode worker
         self._handoff_at = 0.0
+        self._rests_until = 0.0  # after several deaths
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
         self._avoid: set[str] = set()
         self._failed = ""  # why the last attempt failed, until somebody was asked for another
@@ -217,7 +226,7 @@ class Lifecycle:
         return self._fail(event.error) if self.phase is Phase.QUEUED else []
 
     def _on_retry(self, event: Retry, now: float) -> list[Effect]:
-        return [self._choose()] if self.phase is Phase.QUEUED else []
+        return [self._choose()] if self.phase is Phase.QUEUED and now >= self._rests_until else []
 
     # --- what workers say -----------------------------------------------------------------------
 
@@ -328,9 +337,11 @@ class Lifecycle:
             status = 504 if code else 502
             return [*effects, *self._fail(RequestRejected(status, message, code=code or "attempts_failed"))]
         self._failed = self.trouble
-        # After the first: many workers may be dying at once, each noticed by itself. Going on to the next
-        # at once would use up all attempts on them; Retry comes when they are known to be gone.
-        return [*effects, *self._queue(now, wait=strikes.count > 1)]
+        # Many workers may be dying at once, each noticed by itself. Going on to the next at once would lose
+        # this request there too, and make a suspect of it; Retry comes when they are known to be gone.
+        if strikes.deaths > 1:
+            self._rests_until = now + min(REST_S * 2 ** (strikes.deaths - 2), REST_MAX_S)
+        return [*effects, *self._queue(now, wait=bool(died) or strikes.count > 1)]
 
     def _queue(self, now: float, *, wait: bool = False) -> list[Effect]:
         self.phase = Phase.QUEUED

@@ -97,17 +97,23 @@ async def main(options: argparse.Namespace) -> int:
         until = began + options.duration * number / len(engines)
         rows += await run_engine(engine, options, folder / engine, until)
     print(report.totals(rows))
+    passed = bool(rows) and all(row.passed for row in rows)
     if options.json:
+        rows = _merged(Path(options.json), rows)
         Path(options.json).write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
     if options.write_docs:
-        report.write_document(rows, _described(time.monotonic() - began))
-    passed = bool(rows) and all(row.passed for row in rows)
+        report.write_document(rows, f"Penstock {__version__}, {os.cpu_count()} cores")
     print("OK: nothing hung, nothing lost, nothing wrong" if passed else f"FAILED; logs are in {folder}")
     return not passed
 
 
-def _described(took_s: float) -> str:
-    return f"Penstock {__version__}, {os.cpu_count()} cores, {took_s / 60:.0f} minutes"
+def _merged(path: Path, rows: list[Row]) -> list[Row]:
+    """What an earlier run of other faults, phases or engines has left there, and these."""
+    if not path.exists():
+        return rows
+    new = {(row.fault, row.phase, row.engine) for row in rows}
+    old = msgspec.json.decode(path.read_bytes(), type=list[Row])
+    return [*(row for row in old if (row.fault, row.phase, row.engine) not in new), *rows]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--phase", default="", help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of the order after the first round")
-    parser.add_argument("--json", default="", metavar="FILE", help="write all rows there")
+    parser.add_argument("--json", default="", metavar="FILE", help="all rows; those of earlier runs stay")
     parser.add_argument("--logs", default="", metavar="FOLDER", help="of the processes' logs")
     parser.add_argument("--write-docs", action="store_true", help=f"renew the table in {report.DOCUMENT}")
     return parser

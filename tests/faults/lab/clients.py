@@ -107,7 +107,7 @@ class Client:
         self.outcome = Outcome()
         self.done = False
         self._urls = urls
-        self._at = first % len(urls)
+        self._at = first
         self._last = 0.0
 
     @property
@@ -120,7 +120,7 @@ class Client:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not await self._try():
-                    self._at = (self._at + 1) % len(self._urls)
+                    self._at += 1
                     await asyncio.sleep(_AGAIN_S)
         except TimeoutError:
             outcome.kind, outcome.detail = "hung", f"{outcome.pieces} parts in {PATIENCE_S:g} s"
@@ -136,8 +136,13 @@ class Client:
         outcome.texts = [""] * question.n
         outcome.pieces = 0
         self._last = time.monotonic()
+        if not self._urls:
+            outcome.refusals += 1
+            return False
         try:
-            async with request(self._urls[self._at] + question.path, question.body) as answer:
+            async with request(
+                self._urls[self._at % len(self._urls)] + question.path, question.body
+            ) as answer:
                 if answer.status != 200:
                     return self._refused(answer.status, await answer.body())
                 await (self._stream(answer) if question.stream else self._whole(answer))

@@ -97,6 +97,19 @@ async def kill_workers(graph: Graph) -> None:
     await kill(graph, graph.workers)
 
 
+@fault("a new process takes a decode worker's name, the old one runs on for 3 s", phases="decode")
+async def twin(graph: Graph) -> None:
+    old = await graph.busiest("decode")
+    async with graph.twin(old) as new:
+        await asyncio.sleep(3.0)
+        old.kill()
+        await graph.wait_exit(old)
+        await asyncio.sleep(1.0)
+        new.signal(signal.SIGTERM)
+        assert await graph.wait_exit(new) == 0
+    await graph.launch(old)
+
+
 async def freeze(part: Part, seconds: float) -> None:
     part.signal(signal.SIGSTOP)
     try:
@@ -260,6 +273,15 @@ async def silence_transfer(graph: Graph) -> None:
 @fault("KV transfer at 2 kB/s for 8 s", phases="prefill", reference=True, lasts_s=8)
 async def throttle_transfer(graph: Graph) -> None:
     await storm(graph, graph.role("prefill"), Weather(bytes_per_s=2e3), 8.0, transfer=True)
+
+
+@fault(
+    "a decode worker killed, a prefill worker frozen and all links reset at once", phases="prefill decode"
+)
+async def three_at_once(graph: Graph) -> None:
+    await cut_all(graph)
+    victim, frozen = await graph.busiest("decode"), await graph.busiest("prefill")
+    await asyncio.gather(kill(graph, [victim]), freeze(frozen, 5.0))
 
 
 # --- discovery ---------------------------------------------------------------------------------------

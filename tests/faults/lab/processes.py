@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +114,7 @@ class Graph:
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
         }
+        self.urls: list[str] = []  # of the frontends that have become healthy, as a balancer would know
         self._watchers: set[asyncio.Task[None]] = set()
 
     def _frontend(self, index: int, common: Sequence[str]) -> Part:
@@ -151,10 +152,6 @@ class Graph:
             load[one["instance_id"]] = one["load"]["running"] + one["load"]["waiting"]
         return max(self.role(role), key=lambda part: load.get(part.name, 0))
 
-    @property
-    def urls(self) -> list[str]:
-        return [part.url for part in self.frontends]
-
     # --- lives ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -177,6 +174,20 @@ class Graph:
             )
         if part.kind != "frontend":
             await self._open_transfer(part)
+            return
+        watcher = asyncio.create_task(self._offer(part))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _offer(self, part: Part) -> None:
+        """Send clients to a new frontend once it is healthy."""
+        if part.url in self.urls:
+            self.urls.remove(part.url)
+        while part.running:
+            if (await self.health(part)).get("status") == "healthy":
+                self.urls.append(part.url)
+                return
+            await asyncio.sleep(0.05)
 
     async def _open_link(self, part: Part) -> None:
         part.link = Proxy((part.front, LINK_PORT), (part.host, LINK_PORT))
@@ -200,6 +211,23 @@ class Graph:
             if proxy is not None:
                 await proxy.stop()
         return code
+
+    @contextlib.asynccontextmanager
+    async def twin(self, part: Part) -> AsyncIterator[Part]:
+        """Another process of the same name, at another address."""
+        twin = self._worker(part.kind, self._named)
+        self._named += 1
+        name = twin.arguments.index("--instance-id") + 1
+        twin.arguments[name] = part.name
+        await self._open_link(twin)
+        await self.launch(twin)
+        try:
+            yield twin
+        finally:
+            twin.kill()
+            for proxy in (twin.link, twin.transfer):
+                if proxy is not None:
+                    await proxy.stop()
 
     async def _open_transfer(self, part: Part) -> None:
         """A proxy for the port of its KV transfer, which each incarnation chooses anew."""
@@ -292,6 +320,8 @@ class Graph:
         return found
 
     async def stop(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
         for part in self.parts:
             part.signal(signal.SIGCONT)
             part.signal(signal.SIGTERM)
