@@ -84,6 +84,15 @@ def test_who_comes_back_goes_before_all_and_is_never_refused() -> None:
     assert drain(it) == ["lost", "bounced", "a", "b"]
 
 
+def test_who_comes_back_does_not_wait_for_the_gate() -> None:
+    it = queue()
+    enter(it, "new")
+    it.back("lost", 1.0, 0.0)
+    assert it.may_go("lost", 5_000.0, 1, 0.1, 0.0, crowded=True)
+    it.take("lost", 0.0)
+    assert not it.may_go("new", 5_000.0, 1, 0.1, 0.0)
+
+
 def test_tenants_take_turns_by_work() -> None:
     it = queue()
     for number in range(20):

@@ -28,7 +28,7 @@ from penstock.core.events import (
     Send,
     Tick,
 )
-from penstock.core.lifecycle import Lifecycle, Phase
+from penstock.core.lifecycle import REST_S, Lifecycle, Phase
 from penstock.errors import RequestRejected
 from penstock.structs import FinishReason, Handoff, Output, Request, Sampling
 
@@ -220,6 +220,20 @@ def test_workers_that_die_together_do_not_use_up_the_attempts() -> None:
     assert isinstance(choose, Choose)
     assert choose.failed == "d1: reset"
     assert life.handle(Retry(), 1.2) == [Choose(frozenset({"d0", "d1"}))]
+
+
+def test_a_request_rests_after_a_death_and_longer_after_more() -> None:
+    life = lifecycle()
+    now = 0.0
+    for deaths, rest_s in ((1, 0.0), (2, REST_S)):
+        life.handle(Chosen(f"d{deaths}"), now)
+        assert life.handle(InstanceLost(f"d{deaths}", "reset", died=f"d{deaths}@1"), now) == []
+        if rest_s:
+            assert life.handle(Retry(), now + rest_s - 0.01) == []
+        now += rest_s
+        (choose,) = life.handle(Retry(), now)
+        assert isinstance(choose, Choose)
+        assert choose.failed == f"d{deaths}: reset"
 
 
 def test_leaving_workers_may_hand_a_request_back_more_often_than_it_may_fail() -> None:
