@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from penstock.engines import byte_tokenizer
 from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.simulator.network import first_message
 from penstock.simulator.watch import Seen
-from penstock.simulator.workload import FIRST_TOKEN_ID, draw_calls
+from penstock.simulator.workload import draw_calls
 from penstock.structs import Role
 from penstock.wire.messages import Cancel, Generate, Ping, Release
 
@@ -387,7 +388,8 @@ async def hang_ups(lab: Lab, rng: random.Random) -> None:
 async def burst(lab: Lab, rng: random.Random) -> None:
     """Many requests at once."""
     frontends = lab.live_frontends()
-    calls = draw_calls(rng, rng.randint(20, 80), 0.0, lab.scenario.sim.vocab_size or FIRST_TOKEN_ID + 1)
+    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    calls = draw_calls(rng, rng.randint(20, 80), 0.0, vocab_size)
     for call in calls if frontends else []:
         lab.asked += rng.choice(frontends).ask(replace(call))
     lab.fault("burst", "clients", lab.flying())

@@ -16,7 +16,7 @@ from penstock.simulator.directory import SimDiscovery
 from penstock.simulator.engine import LabClock, LabEngine, LabTransfer
 from penstock.simulator.loop import Process
 from penstock.simulator.workload import Asked, Call
-from penstock.structs import Request, Role
+from penstock.structs import ModelView, Request, Role
 from penstock.worker import Worker, WorkerSettings
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 RESTART_S = 1.0
 """Until a supervisor starts a worker again that ended by itself."""
+
+
+PREPARE_S = 0.05
+"""That a frontend takes to load a model's tokenizer."""
 
 
 class SimWorker:
@@ -145,8 +149,11 @@ class SimFrontend:
             clock=self.process.clock,
             rng=random.Random(f"{scenario.seed} {name} {incarnation}"),
         )
-        self.main = self.process.spawn(self.router.run(), f"router {name}")
+        self.main = self.process.spawn(self.router.run(self._prepare), f"router {name}")
         self.main.add_done_callback(self._ended, context=lab.context)
+
+    async def _prepare(self, model: ModelView) -> None:
+        await self.process.clock.sleep(PREPARE_S)
 
     def _ended(self, main: asyncio.Task[None]) -> None:
         if not main.cancelled():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.policy import POLICIES
+from penstock.engines import byte_tokenizer
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings
 from penstock.link.secret import LinkSecret
@@ -21,6 +22,9 @@ from penstock.transfer.sim import SimTransferSettings
 
 MODEL = "lab"
 VOCAB_SIZE = 5000
+
+FILES_SHARE = 0.2
+"""How many seeds have workers with a tokenizer, which frontends fetch over the link."""
 
 QUIET_EVERY = 20
 """Every so manieth seed has no fault but clients who hang up: nothing may wait for a timeout there."""
@@ -90,7 +94,8 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
     ]
     if quiet:
         faults = [PlannedFault("hang-ups", load_s * part / 8, seed + part) for part in range(1, 9)]
-    calls = draw_calls(rng, rng.randint(25, 75), load_s, VOCAB_SIZE)
+    files = rng.random() < FILES_SHARE
+    calls = draw_calls(rng, rng.randint(25, 75), load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
     deadlines = _deadlines(rng, gentle)
     secret = LinkSecret("a secret of the lab")
     return Scenario(
@@ -110,7 +115,7 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         ),
         client=ClientSettings(secret=secret),
         server=ServerSettings(secret=secret, snapshot_part_blocks=rng.choice((4, 64, 16_384))),
-        sim=_sim(rng),
+        sim=_sim(rng, files),
         transfer=SimTransferSettings(setup_ms=rng.choice((0.5, 2.0, 50.0))),
         max_waiting=256 if gentle else rng.choice((4, 32, 256)),
         max_wait_ms=120_000.0 if gentle else rng.choice((50.0, 1000.0, 10_000.0)),
@@ -158,7 +163,7 @@ def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
     )
 
 
-def _sim(rng: random.Random) -> SimSettings:
+def _sim(rng: random.Random, files: bool) -> SimSettings:
     """Small pools, so that blocks are evicted and attempts preempted."""
     block_size = rng.choice((4, 8, 16))
     return SimSettings(
@@ -166,7 +171,7 @@ def _sim(rng: random.Random) -> SimSettings:
         block_size=block_size,
         total_blocks=rng.choice((POOL_TOKENS, 2 * POOL_TOKENS, 16 * POOL_TOKENS)) // block_size,
         max_model_len=400,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=None if files else VOCAB_SIZE,
         eos_token_ids=(0,),
         eos_rate=rng.choice((0.0, 0.02, 0.1)),
         speedup=rng.choice((0.2, 0.5, 1.0)),

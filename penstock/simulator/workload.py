@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from penstock.engines.sim import SimRunner, SimSettings
+from penstock.engines.sim import SimRunner, SimSettings, load_sim
 from penstock.errors import PenstockError, RequestRejected
 from penstock.structs import Delta, FinishReason, Request, Sampling
 
@@ -69,9 +69,10 @@ class Oracle:
     """Knows every answer."""
 
     def __init__(self, settings: SimSettings) -> None:
-        assert settings.vocab_size is not None
+        runner = load_sim(settings, None).runner
+        assert isinstance(runner, SimRunner)
         self._settings = settings
-        self._runner = SimRunner(settings, range(settings.vocab_size))
+        self._runner = runner
 
     def answer(self, prompt_tokens: int, sampling: Sampling) -> tuple[list[int], FinishReason]:
         """The tokens, and why they end."""
