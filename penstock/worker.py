@@ -19,11 +19,11 @@ from typing import Any
 
 import msgspec
 
+from penstock.address import join_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.core.costs import Candidate, Query, costs
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import PenstockError, RemoteError
-from penstock.link.address import join_address
 from penstock.link.server import LinkServer, Peer
 from penstock.link.settings import ServerSettings
 from penstock.ports import Discovery, Engine, Lease

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "penstock"
 # Each layer may import from the layers below its own, and from its own package; siblings never meet.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"structs", "checked"},
+    {"structs", "checked", "address"},
     {"core", "wire"},
     {"ports", "clock"},
     {"renewed"},

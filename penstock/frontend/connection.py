@@ -15,11 +15,11 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from penstock.address import join_address
 from penstock.errors import ProtocolError, RequestRejected
 from penstock.frontend.exchange import ABORT_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
-from penstock.link.address import join_address
 
 log = logging.getLogger("penstock.frontend")
 

@@ -7,10 +7,10 @@ import logging
 import random
 import secrets
 
+from penstock.address import split_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError, RemoteError
 from penstock.link import tls
-from penstock.link.address import split_address
 from penstock.link.session import LinkListener, Session
 from penstock.link.settings import ClientSettings
 from penstock.structs import Attempt

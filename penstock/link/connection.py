@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol, cast
 
+from penstock.address import join_address
 from penstock.errors import ProtocolError
-from penstock.link.address import join_address
 from penstock.wire.frames import FrameDecoder
 
 _HIGH_WATER_BYTES = 256 * 1024

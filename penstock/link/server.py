@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import secrets
 import ssl
 from collections.abc import Collection
 
+from penstock.address import is_loopback, join_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError
 from penstock.link import tls
-from penstock.link.address import join_address
 from penstock.link.connection import Connection
 from penstock.link.peer import LinkHandler, Peer
 from penstock.link.quiet_log import QuietLog
@@ -58,7 +57,7 @@ class LinkServer:
             address = join_address(settings.host, settings.port)
             raise ConfigError(f"link: cannot listen on {address}: {error}") from error
         self._port = self._listener.sockets[0].getsockname()[1]
-        if not settings.secret.accepted() and not _is_loopback(settings.host):
+        if not settings.secret.accepted() and not is_loopback(settings.host):
             _logger.warning("link listens on %s without a secret: anyone may connect", self.address)
 
     @property
@@ -175,10 +174,3 @@ class _Door:
 def _tls_context(settings: TlsSettings) -> ssl.SSLContext:
     files = (settings.cert_file, settings.key_file, settings.ca_file)
     return tls.renewing("link certificate", files, lambda: tls.server_context(settings))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -7,7 +7,6 @@ binding below it is used, where that thread can be told to sleep. Written agains
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.address import is_loopback
 from penstock.errors import ConfigError, PenstockError, RemoteError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Agent:
 
     def __init__(self, name: str, progress_interval_s: float, host: str) -> None:
         self.name = name
-        if host == "localhost" or _is_loopback(host):
+        if is_loopback(host):
             os.environ.setdefault("UCX_NET_DEVICES", _LOOPBACK_DEVICE)
         self._nixl = _bindings()
         with self._mapped(ConfigError, "cannot start"):
@@ -144,13 +144,6 @@ class Agent:
             if type(error).__module__ != self._nixl.__name__ and not isinstance(error, RuntimeError):
                 raise
             raise kind(f"NIXL: {what}: {str(error) or type(error).__name__}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bindings() -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from penstock.address import is_loopback
 from penstock.engines.assets import ASSET_NAMES, assets_from
 from penstock.engines.fingerprint import add_files
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
@@ -104,7 +105,7 @@ def start_core(settings: VllmSettings) -> Core:
             inputs = InputProcessor(config)
             _check_parsers(arguments, config, inputs)
             own_engines(events.directory)
-            with _side_channel(settings, config):
+            with _listening(settings, config):
                 client = EngineCoreClient.make_async_mp_client(
                     config, Executor.get_class(config), log_stats=True
                 )
@@ -205,15 +206,18 @@ def _check_parsers(arguments: Any, config: VllmConfig, inputs: InputProcessor) -
 
 
 @contextlib.contextmanager
-def _side_channel(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
+def _listening(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
     """vLLM's processes take the address under which peers ask for their KV layout from the environment that
-    they are started with; rank r listens on port + r. What the user has set stays."""
+    they are started with; rank r listens on port + r. Their UCX would listen on every network device: for a
+    loopback address it is kept to that one. What the user has set stays."""
     wanted = {}
     if settings.role is not Role.AGGREGATED:
         wanted["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.host
         if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
             port = free_ports(config.parallel_config.data_parallel_size, settings.host)
             wanted["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+        if is_loopback(settings.host):
+            wanted["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

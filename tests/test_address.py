@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.address import is_loopback, join_address, split_address
 from penstock.errors import ConfigError
-from penstock.link.address import join_address, split_address
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,13 @@ def test_both_ways(address: str, host: str, port: int) -> None:
 def test_not_an_address(address: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         split_address(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "worker-1", ""])
+def test_not_loopback(host: str) -> None:
+    assert not is_loopback(host)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from penstock.errors import ConfigError
 
 _MAX_PORT = 65535
@@ -22,3 +24,11 @@ def split_address(address: str) -> tuple[str, int]:
 def join_address(host: str, port: int) -> str:
     """The text that `split_address` reads."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
