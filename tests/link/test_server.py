@@ -216,7 +216,7 @@ async def test_an_address_that_cannot_be_had(bench: Any) -> None:
 async def test_an_open_link_beyond_loopback_is_warned_of(
     bench: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.link.server._is_loopback", lambda host: False)
+    monkeypatch.setattr("penstock.link.server.is_loopback", lambda host: False)
     for secret, warned in (("s" * 16, False), ("", True)):
         async with bench.server(bench.worker(), secret=LinkSecret(secret)):
             assert ("without a secret" in caplog.text) == warned
