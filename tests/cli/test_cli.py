@@ -16,6 +16,7 @@ from penstock.launcher.replica import ReplicaState, ReplicaStatus
 from penstock.structs import Role
 
 COMMANDS = (
+    "sim",
     "up",
     "status",
     "scale",
