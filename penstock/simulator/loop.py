@@ -30,7 +30,6 @@ MAX_CALLBACKS_AT_ONCE = 200_000
 
 _Result = TypeVar("_Result")
 _Arguments = TypeVarTuple("_Arguments")
-_numbers = itertools.count()
 
 
 class StandsStill(Exception):
@@ -109,18 +108,18 @@ class ProcessClock:
 
 
 class _Task(asyncio.Task[Any]):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._number = next(_numbers)
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, loop: VirtualLoop, **options: Any) -> None:
+        self._number = next(loop.numbers)
+        super().__init__(*args, loop=loop, **options)
 
     def __hash__(self) -> int:
         return self._number
 
 
 class _Future(asyncio.Future[Any]):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._number = next(_numbers)
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, loop: VirtualLoop, **options: Any) -> None:
+        self._number = next(loop.numbers)
+        super().__init__(*args, loop=loop, **options)
 
     def __hash__(self) -> int:
         return self._number
@@ -136,6 +135,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.callback_s = callback_s  # how long each callback takes
         self.callbacks = 0  # run so far
         self.processes: list[Process] = []
+        self.numbers = itertools.count()  # of tasks and futures
         self._now = 0.0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._order = itertools.count()

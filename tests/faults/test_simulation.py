@@ -38,6 +38,14 @@ def test_a_trace_changes_nothing() -> None:
     assert any("FAULT" in line for line in lines)
 
 
+def test_a_seed_means_the_same_whatever_ran_before() -> None:
+    seeds = (3, LARGE_EVERY - 1)
+    before = [simulate(seed, ANY).digest for seed in seeds]
+    for seed in range(1000, 1007):
+        simulate(seed, ANY)
+    assert [simulate(seed, ANY).digest for seed in seeds] == before
+
+
 _DIGESTS = """
 from penstock.simulator.report import simulate
 from penstock.simulator.scenario import Options
