@@ -32,6 +32,9 @@ MODEL = ("--engine", "sim", "--model", "sim", "--sim-speedup", "0.5", "--transfe
 PAUSE_S = (2.0, 6.0)
 """Between two events; most take a second or two themselves."""
 
+QUESTIONS = 600
+"""New texts cost a frontend memory, up to its cache's limit: 4 kB each here."""
+
 SAMPLE_S = 5.0
 WARM_SHARE = 0.25
 """Of the duration, in which caches that are meant to fill do so."""
@@ -135,12 +138,11 @@ class Churn:
 
 
 async def ask(number: int, step: int, urls: Sequence[str], until: float, ended: Counter[str]) -> None:
-    """One user: a question after the other, some of them asked before."""
+    """One user: a question after the other, out of so many that the frontends' caches of texts fill soon."""
     rng = random.Random(number)
     while time.monotonic() < until:
         number += step
-        known = rng.random() < 0.3
-        question = sim_question(rng.randrange(64) if known else number, rng.choice((50, 400, 1500)), 48)
+        question = sim_question(number % QUESTIONS, (50, 400, 1500)[number % 3], 48)
         outcome = await Client(question, urls, number).run()
         ended[outcome.kind] += 1
         ended["connections cut, asked again"] += outcome.cuts
