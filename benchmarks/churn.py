@@ -138,7 +138,7 @@ class Churn:
 
 
 async def ask(number: int, step: int, urls: Sequence[str], until: float, ended: Counter[str]) -> None:
-    """One user: a question after the other, out of so many that the frontends' caches of texts fill soon."""
+    """One user: a question after the other, out of so few that caches of texts fill soon."""
     rng = random.Random(number)
     while time.monotonic() < until:
         number += step
