@@ -16,6 +16,13 @@ from tests.faults.lab.faults import FAULTS
 from tests.faults.lab.proxy import Proxy, Weather
 
 
+def test_every_fault_is_in_the_page() -> None:
+    page = report.DOCUMENT.read_text(encoding="utf-8")
+    table = page.split(report.BEGIN)[1].split(report.END)[0]
+    for fault in FAULTS:
+        assert f"| {fault.name} | {fault.promise} |" in table, "run `make faults ARGS=--write-docs`"
+
+
 def test_faults_have_names_of_their_own_and_phases_that_exist() -> None:
     names = [fault.name for fault in FAULTS]
     assert len(names) == len(set(names))

@@ -66,7 +66,7 @@ def _unanswered(clients: list[Client]) -> int:
 
 SIM_PHASES = {
     "queued": Phase(
-        20, 2000, 24, lambda clients, load: _load(load, "prefill.running") and _unanswered(clients) >= 16
+        14, 2000, 24, lambda clients, load: _load(load, "prefill.running") and _unanswered(clients) >= 10
     ),
     "prefill": Phase(8, 6000, 40, lambda clients, load: _load(load, "prefill.running") >= 2),
     "transfer": Phase(

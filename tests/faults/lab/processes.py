@@ -31,6 +31,7 @@ START_S = 90.0  # a busy machine starts many Python processes
 LINK_PORT = 7000
 SECRET = "the fault lab's own secret"
 DRAIN_S = 20.0
+_BALANCER_S = 0.2  # between two looks at /health
 _LISTENING = "0A"  # in /proc/net/tcp
 
 
@@ -259,8 +260,12 @@ class Graph:
         await self.launch(part)
 
     async def drain(self, part: Part) -> int:
-        """SIGTERM, and a new process in its place once it has ended; the exit code of the old one."""
+        """SIGTERM, and a new process in its place once it has ended; the exit code of the old one. Clients
+        are sent to a leaving frontend until a balancer has seen its /health."""
         part.signal(signal.SIGTERM)
+        if part.kind == "frontend":
+            await asyncio.sleep(_BALANCER_S)
+            self.urls.remove(part.url)
         code = await self.wait_exit(part)
         await self.launch(part)
         return code
