@@ -86,7 +86,7 @@ async def host_lost(lab: Lab, rng: random.Random) -> None:
         lab.network.block(name, other)
         lab.network.block(other, name)
     worker.kill()
-    await asyncio.sleep(rng.uniform(0.5, 15.0))
+    await asyncio.sleep(rng.uniform(0.5, 12.0))
     for other in others:
         lab.network.open(name, other)
         lab.network.open(other, name)
@@ -101,7 +101,7 @@ async def freeze(lab: Lab, rng: random.Random) -> None:
         lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
         with lab.suspecting([worker], seen=Seen.AT_ONCE):
             worker.process.freeze()
-            await asyncio.sleep(rng.uniform(0.2, 15.0))
+            await asyncio.sleep(rng.uniform(0.2, 12.0))
             worker.process.thaw()
 
 
@@ -112,7 +112,7 @@ async def frontend_freeze(lab: Lab, rng: random.Random) -> None:
     if frontend is not None:
         lab.fault("frontend-freeze", frontend.name, lab.flying(frontend=frontend.name))
         frontend.process.freeze()
-        seconds = rng.uniform(0.2, 15.0)
+        seconds = rng.uniform(0.2, 12.0)
         lab.frozen_s[frontend.name] += seconds
         await asyncio.sleep(seconds)
         lab.watch.forgive(frontend.name)
@@ -177,7 +177,7 @@ async def wedge(lab: Lab, rng: random.Random) -> None:
         lab.fault("wedge", worker.instance_id, lab.flying(worker.instance_id))
         with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
             worker.clock.wedge()
-            await asyncio.sleep(rng.uniform(0.2, 15.0))
+            await asyncio.sleep(rng.uniform(0.2, 12.0))
             worker.clock.unwedge()
 
 
@@ -251,7 +251,7 @@ async def partition(lab: Lab, rng: random.Random) -> None:
     with lab.suspecting([worker], [frontend], seen=Seen.WHEN_SENT_TO if one_way else Seen.AT_ONCE):
         for route in routes:
             lab.network.block(*route)
-        await asyncio.sleep(rng.uniform(0.2, 20.0))
+        await asyncio.sleep(rng.uniform(0.2, 13.0))
         for route in routes:
             lab.network.open(*route)
 
@@ -357,7 +357,7 @@ async def discovery_away(lab: Lab, rng: random.Random) -> None:
     """The directory does not answer; it may have lost everything when it is back."""
     lab.fault("discovery-away", "directory", lab.flying())
     lab.directory.away += 1
-    await asyncio.sleep(rng.uniform(0.2, 15.0))
+    await asyncio.sleep(rng.uniform(0.2, 12.0))
     if rng.random() < 0.5:
         lab.directory.lose_everything()
     lab.directory.away -= 1

@@ -81,10 +81,10 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
     """The same for the same arguments, always."""
     rng = random.Random(f"scenario {seed}")
     large = options.workers is None and seed % LARGE_EVERY == LARGE_EVERY - 1
-    count = options.workers or (rng.randint(100, 300) if large else rng.randint(3, 12))
+    count = options.workers or (rng.randint(100, 300) if large else rng.randint(3, 10))
     quiet = not options.faults and seed % QUIET_EVERY == 0
     gentle = rng.random() < 0.4 or quiet
-    load_s = 2.0 if large else rng.uniform(3.0, 8.0)
+    load_s = 2.0 if large else rng.uniform(3.0, 7.0)
     kinds = list(options.faults) or (GENTLE if gentle else list(FAULTS))
     gentle = gentle and set(kinds) <= set(GENTLE)
     most = 2 if gentle else 8  # a request on three workers that die is taken for the cause
@@ -95,7 +95,7 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
     if quiet:
         faults = [PlannedFault("hang-ups", load_s * part / 8, seed + part) for part in range(1, 9)]
     files = rng.random() < FILES_SHARE
-    calls = draw_calls(rng, rng.randint(25, 75), load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
+    calls = draw_calls(rng, rng.randint(20, 60), load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
     deadlines = _deadlines(rng, gentle)
     secret = LinkSecret("a secret of the lab")
     return Scenario(
