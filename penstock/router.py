@@ -442,10 +442,11 @@ class Router:
             self._event(live, life.InstanceLost(instance_id, reason, died, alone))
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
-        """Whoever can be served elsewhere goes there; for the others, waiting is all that is left."""
+        """Whoever can be served elsewhere goes there; for the others, waiting is all that is left. What is
+        still prefilled elsewhere must not be sent here afterwards, and is placed anew by then."""
         served = {card.model for card in self._instances.membership.ready_cards() if card.role.decodes}
         for live in list(self._live.values()):
-            if live.placed.request.model in served:
+            if live.placed.request.model in served or live.lifecycle.places[0] != instance_id:
                 self._event(live, life.InstanceStuck(instance_id, reason))
 
     def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
