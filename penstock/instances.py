@@ -19,7 +19,7 @@ from penstock.core.catalog import Catalog
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.placement import Placement
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
-from penstock.errors import ConfigError, RemoteError, RequestRejected
+from penstock.errors import ConfigError, ProtocolError, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import RouterMetrics
@@ -313,6 +313,8 @@ class _Link:
         self.progress: Progress | None = None  # while it is up
         self.stuck_at = 0.0  # when its engine was last found stuck
         self._loading: asyncio.Task[None] | None = None
+        self._closed = False  # no longer wanted; its task hears of it in the next turn only
+        self._up = False
         self.client = LinkClient(
             registration.address,
             self,
@@ -326,11 +328,15 @@ class _Link:
         self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
 
     def close(self) -> None:
+        self._closed = True
         self._running.cancel()
         if self._loading is not None:
             self._loading.cancel()
 
     def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+        if self._closed:
+            raise ProtocolError("discovery has just forgotten this instance")
+        self._up = True
         self._instances._up(self, card, hashes, load)
         self._loading = self._tasks.create_task(
             self._instances._load(self, card), name=f"load {self.instance_id}"
@@ -349,6 +355,9 @@ class _Link:
         self._instances._draining(self, reason)
 
     def on_down(self, reason: str, orderly: bool) -> None:
+        if not self._up:
+            return
+        self._up = False
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None
