@@ -105,4 +105,4 @@ faults: $(VENV)/.dev ## every fault at every phase on real processes: 0 hung, 0 
 	$(BIN)/python -m tests.faults.lab $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-audit .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

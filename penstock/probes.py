@@ -68,9 +68,19 @@ class _Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.servers: list[asyncio.base_events.Server] = []
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # signals are the process's own
+
+    def close(self) -> None:
+        """Close what a cancelled `serve` left open: uvloop never ends with a listener that it does not know
+        to be closed."""
+        for server in self.servers:
+            server.close()
 
 
 @contextlib.asynccontextmanager
@@ -90,13 +100,16 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
     )
     with _listen(host, port) as listener:
         server = _Server(config)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(server.serve([listener]), name="probes")
-            log.info("probes on http://%s:%d", *listener.getsockname()[:2])
-            try:
-                yield listener.getsockname()[1]
-            finally:
-                server.should_exit = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(server.serve([listener]), name="probes")
+                log.info("probes on http://%s:%d", *listener.getsockname()[:2])
+                try:
+                    yield listener.getsockname()[1]
+                finally:
+                    server.should_exit = True
+        finally:
+            server.close()
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
