@@ -18,6 +18,7 @@ import msgspec
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from penstock.address import join_address
 from penstock.errors import ConfigError
 
 log = logging.getLogger("penstock.probes")
@@ -103,7 +104,7 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(server.serve([listener]), name="probes")
-                log.info("probes on http://%s:%d", *listener.getsockname()[:2])
+                log.info("probes on http://%s", join_address(*listener.getsockname()[:2]))
                 try:
                     yield listener.getsockname()[1]
                 finally:
@@ -114,10 +115,11 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
 
 def _listen(host: str, port: int | None) -> socket.socket:
     try:
-        return socket.create_server((host, DEFAULT_PORT if port is None else port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, DEFAULT_PORT if port is None else port), family=family)
     except OSError as error:
         if port is None and error.errno == errno.EADDRINUSE:
             log.warning("port %d is taken, probes get another one; --system-port sets it", DEFAULT_PORT)
             return _listen(host, 0)
-        where = f"{host}:{DEFAULT_PORT if port is None else port}"
+        where = join_address(host, DEFAULT_PORT if port is None else port)
         raise ConfigError(f"--system-port: cannot listen on {where}: {error.strerror}") from error

@@ -22,7 +22,9 @@ log = logging.getLogger("penstock.renewed")
 RECHECK_S: Final = 1.0
 """Between two looks at a file, however often it is asked for: how long an old value may count."""
 
-_Stamp = tuple[int, int, int]  # when a file was last changed, its size, and which file it is
+_Stamp = tuple[
+    int, int, int, int
+]  # when a file and its permissions were changed, its size, and which it is
 
 
 class Renewed(Generic[T]):
@@ -45,6 +47,7 @@ class Renewed(Generic[T]):
         self._paths = paths
         self._read = read
         self._clock = clock or MonotonicClock()
+        self._trouble = ""  # why it could not be read again
         self._stamps = self._look()
         self._value = read()
 
@@ -54,12 +57,15 @@ class Renewed(Generic[T]):
             return self._value
         stamps = self._look()
         if stamps != self._stamps:
-            self._stamps = stamps
             try:
                 self._value = self._read()
+            except (ConfigError, OSError) as error:
+                if str(error) != self._trouble:  # it is tried again with every look: that may have passed
+                    log.error("%s: what was read before stays: %s", self._what, error)
+                self._trouble = str(error)
+            else:
+                self._stamps, self._trouble = stamps, ""
                 log.info("%s: read again", self._what)
-            except ConfigError as error:
-                log.error("%s: what was read before stays: %s", self._what, error)
         return self._value
 
     def _look(self) -> list[_Stamp | None]:
@@ -74,4 +80,4 @@ def _stamp(path: Path) -> _Stamp | None:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

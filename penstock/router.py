@@ -278,6 +278,7 @@ class Router:
                     reason = self._send(live, instance_id, attempt)
                     if reason is not None:
                         self._event(live, life.InstanceLost(instance_id, reason))
+                        self._file(live)  # it may rest in the phase that it was filed in before
                 case life.Cancel(instance_id, attempt_id):
                     self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
                 case life.Release(instance_id, handoff_id, sent):
@@ -305,7 +306,10 @@ class Router:
                 ",".join(strikes.killed),
                 len(request.token_ids),
             )
-        live.on_error(error)
+        try:
+            live.on_error(error)
+        except Exception:  # as in `_emit`
+            log.exception("request %s: its error could not be delivered", live.placed.request.request_id)
 
     def _file(self, live: _Live) -> None:
         """Keep the books by phase."""
@@ -348,13 +352,15 @@ class Router:
             if any(card.role.decodes for card in ready):
                 queue.hold(request.request_id, now)
                 return life.Held()
-            queue.nobody(now)
+            if not any(card.role.decodes for card in self._instances.membership.ready(request.model)):
+                queue.nobody(now)
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
         workers = sum(card.role.decodes for card in cards)
         token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
         if not queue.may_go(
             request.request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded
         ):
+            self._placement.forgo(live.placed)
             return life.Held()
         self._metrics.waited(queue.take(request.request_id, now))
         self._metrics.decided(self._settings.policy, decision.path)

@@ -265,6 +265,7 @@ async def cluster(
         for worker in it.workers.values():
             if not worker.task.done():
                 await worker.leave()
+            await worker.engine.stop(0)  # what a process's end does when its engine has died
         routing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await routing

@@ -246,9 +246,11 @@ class Queue:
             return True
         self._head_ms = wait_ms
         self._workers = max(1, workers)
-        # Who came back has been let in before, and is behind what it has given already: a client waits.
-        begun = self._calls[request_id].flow.line.priority == _BACK
-        if begun or (wait_ms <= self._settings.gate_ms and not crowded):
+        # Who came back has been let in before, and may have begun its answer: a client waits.
+        back = self._calls[request_id].flow.line.priority == _BACK
+        if (back and wait_ms <= self._settings.max_wait_ms) or (
+            wait_ms <= self._settings.gate_ms and not crowded
+        ):
             return True
         if not self._drain.pace:
             self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)
@@ -275,7 +277,8 @@ class Queue:
         flow, work = call.flow, call.work
         flow.line.virtual = flow.start
         flow.start += work
-        self._drain.took(work, now, self._workers)
+        if flow.line.priority != _BACK:  # they pass however full the workers are: no measure of their pace
+            self._drain.took(work, now, self._workers)
         self._recent.took(flow.line.priority, work, now)
         flow.drain.took(work, now)
         self._along.update(dict.fromkeys(member for member in call.requests if member != request_id))
@@ -414,6 +417,7 @@ class Queue:
         if not line.calls:
             del self._lines[line.priority]
         if not self._calls:
+            self._head_ms = 0.0  # of a head that is gone: the next one finds out for itself
             self._drain.end()
 
     def _refuse(self, reason: str, wait_ms: float, place: int) -> Refusal:

@@ -93,6 +93,7 @@ class Placement:
         `handed`: its KV is ready on a prefill worker, so only a decode worker is needed. None: none of
         them can. The decode worker of a disaggregated request is booked until `sent` or `ended`.
         """
+        self._unbook(placed)  # of an earlier decision: it must not see itself in the load
         self._ordinal += 1
         query = Query(
             prompt_tokens=len(tokens),
@@ -104,11 +105,14 @@ class Placement:
         )
         candidates = self._candidates(placed, tokens, cards)
         decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
-        self._unbook(placed)
         if decision is not None and decision.prefill is not None:
             placed.booked_on = decision.decode
             self._book.book(decision.decode, placed.request.request_id, len(tokens))
         return decision
+
+    def forgo(self, placed: Placed) -> None:
+        """The decision is not acted on: the request waits."""
+        self._unbook(placed)
 
     def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
         overlaps = {

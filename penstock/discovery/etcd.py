@@ -110,6 +110,9 @@ class EtcdDiscovery:
         return False
 
 
+_SUPERSEDED = "a newer incarnation took over"
+
+
 class EtcdLease:
     """One instance's key and lease, and the task that keeps both."""
 
@@ -125,7 +128,6 @@ class EtcdLease:
         self._lease = 0  # chosen here, so that it can be revoked whatever became of the reply; 0: none
         self._outage = _Outage(f"instance {registration.instance_id} goes on trying to register")
         self._keeper: asyncio.Task[None] | None = None
-        self._superseded = False
 
     async def start(self) -> None:
         """Try once, then keep at it in the background until `close`."""
@@ -154,7 +156,7 @@ class EtcdLease:
 
     async def _keep(self) -> None:
         pause = _Pause(self._settings)
-        while not self._superseded:
+        while True:
             if self.trouble:
                 await pause.after_failure()
             else:
@@ -176,8 +178,9 @@ class EtcdLease:
         self._outage.ended()
         if held:
             self.registered, self.trouble = True, ""
-        else:
-            self._superseded, self.trouble = True, "a newer incarnation took over"
+        elif self.trouble != _SUPERSEDED:
+            # Or an older one, of a host whose clock is ahead: its key ends with its lease.
+            self.trouble = _SUPERSEDED
             log.warning("etcd: a newer incarnation took over instance=%s", self._instance_id)
 
     async def _refresh(self) -> bool:

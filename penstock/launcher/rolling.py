@@ -71,6 +71,9 @@ class RollingRestart:
         except ConfigError as error:
             self.error = str(error)
             self._fleets.notice(f"rolling restart ended: {error}")
+        except asyncio.CancelledError:
+            self.error = "the graph stops"
+            raise
         finally:
             self.left.clear()
 

@@ -97,14 +97,19 @@ class TestTcpTransfer(contract.TransferContract):
             assert closed(silent, within_s=2.0)
             assert closed(trickling, within_s=2.0)
 
-    def test_a_crowd_of_strangers_keeps_no_reader_out(self, workers, reader) -> None:
+    @pytest.fixture
+    def holding(self) -> Callable[[], int]:
+        """How many connections are served, other tests' left aside."""
+        before = set(threading.enumerate())
+        return lambda: sum(t.name == "kv-holder" for t in set(threading.enumerate()) - before)
+
+    def test_a_crowd_of_strangers_keeps_no_reader_out(self, holding, workers, reader) -> None:
         holder = workers("holder", max_connections=4)
         holder.fill()
         assert reader.pull(holder.export("h0", [1]), [0], [1]).error is None
         strangers = [dial(holder) for _ in range(12)]
         try:
-            threads = [t for t in threading.enumerate() if t.name == "kv-holder"]
-            assert len(threads) <= 4
+            assert holding() <= 4
             kept = reader.transfer._connections.reuse(holder.transfer.address)
             assert kept is not None, "the trusted connection was dropped for a stranger"
             reader.transfer._connections.keep(holder.transfer.address, kept)
@@ -114,10 +119,10 @@ class TestTcpTransfer(contract.TransferContract):
             for stranger in strangers:
                 stranger.close()
 
-    def test_one_connection_serves_pull_after_pull(self, holder, reader) -> None:
+    def test_one_connection_serves_pull_after_pull(self, holding, holder, reader) -> None:
         for number in range(5):
             assert reader.pull(holder.export(f"h{number}", [1]), [0], [1]).error is None
-        assert sum(t.name == "kv-holder" for t in threading.enumerate()) == 1
+        assert holding() == 1
 
     def test_a_connection_that_the_holder_closed_is_replaced(self, workers, reader) -> None:
         holder = workers("holder", idle_timeout_s=0.2)
