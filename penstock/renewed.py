@@ -24,7 +24,7 @@ RECHECK_S: Final = 1.0
 
 _Stamp = tuple[
     int, int, int, int
-]  # when a file and its permissions were changed, its size, and which it is
+]  # when it and its permissions were changed, its size, and which it is
 
 
 class Renewed(Generic[T]):

@@ -248,9 +248,8 @@ class Queue:
         self._workers = max(1, workers)
         # Who came back has been let in before, and may have begun its answer: a client waits.
         back = self._calls[request_id].flow.line.priority == _BACK
-        if (back and wait_ms <= self._settings.max_wait_ms) or (
-            wait_ms <= self._settings.gate_ms and not crowded
-        ):
+        gate_ms = self._settings.max_wait_ms if back else self._settings.gate_ms
+        if wait_ms <= gate_ms and (back or not crowded):
             return True
         if not self._drain.pace:
             self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)
