@@ -22,9 +22,7 @@ log = logging.getLogger("penstock.renewed")
 RECHECK_S: Final = 1.0
 """Between two looks at a file, however often it is asked for: how long an old value may count."""
 
-_Stamp = tuple[
-    int, int, int, int
-]  # when it and its permissions were changed, its size, and which it is
+_Stamp = tuple[int, int, int, int]  # when it and its permissions were changed, its size, and which it is
 
 
 class Renewed(Generic[T]):
