@@ -452,7 +452,8 @@ class Router:
         still prefilled elsewhere must not be sent here afterwards, and is placed anew by then."""
         served = {card.model for card in self._instances.membership.ready_cards() if card.role.decodes}
         for live in list(self._live.values()):
-            if live.placed.request.model in served or live.lifecycle.places[0] != instance_id:
+            places = live.lifecycle.places
+            if instance_id in places and (live.placed.request.model in served or places[0] != instance_id):
                 self._event(live, life.InstanceStuck(instance_id, reason))
 
     def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
