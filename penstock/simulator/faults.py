@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -19,6 +20,9 @@ from penstock.wire.messages import Cancel, Generate, Ping, Release
 if TYPE_CHECKING:
     from penstock.simulator.lab import Lab
     from penstock.simulator.parts import SimFrontend, SimWorker
+
+    WorkerHarm = Callable[[Lab, random.Random, SimWorker], Awaitable[None]]
+    FrontendHarm = Callable[[Lab, random.Random, SimFrontend], Awaitable[None]]
 
 Fault = Callable[["Lab", random.Random], Awaitable[None]]
 
@@ -60,28 +64,53 @@ def _frontend(lab: Lab, rng: random.Random) -> SimFrontend | None:
     return rng.choice(there) if there else None
 
 
+def _worker_fault(name: str, *roles: Role, gentle: bool = False) -> Callable[[WorkerHarm], Fault]:
+    """One of a worker, which `_worker` picks; none when there is nobody to pick."""
+
+    def add(harm: WorkerHarm) -> Fault:
+        @functools.wraps(harm)
+        async def fault(lab: Lab, rng: random.Random) -> None:
+            worker = _worker(lab, rng, *roles)
+            if worker is not None:
+                lab.fault(name, worker.instance_id, lab.flying(worker.instance_id))
+                await harm(lab, rng, worker)
+
+        return _fault(name, gentle)(fault)
+
+    return add
+
+
+def _frontend_fault(name: str, gentle: bool = False) -> Callable[[FrontendHarm], Fault]:
+    """The same of a frontend."""
+
+    def add(harm: FrontendHarm) -> Fault:
+        @functools.wraps(harm)
+        async def fault(lab: Lab, rng: random.Random) -> None:
+            frontend = _frontend(lab, rng)
+            if frontend is not None:
+                lab.fault(name, frontend.name, lab.flying(frontend=frontend.name))
+                await harm(lab, rng, frontend)
+
+        return _fault(name, gentle)(fault)
+
+    return add
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
-@_fault("crash", gentle=True)
-async def crash(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("crash", gentle=True)
+async def crash(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker is killed, and started again later."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("crash", worker.instance_id, lab.flying(worker.instance_id))
-        worker.kill()
-        await lab.restart(worker, rng.uniform(0.05, 6.0))
+    worker.kill()
+    await lab.restart(worker, rng.uniform(0.05, 6.0))
 
 
-@_fault("host-lost", gentle=True)
-async def host_lost(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("host-lost", gentle=True)
+async def host_lost(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """The same, and nobody is told: its host is off until the restart."""
-    worker = _worker(lab, rng)
-    if worker is None:
-        return
     name = worker.instance_id
     others = [it.name for it in lab.frontends] + [it for it in lab.workers if it != name]
-    lab.fault("host-lost", name, lab.flying(name))
     for other in others:
         lab.network.block(name, other)
         lab.network.block(other, name)
@@ -93,55 +122,42 @@ async def host_lost(lab: Lab, rng: random.Random) -> None:
     await lab.restart(worker, 0.0)
 
 
-@_fault("freeze", gentle=True)
-async def freeze(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("freeze", gentle=True)
+async def freeze(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker's process stands still, its sockets stay open; later it goes on with everything late."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("freeze", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker], seen=Seen.AT_ONCE):
-            worker.process.freeze()
-            await asyncio.sleep(rng.uniform(0.2, 12.0))
-            worker.process.thaw()
+    with lab.suspecting([worker], seen=Seen.AT_ONCE):
+        worker.process.freeze()
+        await asyncio.sleep(rng.uniform(0.2, 12.0))
+        worker.process.thaw()
 
 
-@_fault("frontend-freeze", gentle=True)
-async def frontend_freeze(lab: Lab, rng: random.Random) -> None:
+@_frontend_fault("frontend-freeze", gentle=True)
+async def frontend_freeze(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
     """The same with a frontend: its clients wait that much longer."""
-    frontend = _frontend(lab, rng)
-    if frontend is not None:
-        lab.fault("frontend-freeze", frontend.name, lab.flying(frontend=frontend.name))
-        frontend.process.freeze()
-        seconds = rng.uniform(0.2, 12.0)
-        lab.frozen_s[frontend.name] += seconds
-        await asyncio.sleep(seconds)
-        lab.watch.forgive(frontend.name)
-        frontend.process.thaw()
+    frontend.process.freeze()
+    seconds = rng.uniform(0.2, 12.0)
+    lab.frozen_s[frontend.name] += seconds
+    await asyncio.sleep(seconds)
+    lab.watch.forgive(frontend.name)
+    frontend.process.thaw()
 
 
-@_fault("frontend-crash", gentle=True)
-async def frontend_crash(lab: Lab, rng: random.Random) -> None:
+@_frontend_fault("frontend-crash", gentle=True)
+async def frontend_crash(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
     """A frontend is killed with its clients' requests; the next one may give requests the same names."""
-    frontend = _frontend(lab, rng)
-    if frontend is None:
-        return
-    lab.fault("frontend-crash", frontend.name, lab.flying(frontend=frontend.name))
     place = lab.frontends.index(frontend)
     frontend.kill()
     await asyncio.sleep(rng.uniform(0.0, 3.0))
     lab.start_frontend(place, same_requests=rng.random() < 0.5)
 
 
-@_fault("drain", gentle=True)
-async def drain(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("drain", gentle=True)
+async def drain(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker is told to leave, and its next incarnation follows, as in a rolling restart."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("drain", worker.instance_id, lab.flying(worker.instance_id))
-        worker.leave()
-        while not worker.exited:
-            await asyncio.sleep(0.1)
-        await lab.restart(worker, rng.uniform(0.05, 2.0))
+    worker.leave()
+    while not worker.exited:
+        await asyncio.sleep(0.1)
+    await lab.restart(worker, rng.uniform(0.05, 2.0))
 
 
 @_fault("scale-down", gentle=True)
@@ -169,34 +185,25 @@ async def scale_up(lab: Lab, rng: random.Random) -> None:
 # --- engines --------------------------------------------------------------------------------------
 
 
-@_fault("wedge", gentle=True)
-async def wedge(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("wedge", gentle=True)
+async def wedge(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """An engine takes work and makes no step; its worker is well."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("wedge", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
-            worker.clock.wedge()
-            await asyncio.sleep(rng.uniform(0.2, 12.0))
-            worker.clock.unwedge()
+    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+        worker.clock.wedge()
+        await asyncio.sleep(rng.uniform(0.2, 12.0))
+        worker.clock.unwedge()
 
 
-@_fault("step-failure", gentle=True)
-async def step_failure(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("step-failure", gentle=True)
+async def step_failure(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """One step of an engine fails, with the attempts in it."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("step-failure", worker.instance_id, lab.flying(worker.instance_id))
-        await _fail_steps(worker, 1)
+    await _fail_steps(worker, 1)
 
 
-@_fault("engine-death")
-async def engine_death(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("engine-death")
+async def engine_death(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """An engine is broken from now on; its worker gives up."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("engine-death", worker.instance_id, lab.flying(worker.instance_id))
-        await _fail_steps(worker, MAX_FAILED_STEPS)
+    await _fail_steps(worker, MAX_FAILED_STEPS)
 
 
 async def _fail_steps(worker: SimWorker, count: int) -> None:
@@ -206,32 +213,26 @@ async def _fail_steps(worker: SimWorker, count: int) -> None:
     worker.engine.failing_steps = 0
 
 
-@_fault("eviction-storm", gentle=True)
-async def eviction_storm(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("eviction-storm", gentle=True)
+async def eviction_storm(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker loses all blocks that nobody uses, several times."""
-    worker = _worker(lab, rng)
-    if worker is not None:
-        lab.fault("eviction-storm", worker.instance_id, lab.flying(worker.instance_id))
-        for _ in range(rng.randint(1, 6)):
-            if worker.exited:
-                return
-            if rng.random() < 0.3:
-                worker.engine.clear()
-            else:
-                worker.engine.evict()
-            await asyncio.sleep(rng.uniform(0.0, 0.5))
+    for _ in range(rng.randint(1, 6)):
+        if worker.exited:
+            return
+        if rng.random() < 0.3:
+            worker.engine.clear()
+        else:
+            worker.engine.evict()
+        await asyncio.sleep(rng.uniform(0.0, 0.5))
 
 
-@_fault("stale-handoff", gentle=True)
-async def stale_handoff(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("stale-handoff", Role.DECODE, gentle=True)
+async def stale_handoff(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker that decodes is wedged until handoffs given to it have expired, or nearly."""
-    worker = _worker(lab, rng, Role.DECODE)
-    if worker is not None:
-        lab.fault("stale-handoff", worker.instance_id, lab.flying(worker.instance_id))
-        with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
-            worker.clock.wedge()
-            await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
-            worker.clock.unwedge()
+    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+        worker.clock.wedge()
+        await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
+        worker.clock.unwedge()
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -266,13 +267,9 @@ async def reset(lab: Lab, rng: random.Random) -> None:
         lab.network.cut(frontend.name, worker.instance_id)
 
 
-@_fault("delay", gentle=True)
-async def delay(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("delay", gentle=True)
+async def delay(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """What a worker says, or hears, takes longer."""
-    worker = _worker(lab, rng)
-    if worker is None:
-        return
-    lab.fault("delay", worker.instance_id, lab.flying(worker.instance_id))
     routes = [(worker.instance_id, it.name) for it in lab.frontends]
     if rng.random() < 0.5:
         routes += [(target, source) for source, target in routes]
@@ -284,25 +281,18 @@ async def delay(lab: Lab, rng: random.Random) -> None:
         lab.network.slower_s.pop(route, None)
 
 
-@_fault("slow-reader", gentle=True)
-async def slow_reader(lab: Lab, rng: random.Random) -> None:
+@_frontend_fault("slow-reader", gentle=True)
+async def slow_reader(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
     """A frontend reads only a trickle of what workers send."""
-    frontend = _frontend(lab, rng)
-    if frontend is not None:
-        lab.fault("slow-reader", frontend.name, lab.flying(frontend=frontend.name))
-        frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
-        await asyncio.sleep(rng.uniform(0.5, 6.0))
-        frontend.process.read_bytes_per_s = None
+    frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
+    await asyncio.sleep(rng.uniform(0.5, 6.0))
+    frontend.process.read_bytes_per_s = None
 
 
-@_fault("duplicate")
-async def duplicate(lab: Lab, rng: random.Random) -> None:
+@_frontend_fault("duplicate")
+async def duplicate(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
     """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
-    frontend = _frontend(lab, rng)
-    if frontend is None:
-        return
     kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
-    lab.fault("duplicate", frontend.name, lab.flying(frontend=frontend.name))
 
     def twice(route: tuple[str, str], data: bytes) -> bytes:
         doubled = route[0] == frontend.name and rng.random() < 0.3
@@ -313,14 +303,10 @@ async def duplicate(lab: Lab, rng: random.Random) -> None:
     lab.network.taps.remove(twice)
 
 
-@_fault("transfer-cut", gentle=True)
-async def transfer_cut(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("transfer-cut", Role.PREFILL, gentle=True)
+async def transfer_cut(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
     """Workers cannot pull from one of them."""
-    holder = _worker(lab, rng, Role.PREFILL)
-    if holder is None:
-        return
     others = [it for it in lab.workers if it != holder.instance_id]
-    lab.fault("transfer-cut", holder.instance_id, lab.flying(holder.instance_id))
     for other in others:
         lab.network.block(other, holder.instance_id)
     await asyncio.sleep(rng.uniform(0.2, 10.0))
@@ -328,15 +314,12 @@ async def transfer_cut(lab: Lab, rng: random.Random) -> None:
         lab.network.open(other, holder.instance_id)
 
 
-@_fault("transfer-slow", gentle=True)
-async def transfer_slow(lab: Lab, rng: random.Random) -> None:
+@_worker_fault("transfer-slow", Role.PREFILL, gentle=True)
+async def transfer_slow(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
     """Pulls from one worker take much longer."""
-    holder = _worker(lab, rng, Role.PREFILL)
-    if holder is not None:
-        lab.fault("transfer-slow", holder.instance_id, lab.flying(holder.instance_id))
-        lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
-        await asyncio.sleep(rng.uniform(0.2, 10.0))
-        lab.transfers.slower.pop(holder.instance_id, None)
+    lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
+    await asyncio.sleep(rng.uniform(0.2, 10.0))
+    lab.transfers.slower.pop(holder.instance_id, None)
 
 
 # --- time, discovery, clients ---------------------------------------------------------------------
