@@ -72,6 +72,20 @@ class Renewed(Generic[T]):
         return [_stamp(path) for path in self._paths]
 
 
+def read_text(what: str, path: Path, max_bytes: int) -> str:
+    """A small file. Raises ConfigError, whose message shows nothing of what stands in it."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ConfigError(f"{what}: {path} has more than {max_bytes} bytes")
+        return content.decode()
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:  # its own words would show some of the bytes
+        raise ConfigError(f"{what}: cannot read {path}: it is no UTF-8 text") from None
+
+
 def _stamp(path: Path) -> _Stamp | None:
     """Changes whenever the file does; None when there is none."""
     try:

@@ -22,7 +22,7 @@ from typing import Final
 
 from penstock.clock import Clock
 from penstock.errors import ConfigError, RequestRejected
-from penstock.renewed import Renewed
+from penstock.renewed import Renewed, read_text
 
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024  # 40,000 keys, read in some 30 ms
 MIN_KEY_CHARS: Final = 20  # of keys made elsewhere: 120 bits when they are random
@@ -100,14 +100,7 @@ def read_api_keys(path: Path) -> dict[bytes, str]:
     Raises ConfigError when the file cannot be read, has a line that is not one of a key, or has no key:
     an empty file must not open the door. The message never shows what stands in the file.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"API keys: cannot read {path}: {_reason(error)}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"API keys: {path} has more than {MAX_FILE_BYTES} bytes")
+    text = read_text("API keys", path, MAX_FILE_BYTES)
     digests: dict[bytes, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
@@ -126,9 +119,3 @@ def read_api_keys(path: Path) -> dict[bytes, str]:
     if not digests:
         raise ConfigError(f"API keys: {path} has none")
     return digests
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"  # the error's own words would show some of its bytes
-    return error.strerror or str(error)

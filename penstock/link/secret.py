@@ -19,7 +19,7 @@ from typing import Final
 
 from penstock.clock import Clock
 from penstock.errors import ConfigError
-from penstock.renewed import Renewed
+from penstock.renewed import Renewed, read_text
 
 MIN_CHARS: Final = 16
 MAX_SECRETS: Final = 8  # a stranger's proof is compared with each
@@ -52,17 +52,7 @@ class LinkSecret:
 
 
 def _read(path: Path) -> tuple[str, ...]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{_WHAT}: cannot read {path}: {error.strerror}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{_WHAT}: {path} has more than {MAX_FILE_BYTES} bytes")
-    try:
-        return _parsed(content.decode(), f"{_WHAT} {path}")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{_WHAT}: {path} is no UTF-8 text") from None
+    return _parsed(read_text(_WHAT, path, MAX_FILE_BYTES), f"{_WHAT} {path}")
 
 
 def _parsed(text: str, source: str) -> tuple[str, ...]:
