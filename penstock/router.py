@@ -360,8 +360,8 @@ class Router:
         if not queue.may_go(
             request.request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded
         ):
-            self._placement.forgo(live.placed)
             return life.Held()
+        self._placement.book(live.placed, decision, live.lifecycle.token_ids)
         self._metrics.waited(queue.take(request.request_id, now))
         self._metrics.decided(self._settings.policy, decision.path)
         if log.isEnabledFor(logging.DEBUG):

@@ -91,7 +91,7 @@ class Placement:
         """Choose among these instances for a prompt (with what was generated of it so far).
 
         `handed`: its KV is ready on a prefill worker, so only a decode worker is needed. None: none of
-        them can. The decode worker of a disaggregated request is booked until `sent` or `ended`.
+        them can. `book` follows when the decision is acted on.
         """
         self._unbook(placed)  # of an earlier decision: it must not see itself in the load
         self._ordinal += 1
@@ -104,15 +104,13 @@ class Placement:
             max_itl_ms=self._max_itl_ms,
         )
         candidates = self._candidates(placed, tokens, cards)
-        decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
-        if decision is not None and decision.prefill is not None:
+        return choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
+
+    def book(self, placed: Placed, decision: Decision, tokens: list[int]) -> None:
+        """The decode worker of a disaggregated request is booked until `sent` or `ended`."""
+        if decision.prefill is not None:
             placed.booked_on = decision.decode
             self._book.book(decision.decode, placed.request.request_id, len(tokens))
-        return decision
-
-    def forgo(self, placed: Placed) -> None:
-        """The decision is not acted on: the request waits."""
-        self._unbook(placed)
 
     def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
         overlaps = {

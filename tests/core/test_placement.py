@@ -36,6 +36,7 @@ def attempt(handoff: Handoff | None = None) -> Attempt:
 def choose(it: Placement, request: Placed, *cards: Card, handed: bool = False) -> Decision:
     decision = it.choose(request, TOKENS, list(cards), handed)
     assert decision is not None
+    it.book(request, decision, TOKENS)
     return decision
 
 
