@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.address import join_address
 from penstock.errors import ConfigError
+from penstock.http_server import HttpServer, listen
 
 log = logging.getLogger("penstock.probes")
 
@@ -68,22 +69,6 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.servers: list[asyncio.base_events.Server] = []
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the process's own
-
-    def close(self) -> None:
-        """Close what a cancelled `serve` left open: uvloop never ends with a listener that it does not know
-        to be closed."""
-        for server in self.servers:
-            server.close()
-
-
 @contextlib.asynccontextmanager
 async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[int]:
     """Serve probes meanwhile; the value is the port. Raises ConfigError when it cannot be had. None: the
@@ -100,7 +85,7 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
         timeout_graceful_shutdown=1,
     )
     with _listen(host, port) as listener:
-        server = _Server(config)
+        server = HttpServer(config)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(server.serve([listener]), name="probes")
@@ -110,13 +95,12 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
                 finally:
                     server.should_exit = True
         finally:
-            server.close()
+            server.drop_all()
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, DEFAULT_PORT if port is None else port), family=family)
+        return listen(host, DEFAULT_PORT if port is None else port)
     except OSError as error:
         if port is None and error.errno == errno.EADDRINUSE:
             log.warning("port %d is taken, probes get another one; --system-port sets it", DEFAULT_PORT)

@@ -6,12 +6,11 @@ Signals are the caller's: nothing here touches them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -21,6 +20,7 @@ from penstock.errors import ConfigError
 from penstock.frontend.app import App
 from penstock.frontend.connection import connection_class
 from penstock.frontend.settings import FrontendSettings
+from penstock.http_server import HttpServer, listen
 from penstock.link.tls import renewing
 
 log = logging.getLogger("penstock.frontend")
@@ -114,38 +114,20 @@ def _tls_context(settings: FrontendSettings) -> ssl.SSLContext:
     return context
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, without its signal handlers, and with a word when it has started."""
+class _Server(HttpServer):
+    """With a word when it has started."""
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_started = on_started
-        self.servers: list[asyncio.base_events.Server] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def drop_all(self) -> None:
-        """Close what is still open."""
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
 
 def _listen(host: str, port: int) -> socket.socket:
-    ipv6 = ":" in host
     try:
-        return socket.create_server(
-            (host, port),
-            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
-            backlog=BACKLOG,
-            dualstack_ipv6=ipv6 and host == "::" and socket.has_dualstack_ipv6(),
-        )
+        return listen(host, port, BACKLOG)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
