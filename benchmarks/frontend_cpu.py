@@ -17,10 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from english import English, model_folder
+from processes import start, stop, wait_ready
 from tokenizers import Tokenizer
 
 from penstock.bench.answers import StreamedAnswer
 from penstock.bench.client import HttpClient
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-READY_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 300.0  # of a whole round
 CONCURRENT_REQUESTS = 4
 PACE = "qwen3-8b/h200/tp1"  # 5 to 6 ms a step
@@ -164,32 +161,13 @@ def graph(cost_model: str) -> Iterator[tuple[str, int]]:
         worker += ["--served-model-name", "bench", "--sim-cost-model", cost_model]
         worker += ["--max-model-len", "32768", *common]
         log_path = Path(folder) / "log"
-        processes = [_start(worker), _start(worker)]
+        processes = [start(worker), start(worker)]
         try:
             with log_path.open("w") as log_file:
-                processes.append(_start(["frontend", "--http-port", "0", *common], log_file))
-            yield _wait_ready(log_path), processes[-1].pid
+                processes.append(start(["frontend", "--http-port", "0", *common], log_file))
+            yield wait_ready(log_path, 2), processes[-1].pid
         finally:
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.wait(timeout=60)
-
-
-def _start(arguments: list[str], output: object = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "penstock", *arguments], stdout=subprocess.DEVNULL, stderr=output
-    )
-
-
-def _wait_ready(log_file: Path) -> str:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        text = log_file.read_text()
-        if "listening on " in text and text.count("instance ready") == 2:
-            return text.split("listening on ")[1].split()[0]
-        time.sleep(0.1)
-    raise SystemExit(f"the frontend did not get ready:\n{log_file.read_text()}")
+            stop(processes)
 
 
 async def measure(name: str, measured: Measured, url: str, pid: int, rounds: int) -> None:

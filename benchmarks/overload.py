@@ -18,10 +18,7 @@ import contextlib
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -29,10 +26,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from processes import start, stop, wait_ready
+
 from penstock.bench.answers import StreamedAnswer
 from penstock.bench.client import HttpClient, RequestFailed
 
-READY_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 60.0
 PLACES = 32  # requests a worker serves at one time
 MANY_PLACES = 256  # the same where the time between tokens is the limit
@@ -186,33 +184,14 @@ def graph(
             frontend += ["--api-keys-file", str(path)]
         logs = [Path(folder) / f"log{number}" for number in range(options.frontends)]
         roles = options.roles.split(",")
-        processes = [_start([*worker, "--role", role]) for role in roles]
+        processes = [start([*worker, "--role", role]) for role in roles]
         try:
             for log_path in logs:
                 with log_path.open("w") as log_file:
-                    processes.append(_start(frontend, log_file))
-            yield [_wait_ready(log_path, len(roles)) for log_path in logs]
+                    processes.append(start(frontend, log_file))
+            yield [wait_ready(log_path, len(roles)) for log_path in logs]
         finally:
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.wait(timeout=60)
-
-
-def _start(arguments: list[str], output: object = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "penstock", *arguments], stdout=subprocess.DEVNULL, stderr=output
-    )
-
-
-def _wait_ready(log_file: Path, workers: int) -> str:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        text = log_file.read_text()
-        if "listening on " in text and text.count("instance ready") == workers:
-            return text.split("listening on ")[1].split()[0]
-        time.sleep(0.1)
-    raise SystemExit(f"the frontend did not get ready:\n{log_file.read_text()}")
+            stop(processes)
 
 
 # --- what is measured -----------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""Penstock's processes, for benchmarks that want no launcher between."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
+
+
+def start(arguments: list[str], output: object = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    """`penstock` with these arguments; `output` gets its log."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "penstock", *arguments], stdout=subprocess.DEVNULL, stderr=output
+    )
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End all of them, orderly and at the same time."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def wait_ready(log_file: Path, workers: int) -> str:
+    """The URL of the frontend that logs there, once it has so many workers."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        text = log_file.read_text()
+        if "listening on " in text and text.count("instance ready") == workers:
+            return text.split("listening on ")[1].split()[0]
+        time.sleep(0.1)
+    raise SystemExit(f"the frontend did not get ready:\n{log_file.read_text()}")
