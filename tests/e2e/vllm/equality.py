@@ -60,6 +60,8 @@ def test_min_tokens(always: Frontend) -> None:
 
 
 def test_unseeded_answers_differ(always: Frontend) -> None:
+    """Two of them are the same once in 25 times (the model knows three sentences that begin so), which by
+    chance leaves fewer than three kinds among twelve once in a million."""
     client = always.client()
     texts = {
         client.completions.create(
@@ -67,9 +69,9 @@ def test_unseeded_answers_differ(always: Frontend) -> None:
         )
         .choices[0]
         .text
-        for _ in range(3)
+        for _ in range(12)
     }
-    assert len(texts) == 3
+    assert len(texts) >= 3
 
 
 def test_logprobs_are_those_of_one_worker(always: Frontend, graph: Graph) -> None:
