@@ -272,8 +272,7 @@ class RouterMetrics:
         self._transferred = Counter("penstock_transferred_blocks", "KV blocks pulled", registry=registry)
         self._rejections = Counter(
             "penstock_rejected",
-            "Requests answered with 429 (wait: predicted too long; full: too many; displaced: by one that "
-            "goes first; overdue: waited too long)",
+            "Requests answered with 429 (wait: predicted too long; full: too many wait)",
             ["reason"],
             registry=registry,
         )
@@ -287,7 +286,7 @@ class RouterMetrics:
         self._queues = _QueueGauges(registry)
 
     def rejected(self, reason: str) -> None:
-        """A request was refused, or gave up its place. `reason` as in core/admission.py."""
+        """A request was refused. `reason` as in core/admission.py."""
         self._rejections.labels(reason).inc()
 
     def waited(self, seconds: float) -> None:

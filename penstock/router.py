@@ -175,12 +175,13 @@ class Router:
         lifecycle = Lifecycle(request, self._settings.deadlines, now)
         live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         self._live[request.request_id] = live
-        displaced = queue.enter(
+        queue.enter(
             request.request_id, request.call_id, request.tenant, request.priority, self._work(live), now
         )
-        self._refuse(displaced)
         self._perform(live, lifecycle.start())
-        self._refuse(queue.hopeless(request.request_id))
+        refusal = queue.hopeless(request.request_id)
+        if refusal is not None:
+            self._event(live, life.Refused(self._rejected(refusal)))
         return Ticket(self, live)
 
     def queues(self) -> list[QueueView]:
@@ -215,8 +216,6 @@ class Router:
         now = self._clock.now()
         for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
             self._event(live, life.Tick(queued=self._waits_in_a_queue(live)))
-        for queue in self._queues.values():
-            self._refuse(queue.overdue(now))
         resting, self._resting = self._resting, {}
         for request_id, live in resting.items():
             self._event(live, life.Retry())
@@ -251,12 +250,6 @@ class Router:
         """What is left of it, in tokens (core/admission.py)."""
         expected = self._placement.expected_output_tokens(live.placed.request) - _given(live)
         return work_tokens(len(live.lifecycle.token_ids), max(0.0, expected))
-
-    def _refuse(self, refusals: list[tuple[str, Refusal]]) -> None:
-        for request_id, refusal in refusals:
-            live = self._live.get(request_id)
-            if live is not None:
-                self._event(live, life.Refused(self._rejected(refusal)))
 
     def _rejected(self, refusal: Refusal) -> RequestRejected:
         self._metrics.rejected(refusal.reason)
@@ -353,7 +346,7 @@ class Router:
                 queue.hold(request.request_id, now)
                 return life.Held()
             if not any(card.role.decodes for card in self._instances.membership.ready(request.model)):
-                queue.nobody(now)
+                queue.nobody()
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
         workers = sum(card.role.decodes for card in cards)
         token_ms = self._placement.load(decision.decode).rates.prefill_token_ms

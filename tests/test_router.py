@@ -149,7 +149,7 @@ async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> N
 
 async def test_queue_is_bounded(tmp_path: Path) -> None:
     async with cluster(
-        tmp_path, {"p0": PREFILL}, RouterSettings(admission=AdmissionSettings(max_queued=3))
+        tmp_path, {"p0": PREFILL}, RouterSettings(admission=AdmissionSettings(max_queued=6))
     ) as it:
         for _ in range(3):
             it.ask(PROMPT)

@@ -2,7 +2,8 @@
 
 Theory. Workers get work just ahead of their needs: a request is sent only while some worker could begin it
 within `dispatch_wait_ms`. All others wait here, where a later one may still go first, and an engine's own
-queue stays short. Who could not begin within `max_wait_ms` hears so at once.
+queue stays short. Who could not begin within `max_wait_ms` hears so at once. Who was let in is never sent
+away: overtaken, or after an error of the prediction, it waits for its turn, until a deadline of its own.
 
 Order. Lines by priority, the lower number first; a line waits until those before it are empty, and nobody
 moves up by waiting. Within a line, tenants take turns by start-time fair queueing (Goyal and others, 1996):
@@ -25,6 +26,7 @@ have lately had, and a flow (a tenant within a line) by what shows in its own pa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
@@ -34,7 +36,10 @@ from penstock.core.pace import Drain, Recent
 
 ACCEPT_SHARE = 0.8
 """Of `max_wait_ms`: the longest predicted wait with which a newcomer is let in. Predictions err; with this
-margin, few of those let in are sent away later."""
+margin, few of those let in wait for longer than that."""
+
+TENANT_FLOWS = 2
+"""As much room in a queue as this many flows may have is what a tenant gets for all its priorities."""
 
 OUTPUT_WORK = 4.0
 """Work of an output token, in prompt tokens: on Qwen3-32B (2 x H200) with 64 requests a step, a prompt
@@ -56,9 +61,8 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     """How long requests may wait, and where."""
 
     max_wait_ms: float = 10_000.0
-    """The longest wait for a worker, its engine's queue included. A request that is predicted to wait
-    longer is refused when it comes; one that has waited as long, then. Set it to the objective for the time
-    to first token, less what a prompt takes."""
+    """The longest wait for a worker, its engine's queue included, for which one is let in. Set it to the
+    objective for the time to first token, less what a prompt takes."""
 
     dispatch_wait_ms: float = 250.0
     """A request is sent while some worker could begin it within this: two or three steps of the largest
@@ -67,8 +71,9 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     max_itl_ms: float = 0.0
     """The mean time between tokens up to which a worker is given more requests; 0: any."""
 
-    max_queued: int = 1024
-    """Requests that may wait here, whatever the prediction: a bound on memory."""
+    max_queued: int = 2048
+    """Calls that may wait here, whatever the prediction: a bound on memory. A tenant's of one priority can
+    fill half of it."""
 
     @property
     def gate_ms(self) -> float:
@@ -77,9 +82,9 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a request is not, or no longer, in the queue."""
+    """Why a request is not let in."""
 
-    reason: str  # wait, full, displaced or overdue
+    reason: str  # wait or full
     wait_ms: float  # as predicted for a newcomer in its place
     bound_ms: float
     place: int  # how many would go before it
@@ -153,13 +158,14 @@ class Queue:
         self._rng = rng
         self._lines: dict[int, _Line] = {}
         self._calls: dict[str, _Call] = {}  # by request id
+        self._waiting = 0  # calls
+        self._tenants: Counter[str] = Counter()  # of these, each one's
         self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
         self._gone_key = ""  # the call that went last
         self._drain = Drain()
         self._recent = Recent(settings.max_wait_ms / 2e3)
         self._head_ms = 0.0  # how long the head has to wait at the workers, as of its latest try
         self._workers = 1
-        self._served_since = -math.inf  # there have been workers from then on
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -179,39 +185,27 @@ class Queue:
         wait_ms, place = self._predict(tenant, priority, now)
         if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
             return self._refuse("wait", wait_ms, place)
-        if len(self._calls) >= self._settings.max_queued and self._worse_than(tenant, priority) is None:
-            return self._refuse("full", wait_ms, place)
-        return None
+        return self._refuse("full", wait_ms, place) if self._full(tenant, priority) else None
 
-    def hopeless(self, request_id: str) -> list[tuple[str, Refusal]]:
-        """The newcomer itself, with why it is refused, if it is the only one and the workers' wait alone is
-        too long."""
+    def hopeless(self, request_id: str) -> Refusal | None:
+        """Why the newcomer is refused after all, if it is the only one and the workers' wait alone is too
+        long."""
         if len(self._calls) != 1 or request_id not in self._calls:
-            return []
+            return None
         if self._head_ms <= ACCEPT_SHARE * self._settings.max_wait_ms:
-            return []
-        return [(request_id, self._refuse("wait", self._head_ms, 0))]
+            return None
+        return self._refuse("wait", self._head_ms, 0)
 
     def enter(
         self, request_id: str, call_id: str, tenant: str, priority: int, work: float, now: float
-    ) -> list[tuple[str, Refusal]]:
-        """Let a newcomer in that `refusal` had nothing against. Returns the requests that it displaces, if
-        the queue was full: of all that wait, the call that would have gone last.
+    ) -> None:
+        """Let a newcomer in that `refusal` had nothing against.
 
         Requests with the same `call_id`, which may be empty, must come one directly after the other."""
         if call_id and call_id == self._gone_key:
             self._along[request_id] = None
-            return []
-        displaced = []
-        if len(self._calls) >= self._settings.max_queued:
-            last = self._worse_than(tenant, priority)
-            if last is not None:
-                wait_ms, place = self._predict(last.flow.tenant, last.flow.line.priority, now)
-                refusal = self._refuse("displaced", wait_ms, place)
-                displaced = [(member, refusal) for member in last.requests]
-                self._remove(last)
-        self._add(request_id, call_id or request_id, tenant, priority, work, now)
-        return displaced
+        else:
+            self._add(request_id, call_id or request_id, tenant, priority, work, now)
 
     def back(self, request_id: str, work: float, now: float) -> None:
         """One that was sent before is to be sent again. It is never refused here."""
@@ -262,9 +256,8 @@ class Queue:
         if call is not None:
             self._hold(call.flow, now)
 
-    def nobody(self, now: float) -> None:
-        """There is no worker at all. Until there is one, nobody is overdue."""
-        self._served_since = now
+    def nobody(self) -> None:
+        """There is no worker at all."""
         self._head_ms = 0.0
 
     def take(self, request_id: str, now: float) -> float:
@@ -305,23 +298,6 @@ class Queue:
             return next(iter(self._along))
         return next(iter(self._first().requests)) if self._calls else None
 
-    def overdue(self, now: float) -> list[tuple[str, Refusal]]:
-        """Requests that have waited as long as they may; to be taken out by `leave`."""
-        latest = now - self._settings.max_wait_ms / 1e3
-        if self._served_since > latest:
-            return []
-        found = []
-        for line in self._lines.values():
-            if line.priority == _BACK:
-                continue
-            for flow in line.flows.values():
-                for call in flow.calls.values():
-                    if call.since > latest:
-                        break
-                    refusal = self._refuse("overdue", *self._predict(flow.tenant, line.priority, now))
-                    found += [(member, refusal) for member in call.requests]
-        return found
-
     def saturation_ms(self) -> float:
         """The predicted wait of a newcomer behind all that wait; 0 when nothing does."""
         if not self._calls:
@@ -336,15 +312,15 @@ class Queue:
         flow = waiting[0] if len(waiting) == 1 else min(waiting, key=_start)
         return next(iter(flow.calls.values()))
 
-    def _worse_than(self, tenant: str, priority: int) -> _Call | None:
-        """The call that goes last, if that is after a newcomer's place."""
-        line = self._lines[max(self._lines)]
-        flow = max((flow for flow in line.flows.values() if flow.calls), key=_end)
-        if line.priority < priority:
-            return None
-        if line.priority == priority and self._newcomers_start(line, tenant) >= _end(flow):
-            return None
-        return next(reversed(flow.calls.values()))
+    def _full(self, tenant: str, priority: int) -> bool:
+        """Whether a newcomer finds no room. Dynamic thresholds (Choudhury and Hahne, 1998): each flow may
+        have as many calls as there are places left. So who comes in numbers leaves room for others, and
+        nobody who was let in has to make it for them."""
+        left = self._settings.max_queued - self._waiting
+        line = self._lines.get(priority)
+        flow = line.flows.get(tenant) if line is not None else None
+        own = len(flow.calls) if flow is not None else 0
+        return own >= left or self._tenants[tenant] >= TENANT_FLOWS * left
 
     def _newcomers_start(self, line: _Line, tenant: str) -> float:
         flow = line.flows.get(tenant)
@@ -392,6 +368,8 @@ class Queue:
                 flow.start = max(flow.start, line.virtual)
             call = flow.calls[key] = _Call(flow, key, now)
             line.calls += 1
+            self._waiting += 1
+            self._tenants[tenant] += 1
         call.requests[request_id] = work
         self._calls[request_id] = call
         flow.work += work
@@ -408,6 +386,10 @@ class Queue:
             del self._calls[request_id]
         del flow.calls[call.key]
         line.calls -= 1
+        self._waiting -= 1
+        self._tenants[flow.tenant] -= 1
+        if not self._tenants[flow.tenant]:
+            del self._tenants[flow.tenant]
         flow.work -= work
         line.work -= work
         if not flow.calls:
@@ -430,10 +412,6 @@ class Queue:
 
 def _start(flow: _Flow) -> float:
     return flow.start
-
-
-def _end(flow: _Flow) -> float:
-    return flow.start + flow.work
 
 
 def _own_ms(flow: _Flow) -> float:

@@ -366,8 +366,7 @@ class Lifecycle:
             return [*self._abandon(), *self._fail(RequestRejected(504, message, code="request_timeout"))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
-            if self.trouble:
-                message += f" ({self.trouble})"
+            message += f" ({self.trouble or 'they were busy with others'})"
             return self._fail(RequestRejected(503, message, code="no_worker", retry_after_s=5.0))
         started = self._awaited is Awaited.NEXT_TOKEN
         if event.queued and self._busy_waits < self._limits.busy_waits and not started:

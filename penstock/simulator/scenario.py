@@ -143,7 +143,7 @@ def _admission(rng: random.Random, gentle: bool) -> AdmissionSettings:
     return AdmissionSettings(
         max_wait_ms=rng.choice((200.0, 2000.0, 10_000.0)),
         dispatch_wait_ms=rng.choice((5.0, 250.0)),
-        max_queued=rng.choice((4, 1024)),
+        max_queued=rng.choice((4, 2048)),
     )
 
 

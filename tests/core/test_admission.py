@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.admission import AdmissionSettings, Queue, Refusal
+from penstock.core.admission import AdmissionSettings, Queue
 
 BUSY_MS = 1000.0  # at the workers: beyond the gate
 TOKEN_MS = 1.0
@@ -28,8 +28,8 @@ def enter(
     work: float = 100.0,
     call_id: str = "",
     now: float = 0.0,
-) -> list[tuple[str, Refusal]]:
-    return it.enter(request_id, call_id, tenant, priority, work, now)
+) -> None:
+    it.enter(request_id, call_id, tenant, priority, work, now)
 
 
 def offer(it: Queue, wait_ms: float, now: float = 0.0) -> str | None:
@@ -80,7 +80,7 @@ def test_who_comes_back_goes_before_all_and_is_never_refused() -> None:
     enter(it, "b")
     it.back("lost", 1.0, 0.0)
     it.back("bounced", 1.0, 0.0)
-    assert [request_id for request_id, _ in it.overdue(1.0)] == ["a", "b"]
+    assert it.refusal("", 0, 0.0) is not None
     assert drain(it) == ["lost", "bounced", "a", "b"]
 
 
@@ -243,8 +243,9 @@ def test_alone_and_without_hope() -> None:
     it = queue(max_wait_ms=1000.0)
     enter(it, "a")
     assert not it.may_go("a", 900.0, 1, TOKEN_MS, 0.0)
-    ((request_id, refusal),) = it.hopeless("a")
-    assert (request_id, refusal.reason, refusal.wait_ms) == ("a", "wait", 900.0)
+    refusal = it.hopeless("a")
+    assert refusal is not None
+    assert (refusal.reason, refusal.wait_ms) == ("wait", 900.0)
     it.leave("a")
     assert it.refusal("", 0, 0.0) is None  # the last that was known of the workers does not stick
     enter(it, "b")
@@ -260,34 +261,40 @@ def test_the_gate_is_no_wider_than_the_longest_wait() -> None:
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def test_a_full_queue_refuses_the_newcomer_or_displaces_who_would_go_last() -> None:
-    it = queue(max_queued=3)
-    for request_id in ("a", "b", "c"):
-        enter(it, request_id, "t", 1)
-    refusal = it.refusal("t", 1, 0.0)
-    assert refusal is not None
+def crowd(it: Queue, tenant: str, priority: int = 0) -> int:
+    """Let calls in until one is refused for want of room."""
+    count = 0
+    while (refusal := it.refusal(tenant, priority, 0.0)) is None:
+        enter(it, f"{tenant}{priority}-{count}", tenant, priority)
+        count += 1
     assert refusal.reason == "full"
-    assert it.refusal("t", 2, 0.0) is not None
-    assert it.refusal("t", 0, 0.0) is None
-    ((displaced, why),) = enter(it, "d", "t", 0)
-    assert (displaced, why.reason) == ("c", "displaced")
-    assert it.refusal("u", 1, 0.0) is None
-    ((displaced, _),) = enter(it, "e", "u", 1)
-    assert displaced == "b"
-    assert it.refusal("u", 1, 0.0) is not None
-    assert drain(it) == ["d", "a", "e"]
+    return count
 
 
-def test_nobody_waits_beyond_the_bound_while_there_are_workers() -> None:
-    it = queue(max_wait_ms=2000.0)
-    enter(it, "a", now=0.0)
-    enter(it, "b", now=1.5)
-    assert it.overdue(1.9) == []
-    assert [(request_id, why.reason) for request_id, why in it.overdue(2.0)] == [("a", "overdue")]
-    it.leave("a")
-    it.nobody(3.0)
-    assert it.overdue(4.9) == []
-    assert [request_id for request_id, _ in it.overdue(5.0)] == ["b"]
+def test_a_full_queue_has_room_for_others() -> None:
+    """Each gets half of what is left, and one with many priorities two thirds of the whole."""
+    it = queue(max_queued=1200)
+    assert crowd(it, "a") == 600
+    assert crowd(it, "b") == 300
+    assert crowd(it, "c", -1) == 150
+    it = queue(max_queued=1200)
+    assert sum(crowd(it, "a", priority) for priority in range(50)) == 800
+    assert crowd(it, "b") == 200
+    it.leave("a0-0")
+    assert it.refusal("a", 0, 0.0) is not None
+    assert it.refusal("b", 0, 0.0) is None
+
+
+def test_the_last_place_is_taken_and_no_more() -> None:
+    it = queue(max_queued=20)
+    for number in range(20):
+        assert it.refusal(f"t{number}", 0, 0.0) is None
+        enter(it, f"{number}", f"t{number}")
+    assert it.refusal("other", -1, 0.0) is not None
+    it.back("lost", 1.0, 0.0)
+    assert len(drain(it)) == 21
+    assert not it._tenants
+    assert it._waiting == 0
 
 
 # --- whatever happens -----------------------------------------------------------------------------
@@ -306,7 +313,6 @@ class Router:
 
     def __init__(self, max_queued: int, max_wait_ms: float) -> None:
         self.queue = queue(max_queued=max_queued, max_wait_ms=max_wait_ms)
-        self.max_wait_s = max_wait_ms / 1e3
         self.now = 0.0
         self.asked = 0
         self.since: dict[str, float] = {}  # of those that wait
@@ -319,8 +325,6 @@ class Router:
 
     def act(self, action: str, which: int, priority: int, work: float, seconds: float) -> None:
         self.now += seconds
-        for request_id, _ in self.queue.overdue(self.now):
-            self.end(request_id)
         waiting = list(self.since)
         if action == "ask":
             self.ask(f"t{which}", priority, work, choices=1 + which % 2)
@@ -348,17 +352,9 @@ class Router:
         for choice in range(choices):
             request_id = f"{self.asked}-{choice}"
             self.since[request_id] = self.now
-            for displaced, _ in enter(
-                self.queue,
-                request_id,
-                tenant,
-                priority,
-                work=work,
-                call_id=f"{self.asked}",
-                now=self.now,
-            ):
-                assert displaced != request_id
-                self.end(displaced)
+            enter(
+                self.queue, request_id, tenant, priority, work=work, call_id=f"{self.asked}", now=self.now
+            )
 
     def check(self) -> None:
         assert all(count == 1 for count in self.ended.values())
@@ -367,7 +363,8 @@ class Router:
         work = sum(line.work for line in self.queue._lines.values())
         calls = {id(call): call for call in self.queue._calls.values()}
         assert work == pytest.approx(sum(call.work for call in calls.values()), abs=1e-6)
-        assert sum(line.calls for line in self.queue._lines.values()) == len(calls)
+        assert sum(line.calls for line in self.queue._lines.values()) == len(calls) == self.queue._waiting
+        assert self.queue._tenants == Counter(call.flow.tenant for call in calls.values())
 
 
 @settings(max_examples=200, deadline=None)
@@ -383,6 +380,7 @@ def test_every_request_ends_exactly_once(
         router.end(went)
     assert not router.since
     assert not router.queue._lines
+    assert not router.queue._tenants
 
 
 @settings(max_examples=100, deadline=None)
