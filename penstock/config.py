@@ -215,11 +215,14 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         Count | None, flag("Most requests in one engine step; the engine's choice when unset.")
     ] = None
     max_waiting: Annotated[
-        int, Meta(ge=0), flag("Requests that may wait here; the next goes to another worker.")
+        Count,
+        flag("Requests that may wait here for a step; the next goes to another worker."),
     ] = 256
     transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
     handoff_ttl_s: Annotated[
-        float, Meta(gt=0), flag("Seconds for which a prefill worker keeps KV that nobody has pulled.")
+        float,
+        Meta(gt=Deadlines().handoff_margin_s),  # what has less left when it is to be pulled is not used
+        flag("Seconds for which a prefill worker keeps KV that nobody has pulled."),
     ] = 30.0
     sim_cost_model: Annotated[
         str, flag("Whose steps the sim engine takes the time of, e.g. qwen3-8b/h200/tp1; zero: none.")

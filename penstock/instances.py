@@ -161,7 +161,7 @@ class Instances:
         for card in self.membership.ready_cards():
             self._served_at[card.model] = now
         for link in self._links.values():
-            if link.progress is not None:
+            if link.up and link.progress is not None:
                 self._judge(link, link.progress)
 
     def _judge(self, link: _Link, progress: Progress) -> None:
@@ -210,6 +210,8 @@ class Instances:
                     link = self._links.pop(instance_id, None)
                     if link is not None:
                         link.close()
+                        # Now: the next incarnation may be up before this connection has ended.
+                        link.on_down("another process bears its name", orderly=True)
                     self._metrics.instance_gone(instance_id)
 
     def _connect(self, registration: Registration) -> None:
@@ -224,8 +226,6 @@ class Instances:
     def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
         self.membership.up(link.instance_id, card)
         self._placement.up(card, hashes, load)
-        link.progress = Progress(self._progress, card.max_batch_tokens)
-        link.progress.observe(load, self._time.seconds)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -235,6 +235,10 @@ class Instances:
             card.engine,
             len(hashes),
         )
+        # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
+        link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
+        link.progress.observe(load, self._time.seconds)
+        self._judge(link, link.progress)
 
     async def _load(self, link: _Link, card: Card) -> None:
         """Fetch what the model needs, then let the instance take part."""
@@ -276,11 +280,12 @@ class Instances:
 
     def _down(self, link: _Link, reason: str, orderly: bool) -> None:
         instance_id = link.instance_id
-        effects = self.membership.down(instance_id)
+        effects: list[Connect | Disconnect] = []
+        if self._links.get(instance_id) is link:  # else what bears its name now is not this incarnation
+            effects = self.membership.down(instance_id)
+            self._metrics.state(instance_id, link.role, State.CONNECTING)
         load = self._placement.load(instance_id)
         self._placement.down(instance_id)
-        link.progress = None
-        self._metrics.state(instance_id, link.role, State.CONNECTING)
         if orderly:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
@@ -310,11 +315,11 @@ class _Link:
         self.incarnation = registration.incarnation
         self._instances = instances
         self._tasks = tasks
-        self.progress: Progress | None = None  # while it is up
+        self.up = False  # between `on_up` and `on_down`
+        self.progress: Progress | None = None  # of its engine, once it has been up
         self.stuck_at = 0.0  # when its engine was last found stuck
         self._loading: asyncio.Task[None] | None = None
         self._closed = False  # no longer wanted; its task hears of it in the next turn only
-        self._up = False
         self.client = LinkClient(
             registration.address,
             self,
@@ -328,6 +333,7 @@ class _Link:
         self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
 
     def close(self) -> None:
+        """Hang up, in the next turn."""
         self._closed = True
         self._running.cancel()
         if self._loading is not None:
@@ -336,28 +342,35 @@ class _Link:
     def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
         if self._closed:
             raise ProtocolError("discovery has just forgotten this instance")
-        self._up = True
+        self.up = True
         self._instances._up(self, card, hashes, load)
         self._loading = self._tasks.create_task(
             self._instances._load(self, card), name=f"load {self.instance_id}"
         )
 
+    # What comes after `on_down`, until the connection has ended, is nobody's any more.
+
     def on_step(self, step: Step) -> None:
-        self._instances._step(self, step)
+        if self.up:
+            self._instances._step(self, step)
 
     def on_heartbeat(self, seen: int, load: Load) -> None:
-        self._instances._reported(self, seen, load)
+        if self.up:
+            self._instances._reported(self, seen, load)
 
     def on_bounce(self, bounce: Bounce) -> None:
-        self._instances._listener.on_bounce(self.instance_id, self.role, bounce)
+        if self.up:
+            self._instances._listener.on_bounce(self.instance_id, self.role, bounce)
 
     def on_draining(self, reason: str) -> None:
-        self._instances._draining(self, reason)
+        if self.up:
+            self._instances._draining(self, reason)
 
     def on_down(self, reason: str, orderly: bool) -> None:
-        if not self._up:
+        """Idempotent: when discovery replaces an instance, this comes before the connection's end."""
+        if not self.up:
             return
-        self._up = False
+        self.up = False
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None

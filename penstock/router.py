@@ -24,7 +24,7 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
-from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspect, apart
+from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects
 from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
@@ -79,6 +79,7 @@ class _Live:
     placed: Placed
     queue: Queue  # its model's
     filed: Phase | None = None  # the phase that the router's books are up to date with
+    suspect: bool = False  # it is noted among the suspects
 
 
 class Ticket:
@@ -90,9 +91,10 @@ class Ticket:
         self._router = router
         self._live = live
 
-    def cancel(self) -> None:
-        """Nobody wants the rest: no further callbacks, and the engine stops. Idempotent."""
-        self._router._event(self._live, life.ClientGone())
+    def cancel(self, *, complete: bool = False) -> None:
+        """Nobody wants the rest: no further callbacks, and the engine stops. `complete`: because the answer
+        ends here, not because its reader left. Idempotent."""
+        self._router._event(self._live, life.ClientGone(complete))
 
 
 class Router:
@@ -139,7 +141,7 @@ class Router:
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
         metrics.queues_from(self.queues)
-        self._suspects: dict[str, _Live] = {}  # with strikes, when last looked at
+        self._suspects = Suspects()
 
     # --- for the frontend -------------------------------------------------------------------------
 
@@ -264,7 +266,8 @@ class Router:
         for effect in effects:
             match effect:
                 case life.Emit():  # comes with every token: a pattern that binds costs more
-                    self._emit(live, effect.delta)
+                    if live.filed is not Phase.DONE:  # what came before it may have ended in an error
+                        self._emit(live, effect.delta)
                 case life.Choose() as wanted:
                     self._event(live, self._choose(live, wanted))
                 case life.Send(instance_id, attempt):
@@ -280,6 +283,16 @@ class Router:
                     self._fail(live, error)
         if live.filed is not live.lifecycle.phase:
             self._file(live)
+        if live.suspect or live.lifecycle.strikes.count:
+            self._note(live)
+
+    def _note(self, live: _Live) -> None:
+        """Keep the suspects up to date."""
+        lifecycle = live.lifecycle
+        live.suspect = lifecycle.strikes.count > 0 and lifecycle.phase is not Phase.DONE
+        self._suspects.note(
+            lifecycle.request.request_id, lifecycle.strikes.count if live.suspect else 0, lifecycle.places
+        )
 
     def _emit(self, live: _Live, delta: Delta) -> None:
         try:
@@ -288,6 +301,7 @@ class Router:
             # A mistake in one request's callback must not end the link with everybody's requests.
             log.exception("request %s: its output could not be delivered", live.placed.request.request_id)
             self._event(live, life.ClientGone())
+            self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
 
     def _fail(self, live: _Live, error: RequestRejected) -> None:
         if error.code == life.KILLER:
@@ -308,12 +322,13 @@ class Router:
         """Keep the books by phase."""
         live.filed = live.lifecycle.phase
         request_id = live.lifecycle.request.request_id
-        if live.lifecycle.phase is Phase.QUEUED and request_id not in live.queue:
-            self._resting[request_id] = live
+        if live.lifecycle.phase is Phase.QUEUED:
+            self._placement.unbook(live.placed)
+            if request_id not in live.queue:
+                self._resting[request_id] = live
         if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
             live.queue.leave(request_id)
-            self._suspects.pop(request_id, None)
-            self._placement.ended(live.placed, _given(live))
+            self._placement.ended(live.placed, _given(live) if live.lifecycle.complete else None)
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
         request, queue, now = live.lifecycle.request, live.queue, self._clock.now()
@@ -363,23 +378,11 @@ class Router:
 
     def _keep_apart(self, live: _Live, cards: list[Card]) -> list[Card]:
         """Where it may run, for all that is known of who kills engines."""
-        strikes = live.lifecycle.strikes.count
+        strikes, request_id = live.lifecycle.strikes, live.placed.request.request_id
         waited_s = live.lifecycle.waited_s(self._clock.now())
-        if live.lifecycle.strikes.deaths >= PRIME and waited_s < CONFIRM_S:
+        if strikes.deaths >= PRIME and waited_s < CONFIRM_S:
             return []
-        if strikes:
-            self._suspects[live.placed.request.request_id] = live
-        elif not self._suspects:
-            return cards
-        for request_id, other in list(self._suspects.items()):
-            if not other.lifecycle.strikes.count:
-                del self._suspects[request_id]
-        others = [
-            Suspect(other.lifecycle.strikes.count, other.lifecycle.places)
-            for other in self._suspects.values()
-            if other is not live
-        ]
-        return apart(strikes, cards, others, held=waited_s >= HOLD_S)
+        return self._suspects.apart(request_id, strikes.count, cards, held=waited_s >= HOLD_S)
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
         """Send and book an attempt. Returns why it could not be sent."""

@@ -59,6 +59,26 @@ def test_numbers_are_finite_and_in_range(value: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "expected"),
+    [
+        ("max-waiting", "0", "an integer >= 1"),  # every attempt waits for a step
+        ("max-running", "0", "an integer >= 1"),
+        ("max-batch-tokens", "0", "an integer >= 1"),
+        ("max-model-len", "0", "an integer >= 1"),
+        ("kv-cache-mib", "0", "an integer >= 1"),
+        ("block-size", "0", "an integer >= 1"),
+        ("max-wait-ms", "0", "a number > 0"),
+        ("sim-speedup", "0", "a number > 0"),
+        ("handoff-ttl-s", "1", "a number > 1"),  # with that little life left, none would be pulled
+    ],
+)
+def test_a_limit_with_which_nothing_would_work_is_refused(flag: str, text: str, expected: str) -> None:
+    shown = f"{float(text)}" if "number" in expected else text
+    line = f"--{flag}: expected {expected}, got {shown}"
+    assert errors_of(WorkerOptions, {"model": "m", flag: text}) == [line]
+
+
 def test_a_wrong_variable_is_named() -> None:
     line = 'DYN_SYSTEM_PORT: expected an integer from -1 to 65535, got "x"'
     assert errors_of(WorkerOptions, {"model": "m"}, {"DYN_SYSTEM_PORT": "x"}) == [line]

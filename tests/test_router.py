@@ -9,11 +9,21 @@ import pytest
 
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
+from penstock.core.membership import State
 from penstock.discovery.file import FileDiscovery
-from penstock.errors import RequestRejected
+from penstock.errors import RemoteError, RequestRejected
 from penstock.router import RouterSettings
-from penstock.structs import FinishReason, ModelView, Registration, Role
-from tests.cluster import MODEL, QUICK, Cluster, cluster
+from penstock.structs import (
+    Attempt,
+    Delta,
+    FinishReason,
+    ModelView,
+    Registration,
+    Request,
+    Role,
+    Sampling,
+)
+from tests.cluster import MODEL, QUICK, Answer, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 PAIR = {"p0": PREFILL, "d0": DECODE}
@@ -262,3 +272,72 @@ async def test_every_policy_serves(tmp_path: Path, policy: str) -> None:
         for seed in range(6):
             assert len(await it.complete([*PROMPT, seed], seed=seed)) == 8
         await it.wait_idle()
+
+
+async def test_only_whole_outputs_tell_how_long_outputs_are(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"a0": AGGREGATED}, sim=SLOW) as it:
+        lengths = it.router._placement._lengths
+        for complete, tokens in ((False, None), (True, 3)):
+            before = lengths.mean(MODEL)
+            answer, ticket = it.ask(PROMPT, max_tokens=4000)
+            await answer.wait_tokens(3)
+            given = sum(len(delta.token_ids) for delta in answer.deltas)
+            ticket.cancel(complete=complete)  # a stop string; else its reader left
+            assert (lengths.mean(MODEL) == before) is (tokens is None)
+            assert tokens is None or lengths.mean(MODEL) < before
+            assert given < before  # so that it would count as short
+        await it.wait_idle()
+
+
+async def test_a_request_that_waits_again_is_booked_nowhere(tmp_path: Path) -> None:
+    async with cluster(tmp_path, PAIR, ALWAYS, sim=SLOW) as it:
+        with it.workers["p0"].stuck():
+            answers = [it.ask([seed, *PROMPT], seed=seed)[0] for seed in range(6)]
+            async with asyncio.timeout(20):
+                while not it.router._placement._book._accounts["d0"].booked:
+                    await asyncio.sleep(0.01)
+            # The decode worker is away as well, so that all of them have to wait.
+            it.router._instances.membership.draining("d0")
+            it.router.on_lost("p0", "cut", 0, "")
+            assert it.queued or it.router._resting
+            account = it.router._placement._book._accounts["d0"]
+            assert (account.booked, account.context_tokens) == ({}, 0)
+            it.router._instances.membership.members["d0"].state = State.READY
+        for answer in answers:
+            assert len(await answer.tokens()) == 8
+
+
+async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {"a0": AGGREGATED}, sim=SLOW) as it:
+        other, _ = it.ask(PROMPT, max_tokens=40)
+        answer = Answer()
+
+        def on_delta(delta: Delta) -> None:
+            raise ValueError("a mistake")
+
+        it.router.submit(
+            Request("mistaken", MODEL, PROMPT, Sampling(max_tokens=40)), on_delta, answer.on_error
+        )
+        with pytest.raises(RequestRejected, match="Internal error") as caught:
+            await answer.tokens()
+        assert caught.value.status == 500
+        assert len(await other.tokens()) == 40
+        await it.wait_idle()
+
+
+async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
+    """A prefill worker gives a first token, but the decode worker cannot be sent to, and that was it."""
+    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_attempts=1))
+    async with cluster(tmp_path, PAIR, settings, sim=SLOW) as it:
+        link = it.router._instances.link("d0")
+        assert link is not None
+        link._session.generate = fails  # type: ignore[union-attr, method-assign]
+        answer, _ = it.ask(PROMPT)
+        with pytest.raises(RequestRejected, match="too much"):
+            await answer.tokens()
+        await asyncio.sleep(0)
+        assert answer.deltas == []
+
+
+def fails(attempt: Attempt) -> int:
+    raise RemoteError("too much waits")

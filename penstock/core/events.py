@@ -73,7 +73,9 @@ class Tick(msgspec.Struct):
 
 
 class ClientGone(msgspec.Struct):
-    """Nobody wants the rest."""
+    """Nobody wants the rest. `complete`: the answer ends here, at a stop string."""
+
+    complete: bool = False
 
 
 # --- effects ------------------------------------------------------------------------------------

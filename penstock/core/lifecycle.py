@@ -108,6 +108,7 @@ class Lifecycle:
         "_rests_until",
         "_sent_handoff",
         "_since",
+        "complete",
         "deadline",
         "phase",
         "request",
@@ -121,6 +122,7 @@ class Lifecycle:
         self.phase = Phase.QUEUED
         self.token_ids = list(request.token_ids)  # prompt + output so far
         self.deadline = now + limits.queue_s
+        self.complete = False  # it has ended, and its output is all that there was to be
         self.trouble = ""  # why the last attempt ended, for logs and the final error
         self.strikes = Strikes()
         self._limits = limits
@@ -237,17 +239,23 @@ class Lifecycle:
         if reason is None:
             self._sent_handoff = None
             self.token_ids += output.token_ids
+            strikes = self.strikes
+            if strikes.count:
+                if len(self.token_ids) >= strikes.acquitted_at:
+                    strikes.acquit()
+                    self._settle()
+            elif self._awaited is not _NEXT_TOKEN:
+                self._settle()
             # As `_await` does, which would cost this more than all the rest.
             self._awaited, self._since = _NEXT_TOKEN, now
             deadline, last = now + self._limits.stall_s, self._request_deadline
             self.deadline = deadline if deadline < last else last
-            if self.strikes.count and len(self.token_ids) >= self.strikes.acquitted_at:
-                self.strikes.acquit()
             return [self._emit(output, None)] if output.token_ids else []
         self._attempt_id = ""
         if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
             self.token_ids += output.token_ids
             self.phase = Phase.DONE
+            self.complete = True
             return [self._emit(output, reason)]
         if reason is FinishReason.PREFILLED and output.handoff is not None:
             self.token_ids += output.token_ids
@@ -265,6 +273,12 @@ class Lifecycle:
             return [*effects, *self._turned_away("handed back by a leaving worker", now, migrates=True)]
         # Tokens of a failed step were not committed by the engine; they are computed again.
         return self._lost(output.error or f"attempt ended as {reason}", now)
+
+    def _settle(self) -> None:
+        """It gets on: what went wrong before does not count any more."""
+        self._bounces = 0
+        self._avoid.clear()
+        self.trouble = ""
 
     def _emit(self, output: Output, reason: FinishReason | None) -> Emit:
         cached = None
@@ -362,7 +376,7 @@ class Lifecycle:
         if now >= self._request_deadline:
             where = f" from {self._instance_id}" if self._instance_id else ""
             message = f"request took longer than {self._limits.request_s:g} s"
-            message += f": {self._awaited.missing}{where} for {self.waited_s(now):.3g} s"
+            message += f": {self._awaited.missing}{where} for {_seconds(self.waited_s(now))}"
             return [*self._abandon(), *self._fail(RequestRejected(504, message, code="request_timeout"))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
@@ -374,6 +388,8 @@ class Lifecycle:
             self.deadline = min(now + self._limits.of(self._awaited), self._request_deadline)
             return []
         late = f"{self._awaited.missing} within {self._limits.of(self._awaited):g} s"
+        if self._busy_waits:  # the deadline alone would be a fraction of it
+            late = f"{self._awaited.missing} for {_seconds(self.waited_s(now))}, in a queue that moved"
         return [*self._abandon(), *self._lost(late, now, code=f"{self._awaited.value}_timeout")]
 
     def _on_client_gone(self, event: ClientGone, now: float) -> list[Effect]:
@@ -381,6 +397,7 @@ class Lifecycle:
             return []
         effects = [*self._abandon(), *self._drop_handoff()]
         self.phase = Phase.DONE
+        self.complete = event.complete
         return effects
 
     def _abandon(self) -> list[Effect]:
@@ -401,6 +418,10 @@ class Lifecycle:
         self.phase = Phase.DONE
         self._attempt_id = ""
         return [*effects, Fail(error)]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{round(seconds, 1):g} s"
 
 
 def _release_late(output: Output) -> list[Effect]:

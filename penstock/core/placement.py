@@ -93,7 +93,7 @@ class Placement:
         `handed`: its KV is ready on a prefill worker, so only a decode worker is needed. None: none of
         them can. `book` follows when the decision is acted on.
         """
-        self._unbook(placed)  # of an earlier decision: it must not see itself in the load
+        self.unbook(placed)  # of an earlier decision: it must not see itself in the load
         self._ordinal += 1
         query = Query(
             prompt_tokens=len(tokens),
@@ -107,7 +107,7 @@ class Placement:
         return choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=self._rng)
 
     def book(self, placed: Placed, decision: Decision, tokens: list[int]) -> None:
-        """The decode worker of a disaggregated request is booked until `sent` or `ended`."""
+        """The decode worker of a disaggregated request is booked until `sent`, `unbook` or `ended`."""
         if decision.prefill is not None:
             placed.booked_on = decision.decode
             self._book.book(decision.decode, placed.request.request_id, len(tokens))
@@ -143,15 +143,15 @@ class Placement:
         have = overlap if attempt.handoff is None else max(overlap, attempt.handoff.num_tokens)
         self._book.sent(instance_id, seq, uncached_tokens=max(1, tokens - have), context_tokens=tokens)
         if placed.booked_on == instance_id:
-            self._unbook(placed)
+            self.unbook(placed)
         placed.runs_on = instance_id
         # What the engine reports after a handoff includes the blocks it pulled: not the index's doing.
         placed.predicted_tokens = overlap if attempt.handoff is None else None
 
-    def ended(self, placed: Placed, output_tokens: int) -> None:
-        """The request wants nothing more."""
-        self._unbook(placed)
-        if placed.runs_on:
+    def ended(self, placed: Placed, output_tokens: int | None) -> None:
+        """The request wants nothing more. None: its output was cut short, which says nothing of lengths."""
+        self.unbook(placed)
+        if placed.runs_on and output_tokens is not None:
             request = placed.request
             self._lengths.ended(request.model, output_tokens)
             self._lengths.ended((request.model, request.tenant), output_tokens)
@@ -160,7 +160,8 @@ class Placement:
         """How long its output will be, going by its tenant's others."""
         return min(self._lengths.mean((request.model, request.tenant)), request.sampling.max_tokens)
 
-    def _unbook(self, placed: Placed) -> None:
+    def unbook(self, placed: Placed) -> None:
+        """No instance is promised to it any more."""
         if placed.booked_on:
             self._book.release(placed.booked_on, placed.request.request_id)
             placed.booked_on = ""

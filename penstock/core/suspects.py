@@ -22,7 +22,8 @@ also hang it, or fail its batch. Only deaths make a request the cause of one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from penstock.structs import Card
@@ -104,33 +105,41 @@ class Strikes:
         self.acquitted_at = tokens + (ACQUIT_TOKENS << min(self._all_deaths, MOST_DOUBLINGS))
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """Another request with strikes, and the instances that have it or will."""
+class Suspects:
+    """Who has strikes, and which instances have them or will. Counted as they come and go: after a death
+    there may be a thousand, and each of them asks for a place."""
 
-    strikes: int
-    instances: Collection[str]
+    def __init__(self) -> None:
+        self._noted: dict[str, tuple[bool, Collection[str]]] = {}  # by request id: whether prime, and where
+        self._any: Counter[str] = Counter()  # on each instance; only where there are some
+        self._prime: Counter[str] = Counter()
 
+    def note(self, request_id: str, strikes: int, instances: Collection[str]) -> None:
+        """A request has so many strikes now, and these instances have it or will; empty names are none."""
+        before = self._noted.pop(request_id, None)
+        if before is not None:
+            self._count(*before, -1)
+        places = {*instances} - {""}
+        if strikes and places:
+            self._noted[request_id] = noted = strikes >= PRIME, places
+            self._count(*noted, 1)
 
-def apart(strikes: int, cards: list[Card], others: Iterable[Suspect], *, held: bool) -> list[Card]:
-    """Those of `cards` where a request with so many strikes may run; none that decodes: it has to wait.
+    def apart(self, request_id: str, strikes: int, cards: list[Card], *, held: bool) -> list[Card]:
+        """Those of `cards` where this request may run, which is nowhere now; none that decodes: it has to
+        wait. `held`: it has waited for `HOLD_S` already."""
+        self.note(request_id, 0, ())
+        if strikes == 0:
+            return (_without(cards, self._prime) or cards) if self._prime else cards
+        if strikes < PRIME:
+            return _fewest(cards, self._any)
+        return _without(cards, self._prime) or (_fewest(cards, self._prime) if held else [])
 
-    `held`: it has waited for `HOLD_S` already."""
-    suspects: dict[str, int] = {}  # on each instance
-    prime: dict[str, int] = {}
-    for other in others:
-        for instance_id in other.instances:
-            suspects[instance_id] = suspects.get(instance_id, 0) + 1
-            if other.strikes >= PRIME:
-                prime[instance_id] = prime.get(instance_id, 0) + 1
-    if strikes == 0:
-        return _without(cards, prime) or cards
-    if strikes < PRIME:
-        return _fewest(cards, suspects)
-    free = _without(cards, prime)
-    if any(card.role.decodes for card in free):
-        return free
-    return _fewest(cards, prime) if held else []
+    def _count(self, prime: bool, instances: Collection[str], change: int) -> None:
+        for counts in (self._any, self._prime) if prime else (self._any,):
+            for instance_id in instances:
+                counts[instance_id] += change
+                if not counts[instance_id]:
+                    del counts[instance_id]
 
 
 def _without(cards: list[Card], counts: Mapping[str, int]) -> list[Card]:

@@ -93,7 +93,7 @@ class Call:
             ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
             self._tickets[answer.index] = ticket
             if self.ended or answer.finish_reason is not None:  # it came before the ticket did
-                ticket.cancel()
+                ticket.cancel(complete=answer.finish_reason is not None)
 
     def push_with(self, push: Push) -> None:
         """From now on give `push` what is new while somebody waits in `changed`, which then returns only
@@ -149,7 +149,7 @@ class Call:
             self._open -= 1
             ticket = self._tickets.pop(answer.index, None)
             if delta.finish_reason is None and ticket is not None:
-                ticket.cancel()  # a stop string, which only we know of
+                ticket.cancel(complete=True)  # a stop string, which only we know of
         elif self._streaming and answer.unsent_chars > self._max_unsent_chars:
             self.hang_up()
             self._on_overflow()

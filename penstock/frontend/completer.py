@@ -12,8 +12,9 @@ from penstock.structs import Delta, InstanceView, ModelView, Request
 class Ticket(Protocol):
     """A submitted request."""
 
-    def cancel(self) -> None:
-        """Nobody wants the rest: no further callbacks, and the engine stops. Idempotent."""
+    def cancel(self, *, complete: bool = False) -> None:
+        """Nobody wants the rest: no further callbacks, and the engine stops. `complete`: because the answer
+        ends here, not because its reader left. Idempotent."""
 
 
 class Completer(Protocol):

@@ -64,6 +64,7 @@ class Record:
     tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
     plan: Plan | None = None
+    call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
     call: Call | None = None
     error: PenstockError | None = None
 
@@ -133,7 +134,7 @@ class GenerationEndpoint:
         self._completer.check(view.name, record.tenant, priority)  # before the work of tokenizing
         metrics = self._metrics.of(view.name)
         with metrics.inflight.track_inprogress():
-            call_id = kind.id_prefix + uuid.uuid4().hex
+            record.call_id = call_id = kind.id_prefix + uuid.uuid4().hex
             record.plan = plan = await self._planner.plan(call_id, body, view, record.tenant)
             record.call = call = Call(
                 plan.answers,
@@ -192,9 +193,10 @@ class GenerationEndpoint:
                 metrics.output_tokens.inc(output)
                 metrics.cached_tokens.inc(cached)
         log.info(
-            "request_id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
+            "request_id=%s id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
             " ttft_ms=%.1f duration_ms=%.1f finish=%s%s",
             exchange.request_id.decode(),
+            record.call_id or "-",
             kind.endpoint,
             record.model or "-",
             status,

@@ -261,6 +261,51 @@ def test_bounces_end_in_429() -> None:
     assert fail.error.retry_after_s
 
 
+def test_a_bounce_of_long_ago_is_forgotten_once_it_gets_on() -> None:
+    life = lifecycle()
+    for number in range(3 * LIMITS.max_bounces):
+        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
+        attempt = sent(life.handle(Chosen("d1"), 0.0)).attempt
+        assert emitted(life.handle(Output(attempt.attempt_id, [number]), 1.0)) == [number]
+        life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)  # d1 leaves
+    assert life.phase is Phase.QUEUED
+
+
+def test_a_prefill_alone_does_not_end_a_row_of_bounces() -> None:
+    """Else a request could go round for ever, a token at a time."""
+    life = lifecycle()
+    effects: list[Effect] = []
+    for now in range(LIMITS.max_bounces + 1):
+        effects = prefilled(life, now=float(now), ttl_s=0.0)
+        effects = life.handle(Bounced(sent(effects).attempt.attempt_id, "full"), float(now))
+    assert isinstance(effects[-1], Fail)
+
+
+def test_who_gets_on_avoids_nobody_any_more() -> None:
+    """Workers that it left are restarted under their names; else all would gather on the last ones."""
+    life = lifecycle()
+    for number in range(3):
+        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        life.handle(Output(attempt.attempt_id, [number]), 1.0)
+        effects = life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)
+        assert effects[-1].avoid == {f"d{number}"}
+
+
+def test_a_suspect_goes_on_avoiding_until_it_is_acquitted() -> None:
+    life = lifecycle()
+    for number in range(2):
+        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        life.handle(Output(attempt.attempt_id, [number]), 1.0)
+        life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 1.0)
+    (again,) = life.handle(Retry(), 2.0)
+    assert again.avoid == {"d0", "d1"}
+    attempt = sent(life.handle(Chosen("d2"), 2.0)).attempt
+    life.handle(Output(attempt.attempt_id, list(range(16))), 3.0)
+    (choose,) = life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 3.0)
+    assert choose.avoid == {"d2"}
+
+
 def test_queue_deadline_names_the_trouble() -> None:
     life = lifecycle()
     life.handle(NoCandidate("no decode worker is ready"), 0.0)
@@ -347,6 +392,7 @@ def test_a_request_in_a_queue_that_moves_is_not_taken_for_lost() -> None:
         assert life.handle(Tick(queued=True), 120.0 * again) == []
         assert life.deadline == 120.0 * (again + 1)
     assert isinstance(life.handle(Tick(queued=True), life.deadline)[0], Cancel)
+    assert life.trouble == "d0: no first token for 600 s, in a queue that moved"  # not: within 120
 
 
 def test_one_that_has_begun_does_not_wait_for_others() -> None:
@@ -426,6 +472,23 @@ def test_client_gone_cancels_and_releases() -> None:
     ]
     assert life.handle(ClientGone(), 3.0) == []
     assert life.handle(Tick(), 1e6) == []
+
+
+def test_an_output_is_complete_unless_something_cut_it_short() -> None:
+    for end, complete in (
+        (FinishReason.STOP, True),
+        (FinishReason.LENGTH, True),
+        (FinishReason.REJECTED, False),
+        (ClientGone(), False),
+        (ClientGone(complete=True), True),
+    ):
+        life = lifecycle()
+        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        life.handle(Output(attempt.attempt_id, [10]), 1.0)
+        assert not life.complete
+        life.handle(end if isinstance(end, ClientGone) else Output(attempt.attempt_id, [], end), 2.0)
+        assert life.phase is Phase.DONE
+        assert life.complete is complete
 
 
 def test_cached_tokens_are_those_of_the_first_attempt() -> None:

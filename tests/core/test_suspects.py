@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
-from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, Strikes, Suspect, apart
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects
 from penstock.structs import Card, Role
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
@@ -19,32 +23,74 @@ def names(cards: list[Card]) -> list[str]:
     return [card.instance_id for card in cards]
 
 
+def suspects(*others: tuple[int, tuple[str, ...]]) -> Suspects:
+    """With requests of so many strikes on these instances."""
+    it = Suspects()
+    for number, (strikes, instances) in enumerate(others):
+        it.note(f"o{number}", strikes, instances)
+    return it
+
+
+def may_run(it: Suspects, strikes: int, cards: list[Card] = CARDS, *, held: bool = False) -> list[str]:
+    return [card.instance_id for card in it.apart("r", strikes, cards, held=held)]
+
+
 def test_without_suspects_everywhere() -> None:
-    assert apart(0, CARDS, [], held=False) == CARDS
-    assert sorted(names(apart(1, CARDS, [], held=False))) == ["d0", "d1", "d2", "p0", "p1"]
-    assert apart(2, CARDS, [], held=False) == CARDS
+    for strikes in range(3):
+        assert sorted(may_run(suspects(), strikes)) == ["d0", "d1", "d2", "p0", "p1"]
 
 
 def test_who_is_not_suspected_stays_away_from_prime_suspects_where_it_can() -> None:
-    others = [Suspect(2, ("p0", "d1")), Suspect(1, ("p1", "d0"))]
-    assert names(apart(0, CARDS, others, held=False)) == ["p1", "d0", "d2"]
-    everywhere = [Suspect(2, ("", each)) for each in ("d0", "d1", "d2")]
-    assert apart(0, CARDS, everywhere, held=False) == CARDS
+    others = suspects((2, ("p0", "d1")), (1, ("p1", "d0")))
+    assert may_run(others, 0) == ["p1", "d0", "d2"]
+    everywhere = suspects(*((2, ("", each)) for each in ("d0", "d1", "d2")))
+    assert may_run(everywhere, 0) == names(CARDS)
 
 
 def test_suspects_spread() -> None:
-    others = [Suspect(1, ("", "d0")), Suspect(1, ("", "d0")), Suspect(1, ("", "d1"))]
-    assert names(apart(1, CARDS, others, held=False)) == ["d2", "p0", "p1"]
-    assert names(apart(1, CARDS[:4], others, held=False)) == ["d1", "p0", "p1"]
+    others = suspects((1, ("", "d0")), (1, ("", "d0")), (1, ("", "d1")))
+    assert may_run(others, 1) == ["d2", "p0", "p1"]
+    assert may_run(others, 1, CARDS[:4]) == ["d1", "p0", "p1"]
+
+
+def test_one_that_decodes_where_it_was_booked_counts_once() -> None:
+    others = suspects((1, ("d0", "d0")), (1, ("", "d1")), (1, ("", "d1")))
+    assert may_run(others, 1, CARDS[:4]) == ["d0", "p0", "p1"]
 
 
 def test_prime_suspects_wait_for_a_place_of_their_own() -> None:
-    others = [Suspect(2, ("p0", "d0")), Suspect(3, ("", "d1")), Suspect(1, ("", "d2"))]
-    assert names(apart(2, CARDS, others, held=False)) == ["p1", "d2"]
-    others.append(Suspect(2, ("", "d2")))
-    assert apart(2, CARDS, others, held=False) == []
-    others.append(Suspect(2, ("", "d2")))
-    assert names(apart(2, CARDS, others, held=True)) == ["d0", "d1", "p1"]
+    others = suspects((2, ("p0", "d0")), (3, ("", "d1")), (1, ("", "d2")))
+    assert may_run(others, 2) == ["p1", "d2"]
+    others.note("o3", 2, ("", "d2"))
+    assert may_run(others, 2) == []
+    others.note("o4", 2, ("", "d2"))
+    assert may_run(others, 2, held=True) == ["d0", "d1", "p1"]
+
+
+def test_a_suspect_does_not_stand_in_its_own_way() -> None:
+    others = suspects()
+    others.note("r", 2, ("", "d0"))
+    assert may_run(others, 2) == names(CARDS)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5), st.integers(0, 3), st.sampled_from(["", *"abc"]), st.sampled_from("abc")
+        )
+    )
+)
+def test_the_counts_are_those_of_whoever_was_noted_last(notes: list[tuple[int, int, str, str]]) -> None:
+    it, last = Suspects(), {}
+    for request, strikes, prefill, decode in notes:
+        it.note(f"r{request}", strikes, (prefill, decode))
+        last[request] = (strikes, {prefill, decode} - {""})
+    some, prime = Counter[str](), Counter[str]()
+    for strikes, places in last.values():
+        some.update(places if strikes else ())
+        prime.update(places if strikes >= PRIME else ())
+    assert (it._any, it._prime) == (some, prime)
+    assert it._noted.keys() == {f"r{request}" for request, (strikes, _) in last.items() if strikes}
 
 
 def test_progress_acquits_and_must_be_longer_after_each_death() -> None:
@@ -107,9 +153,8 @@ def _place_all(
     """Whoever has to wait does, until the poison is placed: it will make room."""
     while poison not in places and lost:
         name = lost.pop(0)
-        others = [Suspect(records[other].count, ("", place)) for other, place in places.items()]
-        others = [other for other in others if other.strikes]
-        may = apart(records[name].count, alive, others, held=False)
+        others = suspects(*((records[other].count, ("", place)) for other, place in places.items()))
+        may = others.apart(name, records[name].count, alive, held=False)
         if may:
             places[name] = rng.choice(may).instance_id
         else:

@@ -71,7 +71,7 @@ def a_lost_request_is_never_asked_for_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def bookings_stay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Placement, "_unbook", lambda self, placed: None)
+    patch.setattr(Placement, "unbook", lambda self, placed: None)
 
 
 def reports_do_not_settle_what_was_sent(patch: pytest.MonkeyPatch) -> None:

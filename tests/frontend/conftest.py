@@ -183,7 +183,7 @@ class ScriptedTicket:
         self.cancelled = False
         self.done = False
 
-    def cancel(self) -> None:
+    def cancel(self, *, complete: bool = False) -> None:
         if not self.done and not self.cancelled:
             self.cancelled = True
             self._owner.cancelled.append(self.request_id)

@@ -30,9 +30,11 @@ class Submitted:
     on_delta: Callable[[Delta], None]
     on_error: Callable[[PenstockError], None]
     cancelled: int = 0
+    complete: bool | None = None
 
-    def cancel(self):
+    def cancel(self, *, complete=False):
         self.cancelled += 1
+        self.complete = complete
 
 
 @dataclass

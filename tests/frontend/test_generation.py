@@ -349,8 +349,8 @@ async def test_callbacks_may_come_while_submitting(view, byte_level, serve_scrip
         cancelled = []
 
         class Ticket:
-            def cancel(self):
-                cancelled.append(True)
+            def cancel(self, *, complete=False):
+                cancelled.append(complete)
 
         def submit(request, on_delta, on_error):
             on_delta(Delta(byte_level.encode("One stop").ids))
@@ -359,7 +359,7 @@ async def test_callbacks_may_come_while_submitting(view, byte_level, serve_scrip
         monkeypatch.setattr(served.completer, "submit", submit)
         answer = await chat(served, stop="stop")
         assert answer.choices[0].message.content == "One "
-        assert cancelled
+        assert cancelled[0] is True  # the answer ends with its stop string
 
         def refuse(request, on_delta, on_error):
             on_error(RequestRejected(503, "gone", code="no_worker"))
@@ -399,6 +399,20 @@ async def test_a_client_that_leaves_cancels_all_its_choices(serve_script, stream
 # --- what is counted ------------------------------------------------------------------------------
 
 
+async def test_the_log_line_names_the_request_as_client_and_router_do(served, caplog):
+    caplog.set_level("INFO", "penstock.frontend")
+    answer = await chat(served, n=2, extra_headers={"x-request-id": "mine-1"})
+    await served.http.get("/metrics")  # by then it is written
+    (line,) = [record.getMessage() for record in caplog.records if "request_id=" in record.getMessage()]
+    assert line.startswith(
+        f"request_id=mine-1 id={answer.id} endpoint=chat_completions model=tiny status=200 prompt="
+    )
+    assert [request.request_id for request in served.completer.requests] == [
+        f"{answer.id}-0",
+        f"{answer.id}-1",
+    ]
+
+
 async def test_metrics_and_the_log_line(served, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     answer = await chat(served, stream=False, extra_headers={"x-request-id": "mine-1"})
@@ -413,7 +427,7 @@ async def test_metrics_and_the_log_line(served, caplog):
     assert f'penstock_output_tokens_total{{model="tiny"}} {float(answer.usage.completion_tokens)}' in text
     assert 'penstock_inflight_requests{model="tiny"} 0.0' in text
     (line,) = [record.getMessage() for record in caplog.records if "request_id=" in record.getMessage()]
-    assert line.startswith("request_id=mine-1 endpoint=chat_completions model=tiny status=200 prompt=")
+    assert line.startswith(f"request_id=mine-1 id={answer.id} ")
     assert line.endswith(" finish=length")
     with pytest.raises(openai.NotFoundError):
         await chat(served, model="made-up-name")
