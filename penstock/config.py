@@ -37,9 +37,10 @@ _ETCD_MEMBER = re.compile(
 _ETCD_PORT = 2379
 
 
-def flag(help_text: str, *variables: str) -> Meta:
-    """A field's help, and the environment variables that may set it."""
-    return Meta(description=help_text, extra={"env": variables})
+def flag(help_text: str, *variables: str, protects: bool = False) -> Meta:
+    """A field's help, and the environment variables that may set it. `protects`: it keeps somebody out, so
+    that set to nothing (a secret that was not filled in) it is an error, and not the same as unset."""
+    return Meta(description=help_text, extra={"env": variables, "protects": protects})
 
 
 class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,24 +64,30 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     etcd_ca: Annotated[
         str,
         flag(
-            "Authorities, PEM, from which etcd's certificates must come; the system's when empty.",
+            "Authorities, PEM, from which etcd's certificates must come; the system's when unset.",
             "PENSTOCK_ETCD_CA",
+            protects=True,
         ),
     ] = ""
-    etcd_cert: Annotated[str, flag("Own certificate for etcd, PEM.", "PENSTOCK_ETCD_CERT")] = ""
-    etcd_key: Annotated[str, flag("Its private key, PEM.", "PENSTOCK_ETCD_KEY")] = ""
+    etcd_cert: Annotated[
+        str, flag("Own certificate for etcd, PEM.", "PENSTOCK_ETCD_CERT", protects=True)
+    ] = ""
+    etcd_key: Annotated[str, flag("Its private key, PEM.", "PENSTOCK_ETCD_KEY", protects=True)] = ""
     link_secret_file: Annotated[
         str,
         flag(
             f"File with the secret that all workers and frontends share, read again when it changes "
             f"(or the secret itself in {SECRET_VARIABLE}).",
             "PENSTOCK_LINK_SECRET_FILE",
+            protects=True,
         ),
     ] = ""
-    link_tls_cert: Annotated[str, flag("Own certificate for the link, PEM with its chain.")] = ""
-    link_tls_key: Annotated[str, flag("Its private key, PEM.")] = ""
+    link_tls_cert: Annotated[
+        str, flag("Own certificate for the link, PEM with its chain.", protects=True)
+    ] = ""
+    link_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
     link_tls_ca: Annotated[
-        str, flag("Authorities, PEM, from which the other side's certificate must come.")
+        str, flag("Authorities, PEM, from which the other side's certificate must come.", protects=True)
     ] = ""
     max_wait_ms: Annotated[
         float,
@@ -115,16 +122,21 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST")
     ] = "127.0.0.1"
     http_port: Annotated[Port, flag("Port to listen on; 0 takes a free one.")] = 8000
-    http_tls_cert: Annotated[str, flag("Serve HTTPS with this certificate, PEM with its chain.")] = ""
-    http_tls_key: Annotated[str, flag("Its private key, PEM.")] = ""
+    http_tls_cert: Annotated[
+        str, flag("Serve HTTPS with this certificate, PEM with its chain.", protects=True)
+    ] = ""
+    http_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
     api_key: Annotated[
         str,
         flag(
-            "Key that clients may bring; others can see flags, so rather the variable.", "PENSTOCK_API_KEY"
+            "Key that clients may bring; others can see flags, so rather the variable.",
+            "PENSTOCK_API_KEY",
+            protects=True,
         ),
     ] = ""
     api_keys_file: Annotated[
-        str, flag("File with a line of `penstock key` for each key.", "PENSTOCK_API_KEYS_FILE")
+        str,
+        flag("File with a line of `penstock key` for each key.", "PENSTOCK_API_KEYS_FILE", protects=True),
     ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
     router_mode: Annotated[
@@ -257,6 +269,11 @@ def parse_discovery(url: str) -> DiscoveryUrl:
     """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` (`etcds://`: with TLS) or `kubernetes:[NAMESPACE]`.
     Raises ConfigError."""
     kind, colon, location = url.partition(":")
+    if kind in ("etcd", "etcds") and "@" in location:  # no message may show what stands before it
+        raise ConfigError(
+            f"--discovery: a user belongs in --etcd-user and its password in {ETCD_PASSWORD_VARIABLE},"
+            f" not in the address"
+        )
     if kind in ("etcd", "etcds") and location.startswith("//") and len(location) > len("//"):
         members = [_etcd_member(member) for member in location.removeprefix("//").rstrip("/").split(",")]
         return DiscoveryUrl("etcd", ",".join(members), tls=kind == "etcds")

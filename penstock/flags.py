@@ -25,6 +25,7 @@ class Flag(msgspec.Struct, frozen=True):
     required: bool
     help: str
     variables: tuple[str, ...]  # environment, the first one set counts
+    protects: bool  # set to nothing, it is an error
 
     @property
     def value_shown(self) -> str:
@@ -60,6 +61,7 @@ def flags_of(options: type[FrontendOptions] | type[WorkerOptions]) -> dict[str, 
                 field.required,
                 schema.get("description", ""),
                 extra.get("env", ()),
+                extra.get("protects", False),
             )
         )
     return {flag.name: flag for flag in described_fields}
@@ -88,6 +90,9 @@ def build_options(
             if flag.required:
                 wrong.append(f"--{name}: missing")
             continue
+        if flag.protects and not text.strip():
+            wrong.append(f"{source}: is set to nothing; set it, or leave it out to go without")
+            continue
         value = _from_text(text, flag.type)
         wrong += problems(value, flag.type, source)
         values[flag.field] = value
@@ -102,7 +107,7 @@ def _source_of(flag: Flag, given: Mapping[str, str], environ: Mapping[str, str])
     if flag.name in given:
         return f"--{flag.name}", given[flag.name]
     for variable in flag.variables:
-        if environ.get(variable):
+        if environ.get(variable) or (flag.protects and variable in environ):
             return variable, environ[variable]
     return f"--{flag.name}", None
 

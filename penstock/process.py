@@ -22,6 +22,7 @@ from typing import Any
 
 import uvloop
 
+from penstock.address import is_loopback, split_address
 from penstock.config import (
     ETCD_PASSWORD_VARIABLE,
     SECRET_VARIABLE,
@@ -36,6 +37,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError, PenstockError
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
+from penstock.link.tls import client_context
 from penstock.observability import Metrics, setup_logging
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
 from penstock.structs import Role
@@ -103,6 +105,8 @@ def run_frontend(options: FrontendOptions) -> None:
         deadlines=deadlines,
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
+    if link_settings.tls is not None:
+        client_context(link_settings.tls)  # files that cannot be used refuse to start
 
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
@@ -184,8 +188,15 @@ def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl)
     if options.etcd_user and not password:
         raise ConfigError(f"--etcd-user: needs its password in {ETCD_PASSWORD_VARIABLE}")
     scheme = "https" if url.tls else "http"
+    members = url.location.split(",")
+    if options.etcd_user and not url.tls and not all(is_loopback(split_address(m)[0]) for m in members):
+        log.warning(
+            "--discovery: etcd:// sends the password of --etcd-user, and all else, unencrypted to %s;"
+            " etcds:// is with TLS",
+            url.location,
+        )
     settings = EtcdSettings(
-        endpoints=tuple(f"{scheme}://{member}" for member in url.location.split(",")),
+        endpoints=tuple(f"{scheme}://{member}" for member in members),
         namespace=options.namespace,
         user=options.etcd_user,
         password=password,
@@ -308,7 +319,10 @@ def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:
 def _link_secret(options: FrontendOptions | WorkerOptions) -> LinkSecret:
     if options.link_secret_file:
         return LinkSecret(path=options.link_secret_file)
-    return LinkSecret(os.environ.get(SECRET_VARIABLE, ""))
+    try:
+        return LinkSecret(os.environ.get(SECRET_VARIABLE))
+    except ConfigError as error:
+        raise ConfigError(f"{SECRET_VARIABLE}: {error}") from None
 
 
 def _tls(options: FrontendOptions | WorkerOptions) -> TlsSettings | None:

@@ -84,6 +84,32 @@ def test_a_wrong_variable_is_named() -> None:
     assert errors_of(WorkerOptions, {"model": "m"}, {"DYN_SYSTEM_PORT": "x"}) == [line]
 
 
+@pytest.mark.parametrize("given", ["", "  ", "\n"])
+def test_protection_that_was_not_filled_in_is_no_missing_one(given: str) -> None:
+    """`value: {{ .Values.apiKey }}` that came out empty must not open the door."""
+    names = {
+        "api-key": "PENSTOCK_API_KEY",
+        "api-keys-file": "PENSTOCK_API_KEYS_FILE",
+        "link-secret-file": "PENSTOCK_LINK_SECRET_FILE",
+        "etcd-ca": "PENSTOCK_ETCD_CA",
+    }
+    said = "is set to nothing; set it, or leave it out to go without"
+    for flag, variable in names.items():
+        assert errors_of(FrontendOptions, {}, {variable: given}) == [f"{variable}: {said}"]
+        assert errors_of(FrontendOptions, {flag: given}) == [f"--{flag}: {said}"]
+    for flag in ("link-tls-ca", "link-tls-cert", "link-tls-key", "http-tls-cert", "http-tls-key"):
+        assert errors_of(FrontendOptions, {flag: given}) == [f"--{flag}: {said}"]
+    both = build_options(FrontendOptions, {"api-key": "k"}, {"PENSTOCK_API_KEY": given})
+    assert both.api_key == "k"
+
+
+@pytest.mark.parametrize("url", ["etcd://me:of-etcd@a:1", "etcds://b,me:of-etcd@a"])
+def test_a_password_in_an_address_is_refused_and_not_shown(url: str) -> None:
+    (line,) = errors_of(FrontendOptions, {"discovery": url})
+    assert line.startswith("--discovery: a user belongs in --etcd-user and its password in PENSTOCK_ETCD_")
+    assert "of-etcd" not in line
+
+
 @pytest.mark.parametrize(
     ("options", "flags", "error"),
     [

@@ -15,7 +15,7 @@ import pytest
 
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.process import _transfer, run_frontend, run_worker
+from penstock.process import _discovery, _transfer, run_frontend, run_worker
 from penstock.structs import Role
 
 
@@ -52,6 +52,42 @@ def worker(**options: object) -> WorkerOptions:
 def test_a_worker_refuses_what_it_cannot_do(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_worker(worker(**options))
+
+
+def test_a_frontend_refuses_tls_files_that_it_cannot_use() -> None:
+    with pytest.raises(ConfigError, match=r"tls\.ca_file: cannot read '/nowhere/ca\.pem'"):
+        run_frontend(FrontendOptions(link_tls_ca="/nowhere/ca.pem"))
+
+
+@pytest.mark.parametrize("secret", ["", " ", "\n", "too short"])
+def test_a_secret_that_was_not_filled_in_refuses_to_start(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("PENSTOCK_LINK_SECRET", secret)
+    with pytest.raises(ConfigError, match=r"^PENSTOCK_LINK_SECRET: "):
+        run_worker(worker())
+    with pytest.raises(ConfigError, match=r"^PENSTOCK_LINK_SECRET: "):
+        run_frontend(FrontendOptions())
+
+
+@pytest.mark.parametrize(
+    ("discovery", "warned"),
+    [
+        ("etcd://127.0.0.1,localhost:1,[::1]:2", False),
+        ("etcds://etcd.example", False),
+        ("etcd://127.0.0.1,etcd.example", True),
+    ],
+)
+def test_a_password_in_the_clear_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, discovery: str, warned: bool
+) -> None:
+    monkeypatch.setenv("PENSTOCK_ETCD_PASSWORD", "of-etcd")
+    _discovery(worker(discovery=discovery, etcd_user="me"))
+    assert ("sends the password of --etcd-user" in caplog.text) == warned
+    assert "of-etcd" not in caplog.text
+    caplog.clear()
+    _discovery(worker(discovery=discovery))
+    assert caplog.text == ""
 
 
 _SLOW_TO_LEAVE = """

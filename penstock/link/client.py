@@ -60,8 +60,6 @@ class LinkClient:
         self._session: Session | None = None
         self._reason = "not connected yet"  # why there is no session
         self._logged_reason = ""
-        if settings.tls:
-            tls.client_context(settings.tls)  # a bad file refuses to start
 
     @property
     def up(self) -> bool:
@@ -155,7 +153,8 @@ class LinkClient:
 
     async def _connect(self, session: Session) -> None:
         settings = self._settings
-        context = tls.client_context(settings.tls) if settings.tls else None  # anew: files get renewed
+        # Read anew each time: files are renewed, and may be unusable while they are.
+        context = tls.client_context(settings.tls) if settings.tls else None
         server_name = (settings.tls.server_name or self._host) if settings.tls else None
         async with asyncio.timeout(settings.connect_timeout_s):
             await asyncio.get_running_loop().create_connection(

@@ -32,15 +32,15 @@ class LinkSecret:
     """The secrets that count now.
 
     Args:
-        text: one per line; empty for none.
+        text: one per line; None for none. Empty is a mistake.
         path: a file of the same, instead; empty for none.
         clock: as for Renewed.
 
     Raises ConfigError. None at all leaves the link open to whoever can connect.
     """
 
-    def __init__(self, text: str = "", path: str = "", clock: Clock | None = None) -> None:
-        self._fixed = _parsed(text, _WHAT) if text else ()
+    def __init__(self, text: str | None = None, path: str = "", clock: Clock | None = None) -> None:
+        self._fixed = _parsed(text, _WHAT) if text is not None else ()
         self._file: Renewed[tuple[str, ...]] | None = None
         if path:
             file = Path(path)

@@ -13,7 +13,7 @@ import pytest
 from penstock.clock import VirtualClock
 from penstock.errors import ConfigError, RemoteError
 from penstock.link.client import LinkClient
-from penstock.link.settings import ClientSettings, TlsSettings
+from penstock.link.settings import ClientSettings
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -143,9 +143,3 @@ async def test_cancelling_one_who_waits_for_a_file_does_not_harm_another(bench: 
 def test_not_an_address(bench: Any, address: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         client_of(address, bench.listener())
-
-
-def test_a_bad_tls_file_refuses_to_start(bench: Any) -> None:
-    settings = ClientSettings(tls=TlsSettings(ca_file="/nowhere/ca.pem"))
-    with pytest.raises(ConfigError, match=r"tls\.ca_file: cannot read '/nowhere/ca\.pem'"):
-        LinkClient("h:1", bench.listener(), settings, frontend_id="f1")

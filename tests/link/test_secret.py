@@ -23,7 +23,7 @@ def test_one_per_line() -> None:
     assert LinkSecret(f"\n {OLD} \n\n{NEW}\n").accepted() == (OLD, NEW)
 
 
-@pytest.mark.parametrize("text", [" ", "\n", "short", f"{OLD}\nshort", f"{OLD}\n" * 9])
+@pytest.mark.parametrize("text", ["", " ", "\n", "short", f"{OLD}\nshort", f"{OLD}\n" * 9])
 def test_what_will_not_do(text: str, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text(text)

@@ -217,8 +217,8 @@ async def test_an_open_link_beyond_loopback_is_warned_of(
     bench: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.link.server.is_loopback", lambda host: False)
-    for secret, warned in (("s" * 16, False), ("", True)):
-        async with bench.server(bench.worker(), secret=LinkSecret(secret)):
+    for secret, warned in ((LinkSecret("s" * 16), False), (LinkSecret(), True)):
+        async with bench.server(bench.worker(), secret=secret):
             assert ("without a secret" in caplog.text) == warned
 
 

@@ -165,6 +165,50 @@ async def test_a_renewed_authority_keeps_out_whom_the_old_one_let_in(
     await refused(bench, files(tmp_path, "own", ca="ca"), frontend_tls, "is down: c", caplog)
 
 
+def spoil(folder: Path, how: str) -> None:
+    """What a reader may see while all three are being replaced."""
+    match how:
+        case "absent":
+            (folder / "own.pem").unlink()
+        case "half written":
+            (folder / "own.key").write_bytes((folder / "own.key").read_bytes()[:50])
+        case "not matching":
+            (folder / "own.key").write_bytes((folder / "ca.pem").with_name("other.key").read_bytes())
+        case "empty authorities":
+            (folder / "ca.pem").write_text("")
+
+
+@pytest.mark.parametrize("how", ["absent", "half written", "not matching", "empty authorities"])
+async def test_a_worker_first_met_while_the_files_are_being_replaced(
+    bench: Any, pki: Path, tmp_path: Path, caplog: Any, how: str
+) -> None:
+    install(pki, tmp_path, "frontend", "ca")
+    (tmp_path / "other.key").write_bytes((pki / "named.key").read_bytes())
+    spoil(tmp_path, how)
+    listener = bench.listener()
+    worker_tls = files(pki, "worker", ca="ca")
+    async with bench.client_of_tls(bench.worker(), listener, worker_tls, files(tmp_path, "own", ca="ca")):
+        await bench.until(lambda: "cannot connect: tls." in caplog.text)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]  # however often it is tried
+        install(pki, tmp_path, "frontend", "ca")
+        await bench.until(lambda: listener.ups)
+
+
+def test_a_file_cut_off_anywhere_is_told_as_such(pki: Path, tmp_path: Path) -> None:
+    """Whatever stands in it, it is a ConfigError or usable: a certificate without its last newline is."""
+    for name in ("own.pem", "own.key", "ca.pem"):
+        install(pki, tmp_path, "frontend", "ca")
+        whole = (tmp_path / name).read_bytes()
+        for size in range(0, len(whole), 7):
+            (tmp_path / name).write_bytes(whole[:size])
+            try:
+                client_context(files(tmp_path, "own", ca="ca"))
+            except ConfigError as error:
+                assert str(error).startswith("tls.")  # noqa: PT017 - it need not be one
+            else:
+                assert size > len(whole) - 7
+
+
 def test_only_tls_1_3(pki: Path) -> None:
     for context in (server_context(files(pki, "worker")), client_context(files(pki, ca="ca"))):
         assert context.minimum_version is ssl.TLSVersion.TLSv1_3
