@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import MODEL, ROOT, START_S, Frontend, Graph, running
-from tests.e2e.vllm.questions import Answer, Question, everything
+from tests.e2e.vllm.questions import PAIR, STRUCTURED, Answer, Question, everything
 
 SHIPPED = ROOT / "deploy" / "vllm-cpu.yaml"
 VLLM_START_S = 300.0  # 25 s for two on two idle cores
@@ -38,6 +39,9 @@ class Expected:
         with ThreadPoolExecutor(6) as pool:
             answers = pool.map(lambda question: question.answer(graph.client()), questions)
             self.answers: dict[Question, Answer] = dict(zip(questions, answers, strict=True))
+        for question in questions:
+            if question.sampling in STRUCTURED:
+                assert re.fullmatch(f"({PAIR})+[0-9a-f]{{,2}}", self.answers[question].text)
         self.choices = ask_choices(graph)
 
 

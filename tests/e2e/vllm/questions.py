@@ -13,6 +13,11 @@ from tests.e2e.conftest import MODEL
 from tests.e2e.test_equality import SAMPLINGS
 
 BLOCK = 32
+PAIR = "[0-9a-f]{2} "  # what may come next depends on where in it an answer is
+STRUCTURED = {
+    "structured": {"temperature": 0},
+    "structured-seeded": {"temperature": 0.9, "seed": 5},
+}
 
 
 class Answer(NamedTuple):
@@ -32,8 +37,10 @@ class Question:
     max_tokens: int = 24
 
     def ask(self, client: openai.OpenAI, *, stream: bool = False) -> Any:
-        sampling = dict(SAMPLINGS[self.sampling])
+        sampling = dict((SAMPLINGS | STRUCTURED)[self.sampling])
         extra = {"ignore_eos": True, **sampling.pop("extra_body", {})}
+        if self.sampling in STRUCTURED:
+            extra["structured_outputs"] = {"regex": f"({PAIR}){{200}}"}
         return client.completions.create(
             model=MODEL,
             prompt=list(self.tokens),
@@ -75,9 +82,9 @@ SHARING = [
 
 LONG = [
     Question(prompt(100 + 30 * number, seed=1000 + number), sampling, max_tokens=150)
-    for number, sampling in enumerate(2 * list(SAMPLINGS))
+    for number, sampling in enumerate([*SAMPLINGS, *SAMPLINGS, *STRUCTURED])
 ]
-"""Six that take long enough for something to happen to them."""
+"""Eight that take long enough for something to happen to them."""
 
 
 def everything() -> list[Question]:
