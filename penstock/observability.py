@@ -241,6 +241,46 @@ class FrontendMetrics:
         return series
 
 
+class TokenizerMetrics:
+    """How long prompts fare before they are requests."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, documentation: str) -> Gauge:
+            return Gauge(f"penstock_tokenizer_{name}", documentation, registry=registry)
+
+        self._queued = gauge("queued", "Calls whose long prompts wait for the tokenizer's thread")
+        self._chars = gauge("queued_chars", "Characters that wait for it")
+        self._wait = gauge("wait_ms", "Predicted wait for it behind all that waits")
+        self._rejections = Counter(
+            "penstock_tokenizer_rejected",
+            "Calls answered with 429 because of it (reasons as in penstock_rejected)",
+            ["reason"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "penstock_tokenizer_queue_seconds",
+            "Of a long prompt, in which the thread worked on others'",
+            buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
+
+    def queue_from(
+        self, queued: Callable[[], float], chars: Callable[[], float], wait_ms: Callable[[], float]
+    ) -> None:
+        """Ask there at each scrape."""
+        self._queued.set_function(queued)
+        self._chars.set_function(chars)
+        self._wait.set_function(wait_ms)
+
+    def rejected(self, reason: str) -> None:
+        """A call was refused, or gave up its place. `reason` as in core/admission.py."""
+        self._rejections.labels(reason).inc()
+
+    def waited(self, seconds: float) -> None:
+        """A call's prompts are tokenized."""
+        self._seconds.observe(seconds)
+
+
 class RouterMetrics:
     """What the router counts, and the latest word of each worker.
 
@@ -418,6 +458,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.frontend = FrontendMetrics(self._registry)
+        self.tokenizer = TokenizerMetrics(self._registry)
         self.router = RouterMetrics(self._registry)
         tasks = Gauge("penstock_tasks", "asyncio tasks of this process", registry=self._registry)
         tasks.set_function(_tasks)

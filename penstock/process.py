@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from penstock.address import is_loopback, split_address
@@ -95,6 +96,8 @@ def run_frontend(options: FrontendOptions) -> None:
         max_body_bytes=options.max_body_bytes,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
+        tokenizing=msgspec.structs.replace(FrontendSettings().tokenizing, max_wait_ms=options.max_wait_ms),
+        prepare_timeout_s=min(deadlines.queue_s, deadlines.request_s),
         request_timeout_s=2 * deadlines.request_s,
     )
     router_settings = RouterSettings(

@@ -174,7 +174,7 @@ class Router:
         now = self._clock.now()
         self.check(request.model, request.tenant, request.priority)
         queue = self._queue(request.model)
-        lifecycle = Lifecycle(request, self._settings.deadlines, now)
+        lifecycle = Lifecycle(request, self._settings.deadlines, now - request.age_s)
         live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         self._live[request.request_id] = live
         queue.enter(

@@ -266,6 +266,7 @@ class Request(msgspec.Struct):
     priority: int = 0  # lower goes first
     tenant: str = ""  # the name of the API key that it came with; empty where none are needed
     call_id: str = ""  # shared by the choices of a call, which are admitted together
+    age_s: float = 0.0  # since the frontend had read its call: deadlines count from then
 
 
 class Delta(msgspec.Struct):

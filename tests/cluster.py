@@ -205,6 +205,7 @@ class Cluster:
         tenant: str = "",
         priority: int = 0,
         call_id: str = "",
+        age_s: float = 0.0,
         **sampling: Any,
     ) -> tuple[Answer, Any]:
         answer = Answer()
@@ -216,6 +217,7 @@ class Cluster:
             tenant=tenant,
             priority=priority,
             call_id=call_id,
+            age_s=age_s,
         )
         return answer, self.router.submit(request, answer.on_delta, answer.on_error)
 

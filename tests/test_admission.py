@@ -154,6 +154,15 @@ async def test_the_choices_of_a_call_are_admitted_together(tmp_path: Path) -> No
     assert order[-1] == "first"
 
 
+async def test_deadlines_begin_when_the_frontend_has_the_request(tmp_path: Path) -> None:
+    async with cluster(tmp_path, {}, limits()) as it:
+        for age_s, status in ((31.0, 503), (1801.0, 504)):
+            answer, _ = it.ask(PROMPT, age_s=age_s)
+            with pytest.raises(RequestRejected) as raised:
+                await answer.tokens()
+            assert raised.value.status == status
+
+
 async def test_a_worker_that_bounces_is_left_alone_for_a_while(tmp_path: Path) -> None:
     """And a bounced request keeps its place at the head."""
     one_place = {**ONE_PLACE, "total_blocks": 2048}

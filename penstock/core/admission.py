@@ -75,6 +75,9 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     """Calls that may wait here, whatever the prediction: a bound on memory. A tenant's of one priority can
     fill half of it."""
 
+    max_queued_work: float = math.inf
+    """Their work, likewise."""
+
     @property
     def gate_ms(self) -> float:
         """The wait at a worker up to which requests are sent."""
@@ -89,11 +92,12 @@ class Refusal(msgspec.Struct, frozen=True):
     bound_ms: float
     place: int  # how many would go before it
     retry_after_s: float  # whole seconds
+    awaited: str = "a worker"
 
     def __str__(self) -> str:
         return (
-            f"Too many requests are waiting for a worker (reason={self.reason} wait_ms={self.wait_ms:.0f} "
-            f"bound_ms={self.bound_ms:.0f} place={self.place})."
+            f"Too many requests are waiting for {self.awaited} (reason={self.reason} "
+            f"wait_ms={self.wait_ms:.0f} bound_ms={self.bound_ms:.0f} place={self.place})."
         )
 
 
@@ -153,9 +157,11 @@ class Queue:
     so, and is out of the queue with `take`, when it goes to one, or `leave`, when it does not.
     """
 
-    def __init__(self, settings: AdmissionSettings, rng: Random) -> None:
+    def __init__(self, settings: AdmissionSettings, rng: Random, awaited: str = "a worker") -> None:
+        """`awaited` is what they wait for, in the words of a refusal."""
         self._settings = settings
         self._rng = rng
+        self._awaited = awaited
         self._lines: dict[int, _Line] = {}
         self._calls: dict[str, _Call] = {}  # by request id
         self._waiting = 0  # calls
@@ -175,17 +181,18 @@ class Queue:
 
     # --- coming and going ---------------------------------------------------------------------------
 
-    def refusal(self, tenant: str, priority: int, now: float) -> Refusal | None:
+    def refusal(self, tenant: str, priority: int, now: float, parts: float = 0.0) -> Refusal | None:
         """Why a newcomer would be refused, whatever it costs; None when it would be let in.
 
         With nothing waiting this is always None: what the workers' wait is, shows with the first try, and
-        then `hopeless` says the same."""
+        then `hopeless` says the same. For one that goes in parts with others between them (`take_part`),
+        `parts` is its work, and the wait is the one for its last part."""
         if not self._calls:
             return None
-        wait_ms, place = self._predict(tenant, priority, now)
+        wait_ms, place = self._predict(tenant, priority, now, parts)
         if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
             return self._refuse("wait", wait_ms, place)
-        return self._refuse("full", wait_ms, place) if self._full(tenant, priority) else None
+        return self._refuse("full", wait_ms, place) if self._full(tenant, priority, parts) else None
 
     def hopeless(self, request_id: str) -> Refusal | None:
         """Why the newcomer is refused after all, if it is the only one and the workers' wait alone is too
@@ -245,10 +252,14 @@ class Queue:
         gate_ms = self._settings.max_wait_ms if back else self._settings.gate_ms
         if wait_ms <= gate_ms and (back or not crowded):
             return True
-        if not self._drain.pace:
-            self._drain.guess(token_ms, PRIOR_CALLS * self._calls[request_id].work)
+        self.guess(token_ms, self._calls[request_id].work)
         self.hold(request_id, now)
         return False
+
+    def guess(self, pace: float, work: float) -> None:
+        """The pace as long as none is known, in ms, as if some calls of so much work had gone."""
+        if not self._drain.pace:
+            self._drain.guess(pace, PRIOR_CALLS * work)
 
     def hold(self, request_id: str, now: float) -> None:
         """It has to wait on."""
@@ -266,17 +277,20 @@ class Queue:
             del self._along[request_id]
             return 0.0
         call = self._calls[request_id]
-        flow, work = call.flow, call.work
-        flow.line.virtual = flow.start
-        flow.start += work
-        if flow.line.priority != _BACK:  # they pass however full the workers are: no measure of their pace
-            self._drain.took(work, now, self._workers)
-        self._recent.took(flow.line.priority, work, now)
-        flow.drain.took(work, now)
+        self._pay(call.flow, call.work, now)
         self._along.update(dict.fromkeys(member for member in call.requests if member != request_id))
         self._gone_key = call.key
         self._remove(call)
         return now - call.since
+
+    def take_part(self, request_id: str, work: float, now: float) -> None:
+        """A part of it goes. With the rest it waits on, in its place among its tenant's."""
+        call = self._calls[request_id]
+        self._pay(call.flow, work, now)
+        call.requests[request_id] -= work
+        call.flow.work -= work
+        call.flow.line.work -= work
+        self._hold(call.flow, now)
 
     def leave(self, request_id: str) -> None:
         """Nobody waits for it any more. Unknown ids are ignored."""
@@ -302,7 +316,12 @@ class Queue:
         """The predicted wait of a newcomer behind all that wait; 0 when nothing does."""
         if not self._calls:
             return 0.0
-        return self._head_ms + self._pace * sum(line.work for line in self._lines.values())
+        return self._head_ms + self.pace * self.work
+
+    @property
+    def work(self) -> float:
+        """Of all that wait."""
+        return sum(line.work for line in self._lines.values())
 
     # --- the order ----------------------------------------------------------------------------------
 
@@ -312,15 +331,21 @@ class Queue:
         flow = waiting[0] if len(waiting) == 1 else min(waiting, key=_start)
         return next(iter(flow.calls.values()))
 
-    def _full(self, tenant: str, priority: int) -> bool:
+    def _full(self, tenant: str, priority: int, work: float) -> bool:
         """Whether a newcomer finds no room. Dynamic thresholds (Choudhury and Hahne, 1998): each flow may
-        have as many calls as there are places left. So who comes in numbers leaves room for others, and
-        nobody who was let in has to make it for them."""
+        have as many calls as there are places left, and each tenant as much work. So who comes in numbers
+        leaves room for others, and nobody who was let in has to make it for them."""
         left = self._settings.max_queued - self._waiting
         line = self._lines.get(priority)
         flow = line.flows.get(tenant) if line is not None else None
         own = len(flow.calls) if flow is not None else 0
-        return own >= left or self._tenants[tenant] >= TENANT_FLOWS * left
+        flows = [line.flows[tenant] for line in self._lines.values() if tenant in line.flows]
+        own_work = work + sum(flow.work for flow in flows)
+        return (
+            own >= left
+            or self._tenants[tenant] >= TENANT_FLOWS * left
+            or own_work > self._settings.max_queued_work - self.work
+        )
 
     def _newcomers_start(self, line: _Line, tenant: str) -> float:
         flow = line.flows.get(tenant)
@@ -328,7 +353,7 @@ class Queue:
             return line.virtual
         return max(line.virtual, flow.start) + flow.work
 
-    def _predict(self, tenant: str, priority: int, now: float) -> tuple[float, int]:
+    def _predict(self, tenant: str, priority: int, now: float, parts: float = 0.0) -> tuple[float, int]:
         """A newcomer's wait in ms, and how many requests would go before it."""
         ahead, place, own_ms = 0.0, 0.0, 0.0
         for line in self._lines.values():
@@ -336,7 +361,7 @@ class Queue:
                 ahead += line.work
                 place += line.calls
             elif line.priority == priority:
-                start = self._newcomers_start(line, tenant)
+                start = self._newcomers_start(line, tenant) + parts
                 for flow in line.flows.values():
                     share = 1.0
                     if flow.tenant == tenant:
@@ -345,12 +370,13 @@ class Queue:
                         share = min(1.0, max(0.0, (start - flow.start) / flow.work))
                     ahead += share * flow.work
                     place += share * len(flow.calls)
-        share = self._pace / 1e3 * self._recent.per_second_before(priority, now)
-        ahead_ms = ahead * self._pace / (1.0 - min(LARGEST_SHARE, share))
+        share = self.pace / 1e3 * self._recent.per_second_before(priority, now)
+        ahead_ms = ahead * self.pace / (1.0 - min(LARGEST_SHARE, share))
         return self._head_ms + max(ahead_ms, own_ms), round(place)
 
     @property
-    def _pace(self) -> float:
+    def pace(self) -> float:
+        """Milliseconds per unit of work; 0 as long as nothing is known."""
         return self._drain.pace / self._workers
 
     # --- books --------------------------------------------------------------------------------------
@@ -380,6 +406,15 @@ class Queue:
         self._drain.begin(now)
         flow.drain.begin(now)
 
+    def _pay(self, flow: _Flow, work: float, now: float) -> None:
+        """So much of this flow goes."""
+        flow.line.virtual = flow.start
+        flow.start += work
+        if flow.line.priority != _BACK:  # they pass however full the workers are: no measure of their pace
+            self._drain.took(work, now, self._workers)
+        self._recent.took(flow.line.priority, work, now)
+        flow.drain.took(work, now)
+
     def _remove(self, call: _Call) -> None:
         flow, line, work = call.flow, call.flow.line, call.work
         for request_id in call.requests:
@@ -407,7 +442,7 @@ class Queue:
         over_s = min(over_s, MAX_RETRY_S)
         retry_after_s = math.ceil(over_s + self._rng.random() * max(1.0, over_s / 4))
         bound_ms = self._settings.max_wait_ms
-        return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)))
+        return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)), self._awaited)
 
 
 def _start(flow: _Flow) -> float:

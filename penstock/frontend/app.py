@@ -51,7 +51,7 @@ class App:
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
         self._reading = Reading(settings.max_reading_bytes)
-        self._preprocessor = Preprocessor(settings, parsers)
+        self._preprocessor = Preprocessor(settings, metrics.tokenizer, parsers)
         planner = Planner(self._preprocessor, settings, random.Random())
         self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)
         self._created = int(time.time())

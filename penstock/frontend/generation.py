@@ -28,7 +28,9 @@ from penstock.frontend.responses import (
 )
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.sse import DONE, ChunkFormat, error_event
+from penstock.frontend.tokenizing import Caller
 from penstock.observability import FrontendMetrics
+from penstock.structs import ModelView
 
 log = logging.getLogger("penstock.frontend")
 
@@ -56,17 +58,37 @@ TEXT: Final = Kind(
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Record:
-    """What is known of a call, for its log line and its metrics."""
+    """What is known of a call, for its log line, its metrics and its end."""
 
     began: float  # perf_counter, once the request was read
     tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
     plan: Plan | None = None
     call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
+    preparing: asyncio.Timeout | None = None  # while there is no plan yet
     call: Call | None = None
     error: PenstockError | None = None
+
+    def hang_up(self) -> None:
+        """The client is gone."""
+        if self.call is not None:
+            self.call.hang_up()
+        else:
+            self._abandon(RequestRejected(CLIENT_GONE, "The client left."))
+
+    def fail(self, error: PenstockError) -> None:
+        """Only the first error counts, and none after the end."""
+        if self.call is not None:
+            self.call.fail(error)
+        else:
+            self._abandon(error)
+
+    def _abandon(self, error: PenstockError) -> None:
+        if self.error is None and self.preparing is not None:
+            self.error = error
+            self.preparing.reschedule(0.0)
 
 
 class GenerationEndpoint:
@@ -79,7 +101,7 @@ class GenerationEndpoint:
         self._planner = planner
         self._settings = settings
         self._metrics = metrics
-        self._calls: set[Call] = set()
+        self._watching: set[Record] = set()
         self._turn = Turn()
         self._inflight = 0
         self._idle = asyncio.Event()
@@ -93,8 +115,8 @@ class GenerationEndpoint:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
             log.warning("shutting down with requests=%d unfinished after %g s", self._inflight, grace_s)
-            for call in list(self._calls):
-                call.fail(_leaving())
+            for record in list(self._watching):
+                record.fail(_leaving())
 
     async def serve(self, kind: Kind, exchange: Exchange, tenant: str) -> None:
         """Answer one request, be it with an error."""
@@ -135,40 +157,69 @@ class GenerationEndpoint:
         metrics = self._metrics.of(view.name)
         with metrics.inflight.track_inprogress():
             record.call_id = call_id = kind.id_prefix + uuid.uuid4().hex
-            record.plan = plan = await self._planner.plan(call_id, body, view, record.tenant)
-            record.call = call = Call(
-                plan.answers,
-                metrics=metrics,
-                streaming=bool(body.stream),
-                max_unsent_chars=self._settings.max_unsent_chars,
-                on_overflow=exchange.abort,
-                turn=self._turn,
-            )
-            created = int(time.time())
-            name = kind.chunk_object if body.stream else kind.object
-            envelope = Envelope(call_id, name, created, view.name, fingerprint_of(view))
-            async with self._watched(call, exchange):
+            async with self._watched(record, exchange):
+                caller = Caller(record.tenant, priority, record.began)
+                record.plan = plan = await self._plan(call_id, body, view, caller, record)
+                record.call = call = Call(
+                    plan.answers,
+                    metrics=metrics,
+                    streaming=bool(body.stream),
+                    max_unsent_chars=self._settings.max_unsent_chars,
+                    on_overflow=exchange.abort,
+                    turn=self._turn,
+                )
+                created = int(time.time())
+                name = kind.chunk_object if body.stream else kind.object
+                envelope = Envelope(call_id, name, created, view.name, fingerprint_of(view))
                 call.start(self._completer, plan.requests)
                 if body.stream:
                     await _stream(kind, exchange, call, plan, envelope, body.include_usage)
                 else:
                     await _respond(kind, exchange, call, plan, envelope)
 
+    async def _plan(
+        self,
+        call_id: str,
+        body: ChatRequest | CompletionRequest,
+        view: ModelView,
+        caller: Caller,
+        record: Record,
+    ) -> Plan:
+        """The plan, in time, or why there will be none."""
+        limit_s = self._settings.prepare_timeout_s
+        try:
+            async with asyncio.timeout(limit_s) as record.preparing:
+                plan = await self._planner.plan(call_id, body, view, caller)
+        except TimeoutError:
+            late = RequestRejected(
+                503,
+                f"The prompt was not tokenized within {limit_s:g} s.",
+                code="tokenizer_timeout",
+                retry_after_s=RETRY_AFTER_S,
+            )
+            raise (record.error or late) from None
+        finally:
+            record.preparing = None
+        if record.error is not None:  # just before the plan was made
+            raise record.error
+        return plan
+
     @contextlib.asynccontextmanager
-    async def _watched(self, call: Call, exchange: Exchange) -> AsyncIterator[None]:
+    async def _watched(self, record: Record, exchange: Exchange) -> AsyncIterator[None]:
         """While this lasts, the call ends when its client leaves or the frontend does."""
 
         async def watch() -> None:
             await exchange.disconnected()
-            call.hang_up()
+            record.hang_up()
 
         watcher = asyncio.create_task(watch())
-        self._calls.add(call)
+        self._watching.add(record)
         try:
             yield
         finally:
-            self._calls.discard(call)
-            call.close()
+            self._watching.discard(record)
+            if record.call is not None:
+                record.call.close()
             watcher.cancel()
             await asyncio.wait([watcher])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,7 @@ from penstock.frontend.sampling import (
 )
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.stop_strings import StopMatcher
+from penstock.frontend.tokenizing import Caller
 from penstock.ports import CallParser
 from penstock.structs import JsonObject, ModelView, Request, Sampling
 
@@ -56,17 +57,19 @@ class Planner:
         self._rng = rng
 
     async def plan(
-        self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView, tenant: str
+        self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView, caller: Caller
     ) -> Plan:
-        """Render, tokenize and check. Raises RequestRejected(400) naming the field."""
+        """Render, tokenize and check. Raises RequestRejected: 400 naming the field, 429 when its prompts
+        would have to wait too long for the tokenizer."""
         sampling = sampling_of(body, view, first_seed(body, self._rng))
         text = await self._preprocessor.text_of(view)
         parser = _parser(body, text, view)
-        prompts = await self._prompt_ids(body, text, view)
+        prompts = await self._prompt_ids(body, text, view, caller)
         tokens = sum(map(len, prompts)) * (body.n or 1)
         if tokens > MAX_CALL_TOKENS:
             message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
             raise RequestRejected(400, message, field="n")
+        age_s = time.perf_counter() - caller.since
         plan = Plan([len(prompt) for prompt in prompts], [], [], [])
         for prompt in prompts:
             fitted = with_room(sampling, body, view, len(prompt), self._settings.default_max_tokens)
@@ -82,9 +85,10 @@ class Planner:
                         token_ids=prompt,
                         sampling=own,
                         cache_salt=body.cache_salt or "",
-                        priority=priority_of(body, tenant),
-                        tenant=tenant,
+                        priority=caller.priority,
+                        tenant=caller.tenant,
                         call_id=call_id,
+                        age_s=age_s,
                     )
                 )
                 plan.answers.append(_answer(index, body, text, view, prompt, parser))
@@ -94,24 +98,24 @@ class Planner:
         return plan
 
     async def _prompt_ids(
-        self, body: ChatRequest | CompletionRequest, text: ModelText, view: ModelView
+        self, body: ChatRequest | CompletionRequest, text: ModelText, view: ModelView, caller: Caller
     ) -> list[list[int]]:
         if isinstance(body, ChatRequest):
             rendered = self._preprocessor.chat_prompt(text, body)
             _check_length(rendered, view)
-            return [await self._preprocessor.encode(text, rendered, add_special_tokens=False)]
-        prompts = []
+            return await self._preprocessor.encode(text, [rendered], caller, add_special_tokens=False)
+        texts = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 _check_length(prompt, view)
-                special = body.add_special_tokens
-                prompt = await self._preprocessor.encode(text, prompt, add_special_tokens=special)
-                await asyncio.sleep(0)  # between prompts, others' tokens may go out
+                texts.append(prompt)
             else:
                 check_vocabulary("prompt", prompt, view.vocab_size)
-            if not prompt:
-                raise RequestRejected(400, "A prompt is empty.", field="prompt")
-            prompts.append(prompt)
+        special = body.add_special_tokens
+        encoded = iter(await self._preprocessor.encode(text, texts, caller, add_special_tokens=special))
+        prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+        if not all(prompts):
+            raise RequestRejected(400, "A prompt is empty.", field="prompt")
         return prompts
 
 

@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import os
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jinja2
@@ -19,7 +20,9 @@ from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTab
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.segments import SegmentCache, Segmenter
 from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.tokenizing import Caller, TokenizerThread
 from penstock.frontend.words import WordEncoder
+from penstock.observability import TokenizerMetrics
 from penstock.ports import ChatParser, ChatParsers
 from penstock.structs import JsonObject, ModelView
 
@@ -73,21 +76,31 @@ class ModelText:
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool, executor: ThreadPoolExecutor, long_text_chars: int
-    ) -> list[int]:
-        """The text's ids; what takes long runs on the executor."""
-        segments = self._segmenter.split(text)
-        known = {segment: self._cache.get(segment) for segment in segments}
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool,
+        thread: TokenizerThread,
+        long_text_chars: int,
+        caller: Caller,
+    ) -> list[list[int]]:
+        """Each text's ids. What takes long, all of them together, waits for its turn on the thread."""
+        segmented = [self._segmenter.split(text) for text in texts]
+        known = {segment: self._cache.get(segment) for segments in segmented for segment in segments}
         missing = [segment for segment, token_ids in known.items() if token_ids is None]
         if missing:
             if sum(map(len, missing)) > long_text_chars:
-                loop = asyncio.get_running_loop()
-                encoded = await loop.run_in_executor(executor, self._words.encode, missing)
+                encoded = await thread.encode(self._words, missing, caller)
             else:
                 encoded = self._words.encode(missing)
             known.update(zip(missing, encoded, strict=True))
             for segment, token_ids in zip(missing, encoded, strict=True):
                 self._cache.put(segment, token_ids)
+        return [self._joined(segments, known, add_special_tokens) for segments in segmented]
+
+    def _joined(
+        self, segments: list[str], known: Mapping[str, array[int] | None], add_special_tokens: bool
+    ) -> list[int]:
         whole = list(self._prefix) if add_special_tokens else []
         for segment in segments:
             whole.extend(known[segment] or ())
@@ -95,14 +108,18 @@ class ModelText:
 
 
 class Preprocessor:
-    """Keeps the loaded models, and the thread for what would hold up the event loop."""
+    """Keeps the loaded models, and two threads for what would hold up the event loop: long prompts, and
+    loading, which no prompt of a loaded model waits for."""
 
-    def __init__(self, settings: FrontendSettings, parsers: ChatParsers | None = None) -> None:
+    def __init__(
+        self, settings: FrontendSettings, metrics: TokenizerMetrics, parsers: ChatParsers | None = None
+    ) -> None:
         """Without `parsers` all that models say is content."""
         self._settings = settings
         self._parsers = parsers
         self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by fingerprint
-        self._executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-loader")
+        self._thread = TokenizerThread(settings.tokenizing, metrics)
 
     async def text_of(self, view: ModelView) -> ModelText:
         """The model's text side, loaded once for each fingerprint (and unusable once for all)."""
@@ -110,7 +127,7 @@ class Preprocessor:
         if loading is None:
             loop = asyncio.get_running_loop()
             loading = loop.run_in_executor(
-                self._executor, ModelText, view, self._settings.segment_cache_bytes, self._parsers
+                self._loader, ModelText, view, self._settings.segment_cache_bytes, self._parsers
             )
             self._texts[view.fingerprint] = loading
             while len(self._texts) > MAX_LOADED_MODELS:
@@ -127,18 +144,22 @@ class Preprocessor:
             )
         return text.template.render(request)
 
-    async def encode(self, text: ModelText, prompt: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of a plain prompt."""
+    async def encode(
+        self, text: ModelText, prompts: Sequence[str], caller: Caller, *, add_special_tokens: bool
+    ) -> list[list[int]]:
+        """The ids of a call's prompts. Raises RequestRejected(429) when their turn would come too late."""
         return await text.encode(
-            prompt,
+            prompts,
             add_special_tokens=add_special_tokens,
-            executor=self._executor,
+            thread=self._thread,
             long_text_chars=self._settings.long_text_chars,
+            caller=caller,
         )
 
     def close(self) -> None:
-        """End the thread; what it works on is finished first."""
-        self._executor.shutdown(cancel_futures=True)
+        """End the threads; what they work on is finished first."""
+        self._thread.close()
+        self._loader.shutdown(cancel_futures=True)
 
 
 def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:

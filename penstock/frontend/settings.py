@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from penstock.core.admission import AdmissionSettings
+
 
 class FrontendSettings(msgspec.Struct, frozen=True):
     """How the HTTP side listens, what it accepts and how long it waits."""
@@ -64,8 +66,16 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     segment_cache_bytes: int = 64 * 1024 * 1024
     """For token ids of prompt segments that were seen before."""
 
-    tokenizer_threads: int = 1
-    """Threads for long prompts, so that tokenizing them does not hold up everybody's tokens."""
-
     long_text_chars: int = 8192
-    """Text not seen before that is tokenized on such a thread instead of at once: about 2 ms of work."""
+    """Text of a call, not seen before, that is tokenized on a thread instead of at once, where it would
+    hold up everybody's tokens: about 2 ms of work."""
+
+    tokenizing: AdmissionSettings = AdmissionSettings(
+        max_wait_ms=10_000.0, dispatch_wait_ms=0.0, max_queued_work=64 * 1024 * 1024
+    )
+    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters:
+    at most, 256 MiB of memory."""
+
+    prepare_timeout_s: float = 30.0
+    """From a request's last byte until its prompts are token ids: its tokenizer's loading, its turn, and
+    the tokenizing itself."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import chain
 
 from tokenizers import AddedToken, Tokenizer
@@ -40,6 +40,9 @@ MAX_WORD_CHARS = 32
 # Python's whitespace is at least Unicode's, which the patterns mean, so a cut is never inside of any.
 _WORD = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
 
+# A place where words are cut.
+_CUT = re.compile(r"(?<=\S) (?=\S)")
+
 
 class WordEncoder:
     """Encodes texts with one tokenizer. May be used from several threads."""
@@ -55,6 +58,18 @@ class WordEncoder:
         if not self._cuts:
             return [array("I", token_ids) for token_ids in self._encode(texts)]
         return [self._encode_words(_WORD.findall(text)) for text in texts]
+
+    def pieces(self, text: str, chars: int) -> Iterator[str]:
+        """The text in pieces that, encoded one by one, give its ids. Each but the last has `chars`
+        characters, and whatever follows before the text can be cut: all of it, with some tokenizers."""
+        begin = 0
+        while self._cuts and len(text) - begin > chars:
+            cut = _CUT.search(text, begin + chars)
+            if cut is None:
+                break
+            yield text[begin : cut.start()]
+            begin = cut.start()
+        yield text[begin:]
 
     def _encode_words(self, words: list[str]) -> array[int]:
         found = list(map(self._known.get, words))

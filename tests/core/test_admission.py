@@ -423,3 +423,17 @@ def test_no_tenant_starves_however_many_the_others_send() -> None:
             break
         waited += 1
     assert waited <= 1
+
+
+def test_parts_keep_their_place_and_are_paid_one_by_one() -> None:
+    it = queue()
+    enter(it, "a0", "a", work=300.0)
+    enter(it, "a1", "a", work=100.0)
+    enter(it, "b0", "b", work=100.0)
+    it.take_part("a0", 100.0, 0.0)
+    assert it.work == 400.0
+    assert it.next() == "b0"
+    it.take("b0", 0.0)
+    it.take_part("a0", 100.0, 0.0)
+    assert drain(it) == ["a0", "a1"]
+    assert it.work == 0.0

@@ -9,13 +9,20 @@ from penstock.errors import RequestRejected
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.preprocess import MAX_LOADED_MODELS, Preprocessor
 from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.tokenizing import Caller
+from penstock.observability import Metrics
 
 
 @pytest.fixture
 def preprocessor():
-    made = Preprocessor(FrontendSettings(long_text_chars=200))
+    made = Preprocessor(FrontendSettings(long_text_chars=200), Metrics().tokenizer)
     yield made
     made.close()
+
+
+async def encode(preprocessor, text, prompt, *, special=True):
+    (ids,) = await preprocessor.encode(text, [prompt], Caller("", 0, 0.0), add_special_tokens=special)
+    return ids
 
 
 def chat_of(*contents):
@@ -32,7 +39,7 @@ async def test_a_conversation_has_the_ids_of_its_whole_prompt(preprocessor, view
         prompt = text.template.render(request)
         for _ in range(2):  # the second time from the cache
             prompt = preprocessor.chat_prompt(text, request)
-            ids = await preprocessor.encode(text, prompt, add_special_tokens=False)
+            ids = await encode(preprocessor, text, prompt, special=False)
             assert ids == byte_level.encode(prompt, add_special_tokens=False).ids
 
 
@@ -47,7 +54,7 @@ async def test_long_texts_leave_the_event_loop_alone(preprocessor, view):
             turns += 1
 
     other = asyncio.ensure_future(others())
-    await preprocessor.encode(text, "word " * 20_000, add_special_tokens=True)
+    await encode(preprocessor, text, "word " * 20_000)
     other.cancel()
     assert turns > 3
 
@@ -60,7 +67,7 @@ async def test_plain_prompts_get_the_tokenizers_own_special_tokens(
     text = await preprocessor.text_of(view_of(tokenizer))
     for prompt in ("My name is", "", " <s> x"):
         for special in (True, False):
-            ids = await preprocessor.encode(text, prompt, add_special_tokens=special)
+            ids = await encode(preprocessor, text, prompt, special=special)
             assert ids == tokenizer.encode(prompt, add_special_tokens=special).ids
 
 
@@ -77,7 +84,7 @@ async def test_the_configuration_overrules_the_post_processor(
 ):
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     text = await preprocessor.text_of(view_of(sentencepiece, config={**names, **config}))
-    ids = await preprocessor.encode(text, "a", add_special_tokens=True)
+    ids = await encode(preprocessor, text, "a")
     assert [ids[0] == 1, ids[-1] == 2] == expected
 
 
@@ -86,8 +93,8 @@ async def test_truncation_and_padding_of_the_file_do_not_count(preprocessor, tok
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     text = await preprocessor.text_of(view_of(tokenizer))
-    assert len(await preprocessor.encode(text, "one two three four five", add_special_tokens=True)) > 8
-    assert len(await preprocessor.encode(text, "a", add_special_tokens=True)) == 1
+    assert len(await encode(preprocessor, text, "one two three four five")) > 8
+    assert len(await encode(preprocessor, text, "a")) == 1
 
 
 async def test_a_model_is_loaded_once_and_again_when_it_changes(preprocessor, view_of, byte_level):

@@ -88,6 +88,22 @@ def test_words_are_the_text(text):
     assert "".join(words._WORD.findall(text)) == text
 
 
+@given(text=TEXTS, chars=st.integers(1, 12))
+def test_pieces_encode_to_the_ids_of_the_whole(tokenizers, text, chars):
+    for name, (tokenizer, encoder) in tokenizers.items():
+        pieces = list(encoder.pieces(text, chars))
+        assert "".join(pieces) == text
+        ids = [token_id for part in encoder.encode(pieces) for token_id in part]
+        assert ids == tokenizer.encode(text, add_special_tokens=False).ids, name
+
+
+def test_pieces_are_as_short_as_they_may_be(tokenizers):
+    text = "one two  three four\nfive six"
+    assert list(tokenizers["pattern 0"][1].pieces(text, 4)) == ["one two  three", " four\nfive", " six"]
+    assert list(tokenizers["pattern 0"][1].pieces("x" * 100, 4)) == ["x" * 100]
+    assert list(tokenizers["word piece"][1].pieces(text, 4)) == [text]
+
+
 def test_what_is_kept_is_bounded(tokenizers, monkeypatch):
     monkeypatch.setattr(words, "MAX_WORDS", 10)
     tokenizer, _ = tokenizers["pattern 0"]

@@ -28,6 +28,7 @@ from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.plan import Planner
 from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.tokenizing import Caller
 from penstock.graph import Overrides, build_graph, parse_manifest
 from penstock.graph.command import parse_command
 from penstock.link.peer import Peer
@@ -141,14 +142,14 @@ def _view() -> ModelView:
 
 @cache
 def _preprocessor() -> Preprocessor:
-    return Preprocessor(FrontendSettings())
+    return Preprocessor(FrontendSettings(), Metrics().tokenizer)
 
 
 def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
     """A body, up to the attempts that would be sent."""
     with contextlib.suppress(RequestRejected):
         planner = Planner(_preprocessor(), FrontendSettings(), random.Random(1))
-        plan = loop().run_until_complete(planner.plan("c", decode(data), _view(), "tenant"))
+        plan = loop().run_until_complete(planner.plan("c", decode(data), _view(), Caller("tenant", 0, 0.0)))
         assert 0 < len(plan.requests) <= 128
         for request in plan.requests:
             assert 0 < len(request.token_ids) < _view().max_model_len
