@@ -86,9 +86,13 @@ def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
     up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
     complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
     for worker in lab.live_workers():
+        if worker.instance_id not in up:
+            continue
         known = index.get(worker.instance_id)
         there = set(worker.engine.cached_hashes())
-        if known is not None and known != there:
+        if known is None:
+            complaints.append(f"{frontend.name} does not index {worker.instance_id}, which is up")
+        elif known != there:
             complaints.append(
                 f"{frontend.name} indexes {len(known - there)} blocks that {worker.instance_id} lacks, "
                 f"and lacks {len(there - known)}"

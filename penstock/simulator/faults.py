@@ -37,6 +37,23 @@ GENTLE: list[str] = []
 """Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
 
 
+LEAVES_LINKS = {
+    "wedge",
+    "stale-handoff",
+    "step-failure",
+    "eviction-storm",
+    "transfer-cut",
+    "transfer-slow",
+    "clock-jump",
+    "discovery-away",
+    "discovery-flaps",
+    "hang-ups",
+    "burst",
+    "scale-up",
+}
+"""Faults because of which no link between a frontend and a worker ends."""
+
+
 def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
     def add(fault: Fault) -> Fault:
         FAULTS[name] = fault

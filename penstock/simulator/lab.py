@@ -9,7 +9,7 @@ import logging
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import process_time
 from typing import Any
@@ -18,7 +18,7 @@ from penstock.core.deadlines import Awaited
 from penstock.simulator import checks
 from penstock.simulator.directory import Directory
 from penstock.simulator.engine import InjectedFault, LabTransferNetwork
-from penstock.simulator.faults import FAULTS
+from penstock.simulator.faults import FAULTS, LEAVES_LINKS
 from penstock.simulator.loop import Process, StandsStill, VirtualLoop
 from penstock.simulator.network import Network
 from penstock.simulator.parts import SimFrontend, SimWorker
@@ -298,7 +298,9 @@ class Lab:
 
     async def _act(self, fault: PlannedFault) -> None:
         await asyncio.sleep(fault.at)
-        await FAULTS[fault.kind](self, random.Random(f"fault {fault.seed}"))
+        calm = fault.kind in LEAVES_LINKS
+        with nullcontext() if calm else self.watch.disturbed():
+            await FAULTS[fault.kind](self, random.Random(f"fault {fault.seed}"))
 
     def _call(self, call: Call) -> None:
         frontends = self.live_frontends()

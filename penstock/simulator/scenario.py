@@ -32,6 +32,10 @@ QUIET_EVERY = 20
 POOL_TOKENS = 256
 """What the smallest pools hold: just the longest request."""
 
+LATE_SHARE = 0.2
+LATE_S = 8.0
+"""How many calls come after the others, and how long after at most."""
+
 LARGE_EVERY = 50
 """Every so manieth seed has hundreds of workers, and little time."""
 
@@ -96,6 +100,8 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         faults = [PlannedFault("hang-ups", load_s * part / 8, seed + part) for part in range(1, 9)]
     files = rng.random() < FILES_SHARE
     calls = draw_calls(rng, rng.randint(20, 60), load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
+    if not (quiet or large):
+        calls = _with_late_ones(rng, calls)
     deadlines = _deadlines(rng, gentle)
     secret = LinkSecret("a secret of the lab")
     return Scenario(
@@ -124,6 +130,14 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         callback_s=0.0 if large else rng.choice((0.0, 0.00002, 0.0002)),
         deadlines=deadlines,
     )
+
+
+def _with_late_ones(rng: random.Random, calls: list[Call]) -> list[Call]:
+    """Some of the calls come later than the others, while the longest faults last."""
+    for call in calls:
+        if rng.random() < LATE_SHARE:
+            call.at += rng.uniform(0.0, LATE_S)
+    return sorted(calls, key=lambda call: call.at)
 
 
 def _roles(rng: random.Random, count: int) -> dict[str, Role]:

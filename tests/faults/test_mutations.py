@@ -28,7 +28,7 @@ from penstock.worker import Worker
 MOST_SEEDS = 120
 """Within which each must be found; most need one or two, and a change of anything moves them."""
 
-QUIET = ("none",)
+QUIET = Options()
 """Only seeds in which nothing goes wrong."""
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -184,35 +184,83 @@ def a_new_incarnation_is_not_connected(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Membership, "discovered", discovered)
 
 
-BREAKS: dict[Break, tuple[str, ...]] = {
+def a_quarantine_ends_by_itself(patch: pytest.MonkeyPatch) -> None:
+    """Later than one fault lasts, so that only several that overlap show it."""
+    real = Progress.stuck_s
+
+    def stuck_s(self: Any, now: float) -> float:
+        still_s = real(self, now)
+        return still_s if still_s < 12.0 else 0.0
+
+    patch.setattr(Progress, "stuck_s", stuck_s)
+
+
+def stuck_workers_are_connected_anew(patch: pytest.MonkeyPatch) -> None:
+    """Each time the patience with them begins again."""
+    real = Router.on_stuck
+
+    def on_stuck(self: Any, instance_id: str, reason: str) -> None:
+        real(self, instance_id, reason)
+        link = self._instances.link(instance_id)
+        if link is not None and link.up:
+            link._session.connection.cut("its engine is stuck")
+
+    patch.setattr(Router, "on_stuck", on_stuck)
+
+
+def a_worker_that_is_back_is_not_indexed(patch: pytest.MonkeyPatch) -> None:
+    real = PrefixIndex.add_worker
+    seen: set[tuple[int, str]] = set()
+
+    def add_worker(self: Any, worker: str) -> None:
+        if (id(self), worker) not in seen:
+            real(self, worker)
+        seen.add((id(self), worker))
+
+    patch.setattr(PrefixIndex, "add_worker", add_worker)
+    for name in ("cleared", "stored", "removed"):
+        method = getattr(PrefixIndex, name)
+
+        def if_there(self: Any, worker: str, *args: Any, method: Any = method) -> None:
+            if worker in self._slots:
+                method(self, worker, *args)
+
+        patch.setattr(PrefixIndex, name, if_there)
+    patch.setattr(PrefixIndex, "held", lambda self, worker: self._held.get(worker, 0))
+
+
+BREAKS: dict[Break, Options] = {
     # With the faults that show it soonest; none: all of them.
     releases_are_not_sent: QUIET,
     cancels_are_not_sent: QUIET,
-    late_outputs_are_taken: ("wedge",),
-    the_next_attempt_forgets_what_was_generated: ("crash",),
-    a_lost_request_is_never_asked_for_again: ("crash",),
-    bookings_stay: (),
-    reports_do_not_settle_what_was_sent: (),
-    the_index_keeps_a_lost_worker: ("scale-down",),
-    evictions_are_not_indexed: ("eviction-storm",),
-    a_cleared_cache_is_not_indexed: ("eviction-storm",),
-    blocks_are_freed_while_they_are_read: ("transfer-slow", "hang-ups"),
-    blocks_are_freed_while_they_are_written: ("transfer-slow", "hang-ups"),
-    a_failed_pull_counts_as_good: ("transfer-cut",),
-    preempted_attempts_keep_their_blocks: (),
-    a_reused_block_is_not_reported: (),
-    orphans_run_on: ("frontend-crash",),
-    a_worker_forgets_whose_attempt_it_was: (),
-    silence_is_not_noticed: ("freeze",),
-    wedged_engines_are_not_noticed: ("wedge",),
-    a_new_incarnation_is_not_connected: ("crash",),
+    late_outputs_are_taken: Options(faults=("wedge",)),
+    the_next_attempt_forgets_what_was_generated: Options(faults=("crash",)),
+    a_lost_request_is_never_asked_for_again: Options(faults=("crash",)),
+    bookings_stay: Options(),
+    reports_do_not_settle_what_was_sent: Options(),
+    the_index_keeps_a_lost_worker: Options(faults=("scale-down",)),
+    evictions_are_not_indexed: Options(faults=("eviction-storm",)),
+    a_cleared_cache_is_not_indexed: Options(faults=("eviction-storm",)),
+    blocks_are_freed_while_they_are_read: Options(faults=("transfer-slow", "hang-ups")),
+    blocks_are_freed_while_they_are_written: Options(faults=("transfer-slow", "hang-ups")),
+    a_failed_pull_counts_as_good: Options(faults=("transfer-cut",)),
+    preempted_attempts_keep_their_blocks: Options(),
+    a_reused_block_is_not_reported: Options(),
+    orphans_run_on: Options(faults=("frontend-crash",)),
+    a_worker_forgets_whose_attempt_it_was: Options(),
+    silence_is_not_noticed: Options(faults=("freeze",)),
+    wedged_engines_are_not_noticed: Options(faults=("wedge",)),
+    a_new_incarnation_is_not_connected: Options(faults=("crash",)),
+    a_quarantine_ends_by_itself: Options(workers=2, faults=("wedge",)),
+    stuck_workers_are_connected_anew: Options(faults=("wedge",)),
+    a_worker_that_is_back_is_not_indexed: Options(faults=("reset",)),
 }
 
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda it: it.__name__)
 def test_a_mistake_is_found(break_it: Break, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(monkeypatch)
-    kinds = BREAKS[break_it]
-    step, options = (QUIET_EVERY, Options()) if kinds is QUIET else (1, Options(faults=kinds))
+    options = BREAKS[break_it]
+    step = QUIET_EVERY if options is QUIET else 1
     seeds = range(0, MOST_SEEDS * step, step)
     assert any(simulate(seed, options).violation for seed in seeds)
