@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -28,14 +27,3 @@ class HttpServer(uvicorn.Server):
             server.close()
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-def listen(host: str, port: int, backlog: int | None = None) -> socket.socket:
-    """A listening TCP socket; `::` takes IPv4 as well. Raises OSError, or OverflowError for no port."""
-    ipv6 = ":" in host
-    return socket.create_server(
-        (host, port),
-        family=socket.AF_INET6 if ipv6 else socket.AF_INET,
-        backlog=backlog,
-        dualstack_ipv6=ipv6 and host == "::" and socket.has_dualstack_ipv6(),
-    )

@@ -20,7 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.address import join_address
 from penstock.errors import ConfigError
-from penstock.http_server import HttpServer, listen
+from penstock.http_server import HttpServer
+from penstock.listening import listen
 
 log = logging.getLogger("penstock.probes")
 

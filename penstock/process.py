@@ -39,6 +39,7 @@ from penstock.errors import ConfigError, PenstockError
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
 from penstock.link.tls import client_context
+from penstock.listening import borrow_listener
 from penstock.observability import Metrics, setup_logging
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
 from penstock.structs import Role
@@ -110,6 +111,7 @@ def run_frontend(options: FrontendOptions) -> None:
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
     if link_settings.tls is not None:
         client_context(link_settings.tls)  # files that cannot be used refuse to start
+    lent = borrow_listener(os.environ, os.getpid())
 
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
@@ -121,7 +123,7 @@ def run_frontend(options: FrontendOptions) -> None:
         async with asyncio.TaskGroup() as tasks:
             app = create_app(router, settings, metrics, _chat_parsers())
             following = tasks.create_task(router.run(app.prepare))
-            await serve(app, settings, stop=stop, grace_s=options.drain_s)
+            await serve(app, settings, stop=stop, grace_s=options.drain_s, lent=lent)
             following.cancel()
         await discovery.close()
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"structs", "checked", "address"},
     {"core", "wire"},
     {"ports", "clock"},
-    {"renewed", "http_server"},
+    {"renewed", "http_server", "listening"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
     {"instances"},
     {"router"},

@@ -94,6 +94,11 @@ class App:
         with contextlib.suppress(RequestRejected):  # each of its requests will say so
             await self._preprocessor.text_of(model)
 
+    @property
+    def healthy(self) -> bool:
+        """Whether every role that is needed is there."""
+        return self._completer.healthy()[0]
+
     async def drain(self, grace_s: float) -> None:
         """/health turns 503, new calls are refused, calls under way may finish for `grace_s`."""
         await self._generation.drain(grace_s)

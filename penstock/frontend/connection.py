@@ -30,6 +30,10 @@ without a byte of a body between it: blank lines, and after the last chunk of a 
 MAX_PIPELINED: Final = 16
 """Requests that may wait on one connection for the response to the one before. Common clients send none."""
 
+LEAVING_IDLE_S: Final = 5.0
+"""For another request on a connection of a server that leaves its port to a successor. Its client may be
+about to send one, and who sends it into a closing connection may not dare to send it again."""
+
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 
 
@@ -42,6 +46,7 @@ class Connection(HttpToolsProtocol):
     """
 
     settings: FrontendSettings  # set by connection_class
+    leaving = False  # of all connections: each ends with its next answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,6 +56,8 @@ class Connection(HttpToolsProtocol):
         self._abort_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._await_head()
+        if self.leaving:
+            self.leave()
         if len(self.connections) > 2 * self.settings.max_connections:  # refused ones linger
             self.transport.abort()
         elif len(self.connections) > self.settings.max_connections:
@@ -124,6 +131,21 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_complete()
         super().on_headers_complete()
+        if self.leaving:
+            self.cycle.keep_alive = False
+
+    def leave(self) -> None:
+        """End after the next answer that can say so, or when no request comes for a while. An answer under
+        way has promised to keep the connection, so that its client may already use it again."""
+        self.timeout_keep_alive = LEAVING_IDLE_S  # type: ignore[assignment]
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = False
+        elif not self._in_request:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0

@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import resource
 import socket
 import ssl
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import uvicorn
 
+from penstock.address import join_address
 from penstock.errors import ConfigError
 from penstock.frontend.app import App
-from penstock.frontend.connection import connection_class
+from penstock.frontend.connection import Connection, connection_class
 from penstock.frontend.settings import FrontendSettings
-from penstock.http_server import HttpServer, listen
+from penstock.http_server import HttpServer
 from penstock.link.tls import renewing
+from penstock.listening import BACKLOG, LentListener, listen
 
 log = logging.getLogger("penstock.frontend")
 
-BACKLOG: Final = 2048  # connections the kernel holds until they are accepted
 OTHER_DESCRIPTORS: Final = 512  # that clients must leave, above all for links: one for each worker
 CLOSE_GRACE_S: Final = 2  # for writing what is left after the last call has ended
+POLL_S: Final = 0.05  # between looks at what tells nobody
+HANDSHAKE_S: Final = 1.0  # for connections that were accepted and are not yet through with TLS
 
 
 async def serve(
@@ -37,34 +42,60 @@ async def serve(
     stop: asyncio.Event,
     grace_s: float = 30.0,
     on_listening: Callable[[str, int], None] | None = None,
+    lent: LentListener | None = None,
 ) -> None:
     """Serve until `stop` is set, then let calls finish for at most `grace_s`, and return.
 
-    `on_listening` is called with the host and port once connections are accepted. Cancelling this drops
-    everything at once. Raises ConfigError when the address or the certificate cannot be used.
+    `on_listening` is called with the host and port once connections are accepted. A lent listener is served
+    once the app is healthy, or the lender's patience is over; when it has a successor, that one takes what
+    is new, and nothing is refused here. Cancelling this drops everything at once. Raises ConfigError when
+    the address or the certificate cannot be used.
     """
     settings = msgspec.structs.replace(settings, max_connections=_connections(settings))
     config = _config(app, settings)
-    listener = _listen(settings.host, settings.port)
-    port = listener.getsockname()[1]
+    listener = lent.socket if lent is not None else _listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
 
     def started() -> None:
         scheme = "https" if settings.tls_cert else "http"
-        log.info("listening on %s://%s:%d", scheme, settings.host, port)
+        log.info("listening on %s://%s", scheme, join_address(host, port))
         if on_listening is not None:
-            on_listening(settings.host, port)
+            on_listening(host, port)
 
     server = _Server(config, started)
     try:
         async with asyncio.TaskGroup() as tasks:
+            if lent is not None:
+                await _until(lambda: app.healthy or stop.is_set(), time.monotonic() + lent.patience_s)
+            if stop.is_set():
+                return
             tasks.create_task(server.serve([listener]))
+            telling = tasks.create_task(_tell_once_healthy(app, server, lent))
             await stop.wait()
-            await app.drain(grace_s)
+            telling.cancel()
+            leaving_at = time.monotonic()
+            if lent is not None and lent.has_successor():
+                await server.hand_over(grace_s)
+            await app.drain(max(0.0, grace_s - (time.monotonic() - leaving_at)))
             server.should_exit = True
     finally:
         server.drop_all()
         listener.close()
+        if lent is not None:
+            lent.close()
         app.close()
+
+
+async def _tell_once_healthy(app: App, server: _Server, lent: LentListener | None) -> None:
+    if lent is not None:
+        await _until(lambda: server.started and app.healthy)
+        lent.tell_ready()
+
+
+async def _until(holds: Callable[[], bool], deadline: float = math.inf) -> None:
+    """Look again and again; nobody tells. Until `deadline`, of the monotonic clock."""
+    while not holds() and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)
 
 
 def _connections(settings: FrontendSettings) -> int:
@@ -115,11 +146,26 @@ def _tls_context(settings: FrontendSettings) -> ssl.SSLContext:
 
 
 class _Server(HttpServer):
-    """With a word when it has started."""
+    """With a word when it has started, and a way to leave the port to another process."""
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_started = on_started
+
+    async def hand_over(self, grace_s: float) -> None:
+        """Accept nothing more, and serve the connections there are until they have ended, for at most
+        `grace_s`. They end with their next answer, or when no request comes for a while."""
+        connections = cast(set[Connection], self.server_state.connections)
+        log.info("leaving the port to another process, connections=%d", len(connections))
+        deadline = time.monotonic() + grace_s
+        await _until(lambda: self.started)
+        for server in self.servers:
+            server.close()
+        cast(type[Connection], self.config.http_protocol_class).leaving = True
+        for connection in list(connections):
+            connection.leave()
+        await asyncio.sleep(min(HANDSHAKE_S, grace_s))
+        await _until(lambda: not connections, deadline)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

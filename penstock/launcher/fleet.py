@@ -11,26 +11,43 @@ from pathlib import Path
 
 from penstock.graph import Service
 from penstock.launcher.control import ServiceStatus
+from penstock.launcher.places import Place
 from penstock.launcher.plan import lowest_free_index
 from penstock.launcher.replica import Replica, ReplicaState
 
 
 @dataclass(slots=True, eq=False)
 class Fleet:
-    """The replicas of a service: those wanted, and those on their way out."""
+    """The replicas of a service: those wanted, and those on their way out.
+
+    While one is replaced, it is counted once: either its successor is on trial beside it, or it leaves
+    first, and its place is reserved for the successor.
+    """
 
     service: Service
     label: str
     replicas: list[Replica] = field(default_factory=list)
+    on_trial: Replica | None = None
+    reserved: Place | None = None
 
     @property
     def wanted(self) -> list[Replica]:
         return [replica for replica in self.replicas if not replica.leaving]
 
     @property
+    def settled(self) -> list[Replica]:
+        """The wanted ones, but for one on trial."""
+        return [replica for replica in self.wanted if replica is not self.on_trial]
+
+    @property
+    def count(self) -> int:
+        """How many people want."""
+        return len(self.settled) + (self.reserved is not None)
+
+    @property
     def newest_first(self) -> list[Replica]:
-        """The wanted ones, in the order in which a smaller fleet gives them up."""
-        return sorted(self.wanted, key=lambda replica: replica.index, reverse=True)
+        """The settled ones, in the order in which a smaller fleet gives them up."""
+        return sorted(self.settled, key=lambda replica: replica.index, reverse=True)
 
     @property
     def next_index(self) -> int:
@@ -39,7 +56,9 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        return all(replica.state is ReplicaState.READY for replica in self.wanted)
+        return self.reserved is None and all(
+            replica.state is ReplicaState.READY for replica in self.settled
+        )
 
     def answers_to(self, name: str) -> bool:
         """Whether people mean this service: its name in any case, or its label."""
@@ -49,7 +68,7 @@ class Fleet:
         return ServiceStatus(
             name=self.service.name,
             label=self.label,
-            wanted=len(self.wanted),
+            wanted=self.count,
             replicas=[replica.status() for replica in self.replicas],
         )
 

@@ -12,11 +12,12 @@ from penstock.errors import ConfigError
 from penstock.flags import build_options
 from penstock.graph import Graph, Service
 from penstock.launcher.gpus import VISIBLE_VARIABLE
+from penstock.listening import LOAN_VARIABLE
 
 _LOOPBACK = "127.0.0.1"
 _GPU_ENGINES = ("vllm",)
-# A fixed port is for a pod of one's own: here many workers share the machine.
-_DROPPED_VARIABLES = ("DYN_SYSTEM_PORT", "PENSTOCK_SYSTEM_PORT")
+# A fixed port is for a pod of one's own: here many workers share the machine. What was lent is not theirs.
+_DROPPED_VARIABLES = ("DYN_SYSTEM_PORT", "PENSTOCK_SYSTEM_PORT", LOAN_VARIABLE)
 # Processes that each take all cores for their matrix products only get in each other's way.
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -31,7 +32,6 @@ class Launch(msgspec.Struct, frozen=True):
     env: dict[str, str]
     drain_s: float
     url: str = ""  # of a frontend
-    port: int = 0  # of a frontend
     gpus: tuple[str, ...] = ()
 
 
@@ -113,16 +113,8 @@ def plan_frontend(site: Site, service: Service, index: int, port: int) -> Launch
     argv = msgspec.structs.replace(service, flags=flags).argv()
     url = f"{'https' if options.http_tls_cert else 'http'}://{_url_host(site.http_host)}:{port}"
     env = _environment(site, service, {})
-    return Launch(
-        service.name,
-        name,
-        f"{site.graph.name}-{name}",
-        tuple(argv),
-        env,
-        options.drain_s,
-        url=url,
-        port=port,
-    )
+    instance_id = f"{site.graph.name}-{name}"
+    return Launch(service.name, name, instance_id, tuple(argv), env, options.drain_s, url=url)
 
 
 def _url_host(host: str) -> str:

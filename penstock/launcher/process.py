@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ class Child:
         self._process = process
         self._output = output
         self._transport = transport
+        self._buried = False  # it has ended, and what it left behind was killed
 
     @property
     def pid(self) -> int:
@@ -41,21 +43,27 @@ class Child:
             self._process.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to it and all that it started."""
-        try:
+        """SIGKILL to it and all that it started. Once it has ended, only the first call does something: the
+        number of a group that is gone may soon be another's."""
+        if self._buried:
+            return
+        self._buried = self._process.returncode is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone; or not ours any more
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return  # all gone
 
     def close(self) -> None:
         """Stop reading, whoever may still hold the other end."""
         self._transport.close()
 
 
-async def start_child(argv: Sequence[str], env: Mapping[str, str]) -> Child:
-    """Start a program. Raises OSError when it cannot be started."""
+async def start_child(
+    argv: Sequence[str], env: Mapping[str, str], descriptors: Sequence[int] = ()
+) -> Child:
+    """Start a program, with these descriptors of ours. Raises OSError when it cannot be started."""
     read_end, write_end = os.pipe()
-    output = os.fdopen(read_end, "rb", buffering=0)
+    reader = asyncio.StreamReader(limit=_READ_BYTES)
+    # Before the program is there: nothing may fail between its start and the care for it.
+    transport = await _connect(reader, read_end, write_end)
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -63,17 +71,28 @@ async def start_child(argv: Sequence[str], env: Mapping[str, str]) -> Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=write_end,
             stderr=write_end,
+            pass_fds=descriptors,
             process_group=0,  # a terminal's Ctrl-C reaches the supervisor alone, which stops all in order
         )
-    except OSError:
-        output.close()
+    except BaseException:
+        transport.close()
         raise
     finally:
         os.close(write_end)
-    reader = asyncio.StreamReader(limit=_READ_BYTES)
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), output)
     return Child(process, reader, transport)
+
+
+async def _connect(reader: asyncio.StreamReader, read_end: int, write_end: int) -> asyncio.ReadTransport:
+    output = os.fdopen(read_end, "rb", buffering=0)
+    try:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), output
+        )
+    except BaseException:
+        output.close()
+        os.close(write_end)
+        raise
+    return transport
 
 
 def describe_exit(code: int) -> str:

@@ -8,13 +8,16 @@ starting, ready --exit with code 2--> failed            a wrong setting: startin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 
 import msgspec
 
+from penstock.launcher.listener import Lending
 from penstock.launcher.logs import Console, LineSplitter, LogFile
+from penstock.launcher.places import Place
 from penstock.launcher.plan import Launch
 from penstock.launcher.process import Child, describe_exit, start_child
 from penstock.launcher.settings import LauncherSettings
@@ -69,7 +72,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     """What a replica is given by its supervisor.
 
     program: the words before a launch's own.
-    ready: waits until the launch's process of this pid is ready; its address.
+    registered: waits until the worker with this launch and pid is; its address.
     notice: tells people, one line.
     changed: called after each change of a replica's state.
     """
@@ -77,17 +80,20 @@ class Surroundings(msgspec.Struct, frozen=True):
     program: Sequence[str]
     settings: LauncherSettings
     console: Console | None  # None: output goes to the files alone
-    ready: Callable[[Launch, int], Awaitable[str]]
+    registered: Callable[[Launch, int], Awaitable[str]]
     notice: Callable[[str], None]
     changed: Callable[[], None]
 
 
 class Replica:
-    """Runs one launch. `run` once; `stop` and `kill` from anywhere on the same event loop."""
+    """Runs one launch at its place. `run` once; `stop` and `kill` from anywhere on the same event loop."""
 
-    def __init__(self, launch: Launch, index: int, log: LogFile, surroundings: Surroundings) -> None:
+    def __init__(
+        self, launch: Launch, index: int, place: Place, log: LogFile, surroundings: Surroundings
+    ) -> None:
         self.launch = launch
         self.index = index
+        self.place = place
         self.state = ReplicaState.STARTING
         self.last_line = ""
         self._log = log
@@ -124,7 +130,7 @@ class Replica:
             uptime_s=round(time.monotonic() - self._started_at, 1) if running else 0.0,
             address=self._address,
             last_exit=self._last_exit,
-            gpus=self.launch.gpus,
+            gpus=self.place.gpus,
         )
 
     async def run(self) -> None:
@@ -144,26 +150,55 @@ class Replica:
                 break
             if code == CONFIG_EXIT_CODE:
                 self._tell(f"{self._last_exit}, not starting it again: {self.last_line}")
+                self._release_port()
                 self._become(ReplicaState.FAILED)
                 await self._stop.wait()
                 break
             pause_s = backoff.pause_after(ran_s)
             self._tell(f"{self._last_exit} after {ran_s:.1f} s, starting again in {pause_s:g} s")
+            if pause_s > self._around.settings.refuse_after_s:
+                self._release_port()
             self._become(ReplicaState.WAITING)
             await self._stopped_within(pause_s)
             self._restarts += 1
+        self._release_port()
         self._log.close()
         self._become(ReplicaState.STOPPED)
 
     async def _run_once(self) -> int:
-        """One process from start to exit; the exit code."""
+        """One process from start to exit; the exit code. Raises OSError when it cannot be started."""
         argv = [*self._around.program, *self.launch.argv]
-        child = self._child = await start_child(argv, self.launch.env)
+        with self._lent() as lending:
+            env = self.launch.env | (lending.variables if lending else {})
+            child = await start_child(argv, env, lending.descriptors if lending else ())
+            if lending is not None:
+                lending.started()
+            return await self._accompany(child, lending)
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[Lending | None]:
+        """For the time of one process, the port that it serves."""
+        listener, settings = self.place.listener, self._around.settings
+        if listener is None:
+            yield None
+            return
+        if listener.served_beside(self):
+            patience_s = settings.start_timeout_s  # nobody needs this one before it is ready
+        else:
+            patience_s = settings.accept_after_s if self._restarts else 0.0
+        with contextlib.closing(Lending(listener.hold(self), patience_s)) as lending:
+            try:
+                yield lending
+            finally:
+                listener.serves(self, now=False)
+
+    async def _accompany(self, child: Child, lending: Lending | None) -> int:
+        self._child = child
         try:
             async with asyncio.TaskGroup() as tasks:
                 output = tasks.create_task(self._copy_output(child))
-                ready = tasks.create_task(self._await_ready(child))
-                stopper = tasks.create_task(self._stop_when_told(child))
+                ready = tasks.create_task(self._await_ready(child, lending))
+                stopper = tasks.create_task(self._stop_when_told(child, lending))
                 code = await child.wait()
                 ready.cancel()
                 stopper.cancel()
@@ -196,15 +231,25 @@ class Replica:
             if console is not None:
                 console.write(self.launch.name, text)
 
-    async def _await_ready(self, child: Child) -> None:
-        self._address = await self._around.ready(self.launch, child.pid)
+    async def _await_ready(self, child: Child, lending: Lending | None) -> None:
+        if lending is not None:
+            await lending.ready()
+            self._address = self.launch.url
+        else:
+            self._address = await self._around.registered(self.launch, child.pid)
         if not self.leaving:
+            if self.place.listener is not None:
+                self.place.listener.serves(self, now=True)
             self._tell(f"ready after {time.monotonic() - self._started_at:.1f} s at {self._address}")
             self._become(ReplicaState.READY)
 
-    async def _stop_when_told(self, child: Child) -> None:
+    async def _stop_when_told(self, child: Child, lending: Lending | None) -> None:
         await self._stop.wait()
         self._become(ReplicaState.STOPPING)
+        if lending is not None and self.place.listener is not None:
+            if self.place.listener.served_beside(self):
+                lending.hand_over()
+            self._release_port()
         child.terminate()
         grace_s = self.launch.drain_s + self._around.settings.kill_margin_s
         try:
@@ -212,6 +257,10 @@ class Replica:
         except TimeoutError:
             self._tell(f"has not ended within {grace_s:g} s of SIGTERM: killed")
         child.kill()
+
+    def _release_port(self) -> None:
+        if self.place.listener is not None:
+            self.place.listener.release(self)
 
     async def _stopped_within(self, seconds: float) -> None:
         try:

@@ -1,7 +1,7 @@
 """A rolling restart: replicas are replaced one by one, each by one that is ready before the old one leaves.
 
-Where no second one can run beside it (its port is known to clients, or there is no GPU for it), the old
-one leaves first; the others of its service serve meanwhile.
+A frontend's successor accepts from the same port. Where there is no GPU for a second worker, the old one
+leaves first, and its place is kept for the new one; the others of its service serve meanwhile.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import Protocol
 
 from penstock.errors import ConfigError
 from penstock.launcher.fleet import Fleet
+from penstock.launcher.places import Place
 from penstock.launcher.replica import Replica, ReplicaState
 
 
 class Fleets(Protocol):
     """What a restart needs of the supervisor."""
 
-    def grow(self, fleet: Fleet, count: int) -> None:
-        """Start more replicas of it. Raises ConfigError."""
+    def start(self, fleet: Fleet, place: Place) -> Replica:
+        """Start one more replica of it at this place."""
 
-    def can_grow(self, fleet: Fleet) -> bool:
-        """Whether one more may run beside those there are."""
+    def place_beside(self, replica: Replica) -> Place | None:
+        """A place for its successor while it still runs; None when there is none."""
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for a change of some replica that makes this true."""
@@ -78,28 +79,41 @@ class RollingRestart:
             self.left.clear()
 
     async def _replace(self, fleet: Fleet, old: Replica) -> None:
-        if self._fleets.can_grow(fleet):
-            new = await self._start(fleet)
-            if new.state is not ReplicaState.READY:
-                new.stop()  # the old one stays
-                raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
-            await self._leave(fleet, old)
+        beside = self._fleets.place_beside(old)
+        if beside is None:
+            await self._replace_in_place(fleet, old)
+            return
+        new = fleet.on_trial = self._fleets.start(fleet, beside)
+        try:
+            await self._settle(new, lambda: old.leaving)
+        finally:
+            fleet.on_trial = None
+        if old.leaving:  # `scale` took the place from both
+            new.stop()
+        elif new.state is not ReplicaState.READY:
+            new.stop()  # the old one stays
+            raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
         else:
             await self._leave(fleet, old)
-            new = await self._start(fleet)
-            if new.state is not ReplicaState.READY:
-                raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
 
-    async def _start(self, fleet: Fleet) -> Replica:
-        """A new one, ready or known not to be."""
-        self._fleets.grow(fleet, 1)
-        new = fleet.replicas[-1]
+    async def _replace_in_place(self, fleet: Fleet, old: Replica) -> None:
+        fleet.reserved = old.place
+        await self._leave(fleet, old)
+        if fleet.reserved is None:
+            return  # `scale` took the place
+        place, fleet.reserved = fleet.reserved, None
+        new = self._fleets.start(fleet, place)
+        await self._settle(new, lambda: new.leaving)
+        if new.state is not ReplicaState.READY and not new.leaving:
+            raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
+
+    async def _settle(self, new: Replica, is_moot: Callable[[], bool]) -> None:
+        """Until it is ready, or known not to be, or need not be any more."""
         try:
             async with asyncio.timeout(self._ready_s):
-                await self._fleets.until(lambda: new.state is not ReplicaState.STARTING)
+                await self._fleets.until(lambda: new.state is not ReplicaState.STARTING or is_moot())
         except TimeoutError:
             new.last_line = f"not ready after {self._ready_s:g} s"
-        return new
 
     async def _leave(self, fleet: Fleet, old: Replica) -> None:
         old.stop()

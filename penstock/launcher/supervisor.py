@@ -13,17 +13,16 @@ from penstock.checked import suggestion
 from penstock.config import DiscoveryUrl, discovery_directory
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ConfigError
-from penstock.graph import Graph, Service, ServiceKind
+from penstock.graph import Graph, ServiceKind
 from penstock.launcher.control import ControlRequest, ControlResponse, GraphStatus, serving_control
 from penstock.launcher.fleet import Fleet, ready_lines
-from penstock.launcher.gpus import GpuPool
-from penstock.launcher.health import choose_port, fetch_health, is_healthy, next_port
+from penstock.launcher.health import fetch_health
 from penstock.launcher.logs import Console, LogFile
+from penstock.launcher.places import Place, Places
 from penstock.launcher.plan import (
     Launch,
     Site,
     check_gpus,
-    gpus_needed,
     labels,
     manifest_port,
     plan_frontend,
@@ -61,17 +60,21 @@ class Supervisor:
         self._console = console
         self._notices = LogFile(folder.logs / "supervisor.log", settings.log_file_bytes)
         self._around = Surroundings(
-            program, settings, console if show_output else None, self._until_ready, self.notice, self._look
+            program,
+            settings,
+            console if show_output else None,
+            self._until_registered,
+            self.notice,
+            self._look,
         )
         self._site = Site(graph, folder.discovery, folder.secret, settings.http_host, environ, os.getpid())
-        self._gpus = GpuPool(gpus)
         self._fleets = [Fleet(service, labels(graph)[service.name]) for service in graph.services]
-        self._warnings = [*graph.notes, *check_gpus(graph, len(self._gpus))]
+        self._warnings = [*graph.notes, *check_gpus(graph, len(gpus))]
         for service in graph.services:
             self._check_count(service.name, service.replicas)
         self._registered: Mapping[str, Registration] = {}
-        self._ports: set[int] = set()
-        self._first_port = self._choose_first_port()
+        self._places = Places(gpus, settings.http_host, self._wanted_port())
+        self._places.check_port()
         self._started_at = time.monotonic()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -130,32 +133,40 @@ class Supervisor:
     def _replicas(self) -> list[Replica]:
         return [replica for fleet in self._fleets for replica in fleet.replicas]
 
-    def grow(self, fleet: Fleet, count: int) -> None:
-        """Start more replicas. Raises ConfigError when they cannot be: no GPU, no port."""
-        for _ in range(count):
-            index = fleet.next_index
-            launch = self._plan(fleet.service, index)
-            log = LogFile(
-                self._folder.logs / fleet.service.name / f"{launch.name}.log", self._settings.log_file_bytes
-            )
-            replica = Replica(launch, index, log, self._around)
-            fleet.replicas.append(replica)
-            self._tasks.create_task(self._run_replica(fleet, replica), name=launch.name)
+    def start(self, fleet: Fleet, place: Place) -> Replica:
+        """Start one more replica at this place."""
+        service, index = fleet.service, fleet.next_index
+        if place.listener is not None:
+            launch = plan_frontend(self._site, service, index, place.listener.port)
+        else:
+            launch = plan_worker(self._site, service, index, place.gpus)
+        path = self._folder.logs / service.name / f"{launch.name}.log"
+        log = LogFile(path, self._settings.log_file_bytes)
+        replica = Replica(launch, index, place, log, self._around)
+        fleet.replicas.append(replica)
+        self._tasks.create_task(self._run_replica(fleet, replica), name=launch.name)
+        return replica
 
-    def _plan(self, service: Service, index: int) -> Launch:
-        if service.kind is ServiceKind.WORKER:
-            gpus = self._gpus.take(gpus_needed(service))
-            return plan_worker(self._site, service, index, gpus)
-        port = self._first_port
-        if port in self._ports:
-            port = next_port(self._settings.http_host, port + 1, self._ports)
-        self._ports.add(port)
-        return plan_frontend(self._site, service, index, port)
+    def _grow(self, more: Mapping[Fleet, int]) -> None:
+        """Start so many more replicas of each, or none. Raises ConfigError: no GPU, no port."""
+        taken: list[tuple[Fleet, Place]] = []
+        try:
+            for fleet, count in more.items():
+                taken.extend((fleet, self._places.take(fleet.service)) for _ in range(count))
+        except ConfigError:
+            for _, place in taken:
+                self._places.give_back(place)
+            raise
+        for fleet, place in taken:
+            self.start(fleet, place)
+
+    def place_beside(self, replica: Replica) -> Place | None:
+        """A place for its successor while it still runs; None when this machine has none."""
+        return self._places.take_beside(replica.place)
 
     def _start_all(self) -> None:
         try:
-            for fleet in self._fleets:
-                self.grow(fleet, fleet.service.replicas)
+            self._grow({fleet: fleet.service.replicas for fleet in self._fleets})
         except ConfigError as error:
             self._fail(str(error))
 
@@ -164,8 +175,8 @@ class Supervisor:
             await replica.run()
         finally:
             fleet.replicas.remove(replica)
-            self._gpus.give_back(replica.launch.gpus)
-            self._ports.discard(replica.launch.port)
+            if fleet.reserved is not replica.place:
+                self._places.give_back(replica.place)
             self._look()
 
     async def _stop_all(self) -> None:
@@ -182,13 +193,12 @@ class Supervisor:
             self._changed.clear()
             await self._changed.wait()
 
-    def _choose_first_port(self) -> int:
+    def _wanted_port(self) -> int:
+        """The first frontend's."""
         for fleet in self._fleets:
             if fleet.service.kind is ServiceKind.FRONTEND:
                 wanted = self._settings.http_port
-                if wanted is None:
-                    wanted = manifest_port(fleet.service)
-                return choose_port(self._settings.http_host, wanted)
+                return manifest_port(fleet.service) if wanted is None else wanted
         raise ConfigError(f"{self._graph.name} has no frontend")
 
     # --- readiness ----------------------------------------------------------------------------------
@@ -216,20 +226,15 @@ class Supervisor:
             self.notice(line)
 
     def _urls(self) -> list[str]:
-        return [
-            replica.launch.url for fleet in self._fleets for replica in fleet.wanted if replica.launch.url
-        ]
+        urls = [replica.launch.url for fleet in self._fleets for replica in fleet.wanted]
+        return list(dict.fromkeys(url for url in urls if url))  # two have the same for a while
 
-    async def _until_ready(self, launch: Launch, pid: int) -> str:
-        """A worker is ready once registered, a frontend once healthy."""
+    async def _until_registered(self, launch: Launch, pid: int) -> str:
+        """Until this worker's process is registered; its address."""
         while True:
-            if launch.url:
-                if is_healthy(await fetch_health(launch.url, self._settings.health_timeout_s)):
-                    return launch.url
-            else:
-                registration = self._registered.get(launch.instance_id)
-                if registration is not None and registration.pid == pid:
-                    return registration.address
+            registration = self._registered.get(launch.instance_id)
+            if registration is not None and registration.pid == pid:
+                return registration.address
             await asyncio.sleep(self._settings.ready_poll_s)
 
     async def _follow(self, discovery: FileDiscovery) -> None:
@@ -263,21 +268,26 @@ class Supervisor:
         """
         if self._stopping.is_set():
             raise ConfigError(f"{self._graph.name} is stopping")
-        wanted = {self._fleet(name).service.name: count for name, count in targets.items()}
-        fleets = {name: self._fleet(name) for name in wanted}
-        more = {name: count - len(fleets[name].wanted) for name, count in wanted.items()}
-        gpus = sum(max(0, more[name]) * gpus_needed(fleets[name].service) for name in wanted)
-        for name, count in wanted.items():
-            self._check_count(name, count)
-        if gpus > self._gpus.free:
-            raise ConfigError(f"{gpus} more GPUs wanted, {self._gpus.free} are free")
-        for name, fleet in fleets.items():
-            if more[name]:
-                self.notice(f"{name}: {wanted[name]} replicas wanted")
-            self.grow(fleet, more[name])
-            for replica in fleet.newest_first[: max(0, -more[name])]:
-                replica.stop()
-        return {name: (wanted[name] - more[name], wanted[name]) for name in wanted}
+        wanted = {self._fleet(name): count for name, count in targets.items()}
+        for fleet, count in wanted.items():
+            self._check_count(fleet.service.name, count)
+        before = {fleet: fleet.count for fleet in wanted}
+        self._grow({fleet: max(0, count - before[fleet]) for fleet, count in wanted.items()})
+        for fleet, count in wanted.items():
+            if count != before[fleet]:
+                self.notice(f"{fleet.service.name}: {count} replicas wanted")
+            self._shrink(fleet, before[fleet] - count)
+        return {fleet.service.name: (before[fleet], wanted[fleet]) for fleet in wanted}
+
+    def _shrink(self, fleet: Fleet, count: int) -> None:
+        """Stop so many replicas, the newest first. The first to go is one that waits for its place."""
+        if count > 0 and fleet.reserved is not None:
+            place, fleet.reserved = fleet.reserved, None
+            if not any(replica.place is place for replica in fleet.replicas):
+                self._places.give_back(place)
+            count -= 1
+        for replica in fleet.newest_first[: max(0, count)]:
+            replica.stop()
 
     def restart(self, names: Sequence[str]) -> list[str]:
         """Begin to replace all replicas of these services, of all when there are none, one by one.
@@ -292,12 +302,6 @@ class Supervisor:
             raise ConfigError(f"{self._graph.name} is stopping")
         fleets = [self._fleet(name) for name in names] or self._fleets
         return self._rolling.begin(list(dict.fromkeys(fleets)), self._tasks)
-
-    def can_grow(self, fleet: Fleet) -> bool:
-        """Whether one more replica may run beside those there are: it finds GPUs, and needs no port that
-        clients know."""
-        spare = gpus_needed(fleet.service) <= self._gpus.free
-        return spare and fleet.service.kind is ServiceKind.WORKER
 
     def _check_count(self, name: str, count: int) -> None:
         if not 0 <= count <= self._settings.replicas_max:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from penstock.discovery.file import FileDiscovery
 from penstock.launcher.guard import die_with_supervisor
+from penstock.listening import borrow_listener
 from penstock.structs import Registration, Role
 
 
@@ -32,6 +33,16 @@ class Health(BaseHTTPRequestHandler):
 
     def log_message(self, *ignored: object) -> None:
         pass
+
+
+def serve_as_frontend() -> None:
+    lent = borrow_listener(os.environ, os.getpid())
+    server = HTTPServer(("", 0), Health, bind_and_activate=False)
+    server.socket.close()
+    server.socket = lent.socket
+    server.socket.setblocking(True)
+    lent.tell_ready()
+    server.serve_forever()
 
 
 async def serve_as_worker() -> None:
@@ -69,7 +80,7 @@ def main() -> None:
         print(f"grandchild {child.pid}", flush=True)
         sys.exit(1)
     if sys.argv[1] == "frontend":
-        HTTPServer((flag("http-host"), int(flag("http-port"))), Health).serve_forever()
+        serve_as_frontend()
     else:
         asyncio.run(serve_as_worker())
 

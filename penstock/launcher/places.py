@@ -1,0 +1,93 @@
+"""What a replica needs of this machine: GPUs for a worker, a port for a frontend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.errors import ConfigError
+from penstock.graph import Service, ServiceKind
+from penstock.launcher.gpus import GpuPool
+from penstock.launcher.listener import Listener
+from penstock.launcher.plan import gpus_needed
+
+_PORT_TRIES = 100
+_PORT_MAX = 65535
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One replica's share."""
+
+    gpus: tuple[str, ...] = ()
+    listener: Listener | None = None
+
+
+class Places:
+    """All shares, of all services.
+
+    Args:
+        host, port: where the first frontend listens; others take the ports that follow. 0: a free one.
+    """
+
+    def __init__(self, gpus: Sequence[str], host: str, port: int) -> None:
+        self._gpus = GpuPool(gpus)
+        self._host = host
+        self._first_port = port
+        self._taken: list[Place] = []
+
+    def check_port(self) -> None:
+        """Raises ConfigError: the first frontend's port is in use, or the host is not this machine's."""
+        self._open_first().release(None)
+
+    def take(self, service: Service) -> Place:
+        """A place for one more replica. Raises ConfigError: there is none."""
+        if service.kind is ServiceKind.FRONTEND:
+            place = Place(listener=self._next_listener())
+        else:
+            place = Place(gpus=self._gpus.take(gpus_needed(service)))
+        self._taken.append(place)
+        return place
+
+    def take_beside(self, place: Place) -> Place | None:
+        """A place for the successor of the replica that has this one, while it is there: the same port, or
+        as many GPUs. None: there are too few."""
+        if place.listener is not None:
+            beside = Place(listener=place.listener)
+        elif len(place.gpus) <= self._gpus.free:
+            beside = Place(gpus=self._gpus.take(len(place.gpus)))
+        else:
+            return None
+        self._taken.append(beside)
+        return beside
+
+    def give_back(self, place: Place) -> None:
+        """Nobody has it any more."""
+        self._taken.remove(place)
+        self._gpus.give_back(place.gpus)
+        if place.listener is not None:
+            place.listener.release(place)
+
+    def _next_listener(self) -> Listener:
+        taken = {place.listener.port for place in self._taken if place.listener is not None}
+        if self._first_port not in taken:
+            listener = self._open_first()
+            self._first_port = listener.port
+            return listener
+        start = self._first_port + 1
+        for port in range(start, min(start + _PORT_TRIES, _PORT_MAX + 1)):
+            if port not in taken:
+                try:
+                    return Listener(self._host, port)
+                except OSError:
+                    continue
+        raise ConfigError(f"no free port from {start} on for another frontend")
+
+    def _open_first(self) -> Listener:
+        try:
+            return Listener(self._host, self._first_port)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            where = f"port {self._first_port} on {self._host}"
+            raise ConfigError(f"{where}: {reason}; choose another with --port") from error
