@@ -92,8 +92,8 @@ def borrow_listener(environ: MutableMapping[str, str], pid: int) -> LentListener
             loan = msgspec.json.decode(text, type=Loan)
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{LOAN_VARIABLE}: {error}") from error
-        channel = _socket(LOAN_VARIABLE, loan.channel)
-        return LentListener(_listener(LOAN_VARIABLE, loan.listener), channel, loan.patience_s)
+        listener = _listener(LOAN_VARIABLE, loan.listener)
+        return LentListener(listener, _socket(LOAN_VARIABLE, loan.channel), loan.patience_s)
     count = environ.get(_SYSTEMD_COUNT, "")
     if not count or environ.get(_SYSTEMD_PID) != str(pid):
         return None

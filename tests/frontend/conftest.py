@@ -291,13 +291,20 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(completer, *, grace_s=5.0, parsers=None, **settings):
+async def serving(completer, *, grace_s=5.0, parsers=None, lent=None, **settings):
     settings = FrontendSettings(**{"port": 0, **settings})
     metrics, stop = Metrics(), asyncio.Event()
     app = create_app(completer, settings, metrics, parsers)
     listening = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        serve(app, settings, stop=stop, grace_s=grace_s, on_listening=lambda *at: listening.set_result(at))
+        serve(
+            app,
+            settings,
+            stop=stop,
+            grace_s=grace_s,
+            on_listening=lambda *at: listening.set_result(at),
+            lent=lent,
+        )
     )
     await asyncio.wait([task, listening], return_when=asyncio.FIRST_COMPLETED)
     if task.done():

@@ -15,7 +15,9 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.frontend.connection import MAX_HEAD_BYTES, MAX_PIPELINED
+from penstock.listening import LentListener, listen
 from penstock.structs import Delta, FinishReason
+from tests.frontend.conftest import ScriptedCompleter, serving
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -446,3 +448,107 @@ async def test_cancelling_drops_everything(serve_script):
         await eventually(lambda: served.completer.cancelled)
         await asyncio.wait([served.task])
         assert served.task.cancelled()
+
+
+# --- a port that another process serves too -------------------------------------------------------
+
+
+class Lender:
+    """Lends one port to several servers, as the launcher does to processes."""
+
+    def __init__(self):
+        self.listener = listen("127.0.0.1", 0)
+        self.channels = []
+
+    def lend(self, patience_s=10.0):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.channels.append(ours)
+        return LentListener(self.listener.dup(), theirs, patience_s)
+
+    def says_ready(self, number):
+        try:
+            return self.channels[number].recv(1) == b"1"
+        except BlockingIOError:
+            return False
+
+    async def hand_over(self, served, number):
+        self.channels[number].shutdown(socket.SHUT_WR)
+        served.stop.set()
+        await asyncio.sleep(0.1)
+
+    def close(self):
+        self.listener.close()
+        for channel in self.channels:
+            channel.close()
+
+
+@pytest.fixture
+def lender():
+    with contextlib.closing(Lender()) as found:
+        yield found
+
+
+async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
+    serve_script, lender, monkeypatch
+):
+    monkeypatch.setattr("penstock.frontend.connection.LEAVING_IDLE_S", 3.0)
+    ask = CHAT | {"stream": True}
+    async with (
+        serve_script("old " * 6, step_s=0.05, lent=lender.lend()) as old,
+        connection(old) as (idle_reader, _),
+        connection(old) as (reader, writer),
+        connection(old) as (late_reader, late_writer),
+    ):
+        await eventually(lambda: lender.says_ready(0))
+        writer.write(post(ask))
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        async with serve_script("new", lent=lender.lend()) as new:
+            await eventually(lambda: lender.says_ready(1))
+            await lender.hand_over(old, 0)
+            late_writer.write(post(CHAT))
+            for _ in range(10):
+                async with httpx.AsyncClient(base_url=old.url, trust_env=False) as http:
+                    assert "new" in (await http.post("/v1/chat/completions", json=CHAT)).text
+            assert b"[DONE]" in await reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n")
+            writer.write(post(CHAT))  # it was not told that its connection would end
+            for stream in (reader, late_reader):
+                answer = await everything(stream)
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                assert b"connection: close" in answer
+                assert b"old old" in answer
+            assert await everything(idle_reader, 15) == b""
+            await asyncio.wait_for(old.task, 10)
+            assert new.completer.requests
+            assert not new.task.done()
+
+
+async def test_a_lent_port_is_served_once_healthy_or_when_patience_ends(view, byte_level, saying, lender):
+    completer = ScriptedCompleter([view], saying("late"))
+    completer.missing = "decode"
+    app_soon = asyncio.create_task(_first_answer(completer, lender.lend(patience_s=60)))
+    await asyncio.sleep(0.3)
+    assert not app_soon.done()
+    completer.missing = ""
+    assert (await asyncio.wait_for(app_soon, 5)).status_code == 200
+    assert lender.says_ready(0)
+
+    completer.missing = "decode"
+    answer = await asyncio.wait_for(_first_answer(completer, lender.lend(patience_s=0.2)), 5)
+    assert (answer.status_code, answer.json()["missing"]) == (503, ["decode"])
+    assert not lender.says_ready(1)
+
+
+async def _first_answer(completer, lent):
+    async with serving(completer, lent=lent) as served:
+        return await served.http.get("/health")
+
+
+async def test_a_lent_port_whose_frontend_leaves_alone_is_answered_with_503(serve_script, lender):
+    async with serve_script("word " * 6, step_s=0.05, lent=lender.lend()) as served:
+        stream = await served.client.chat.completions.create(**CHAT, stream=True)
+        await anext(aiter(stream))
+        served.stop.set()
+        await asyncio.sleep(0.02)
+        assert (await served.http.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "length"
