@@ -24,14 +24,14 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
-from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects
+from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import PenstockError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import QueueView, RouterMetrics
 from penstock.ports import Discovery
-from penstock.structs import Attempt, Card, Delta, InstanceView, ModelView, Output, Request, Role
+from penstock.structs import Attempt, Card, Delta, InstanceView, Load, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
@@ -80,6 +80,7 @@ class _Live:
     queue: Queue  # its model's
     filed: Phase | None = None  # the phase that the router's books are up to date with
     suspect: bool = False  # it is noted among the suspects
+    confirm_s: float = CONFIRM_S  # its wait after deaths
 
 
 class Ticket:
@@ -380,9 +381,12 @@ class Router:
         """Where it may run, for all that is known of who kills engines."""
         strikes, request_id = live.lifecycle.strikes, live.placed.request.request_id
         waited_s = live.lifecycle.waited_s(self._clock.now())
-        if strikes.deaths >= PRIME and waited_s < CONFIRM_S:
+        if strikes.deaths >= PRIME and waited_s < live.confirm_s:
             return []
-        return self._suspects.apart(request_id, strikes.count, cards, held=waited_s >= HOLD_S)
+        if strikes.count < PRIME:
+            return self._suspects.apart(request_id, strikes.count, cards)
+        told = {card.instance_id: self._placement.load(card.instance_id).suspects for card in cards}
+        return self._suspects.apart(request_id, strikes.count, cards, told, held=waited_s >= HOLD_S)
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
         """Send and book an attempt. Returns why it could not be sent."""
@@ -430,17 +434,17 @@ class Router:
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, reason: str, attempts: int, died: str) -> None:
+    def on_lost(self, instance_id: str, reason: str, load: Load, died: str) -> None:
         self._full_until.pop(instance_id, None)
         lives = list(self._live.values())
         on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
         connected = self._instances.membership.incarnations()
         for live in on_it:
             live.lifecycle.strikes.survived(connected)
-        deaths = sorted((live.lifecycle.strikes.deaths for live in on_it), reverse=True)
+            live.confirm_s = CONFIRM_S * self._rng.uniform(1.0, 2.0)
+        least = alone_from([live.lifecycle.strikes.deaths for live in on_it], load)
         for live in lives:
-            # The second most are fewer, and nothing is known of other frontends' requests.
-            alone = deaths[1:2] < [live.lifecycle.strikes.deaths] and attempts <= len(on_it)
+            alone = live.lifecycle.strikes.deaths >= least
             self._event(live, life.InstanceLost(instance_id, reason, died, alone))
 
     def on_stuck(self, instance_id: str, reason: str) -> None:

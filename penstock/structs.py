@@ -140,6 +140,7 @@ class Attempt(msgspec.Struct):
     handoff: Handoff | None = None
     cache_salt: str = ""
     priority: int = 0  # lower goes first
+    suspect_tokens: int = 0  # it may be what killed workers, until it has given so many; 0: it is not
 
 
 class Output(msgspec.Struct, array_like=True):
@@ -180,6 +181,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     steps: int = 0  # turns that the engine took: that it grows while there is work is its sign of life
     rates: Rates = Rates()
     submitted: int = 0  # attempts submitted to the engine so far that this load includes
+    suspects: int = 0  # attempts that may be what killed other workers (core/suspects.py)
 
 
 class EngineStep(msgspec.Struct):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from pathlib import Path
 
 import pytest
 
+from penstock.discovery.file import FileDiscovery
 from penstock.errors import RemoteError, RequestRejected
-from penstock.router import RouterSettings
-from penstock.structs import Role
-from tests.cluster import Answer, Cluster, cluster
+from penstock.link.settings import ClientSettings
+from penstock.observability import Metrics
+from penstock.router import Router, RouterSettings
+from penstock.structs import Request, Role, Sampling
+from tests.cluster import MODEL, WAIT_S, Answer, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 POISON = 999
@@ -21,13 +25,13 @@ QUICK = RouterSettings(tick_s=0.02)
 TOKENS = 150
 
 
-def bystanders(it: Cluster, count: int = 24) -> list[Answer]:
-    return [it.ask([n, *range(60)], max_tokens=TOKENS, seed=n)[0] for n in range(count)]
+def bystanders(it: Cluster, tokens: int = TOKENS) -> list[Answer]:
+    return [it.ask([n, *range(60)], max_tokens=tokens, seed=n)[0] for n in range(24)]
 
 
-async def expected(folder: Path, count: int = 24) -> list[list[int]]:
+async def expected(folder: Path, tokens: int = TOKENS) -> list[list[int]]:
     async with cluster(folder, {"a0": AGGREGATED}) as calm:
-        return [await answer.tokens() for answer in bystanders(calm, count)]
+        return [await answer.tokens() for answer in bystanders(calm, tokens)]
 
 
 async def bury(it: Cluster) -> int:
@@ -60,6 +64,34 @@ async def test_a_killer_is_stopped_at_its_third_worker_and_nobody_with_it(
         (named,) = [record for record in caplog.records if "kills workers" in record.message]
         assert named.levelno == logging.ERROR
         assert all(word in named.getMessage() for word in ("request r24", "deaths=3", "prompt_tokens=61"))
+        it.workers = {name: worker for name, worker in it.workers.items() if not worker.task.done()}
+
+
+async def test_a_killer_is_found_among_requests_of_another_frontend(tmp_path: Path) -> None:
+    long = 500  # so that they are there until the end
+    wanted = await expected(tmp_path / "calm", long)
+    async with cluster(tmp_path / "hurt", {f"w{n}": AGGREGATED for n in range(5)}, QUICK, SLOW) as it:
+        for worker in it.workers.values():
+            worker.dies_of(POISON)
+        discovery = FileDiscovery(it.folder, it.discovery_settings)
+        rng, metrics = random.Random(1), Metrics().router
+        other = Router(discovery, QUICK, ClientSettings(), metrics, frontend_id="other", rng=rng)
+        async with asyncio.TaskGroup() as tasks:
+            routing = tasks.create_task(other.run())
+            async with asyncio.timeout(WAIT_S):
+                while sum(view.state == "ready" for view in other.instances()) < len(it.workers):
+                    await asyncio.sleep(0.01)
+            answers = bystanders(it, long)
+            await answers[0].wait_tokens(3)
+            poison = Answer()
+            request = Request("poison", MODEL, [POISON, *range(60)], Sampling(max_tokens=TOKENS))
+            other.submit(request, poison.on_delta, poison.on_error)
+            with pytest.raises(RequestRejected, match=r"stopped: [34] workers died computing it"):
+                await poison.tokens()
+            for answer, tokens in zip(answers, wanted, strict=True):
+                assert await answer.tokens() == tokens
+            routing.cancel()
+        assert await bury(it) in (3, 4)  # 4: two frontends chose the same place in the same moment
         it.workers = {name: worker for name, worker in it.workers.items() if not worker.task.done()}
 
 

@@ -17,6 +17,7 @@ from penstock.structs import (
     Attempt,
     Delta,
     FinishReason,
+    Load,
     ModelView,
     Registration,
     Request,
@@ -298,7 +299,7 @@ async def test_a_request_that_waits_again_is_booked_nowhere(tmp_path: Path) -> N
                     await asyncio.sleep(0.01)
             # The decode worker is away as well, so that all of them have to wait.
             it.router._instances.membership.draining("d0")
-            it.router.on_lost("p0", "cut", 0, "")
+            it.router.on_lost("p0", "cut", Load(), "")
             assert it.queued or it.router._resting
             account = it.router._placement._book._accounts["d0"]
             assert (account.booked, account.context_tokens) == ({}, 0)

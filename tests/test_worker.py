@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from penstock.core.progress import ProgressLimits
@@ -188,6 +189,17 @@ async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Sta
     await until(lambda: len(frontend.steps) == 2)
     assert (frontend.steps[0].load.waiting, frontend.steps[0].load.prefill_tokens) == (1, 3)
     assert (frontend.steps[1].load.waiting, frontend.steps[1].load.running) == (0, 1)
+
+
+async def test_everybody_hears_how_many_suspects_are_here(stage: Stage) -> None:
+    frontend, other = await stage.frontend("f1"), await stage.frontend("f2")
+    for number in (1, 2):
+        frontend.client.generate(msgspec.structs.replace(attempt(number), suspect_tokens=3))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    for output in (Output("a.1", [7, 7]), Output("a.1", [7]), Output("a.2", [], FinishReason.ERROR)):
+        stage.engine.say(output, load=Load(submitted=2))
+    await until(lambda: len(other.steps) == 3)
+    assert [step.load.suspects for step in other.steps] == [2, 1, 0]
 
 
 async def test_bounces_when_full_and_twins(stage: Stage) -> None:

@@ -212,6 +212,7 @@ class Lifecycle:
             handoff=handoff,
             cache_salt=self.request.cache_salt,
             priority=self.request.priority,
+            suspect_tokens=self.strikes.suspect_tokens(len(self.token_ids)),
         )
         return Send(instance_id, attempt)
 

@@ -16,17 +16,22 @@ So the second death leaves a few prime suspects, the third has one of them at mo
 it is stopped, and named. Progress beyond the point where the attempts were lost acquits; it must be
 longer with every death, so that one that kills late is found as well.
 
+Other frontends' requests are beside one's own. So the attempts of a request that saw `PRIME` deaths say
+that, and a worker says with its load how many of those it has. Frontends keep theirs away from each
+other's, and know whether another one was there when a worker died.
+
 Strikes are attempts lost in any way (deaths, errors, deadlines, standing still): what kills an engine may
 also hang it, or fail its batch. Only deaths make a request the cause of one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from penstock.structs import Card
+from penstock.structs import Card, Load
 
 PRIME = 2
 """Strikes that make a prime suspect."""
@@ -37,7 +42,8 @@ HOLD_S = 5.0
 
 CONFIRM_S = 1.0
 """How long a request waits after its second death, and each that follows: a worker that only lost its link
-is connected again by then."""
+is connected again by then. Each waits for up to as long again, at random: of two frontends' suspects, the
+second one is to see where the first one went."""
 
 ACQUIT_TOKENS = 8
 """Progress that acquits of a strike; doubles with each of the first deaths."""
@@ -46,8 +52,8 @@ MOST_DOUBLINGS = 5
 """A long request in a long outage sees many deaths that are not its own."""
 
 MAX_DEATHS = 6
-"""Deaths in a row without progress that no request survives, whoever else was there each time: the requests
-of other frontends, or too many suspects for the places."""
+"""Deaths in a row without progress that no request survives, whoever else was there each time: there may be
+too many suspects for the places."""
 
 
 @dataclass(slots=True)
@@ -79,6 +85,10 @@ class Strikes:
         """An attempt was taken away from an instance that stood still: suspicious, but no failure."""
         self.moves += 1
         self._strike(f"{instance_id}: {reason}", tokens)
+
+    def suspect_tokens(self, tokens: int) -> int:
+        """How many more would acquit a request with so many, if workers should know of it; else 0."""
+        return max(1, self.acquitted_at - tokens) if self.deaths >= PRIME else 0
 
     def survived(self, connected: Collection[str]) -> None:
         """These incarnations are connected: those among them that seemed to be dead had only lost their
@@ -124,15 +134,29 @@ class Suspects:
             self._noted[request_id] = noted = strikes >= PRIME, places
             self._count(*noted, 1)
 
-    def apart(self, request_id: str, strikes: int, cards: list[Card], *, held: bool) -> list[Card]:
+    def apart(
+        self,
+        request_id: str,
+        strikes: int,
+        cards: list[Card],
+        told: Mapping[str, int] | None = None,
+        *,
+        held: bool = False,
+    ) -> list[Card]:
         """Those of `cards` where this request may run, which is nowhere now; none that decodes: it has to
-        wait. `held`: it has waited for `HOLD_S` already."""
+        wait.
+
+        Args:
+            told: how many suspects instances say they have, whoever sent them; only prime ones need it.
+            held: it has waited for `HOLD_S` already.
+        """
         self.note(request_id, 0, ())
         if strikes == 0:
             return (_without(cards, self._prime) or cards) if self._prime else cards
         if strikes < PRIME:
             return _fewest(cards, self._any)
-        return _without(cards, self._prime) or (_fewest(cards, self._prime) if held else [])
+        prime = self._prime | Counter(told)
+        return _without(cards, prime) or (_fewest(cards, prime) if held else [])
 
     def _count(self, prime: bool, instances: Collection[str], change: int) -> None:
         for counts in (self._any, self._prime) if prime else (self._any,):
@@ -140,6 +164,21 @@ class Suspects:
                 counts[instance_id] += change
                 if not counts[instance_id]:
                     del counts[instance_id]
+
+
+def alone_from(deaths: Collection[int], load: Load) -> float:
+    """A request with so many deaths, or more, is the only one with as many on an instance that died.
+
+    Args:
+        deaths: before, of each of this frontend's requests that were on it.
+        load: what it said last, with what other frontends had there.
+    """
+    second = sorted(deaths, reverse=True)[1:2]
+    least = second[0] + 1 if second else 0
+    if load.suspects > sum(number >= PRIME for number in deaths):
+        return math.inf
+    # Of other frontends' requests, all that is known is that they are not prime suspects.
+    return max(least, PRIME) if load.running + load.waiting > len(deaths) else least
 
 
 def _without(cards: list[Card], counts: Mapping[str, int]) -> list[Card]:

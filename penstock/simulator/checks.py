@@ -69,6 +69,7 @@ def _open_books(frontend: SimFrontend) -> list[str]:
         f"{frontend.name} has {it.requests} requests queued" for it in router.queues() if it.requests
     ]
     complaints += [f"{frontend.name} has request {it} resting" for it in router._resting]
+    complaints += [f"{frontend.name} suspects request {it}" for it in router._suspects._noted]
     for instance_id, account in router._placement._book._accounts.items():
         left = (
             len(account.on_the_way),

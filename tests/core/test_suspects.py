@@ -6,8 +6,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects
-from penstock.structs import Card, Role
+from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects, alone_from
+from penstock.structs import Card, Load, Role
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
 
@@ -67,6 +67,26 @@ def test_prime_suspects_wait_for_a_place_of_their_own() -> None:
     assert may_run(others, 2, held=True) == ["d0", "d1", "p1"]
 
 
+def test_prime_suspects_keep_away_from_those_of_other_frontends() -> None:
+    others = suspects((2, ("", "d0")))
+    told = {"p0": 1, "p1": 0, "d0": 1, "d1": 1, "d2": 0}
+    assert names(others.apart("r", 2, CARDS, told)) == ["p1", "d2"]
+    told["d2"] = 2
+    assert names(others.apart("r", 2, CARDS, told)) == []
+    assert names(others.apart("r", 2, CARDS, told, held=True)) == ["d0", "d1", "p1"]
+
+
+def test_who_alone_can_be_the_cause() -> None:
+    assert alone_from([2], Load(running=1)) == 0
+    assert alone_from([2, 1, 0], Load(running=2, waiting=1)) == 2
+    assert alone_from([2, 2, 0], Load(running=3)) == 3
+    # Beside others' requests, of which none saw two deaths; then, of which one may have.
+    assert alone_from([2], Load(running=9)) == 2
+    assert alone_from([1], Load(running=9)) == 2
+    assert alone_from([2, 0], Load(running=9, suspects=1)) == 2
+    assert alone_from([2, 0], Load(running=9, suspects=2)) > 100
+
+
 def test_a_suspect_does_not_stand_in_its_own_way() -> None:
     others = suspects()
     others.note("r", 2, ("", "d0"))
@@ -109,6 +129,16 @@ def test_three_deaths_make_a_cause_if_nobody_else_can_be_it() -> None:
         strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
         assert strikes.is_cause(3, alone=True) is (number >= 3)
         assert strikes.is_cause(3, alone=False) is (number >= MAX_DEATHS)
+
+
+def test_workers_are_told_of_prime_suspects_and_what_acquits_them() -> None:
+    strikes = Strikes()
+    for number, tokens in ((1, 0), (2, 4 * ACQUIT_TOKENS)):
+        strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
+        assert strikes.suspect_tokens(10) == tokens
+    assert strikes.suspect_tokens(15) == 4 * ACQUIT_TOKENS - 5
+    strikes.acquit()
+    assert strikes.suspect_tokens(50) == 0
 
 
 def test_whoever_is_connected_again_had_not_died() -> None:
