@@ -12,7 +12,7 @@ import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvicorn
@@ -22,6 +22,7 @@ from penstock.address import join_address
 from penstock.errors import ConfigError
 from penstock.http_server import HttpServer
 from penstock.listening import listen
+from penstock.quiet_log import QuietLog
 
 log = logging.getLogger("penstock.probes")
 
@@ -29,7 +30,8 @@ DEFAULT_PORT = 9090
 """Dynamo's manifests ask there."""
 
 MAX_CONNECTIONS = 64
-"""Probes at once; a further one is answered with 503. Probes are few, and answered at once."""
+"""Connections at once; a further one drops the oldest, so that silent ones keep no probe out: those are
+answered at once."""
 
 CONNECTION_S = 10.0
 """How long a connection may last, idle or not; a prober simply makes another."""
@@ -61,9 +63,15 @@ class _Connection(H11Protocol):
     """h11, unlike the faster parser, bounds all that is no body, trailers included; and no connection lasts
     long enough to keep others out."""
 
+    quiet_log: QuietLog  # set by `probes`
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.logger = self.quiet_log
         self._end = self.loop.call_later(CONNECTION_S, transport.abort)
+        if len(self.connections) > MAX_CONNECTIONS:
+            others = cast(set[_Connection], self.connections)
+            min(others, key=lambda other: other._end.when()).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
@@ -76,13 +84,12 @@ async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[i
     usual port, or another where that is taken."""
     config = uvicorn.Config(
         _App(health),
-        http=_Connection,
+        http=type("_Connection", (_Connection,), {"quiet_log": QuietLog(log)}),
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
     with _listen(host, port) as listener:

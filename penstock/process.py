@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -50,6 +51,10 @@ GC_ALLOCATIONS = 10_000
 """Net allocations of a frontend between two looks for cycles among young objects; Python's 700 come with
 every few requests, and cost 3 % of its CPU."""
 
+DESCRIPTORS = 32_768
+"""Open files and connections that a process asks the system for: of a frontend's clients and workers, of a
+worker's frontends and the readers of its KV."""
+
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     """Run a process's coroutine; SIGTERM and SIGINT set its stop event, a second one ends it at once.
@@ -72,6 +77,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
             loop.add_signal_handler(number, interrupted, number)
         await main(stop)
 
+    _raise_descriptor_limit()
     with _one_error(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(with_signals())
 
@@ -344,6 +350,14 @@ def _tls(options: FrontendOptions | WorkerOptions) -> TlsSettings | None:
 
 def _unique_name(kind: str) -> str:
     return f"{kind}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def _raise_descriptor_limit() -> None:
+    """The usual 1,024 are for programs that call select(), which none of this does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.probes import probes
+from penstock.quiet_log import BURST_LINES
 
 
 async def test_health_follows_the_worker() -> None:
@@ -55,6 +56,29 @@ async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         writer.close()
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{port}/live")).status_code == 200
+
+
+async def test_strangers_keep_no_probe_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("penstock.probes.MAX_CONNECTIONS", 3)
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        async with asyncio.timeout(5):
+            for reader, _ in silent[:17]:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/live")).status_code == 200
+        for _, writer in silent:
+            writer.write(b"nonsense\r\n\r\n")
+            writer.close()
+        for _ in range(20):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"nonsense\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+    assert caplog.text.count("Invalid HTTP request received.") == BURST_LINES
 
 
 async def test_a_taken_port_is_one_clear_line() -> None:

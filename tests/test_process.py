@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.process import _discovery, _transfer, run_frontend, run_worker
+from penstock.process import DESCRIPTORS, _discovery, _transfer, run_frontend, run_worker
 from penstock.structs import Role
 
 
@@ -88,6 +89,27 @@ def test_a_password_in_the_clear_is_warned_of(
     caplog.clear()
     _discovery(worker(discovery=discovery))
     assert caplog.text == ""
+
+
+_LIMITED = """
+import resource
+from penstock.process import run
+
+async def main(stop):
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+run(main)
+"""
+
+
+def test_every_process_asks_for_descriptors() -> None:
+    command = [sys.executable, "-c", _LIMITED]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    allowed = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    assert ended.stdout == f"({allowed}, {hard})\n"
 
 
 _SLOW_TO_LEAVE = """

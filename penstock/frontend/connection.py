@@ -20,6 +20,7 @@ from penstock.errors import ProtocolError, RequestRejected
 from penstock.frontend.exchange import ABORT_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.responses import error_object
 from penstock.frontend.settings import FrontendSettings
+from penstock.quiet_log import QuietLog
 
 log = logging.getLogger("penstock.frontend")
 
@@ -36,6 +37,9 @@ about to send one, and who sends it into a closing connection may not dare to se
 
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 
+MAX_LINGERING: Final = 256
+"""Connections beyond the limit that are kept for so long; any more are dropped at once."""
+
 
 class Connection(HttpToolsProtocol):
     """Adds: a deadline and a limit for the head, a way to abort, errors in OpenAI's shape, and ends
@@ -45,7 +49,8 @@ class Connection(HttpToolsProtocol):
     is still coming after an early answer is read and thrown away, for a limited time.
     """
 
-    settings: FrontendSettings  # set by connection_class
+    settings: FrontendSettings  # set by connection_class, as is the next
+    quiet_log: QuietLog
     leaving = False  # of all connections: each ends with its next answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._await_head()
         if self.leaving:
             self.leave()
-        if len(self.connections) > 2 * self.settings.max_connections:  # refused ones linger
+        if len(self.connections) > self.settings.max_connections + MAX_LINGERING:
             self.transport.abort()
         elif len(self.connections) > self.settings.max_connections:
             error = RequestRejected(503, "Too many connections.", code="overloaded", retry_after_s=1.0)
@@ -91,7 +96,7 @@ class Connection(HttpToolsProtocol):
                     data = data[upgrade.args[0] :]
                     self._stay_with_http_1()
             except httptools.HttpParserError as error:
-                log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
+                self.quiet_log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
                 message = "Invalid HTTP request received."
                 self._refuse("400 Bad Request", RequestRejected(400, message, code="invalid_http"))
                 return
@@ -236,4 +241,4 @@ class _Retold:
 
 def connection_class(settings: FrontendSettings) -> type[asyncio.Protocol]:
     """The protocol class for uvicorn, which makes the instances itself."""
-    return type("Connection", (Connection,), {"settings": settings})
+    return type("Connection", (Connection,), {"settings": settings, "quiet_log": QuietLog(log)})

@@ -13,7 +13,9 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Final, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, cast
 
 import msgspec
 import uvicorn
@@ -21,11 +23,13 @@ import uvicorn
 from penstock.address import join_address
 from penstock.errors import ConfigError
 from penstock.frontend.app import App
-from penstock.frontend.connection import Connection, connection_class
+from penstock.frontend.connection import MAX_LINGERING, Connection, connection_class
 from penstock.frontend.settings import FrontendSettings
 from penstock.http_server import HttpServer
-from penstock.link.tls import renewing
 from penstock.listening import BACKLOG, LentListener, listen
+from penstock.quiet_log import QuietLog
+from penstock.renewed import Renewed
+from penstock.tls_acceptor import TlsAcceptor
 
 log = logging.getLogger("penstock.frontend")
 
@@ -33,6 +37,7 @@ OTHER_DESCRIPTORS: Final = 512  # that clients must leave, above all for links: 
 CLOSE_GRACE_S: Final = 2  # for writing what is left after the last call has ended
 POLL_S: Final = 0.05  # between looks at what tells nobody
 HANDSHAKE_S: Final = 1.0  # for connections that were accepted and are not yet through with TLS
+TLS_CLOSE_S: Final = 5.0  # for a client to end TLS once its connection is closed here
 
 
 async def serve(
@@ -52,7 +57,7 @@ async def serve(
     the address or the certificate cannot be used.
     """
     settings = msgspec.structs.replace(settings, max_connections=_connections(settings))
-    config = _config(app, settings)
+    server = _Server(_config(app, settings), settings)
     listener = lent.socket if lent is not None else _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
 
@@ -62,7 +67,7 @@ async def serve(
         if on_listening is not None:
             on_listening(host, port)
 
-    server = _Server(config, started)
+    server.on_started = started
     try:
         async with asyncio.TaskGroup() as tasks:
             if lent is not None:
@@ -84,6 +89,7 @@ async def serve(
         if lent is not None:
             lent.close()
         app.close()
+        await server.end_handshakes()
 
 
 async def _tell_once_healthy(app: App, server: _Server, lent: LentListener | None) -> None:
@@ -99,17 +105,13 @@ async def _until(holds: Callable[[], bool], deadline: float = math.inf) -> None:
 
 
 def _connections(settings: FrontendSettings) -> int:
-    """How many clients there may be, with as many file descriptors as this process can get."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
+    """How many clients there may be, with as many file descriptors as this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = max(1, soft - OTHER_DESCRIPTORS - MAX_LINGERING)
+    if soft == resource.RLIM_INFINITY or room >= settings.max_connections:
         return settings.max_connections
-    wanted = settings.max_connections + OTHER_DESCRIPTORS
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < wanted:
-        log.warning("room for %d connections only: ulimit -n is %d", soft - OTHER_DESCRIPTORS, soft)
-    return min(settings.max_connections, max(1, soft - OTHER_DESCRIPTORS))
+    log.warning("room for %d connections only: ulimit -n is %d", room, soft)
+    return room
 
 
 def _config(app: App, settings: FrontendSettings) -> uvicorn.Config:
@@ -128,9 +130,6 @@ def _config(app: App, settings: FrontendSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=CLOSE_GRACE_S,
     )
     config.load()
-    if settings.tls_cert:
-        files = (settings.tls_cert, settings.tls_key)
-        config.ssl = renewing("HTTPS certificate", files, lambda: _tls_context(settings))
     return config
 
 
@@ -146,11 +145,25 @@ def _tls_context(settings: FrontendSettings) -> ssl.SSLContext:
 
 
 class _Server(HttpServer):
-    """With a word when it has started, and a way to leave the port to another process."""
+    """With TLS of our own, a word when it has started, and a way to leave the port to another process."""
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    on_started: Callable[[], None]
+
+    def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
         super().__init__(config)
-        self._on_started = on_started
+        self._connection = cast(type[Connection], config.http_protocol_class)
+        self._tls: TlsAcceptor | None = None
+        if settings.tls_cert:
+            files = [Path(file) for file in (settings.tls_cert, settings.tls_key) if file]
+            self._tls = TlsAcceptor(
+                Renewed("HTTPS certificate", files, lambda: _tls_context(settings)).get,
+                handshake_timeout_s=settings.tls_timeout_s,
+                shutdown_timeout_s=TLS_CLOSE_S,
+                room=lambda: settings.max_connections + MAX_LINGERING - len(self.server_state.connections),
+                log=QuietLog(log),
+            )
+            make = partial(_accept, self._tls, self._connection)
+            config.http_protocol_class = cast(type[asyncio.Protocol], make)  # it is only called
 
     async def hand_over(self, grace_s: float) -> None:
         """Accept nothing more, and serve the connections there are until they have ended, for at most
@@ -161,15 +174,30 @@ class _Server(HttpServer):
         await _until(lambda: self.started)
         for server in self.servers:
             server.close()
-        cast(type[Connection], self.config.http_protocol_class).leaving = True
+        self._connection.leaving = True
         for connection in list(connections):
             connection.leave()
-        await asyncio.sleep(min(HANDSHAKE_S, grace_s))
+        await asyncio.sleep(POLL_S)  # the last ones to be accepted get here
+        await _until(lambda: not self._handshakes, min(deadline, time.monotonic() + HANDSHAKE_S))
         await _until(lambda: not connections, deadline)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_started()
+        self.on_started()
+
+    @property
+    def _handshakes(self) -> int:
+        return self._tls.handshakes if self._tls is not None else 0
+
+    async def end_handshakes(self) -> None:
+        """Once nothing listens any more."""
+        if self._tls is not None:
+            await self._tls.close()
+
+
+def _accept(acceptor: TlsAcceptor, connection: type[asyncio.Protocol], **given: Any) -> asyncio.Protocol:
+    """In place of uvicorn's protocol class, which it calls for each connection that is accepted."""
+    return acceptor.accept(partial(connection, **given))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -35,14 +35,20 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     """Bodies that have begun to arrive, all together; what goes beyond it is answered with 429."""
 
     max_connections: int = 16_384
-    """Clients connected at one time; the next one is answered with 503. Less where the process may not have
-    as many file descriptors (`ulimit -n`)."""
+    """Clients connected at one time; the next one is answered with 503. Those at their TLS handshake count
+    as well, and are dropped first. Less where the process may not have as many file descriptors
+    (`ulimit -n`)."""
 
     body_timeout_s: float = 30.0
     """From a request's headers to the last byte of its body."""
 
+    tls_timeout_s: float = 10.0
+    """From a connection's start to the end of its TLS handshake: two round trips, and a packet or two that
+    got lost on a bad line."""
+
     header_timeout_s: float = 30.0
-    """From a connection's start to the end of its first request's headers."""
+    """From a connection's start, or the end of its TLS handshake, to the end of its first request's
+    headers."""
 
     keep_alive_s: float = 75.0
     """How long an idle connection is kept; longer than common load balancers' 60 s, so that they and not

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import ssl
 from collections.abc import Collection
 
 from penstock.address import is_loopback, join_address
@@ -14,8 +13,9 @@ from penstock.errors import ConfigError
 from penstock.link import tls
 from penstock.link.connection import Connection
 from penstock.link.peer import LinkHandler, Peer
-from penstock.link.quiet_log import QuietLog
-from penstock.link.settings import ServerSettings, TlsSettings
+from penstock.link.settings import ServerSettings
+from penstock.quiet_log import QuietLog
+from penstock.tls_acceptor import TlsAcceptor
 from penstock.wire.handshake import NONCE_BYTES
 from penstock.wire.messages import Draining, Goodbye
 
@@ -36,22 +36,28 @@ class LinkServer:
         self._settings = settings
         self._handler = handler
         self._clock = clock or MonotonicClock()
-        self._tls = _tls_context(settings.tls) if settings.tls else None
-        self._door = _Door(settings, QuietLog(_logger, self._clock))
+        log = QuietLog(_logger, self._clock)
+        self._door = _Door(settings, log)
+        self._tls: TlsAcceptor | None = None
+        if settings.tls is not None:
+            self._tls = TlsAcceptor(
+                tls.renewed_server_context(settings.tls),
+                handshake_timeout_s=settings.handshake_timeout_s,
+                shutdown_timeout_s=settings.close_timeout_s,
+                room=lambda: settings.max_handshakes,
+                log=log,
+            )
         self._listener: asyncio.Server | None = None
         self._port = 0
 
     async def start(self) -> None:
         """Listen. Raises ConfigError when the address cannot be had."""
-        settings = self._settings
+        settings, acceptor = self._settings, self._tls
         try:
             self._listener = await asyncio.get_running_loop().create_server(
-                self._connected,
+                self._connected if acceptor is None else lambda: acceptor.accept(self._connected),
                 settings.host,
                 settings.port,
-                ssl=self._tls,
-                ssl_handshake_timeout=settings.handshake_timeout_s if self._tls else None,
-                ssl_shutdown_timeout=settings.close_timeout_s if self._tls else None,
             )
         except (OSError, UnicodeError) as error:
             address = join_address(settings.host, settings.port)
@@ -93,6 +99,8 @@ class LinkServer:
         if self._listener is not None:
             self._listener.close()
         self._door.closed = True
+        if self._tls is not None:
+            await self._tls.close()
         for peer in self.peers:
             peer.send(Goodbye(reason=reason, failed=failed))
         connections = [peer.connection for peer in self._door.everyone()]
@@ -169,8 +177,3 @@ class _Door:
                 _logger.warning("frontend %s is lost: %s", peer.frontend_id, reason)
         else:
             self._log.warning("a link from %s did not begin: %s", peer.connection.peer_address, reason)
-
-
-def _tls_context(settings: TlsSettings) -> ssl.SSLContext:
-    files = (settings.cert_file, settings.key_file, settings.ca_file)
-    return tls.renewing("link certificate", files, lambda: tls.server_context(settings))

@@ -42,7 +42,8 @@ class _LinkSettings:
     """None: plain TCP."""
 
     handshake_timeout_s: float = 5.0
-    """From connected to Welcome. A handshake is two round trips; more is a peer that will not speak."""
+    """From connected to Welcome; on a worker, the same again before it for TLS. A handshake is two round
+    trips; more is a peer that will not speak."""
 
     snapshot_timeout_s: float = 60.0
     """From Welcome to the last part of the snapshot: 1 GB/s moves a million hashes in 10 ms, a shaped
@@ -93,8 +94,8 @@ class ServerSettings(_LinkSettings):
     leaves in parts, so that nobody's tokens wait for all of it."""
 
     max_handshakes: int = 32
-    """Connections that have not proved themselves. A further one drops the oldest, so that silent
-    connections cannot keep others out."""
+    """Connections that have not proved themselves, and as many whose TLS handshake has not ended. A further
+    one drops the oldest, so that silent connections cannot keep others out."""
 
     def __post_init__(self) -> None:
         _LinkSettings.__post_init__(self)

@@ -7,7 +7,7 @@ the files when it begins, give or take a second.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from penstock.errors import ConfigError
@@ -29,23 +29,10 @@ def server_context(tls: TlsSettings) -> ssl.SSLContext:
     return context
 
 
-def renewing(what: str, files: Iterable[str], build: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """A server's context, for which each handshake uses the one that `build` makes of the files now.
-
-    Args:
-        what: it is, for the log.
-        files: that `build` reads; empty names are skipped.
-        build: makes a context. The modes of the first one stay (versions, whether clients need a
-            certificate); certificates and authorities are those of the latest. Raises ConfigError.
-    """
-    renewed = Renewed(what, [Path(file) for file in files if file], build)
-
-    def choose(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
-        connection.context = renewed.get()
-
-    first = renewed.get()
-    first.sni_callback = choose
-    return first
+def renewed_server_context(tls: TlsSettings) -> Callable[[], ssl.SSLContext]:
+    """The same, from the files as they are now. Raises ConfigError when they cannot be used at first."""
+    files = [Path(file) for file in (tls.cert_file, tls.key_file, tls.ca_file) if file]
+    return Renewed("link certificate", files, lambda: server_context(tls)).get
 
 
 def client_context(tls: TlsSettings) -> ssl.SSLContext:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 
 from penstock.errors import ConfigError, PenstockError
+from penstock.quiet_log import QuietLog
 from penstock.transfer.messages import Read
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 
-log = logging.getLogger(__name__)
+log = QuietLog(logging.getLogger(__name__))
 
 _BACKLOG = 128
 _PAUSE_S = 0.5  # after a failed accept (no file descriptors left): their owners need time

@@ -15,7 +15,10 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.frontend.connection import MAX_HEAD_BYTES, MAX_PIPELINED
+from penstock.frontend.server import _connections
+from penstock.frontend.settings import FrontendSettings
 from penstock.listening import LentListener, listen
+from penstock.quiet_log import BURST_LINES
 from penstock.structs import Delta, FinishReason
 from tests.frontend.conftest import ScriptedCompleter, serving
 
@@ -389,6 +392,80 @@ async def test_what_is_no_http_inside_tls(serve_script, certificate):
         writer.write(b"nonsense\r\n\r\n")
         assert (await reader.readuntil(b"}}")).startswith(b"HTTP/1.1 400 ")
         writer.close()
+
+
+async def test_a_tls_handshake_that_does_not_end(serve_script, certificate):
+    async with serve_script("x", tls_timeout_s=0.2, **certificate) as served:
+        for sent in (b"", b"\x16\x03\x01\x02\x00\x01\x00"):
+            async with connection(served) as (reader, writer):
+                writer.write(sent)
+                with contextlib.suppress(ConnectionError):
+                    assert await everything(reader) == b""
+
+
+async def test_silent_tls_connections_count_and_keep_nobody_out(
+    serve_script, certificate, monkeypatch, caplog
+):
+    monkeypatch.setattr("penstock.frontend.server.MAX_LINGERING", 0)
+    caplog.set_level("INFO")
+    async with (
+        serve_script("Hello!", max_connections=4, **certificate) as served,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        silent = [await stack.enter_async_context(connection(served)) for _ in range(30)]
+        for reader, _ in silent[:26]:
+            with contextlib.suppress(ConnectionError):
+                assert await everything(reader) == b""
+        url = f"https://{served.host}:{served.port}"
+        async with httpx.AsyncClient(base_url=url, verify=False) as http:
+            assert (await http.get("/live")).status_code == 200
+            assert not silent[29][0].at_eof()
+    failed = [line for line in caplog.messages if line.startswith("TLS handshake with 127.0.0.1:")]
+    assert len(failed) == BURST_LINES
+    assert failed[0].endswith("failed: too many others are at theirs")
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", "failed: http request"),
+        (b"\x00" * 5000, "failed: "),
+    ],
+)
+async def test_what_is_no_tls(serve_script, certificate, caplog, sent, said):
+    caplog.set_level("INFO")
+    async with serve_script("x", **certificate) as served:
+        async with connection(served) as (reader, writer):
+            writer.write(sent)
+            with contextlib.suppress(ConnectionError):
+                await everything(reader)
+        await eventually(lambda: said in caplog.text)
+        assert caplog.text.count("TLS handshake with") == 1
+
+
+async def test_the_server_ends_with_handshakes_under_way(serve_script, certificate):
+    async with serve_script("x", **certificate) as served, connection(served) as (reader, _):
+        await asyncio.sleep(0.05)
+        served.stop.set()
+        await asyncio.wait_for(served.task, 5)
+        with contextlib.suppress(ConnectionError):
+            assert await everything(reader) == b""
+
+
+async def test_garbage_does_not_fill_the_log(served, caplog):
+    caplog.set_level("INFO")
+    for _ in range(30):
+        async with connection(served) as (reader, writer):
+            writer.write(b"nonsense\r\n\r\n")
+            await everything(reader)
+    assert caplog.text.count("sent what is no valid HTTP") == BURST_LINES
+
+
+@pytest.mark.parametrize(("soft", "room"), [(20_000, 16_384), (4096, 4096 - 512 - 256), (100, 1)])
+def test_room_for_connections(monkeypatch, caplog, soft, room):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (soft, soft))
+    assert _connections(FrontendSettings()) == room
+    assert ("room for" in caplog.text) == (room < 16_384)
 
 
 async def test_a_certificate_that_cannot_be_used(serve_script, certificate, tmp_path):

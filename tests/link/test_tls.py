@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import os
 import ssl
@@ -14,6 +16,7 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.link.settings import TlsSettings
 from penstock.link.tls import client_context, server_context
+from penstock.quiet_log import BURST_LINES
 
 
 def openssl(*args: str, cwd: Path) -> None:
@@ -118,6 +121,52 @@ async def test_a_frontend_without_the_right_certificate(
 async def test_tls_on_one_side_only(bench: Any, pki: Path, caplog: Any) -> None:
     await refused(bench, files(pki, "worker"), None, "is down", caplog)
     await refused(bench, None, files(pki, ca="ca"), "cannot connect", caplog)
+
+
+async def test_silent_connections_count_from_accept_and_keep_nobody_out(
+    bench: Any, pki: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    listener = bench.listener()
+    async with bench.server(bench.worker(), tls=files(pki, "worker"), max_handshakes=3) as server:
+        silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(20)]
+        for reader, _ in silent[:17]:
+            assert await asyncio.wait_for(ended(reader), 5)
+        async with bench.client(server.address, listener, tls=files(pki, ca="ca")) as client:
+            await bench.until(lambda: client.up)
+        assert not silent[-1][0].at_eof()
+        assert server._tls.handshakes <= 3
+        for _, writer in silent:
+            writer.close()
+        assert caplog.text.count("too many others are at theirs") == BURST_LINES
+
+
+async def test_a_handshake_that_does_not_end(bench: Any, pki: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    tls = files(pki, "worker")
+    async with bench.server(bench.worker(), tls=tls, handshake_timeout_s=0.2) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"\x16\x03\x01\x02\x00")
+        assert await asyncio.wait_for(ended(reader), 5)
+        await bench.until(lambda: "taking longer than 0.2 seconds" in caplog.text)
+        assert server._tls.handshakes == 0
+        writer.close()
+
+
+async def test_closing_ends_handshakes(bench: Any, pki: Path) -> None:
+    async with bench.server(bench.worker(), tls=files(pki, "worker")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await bench.until(lambda: server._tls.handshakes)
+        await asyncio.wait_for(server.close("done"), 5)
+        assert await asyncio.wait_for(ended(reader), 5)
+        writer.close()
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Waits until the other side has hung up, whichever way."""
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    return True
 
 
 def install(pki: Path, folder: Path, own: str, ca: str) -> None:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from penstock.clock import VirtualClock
-from penstock.link.quiet_log import QuietLog
+from penstock.quiet_log import QuietLog
 
 
 async def test_ten_lines_a_minute_and_a_count(caplog: pytest.LogCaptureFixture) -> None:
