@@ -25,6 +25,10 @@ from collections.abc import Collection
 
 from tokenizers import AddedToken
 
+MAX_SEGMENTS = 8192
+"""Of a prompt; the last one is all the rest. As many messages as a request may have are about so many, and
+what a prompt costs on the event loop is bounded."""
+
 _ENTRY_OVERHEAD_BYTES = 300  # a string's, an array's and a dictionary entry's, beside their contents
 
 
@@ -50,6 +54,8 @@ class Segmenter:
             if start > begin and match[0] in self._cuts:
                 segments.append(text[begin:start])
                 begin = start
+                if len(segments) == MAX_SEGMENTS - 1:
+                    break
         segments.append(text[begin:])
         return segments
 

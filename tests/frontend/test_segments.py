@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from penstock.frontend.segments import SegmentCache, Segmenter
+from penstock.frontend.segments import MAX_SEGMENTS, SegmentCache, Segmenter
 
 ADDED = [  # everything that an added token can be, and some that overlap
     AddedToken("<|a|>", special=True, normalized=False),
@@ -86,6 +86,13 @@ def test_no_cut_where_the_text_beyond_could_matter(tokenizers):
     odd = segmenter_of(tokenizers["byte-level, added tokens"])
     assert odd.split("a <l>b<r> c<n>d") == ["a <l>b<r> c<n>d"]
     assert odd.split("a<|a|><|b|>c<|b|>") == ["a", "<|a|><|b|>c", "<|b|>"]
+
+
+def test_the_number_of_segments_is_bounded(byte_level):
+    text = "<|im_end|>a" * (MAX_SEGMENTS + 10)
+    segments = segmenter_of(byte_level).split(text)
+    assert len(segments) == MAX_SEGMENTS
+    assert segments[-1] == "<|im_end|>a" * 11
 
 
 def test_a_tokenizer_without_added_tokens_is_not_cut():

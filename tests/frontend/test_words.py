@@ -88,7 +88,11 @@ def test_words_are_the_text(text):
     assert "".join(words._WORD.findall(text)) == text
 
 
-@given(text=TEXTS, chars=st.integers(1, 12))
+COMMA = "\uff0c"
+CHINESE = st.text("你好。カな、 \n1a" + COMMA + "\uff01\uff1a\uff1b\uff1f", max_size=24)
+
+
+@given(text=st.one_of(TEXTS, CHINESE), chars=st.integers(1, 12))
 def test_pieces_encode_to_the_ids_of_the_whole(tokenizers, text, chars):
     for name, (tokenizer, encoder) in tokenizers.items():
         pieces = list(encoder.pieces(text, chars))
@@ -101,6 +105,9 @@ def test_pieces_are_as_short_as_they_may_be(tokenizers):
     text = "one two  three four\nfive six"
     assert list(tokenizers["pattern 0"][1].pieces(text, 4)) == ["one two  three", " four\nfive", " six"]
     assert list(tokenizers["pattern 0"][1].pieces("x" * 100, 4)) == ["x" * 100]
+    chinese = f"你好{COMMA}世界。" * 2
+    cut = [f"你好{COMMA}世界", f"。你好{COMMA}世界", "。"]
+    assert list(tokenizers["pattern 0"][1].pieces(chinese, 4)) == cut
     assert list(tokenizers["word piece"][1].pieces(text, 4)) == [text]
 
 
