@@ -41,7 +41,8 @@ class Deadlines:
     as often as an attempt may fail."""
 
     queue_s: float = 30.0
-    """Seconds without any instance to send to, before 503: longer than a worker's restart."""
+    """Seconds without any instance to send to, before 503: longer than a worker's restart. At first they
+    count from when the frontend had read the request: tokenizing it is part of them."""
 
     prefill_s: float = 120.0
     """Seconds from sending a prompt to a prefill worker until its KV is ready, that engine's queue included

@@ -42,9 +42,9 @@ _WORD = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
 
 # Where a text may be cut for pieces: before a single space and, for languages that have none, between a
 # letter and a mark of punctuation after it, of kinds that no normalizer joins.
-_CUT = re.compile(
-    r"(?<=\S) (?=\S)|(?<=[\u4e00-\u9fff\u3041-\u3096\u30a1-\u30fa])(?=[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])"
-)
+_LETTER = r"[\u4e00-\u9fff\u3041-\u3096\u30a1-\u30fa]"
+_MARK = r"[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]"
+_CUT = re.compile(rf"(?<=\S) (?=\S)|(?<={_LETTER})(?={_MARK})")
 
 
 class WordEncoder:
