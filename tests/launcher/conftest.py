@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,13 +31,16 @@ spec:
   services:
     Frontend:
       replicas: {frontends}
+      envs: [{frontend_envs}]
       extraPodSpec: {{mainContainer: {{command: [penstock, frontend, --drain-s, "0"]}}}}
     PrefillWorker:
       replicas: {prefill}
+      resources: {{limits: {{gpu: "1"}}}}
       envs: [{prefill_envs}]
       extraPodSpec:
         mainContainer:
-          command: [penstock, worker, --role, prefill, --model, m, --drain-s, "{drain_s}"]
+          command: [penstock, worker, --role, prefill, --engine, {engine}, --model, m]
+          args: [--drain-s, "{drain_s}"]
     DecodeWorker:
       replicas: {decode}
       extraPodSpec: {{mainContainer: {{command: [penstock, worker, --role, decode, --model, m]}}}}
@@ -45,11 +48,24 @@ spec:
 
 
 def manifest(
-    frontends: int = 1, prefill: int = 1, decode: int = 1, drain_s: float = 0.2, **env: str
+    frontends: int = 1,
+    prefill: int = 1,
+    decode: int = 1,
+    drain_s: float = 0.2,
+    engine: str = "sim",
+    frontend: str = "",
+    **env: str,
 ) -> str:
+    """Environment variables are the prefill workers'; `frontend` is how frontends behave (stub.py)."""
     envs = ", ".join(f'{{name: {name}, value: "{value}"}}' for name, value in env.items())
     return MANIFEST.format(
-        frontends=frontends, prefill=prefill, decode=decode, drain_s=drain_s, prefill_envs=envs
+        frontends=frontends,
+        frontend_envs=f'{{name: STUB, value: "{frontend}"}}',
+        prefill=prefill,
+        decode=decode,
+        drain_s=drain_s,
+        engine=engine,
+        prefill_envs=envs,
     )
 
 
@@ -68,11 +84,13 @@ async def eventually(holds: Callable[[], object], what: str = "") -> None:
 class RunningGraph:
     """A supervisor at work in this process, with what it prints."""
 
-    def __init__(self, graph: Graph, folder: StateFolder, settings: LauncherSettings) -> None:
+    def __init__(
+        self, graph: Graph, folder: StateFolder, settings: LauncherSettings, gpus: Sequence[str]
+    ) -> None:
         self.folder = folder
         self.out = io.StringIO()
         self.console = Console(self.out, colour=False, width=10)
-        self.supervisor = Supervisor(graph, folder, [], os.environ, settings, self.console, program=STUB)
+        self.supervisor = Supervisor(graph, folder, gpus, os.environ, settings, self.console, program=STUB)
         self.task = asyncio.create_task(self.supervisor.run())
 
     def replicas(self, label: str) -> list:
@@ -92,9 +110,11 @@ def folder(tmp_path: Path) -> StateFolder:
 @pytest.fixture
 def running(folder: StateFolder):
     @asynccontextmanager
-    async def run(settings: LauncherSettings = QUICK, **changes: object) -> AsyncIterator[RunningGraph]:
+    async def run(
+        settings: LauncherSettings = QUICK, gpus: Sequence[str] = (), **changes: object
+    ) -> AsyncIterator[RunningGraph]:
         with folder.locked():
-            graph = RunningGraph(toy_graph(**changes), folder, settings)
+            graph = RunningGraph(toy_graph(**changes), folder, settings, gpus)
             try:
                 await eventually(lambda: graph.supervisor._replicas() or graph.task.done())
                 yield graph

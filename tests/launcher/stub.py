@@ -51,6 +51,7 @@ async def serve_as_worker() -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     directory = Path(flag("discovery").removeprefix("file:")) / flag("namespace")
     role = Role(flag("role"))
+    await asyncio.sleep(float(os.environ.get("STUB_START_S", "0")))
     registration = Registration(flag("instance-id"), 1, role, "stub", "127.0.0.1:1", pid=os.getpid())
     lease = await FileDiscovery(directory).register(registration)
     await stop.wait()

@@ -3,10 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from penstock.errors import ConfigError
@@ -165,50 +163,6 @@ async def test_bad_scaling_changes_nothing(running) -> None:
                 await ask(graph, op="scale", replicas=replicas)
         assert len(graph.replicas("prefill")) == len(graph.replicas("decode")) == 1
         assert (await ask(graph, op="scale", replicas={"decode": 1})).scaled == {"DecodeWorker": (1, 1)}
-
-
-async def test_a_rolling_restart_replaces_all_and_is_never_short(running) -> None:
-    async with running(frontends=2, prefill=2, STUB_DRAIN_S="0.3", drain_s=5) as graph:
-        await graph.prints("Ready: ")
-        before = {label: graph.replicas(label) for label in ("frontend", "prefill", "decode")}
-        names = (await ask(graph, op="restart")).restarting
-        assert names == ["frontend-0", "frontend-1", "prefill-0", "prefill-1", "decode-0"]
-        with pytest.raises(ConfigError, match=r"^a restart is under way: frontend-0, "):
-            await ask(graph, op="restart", services=["prefill"])
-        fewest = 9
-        while (await ask(graph, op="status")).status.restarting:
-            for label, wanted in (("prefill", 2), ("decode", 1)):
-                ready = [one for one in graph.replicas(label) if one.state is ReplicaState.READY]
-                fewest = min(fewest, len(ready) - wanted)
-            await asyncio.sleep(0.01)
-        assert fewest == 0, "a worker left before its successor was ready"
-        assert graph.supervisor._is_ready()
-        for label, old in before.items():
-            new = graph.replicas(label)
-            assert len(new) == len(old)
-            assert not {one.pid for one in new} & {one.pid for one in old}
-        assert {one.address for one in graph.replicas("frontend")} == {
-            one.address for one in before["frontend"]
-        }
-        assert not any(alive(one.pid) for old in before.values() for one in old)
-        await graph.prints("rolling restart done")
-
-
-async def test_a_rolling_restart_ends_where_the_new_one_does_not_start(running) -> None:
-    async with running(prefill=2) as graph:
-        await graph.prints("Ready: ")
-        before = {one.pid for one in graph.replicas("prefill")}
-        around = graph.supervisor._around
-        refuses = (sys.executable, "-c", "print('penstock: no such model'); raise SystemExit(2)")
-        graph.supervisor._around = msgspec.structs.replace(around, program=refuses)
-        await ask(graph, op="restart", services=["PrefillWorker"])
-        await graph.prints("rolling restart ended: prefill-2 did not start: no such model")
-        status = (await ask(graph, op="status")).status
-        assert (status.restarting, status.restart_error) == ([], "prefill-2 did not start: no such model")
-        await until(lambda: len(graph.replicas("prefill")) == 2)
-        assert {one.pid for one in graph.replicas("prefill")} == before
-        with pytest.raises(ConfigError, match=r"^Worker: no such service"):
-            await ask(graph, op="restart", services=["Worker"])
 
 
 async def test_a_flood_of_output_is_bounded_and_holds_up_nobody(running) -> None:

@@ -1,0 +1,75 @@
+"""Frontends' ports: held while processes come and go, refused when nobody will come."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import urllib.request
+from urllib.parse import urlsplit
+
+import msgspec
+
+from penstock.launcher.control import ControlRequest, call
+from penstock.launcher.replica import ReplicaState
+from tests.launcher.conftest import QUICK, eventually
+
+READY = ReplicaState.READY
+
+
+async def ask(graph, **fields):
+    return await asyncio.to_thread(call, graph.folder, ControlRequest(**fields))
+
+
+def port_of(graph) -> int:
+    [replica] = graph.replicas("frontend")
+    return urlsplit(replica.address).port
+
+
+async def health(port: int) -> bytes:
+    def fetch() -> bytes:
+        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=15) as answer:
+            return answer.read()
+
+    return await asyncio.to_thread(fetch)
+
+
+def refused(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) != 0
+
+
+async def test_who_connects_while_a_frontend_is_dead_waits_for_the_next(running) -> None:
+    async with running() as graph:
+        await graph.prints("Ready: ")
+        port = port_of(graph)
+        os.kill(graph.replicas("frontend")[0].pid, signal.SIGKILL)
+        await graph.prints("frontend-0 was ended by SIGKILL")
+        assert graph.replicas("frontend")[0].state is not READY
+        assert b"healthy" in await health(port)
+        assert port_of(graph) == port
+
+
+async def test_who_connects_to_a_frontend_that_keeps_dying_is_refused(running) -> None:
+    settings = msgspec.structs.replace(QUICK, restart_max_s=60.0, refuse_after_s=0.3)
+    async with running(settings, frontend="crash") as graph:
+        await graph.prints("frontend-0 exited with code 1")
+        [replica] = graph.supervisor._fleets[0].replicas
+        await eventually(lambda: refused(replica.place.listener.port))
+        assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
+
+
+async def test_a_port_is_refused_once_its_graph_wants_no_frontend(running) -> None:
+    async with running() as graph:
+        await graph.prints("Ready: ")
+        port = port_of(graph)
+        await ask(graph, op="scale", replicas={"Frontend": 0})
+        await eventually(lambda: not graph.replicas("frontend"))
+        assert refused(port)
+        await ask(graph, op="scale", replicas={"Frontend": 1})
+        await eventually(lambda: graph.supervisor._is_ready())
+        assert port_of(graph) == port
+        await ask(graph, op="down")
+        await asyncio.wait_for(graph.task, 15)
+        assert refused(port)
