@@ -3,6 +3,7 @@
 import asyncio
 import io
 import logging
+import os
 import re
 
 import pytest
@@ -49,6 +50,24 @@ def test_a_message_stays_on_one_line_and_a_traceback_follows():
     first, *rest = stream.getvalue().splitlines()
     assert first.endswith("model=a\\nINFO forged")
     assert rest[-1] == "ValueError: broken"
+
+
+def test_a_pipe_that_nobody_reads_stops_nobody():
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as lines, open(writer, "w") as stream:
+        setup_logging("info", environ={}, stream=stream)
+        log = logging.getLogger("penstock")
+        for number in range(2000):
+            log.info("number=%d %s", number, "x" * (10_000 if number == 5 else 200))
+        text = lines.read(1024 * 1024).decode()
+        seen = [int(part) for part in re.findall(r"number=(\d+)", text)]
+        assert seen == list(range(len(seen)))
+        log.info("last")
+        lost, last = lines.read(1024 * 1024).decode().splitlines()
+        assert lost == f"lines_lost={2000 - len(seen)}: nobody read them"
+        assert last.endswith("last")
+        lines.close()
+        log.info("to nobody")
 
 
 @pytest.mark.parametrize(

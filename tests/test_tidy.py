@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"structs", "checked", "address"},
     {"core", "wire"},
     {"ports", "clock"},
-    {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor"},
+    {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor", "log_pipe"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
     {"instances"},
     {"router"},

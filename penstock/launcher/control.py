@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 import msgspec
@@ -92,7 +92,8 @@ async def serving_control(folder: StateFolder, handle: Handler) -> AsyncIterator
         yield
     finally:
         server.close()
-        os.unlink(path)
+        with suppress(FileNotFoundError):  # somebody cleared the folder
+            os.unlink(path)
 
 
 async def _respond(line: bytes, handle: Handler) -> ControlResponse:

@@ -83,7 +83,7 @@ class Supervisor:
         self._rolling = RollingRestart(self, settings.start_timeout_s)
 
     async def run(self) -> None:
-        """Start everything, keep it running, stop it in order after `interrupt`.
+        """Start everything, keep it running, stop it in order after `stop`.
 
         Raises:
             ConfigError: a process refused to start before the graph was ever ready.
@@ -113,14 +113,18 @@ class Supervisor:
         if self._failure:
             raise ConfigError(self._failure)
 
-    def interrupt(self) -> None:
-        """Stop everything in order; the second time, at once."""
+    def stop(self) -> None:
+        """Stop everything in order, however often this is called."""
         if not self._stopping.is_set():
             self.notice("stopping (again to stop without waiting for requests)")
             self._stopping.set()
-            return
-        for replica in self._replicas():
-            replica.kill()
+
+    def interrupt(self) -> None:
+        """Stop everything in order; the second time, at once."""
+        if self._stopping.is_set():
+            for replica in self._replicas():
+                replica.kill()
+        self.stop()
 
     def notice(self, text: str) -> None:
         """A line of the supervisor's own, to terminal and log."""
@@ -245,8 +249,7 @@ class Supervisor:
 
     async def _handle(self, request: ControlRequest) -> ControlResponse:
         if request.op == "down":
-            if not self._stopping.is_set():
-                self.interrupt()
+            self.stop()
             return ControlResponse()
         if request.op == "scale":
             return ControlResponse(scaled=self.scale(request.replicas))

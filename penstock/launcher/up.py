@@ -23,7 +23,6 @@ START_TIMEOUT_S = 900.0  # a large model may have to be downloaded first
 STOP_TIMEOUT_S = 900.0  # drain times are the processes' own; this is for one that cannot be killed
 
 _POLL_S = 0.1
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_graph(
@@ -61,8 +60,12 @@ def run_graph(
 
 async def _run_until_signalled(supervisor: Supervisor) -> None:
     loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.interrupt)
+    # A terminal that closes says so twice, by its shell and by the kernel, and wants nothing killed. With
+    # nohup it is not to be heard at all.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, supervisor.stop)
     await supervisor.run()
 
 
@@ -84,6 +87,14 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus
             stderr=stderr,
             start_new_session=True,
         )
+    try:
+        return _until_ready(folder, supervisor, errors)
+    except KeyboardInterrupt:
+        supervisor.terminate()  # who gives up waiting does not want it left behind
+        raise
+
+
+def _until_ready(folder: StateFolder, supervisor: subprocess.Popen[bytes], errors: Path) -> GraphStatus:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if supervisor.poll() is not None:
@@ -91,7 +102,7 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus
                 _last_words(errors) or f"the supervisor ended with code {supervisor.returncode}"
             )
         status = _status_or_none(folder)
-        if status is not None and status.ready:
+        if status is not None and status.ready and status.pid == supervisor.pid:
             supervisor.returncode = 0  # it is on its own now: no warning that it still runs
             return status
         time.sleep(_POLL_S)

@@ -27,7 +27,8 @@ ANSWERED = "answered"
 
 
 @pytest.fixture
-def graph(tmp_path: Path) -> Iterator[Graph]:
+def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
+    monkeypatch.setenv("PENSTOCK_LOG", "debug")  # much is logged
     with running(ROOT / "deploy" / "local.yaml", tmp_path / "state", instances=4) as graph:
         yield graph
 
@@ -125,3 +126,17 @@ async def test_a_lone_frontend_that_dies_refuses_nobody(graph: Graph) -> None:
         await load.more(20)
     unanswered = [end for end in load.ends if end != ANSWERED]
     assert all(end.startswith(("RemoteProtocolError", "ReadError")) for end in unanswered), load.ends
+
+
+async def test_a_stopped_launcher_stops_nobody(graph: Graph) -> None:
+    """What it started goes on, though nobody reads its logs."""
+    load = Load(graph.url, rate=20)
+    async with load.running():
+        graph.process.send_signal(signal.SIGSTOP)
+        try:
+            await load.more(250)
+        finally:
+            graph.process.send_signal(signal.SIGCONT)
+        await load.more(10)
+        await until(lambda: "lines_lost=" in graph.console_text())
+    assert set(load.ends) == {ANSWERED}

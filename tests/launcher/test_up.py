@@ -64,10 +64,11 @@ def start(tmp_path: Path, folder: StateFolder) -> Iterator[Callable[[], subproce
     manifest.write_text(MANIFEST)
     started: list[subprocess.Popen[str]] = []
 
-    def start_one() -> subprocess.Popen[str]:
+    def start_one(*before: str, **env: str) -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
-                [sys.executable, str(HOST), str(manifest), str(folder.path.parent)],
+                [*before, sys.executable, str(HOST), str(manifest), str(folder.path.parent)],
+                env=os.environ | env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -106,6 +107,29 @@ def test_a_signal_stops_everything(start, folder, number: int) -> None:
     assert "decode-1  " in out
     assert not any(map(alive, children))
     assert not folder.is_running()
+
+
+def test_a_terminal_that_closes_says_so_twice_and_kills_nothing(start, folder) -> None:
+    process = start(STUB_DRAIN_S="1")
+    ready(folder)
+    began = time.monotonic()
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: b"draining" in (folder.logs / "Worker" / "decode-0.log").read_bytes())
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=EVENTUALLY_S)
+    assert process.returncode == 0
+    assert time.monotonic() - began >= 1
+
+
+def test_nohup_means_it(start, folder) -> None:
+    process = start("sh", "-c", "trap '' HUP; exec \"$@\"", "sh")
+    children = pids(ready(folder))
+    process.send_signal(signal.SIGHUP)
+    call(folder, ControlRequest(op="scale", replicas={"Worker": 3}))
+    assert set(children) < set(pids(wait_for(lambda: ready(folder))))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=EVENTUALLY_S)
+    assert process.returncode == 0
 
 
 def test_children_do_not_outlive_a_killed_supervisor_and_the_next_start_works(start, folder) -> None:
