@@ -45,7 +45,7 @@ class Listener(Protocol):
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
-    def on_lost(self, instance_id: str, reason: str, load: Load, died: str) -> None:
+    def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
         """An instance is gone, with all handoffs and attempts it had; `load` was its last. `died`: its
         incarnation, if it neither meant to leave nor just fell silent."""
 
@@ -291,7 +291,7 @@ class Instances:
         else:
             log.warning("instance lost: %s: %s", instance_id, reason)
         died = "" if orderly or link.client.fell_silent else link.incarnation
-        self._listener.on_lost(instance_id, reason, load, died)
+        self._listener.on_lost(instance_id, link.role, reason, load, died)
         self._apply(effects)
 
     def _step(self, link: _Link, step: Step) -> None:

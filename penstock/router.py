@@ -25,7 +25,7 @@ from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.progress import ProgressLimits
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import PenstockError, ProtocolError, RemoteError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
@@ -272,9 +272,9 @@ class Router:
                 case life.Choose() as wanted:
                     self._event(live, self._choose(live, wanted))
                 case life.Send(instance_id, attempt):
-                    reason = self._send(live, instance_id, attempt)
-                    if reason is not None:
-                        self._event(live, life.InstanceLost(instance_id, reason))
+                    unsent = self._send(live, instance_id, attempt)
+                    if unsent is not None:
+                        self._event(live, unsent)
                         self._file(live)  # it may rest in the phase that it was filed in before
                 case life.Cancel(instance_id, attempt_id):
                     self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
@@ -388,15 +388,18 @@ class Router:
         told = {card.instance_id: self._placement.load(card.instance_id).suspects for card in cards}
         return self._suspects.apart(request_id, strikes.count, cards, told, held=waited_s >= HOLD_S)
 
-    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
-        """Send and book an attempt. Returns why it could not be sent."""
+    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> life.Event | None:
+        """Send and book an attempt. Returns what became of it if it could not be sent."""
         link = self._instances.link(instance_id)
         if link is None:
-            return "no longer known"
+            return life.InstanceLost(instance_id, "no longer known")
         try:
             seq = link.generate(attempt)
-        except PenstockError as error:
-            return str(error)
+        except ProtocolError as error:
+            return life.InstanceLost(instance_id, str(error))
+        except RemoteError as error:  # its link is full, or just broke: nothing was lost there
+            self._full_until[instance_id] = self._clock.now() + self._settings.tick_s
+            return life.Bounced(attempt.attempt_id, str(error))
         self._placement.sent(live.placed, instance_id, seq, attempt)
         return None
 
@@ -434,12 +437,13 @@ class Router:
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, reason: str, load: Load, died: str) -> None:
+    def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
         self._full_until.pop(instance_id, None)
         lives = list(self._live.values())
         on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
         connected = self._instances.membership.incarnations()
         for live in on_it:
+            self._metrics.attempt_ended(role, "lost")
             live.lifecycle.strikes.survived(connected)
             live.confirm_s = CONFIRM_S * self._rng.uniform(1.0, 2.0)
         least = alone_from([live.lifecycle.strikes.deaths for live in on_it], load)

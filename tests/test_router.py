@@ -104,8 +104,10 @@ async def test_dead_worker_loses_nothing(tmp_path: Path, victim: str) -> None:
             assert await answer.tokens() == expected[seed]
         await it.wait_ready(*(FOUR.keys() - {victim}))
         await it.wait_idle()
+    metrics = it.metrics.render().decode()
     if victim == "d0":
-        assert "penstock_retries_total 0.0" not in it.metrics.render().decode()
+        assert 'penstock_attempts_total{outcome="lost",role="decode"}' in metrics
+        assert "penstock_retries_total 0.0" not in metrics
 
 
 async def test_leaving_worker_finishes_what_it_has(tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ async def test_a_request_that_waits_again_is_booked_nowhere(tmp_path: Path) -> N
                     await asyncio.sleep(0.01)
             # The decode worker is away as well, so that all of them have to wait.
             it.router._instances.membership.draining("d0")
-            it.router.on_lost("p0", "cut", Load(), "")
+            it.router.on_lost("p0", PREFILL, "cut", Load(), "")
             assert it.queued or it.router._resting
             account = it.router._placement._book._accounts["d0"]
             assert (account.booked, account.context_tokens) == ({}, 0)
@@ -328,7 +330,7 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
 
 async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
     """A prefill worker gives a first token, but the decode worker cannot be sent to, and that was it."""
-    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_attempts=1))
+    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_bounces=0))
     async with cluster(tmp_path, PAIR, settings, sim=SLOW) as it:
         link = it.router._instances.link("d0")
         assert link is not None
@@ -338,6 +340,21 @@ async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
             await answer.tokens()
         await asyncio.sleep(0)
         assert answer.deltas == []
+
+
+async def test_a_full_link_is_waited_for(tmp_path: Path) -> None:
+    """More often than an attempt may fail: nothing was lost there."""
+    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(max_attempts=1))
+    async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
+        link = it.router._instances.link("a0")
+        assert link is not None
+        link._session.generate = fails  # type: ignore[union-attr, method-assign]
+        answer, _ = it.ask(PROMPT)
+        async with asyncio.timeout(20):
+            while it.router._live["r0"].lifecycle._bounces < 3:
+                await asyncio.sleep(0.01)
+        del link._session.generate  # type: ignore[union-attr]
+        assert len(await answer.tokens()) == 8
 
 
 def fails(attempt: Attempt) -> int:
