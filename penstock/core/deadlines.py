@@ -79,7 +79,7 @@ class Deadlines:
     no number of false alarms makes it fail."""
 
     max_bounces: int = 100
-    """Refusals by full or leaving workers in a row, with no token between them, before the request is answered
+    """Refusals by full or leaving workers in a row, with no token between them, before a request is answered
     with 429."""
 
     handoff_margin_s: float = 1.0
