@@ -79,8 +79,8 @@ class Deadlines:
     no number of false alarms makes it fail."""
 
     max_bounces: int = 100
-    """Refusals by full or leaving workers in a row, with no token between them, before a request is answered
-    with 429."""
+    """Refusals by full or leaving workers in a row, with no token between them, before a request is
+    answered with 429."""
 
     handoff_margin_s: float = 1.0
     """A handoff with less life than this is not used: the pull could not finish."""

@@ -196,7 +196,7 @@ def a_quarantine_ends_by_itself(patch: pytest.MonkeyPatch) -> None:
 
 
 def stuck_workers_are_connected_anew(patch: pytest.MonkeyPatch) -> None:
-    """Each time the patience with them begins again."""
+    """Each time the patience with them begins again, as if progress were forgotten with the link."""
     real = Router.on_stuck
 
     def on_stuck(self: Any, instance_id: str, reason: str) -> None:
@@ -204,6 +204,7 @@ def stuck_workers_are_connected_anew(patch: pytest.MonkeyPatch) -> None:
         link = self._instances.link(instance_id)
         if link is not None and link.up:
             link._session.connection.cut("its engine is stuck")
+            self._instances._links[instance_id].progress = None
 
     patch.setattr(Router, "on_stuck", on_stuck)
 
