@@ -41,17 +41,21 @@ class ModelText:
     def __init__(self, view: ModelView, cache_bytes: int, parsers: ChatParsers | None = None) -> None:
         """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
         Raises RequestRejected(500) when they are unusable."""
+        if TOKENIZER_FILE not in view.assets:
+            raise _unusable(view, f"it came without {TOKENIZER_FILE}")
         try:
-            content = view.assets[TOKENIZER_FILE].decode()
-            self._tokenizer = Tokenizer.from_str(content)
-            config = json.loads(view.assets.get(CONFIG_FILE, b"{}"))
-            self.template = ChatTemplate.of(view.assets)
-        except KeyError:
-            raise _unusable(view, f"it came without {TOKENIZER_FILE}") from None
+            self._load(view, cache_bytes)
         except jinja2.TemplateSyntaxError as error:
             raise _unusable(view, f"chat template, line {error.lineno}: {error}") from None
-        except Exception as error:  # noqa: BLE001 `tokenizers` raises bare Exception for a broken file
-            raise _unusable(view, str(error)) from None
+        except Exception as error:  # noqa: BLE001 whatever a worker's files hold must not end a frontend
+            raise _unusable(view, str(error) or repr(error)) from None
+        self.parser = _parser(view, parsers)
+
+    def _load(self, view: ModelView, cache_bytes: int) -> None:
+        content = view.assets[TOKENIZER_FILE].decode()
+        self._tokenizer = Tokenizer.from_str(content)
+        config = json.loads(view.assets.get(CONFIG_FILE, b"{}"))
+        self.template = ChatTemplate.of(view.assets)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         spec = json.loads(content)
@@ -60,7 +64,6 @@ class ModelText:
         self._segmenter = Segmenter(self._tokenizer.get_added_tokens_decoder().values())
         self._cache = SegmentCache(cache_bytes)
         self._prefix, self._suffix = _affixes(self._tokenizer, config)
-        self.parser = _parser(view, parsers)
 
     def detokenizer(self, prompt_ids: Sequence[int], *, special: bool = False) -> Detokenizer:
         """A detokenizer for one answer to this prompt. `special`: it shows special tokens by their

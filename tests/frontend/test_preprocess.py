@@ -119,6 +119,7 @@ async def test_only_so_many_models_are_kept(preprocessor, view_of, word_piece):
         ({"assets": {"tokenizer.json": b"{"}}, "cannot be used"),
         ({"assets": {"tokenizer.json": b"\xff"}}, "cannot be used"),
         ({"template": "{% if %}"}, "chat template, line 1"),
+        ({"config": {"bos_token": {}}}, "cannot be used: 'content'"),
     ],
 )
 async def test_unusable_files_are_the_servers_fault(preprocessor, view_of, byte_level, changes, reason):
