@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from penstock.core.membership import State
@@ -16,7 +18,7 @@ def unsettled(lab: Lab) -> list[str]:
     """Blocks that are held, books that are open, and indexes that differ from the caches."""
     complaints = [it for worker in lab.live_workers() for it in _busy(worker)]
     for frontend in lab.live_frontends():
-        complaints += _open_books(frontend)
+        complaints += _open_books(lab, frontend)
         complaints += _wrong_index(lab, frontend)
     return complaints
 
@@ -47,10 +49,12 @@ def _busy(worker: SimWorker) -> list[str]:
         "held_handoffs": len(scheduler.held),
         "pulls": len(scheduler.pulls),
         "attempts": len(scheduler._active),
-        "owned attempts": len(shell._owners),
-        "attempts on the way": len(shell._on_the_way),
+        "links of strangers": len(shell._server._door._strangers),
     }
     complaints = [f"{worker.instance_id} has {count} {what}" for what, count in counts.items() if count]
+    complaints += _kept(
+        (shell, scheduler, *([worker.transfer] if worker.transfer else [])), {"_assets", "_handed"}
+    )
     try:
         scheduler.pool.check()
     except AssertionError as error:
@@ -62,14 +66,13 @@ def _busy(worker: SimWorker) -> list[str]:
     return complaints
 
 
-def _open_books(frontend: SimFrontend) -> list[str]:
+def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
     router = frontend.router
-    complaints = [f"{frontend.name} has request {it} live" for it in router._live]
-    complaints += [
-        f"{frontend.name} has {it.requests} requests queued" for it in router.queues() if it.requests
-    ]
-    complaints += [f"{frontend.name} has request {it} resting" for it in router._resting]
-    complaints += [f"{frontend.name} suspects request {it}" for it in router._suspects._noted]
+    placement, instances = router._placement, router._instances
+    parts = [router, router._suspects, *router._queues.values(), instances]
+    parts += [placement, placement._book, placement._check]
+    members = set(instances.membership.members)
+    complaints = [f"{frontend.name}: {it}" for it in _kept(parts, {"_queues", "_served_at"} | members)]
     for instance_id, account in router._placement._book._accounts.items():
         left = (
             len(account.on_the_way),
@@ -79,7 +82,26 @@ def _open_books(frontend: SimFrontend) -> list[str]:
         )
         if any(left):
             complaints.append(f"{frontend.name} books {left} on {instance_id}")
+    for worker in lab.live_workers():
+        name = worker.instance_id
+        if placement.load(name) != worker.worker.load():
+            complaints.append(
+                f"{frontend.name} has {placement.load(name)} of {name}, not {worker.worker.load()}"
+            )
+        if not placement._check.trusted(name):
+            complaints.append(f"{frontend.name} does not trust what {name} says of its cache")
     return complaints
+
+
+def _kept(parts: Iterable[object], lasting: set[str]) -> list[str]:
+    """What these still keep of requests that have ended. `lasting`: names and keys that may stay."""
+    found = []
+    for part in parts:
+        for name, kept in vars(part).items():
+            known = isinstance(kept, (dict, set)) and lasting.issuperset(kept)
+            if isinstance(kept, (dict, set, list, deque)) and kept and not known and name not in lasting:
+                found.append(f"{type(part).__name__}.{name} keeps {len(kept)} entries")
+    return found
 
 
 def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:

@@ -7,19 +7,20 @@ they must hold the tokens that they stand for: found in the cache, pulled from e
 from __future__ import annotations
 
 import asyncio
+import math
 from array import array
 from collections.abc import Callable, Sequence
 
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.cost_models import cost_model
-from penstock.engines.cycle import EngineCycle, LoadedModel
+from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
 from penstock.engines.virtual import VirtualEngine
 from penstock.ports import KvTransfer
 from penstock.simulator.loop import Process
 from penstock.simulator.network import Network
-from penstock.structs import Handoff
+from penstock.structs import EngineStep, Handoff
 from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
 
 TOKEN_BYTES = 4
@@ -28,6 +29,9 @@ BLOCK_TOKENS = POOL_BYTES_PER_BLOCK // TOKEN_BYTES
 
 CHECK_EVERY = 8
 """Decode steps of an attempt between two looks at all its blocks; the first look is at its first step."""
+
+LEAKS_EVERY = 8
+"""Turns of an engine between two looks at all its blocks."""
 
 GARBAGE = 0xEE
 """What a failed transfer leaves behind."""
@@ -73,6 +77,9 @@ class LabEngine(VirtualEngine):
 
     Args:
         wrong: told of KV that is not what it should be.
+        leaked: told of blocks that are held by nobody, or by somebody who does not count.
+        stopping: called before the engine ends what it still has.
+        poison: how many steps in a row an attempt makes fail.
     """
 
     def __init__(
@@ -81,8 +88,18 @@ class LabEngine(VirtualEngine):
         clock: LabClock,
         transfer: KvTransfer | None,
         wrong: Callable[[str], None],
+        leaked: Callable[[str], None],
+        stopping: Callable[[], None],
+        poison: Callable[[str], int],
     ) -> None:
         costs = cost_model(settings.cost_model)
+        self._leaked = leaked
+        self._stopping = stopping
+        self.poison = poison
+        self._turns = 0
+        self._said: set[int] = set()  # cached, going by the steps that were handed out
+        self._digest = 0  # the exclusive or of these
+        self._until: dict[int, float] = {0: math.inf}  # until when each such digest was true
         self.failing_steps = 0
         self._clear_next = False
         self._wrong = wrong
@@ -111,16 +128,68 @@ class LabEngine(VirtualEngine):
         self.evict()
         self._clear_next = True
 
+    async def stop(self, grace_s: float) -> None:
+        """As Engine.stop."""
+        self._stopping()
+        await super().stop(grace_s)
+
+    def broken(self) -> None:
+        """Its next step is the last that may fail."""
+        assert self._cycle is not None, "it has not started"
+        self._cycle._failed_steps = MAX_FAILED_STEPS - 1
+
+    def cached_until(self, digest: int) -> float | None:
+        """Until when what is cached had this exclusive or; None: it never had."""
+        return self._until.get(digest)
+
     def _hand_out(self, cycle: EngineCycle) -> None:
         step = cycle.report()
-        if step is None:
-            return
+        if step is not None:
+            self._push(step, cycle)
+        self._turns += 1
+        if self._turns % LEAKS_EVERY == 0:
+            self._look_for_leaks(cycle)
+
+    def _push(self, step: EngineStep, cycle: EngineCycle) -> None:
         if self._clear_next:
             self._clear_next = False
             step.cleared, step.removed = True, []
             pool = cycle.scheduler.pool
             step.stored = [pool.sequence_hash(block) for block in pool._cached.values()]
+        if step.stored or step.removed or step.cleared:
+            self._note_cached(step)
         self._outbox.push(step)
+
+    def _note_cached(self, step: EngineStep) -> None:
+        """Remember what a frontend may take this cache for from now on."""
+        self._until[self._digest] = self._clock.now()
+        before, said = self._digest, self._said
+        if step.cleared:
+            said.clear()
+            before = 0
+        for changed in (said.intersection(step.removed), set(step.stored).difference(said)):
+            for key in changed:
+                before ^= key
+            said ^= changed
+        self._digest = before
+        self._until[before] = math.inf
+
+    def _look_for_leaks(self, cycle: EngineCycle) -> None:
+        """Every reference to a block is an attempt's, a pull's or a handoff's."""
+        scheduler = cycle.scheduler
+        pool = scheduler.pool
+        counts = [0] * pool.total_blocks
+        holders = [active.block_ids for active in scheduler._running]
+        holders += [pull.block_ids for pull in scheduler.pulls._open.values()]
+        holders += [held.block_ids for held in scheduler.held._held.values()]
+        for block_ids in holders:
+            for block in block_ids:
+                counts[block] += 1
+        if counts != pool._references:
+            wrong = [block for block, count in enumerate(counts) if count != pool._references[block]]
+            self._leaked(f"blocks {wrong[:8]} have more or fewer references than holders")
+        if {pool.sequence_hash(block) for block in pool._cached.values()} != self._said:
+            self._leaked("what is cached is not what was said to be")
 
     def _watched(self, model: LoadedModel) -> LoadedModel:
         assert isinstance(model.runner, SimRunner)
@@ -151,6 +220,12 @@ class _CheckedRunner:
         if self._engine.failing_steps:
             self._engine.failing_steps -= 1
             raise InjectedFault("this step was made to fail")
+        for row in batch:
+            steps = self._engine.poison(row.sequence.attempt_id)
+            if steps >= MAX_FAILED_STEPS:
+                self._engine.broken()
+            if steps:
+                raise InjectedFault(f"{row.sequence.attempt_id} is poison")
         if len(self._next) > 4 * len(batch) + 1000:
             self._next.clear()
         for row in batch:

@@ -230,6 +230,19 @@ async def _fail_steps(worker: SimWorker, count: int) -> None:
     worker.engine.failing_steps = 0
 
 
+@_frontend_fault("poison")
+async def poison(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A request that makes every step fail which computes it, or kills the engine."""
+    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    call = draw_calls(rng, 1, 0.0, vocab_size)[0]
+    asked = frontend.ask(replace(call, samplings=call.samplings[:1], hang_up_s=None))
+    steps = rng.choice((1, MAX_FAILED_STEPS))
+    for it in asked:
+        it.poison = True
+        frontend.poison[it.request.request_id] = steps
+    lab.asked += asked
+
+
 @_worker_fault("eviction-storm", gentle=True)
 async def eviction_storm(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     """A worker loses all blocks that nobody uses, several times."""
@@ -304,6 +317,14 @@ async def slow_reader(lab: Lab, rng: random.Random, frontend: SimFrontend) -> No
     frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
     await asyncio.sleep(rng.uniform(0.5, 6.0))
     frontend.process.read_bytes_per_s = None
+
+
+@_worker_fault("slow-worker")
+async def slow_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker reads only a trickle of what frontends send."""
+    worker.process.read_bytes_per_s = rng.choice((1_000, 5_000, 50_000))
+    await asyncio.sleep(rng.uniform(0.5, 6.0))
+    worker.process.read_bytes_per_s = None
 
 
 @_frontend_fault("duplicate")

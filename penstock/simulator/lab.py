@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from time import process_time
 from typing import Any
 
-from penstock.core.deadlines import Awaited
+from penstock.core.deadlines import Awaited, Deadlines
+from penstock.core.suspects import MAX_DEATHS
 from penstock.simulator import checks
 from penstock.simulator.directory import Directory
 from penstock.simulator.engine import InjectedFault, LabTransferNetwork
 from penstock.simulator.faults import FAULTS, LEAVES_LINKS
 from penstock.simulator.loop import Process, StandsStill, VirtualLoop
+from penstock.simulator.monitor import Monitor
 from penstock.simulator.network import Network
 from penstock.simulator.parts import SimFrontend, SimWorker
 from penstock.simulator.scenario import PlannedFault, Scenario
@@ -45,6 +47,9 @@ ERRORS_ALLOWED = {"attempts_failed", "kills_workers", "no_worker", "overloaded",
     f"{awaited.value}_timeout" for awaited in Awaited
 }
 """In scenarios that are not gentle."""
+
+MOST_DOSES = MAX_DEATHS + Deadlines().max_attempts
+"""Steps that one request may make fail."""
 
 NOT_SERVED = {"hung up", "lost with its frontend"}
 """Ends that say nothing about the workers."""
@@ -113,10 +118,12 @@ class Lab:
         self._leaving = False
         self.frozen_s: dict[str, float] = defaultdict(float)  # by frontend
         self._names = len(scenario.roles)
+        self.doses: Counter[str] = Counter()  # steps that failed, by the request to blame
         network_rng = random.Random(f"network {scenario.seed}")
         self.network = Network(self.loop, network_rng, self.note, scenario.latency_s)
         self.loop.network = self.network
         self.watch = Watch(self)
+        self.monitor = Monitor(self)
         self.directory = Directory(random.Random(f"directory {scenario.seed}"), self.note)
         self.transfers = LabTransferNetwork(self.network, self._process)
 
@@ -150,6 +157,19 @@ class Lab:
         if self._offers[handoff_id] < 0:
             self.violate("handoffs are pulled once", f"{handoff_id} was pulled again")
 
+    def poisoned(self, attempt_id: str) -> int:
+        """How many steps in a row an attempt makes fail, if it is computed."""
+        request_id = attempt_id.rpartition(".")[0]
+        for frontend in self.live_frontends():
+            if request_id in frontend.poison:
+                self.doses[request_id] += 1
+                if self.doses[request_id] > MOST_DOSES:
+                    self.violate(
+                        "poison is stopped", f"{request_id} fails {self.doses[request_id]} engines"
+                    )
+                return frontend.poison[request_id]
+        return 0
+
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Something that the lab itself does."""
         self._tasks.append(self.loop.create_task(coroutine, context=self.context.copy()))
@@ -166,6 +186,19 @@ class Lab:
 
     def live_frontends(self) -> list[SimFrontend]:
         return [frontend for frontend in self.frontends if not frontend.exited]
+
+    def calm(self, frontend: SimFrontend, worker: SimWorker) -> bool:
+        """Whether what these two say to each other arrives, and soon."""
+        network = self.network
+        there, back = (frontend.name, worker.instance_id), (worker.instance_id, frontend.name)
+        return not (
+            network.blocked(*there)
+            or network.blocked(*back)
+            or there in network.slower_s
+            or back in network.slower_s
+            or frontend.process.read_bytes_per_s
+            or worker.process.read_bytes_per_s
+        )
 
     def add_worker(self, role: Role) -> SimWorker:
         """Scale up."""
@@ -274,7 +307,7 @@ class Lab:
     async def _story(self) -> None:
         scenario = self.scenario
         self.spawn(self.directory.expire_forever(self.loop))
-        self.spawn(self.watch.orphans_forever())
+        self.spawn(self.monitor.look_forever())
         for place in range(scenario.frontends):
             self.start_frontend(place)
         for instance_id, role in scenario.roles.items():

@@ -5,27 +5,37 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from penstock.core.deadlines import Deadlines
+from penstock.core.suspects import MAX_DEATHS
 from penstock.errors import PenstockError, RequestRejected
 from penstock.observability import Metrics
-from penstock.router import Router
+from penstock.router import Router, _Live
 from penstock.simulator.directory import SimDiscovery
 from penstock.simulator.engine import LabClock, LabEngine, LabTransfer
 from penstock.simulator.loop import Process
 from penstock.simulator.workload import Asked, Call
-from penstock.structs import ModelView, Request, Role
+from penstock.structs import Attempt, ModelView, Request, Role
 from penstock.worker import Worker, WorkerSettings
 
 if TYPE_CHECKING:
     from penstock.simulator.lab import Lab
 
 
+REFUSED_S = 1.5
+"""A request that is refused although some worker had nothing to do for so long is refused wrongly."""
+
 RESTART_S = 1.0
 """Until a supervisor starts a worker again that ended by itself."""
 
+
+_LIMITS = Deadlines()
+MOST_SENDS = 1 + _LIMITS.max_attempts + _LIMITS.max_moves + MAX_DEATHS
+"""Attempts of a request without a token between them, bounces left out."""
 
 PREPARE_S = 0.05
 """That a frontend takes to load a model's tokenizer."""
@@ -42,6 +52,7 @@ class SimWorker:
         self.process = Process(lab.loop, instance_id)
         self.exited = ""  # how
         self.leaving = False
+        self._leaves_at = 0.0
         self.clock = LabClock(self.process)
         self.engine: LabEngine
         self.worker: Worker
@@ -60,10 +71,28 @@ class SimWorker:
         """Whether it is up and has said so."""
         return self.up and hasattr(self, "worker") and self.worker.health()["status"] == "healthy"
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether a fault holds its process or its engine."""
+        return self.process.held or self.clock.wedged
+
     def leave(self) -> None:
         """As on SIGTERM."""
         self.leaving = True
-        self.process.soon(lambda: self._stop.set())
+        self.process.soon(self._told_to_leave)
+
+    def _told_to_leave(self) -> None:
+        self._leaves_at = self.process.clock.now() + self.lab.scenario.drain_s
+        self._stop.set()
+
+    def _stopping(self) -> None:
+        scheduler = self.engine.scheduler
+        if scheduler.busy or scheduler.held:
+            left_s = self._leaves_at - self.process.clock.now()
+            if left_s > 0:
+                what = f"{self.instance_id} stops with {len(scheduler._active)} attempts, "
+                what += f"{len(scheduler.held)} handoffs and {left_s:.3f} s to drain"
+                self.lab.violate("drains", what)
 
     def kill(self) -> None:
         """As on SIGKILL."""
@@ -82,6 +111,9 @@ class SimWorker:
             self.clock,
             self.transfer,
             self._wrong,
+            lambda what: lab.violate("no block leaked", f"{self.instance_id}: {what}"),
+            self._stopping,
+            lab.poisoned,
         )
         if self.transfer is not None:
             self.transfer.pool = lambda: self.engine.scheduler.pool
@@ -128,6 +160,18 @@ class SimWorker:
             lab.spawn(lab.restart(self, RESTART_S))
 
 
+class _LabRouter(Router):
+    """Tells `sending` of every attempt before it is sent."""
+
+    def __init__(self, sending: Callable[[_Live, Attempt], None], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._sending = sending
+
+    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
+        self._sending(live, attempt)
+        return super()._send(live, instance_id, attempt)
+
+
 class SimFrontend:
     """One incarnation of a frontend, with the clients that it serves."""
 
@@ -138,9 +182,13 @@ class SimFrontend:
         self.incarnation = incarnation
         self.exited = ""
         self._numbers = first_request
+        self._asked: dict[str, Asked] = {}
         scenario = lab.scenario
         self.metrics = Metrics()
-        self.router = Router(
+        self.sent_calls: set[str] = set()
+        self.poison: dict[str, int] = {}  # by request id: steps in a row that it makes fail
+        self.router = _LabRouter(
+            self._sending,
             SimDiscovery(lab.directory),
             scenario.router,
             scenario.client,
@@ -162,7 +210,7 @@ class SimFrontend:
     def ask(self, call: Call) -> list[Asked]:
         """The requests of a client's call. They are submitted once the process runs."""
         asked = []
-        call_id = f"{self.name}-{self._numbers}"
+        call_id = f"call-{self.name}-{self._numbers}"
         for sampling in call.samplings:
             self._numbers += 1
             request = Request(
@@ -179,7 +227,9 @@ class SimFrontend:
             lab = self.lab
             now = lab.loop.time
             it = Asked(request, self.name, now(), wanted, reason, lab.note, lab.violate, now)
+            it.refused = self._refused
             asked.append(it)
+            self._asked[request.request_id] = it
             self.process.soon(self._submit, it, call.hang_up_s)
         return asked
 
@@ -199,6 +249,32 @@ class SimFrontend:
         asked.failures = lambda: ticket._live.lifecycle.strikes.lost
         if hang_up_s is not None:
             self.process.soon(self.lab.loop.call_later, hang_up_s, cancel)
+
+    def _sending(self, live: _Live, attempt: Attempt) -> None:
+        """Whether it may be sent: it has not failed too often, and nobody who goes before it waits."""
+        asked = self._asked[attempt.request_id]
+        asked.sends += 1
+        if asked.sends - live.lifecycle._bounces > MOST_SENDS:
+            self.lab.violate("retries end", f"{attempt.attempt_id} is the {asked.sends}th without a token")
+        call_id, priority = live.placed.request.call_id, live.placed.request.priority
+        if call_id in self.sent_calls or not attempt.attempt_id.endswith(".1"):
+            return  # it goes with its call, or back to the head
+        self.sent_calls.add(call_id)
+        for other in self.router._live.values():
+            its = other.placed.request
+            first = other.lifecycle._attempt_number > 0 or its.priority < priority
+            if first and its.request_id in other.queue and its.call_id != call_id:
+                self.lab.violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
+
+    def _refused(self, request_id: str, why: str) -> None:
+        if "reason=full" in why:
+            return  # it came at the same moment as too many others
+        idle_s = self.lab.monitor.idle_s(self)
+        if idle_s > REFUSED_S:
+            what = (
+                f"{self.name} refuses {request_id} while some worker had nothing to do for {idle_s:.3f} s"
+            )
+            self.lab.violate("no worker idles", what)
 
     def leave(self) -> None:
         """End in order."""

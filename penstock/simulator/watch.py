@@ -6,7 +6,6 @@ no further attempt for as long as that lasts, once its patience is over.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,9 +32,6 @@ SILENCE_S = 3.0
 AFTERMATH_S = 15.0
 """How long after the end of a fault links may still end because of it: what was late arrives, deadlines
 pass, and frontends connect again after a pause."""
-
-ORPHANS_S = 3.0
-"""Within which a worker ends attempts whose frontend is gone."""
 
 
 class Seen(Enum):
@@ -102,18 +98,6 @@ class Watch:
             if suspicion.since.get(frontend) is not None:
                 suspicion.since[frontend] = self._lab.loop.time()
 
-    async def orphans_forever(self) -> None:
-        """Look for attempts that nobody waits for."""
-        since: dict[str, float] = {}
-        while True:
-            await asyncio.sleep(ORPHANS_S / 4)
-            orphans = {name for worker in self._lab.live_workers() for name in _orphans(worker)}
-            now = self._lab.loop.time()
-            since = {name: since.get(name, now) for name in sorted(orphans)}
-            for name, first in since.items():
-                if now - first > ORPHANS_S:
-                    self._lab.violate("orphans end", f"{name} runs since {first:.3f}, for nobody")
-
     def _on_write(self, route: Route, data: bytes) -> bytes:
         frontend, instance_id = route
         for suspicion in self._open:
@@ -155,12 +139,3 @@ class Watch:
 
 def _busy(worker: SimWorker) -> bool:
     return bool(worker.worker.health()["attempts"])
-
-
-def _orphans(worker: SimWorker) -> list[str]:
-    """Attempts whose frontend's link has ended, on a worker that could do something about it."""
-    if not worker.serving or worker.process.held or worker.clock.wedged:
-        return []
-    shell = worker.worker
-    peers = set(shell._server.peers)
-    return [f"{worker.instance_id} {name}" for name, peer in shell._owners.items() if peer not in peers]

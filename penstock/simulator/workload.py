@@ -106,8 +106,11 @@ class Asked:
     ended_at: float = 0.0
     error: PenstockError | None = None
     deltas: int = 0
+    sends: int = 0  # attempts since its last token
+    poison: bool = False  # whoever computes it fails
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
+    refused: Callable[[str, str], None] = lambda request_id, why: None  # told of an overload
 
     def on_delta(self, delta: Delta) -> None:
         """As Router.submit's."""
@@ -119,6 +122,9 @@ class Asked:
             wanted = self.wanted[self.got : upto]
             self.violate("tokens", f"{name} gets {delta.token_ids} instead of {wanted} at {self.got}")
         self.got = upto
+        self.sends = 0 if delta.token_ids else self.sends
+        if self.poison:
+            self.violate("poison is stopped", f"{name} gets {delta}")
         if delta.cached_tokens is not None:
             if self.deltas:
                 self.violate("usage", f"{name} hears of cached tokens in delta {self.deltas}")
@@ -140,6 +146,8 @@ class Asked:
             self.violate("one end", f"{self.request.request_id} fails after its end: {error}")
         self.error = error
         code = error.code if isinstance(error, RequestRejected) else None
+        if code == "overloaded":
+            self.refused(self.request.request_id, str(error))
         self.end(code or type(error).__name__)
 
     def end(self, how: str) -> None:

@@ -9,11 +9,14 @@ import msgspec
 import pytest
 
 from penstock.core import lifecycle
+from penstock.core.admission import Queue
+from penstock.core.lifecycle import Phase
 from penstock.core.load import LoadBook
 from penstock.core.membership import Membership
 from penstock.core.placement import Placement
 from penstock.core.prefix_index import PrefixIndex
 from penstock.core.progress import Progress
+from penstock.core.suspects import Strikes, Suspects
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls
@@ -230,6 +233,172 @@ def a_worker_that_is_back_is_not_indexed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixIndex, "held", lambda self, worker: self._held.get(worker, 0))
 
 
+def some_attempts_are_lost_on_arrival(patch: pytest.MonkeyPatch) -> None:
+    """Which only their deadline ends."""
+    real = Worker.on_generate
+
+    def on_generate(self: Any, peer: Any, attempt: Any) -> None:
+        if len(attempt.token_ids) % 7:
+            real(self, peer, attempt)
+
+    patch.setattr(Worker, "on_generate", on_generate)
+
+
+def attempts_that_are_given_up_run_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle.Lifecycle, "_abandon", lambda self: setattr(self, "_attempt_id", "") or [])
+
+
+def requests_wait_beside_idle_workers(patch: pytest.MonkeyPatch) -> None:
+    real = Queue.may_go
+
+    def may_go(self: Any, request_id: str, *args: Any, **options: Any) -> bool:
+        call, now = self._calls.get(request_id), args[3]
+        if call is not None and now - call.since < 4.0:
+            self.hold(request_id, now)
+            return False
+        return real(self, request_id, *args, **options)
+
+    patch.setattr(Queue, "may_go", may_go)
+
+
+def a_stall_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    real = lifecycle.Lifecycle._on_tick
+
+    def on_tick(self: Any, event: Any, now: float) -> Any:
+        late = self.phase is Phase.QUEUED or now >= self._request_deadline
+        return real(self, event, now) if late else []
+
+    patch.setitem(lifecycle._HANDLERS, lifecycle.Tick, on_tick)
+
+
+def a_quarantine_lasts_too_long(patch: pytest.MonkeyPatch) -> None:
+    real = Membership.advancing
+    left: dict[tuple[int, str], int] = {}
+
+    def advancing(self: Any, instance_id: str) -> None:
+        key = id(self), instance_id
+        left[key] = left.get(key, 200) - 1
+        if not left[key]:
+            del left[key]
+            real(self, instance_id)
+
+    patch.setattr(Membership, "advancing", advancing)
+
+
+def leaving_workers_do_not_drain(patch: pytest.MonkeyPatch) -> None:
+    real = Worker._drain
+
+    async def drain(self: Any, *args: Any) -> None:
+        self._settings = msgspec.structs.replace(self._settings, drain_s=0.0)
+        await real(self, *args)
+
+    patch.setattr(Worker, "_drain", drain)
+
+
+def priorities_are_turned_round(patch: pytest.MonkeyPatch) -> None:
+    real = Queue._first
+
+    def first(self: Any) -> Any:
+        lines, self._lines = self._lines, {-it: line for it, line in self._lines.items()}
+        try:
+            return real(self)
+        finally:
+            self._lines = lines
+
+    patch.setattr(Queue, "_first", first)
+
+
+def those_who_come_back_go_last(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("penstock.core.admission._BACK", 2**31)
+
+
+def nobody_is_the_cause(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Strikes, "is_cause", lambda self, max_deaths, *, alone: False)
+
+
+def failures_are_not_counted(patch: pytest.MonkeyPatch) -> None:
+    real = Strikes.add
+
+    def add(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        self.failures = 0
+
+    patch.setattr(Strikes, "add", add)
+
+
+def what_a_full_worker_said_is_kept(patch: pytest.MonkeyPatch) -> None:
+    real = Router.on_lost
+
+    def on_lost(self: Any, instance_id: str, *args: Any) -> None:
+        before = dict(self._full_until)
+        real(self, instance_id, *args)
+        self._full_until = before
+
+    patch.setattr(Router, "on_lost", on_lost)
+
+
+def suspects_are_never_forgotten(patch: pytest.MonkeyPatch) -> None:
+    real = Suspects.note
+
+    def note(self: Any, request_id: str, strikes: int, instances: Any) -> None:
+        if strikes:
+            real(self, request_id, strikes, instances)
+
+    patch.setattr(Suspects, "note", note)
+
+
+def evictions_are_indexed_late(patch: pytest.MonkeyPatch) -> None:
+    real = PrefixIndex.removed
+    late: dict[int, list[Any]] = {}
+
+    def removed(self: Any, worker: str, hashes: Any) -> None:
+        late.setdefault(id(self), []).append((worker, hashes))
+
+    ticks: dict[int, int] = {}
+    real_tick = Placement.tick
+
+    def tick(self: Any) -> None:
+        real_tick(self)
+        index = self._index
+        ticks[id(index)] = ticks.get(id(index), 0) + 1
+        if ticks[id(index)] % 100 == 0:
+            for worker, hashes in late.pop(id(index), []):
+                if worker in index._slots:
+                    real(index, worker, hashes)
+
+    patch.setattr(PrefixIndex, "removed", removed)
+    patch.setattr(Placement, "tick", tick)
+
+
+def blocks_leak_until_an_engine_is_idle(patch: pytest.MonkeyPatch) -> None:
+    real, report = Scheduler._preempt, Scheduler.report
+
+    def preempt(self: Any, active: Any) -> None:
+        kept = active.block_ids[: active.cached_blocks]
+        self.pool.acquire(kept)
+        self.__dict__.setdefault("leaked", []).append(kept)
+        real(self, active)
+
+    def reported(self: Any) -> Any:
+        if not self.busy:
+            for kept in self.__dict__.pop("leaked", []):
+                self.pool.release(kept)
+        return report(self)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+    patch.setattr(Scheduler, "report", reported)
+
+
+def idle_workers_are_not_believed(patch: pytest.MonkeyPatch) -> None:
+    real = LoadBook.reported
+
+    def reported(self: Any, instance_id: str, seen: int, load: Any) -> None:
+        before = self.reported_load(instance_id)
+        real(self, instance_id, seen, load if load.running or not before.steps else before)
+
+    patch.setattr(LoadBook, "reported", reported)
+
+
 BREAKS: dict[Break, Options] = {
     # With the faults that show it soonest; none: all of them.
     releases_are_not_sent: QUIET,
@@ -255,6 +424,26 @@ BREAKS: dict[Break, Options] = {
     a_quarantine_ends_by_itself: Options(workers=2, faults=("wedge",)),
     stuck_workers_are_connected_anew: Options(faults=("wedge",)),
     a_worker_that_is_back_is_not_indexed: Options(faults=("reset",)),
+    some_attempts_are_lost_on_arrival: Options(),
+    attempts_that_are_given_up_run_on: Options(faults=("wedge",)),
+    requests_wait_beside_idle_workers: Options(),
+    a_stall_is_not_noticed: Options(),
+    a_quarantine_lasts_too_long: Options(faults=("wedge",)),
+    leaving_workers_do_not_drain: Options(
+        faults=(
+            "drain",
+            "scale-down",
+        )
+    ),
+    priorities_are_turned_round: Options(),
+    those_who_come_back_go_last: Options(),
+    nobody_is_the_cause: Options(faults=("poison",)),
+    failures_are_not_counted: Options(faults=("poison",)),
+    what_a_full_worker_said_is_kept: Options(),
+    suspects_are_never_forgotten: Options(faults=("crash",)),
+    evictions_are_indexed_late: Options(),
+    blocks_leak_until_an_engine_is_idle: Options(),
+    idle_workers_are_not_believed: Options(),
 }
 
 
