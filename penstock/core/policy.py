@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.core.costs import Candidate, Query, costs, crowded
+from penstock.core.costs import Candidate, Costs, Query, costs, crowded
 from penstock.core.disagg import Disagg, Path, Scored, plan
 
 __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
@@ -86,9 +86,9 @@ def choose(
     scores = [plan(query, it, first, mode) for it in here]
     best = _least(scores, _total_ms, rng)
     scores.sort(key=_total_ms)
-    wait_ms = min(map(_queue_ms, here))
+    wait_ms = _least_wait_ms(query, decoders, here)
     if ahead and best.path is Path.REMOTE:
-        wait_ms = max(wait_ms, min(map(_queue_ms, ahead)))
+        wait_ms = max(wait_ms, _least_wait_ms(query, prefills, ahead))
     return Decision(
         decode=best.instance_id,
         prefill=first.candidate.instance_id if first is not None and best.path is Path.REMOTE else None,
@@ -111,6 +111,14 @@ def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> 
     keys = [key(item) for item in items]
     least = min(keys)
     return rng.choice([item for item, its in zip(items, keys, strict=True) if its == least])
+
+
+def _least_wait_ms(query: Query, pool: Sequence[Candidate], known: Sequence[Costs]) -> float:
+    """Of the whole pool, however few of it are on the shortlist (`known`): nobody is told to wait, or sent
+    away, because a policy drew a busy worker."""
+    if len(known) < len(pool):
+        known = [costs(query, candidate) for candidate in pool]
+    return min(map(_queue_ms, known))
 
 
 def _reason(best: Scored) -> str:
