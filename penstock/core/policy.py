@@ -118,7 +118,7 @@ def _least_wait_ms(query: Query, pool: Sequence[Candidate], known: Sequence[Cost
     away, because a policy drew a busy worker."""
     if len(known) < len(pool):
         known = [costs(query, candidate) for candidate in pool]
-    return min(map(_queue_ms, known))
+    return min(it.queue_ms for it in known)
 
 
 def _reason(best: Scored) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from penstock.core.deadlines import Deadlines
+from penstock.core.events import Event
 from penstock.core.suspects import MAX_DEATHS
 from penstock.errors import PenstockError, RequestRejected
 from penstock.observability import Metrics
@@ -167,7 +168,7 @@ class _LabRouter(Router):
         super().__init__(*args, **options)
         self._sending = sending
 
-    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> str | None:
+    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> Event | None:
         self._sending(live, attempt)
         return super()._send(live, instance_id, attempt)
 
