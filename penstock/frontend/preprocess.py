@@ -20,7 +20,7 @@ from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTab
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.segments import SegmentCache, Segmenter
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.tokenizing import Caller, TokenizerThread
+from penstock.frontend.tokenizing import Caller, TokenizerThread, TurnBudget
 from penstock.frontend.words import WordEncoder
 from penstock.observability import TokenizerMetrics
 from penstock.ports import ChatParser, ChatParsers
@@ -84,18 +84,18 @@ class ModelText:
         *,
         add_special_tokens: bool,
         thread: TokenizerThread,
-        long_text_chars: int,
+        turn: TurnBudget,
         caller: Caller,
     ) -> list[list[int]]:
-        """Each text's ids. What takes long, all of them together, waits for its turn on the thread."""
+        """Each text's ids. What has no place in this turn of the event loop waits for the thread."""
         segmented = [self._segmenter.split(text) for text in texts]
         known = {segment: self._cache.get(segment) for segments in segmented for segment in segments}
         missing = [segment for segment, token_ids in known.items() if token_ids is None]
         if missing:
-            if sum(map(len, missing)) > long_text_chars:
-                encoded = await thread.encode(self._words, missing, caller)
-            else:
+            if turn.has_place(sum(map(len, missing))):
                 encoded = self._words.encode(missing)
+            else:
+                encoded = await thread.encode(self._words, missing, caller)
             known.update(zip(missing, encoded, strict=True))
             for segment, token_ids in zip(missing, encoded, strict=True):
                 self._cache.put(segment, token_ids)
@@ -123,6 +123,7 @@ class Preprocessor:
         self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by fingerprint
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-loader")
         self._thread = TokenizerThread(settings.tokenizing, metrics)
+        self._turn = TurnBudget(settings.long_text_chars)
 
     async def text_of(self, view: ModelView) -> ModelText:
         """The model's text side, loaded once for each fingerprint (and unusable once for all)."""
@@ -155,7 +156,7 @@ class Preprocessor:
             prompts,
             add_special_tokens=add_special_tokens,
             thread=self._thread,
-            long_text_chars=self._settings.long_text_chars,
+            turn=self._turn,
             caller=caller,
         )
 

@@ -73,8 +73,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     """For token ids of prompt segments that were seen before."""
 
     long_text_chars: int = 8192
-    """Text of a call, not seen before, that is tokenized on a thread instead of at once, where it would
-    hold up everybody's tokens: about 2 ms of work."""
+    """Text not seen before that is tokenized at once, of all calls in one turn of the event loop: some 2 ms
+    of work. What is more waits for a thread, as it would hold up everybody's tokens."""
 
     tokenizing: AdmissionSettings = AdmissionSettings(
         max_wait_ms=10_000.0, dispatch_wait_ms=0.0, max_queued_work=64 * 1024 * 1024

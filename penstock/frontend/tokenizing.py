@@ -35,6 +35,27 @@ class Caller:
     since: float  # perf_counter, once its call was read
 
 
+class TurnBudget:
+    """How much text may be tokenized at once, by all calls within one turn of the event loop: many short
+    prompts that come together would hold up everybody's tokens like a long one."""
+
+    def __init__(self, max_chars: int) -> None:
+        self._max_chars = max_chars
+        self._chars = 0
+
+    def has_place(self, chars: int) -> bool:
+        """Whether so much more may be; if so, it counts."""
+        if self._chars + chars > self._max_chars:
+            return False
+        if not self._chars:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._chars += chars
+        return True
+
+    def _next_turn(self) -> None:
+        self._chars = 0
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """The texts of a call."""

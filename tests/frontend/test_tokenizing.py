@@ -9,6 +9,7 @@ import pytest
 from msgspec import structs
 
 from penstock.frontend.api_keys import key_line
+from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.tokenizing import Caller, TokenizerThread
 from penstock.frontend.words import WordEncoder
@@ -160,6 +161,25 @@ async def test_many_short_prompts_of_a_call_wait_like_a_long_one(serving, byte_l
         ids = [request.token_ids for request in served.completer.requests]
         assert ids == [byte_level.encode(prompt).ids for prompt in prompts]
         assert metric(served, "queue_seconds_count") == 1
+
+
+async def test_many_calls_at_the_same_moment_wait_like_a_long_one(byte_level, view_of):
+    preprocessor = Preprocessor(FrontendSettings(), (metrics := Metrics()).tokenizer)
+    text = await preprocessor.text_of(view_of(byte_level))
+    prompts = [new_text(3000, seed) for seed in range(10)]
+
+    def encode(prompt):
+        return preprocessor.encode(text, [prompt], Caller("", 0, 0.0), add_special_tokens=False)
+
+    encoded = await asyncio.gather(*map(encode, prompts))
+    assert encoded == [[byte_level.encode(prompt).ids] for prompt in prompts]
+    rendered = metrics.render().decode()
+    assert "penstock_tokenizer_queue_seconds_count 8.0" in rendered
+    for seed in range(10, 14):  # one after the other
+        await encode(new_text(3000, seed))
+        await asyncio.sleep(0)
+    assert metrics.render().decode().count("penstock_tokenizer_queue_seconds_count 8.0") == 1
+    preprocessor.close()
 
 
 async def test_what_would_wait_too_long_is_refused_at_once(serving, caplog):
