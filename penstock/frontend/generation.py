@@ -30,7 +30,6 @@ from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.sse import DONE, ChunkFormat, error_event
 from penstock.frontend.tokenizing import Caller
 from penstock.observability import FrontendMetrics
-from penstock.structs import ModelView
 
 log = logging.getLogger("penstock.frontend")
 
@@ -67,7 +66,7 @@ class Record:
     model: str = ""  # only when it is known to exist: metrics keep a series per model
     plan: Plan | None = None
     call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
-    preparing: asyncio.Timeout | None = None  # while there is no plan yet
+    limit: asyncio.Timeout | None = None  # of its whole time; ends it before there is a call
     call: Call | None = None
     error: PenstockError | None = None
 
@@ -86,9 +85,9 @@ class Record:
             self._abandon(error)
 
     def _abandon(self, error: PenstockError) -> None:
-        if self.error is None and self.preparing is not None:
+        if self.error is None and self.limit is not None:
             self.error = error
-            self.preparing.reschedule(0.0)
+            self.limit.reschedule(0.0)
 
 
 class GenerationEndpoint:
@@ -125,13 +124,13 @@ class GenerationEndpoint:
         self._idle.clear()
         try:
             try:
-                async with asyncio.timeout(self._settings.request_timeout_s):
+                async with asyncio.timeout(self._settings.request_timeout_s) as record.limit:
                     await self._serve(kind, exchange, record)
             except PenstockError as error:
                 record.error = error
             except TimeoutError:
                 message = f"The request took longer than {self._settings.request_timeout_s:g} s."
-                record.error = RequestRejected(504, message, code="request_timeout")
+                record.error = record.error or RequestRejected(504, message, code="request_timeout")
             if record.error is not None:
                 await _tell(exchange, record.error)
         finally:
@@ -158,8 +157,11 @@ class GenerationEndpoint:
         with metrics.inflight.track_inprogress():
             record.call_id = call_id = kind.id_prefix + uuid.uuid4().hex
             async with self._watched(record, exchange):
-                caller = Caller(record.tenant, priority, record.began)
-                record.plan = plan = await self._plan(call_id, body, view, caller, record)
+                caller = Caller(record.tenant, priority, record.began, self._settings.prepare_timeout_s)
+                plan = await self._planner.plan(call_id, body, view, caller)
+                if record.error is not None:  # just before the plan was made
+                    raise record.error
+                record.plan = plan
                 record.call = call = Call(
                     plan.answers,
                     metrics=metrics,
@@ -176,33 +178,6 @@ class GenerationEndpoint:
                     await _stream(kind, exchange, call, plan, envelope, body.include_usage)
                 else:
                     await _respond(kind, exchange, call, plan, envelope)
-
-    async def _plan(
-        self,
-        call_id: str,
-        body: ChatRequest | CompletionRequest,
-        view: ModelView,
-        caller: Caller,
-        record: Record,
-    ) -> Plan:
-        """The plan, in time, or why there will be none."""
-        limit_s = self._settings.prepare_timeout_s
-        try:
-            async with asyncio.timeout(limit_s) as record.preparing:
-                plan = await self._planner.plan(call_id, body, view, caller)
-        except TimeoutError:
-            late = RequestRejected(
-                503,
-                f"The prompt was not tokenized within {limit_s:g} s.",
-                code="tokenizer_timeout",
-                retry_after_s=RETRY_AFTER_S,
-            )
-            raise (record.error or late) from None
-        finally:
-            record.preparing = None
-        if record.error is not None:  # just before the plan was made
-            raise record.error
-        return plan
 
     @contextlib.asynccontextmanager
     async def _watched(self, record: Record, exchange: Exchange) -> AsyncIterator[None]:

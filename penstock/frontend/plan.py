@@ -62,7 +62,7 @@ class Planner:
         """Render, tokenize and check. Raises RequestRejected: 400 naming the field, 429 when its prompts
         would have to wait too long for the tokenizer."""
         sampling = sampling_of(body, view, first_seed(body, self._rng))
-        text = await self._preprocessor.text_of(view)
+        text = await self._preprocessor.text_of(view, caller)
         parser = _parser(body, text, view)
         prompts = await self._prompt_ids(body, text, view, caller)
         tokens = sum(map(len, prompts)) * (body.n or 1)

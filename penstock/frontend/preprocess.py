@@ -95,7 +95,7 @@ class ModelText:
             if turn.has_place(sum(map(len, missing))):
                 encoded = self._words.encode(missing)
             else:
-                encoded = await thread.encode(self._words, missing, caller)
+                encoded = await caller.wait(thread.encode(self._words, missing, caller))
             known.update(zip(missing, encoded, strict=True))
             for segment, token_ids in zip(missing, encoded, strict=True):
                 self._cache.put(segment, token_ids)
@@ -125,8 +125,9 @@ class Preprocessor:
         self._thread = TokenizerThread(settings.tokenizing, metrics)
         self._turn = TurnBudget(settings.long_text_chars)
 
-    async def text_of(self, view: ModelView) -> ModelText:
-        """The model's text side, loaded once for each fingerprint (and unusable once for all)."""
+    async def text_of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
+        """The model's text side, loaded once for each fingerprint (and unusable once for all). Without a
+        caller, however long that takes."""
         loading = self._texts.get(view.fingerprint)
         if loading is None:
             loop = asyncio.get_running_loop()
@@ -138,7 +139,10 @@ class Preprocessor:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(view.fingerprint)
         # One client that leaves must not end the loading for the others.
-        return loading.result() if loading.done() else await asyncio.shield(loading)
+        if loading.done():
+            return loading.result()
+        shielded = asyncio.shield(loading)
+        return await (shielded if caller is None else caller.wait(shielded))
 
     def chat_prompt(self, text: ModelText, request: ChatRequest) -> str:
         """The prompt of a chat. Its template writes the special tokens itself."""

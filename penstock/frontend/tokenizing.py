@@ -11,10 +11,11 @@ import random
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from penstock.core.admission import AdmissionSettings
 from penstock.core.tokenizer_queue import SLICE_CHARS, TokenizerQueue
@@ -22,17 +23,33 @@ from penstock.errors import RequestRejected
 from penstock.frontend.words import WordEncoder
 from penstock.observability import TokenizerMetrics
 
+T = TypeVar("T")
+
+RETRY_AFTER_S = 1.0
+
 Slice = list[tuple[int, str]]
 """Pieces, each with the number of the text that it is of."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
-    """On whose behalf prompts are tokenized."""
+    """On whose behalf prompts are tokenized, and how long that may take."""
 
     tenant: str  # the name of its API key; empty where none are needed
     priority: int
     since: float  # perf_counter, once its call was read
+    limit_s: float
+
+    async def wait(self, wanted: Awaitable[T]) -> T:
+        """What is wanted. Raises RequestRejected(503) when that is not there in time."""
+        try:
+            async with asyncio.timeout(self.since + self.limit_s - time.perf_counter()):
+                return await wanted
+        except TimeoutError:
+            message = f"The prompt was not tokenized within {self.limit_s:g} s."
+            raise RequestRejected(
+                503, message, code="tokenizer_timeout", retry_after_s=RETRY_AFTER_S
+            ) from None
 
 
 class TurnBudget:

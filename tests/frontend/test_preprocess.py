@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -21,7 +22,9 @@ def preprocessor():
 
 
 async def encode(preprocessor, text, prompt, *, special=True):
-    (ids,) = await preprocessor.encode(text, [prompt], Caller("", 0, 0.0), add_special_tokens=special)
+    (ids,) = await preprocessor.encode(
+        text, [prompt], Caller("", 0, time.perf_counter(), 60.0), add_special_tokens=special
+    )
     return ids
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import threading
+import time
 
 import pytest
 from msgspec import structs
@@ -60,7 +61,9 @@ def marked(name: str, slices: int) -> str:
 
 
 def start(thread, words, tenant, text, priority=0):
-    return asyncio.ensure_future(thread.encode(words, [text], Caller(tenant, priority, 0.0)))
+    return asyncio.ensure_future(
+        thread.encode(words, [text], Caller(tenant, priority, time.perf_counter(), 60.0))
+    )
 
 
 async def test_one_key_cannot_hold_up_another(thread, words, byte_level):
@@ -169,7 +172,9 @@ async def test_many_calls_at_the_same_moment_wait_like_a_long_one(byte_level, vi
     prompts = [new_text(3000, seed) for seed in range(10)]
 
     def encode(prompt):
-        return preprocessor.encode(text, [prompt], Caller("", 0, 0.0), add_special_tokens=False)
+        return preprocessor.encode(
+            text, [prompt], Caller("", 0, time.perf_counter(), 60.0), add_special_tokens=False
+        )
 
     encoded = await asyncio.gather(*map(encode, prompts))
     assert encoded == [[byte_level.encode(prompt).ids] for prompt in prompts]

@@ -11,6 +11,7 @@ import contextlib
 import random
 import shlex
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
@@ -149,7 +150,9 @@ def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
     """A body, up to the attempts that would be sent."""
     with contextlib.suppress(RequestRejected):
         planner = Planner(_preprocessor(), FrontendSettings(), random.Random(1))
-        plan = loop().run_until_complete(planner.plan("c", decode(data), _view(), Caller("tenant", 0, 0.0)))
+        plan = loop().run_until_complete(
+            planner.plan("c", decode(data), _view(), Caller("tenant", 0, time.perf_counter(), 60.0))
+        )
         assert 0 < len(plan.requests) <= 128
         for request in plan.requests:
             assert 0 < len(request.token_ids) < _view().max_model_len
