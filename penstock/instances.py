@@ -36,7 +36,7 @@ Prepare = Callable[[ModelView], Awaitable[None]]
 class Listener(Protocol):
     """Who has requests on these instances."""
 
-    def on_ready(self) -> None:
+    def on_ready(self, instance_id: str) -> None:
         """An instance takes attempts from now on."""
 
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
@@ -176,7 +176,7 @@ class Instances:
         elif member.stuck:
             self.membership.advancing(link.instance_id)
             log.info("instance back: %s after_s=%.1f", link.instance_id, self._clock.now() - link.stuck_at)
-            self._listener.on_ready()
+            self._listener.on_ready(link.instance_id)
         else:
             return
         self._metrics.state(link.instance_id, link.role, member.state)
@@ -252,7 +252,7 @@ class Instances:
         self._served_at[card.model] = self._clock.now()
         self._metrics.state(link.instance_id, card.role, self.membership.members[link.instance_id].state)
         log.info("instance ready: %s", link.instance_id)
-        self._listener.on_ready()
+        self._listener.on_ready(link.instance_id)
 
     async def _fetch(self, link: _Link, card: Card) -> bool:
         try:

@@ -411,7 +411,9 @@ class Router:
 
     # --- what instances say: implements Listener ---------------------------------------------------------
 
-    def on_ready(self) -> None:
+    def on_ready(self, instance_id: str) -> None:
+        for live in list(self._live.values()):
+            self._event(live, life.InstanceReady(instance_id))
         self._look(self._clock.now())
 
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:

@@ -64,6 +64,25 @@ async def test_the_end_of_an_old_link_does_not_touch_the_new_incarnation(
         await worker.die()
 
 
+async def test_requests_go_back_to_an_instance_that_is_ready_again(tmp_path: Path) -> None:
+    """Also those that left it, and have not got on since."""
+    async with cluster(tmp_path, {"a0": AGGREGATED, "a1": AGGREGATED}, SETTINGS, SLOW) as it:
+        answers = [it.ask(PROMPT, max_tokens=100, seed=seed)[0] for seed in range(4)]
+        for answer in answers:
+            await answer.wait_tokens(3)
+        with it.workers["a1"].stuck():
+            await it.workers.pop("a0").die()
+            async with asyncio.timeout(WAIT_S):
+                while not any("a0" in live.lifecycle._avoid for live in it.router._live.values()):
+                    await asyncio.sleep(0.001)
+            it.start("a0", AGGREGATED, **SLOW)
+            await until_state(it, "a0", "ready")
+            assert not any("a0" in live.lifecycle._avoid for live in it.router._live.values())
+            for answer in answers:
+                assert len(await answer.tokens()) == 100
+        await until_state(it, "a1", "ready")
+
+
 async def test_an_engine_that_stands_still_does_so_after_a_reset_of_its_link(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED, "a1": AGGREGATED}, SETTINGS, SLOW) as it:
         answers = [it.ask(PROMPT, max_tokens=60, seed=seed)[0] for seed in range(8)]

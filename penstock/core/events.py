@@ -59,6 +59,12 @@ class InstanceLost(msgspec.Struct):
     alone: bool = False
 
 
+class InstanceReady(msgspec.Struct):
+    """An instance takes attempts, anew or again: another process with that name, one that goes on."""
+
+    instance_id: str
+
+
 class InstanceStuck(msgspec.Struct):
     """An instance stands still, and there are others. It may go on, but better not wait for that."""
 
@@ -124,6 +130,7 @@ Event = (
     | Retry
     | Bounced
     | InstanceLost
+    | InstanceReady
     | InstanceStuck
     | Tick
     | ClientGone

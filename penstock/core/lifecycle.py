@@ -27,6 +27,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE    `max_moves` times
     PREFILL,  Bounced                    QUEUED    Choose; a handoff stays valid
     DECODE
+    any       InstanceReady              same      none; that instance is not avoided any more
     any       request deadline, queue    DONE      Cancel, Release, Fail
               deadline
     any       ClientGone                 DONE      Cancel, Release
@@ -57,6 +58,7 @@ from penstock.core.events import (
     Fail,
     Held,
     InstanceLost,
+    InstanceReady,
     InstanceStuck,
     NoCandidate,
     Refused,
@@ -322,6 +324,10 @@ class Lifecycle:
             return []
         return self._lost(event.reason, now, died=event.died, alone=event.alone)
 
+    def _on_instance_ready(self, event: InstanceReady, now: float) -> list[Effect]:
+        self._avoid.discard(event.instance_id)
+        return []
+
     def _on_instance_stuck(self, event: InstanceStuck, now: float) -> list[Effect]:
         if event.instance_id == self._decode_id:
             self._decode_id = ""
@@ -441,6 +447,7 @@ _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
     Output: Lifecycle._on_output,
     Bounced: Lifecycle._on_bounced,
     InstanceLost: Lifecycle._on_instance_lost,
+    InstanceReady: Lifecycle._on_instance_ready,
     InstanceStuck: Lifecycle._on_instance_stuck,
     Tick: Lifecycle._on_tick,
     ClientGone: Lifecycle._on_client_gone,

@@ -20,6 +20,7 @@ from penstock.core.events import (
     Fail,
     Held,
     InstanceLost,
+    InstanceReady,
     InstanceStuck,
     NoCandidate,
     Refused,
@@ -323,6 +324,17 @@ def test_avoided_instances_are_forgiven_when_nobody_else_is_there() -> None:
     assert life.handle(Retry(), 0.1) == [Choose(frozenset({"d0"}))]
     life.handle(NoCandidate("all avoided"), 0.1)
     assert life.handle(Retry(), 0.2) == [Choose(frozenset())]
+
+
+def test_who_is_ready_again_is_not_avoided() -> None:
+    """It may be another process with that name, and have nothing to do."""
+    life = lifecycle()
+    for instance in ("d0", "d1"):
+        sent(life.handle(Chosen(instance), 0.0))
+        life.handle(InstanceLost(instance, "killed", died=f"{instance}@1"), 0.0)
+    assert life.handle(InstanceReady("d0"), 1.0) == []
+    (choose,) = life.handle(Retry(), 2.0)
+    assert choose.avoid == {"d1"}
 
 
 def test_only_who_waits_can_be_refused() -> None:
