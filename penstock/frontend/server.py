@@ -159,7 +159,10 @@ class _Server(HttpServer):
                 Renewed("HTTPS certificate", files, lambda: _tls_context(settings)).get,
                 handshake_timeout_s=settings.tls_timeout_s,
                 shutdown_timeout_s=TLS_CLOSE_S,
-                room=lambda: settings.max_connections + MAX_LINGERING - len(self.server_state.connections),
+                room=lambda: min(
+                    settings.max_tls_handshakes,
+                    settings.max_connections + MAX_LINGERING - len(self.server_state.connections),
+                ),
                 log=QuietLog(log),
             )
             make = partial(_accept, self._tls, self._connection)

@@ -42,6 +42,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     body_timeout_s: float = 30.0
     """From a request's headers to the last byte of its body."""
 
+    max_tls_handshakes: int = 2048
+    """TLS handshakes at one time; a further one drops the oldest. As many as the kernel may hand over at
+    once after a restart; strangers can cause them, and each takes 50 to 150 KiB until it ends."""
+
     tls_timeout_s: float = 10.0
     """From a connection's start to the end of its TLS handshake: two round trips, and a packet or two that
     got lost on a bad line."""

@@ -52,6 +52,7 @@ class Connection(asyncio.Protocol):
         self._decoder = FrameDecoder(max_frame_bytes)
         self._max_unsent_bytes = max_unsent_bytes
         self._transport: asyncio.Transport | None = None
+        self._peer: tuple[str, int] | tuple[()] = ()
         self._reason = ""  # why it is ending; empty while it is not
         self._paced: deque[Iterator[bytes]] = deque()
         self._paused = False
@@ -72,8 +73,7 @@ class Connection(asyncio.Protocol):
     @property
     def peer_address(self) -> str:
         """Where the other end is, for the log."""
-        name = self._transport and self._transport.get_extra_info("peername")
-        return join_address(name[0], name[1]) if name else "unknown"
+        return join_address(*self._peer) if self._peer else "unknown"
 
     def limit_frames(self, max_frame_bytes: int) -> None:
         """Change the longest body that may arrive."""
@@ -138,6 +138,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._peer = (transport.get_extra_info("peername") or ())[:2]  # a closed one may no longer know
         self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
         self._owner.opened()
 

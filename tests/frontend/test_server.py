@@ -403,13 +403,14 @@ async def test_a_tls_handshake_that_does_not_end(serve_script, certificate):
                     assert await everything(reader) == b""
 
 
+@pytest.mark.parametrize("limit", [{"max_connections": 4}, {"max_tls_handshakes": 4}])
 async def test_silent_tls_connections_count_and_keep_nobody_out(
-    serve_script, certificate, monkeypatch, caplog
+    serve_script, certificate, monkeypatch, caplog, limit
 ):
     monkeypatch.setattr("penstock.frontend.server.MAX_LINGERING", 0)
     caplog.set_level("INFO")
     async with (
-        serve_script("Hello!", max_connections=4, **certificate) as served,
+        serve_script("Hello!", **limit, **certificate) as served,
         contextlib.AsyncExitStack() as stack,
     ):
         silent = [await stack.enter_async_context(connection(served)) for _ in range(30)]

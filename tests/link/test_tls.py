@@ -153,6 +153,20 @@ async def test_a_handshake_that_does_not_end(bench: Any, pki: Path, caplog: Any)
         writer.close()
 
 
+async def test_who_was_cut_after_its_handshake_is_named(bench: Any, pki: Path, caplog: Any) -> None:
+    context = client_context(files(pki, ca="ca"))
+    async with bench.server(bench.worker(), tls=files(pki, "worker"), max_handshakes=1) as server:
+        strangers, ports = [], []
+        for _ in range(2):
+            strangers.append(await asyncio.open_connection("127.0.0.1", server.port, ssl=context))
+            ports.append(strangers[-1][1].get_extra_info("sockname")[1])
+            await bench.until(lambda: not server._tls.handshakes)
+        await bench.until(lambda: "did not begin" in caplog.text)
+        assert f"a link from 127.0.0.1:{ports[0]} did not begin: too many others" in caplog.text
+        for _, writer in strangers:
+            writer.transport.abort()
+
+
 async def test_closing_ends_handshakes(bench: Any, pki: Path) -> None:
     async with bench.server(bench.worker(), tls=files(pki, "worker")) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
