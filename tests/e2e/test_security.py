@@ -8,6 +8,8 @@ import http.client
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -91,7 +93,8 @@ class Deployment:
         return {name: process.pid for name, process in self._processes.items()}
 
     def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        trusting = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trusting)
         try:
             headers = {"authorization": f"Bearer {self.key if key is None else key}"}
             connection.request(method, path, body and json.dumps(body), headers)
@@ -127,8 +130,12 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     deployment = Deployment(tmp_path_factory.mktemp("security"))
     deployment.set_key("team")
     ports = ("--http-port", str(deployment.port), "--api-keys-file", str(deployment.folder / "keys"))
+    own = str(deployment.folder / "own")
+    tls = ("--http-tls-cert", f"{own}.pem", "--http-tls-key", f"{own}.key")
     try:
-        deployment.start("frontend", "frontend", *ports, PENSTOCK_API_KEY="the-key-of-the-environment")
+        deployment.start(
+            "frontend", "frontend", *ports, *tls, PENSTOCK_API_KEY="the-key-of-the-environment"
+        )
         deployment.worker("prefill", "prefill", "--system-port", str(free_port()))
         deployment.worker("decode", "decode", "--transfer", "tcp")
         deployment.wait_for(lambda: deployment.ready("prefill", "decode"))
@@ -189,6 +196,30 @@ def test_secret_and_certificates_are_replaced_while_requests_are_served(deployme
     log = (deployment.folder / "frontend.log").read_text()
     assert "handshake" not in log
     assert "differ" not in log
+
+
+def test_connections_that_never_end_their_handshake(deployment: Deployment) -> None:
+    """Hundreds at each port with TLS: others are served, they are closed, and the log says so in few words."""
+    health = json.loads(deployment.ask("GET", "/health")[1])
+    links = [int(instance["address"].rpartition(":")[2]) for instance in health["instances"]]
+    lines = deployment.logs().count("TLS handshake with")
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for port in [deployment.port, *links]:
+            for number in range(300):
+                one = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+                silent.append(one)
+                if number % 2:
+                    with contextlib.suppress(OSError):  # dropped already
+                        one.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
+        deployment.worker("after", "decode")
+        deployment.wait_for(lambda: deployment.ready("prefill", "decode", "after"))
+        assert deployment.complete()[0] == 200
+        for one in silent:
+            with contextlib.suppress(ConnectionError):
+                assert one.recv(1) == b""
+    assert deployment.logs().count("TLS handshake with") - lines <= 60
+    deployment.stop("after")
 
 
 def test_who_has_another_secret_stays_outside(deployment: Deployment) -> None:
