@@ -199,7 +199,7 @@ def test_secret_and_certificates_are_replaced_while_requests_are_served(deployme
 
 
 def test_connections_that_never_end_their_handshake(deployment: Deployment) -> None:
-    """Hundreds at each port with TLS: others are served, they are closed, and the log says so in few words."""
+    """Hundreds at each port with TLS: others are served, they are closed, and the log has a few lines."""
     health = json.loads(deployment.ask("GET", "/health")[1])
     links = [int(instance["address"].rpartition(":")[2]) for instance in health["instances"]]
     lines = deployment.logs().count("TLS handshake with")
