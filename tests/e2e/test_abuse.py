@@ -47,13 +47,15 @@ def link_ports(graph: Graph) -> list[int]:
     return [int(instance["address"].rpartition(":")[2]) for instance in health["instances"]]
 
 
-def send(port: int, data: bytes, timeout_s: float = 5.0) -> bytes:
-    """Send, then read what comes until the other side has had enough."""
+def send(port: int, data: bytes, timeout_s: float = 5.0, *, stays: bool = False) -> bytes:
+    """Send, then read what comes until the other side has had enough. `stays`: without closing this side
+    before, which to an HTTP server is a client that has left."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         with contextlib.suppress(OSError):  # hung up on while still sending
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            if not stays:
+                connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
             while part := connection.recv(65536):
                 received += part
@@ -115,7 +117,7 @@ def test_enormous_frames_and_bodies(graph: Graph) -> None:
     ],
 )
 def test_bad_bodies(graph: Graph, body: bytes, status: int) -> None:
-    answer = send(graph.port, post("/v1/chat/completions", body, extra="Connection: close\r\n"))
+    answer = send(graph.port, post("/v1/chat/completions", body, extra="Connection: close\r\n"), stays=True)
     assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["message"]
@@ -123,7 +125,7 @@ def test_bad_bodies(graph: Graph, body: bytes, status: int) -> None:
 
 def test_too_long_a_prompt_names_both_lengths(graph: Graph) -> None:
     body = json.dumps({"model": MODEL, "prompt": [400] * 100_000}).encode()
-    answer = send(graph.port, post("/v1/completions", body, extra="Connection: close\r\n"))
+    answer = send(graph.port, post("/v1/completions", body, extra="Connection: close\r\n"), stays=True)
     assert answer.startswith(b"HTTP/1.1 400")
     assert b"100000" in answer
     assert b"context_length_exceeded" in answer
