@@ -29,7 +29,8 @@ class TlsAcceptor:
         shutdown_timeout_s: for TLS to be ended on both sides, once a connection is closed.
         room: how many handshakes may be under way now. One more drops the oldest, so that silent
             connections cannot keep others out; 0 drops the new one.
-        log: told at `info` of handshakes that failed; strangers must not be able to fill it.
+        log: told of handshakes that failed, and of connections that were not taken; strangers must not be
+            able to fill it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class TlsAcceptor:
         room = 0 if self._closed else self._room()
         if room <= 0:
             accepted.close()
+            self._log.warning("too many connections: %s is dropped before its TLS handshake", address)
             return
         while len(self._handshakes) >= room:
             self._drop(next(iter(self._handshakes)), "too many others are at theirs")

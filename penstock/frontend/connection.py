@@ -66,6 +66,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.settings.max_connections + MAX_LINGERING:
             self.transport.abort()
         elif len(self.connections) > self.settings.max_connections:
+            self.quiet_log.warning("too many connections: %s is refused", self._client_address())
             error = RequestRejected(503, "Too many connections.", code="overloaded", retry_after_s=1.0)
             self._refuse("503 Service Unavailable", error)
 

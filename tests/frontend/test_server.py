@@ -189,7 +189,7 @@ async def test_blank_lines_do_not_keep_a_connection(serve_script):
                     await asyncio.wait_for(reader.read(1), 0.05)
 
 
-async def test_too_many_connections(serve_script):
+async def test_too_many_connections(serve_script, caplog):
     async with serve_script("x", max_connections=2) as served, contextlib.AsyncExitStack() as stack:
         first = [await stack.enter_async_context(connection(served)) for _ in range(2)]
         await asyncio.sleep(0.05)
@@ -197,6 +197,7 @@ async def test_too_many_connections(serve_script):
             answer = await everything(reader)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b'"code":"overloaded"' in answer
+        assert caplog.text.count("too many connections: 127.0.0.1:") == 1
         for reader, writer in first:
             writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
@@ -424,6 +425,19 @@ async def test_silent_tls_connections_count_and_keep_nobody_out(
     failed = [line for line in caplog.messages if line.startswith("TLS handshake with 127.0.0.1:")]
     assert len(failed) == BURST_LINES
     assert failed[0].endswith("failed: too many others are at theirs")
+
+
+async def test_no_room_even_for_a_handshake(serve_script, certificate, monkeypatch, caplog):
+    monkeypatch.setattr("penstock.frontend.server.MAX_LINGERING", 0)
+    trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
+    trusting.check_hostname = False
+    async with serve_script("x", max_connections=1, **certificate) as served:
+        _, first = await asyncio.open_connection(served.host, served.port, ssl=trusting)
+        async with connection(served) as (reader, _):
+            with contextlib.suppress(ConnectionError):
+                assert await everything(reader) == b""
+        await eventually(lambda: "is dropped before its TLS handshake" in caplog.text)
+        first.close()
 
 
 @pytest.mark.parametrize(
