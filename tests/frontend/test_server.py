@@ -432,7 +432,9 @@ async def test_no_room_even_for_a_handshake(serve_script, certificate, monkeypat
     trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
     trusting.check_hostname = False
     async with serve_script("x", max_connections=1, **certificate) as served:
-        _, first = await asyncio.open_connection(served.host, served.port, ssl=trusting)
+        answers, first = await asyncio.open_connection(served.host, served.port, ssl=trusting)
+        first.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200 OK" in await answers.readuntil(b"}")
         async with connection(served) as (reader, _):
             with contextlib.suppress(ConnectionError):
                 assert await everything(reader) == b""
