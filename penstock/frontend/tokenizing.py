@@ -26,6 +26,7 @@ from penstock.observability import TokenizerMetrics
 T = TypeVar("T")
 
 RETRY_AFTER_S = 1.0
+"""After a prompt took too long: others' may have been the reason."""
 
 Slice = list[tuple[int, str]]
 """Pieces, each with the number of the text that it is of."""

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
 from msgspec import structs
@@ -237,31 +238,54 @@ async def test_a_frontend_that_leaves_says_so_to_who_waits(serving):
         assert (await waiting).json()["error"]["code"] == "shutting_down"
 
 
-async def test_loading_a_model_holds_up_no_other(serve_script, view_of, byte_level):
-    loading, go_on = threading.Event(), threading.Event()
+class SlowParsers(TagParsers):
+    """Load a model when they are told to."""
 
-    class Slow(TagParsers):
-        def load(self, model):
-            loading.set()
-            go_on.wait(60)
-            return super().load(model)
+    def __init__(self):
+        self.loading, self.go_on = threading.Event(), threading.Event()
 
+    def load(self, model):
+        self.loading.set()
+        self.go_on.wait(60)
+        return super().load(model)
+
+
+@pytest.fixture
+def serve_slow(serve_script, view_of, byte_level):
+    """A server with two models, one of which is slow to load."""
     views = [
         view_of(byte_level, max_model_len=100_000),
         view_of(byte_level, name="slow", fingerprint="other", reasoning_parser="tag"),
     ]
-    async with serve_script("x", views=views, parsers=Slow()) as served:
+    return partial(serve_script, "x", views=views)
 
-        def post(model, prompt):
-            body = {"model": model, "prompt": prompt, "max_tokens": 1}
-            return asyncio.ensure_future(served.http.post("/v1/completions", json=body, timeout=60.0))
 
-        assert (await post("tiny", "Hi")).status_code == 200
-        slow = post("slow", "Hi")
+def post(served, model, prompt):
+    body = {"model": model, "prompt": prompt, "max_tokens": 1}
+    return asyncio.ensure_future(served.http.post("/v1/completions", json=body, timeout=60.0))
+
+
+async def test_loading_a_model_holds_up_no_other(serve_slow):
+    parsers = SlowParsers()
+    async with serve_slow(parsers=parsers) as served:
+        assert (await post(served, "tiny", "Hi")).status_code == 200
+        slow = post(served, "slow", "Hi")
         try:
-            await asyncio.to_thread(loading.wait, 30)
-            assert (await post("tiny", new_text(20_000))).status_code == 200
+            await asyncio.to_thread(parsers.loading.wait, 30)
+            assert (await post(served, "tiny", new_text(20_000))).status_code == 200
             assert not slow.done()
         finally:
-            go_on.set()
+            parsers.go_on.set()
         assert (await slow).status_code == 200
+
+
+async def test_loading_a_model_has_a_deadline(serve_slow):
+    parsers = SlowParsers()
+    async with serve_slow(parsers=parsers, prepare_timeout_s=0.2) as served:
+        try:
+            late = await post(served, "slow", "Hi")
+        finally:
+            parsers.go_on.set()
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "tokenizer_timeout")
+    async with serve_slow(parsers=parsers) as served:
+        assert (await post(served, "slow", "Hi")).status_code == 200
