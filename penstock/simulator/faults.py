@@ -70,7 +70,7 @@ def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
     if lab.scenario.gentle:
         up = [it for it in up if it.instance_id != lab.untouchable]
     fitting = [it for it in up if it.role in roles] or up
-    busy = [it for it in fitting if it.worker.health()["attempts"]]
+    busy = [it for it in fitting if it.worker._owners]
     if busy and rng.random() < BUSY_SHARE:
         return rng.choice(busy)
     return rng.choice(fitting) if fitting else None

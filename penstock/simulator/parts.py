@@ -70,7 +70,7 @@ class SimWorker:
     @property
     def serving(self) -> bool:
         """Whether it is up and has said so."""
-        return self.up and hasattr(self, "worker") and self.worker.health()["status"] == "healthy"
+        return self.up and hasattr(self, "worker") and self.worker._status() == "healthy"
 
     @property
     def stands_still(self) -> bool:

@@ -99,7 +99,8 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
     if quiet:
         faults = [PlannedFault("hang-ups", load_s * part / 8, seed + part) for part in range(1, 9)]
     files = rng.random() < FILES_SHARE
-    calls = draw_calls(rng, rng.randint(20, 60), load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
+    asked = rng.randint(100, 200) if large else rng.randint(20, 60)
+    calls = draw_calls(rng, asked, load_s, byte_tokenizer.VOCAB_SIZE if files else VOCAB_SIZE)
     if not (quiet or large):
         calls = _with_late_ones(rng, calls)
     deadlines = _deadlines(rng, gentle)
@@ -109,7 +110,7 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         gentle=gentle,
         quiet=quiet,
         roles=_roles(rng, count),
-        frontends=options.frontends or (1 if large else rng.randint(1, 3)),
+        frontends=options.frontends or rng.randint(1, 2 if large else 3),
         load_s=load_s,
         calls=calls,
         faults=sorted(faults, key=lambda fault: fault.at),

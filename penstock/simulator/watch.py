@@ -138,4 +138,4 @@ class Watch:
 
 
 def _busy(worker: SimWorker) -> bool:
-    return bool(worker.worker.health()["attempts"])
+    return bool(worker.worker._owners)
