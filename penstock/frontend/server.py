@@ -207,4 +207,4 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return listen(host, port, BACKLOG)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
+        raise ConfigError(f"cannot listen on {join_address(host, port)}: {error}") from None

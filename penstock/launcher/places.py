@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from penstock.launcher.plan import gpus_needed
 
 _PORT_TRIES = 100
 _PORT_MAX = 65535
+_DYING_S = 1.0
+_DYING_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +41,17 @@ class Places:
         self._taken: list[Place] = []
 
     def check_port(self) -> None:
-        """Raises ConfigError: the first frontend's port is in use, or the host is not this machine's."""
-        self._open_first().release(None)
+        """Raises ConfigError: the first frontend's port is in use, or the host is not this machine's. Asks
+        again for a moment: the frontends of a launcher that was just killed die after it."""
+        deadline = time.monotonic() + _DYING_S
+        while True:
+            try:
+                self._open_first().release(None)
+                return
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_DYING_POLL_S)
 
     def take(self, service: Service) -> Place:
         """A place for one more replica. Raises ConfigError: there is none."""

@@ -64,7 +64,11 @@ class StateFolder:
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
         with os.fdopen(descriptor, "r+") as lock:
-            if not _lock_exclusively(lock):
+            try:
+                locked = _lock_exclusively(lock)
+            except OSError as error:  # some shared file systems have no locks
+                raise ConfigError(f"cannot lock {self._lock}: {error.strerror}") from error
+            if not locked:
                 holder = lock.read().strip() or "unknown"
                 raise ConfigError(f"{self.graph} is already running (pid {holder}); stop it: penstock down")
             lock.truncate(0)
