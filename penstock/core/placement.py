@@ -175,12 +175,15 @@ class Placement:
         if predicted is None or placed.runs_on != instance_id:
             return None
         placed.predicted_tokens = None
+        size = self._block_sizes[instance_id]
+        known = predicted
+        if (
+            cached_tokens > predicted
+        ):  # of a burst with one prefix, the first one's blocks may have come since
+            overlap = self._index.overlaps(placed.hashes.get(size, ())).get(instance_id, 0)
+            known = max(predicted, min(cached_tokens, overlap * size))
         verdict = self._check.observe(
-            instance_id,
-            predicted,
-            cached_tokens,
-            self._block_sizes[instance_id],
-            held_blocks=self._index.held(instance_id),
+            instance_id, known, cached_tokens, size, held_blocks=self._index.held(instance_id)
         )
         return predicted, verdict
 

@@ -148,3 +148,16 @@ def test_the_log_line_has_every_candidate_and_the_reason() -> None:
     line = explain("r", choose(placement(*cards), placed(), *cards), {"d9"})
     for part in ("routing decision", "[d0 ", "[d1 ", "overlap=", "queue_ms=", "transfer_ms=", "avoided=d9"):
         assert part in line
+
+
+def test_a_burst_with_one_prefix_to_an_empty_worker_is_no_reason_for_distrust() -> None:
+    """All but the first find what nobody could foresee; the events tell of it by then."""
+    cards = [card("d0")]
+    it = placement(*cards)
+    burst = [placed(f"r{number}") for number in range(2 * MIN_OBSERVATIONS)]
+    for seq, each in enumerate(burst):
+        choose(it, each, *cards)
+        it.sent(each, "d0", seq, attempt())
+    it.cache_changed("d0", HASHES, [], False)
+    for each in burst:
+        assert it.cached(each, "d0", 144) == (0, None)
