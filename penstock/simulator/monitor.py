@@ -155,17 +155,16 @@ class Monitor:
 
     def _waiting(self, frontend: SimFrontend) -> Iterator[Complaint]:
         """Nobody waits while workers that could begin at once have nothing to do."""
-        router = frontend.router
-        for instance_id, what in self._idle(frontend).items():
+        for what in self._idle(frontend).values():
             yield "", math.inf, what
-            for queue in router._queues.values():
-                live = router._live.get(queue.next() or "")
-                if live is not None and instance_id not in live.lifecycle._avoid:
-                    yield "no worker idles", IDLE_S, f"{live.placed.request.request_id} waits, and {what}"
+            for queue in frontend.router._queues.values():
+                if queue.next() is not None:
+                    yield "no worker idles", IDLE_S, f"{queue.next()} waits, and {what}"
 
     def _idle(self, frontend: SimFrontend) -> dict[str, str]:
         """Those who could end a request and have nothing to do, going by what a frontend knows; with words
-        for it. None if there is a queue where prompts are computed."""
+        for it. None if there is a queue where prompts are computed, and none that the first in the queue
+        avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
         ready = router._instances.membership.ready_cards()
         idle = []
@@ -176,8 +175,13 @@ class Monitor:
         ahead = [card for card in ready if not card.role.decodes]
         if ahead and all(card not in idle for card in ahead):
             return {}
-        names = [card.instance_id for card in idle if card.role.decodes]
-        return {name: f"{frontend.name} has nothing for {name}" for name in names}
+        heads = [router._live.get(queue.next() or "") for queue in router._queues.values()]
+        avoided = {name for live in heads if live is not None for name in live.lifecycle._avoid}
+        names = [it.instance_id for it in idle if it.role.decodes and it.instance_id not in avoided]
+        sent = {name: account.sent for name, account in router._placement._book._accounts.items()}
+        return {
+            name: f"{frontend.name} has had nothing for {name} since no. {sent[name]}" for name in names
+        }
 
     # --- workers and what is known of them ----------------------------------------------------------------
 

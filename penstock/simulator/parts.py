@@ -263,8 +263,8 @@ class SimFrontend:
         self.sent_calls.add(call_id)
         for other in self.router._live.values():
             its = other.placed.request
-            first = other.lifecycle._attempt_number > 0 or its.priority < priority
-            if first and its.request_id in other.queue and its.call_id != call_id:
+            first = its.priority < priority and its.call_id not in self.sent_calls
+            if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:
                 self.lab.violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
 
     def _refused(self, request_id: str, why: str) -> None:
