@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jinja2
 from tokenizers import Tokenizer
 
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import RequestRejected
 from penstock.frontend.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
 from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
 from penstock.frontend.openai import ChatRequest
@@ -45,11 +45,13 @@ class ModelText:
             raise _unusable(view, f"it came without {TOKENIZER_FILE}")
         try:
             self._load(view, cache_bytes)
+            self.parser = _parser(view, parsers)
         except jinja2.TemplateSyntaxError as error:
             raise _unusable(view, f"chat template, line {error.lineno}: {error}") from None
-        except Exception as error:  # noqa: BLE001 whatever a worker's files hold must not end a frontend
+        # Whatever a worker's files hold must not end a frontend. A panic of `tokenizers`, which some cause,
+        # is no Exception; and nothing is cancelled in the loader's thread.
+        except BaseException as error:  # noqa: BLE001
             raise _unusable(view, str(error) or repr(error)) from None
-        self.parser = _parser(view, parsers)
 
     def _load(self, view: ModelView, cache_bytes: int) -> None:
         content = view.assets[TOKENIZER_FILE].decode()
@@ -165,9 +167,9 @@ class Preprocessor:
         )
 
     def close(self) -> None:
-        """End the threads; what they work on is finished first."""
+        """End the threads. A model that is being loaded, for seconds perhaps, is not waited for."""
         self._thread.close()
-        self._loader.shutdown(cancel_futures=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
 
 def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
@@ -182,10 +184,7 @@ def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
             ", ".join(names),
         )
         return None
-    try:
-        return parsers.load(view)
-    except ConfigError as error:
-        raise _unusable(view, str(error)) from None
+    return parsers.load(view)
 
 
 def _unusable(view: ModelView, reason: str) -> RequestRejected:

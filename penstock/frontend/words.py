@@ -96,10 +96,14 @@ class WordEncoder:
                 self._known[word] = ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # The batch call releases the GIL and computes no offsets, which a single encode() does not.
-        return [
-            encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        try:
+            # The batch call releases the GIL and computes no offsets, which a single encode() does not.
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as panic:  # noqa: BLE001 of `tokenizers`, which nobody above expects
+            raise RuntimeError(f"the tokenizer failed: {panic}") from None
+        return [encoding.ids for encoding in encodings]
 
 
 def _may_cut(spec: JsonObject, added_tokens: Collection[AddedToken]) -> bool:

@@ -12,6 +12,7 @@ from penstock.frontend.preprocess import MAX_LOADED_MODELS, Preprocessor
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.tokenizing import Caller
 from penstock.observability import Metrics
+from tests.frontend.conftest import byte_level_tokenizer
 
 
 @pytest.fixture
@@ -115,10 +116,30 @@ async def test_only_so_many_models_are_kept(preprocessor, view_of, word_piece):
     assert await preprocessor.text_of(view_of(word_piece, fingerprint="0")) is not first
 
 
+def edited(**changes):
+    """Assets with a tokenizer.json that differs in these."""
+    spec = json.loads(byte_level_tokenizer().to_str())
+    return {"assets": {"tokenizer.json": json.dumps(spec | changes).encode()}}
+
+
+FIXED_LENGTH = {"type": "FixedLength", "length": 0}
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+NAMELESS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"assets": {}}, "without tokenizer.json"),
+        # `tokenizers` panics with these
+        (edited(post_processor=NAMELESS), "no entry found for key"),
+        (edited(normalizer=PRECOMPILED), "Cannot parse precompiled_charsmap"),
+        (edited(pre_tokenizer=FIXED_LENGTH), "chunk size must be non-zero"),
         ({"assets": {"tokenizer.json": b"{"}}, "cannot be used"),
         ({"assets": {"tokenizer.json": b"\xff"}}, "cannot be used"),
         ({"template": "{% if %}"}, "chat template, line 1"),

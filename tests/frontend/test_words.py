@@ -122,3 +122,9 @@ def test_what_is_kept_is_bounded(tokenizers, monkeypatch):
     encoder.encode(["x" * 1000 + " " + " ".join(map(str, range(50)))])
     assert len(encoder._known) <= 10
     assert max(map(len, encoder._known)) <= words.MAX_WORD_CHARS
+
+
+def test_a_panic_of_the_tokenizer_is_an_error(byte_level):
+    spec = json.loads(byte_level.to_str()) | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+    with pytest.raises(RuntimeError, match="the tokenizer failed: chunk size must be non-zero"):
+        WordEncoder(Tokenizer.from_str(json.dumps(spec)), spec).encode(["x"])
