@@ -55,7 +55,9 @@ def _watch(owner: int, directory: str) -> None:
     except ProcessLookupError:
         pass  # it is gone already
     else:
-        select.select([descriptor], [], [])
+        poll = select.poll()  # `select` takes no descriptor beyond 1023
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
     if directory:
         shutil.rmtree(directory, ignore_errors=True)
     for process in _others_of(owner):

@@ -14,9 +14,12 @@ from penstock.engines.vllm.guard import DIRECTORY_VARIABLE, OWNER_VARIABLE
 
 WAIT_S = 20.0
 
-# Says that it watches, and would then stay for ever.
+# Says that it watches, and would then stay for ever. It has as many files open as an engine under load.
 ENGINE = """
-import time
+import os, resource, time
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
 from penstock.engines.vllm.guard import die_with_owner
 die_with_owner()
 print("watching", flush=True)
