@@ -94,7 +94,7 @@ def plan_worker(site: Site, service: Service, index: int, gpus: Sequence[str]) -
     env = _environment(site, service, _SINGLE_THREADED)
     if gpus:
         env[VISIBLE_VARIABLE] = ",".join(gpus)
-    options = build_options(WorkerOptions, flags, service.env, service.engine_args)
+    options = build_options(WorkerOptions, flags, env, service.engine_args)
     argv = msgspec.structs.replace(service, flags=flags).argv()
     return Launch(service.name, name, instance_id, tuple(argv), env, options.drain_s, gpus=tuple(gpus))
 
@@ -109,10 +109,10 @@ def plan_frontend(site: Site, service: Service, index: int, port: int) -> Launch
         "http-port": str(port),
         **_shared_flags(site),
     }
-    options = build_options(FrontendOptions, flags, service.env)
+    env = _environment(site, service, {})
+    options = build_options(FrontendOptions, flags, env)
     argv = msgspec.structs.replace(service, flags=flags).argv()
     url = f"{'https' if options.http_tls_cert else 'http'}://{_url_host(site.http_host)}:{port}"
-    env = _environment(site, service, {})
     instance_id = f"{site.graph.name}-{name}"
     return Launch(service.name, name, instance_id, tuple(argv), env, options.drain_s, url=url)
 

@@ -66,8 +66,8 @@ class StateFolder:
         with os.fdopen(descriptor, "r+") as lock:
             try:
                 locked = _lock_exclusively(lock)
-            except OSError as error:  # some shared file systems have no locks
-                raise ConfigError(f"cannot lock {self._lock}: {error.strerror}") from error
+            except OSError as error:
+                raise self._unlockable(error) from error
             if not locked:
                 holder = lock.read().strip() or "unknown"
                 raise ConfigError(f"{self.graph} is already running (pid {holder}); stop it: penstock down")
@@ -78,14 +78,16 @@ class StateFolder:
             yield
 
     def is_running(self) -> bool:
-        """Whether some process holds the lock."""
+        """Whether some process holds the lock. Raises ConfigError when that cannot be known."""
         try:
             with self._lock.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError as error:
+            raise self._unlockable(error) from error
         return False
 
     def prepare(self) -> None:
@@ -99,6 +101,10 @@ class StateFolder:
                 ignore.write_text("*\n")
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
+
+    def _unlockable(self, error: OSError) -> ConfigError:
+        """Some shared file systems have no locks."""
+        return ConfigError(f"cannot lock {self._lock}: {error.strerror}")
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed supervisor left, and make the secret anew."""

@@ -293,7 +293,8 @@ class Supervisor:
             replica.stop()
 
     def restart(self, names: Sequence[str]) -> list[str]:
-        """Begin to replace all replicas of these services, of all when there are none, one by one.
+        """Begin to replace all replicas of these services, of all when there are none, one by one: workers
+        first, since a frontend without one of its roles, which may wait for its restart, is never ready.
 
         Returns:
             the replicas' names, in order.
@@ -304,7 +305,8 @@ class Supervisor:
         if self._stopping.is_set():
             raise ConfigError(f"{self._graph.name} is stopping")
         fleets = [self._fleet(name) for name in names] or self._fleets
-        return self._rolling.begin(list(dict.fromkeys(fleets)), self._tasks)
+        fleets = sorted(dict.fromkeys(fleets), key=lambda one: one.service.kind is ServiceKind.FRONTEND)
+        return self._rolling.begin(fleets, self._tasks)
 
     def _check_count(self, name: str, count: int) -> None:
         if not 0 <= count <= self._settings.replicas_max:

@@ -99,6 +99,15 @@ def test_a_frontend_gets_its_port_and_waits_for_the_graphs_roles() -> None:
         assert plan_frontend(site(http_host=host), FRONTEND, 0, 80).url == url
 
 
+def test_what_the_environment_says_is_known_here_too() -> None:
+    around = {"PENSTOCK_DRAIN_S": "90"}
+    service = worker()
+    assert plan_worker(site(service, **around), service, 0, ()).drain_s == 90.0
+    assert plan_frontend(site(**around), FRONTEND, 0, 8001).drain_s == 90.0
+    patient = msgspec.structs.replace(service, env={"PENSTOCK_DRAIN_S": "120"})
+    assert plan_worker(site(patient, **around), patient, 0, ()).drain_s == 120.0
+
+
 def test_services_of_one_role_are_told_apart() -> None:
     assert labels(graph(worker("A"), worker("B"), worker("C", Role.DECODE))) == {
         "Frontend": "frontend",

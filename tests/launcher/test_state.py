@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_the_lock_holds_only_one(tmp_path: Path) -> None:
         folder.locked(),
     ):
         pass
+
+
+def test_without_locks_nothing_counts_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = StateFolder(tmp_path, "toy")
+    with folder.locked():
+        pass
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for look in (folder.is_running, lambda: folder.locked().__enter__()):
+        with pytest.raises(ConfigError, match=r"^cannot lock .*/lock: No locks available$"):
+            look()
 
 
 def test_graphs_are_found(tmp_path: Path) -> None:
