@@ -129,6 +129,7 @@ class Connection(HttpToolsProtocol):
             raise ProtocolError(f"more than {MAX_PIPELINED} requests without waiting for responses")
         super().on_message_begin()
         self._in_request = True
+        self._unset_keepalive_if_required()  # since the end of the one before, in the same bytes
         extensions = {ABORT_EXTENSION: self.transport.abort, WRITE_EXTENSION: self._write_chunk}
         cast(dict[str, Any], self.scope)["extensions"] = extensions
         if self._head_timer is None:
@@ -148,10 +149,7 @@ class Connection(HttpToolsProtocol):
             if not self.cycle.response_started:
                 self.cycle.keep_alive = False
         elif not self._in_request:
-            self._unset_keepalive_if_required()
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._await_request()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -162,6 +160,8 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._unset_abort()
         super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._await_request()  # its answer did not wait for its body
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -198,6 +198,12 @@ class Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
+
+    def _await_request(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _head_complete(self) -> None:
         if self._head_timer is not None:
