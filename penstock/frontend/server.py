@@ -36,7 +36,6 @@ log = logging.getLogger("penstock.frontend")
 OTHER_DESCRIPTORS: Final = 512  # that clients must leave, above all for links: one for each worker
 CLOSE_GRACE_S: Final = 2  # for writing what is left after the last call has ended
 POLL_S: Final = 0.05  # between looks at what tells nobody
-HANDSHAKE_S: Final = 1.0  # for connections that were accepted and are not yet through with TLS
 TLS_CLOSE_S: Final = 5.0  # for a client to end TLS once its connection is closed here
 
 
@@ -170,7 +169,8 @@ class _Server(HttpServer):
 
     async def hand_over(self, grace_s: float) -> None:
         """Accept nothing more, and serve the connections there are until they have ended, for at most
-        `grace_s`. They end with their next answer, or when no request comes for a while."""
+        `grace_s`. They end with their next answer, or when no request comes for a while. Those that are not
+        through with TLS are among them."""
         connections = cast(set[Connection], self.server_state.connections)
         log.info("leaving the port to another process, connections=%d", len(connections))
         deadline = time.monotonic() + grace_s
@@ -181,8 +181,7 @@ class _Server(HttpServer):
         for connection in list(connections):
             connection.leave()
         await asyncio.sleep(POLL_S)  # the last ones to be accepted get here
-        await _until(lambda: not self._handshakes, min(deadline, time.monotonic() + HANDSHAKE_S))
-        await _until(lambda: not connections, deadline)
+        await _until(lambda: not self._handshakes and not connections, deadline)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

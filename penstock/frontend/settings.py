@@ -83,8 +83,9 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     tokenizing: AdmissionSettings = AdmissionSettings(
         max_wait_ms=10_000.0, dispatch_wait_ms=0.0, max_queued_work=64 * 1024 * 1024
     )
-    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters:
-    at most, 256 MiB of memory."""
+    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters. Each
+    is there up to four times (messages, prompt, segments, slices), at 1 to 4 bytes a character, whichever
+    its widest needs: 256 MiB for ASCII, and 1 GiB at most."""
 
     prepare_timeout_s: float = 30.0
     """From a request's last byte until its prompts are token ids: its tokenizer's loading, its turn, and

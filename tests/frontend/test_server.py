@@ -82,6 +82,29 @@ async def test_an_idle_connection_is_closed(serve_script):
         assert (await everything(reader)).endswith(b'{"status":"live"}')
 
 
+@pytest.mark.parametrize("more", [b"", b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"])
+async def test_a_connection_whose_answer_came_before_the_body_is_closed_too(serve_script, more):
+    async with serve_script("x", keep_alive_s=1) as served, connection(served) as (reader, writer):
+        content = json.dumps(CHAT).encode()
+        writer.write(post(CHAT, path="/nowhere")[: -len(content)])
+        assert b"404 Not Found" in await reader.readuntil(b"}}")
+        writer.write(content + more)
+        assert (b"200 OK" in await everything(reader)) is bool(more)
+
+
+async def test_a_long_answer_after_a_body_that_came_late(serve_script):
+    """The connection counted as idle between the two, for no time at all."""
+    async with (
+        serve_script("word " * 8, step_s=0.25, keep_alive_s=1) as served,
+        connection(served) as (reader, writer),
+    ):
+        content = json.dumps(CHAT).encode()
+        writer.write(post(CHAT, path="/nowhere")[: -len(content)])
+        assert b"404 Not Found" in await reader.readuntil(b"}}")
+        writer.write(content + post(CHAT))
+        assert b'"finish_reason":"length"' in await everything(reader, 15)
+
+
 async def test_a_slow_body_is_answered_and_closed(serve_script):
     async with serve_script("x", body_timeout_s=0.2) as served, connection(served) as (reader, writer):
         writer.write(post(CHAT, length=1000))
@@ -615,6 +638,26 @@ async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
             await asyncio.wait_for(old.task, 10)
             assert new.completer.requests
             assert not new.task.done()
+
+
+async def test_a_handshake_under_way_is_not_cut_by_a_successor(serve_script, lender, certificate):
+    trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
+    trusting.check_hostname = False
+    async with serve_script("old", lent=lender.lend(), **certificate) as old:
+        await eventually(lambda: lender.says_ready(0))
+        raw = socket.create_connection((old.host, old.port))
+        _, later = await asyncio.open_connection(
+            old.host, old.port, ssl=trusting
+        )  # so that one is accepted
+        later.close()
+        await later.wait_closed()
+        await lender.hand_over(old, 0)
+        await asyncio.sleep(1.5)
+        reader, writer = await asyncio.open_connection(sock=raw, ssl=trusting, server_hostname=old.host)
+        writer.write(post(CHAT))
+        assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+        await asyncio.wait_for(old.task, 10)
 
 
 async def test_a_lent_port_is_served_once_healthy_or_when_patience_ends(view, byte_level, saying, lender):
