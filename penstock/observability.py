@@ -25,7 +25,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from penstock.errors import ConfigError
-from penstock.log_pipe import LogPipe, is_pipe
+from penstock.log_pipe import unblocked
 from penstock.structs import Load
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -107,7 +107,7 @@ def setup_logging(
             source, wanted = name, environ[name]
     root_level, components = _parse_levels(source, wanted or "info")
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(LogPipe(stream.fileno()) if is_pipe(stream) else stream)
+    handler = logging.StreamHandler(unblocked(stream))
     handler.setFormatter(LineFormatter(colour=stream.isatty() and "NO_COLOR" not in environ))
     root = logging.getLogger()
     for old in root.handlers[:]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from penstock.log_pipe import unblocked
 
 LAST_WORDS_VARIABLE = "PENSTOCK_ENGINE_LAST_WORDS"
 """Environment variable with a file's path."""
@@ -30,6 +33,11 @@ NOTICES = (
     "libiomp is not found",
 )
 """Beginnings of vLLM's warnings that warn of nothing."""
+
+
+def stderr_handler() -> logging.Handler:
+    """Writes to stderr, and waits for nobody who does not read it."""
+    return logging.StreamHandler(unblocked(sys.stderr))
 
 
 class NoNotices(logging.Filter):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +54,26 @@ def test_configuration_is_left_to_whoever_switched_it_off(monkeypatch: pytest.Mo
     assert json.loads(path.read_text())["loggers"].keys() == {"vllm"}
     monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
     assert "VLLM_LOGGING_CONFIG_PATH" not in log_environment()
+
+
+def test_a_pipe_that_nobody_reads_stops_no_process_of_vllms() -> None:
+    """vLLM itself, which logging.json asks for the level, need not be here."""
+    program = """
+import json, logging.config, sys
+config = json.load(open(sys.argv[1]))
+config["loggers"]["vllm"]["level"] = "WARNING"
+logging.config.dictConfig(config)
+for number in range(2000):
+    logging.getLogger("vllm.core").warning("number=%d %s", number, "x" * 200)
+"""
+    path = log_environment()["VLLM_LOGGING_CONFIG_PATH"]
+    with subprocess.Popen([sys.executable, "-c", program, path], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert b" WARNING vllm.core number=0 x" in process.stderr.readline()
 
 
 @pytest.mark.parametrize(
