@@ -140,6 +140,22 @@ async def freeze_decode_long(graph: Graph) -> None:
     await freeze(await graph.busiest("decode"), 20.0)
 
 
+@fault(
+    "a prefill and a decode worker that stand still again and again, for 15 s",
+    phases="queued transfer decode",
+    lasts_s=15,
+)
+async def stutter(graph: Graph) -> None:
+    """Some are too short to be noticed, some end the moment they are, some are longer."""
+    await asyncio.gather(*[stutters(await graph.busiest(role)) for role in ("prefill", "decode")])
+
+
+async def stutters(part: Part) -> None:
+    for seconds in (0.3, 1.9, 0.9, 2.5, 2.2, 4.0):
+        await freeze(part, seconds)
+        await asyncio.sleep(0.5)
+
+
 # --- frontends ---------------------------------------------------------------------------------------
 
 
@@ -155,7 +171,7 @@ async def freeze_frontend_short(graph: Graph) -> None:
 
 @fault(
     "a frontend frozen for 20 s",
-    STALL + "; a request that had no worker yet may have waited too long: 429",
+    STALL + "; who comes next may be turned away: 429",
     "prefill decode",
     errors=OVERDUE,
     lasts_s=20,

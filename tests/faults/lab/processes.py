@@ -291,6 +291,8 @@ class Graph:
         wanted = {part.name for part in self.workers}
         found = [f"{part.name} has ended" for part in self.parts if not part.running]
         for part in self.frontends:
+            if part.running and part.url not in self.urls:
+                found.append(f"{part.name} is not offered to clients")
             health = await self.health(part)
             states = {one["instance_id"]: one["state"] for one in health.get("instances", [])}
             ready = {name for name, state in states.items() if state == "ready"}
