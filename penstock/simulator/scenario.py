@@ -125,7 +125,7 @@ def draw_scenario(seed: int, options: Options) -> Scenario:
         sim=_sim(rng, files),
         transfer=SimTransferSettings(setup_ms=rng.choice((0.5, 2.0, 50.0))),
         max_waiting=256 if gentle else rng.choice((4, 32, 256)),
-        max_wait_ms=120_000.0 if gentle else rng.choice((50.0, 1000.0, 10_000.0)),
+        max_wait_ms=600_000.0 if gentle else rng.choice((50.0, 1000.0, 10_000.0)),
         drain_s=rng.choice((2.0, 10.0, 30.0)),
         latency_s=rng.choice(((0.0001, 0.0005), (0.0005, 0.02), (0.001, 0.1))),
         callback_s=0.0 if large else rng.choice((0.0, 0.00002, 0.0002)),
@@ -154,7 +154,7 @@ def _roles(rng: random.Random, count: int) -> dict[str, Role]:
 
 def _admission(rng: random.Random, gentle: bool) -> AdmissionSettings:
     if gentle:
-        return AdmissionSettings(max_wait_ms=120_000.0)
+        return AdmissionSettings(max_wait_ms=600_000.0)
     return AdmissionSettings(
         max_wait_ms=rng.choice((200.0, 2000.0, 10_000.0)),
         dispatch_wait_ms=rng.choice((5.0, 250.0)),
