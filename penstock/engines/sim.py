@@ -171,7 +171,8 @@ def load_sim(settings: SimSettings, duration_s: Callable[[list[Row]], float] | N
         model=settings.model,
         block_size=settings.block_size,
         total_blocks=settings.total_blocks,
-        max_model_len=settings.max_model_len,
+        # No longer than its blocks can hold: a frontend refuses at once what no worker could take.
+        max_model_len=min(settings.max_model_len, settings.total_blocks * settings.block_size),
         vocab_size=vocab_size,
         eos_token_ids=list(settings.eos_token_ids),
         layout=f"sim/{settings.model}/{settings.block_size}",

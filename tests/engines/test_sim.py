@@ -9,7 +9,7 @@ import pytest
 from penstock.clock import MonotonicClock, VirtualClock
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.cost_models import cost_model
-from penstock.engines.sim import SimRunner, SimSettings, sim_engine
+from penstock.engines.sim import SimRunner, SimSettings, load_sim, sim_engine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
 from penstock.structs import FinishReason, Sampling
@@ -80,6 +80,11 @@ def test_rows_without_a_sample_have_none():
 def test_bad_settings_are_refused(fields: dict[str, object]):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         SimSettings(**fields)  # type: ignore[arg-type]
+
+
+def test_no_context_is_longer_than_the_blocks_can_hold():
+    assert load_sim(SimSettings(block_size=16, total_blocks=10), None).card.max_model_len == 160
+    assert load_sim(SimSettings(block_size=16, max_model_len=50), None).card.max_model_len == 50
 
 
 async def test_an_unknown_cost_model_is_refused():
