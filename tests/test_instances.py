@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from penstock.core.progress import ProgressLimits
+from penstock.errors import ProtocolError
 from penstock.router import RouterSettings
-from penstock.structs import Role
+from penstock.structs import Load, Role
 from tests.cluster import WAIT_S, Cluster, cluster
 
 AGGREGATED = Role.AGGREGATED
@@ -62,6 +63,19 @@ async def test_the_end_of_an_old_link_does_not_touch_the_new_incarnation(
         assert len(await after.tokens()) == 100
         assert "penstock_retries_total 1.0" in it.metrics.render().decode()
         await worker.die()
+
+
+async def test_an_instance_is_forgotten_in_the_turn_in_which_its_link_comes_up(tmp_path: Path) -> None:
+    """Discovery's word comes first, and the link's task hears of it in its next turn only."""
+    async with cluster(tmp_path, {"a0": AGGREGATED}, SETTINGS, SLOW) as it:
+        link, worker = link_of(it, "a0"), it.workers.pop("a0")
+        card = it.router._instances.membership.members["a0"].card
+        await worker.die()
+        await until_state(it, "a0", "connecting")
+        link.close()
+        with pytest.raises(ProtocolError, match="forgotten"):
+            link.on_up(card, [], Load())
+        assert state(it, "a0") == "connecting"
 
 
 async def test_requests_go_back_to_an_instance_that_is_ready_again(tmp_path: Path) -> None:

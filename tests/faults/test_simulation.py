@@ -32,11 +32,6 @@ def test_no_fault_breaks_an_invariant(kind: str) -> None:
     assert injected
 
 
-def test_an_instance_forgotten_while_its_snapshot_arrives() -> None:
-    """Its link came up in the very turn in which discovery had it closed: a KeyError in the frontend."""
-    assert simulate(1927, ANY).violation is None
-
-
 def test_a_trace_changes_nothing() -> None:
     lines: list[str] = []
     assert simulate(3, ANY, lines.append).digest == simulate(3, ANY).digest
