@@ -22,7 +22,9 @@ from penstock.core import events as life
 from penstock.core.admission import AdmissionSettings, Queue, Refusal, work_tokens
 from penstock.core.deadlines import Deadlines
 from penstock.core.lifecycle import Lifecycle, Phase
+from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
+from penstock.core.policy import Decision
 from penstock.core.progress import ProgressLimits
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import PenstockError, ProtocolError, RemoteError, RequestRejected
@@ -173,8 +175,9 @@ class Router:
         or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.
         The choices of a call must be submitted one directly after the other."""
         now = self._clock.now()
-        self.check(request.model, request.tenant, request.priority)
         queue = self._queue(request.model)
+        if not queue.holds(request.call_id, request.tenant, request.priority):
+            self.check(request.model, request.tenant, request.priority)
         lifecycle = Lifecycle(request, self._settings.deadlines, now - request.age_s)
         live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         self._live[request.request_id] = live
@@ -189,9 +192,7 @@ class Router:
 
     def queues(self) -> list[QueueView]:
         """What waits here, by model, for /metrics."""
-        return [
-            QueueView(model, len(queue), queue.saturation_ms()) for model, queue in self._queues.items()
-        ]
+        return [QueueView(model, len(it), it.saturation_ms()) for model, it in self._queues.items()]
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
@@ -332,50 +333,52 @@ class Router:
             self._placement.ended(live.placed, _given(live) if live.lifecycle.complete else None)
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
-        request, queue, now = live.lifecycle.request, live.queue, self._clock.now()
-        if wanted.failed:
+        queue, now = live.queue, self._clock.now()
+        request = live.lifecycle.request
+        request_id = request.request_id
+        if failed := wanted.failed:
             self._metrics.retried()
-            log.info(
-                "request %s: trying again after %d tokens: %s",
-                request.request_id,
-                _given(live),
-                wanted.failed,
-            )
-        if request.request_id not in queue:  # it was sent before
-            queue.back(request.request_id, self._work(live), now)
-        if not queue.turn(request.request_id):
+            log.info("request %s: trying again after %d tokens: %s", request_id, _given(live), failed)
+        if request_id not in queue:  # it was sent before
+            queue.back(request_id, self._work(live), now)
+        if not queue.turn(request_id):
             return life.Held()
+        everybody = self._instances.membership.ready(request.model)
+        workers = decoders(everybody)
         ready = [
             card
-            for card in self._instances.membership.ready(request.model)
+            for card in everybody
             if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
         ]
         apart = self._keep_apart(live, ready)
-        if ready and not apart:  # it must not stand in the way of those behind it
-            queue.leave(request.request_id)
-            self._resting[request.request_id] = live
+        decision = self._decide(live, wanted, apart)
+        if not live.lifecycle.strikes.count and len(apart) < len(ready) and not _fits(live, decision):
+            apart, decision = ready, self._decide(live, wanted, ready)  # rather beside a suspect than not
+        if ready and decoders(apart) < workers and not _fits(live, decision):
+            queue.leave(request_id)  # others may go where it must not: it does not stand in their way
+            self._resting[request_id] = live
             return life.Held()
-        cards = [card for card in apart if self._full_until.get(card.instance_id, now) <= now]
-        decision = self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
         if decision is None:
-            if any(card.role.decodes for card in ready):
-                queue.hold(request.request_id, now)
+            if decoders(ready):
+                queue.hold(request_id, now)
                 return life.Held()
-            if not any(card.role.decodes for card in self._instances.membership.ready(request.model)):
+            if not workers:
                 queue.nobody()
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
-        workers = sum(card.role.decodes for card in cards)
         token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
-        if not queue.may_go(
-            request.request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded
-        ):
+        if not queue.may_go(request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded):
             return life.Held()
         self._placement.book(live.placed, decision, live.lifecycle.token_ids)
-        self._metrics.waited(queue.take(request.request_id, now))
+        self._metrics.waited(queue.take(request_id, now))
         self._metrics.decided(self._settings.policy, decision.path)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s", explain(request.request_id, decision, wanted.avoid))
+            log.debug("%s", explain(request_id, decision, wanted.avoid))
         return life.Chosen(decision.decode, decision.prefill)
+
+    def _decide(self, live: _Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
+        now = self._clock.now()
+        cards = [card for card in cards if self._full_until.get(card.instance_id, now) <= now]
+        return self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
 
     def _keep_apart(self, live: _Live, cards: list[Card]) -> list[Card]:
         """Where it may run, for all that is known of who kills engines."""
@@ -399,7 +402,7 @@ class Router:
             return life.InstanceLost(instance_id, str(error))
         except RemoteError as error:  # its link is full, or just broke: nothing was lost there
             self._full_until[instance_id] = self._clock.now() + self._settings.tick_s
-            return life.Bounced(attempt.attempt_id, str(error))
+            return life.Bounced(attempt.attempt_id, str(error), unsent=True)
         self._placement.sent(live.placed, instance_id, seq, attempt)
         return None
 
@@ -412,7 +415,7 @@ class Router:
     # --- what instances say: implements Listener ---------------------------------------------------------
 
     def on_ready(self, instance_id: str) -> None:
-        for live in list(self._live.values()):
+        for live in [live for live in self._live.values() if live.lifecycle.avoids(instance_id)]:
             self._event(live, life.InstanceReady(instance_id))
         self._look(self._clock.now())
 
@@ -441,7 +444,7 @@ class Router:
 
     def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
         self._full_until.pop(instance_id, None)
-        lives = list(self._live.values())
+        lives = [live for live in self._live.values() if live.lifecycle.concerns(instance_id)]
         on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
         connected = self._instances.membership.incarnations()
         for live in on_it:
@@ -478,6 +481,12 @@ class Router:
 
 async def _ready(model: ModelView) -> None:
     """Nothing to prepare."""
+
+
+def _fits(live: _Live, decision: Decision | None) -> bool:
+    """Whether it would be sent now."""
+    request_id = live.placed.request.request_id
+    return decision is not None and live.queue.fits(request_id, decision.wait_ms, decision.crowded)
 
 
 def _given(live: _Live) -> int:

@@ -11,7 +11,7 @@ from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.membership import State
 from penstock.discovery.file import FileDiscovery
-from penstock.errors import RemoteError, RequestRejected
+from penstock.errors import ProtocolError, RemoteError, RequestRejected
 from penstock.router import RouterSettings
 from penstock.structs import (
     Attempt,
@@ -330,10 +330,14 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
 
 async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
     """A prefill worker gives a first token, but the decode worker cannot be sent to, and that was it."""
-    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_bounces=0))
+    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_attempts=1))
     async with cluster(tmp_path, PAIR, settings, sim=SLOW) as it:
         link = it.router._instances.link("d0")
         assert link is not None
+
+        def fails(attempt: Attempt) -> int:
+            raise ProtocolError("too much of it")
+
         link._session.generate = fails  # type: ignore[union-attr, method-assign]
         answer, _ = it.ask(PROMPT)
         with pytest.raises(RequestRejected, match="too much"):
@@ -343,19 +347,25 @@ async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
 
 
 async def test_a_full_link_is_waited_for(tmp_path: Path) -> None:
-    """More often than an attempt may fail: nothing was lost there."""
-    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(max_attempts=1))
+    """More often than an attempt may fail, or a worker refuse: nothing was lost there. It has not left the
+    queue, whose deadline goes on."""
+    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(max_attempts=1, max_bounces=0))
     async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
         link = it.router._instances.link("a0")
         assert link is not None
+        tries = []
+
+        def fails(attempt: Attempt) -> int:
+            tries.append(attempt)
+            raise RemoteError("too much waits")
+
         link._session.generate = fails  # type: ignore[union-attr, method-assign]
         answer, _ = it.ask(PROMPT)
+        lifecycle = it.router._live["r0"].lifecycle
+        deadline = lifecycle.deadline
         async with asyncio.timeout(20):
-            while it.router._live["r0"].lifecycle._bounces < 3:
+            while len(tries) < 3:
                 await asyncio.sleep(0.01)
+        assert lifecycle.deadline == deadline
         del link._session.generate  # type: ignore[union-attr]
         assert len(await answer.tokens()) == 8
-
-
-def fails(attempt: Attempt) -> int:
-    raise RemoteError("too much waits")

@@ -26,7 +26,6 @@ have lately had, and a flow (a tenant within a line) by what shows in its own pa
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
@@ -157,15 +156,18 @@ class Queue:
     so, and is out of the queue with `take`, when it goes to one, or `leave`, when it does not.
     """
 
-    def __init__(self, settings: AdmissionSettings, rng: Random, awaited: str = "a worker") -> None:
-        """`awaited` is what they wait for, in the words of a refusal."""
+    def __init__(
+        self, settings: AdmissionSettings, rng: Random, awaited: str = "a worker", *, timed: bool = False
+    ) -> None:
+        """`awaited` is what they wait for, in the words of a refusal; `timed`: how long their work took is
+        told (`took`), and not guessed from when they go."""
         self._settings = settings
         self._rng = rng
         self._awaited = awaited
+        self._timed = timed
         self._lines: dict[int, _Line] = {}
         self._calls: dict[str, _Call] = {}  # by request id
         self._waiting = 0  # calls
-        self._tenants: Counter[str] = Counter()  # of these, each one's
         self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
         self._gone_key = ""  # the call that went last
         self._drain = Drain()
@@ -180,6 +182,13 @@ class Queue:
         return request_id in self._calls or request_id in self._along
 
     # --- coming and going ---------------------------------------------------------------------------
+
+    def holds(self, call_id: str, tenant: str, priority: int) -> bool:
+        """Whether this call was let in already, with the first of its choices."""
+        line = self._lines.get(priority)
+        flow = line.flows.get(tenant) if line is not None else None
+        waits = flow is not None and call_id in flow.calls
+        return bool(call_id) and (waits or call_id == self._gone_key)
 
     def refusal(self, tenant: str, priority: int, now: float, parts: float = 0.0) -> Refusal | None:
         """Why a newcomer would be refused, whatever it costs; None when it would be let in.
@@ -247,14 +256,20 @@ class Queue:
             return True
         self._head_ms = wait_ms
         self._workers = max(1, workers)
-        # Who came back has been let in before, and may have begun its answer: a client waits.
-        back = self._calls[request_id].flow.line.priority == _BACK
-        gate_ms = self._settings.max_wait_ms if back else self._settings.gate_ms
-        if wait_ms <= gate_ms and (back or not crowded):
+        if self.fits(request_id, wait_ms, crowded):
             return True
         self.guess(token_ms, self._calls[request_id].work)
         self.hold(request_id, now)
         return False
+
+    def fits(self, request_id: str, wait_ms: float, crowded: bool) -> bool:
+        """Whether one whose turn it is would be sent, see `may_go`."""
+        if request_id in self._along:
+            return True
+        # Who came back has been let in before, and may have begun its answer: a client waits.
+        if self._calls[request_id].flow.line.priority == _BACK:
+            return wait_ms <= self._settings.max_wait_ms
+        return wait_ms <= self._settings.gate_ms and not crowded
 
     def guess(self, pace: float, work: float) -> None:
         """The pace as long as none is known, in ms, as if some calls of so much work had gone."""
@@ -267,9 +282,17 @@ class Queue:
         if call is not None:
             self._hold(call.flow, now)
 
+    def took(self, work: float, ms: float) -> None:
+        """So much work took so long."""
+        self._drain.measured(work, ms)
+
     def nobody(self) -> None:
-        """There is no worker at all."""
+        """There is no worker at all. This time says nothing of their pace."""
         self._head_ms = 0.0
+        self._drain.end()
+        for line in self._lines.values():
+            for flow in line.flows.values():
+                flow.drain.end()
 
     def take(self, request_id: str, now: float) -> float:
         """It goes. Returns how many seconds it waited. Those of the same call are next."""
@@ -336,14 +359,12 @@ class Queue:
         have as many calls as there are places left, and each tenant as much work. So who comes in numbers
         leaves room for others, and nobody who was let in has to make it for them."""
         left = self._settings.max_queued - self._waiting
-        line = self._lines.get(priority)
-        flow = line.flows.get(tenant) if line is not None else None
-        own = len(flow.calls) if flow is not None else 0
-        flows = [line.flows[tenant] for line in self._lines.values() if tenant in line.flows]
-        own_work = work + sum(flow.work for flow in flows)
+        lines = [line for line in self._lines.values() if line.priority != _BACK and tenant in line.flows]
+        calls = {line.priority: len(line.flows[tenant].calls) for line in lines}
+        own_work = work + sum(line.flows[tenant].work for line in lines)
         return (
-            own >= left
-            or self._tenants[tenant] >= TENANT_FLOWS * left
+            calls.get(priority, 0) >= left
+            or sum(calls.values()) >= TENANT_FLOWS * left
             or own_work > self._settings.max_queued_work - self.work
         )
 
@@ -395,7 +416,6 @@ class Queue:
             call = flow.calls[key] = _Call(flow, key, now)
             line.calls += 1
             self._waiting += 1
-            self._tenants[tenant] += 1
         call.requests[request_id] = work
         self._calls[request_id] = call
         flow.work += work
@@ -410,7 +430,8 @@ class Queue:
         """So much of this flow goes."""
         flow.line.virtual = flow.start
         flow.start += work
-        if flow.line.priority != _BACK:  # they pass however full the workers are: no measure of their pace
+        # Those who came back pass however full the workers are: no measure of their pace.
+        if flow.line.priority != _BACK and not self._timed:
             self._drain.took(work, now, self._workers)
         self._recent.took(flow.line.priority, work, now)
         flow.drain.took(work, now)
@@ -422,9 +443,6 @@ class Queue:
         del flow.calls[call.key]
         line.calls -= 1
         self._waiting -= 1
-        self._tenants[flow.tenant] -= 1
-        if not self._tenants[flow.tenant]:
-            del self._tenants[flow.tenant]
         flow.work -= work
         line.work -= work
         if not flow.calls:

@@ -44,8 +44,11 @@ class Retry(msgspec.Struct):
 
 
 class Bounced(msgspec.Struct):
+    """`unsent`: it got no further than its link, which is full."""
+
     attempt_id: str
     reason: str
+    unsent: bool = False
 
 
 class InstanceLost(msgspec.Struct):

@@ -106,6 +106,7 @@ class Lifecycle:
         "_handoff_at",
         "_instance_id",
         "_limits",
+        "_queue_deadline",
         "_request_deadline",
         "_rests_until",
         "_sent_handoff",
@@ -128,6 +129,7 @@ class Lifecycle:
         self.trouble = ""  # why the last attempt ended, for logs and the final error
         self.strikes = Strikes()
         self._limits = limits
+        self._queue_deadline = self.deadline
         self._request_deadline = now + limits.request_s
         self._attempt_number = 0
         self._attempt_id = ""  # the current attempt; empty when there is none
@@ -149,6 +151,16 @@ class Lifecycle:
     def places(self) -> tuple[str, str]:
         """The instance that has its current attempt, and the one that is to decode it; empty for none."""
         return self._instance_id if self._attempt_id else "", self._decode_id
+
+    def concerns(self, instance_id: str) -> bool:
+        """Whether it has or will have anything there."""
+        places = (self._instance_id, self._decode_id)
+        handoffs = (self._handoff, self._sent_handoff)
+        return instance_id in places or any(it and it.instance_id == instance_id for it in handoffs)
+
+    def avoids(self, instance_id: str) -> bool:
+        """Whether it does not go there again."""
+        return instance_id in self._avoid
 
     def waited_s(self, now: float) -> float:
         """For how long it has waited for what it waits for."""
@@ -295,7 +307,12 @@ class Lifecycle:
         if event.attempt_id != self._attempt_id:
             return []
         self._handoff, self._sent_handoff = self._sent_handoff, None  # a bounced attempt pulled nothing
-        return self._turned_away(event.reason, now)
+        if not event.unsent:
+            return self._turned_away(event.reason, now)
+        queue_deadline = self._queue_deadline  # it has not left the queue
+        effects = self._queue(now)
+        self.deadline = self._queue_deadline = queue_deadline
+        return effects
 
     def _turned_away(self, reason: str, now: float, *, migrates: bool = False) -> list[Effect]:
         """This worker does not want it, or not any more. Nothing has failed: a rolling restart may do
@@ -368,6 +385,7 @@ class Lifecycle:
         self.phase = Phase.QUEUED
         self._attempt_id = self._instance_id = self._decode_id = ""
         self._await(Awaited.WORKER, now)
+        self._queue_deadline = self.deadline
         return [] if wait else [self._choose()]
 
     # --- time and the client --------------------------------------------------------------------

@@ -154,3 +154,8 @@ class Membership:
         if not expected:
             return [] if any(role.decodes for role in ready) else [Role.DECODE]
         return [role for role in expected if role not in ready]
+
+
+def decoders(cards: Iterable[Card]) -> int:
+    """How many of them decode."""
+    return sum(card.role.decodes for card in cards)

@@ -37,12 +37,15 @@ class Drain:
 
     def took(self, work: float, now: float, workers: int = 1) -> None:
         """So much has gone."""
-        if self._last is None:
-            return
+        if self._last is not None:
+            self.measured(work, (now - self._last) * 1e3 * workers)
+            self._last = now
+
+    def measured(self, work: float, ms: float) -> None:
+        """So much took one worker so long."""
         self.calls += 1
-        self._ms = self._ms * FORGETTING + (now - self._last) * 1e3 * workers
+        self._ms = self._ms * FORGETTING + ms
         self._work = self._work * FORGETTING + work
-        self._last = now
 
     @property
     def pace(self) -> float:

@@ -30,7 +30,7 @@ class TokenizerQueue:
     """
 
     def __init__(self, settings: AdmissionSettings, rng: Random) -> None:
-        self._queue = Queue(settings, rng, "the tokenizer")
+        self._queue = Queue(settings, rng, "the tokenizer", timed=True)
         self._queue.guess(FIRST_MS_PER_CHAR, SLICE_CHARS)
         self._slice: tuple[float, float] | None = None  # what the thread works on: characters, since when
 
@@ -67,8 +67,11 @@ class TokenizerQueue:
         else:
             self._queue.take_part(job_id, chars, now)
 
-    def end(self) -> None:
+    def end(self, now: float) -> None:
         """The thread is free again."""
+        if self._slice is not None:
+            chars, since = self._slice
+            self._queue.took(chars, (now - since) * 1e3)
         self._slice = None
 
     def leave(self, job_id: str) -> None:

@@ -138,11 +138,12 @@ class TokenizerThread:
     def _on_slice(
         self, job_id: str, job: _Job, pieces: Slice, began: float, running: asyncio.Future[list[array[int]]]
     ) -> None:
-        self._queue.end()
+        now = time.perf_counter()
+        self._queue.end(now)
         if running.cancelled():  # by `close`
             job.done.cancel()
             return
-        job.worked_s += time.perf_counter() - began
+        job.worked_s += now - began
         error = running.exception()
         if job.done.done():
             pass  # who wanted it has left

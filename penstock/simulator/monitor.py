@@ -62,6 +62,7 @@ class Monitor:
         self._lab = lab
         self._since: dict[str, float] = {}  # by what is complained of
         self._looks = 0
+        self._stale: list[Complaint] = []  # as of the latest look at indexes
 
     async def look_forever(self) -> None:
         """Violations end it with the simulation."""
@@ -98,8 +99,9 @@ class Monitor:
             for worker in workers:
                 if self._lab.calm(frontend, worker):
                     yield from self._state(frontend, worker)
-            if self._looks % INDEX_EVERY == 0:
-                yield from self._index(frontend)
+        if self._looks % INDEX_EVERY == 0:
+            self._stale = [complaint for frontend in frontends for complaint in self._index(frontend)]
+        yield from self._stale
 
     # --- attempts and requests ----------------------------------------------------------------------------
 

@@ -285,6 +285,45 @@ def test_a_full_queue_has_room_for_others() -> None:
     assert it.refusal("b", 0, 0.0) is None
 
 
+def test_who_came_back_takes_no_room_from_newcomers_without_a_key() -> None:
+    it = queue(max_queued=1200)
+    for number in range(700):
+        it.back(f"{number}", 1.0, 0.0)
+    assert crowd(it, "") == crowd(it, "other") * 2 == 250
+
+
+def test_an_outage_is_no_measure_of_the_pace() -> None:
+    it = queue(max_wait_ms=1e9)
+    for number in range(60):
+        enter(it, f"{number}")
+    now = 0.0
+    for _ in range(20):
+        now += 0.01
+        offer(it, BUSY_MS, now)
+        assert offer(it, 0.0, now) is not None
+    before = it.pace
+    it.nobody()
+    now += 20.0
+    for _ in range(20):
+        assert offer(it, BUSY_MS, now) is None
+        now += 0.01
+        assert offer(it, 0.0, now) is not None
+    assert it.pace <= before
+
+
+def test_the_choices_of_a_call_are_let_in_with_the_first() -> None:
+    it = queue()
+    assert not it.holds("call", "t", 0)
+    enter(it, "call-0", "t", call_id="call")
+    assert it.holds("call", "t", 0)
+    assert not it.holds("", "t", 0)
+    offer(it, 0.0)
+    assert it.holds("call", "t", 0)
+    enter(it, "next", "t")
+    offer(it, 0.0)
+    assert not it.holds("call", "t", 0)
+
+
 def test_the_last_place_is_taken_and_no_more() -> None:
     it = queue(max_queued=20)
     for number in range(20):
@@ -293,7 +332,6 @@ def test_the_last_place_is_taken_and_no_more() -> None:
     assert it.refusal("other", -1, 0.0) is not None
     it.back("lost", 1.0, 0.0)
     assert len(drain(it)) == 21
-    assert not it._tenants
     assert it._waiting == 0
 
 
@@ -364,7 +402,6 @@ class Router:
         calls = {id(call): call for call in self.queue._calls.values()}
         assert work == pytest.approx(sum(call.work for call in calls.values()), abs=1e-6)
         assert sum(line.calls for line in self.queue._lines.values()) == len(calls) == self.queue._waiting
-        assert self.queue._tenants == Counter(call.flow.tenant for call in calls.values())
 
 
 @settings(max_examples=200, deadline=None)
@@ -380,7 +417,6 @@ def test_every_request_ends_exactly_once(
         router.end(went)
     assert not router.since
     assert not router.queue._lines
-    assert not router.queue._tenants
 
 
 @settings(max_examples=100, deadline=None)

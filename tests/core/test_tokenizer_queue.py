@@ -44,7 +44,7 @@ class Bench:
 
     def end(self, ms_per_char: float = MS_PER_CHAR) -> None:
         self.now += self.chars * ms_per_char / 1e3
-        self.queue.end()
+        self.queue.end(self.now)
 
     def drain(self, most: int = 10_000, ms_per_char: float = MS_PER_CHAR) -> list[str]:
         """Whose slices went, in order; one that is running is ended first."""
@@ -57,6 +57,18 @@ class Bench:
             self.end(ms_per_char)
             self.running = ""
         return order
+
+
+def test_the_pace_is_that_of_the_thread_however_prompts_are_cut() -> None:
+    """A short last slice is not taken for as much work as the long one before it."""
+    it = Bench()
+    for number in range(200):
+        assert it.enter(f"{number}", chars=SLICE_CHARS + 464) is None
+        it.drain(ms_per_char=3e-4)
+        it.now += 1.0
+    assert it.queue._queue.pace == pytest.approx(3e-4, rel=0.01)
+    for number in range(200, 260):
+        assert it.enter(f"{number}", chars=SLICE_CHARS + 464) is None
 
 
 def test_one_at_a_time_slice_by_slice() -> None:

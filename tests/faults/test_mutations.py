@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -370,6 +371,34 @@ def evictions_are_indexed_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Placement, "tick", tick)
 
 
+def everything_is_indexed_late(patch: pytest.MonkeyPatch) -> None:
+    """What an index has is what the worker had once."""
+    change, up, look = Placement.cache_changed, Placement.up, Placement.tick
+    late: dict[int, list[tuple[int, str, tuple[Any, ...]]]] = {}
+    ticks: Counter[int] = Counter()
+
+    def cache_changed(self: Any, instance_id: str, *what: Any) -> None:
+        late.setdefault(id(self), []).append((ticks[id(self)] + 150, instance_id, what))
+
+    def comes_up(self: Any, card: Any, *what: Any) -> None:
+        late[id(self)] = [it for it in late.get(id(self), []) if it[1] != card.instance_id]
+        up(self, card, *what)
+
+    def tick(self: Any) -> None:
+        look(self)
+        ticks[id(self)] += 1
+        changes, late[id(self)] = late.get(id(self), []), []
+        for it in changes:
+            if it[0] > ticks[id(self)]:
+                late[id(self)].append(it)
+            else:
+                change(self, it[1], *it[2])
+
+    patch.setattr(Placement, "cache_changed", cache_changed)
+    patch.setattr(Placement, "up", comes_up)
+    patch.setattr(Placement, "tick", tick)
+
+
 def blocks_leak_until_an_engine_is_idle(patch: pytest.MonkeyPatch) -> None:
     real, report = Scheduler._preempt, Scheduler.report
 
@@ -442,6 +471,7 @@ BREAKS: dict[Break, Options] = {
     what_a_full_worker_said_is_kept: Options(),
     suspects_are_never_forgotten: Options(faults=("crash",)),
     evictions_are_indexed_late: Options(),
+    everything_is_indexed_late: Options(),
     blocks_leak_until_an_engine_is_idle: Options(),
     idle_workers_are_not_believed: Options(),
 }
