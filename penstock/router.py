@@ -25,7 +25,7 @@ from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
-from penstock.core.progress import ProgressLimits
+from penstock.core.progress import PatientTime, ProgressLimits
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import PenstockError, ProtocolError, RemoteError, RequestRejected
 from penstock.instances import Instances, Prepare
@@ -143,6 +143,7 @@ class Router:
         self._resting: dict[str, _Live] = {}  # requests that must not ask for a worker before the next tick
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
+        self._patient = PatientTime(self._clock.now(), settings.tick_s)
         metrics.queues_from(self.queues)
         self._suspects = Suspects()
 
@@ -174,16 +175,13 @@ class Router:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
         or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.
         The choices of a call must be submitted one directly after the other."""
-        now = self._clock.now()
         queue = self._queue(request.model)
         if not queue.holds(request.call_id, request.tenant, request.priority):
             self.check(request.model, request.tenant, request.priority)
-        lifecycle = Lifecycle(request, self._settings.deadlines, now - request.age_s)
-        live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
-        self._live[request.request_id] = live
-        queue.enter(
-            request.request_id, request.call_id, request.tenant, request.priority, self._work(live), now
-        )
+        lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
+        self._live[request.request_id] = live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
+        names = request.request_id, request.call_id, request.tenant
+        queue.enter(*names, request.priority, self._work(live), self._patience())
         self._perform(live, lifecycle.start())
         refusal = queue.hopeless(request.request_id)
         if refusal is not None:
@@ -197,7 +195,7 @@ class Router:
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
         queue = self._queues.get(model)
-        refusal = queue.refusal(tenant, priority, self._clock.now()) if queue is not None else None
+        refusal = queue.refusal(tenant, priority, self._patience()) if queue is not None else None
         if refusal is not None:
             raise self._rejected(refusal)
 
@@ -249,6 +247,10 @@ class Router:
                 self._event(self._live[request_id], life.Retry())
                 if queue.next() == request_id:
                     break
+
+    def _patience(self) -> float:
+        """Time as queues measure it: while this process stood still, no worker was slow."""
+        return self._patient.look(self._clock.now())
 
     def _work(self, live: _Live) -> float:
         """What is left of it, in tokens (core/admission.py)."""
@@ -333,8 +335,7 @@ class Router:
             self._placement.ended(live.placed, _given(live) if live.lifecycle.complete else None)
 
     def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
-        queue, now = live.queue, self._clock.now()
-        request = live.lifecycle.request
+        queue, now, request = live.queue, self._patience(), live.lifecycle.request
         request_id = request.request_id
         if failed := wanted.failed:
             self._metrics.retried()

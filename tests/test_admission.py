@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -139,6 +140,18 @@ async def test_who_was_let_in_is_not_sent_away(tmp_path: Path) -> None:
         await asyncio.sleep(1.5)
         running.cancel()
         assert len(await answer.tokens()) == 8
+
+
+async def test_a_freeze_of_the_frontend_is_no_measure_of_the_workers(tmp_path: Path) -> None:
+    async with cluster(tmp_path, ONE, limits(max_wait_ms=60_000.0), sim=ONE_PLACE) as it:
+        running = await occupy(it)
+        answers = [it.ask(PROMPT)[0] for _ in range(10)]
+        time.sleep(5.0)  # noqa: ASYNC251
+        running.cancel()
+        for answer in answers:
+            assert len(await answer.tokens()) == 8
+        (queue,) = it.router._queues.values()
+        assert queue._drain._ms < 4_000.0
 
 
 async def test_the_choices_of_a_call_are_admitted_together(tmp_path: Path) -> None:
