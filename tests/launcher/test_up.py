@@ -109,8 +109,15 @@ def test_a_signal_stops_everything(start, folder, number: int) -> None:
     assert not folder.is_running()
 
 
+HEARS_HUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_a_terminal_that_closes_says_so_twice_and_kills_nothing(start, folder) -> None:
-    process = start(STUB_DRAIN_S="1")
+    process = start(sys.executable, "-c", HEARS_HUP, STUB_DRAIN_S="1")  # even below nohup
     ready(folder)
     began = time.monotonic()
     process.send_signal(signal.SIGHUP)
