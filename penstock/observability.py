@@ -274,7 +274,7 @@ class TokenizerMetrics:
         self._wait.set_function(wait_ms)
 
     def rejected(self, reason: str) -> None:
-        """A call was refused, or gave up its place. `reason` as in core/admission.py."""
+        """A call was refused. `reason` as in core/admission.py."""
         self._rejections.labels(reason).inc()
 
     def waited(self, seconds: float) -> None:

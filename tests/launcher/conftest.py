@@ -8,10 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.graph import Graph, Overrides, build_graph, parse_manifest
+from penstock.launcher.control import ControlRequest, call
 from penstock.launcher.logs import Console
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
@@ -79,6 +81,20 @@ async def eventually(holds: Callable[[], object], what: str = "") -> None:
     while not holds():
         assert time.monotonic() < deadline, what or "it never came true"
         await asyncio.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and not just what is left of it."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+async def ask(graph: RunningGraph, **fields: Any) -> Any:
+    """The launcher's answer to this request."""
+    return await asyncio.to_thread(call, graph.folder, ControlRequest(**fields))
 
 
 class RunningGraph:

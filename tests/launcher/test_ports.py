@@ -11,15 +11,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from penstock.launcher.control import ControlRequest, call
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import QUICK, eventually
+from tests.launcher.conftest import QUICK, ask, eventually
 
 READY = ReplicaState.READY
-
-
-async def ask(graph, **fields):
-    return await asyncio.to_thread(call, graph.folder, ControlRequest(**fields))
 
 
 def port_of(graph) -> int:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.launcher.control import ControlRequest, call
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import eventually
+from tests.launcher.conftest import alive, ask, eventually
 
 READY = ReplicaState.READY
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-
-
-async def ask(graph, **fields):
-    return await asyncio.to_thread(call, graph.folder, ControlRequest(**fields))
 
 
 async def test_a_rolling_restart_replaces_all_and_is_never_short(running) -> None:

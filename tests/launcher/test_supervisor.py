@@ -3,32 +3,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.launcher.control import ControlRequest, call
 from penstock.launcher.replica import ReplicaState
 from penstock.launcher.settings import LauncherSettings
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-
-
-async def ask(graph, **fields):
-    return await asyncio.to_thread(call, graph.folder, ControlRequest(**fields))
-
-
-async def until(holds) -> None:
-    async with asyncio.timeout(15):
-        while not holds():
-            await asyncio.sleep(0.02)
+from tests.launcher.conftest import alive, ask, eventually
 
 
 async def test_a_graph_starts_tells_and_stops_in_order(running) -> None:
@@ -66,7 +47,7 @@ async def test_a_killed_process_is_started_again(running) -> None:
         [before] = graph.replicas("decode")
         os.kill(before.pid, signal.SIGKILL)
         await graph.prints("decode-0 was ended by SIGKILL after")
-        await until(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
+        await eventually(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
         [after] = graph.replicas("decode")
         assert after.pid != before.pid
         assert (after.restarts, after.last_exit) == (1, "was ended by SIGKILL")
@@ -74,7 +55,7 @@ async def test_a_killed_process_is_started_again(running) -> None:
 
 async def test_a_crash_loop_slows_down(running) -> None:
     async with running(STUB="crash") as graph:
-        await until(lambda: graph.replicas("prefill")[0].restarts >= 4)
+        await eventually(lambda: graph.replicas("prefill")[0].restarts >= 4)
         [replica] = graph.replicas("prefill")
         assert replica.last_exit == "exited with code 1"
         assert not graph.supervisor._is_ready()
@@ -114,7 +95,7 @@ async def test_what_a_process_left_behind_goes_with_it(running) -> None:
     async with running(STUB="grandchild") as graph:
         await graph.prints("grandchild ")
         pid = int(graph.out.getvalue().partition("| grandchild ")[2].split()[0])
-        await until(lambda: not alive(pid))
+        await eventually(lambda: not alive(pid))
 
 
 async def test_scaling_up_and_down_newest_first(running) -> None:
@@ -122,7 +103,7 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         await graph.prints("Ready: ")
         answer = await ask(graph, op="scale", replicas={"prefill": 3, "DecodeWorker": 2})
         assert answer.scaled == {"PrefillWorker": (1, 3), "DecodeWorker": (1, 2)}
-        await until(lambda: graph.supervisor._is_ready())
+        await eventually(lambda: graph.supervisor._is_ready())
         assert [replica.name for replica in graph.replicas("prefill")] == [
             "prefill-0",
             "prefill-1",
@@ -138,10 +119,10 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         }
         await ask(graph, op="scale", replicas={"PrefillWorker": 2})  # the leaving ones keep their names
         assert "prefill-3" in [replica.name for replica in graph.replicas("prefill")]
-        await until(lambda: len(graph.replicas("prefill")) == 2)
+        await eventually(lambda: len(graph.replicas("prefill")) == 2)
         assert "SIGKILL" not in graph.out.getvalue()
         await ask(graph, op="scale", replicas={"Frontend": 2})
-        await until(lambda: graph.supervisor._is_ready())
+        await eventually(lambda: graph.supervisor._is_ready())
         assert len((await ask(graph, op="status")).status.health) == 2
 
 

@@ -19,6 +19,7 @@ from penstock.launcher.places import Places
 from penstock.launcher.state import StateFolder, find_state
 from penstock.launcher.tail import follow_logs
 from penstock.launcher.up import stop_graph
+from tests.launcher.conftest import alive
 
 HOST = Path(__file__).with_name("host.py")
 EVENTUALLY_S = 15.0
@@ -43,14 +44,6 @@ def wait_for(holds: Callable[[], object]) -> object:
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.02)
     return value
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 @pytest.fixture
