@@ -3,6 +3,7 @@
     PenstockError
     ├── ConfigError       a setting or file is wrong: refuse to start
     ├── RequestRejected   the client's request cannot be served: becomes one HTTP status
+    │   └── ModelReplaced no worker is left of the model's revision that it was tokenized for
     ├── RemoteError       an instance failed this attempt: another attempt is allowed
     └── ProtocolError     bytes on a link that this version cannot accept
 
@@ -47,6 +48,19 @@ class RequestRejected(PenstockError):
         self.code = code
         self.field = field
         self.retry_after_s = retry_after_s
+
+
+class ModelReplaced(RequestRejected):
+    """No worker is left of the model's revision that this request was tokenized for, and another revision
+    is served. While the client has got nothing of the answer, it can be tokenized again for that one."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            503,
+            f"`{model}` was replaced by another revision of it before this answer was complete.",
+            code="model_replaced",
+            retry_after_s=1.0,
+        )
 
 
 class RemoteError(PenstockError):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.clock import Clock
-from penstock.core.catalog import Catalog
+from penstock.core.catalog import Catalog, differences
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.placement import Placement
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
@@ -28,6 +29,12 @@ from penstock.structs import Card, InstanceView, Load, ModelView, Output, Regist
 from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.instances")
+
+SWEEP_S = 1.0
+"""Seconds between looks for models that nobody serves any more."""
+
+MAX_GONE_MODELS = 1024
+"""Names of models that were served once, for which a client hears 503 instead of 404."""
 
 Prepare = Callable[[ModelView], Awaitable[None]]
 """Gets ready to serve a model; must not raise."""
@@ -51,6 +58,9 @@ class Listener(Protocol):
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """An instance's engine does not advance. Said again and again while that lasts."""
+
+    def on_revision(self, model: str) -> None:
+        """New requests for this model go to another revision of it from now on."""
 
 
 class Instances:
@@ -86,7 +96,9 @@ class Instances:
         self._frontend_id = frontend_id
         self._load_retry_s = load_retry_s
         self._outage_s = outage_s
-        self._served_at: dict[str, float] = {}  # by model: when somebody was last seen to serve it
+        self._served: dict[str, _Served] = {}  # by model
+        self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
+        self._swept_at = clock.now()
         self._progress = progress
         self._time = PatientTime(clock.now(), tick_s)
         self._listed = False  # discovery has said who exists
@@ -99,30 +111,34 @@ class Instances:
 
     def models(self) -> list[ModelView]:
         """Models that can be served."""
-        served = {
+        servable = {
             member.registration.model for member in self.membership.members.values() if member.servable
         }
-        return [view for view in self._catalog.views() if view.name in served]
+        return [served.view for name, served in self._served.items() if name in servable]
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model that nobody serves or served; 503 for one whose first
-        workers are still connecting, or that nobody has served for `outage_s`: until then, whoever served
-        it may be back before a queued request gives up."""
-        members = [m for m in self.membership.members.values() if m.registration.model == name]
-        view = self._catalog.view(name)
-        if view is None and (members or not self._listed):
-            message = f"The workers of `{name}` are still connecting."
-            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
-        if view is None:
-            raise RequestRejected(
-                404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
-            )
-        missed_s = self._clock.now() - self._served_at.get(name, -math.inf)
-        if missed_s > self._outage_s and not any(member.servable for member in members):
+        """The model in the revision that new requests get. Raises RequestRejected: 404 for a model that no
+        worker serves or served; 503 for one whose first workers are still connecting, or that no worker has
+        served for `outage_s`: until then, one may be back before a queued request gives up."""
+        served = self._served.get(name)
+        if served is not None:
+            return served.view
+        if name in self._gone:
             raise RequestRejected(
                 503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
             )
-        return view
+        if not self._listed or any(
+            member.registration.model == name for member in self.membership.members.values()
+        ):
+            message = f"The workers of `{name}` are still connecting."
+            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
+        raise RequestRejected(
+            404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
+        )
+
+    def knows(self, name: str) -> bool:
+        """Whether somebody serves the model, or did so recently enough for requests to wait."""
+        return name in self._served
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""
@@ -134,7 +150,7 @@ class Instances:
                 state=member.state.value,
                 address=member.registration.address,
                 load=self._placement.load(instance_id),
-                reason=member.stuck or self._why_down(instance_id, member),
+                reason=member.stuck or self._why_idle(instance_id, member),
             )
             for instance_id, member in sorted(self.membership.members.items())
         ]
@@ -143,8 +159,10 @@ class Instances:
         """Why there may be instances that are not known here; empty when there are none."""
         return self._discovery.trouble
 
-    def _why_down(self, instance_id: str, member: Member) -> str:
+    def _why_idle(self, instance_id: str, member: Member) -> str:
         link = self._links.get(instance_id)
+        if member.state is State.STANDBY and member.card is not None:
+            return self._other_revision(member.card)
         if member.up:
             return ""
         return link.client.reason if link is not None else "its registration is senseless"
@@ -158,8 +176,9 @@ class Instances:
         """See who is there, and whose engines advance."""
         now = self._clock.now()
         self._time.look(now)
-        for card in self.membership.ready_cards():
-            self._served_at[card.model] = now
+        if now - self._swept_at >= SWEEP_S:
+            self._swept_at = now
+            self._forget_models(now)
         for link in self._links.values():
             if link.up and link.progress is not None:
                 self._judge(link, link.progress)
@@ -172,14 +191,67 @@ class Instances:
                 log.warning("instance quarantined: %s: %s", link.instance_id, reason)
                 link.stuck_at = self._clock.now()
             self.membership.stuck(link.instance_id, reason)
+            self._elect()
             self._listener.on_stuck(link.instance_id, reason)
         elif member.stuck:
             self.membership.advancing(link.instance_id)
+            self._elect()
             log.info("instance back: %s after_s=%.1f", link.instance_id, self._clock.now() - link.stuck_at)
             self._listener.on_ready(link.instance_id)
         else:
             return
         self._metrics.state(link.instance_id, link.role, member.state)
+
+    # --- which models are served ----------------------------------------------------------------------
+
+    def _elect(self) -> None:
+        """After any change of a member: see which revision of each model new requests get."""
+        for model in self.membership.elect():
+            revision = self.membership.served.get(model)
+            before = self._served.get(model)
+            view = self._catalog.view(model, revision) if revision is not None else None
+            if view is None or (before is not None and before.view.revision == revision):
+                continue  # nobody serves it, or the same revision again
+            card = next(card for card in self.membership.ready(model, view.revision) if card.role.decodes)
+            self._served[model] = _Served(view, card, self._clock.now())
+            self._gone.pop(model, None)
+            if before is not None:
+                log.info(
+                    "model %s: new requests go to revision %s instead of %s",
+                    model,
+                    revision,
+                    before.view.revision,
+                )
+                self._show_states(model)
+                self._listener.on_revision(model)
+
+    def _show_states(self, model: str) -> None:
+        for instance_id, member in self.membership.members.items():
+            if member.registration.model == model:
+                self._metrics.state(instance_id, member.registration.role, member.state)
+
+    def _other_revision(self, card: Card) -> str:
+        """What keeps new requests from a worker of another revision than the served one."""
+        served = self._served.get(card.model)
+        differing = ", ".join(differences(card, served.card)) if served is not None else ""
+        return f"another revision of {card.model} is served, with other {differing}"
+
+    def _forget_models(self, now: float) -> None:
+        """Let go of models, and of revisions, that nobody has any more."""
+        members = self.membership.members.values()
+        servable = {member.registration.model for member in members if member.servable}
+        for model, served in list(self._served.items()):
+            if model in servable:
+                served.at = now
+            elif now - served.at > self._outage_s:
+                del self._served[model]
+                self._gone[model] = None
+                log.info("model %s: nobody has served it for %g s", model, self._outage_s)
+        while len(self._gone) > MAX_GONE_MODELS:
+            self._gone.popitem(last=False)
+        cards = {(member.card.model, member.revision): member.card for member in members if member.card}
+        cards |= {(name, served.view.revision): served.card for name, served in self._served.items()}
+        self._catalog.keep(cards)
 
     def advances(self, instance_id: str) -> bool:
         """Whether its engine gets on with what it has, as far as is known."""
@@ -196,7 +268,9 @@ class Instances:
             try:
                 async for current in self._discovery.watch():
                     self._listed = True
-                    self._apply(self.membership.discovered(current))
+                    effects = self.membership.discovered(current)
+                    self._elect()
+                    self._apply(effects)
             finally:
                 for link in self._links.values():
                     link.close()
@@ -225,6 +299,7 @@ class Instances:
 
     def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
         self.membership.up(link.instance_id, card)
+        self._elect()
         self._placement.up(card, hashes, load)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
@@ -242,40 +317,33 @@ class Instances:
 
     async def _load(self, link: _Link, card: Card) -> None:
         """Fetch what the model needs, then let the instance take part."""
-        while not await self._fetch(link, card):
-            await self._clock.sleep(self._load_retry_s)
-        self._catalog.publish(card)
-        view = self._catalog.view(card.model)
-        assert view is not None
-        await self._prepare(view)
+        if card.role.decodes:  # the others' answers are read with the files of those who decode
+            while not await self._fetch(link, card):
+                await self._clock.sleep(self._load_retry_s)
+            await self._prepare(self._catalog.publish(card))
         self.membership.loaded(link.instance_id)
-        self._served_at[card.model] = self._clock.now()
-        self._metrics.state(link.instance_id, card.role, self.membership.members[link.instance_id].state)
-        log.info("instance ready: %s", link.instance_id)
+        self._elect()
+        state = self.membership.members[link.instance_id].state
+        self._metrics.state(link.instance_id, card.role, state)
+        if state is State.STANDBY:
+            log.warning("instance on standby: %s: %s", link.instance_id, self._other_revision(card))
+        else:
+            log.info("instance ready: %s", link.instance_id)
         self._listener.on_ready(link.instance_id)
 
     async def _fetch(self, link: _Link, card: Card) -> bool:
         try:
-            while wanted := self._catalog.wanted(
-                card
-            ):  # again: another model may have dropped one meanwhile
+            while wanted := self._catalog.wanted(card):
                 self._catalog.put(wanted[0], await link.client.asset(wanted[0]))
         except RemoteError as error:
             log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
             return False
-        if self._catalog.agrees(card) or not self.membership.ready(card.model):
-            return True
-        log.error(
-            "%s is kept out: its tokenizer, template or limits for %s differ from those of the workers "
-            "that serve it already",
-            link.instance_id,
-            card.model,
-        )
-        return False
+        return True
 
     def _draining(self, link: _Link, reason: str) -> None:
         log.info("instance draining: %s (%s)", link.instance_id, reason)
         self.membership.draining(link.instance_id)
+        self._elect()
         self._metrics.state(link.instance_id, link.role, State.DRAINING)
 
     def _down(self, link: _Link, reason: str, orderly: bool) -> None:
@@ -283,6 +351,7 @@ class Instances:
         effects: list[Connect | Disconnect] = []
         if self._links.get(instance_id) is link:  # else what bears its name now is not this incarnation
             effects = self.membership.down(instance_id)
+            self._elect()
             self._metrics.state(instance_id, link.role, State.CONNECTING)
         load = self._placement.load(instance_id)
         self._placement.down(instance_id)
@@ -304,6 +373,15 @@ class Instances:
         assert link.progress is not None, "only a live link reports"
         link.progress.observe(load, self._time.seconds)
         self._metrics.load(link.instance_id, load)
+
+
+@dataclass(slots=True)
+class _Served:
+    """A model in the revision that new requests get."""
+
+    view: ModelView
+    card: Card  # of a worker that has it
+    at: float  # when somebody was last seen to serve it
 
 
 class _Link:

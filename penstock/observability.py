@@ -169,6 +169,9 @@ class StepHistogram(Collector):
     def series(self, model: str) -> StepSeries:
         return self._series.setdefault(model, StepSeries(self._bounds))
 
+    def forget(self, model: str) -> None:
+        self._series.pop(model, None)
+
     def describe(self) -> Iterator[HistogramMetricFamily]:
         yield HistogramMetricFamily(self._name, self._documentation, labels=["model"])
 
@@ -235,11 +238,27 @@ class FrontendMetrics:
         self._models: dict[str, ModelMetrics] = {}
 
     def of(self, model: str) -> ModelMetrics:
-        """The series of a model that is known to exist: series are kept for ever."""
+        """The series of a model that is known to exist: series are kept until `forget`."""
         series = self._models.get(model)
         if series is None:
             series = self._models[model] = ModelMetrics(self, model)
         return series
+
+    def forget(self, model: str) -> None:
+        """Remove all series of a model that nobody serves any more. Unknown ones are ignored."""
+        self._models.pop(model, None)
+        self.inter_token_latency.forget(model)
+        for metric in (
+            self.requests,
+            self.time_to_first_token,
+            self.request_duration,
+            self.queued,
+            self.inflight,
+            self.prompt_tokens,
+            self.output_tokens,
+            self.cached_tokens,
+        ):
+            metric.remove_by_labels({"model": model})
 
 
 class TokenizerMetrics:
@@ -288,7 +307,9 @@ class RouterMetrics:
     A worker's series exist exactly as long as the router knows the instance.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, model_gone: Callable[[str], None]) -> None:
+        """`model_gone` is called with each model that nobody serves any more."""
+        self.model_gone = model_gone
         self._decisions = Counter(
             "penstock_decisions", "Routing decisions", ["policy", "path"], registry=registry
         )
@@ -460,7 +481,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.frontend = FrontendMetrics(self._registry)
         self.tokenizer = TokenizerMetrics(self._registry)
-        self.router = RouterMetrics(self._registry)
+        self.router = RouterMetrics(self._registry, self.frontend.forget)
         tasks = Gauge("penstock_tasks", "asyncio tasks of this process", registry=self._registry)
         tasks.set_function(_tasks)
 

@@ -27,7 +27,7 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
 from penstock.core.progress import PatientTime, ProgressLimits
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
-from penstock.errors import PenstockError, ProtocolError, RemoteError, RequestRejected
+from penstock.errors import ModelReplaced, PenstockError, ProtocolError, RemoteError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
@@ -154,8 +154,8 @@ class Router:
         return self._instances.models()
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody has served for as
-        long as a request may queue."""
+        """The model in the revision that new requests get. Raises RequestRejected: 404 for a model never
+        seen, 503 for one that no worker has served for as long as a request may queue."""
         return self._instances.model(name)
 
     def instances(self) -> list[InstanceView]:
@@ -225,6 +225,7 @@ class Router:
                 self._resting[request_id] = live
         self._look(now)
         self._placement.tick()
+        self._forget_models()
 
     def _waits_in_a_queue(self, live: _Live) -> bool:
         """Whether its instance gets on with its work, and has more than it can do at once."""
@@ -238,6 +239,14 @@ class Router:
         if queue is None:
             queue = self._queues[model] = Queue(self._settings.admission, self._rng)
         return queue
+
+    def _forget_models(self) -> None:
+        """Keep nothing of models that nobody has served for as long as a request may wait."""
+        for model in [model for model in self._queues if not self._instances.knows(model)]:
+            if not any(live.queue is self._queues[model] for live in self._live.values()):
+                del self._queues[model]
+                self._placement.forget_model(model)
+                self._metrics.model_gone(model)
 
     def _look(self, now: float) -> None:
         """Let those go whose turn has come."""
@@ -334,18 +343,22 @@ class Router:
             live.queue.leave(request_id)
             self._placement.ended(live.placed, _given(live) if live.lifecycle.complete else None)
 
-    def _choose(self, live: _Live, wanted: life.Choose) -> life.Chosen | life.NoCandidate | life.Held:
+    def _choose(
+        self, live: _Live, wanted: life.Choose
+    ) -> life.Chosen | life.NoCandidate | life.Held | life.Refused:
         queue, now, request = live.queue, self._patience(), live.lifecycle.request
         request_id = request.request_id
         if failed := wanted.failed:
             self._metrics.retried()
             log.info("request %s: trying again after %d tokens: %s", request_id, _given(live), failed)
+        everybody = self._instances.membership.ready(request.model, request.revision)
+        workers = decoders(everybody)
+        if not workers and self._other_is_served(request):
+            return self._without_its_revision(live)
         if request_id not in queue:  # it was sent before
             queue.back(request_id, self._work(live), now)
         if not queue.turn(request_id):
             return life.Held()
-        everybody = self._instances.membership.ready(request.model)
-        workers = decoders(everybody)
         ready = [
             card
             for card in everybody
@@ -375,6 +388,22 @@ class Router:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", explain(request_id, decision, wanted.avoid))
         return life.Chosen(decision.decode, decision.prefill)
+
+    def _other_is_served(self, request: Request) -> bool:
+        """Whether new requests for its model go to another revision than the one it was tokenized for."""
+        served = self._instances.membership.served.get(request.model)
+        return served is not None and served != request.revision
+
+    def _without_its_revision(self, live: _Live) -> life.Held | life.Refused:
+        """No worker of its revision is left, and others are served: while it has no tokens it had better be
+        tokenized for those; else it waits for workers that may come back."""
+        request = live.lifecycle.request
+        may_return = self._instances.membership.may_return(request.model, request.revision)
+        if not _given(live) or not may_return:
+            return life.Refused(ModelReplaced(request.model))
+        live.queue.leave(request.request_id)  # it does not stand in the way of the others
+        self._resting[request.request_id] = live
+        return life.Held()
 
     def _decide(self, live: _Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
         now = self._clock.now()
@@ -460,11 +489,18 @@ class Router:
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """Whoever can be served elsewhere goes there; for the others, waiting is all that is left. What is
         still prefilled elsewhere must not be sent here afterwards, and is placed anew by then."""
-        served = {card.model for card in self._instances.membership.ready_cards() if card.role.decodes}
+        ready = self._instances.membership.ready
         for live in list(self._live.values()):
-            places = live.lifecycle.places
-            if instance_id in places and (live.placed.request.model in served or places[0] != instance_id):
+            places, request = live.lifecycle.places, live.placed.request
+            if instance_id in places and (
+                places[0] != instance_id or decoders(ready(request.model, request.revision))
+            ):
                 self._event(live, life.InstanceStuck(instance_id, reason))
+
+    def on_revision(self, model: str) -> None:
+        for live in list(self._live.values()):
+            if live.lifecycle.phase is Phase.QUEUED and live.lifecycle.request.model == model:
+                self._event(live, life.Retry())
 
     def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""

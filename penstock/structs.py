@@ -213,6 +213,7 @@ class EngineCard(msgspec.Struct):
     reasoning_parser: str = ""  # the same for its reasoning
     max_batch_tokens: int = 0  # most tokens of one step; 0: unknown
     max_running: int = 0  # requests in one step; 0: not known
+    weights: str = ""  # fingerprint of the model's weights; empty: the engine has none
 
 
 class Card(msgspec.Struct):
@@ -232,11 +233,12 @@ class Card(msgspec.Struct):
     transport: str = ""
     sampling_defaults: dict[str, float] = {}
     assets: dict[str, str] = {}  # file name -> sha256 hex of its content, fetched with AssetRequest
-    structured_output: bool = False  # this and the next four as in EngineCard
+    structured_output: bool = False  # this and all that follow as in EngineCard
     tool_parser: str = ""
     reasoning_parser: str = ""
     max_batch_tokens: int = 0
     max_running: int = 0
+    weights: str = ""
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -262,6 +264,7 @@ class Request(msgspec.Struct):
 
     request_id: str
     model: str
+    revision: str  # of the model, for which it was tokenized (core/catalog.py)
     token_ids: list[int]
     sampling: Sampling
     cache_salt: str = ""
@@ -281,15 +284,15 @@ class Delta(msgspec.Struct):
 
 
 class ModelView(msgspec.Struct):
-    """A served model, as the frontend needs it to render, check and tokenize."""
+    """One revision of a served model, as the frontend needs it to render, check and tokenize."""
 
     name: str
+    revision: str  # changes when anything else here does, or the weights (core/catalog.py)
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
     sampling_defaults: dict[str, float]
     assets: dict[str, bytes]  # file name -> content
-    fingerprint: str  # changes when anything else here does
     structured_output: bool = False  # this and the next two as in EngineCard
     tool_parser: str = ""
     reasoning_parser: str = ""

@@ -368,6 +368,7 @@ class Worker:
             reasoning_parser=card.reasoning_parser,
             max_batch_tokens=card.max_batch_tokens,
             max_running=card.max_running,
+            weights=card.weights,
         )
 
     def _registration(self, address: str) -> Registration:

@@ -206,12 +206,14 @@ class Cluster:
         priority: int = 0,
         call_id: str = "",
         age_s: float = 0.0,
+        revision: str = "",
         **sampling: Any,
     ) -> tuple[Answer, Any]:
         answer = Answer()
         request = Request(
             f"r{next(self.ids)}",
             MODEL,
+            revision or self.revision,
             tokens,
             Sampling(max_tokens=max_tokens, seed=seed, **sampling),
             tenant=tenant,
@@ -220,6 +222,11 @@ class Cluster:
             age_s=age_s,
         )
         return answer, self.router.submit(request, answer.on_delta, answer.on_error)
+
+    @property
+    def revision(self) -> str:
+        """The revision of the model that new requests get."""
+        return self.router.model(MODEL).revision
 
     @property
     def queued(self) -> int:

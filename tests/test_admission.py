@@ -170,7 +170,7 @@ async def test_the_choices_of_a_call_are_admitted_together(tmp_path: Path) -> No
 async def test_deadlines_begin_when_the_frontend_has_the_request(tmp_path: Path) -> None:
     async with cluster(tmp_path, {}, limits()) as it:
         for age_s, status in ((31.0, 503), (1801.0, 504)):
-            answer, _ = it.ask(PROMPT, age_s=age_s)
+            answer, _ = it.ask(PROMPT, age_s=age_s, revision="of before")
             with pytest.raises(RequestRejected) as raised:
                 await answer.tokens()
             assert raised.value.status == status

@@ -84,7 +84,9 @@ async def test_a_killer_is_found_among_requests_of_another_frontend(tmp_path: Pa
             answers = bystanders(it, long)
             await answers[0].wait_tokens(3)
             poison = Answer()
-            request = Request("poison", MODEL, [POISON, *range(60)], Sampling(max_tokens=TOKENS))
+            request = Request(
+                "poison", MODEL, it.revision, [POISON, *range(60)], Sampling(max_tokens=TOKENS)
+            )
             other.submit(request, poison.on_delta, poison.on_error)
             with pytest.raises(RequestRejected, match=r"stopped: [34] workers died computing it"):
                 await poison.tokens()

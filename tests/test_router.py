@@ -145,7 +145,7 @@ async def test_full_workers_bounce_and_the_request_waits_its_turn(tmp_path: Path
 async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
     settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=0.2))
     async with cluster(tmp_path, {"p0": PREFILL}, settings) as it:
-        answer, _ = it.ask(PROMPT)
+        answer, _ = it.ask(PROMPT, revision="of before")
         with pytest.raises(RequestRejected, match="no worker is ready to decode") as caught:
             await answer.tokens()
         assert caught.value.status == 503
@@ -153,7 +153,9 @@ async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
 
 
 async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> None:
-    async with cluster(tmp_path, {"p0": PREFILL}) as it:
+    async with cluster(tmp_path, PAIR) as it:
+        await it.workers["d0"].leave()
+        await it.wait_ready("p0")
         answer, _ = it.ask(PROMPT)
         await asyncio.sleep(0.1)
         it.start("d0", DECODE)
@@ -165,9 +167,9 @@ async def test_queue_is_bounded(tmp_path: Path) -> None:
         tmp_path, {"p0": PREFILL}, RouterSettings(admission=AdmissionSettings(max_queued=6))
     ) as it:
         for _ in range(3):
-            it.ask(PROMPT)
+            it.ask(PROMPT, revision="of before")
         with pytest.raises(RequestRejected) as caught:
-            it.ask(PROMPT)
+            it.ask(PROMPT, revision="of before")
         assert caught.value.status == 429
 
 
@@ -184,7 +186,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
         assert it.router.healthy() == (False, "decode")
         await it.workers["p0"].leave()
         await it.wait_ready()
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
         assert known.value.status == 503
@@ -319,7 +321,9 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
             raise ValueError("a mistake")
 
         it.router.submit(
-            Request("mistaken", MODEL, PROMPT, Sampling(max_tokens=40)), on_delta, answer.on_error
+            Request("mistaken", MODEL, it.revision, PROMPT, Sampling(max_tokens=40)),
+            on_delta,
+            answer.on_error,
         )
         with pytest.raises(RequestRejected, match="Internal error") as caught:
             await answer.tokens()

@@ -21,7 +21,7 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
@@ -176,6 +176,10 @@ class OutputLengths:
         """An output ended after so many tokens."""
         total, weight = self._sums.get(key, (EXPECTED_OUTPUT_TOKENS * LENGTHS_PRIOR, LENGTHS_PRIOR))
         self._sums[key] = (total * LENGTHS_FORGETTING + tokens, weight * LENGTHS_FORGETTING + 1.0)
+
+    def forget(self, gone: Callable[[Hashable], bool]) -> None:
+        """Drop the keys for which `gone` is true."""
+        self._sums = {key: sums for key, sums in self._sums.items() if not gone(key)}
 
     def mean(self, key: Hashable) -> float:
         """In tokens; at least 1."""

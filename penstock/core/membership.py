@@ -9,11 +9,19 @@ So when discovery goes away or forgets a lease, what is connected keeps serving.
     CONNECTING   discovered, or the link went down                 no
     LOADING      link up, the tokenizer is still being fetched     no
     READY        all it needs is here                              yes
+    STANDBY      the same, but new requests go to another          of its own revision
+                 revision of its model
     QUARANTINED  its engine is stuck (core/progress.py)            no
     DRAINING     the worker said so                                no
 
 A QUARANTINED instance is READY again once its engine advances. One that is LOADING or DRAINING meanwhile
 keeps that state; its engine is stuck all the same.
+
+A model is served in one revision at a time (core/catalog.py): the one that most of its loaded decode
+workers have; among equals, that of the oldest worker. All frontends that see the same workers choose the
+same one. So while the workers of a model are replaced by others, its new requests change over once, when
+more than half of the workers are new. A request stays with the revision that it was tokenized for while
+that has workers.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from enum import StrEnum
 
 import msgspec
 
+from penstock.core.catalog import revision_of, serves
 from penstock.structs import Card, Registration, Role
 
 
@@ -31,6 +40,7 @@ class State(StrEnum):
     CONNECTING = "connecting"
     LOADING = "loading"
     READY = "ready"
+    STANDBY = "standby"
     QUARANTINED = "quarantined"
     DRAINING = "draining"
 
@@ -52,13 +62,19 @@ class Member:
     registration: Registration
     state: State = State.CONNECTING
     card: Card | None = None  # None until the link is up
+    revision: str = ""  # of its model, by its latest card; empty before the first
     listed: bool = True  # discovery still knows it
     stuck: str = ""  # how long its engine stands still already; empty while it advances
 
     @property
     def servable(self) -> bool:
-        """It takes requests, or will once its engine goes on: they may wait for that."""
+        """It takes new requests, or will once its engine goes on: they may wait for that."""
         return self.state in (State.READY, State.QUARANTINED)
+
+    @property
+    def loaded(self) -> bool:
+        """All it needs is here, and its engine advances."""
+        return self.state in (State.READY, State.STANDBY)
 
     @property
     def up(self) -> bool:
@@ -70,6 +86,7 @@ class Membership:
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
+        self.served: dict[str, str] = {}  # by model: the revision of it that new requests get
 
     def discovered(self, current: Mapping[str, Registration]) -> list[Connect | Disconnect]:
         """Take discovery's whole set. A new epoch or address replaces the old incarnation."""
@@ -91,6 +108,7 @@ class Membership:
         """The link is up and the snapshot is in."""
         member = self.members[instance_id]
         member.card = card
+        member.revision = revision_of(card)
         member.state = State.LOADING
 
     def loaded(self, instance_id: str) -> None:
@@ -103,7 +121,7 @@ class Membership:
         """Its engine does not advance, although it has work."""
         member = self.members[instance_id]
         member.stuck = reason
-        if member.state is State.READY:
+        if member.loaded:
             member.state = State.QUARANTINED
 
     def advancing(self, instance_id: str) -> None:
@@ -131,16 +149,52 @@ class Membership:
         del self.members[instance_id]
         return [Disconnect(instance_id)]
 
-    def ready(self, model: str) -> list[Card]:
-        """Who may get a new attempt for this model."""
-        return [card for card in self.ready_cards() if card.model == model]
+    def elect(self) -> list[str]:
+        """Decide which revision of each model new requests get, after any of the above. Returns the models
+        for which that changed."""
+        before, self.served = self.served, {}
+        members = self.members.values()
+        loaded = [(member, member.card) for member in members if member.loaded and member.card]
+        decoders: dict[str, dict[str, list[Card]]] = {}
+        for member, card in loaded:
+            if card.role.decodes:
+                decoders.setdefault(card.model, {}).setdefault(member.revision, []).append(card)
+        for model, revisions in decoders.items():
+            self.served[model] = max(revisions, key=lambda revision: _claim(revision, revisions[revision]))
+        for member, card in loaded:
+            served = self.served.get(card.model)
+            stands_by = served is not None and not serves(member.revision, served)
+            member.state = State.STANDBY if stands_by else State.READY
+        return [model for model in before | self.served if before.get(model) != self.served.get(model)]
+
+    def ready(self, model: str, revision: str) -> list[Card]:
+        """Who may get a new attempt of a request that was tokenized for this revision of the model."""
+        return [
+            member.card
+            for member in self.members.values()
+            if member.loaded
+            and member.card is not None
+            and member.card.model == model
+            and serves(member.revision, revision)
+        ]
+
+    def may_return(self, model: str, revision: str) -> bool:
+        """Whether an instance that takes no attempts now may decode for this revision soon: it has it, or
+        it has not said yet what it has."""
+        return any(
+            member.registration.model == model
+            and member.state in (State.CONNECTING, State.LOADING, State.QUARANTINED)
+            and member.registration.role.decodes
+            and (not member.revision or member.revision == revision)
+            for member in self.members.values()
+        )
 
     def incarnations(self) -> set[str]:
         """The processes that are connected."""
         return {member.registration.incarnation for member in self.members.values() if member.up}
 
     def ready_cards(self) -> list[Card]:
-        """Who may get new attempts."""
+        """Who may get new requests."""
         return [
             member.card
             for member in self.members.values()
@@ -148,12 +202,17 @@ class Membership:
         ]
 
     def missing(self, expected: Iterable[Role]) -> list[Role]:
-        """The roles without a ready instance; with none expected, something must be able to decode."""
-        ready = {card.role for card in self.ready_cards()}
+        """The roles without a loaded instance; with none expected, something must be able to decode."""
+        ready = {member.card.role for member in self.members.values() if member.loaded and member.card}
         expected = list(expected)
         if not expected:
             return [] if any(role.decodes for role in ready) else [Role.DECODE]
         return [role for role in expected if role not in ready]
+
+
+def _claim(revision: str, decoders: list[Card]) -> tuple[int, int, str]:
+    """The largest claim is served: most decode workers; among equals, the oldest one."""
+    return len(decoders), -min(card.epoch for card in decoders), revision
 
 
 def decoders(cards: Iterable[Card]) -> int:

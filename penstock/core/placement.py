@@ -85,6 +85,10 @@ class Placement:
         """The load that the instance itself last reported."""
         return self._book.reported_load(instance_id)
 
+    def forget_model(self, model: str) -> None:
+        """Nobody serves this model any more."""
+        self._lengths.forget(lambda key: key == model or (isinstance(key, tuple) and key[0] == model))
+
     # --- a request ----------------------------------------------------------------------------------
 
     def choose(self, placed: Placed, tokens: list[int], cards: list[Card], handed: bool) -> Decision | None:

@@ -1,10 +1,10 @@
-"""Names a model's weights, so that KV computed with others is never used."""
+"""Names a model's weights, so that no request goes on with KV or tokens of others."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from penstock.errors import ConfigError
 
@@ -13,15 +13,11 @@ _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 
 
-class Digest(Protocol):
-    """As hashlib's."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-def add_files(digest: Digest, paths: Iterable[Path]) -> None:
-    """Files up to _HASHED_WHOLE_BYTES count whole; of larger ones, the size and samples spread over it,
-    which tell any two trainings apart and take milliseconds. Raises ConfigError for an unreadable one."""
+def weights_fingerprint(paths: Iterable[Path]) -> str:
+    """64 hex digits. Files up to _HASHED_WHOLE_BYTES count whole; of larger ones, the size and samples
+    spread over it, which tell any two trainings apart and take milliseconds. Raises ConfigError for an
+    unreadable one."""
+    digest = hashlib.sha256()
     for path in paths:
         try:
             with path.open("rb") as file:
@@ -35,3 +31,4 @@ def add_files(digest: Digest, paths: Iterable[Path]) -> None:
                     digest.update(file.read(_SAMPLE_BYTES))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import ModelReplaced, PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.call import Call, Turn
 from penstock.frontend.completer import Completer
@@ -30,11 +30,15 @@ from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.sse import DONE, ChunkFormat, error_event
 from penstock.frontend.tokenizing import Caller
 from penstock.observability import FrontendMetrics
+from penstock.structs import ModelView
 
 log = logging.getLogger("penstock.frontend")
 
 OVERLOADED: Final = 429
 RETRY_AFTER_S: Final = 1.0  # for what passes by itself: a full or a leaving frontend
+
+MAX_BEGINNINGS: Final = 4
+"""How often a call may begin, each time with another revision of its model, before it fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,14 @@ class Record:
     call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
     limit: asyncio.Timeout | None = None  # of its whole time; ends it before there is a call
     call: Call | None = None
+    beginnings: int = 0  # how often it was begun, with one revision of its model after another
     error: PenstockError | None = None
+
+    @property
+    def router_key(self) -> str:
+        """The router's name for the call. It differs with each beginning, so that no late output of an
+        earlier one is taken for this one's."""
+        return self.call_id if self.beginnings == 1 else f"{self.call_id}-again{self.beginnings}"
 
     def hang_up(self) -> None:
         """The client is gone."""
@@ -83,6 +94,12 @@ class Record:
             self.call.fail(error)
         else:
             self._abandon(error)
+
+    def forget_call(self) -> None:
+        """It will be begun again, with another plan."""
+        if self.call is not None:
+            self.call.close()
+        self.call = self.plan = None
 
     def _abandon(self, error: PenstockError) -> None:
         if self.error is None and self.limit is not None:
@@ -153,31 +170,50 @@ class GenerationEndpoint:
         record.model = view.name
         priority = priority_of(body, record.tenant)
         self._completer.check(view.name, record.tenant, priority)  # before the work of tokenizing
-        metrics = self._metrics.of(view.name)
-        with metrics.inflight.track_inprogress():
-            record.call_id = call_id = kind.id_prefix + uuid.uuid4().hex
+        with self._metrics.of(view.name).inflight.track_inprogress():
+            record.call_id = kind.id_prefix + uuid.uuid4().hex
             async with self._watched(record, exchange):
                 caller = Caller(record.tenant, priority, record.began, self._settings.prepare_timeout_s)
-                plan = await self._planner.plan(call_id, body, view, caller)
-                if record.error is not None:  # just before the plan was made
-                    raise record.error
-                record.plan = plan
-                record.call = call = Call(
-                    plan.answers,
-                    metrics=metrics,
-                    streaming=bool(body.stream),
-                    max_unsent_chars=self._settings.max_unsent_chars,
-                    on_overflow=exchange.abort,
-                    turn=self._turn,
-                )
-                created = int(time.time())
-                name = kind.chunk_object if body.stream else kind.object
-                envelope = Envelope(call_id, name, created, view.name, fingerprint_of(view))
-                call.start(self._completer, plan.requests)
-                if body.stream:
-                    await _stream(kind, exchange, call, plan, envelope, body.include_usage)
-                else:
-                    await _respond(kind, exchange, call, plan, envelope)
+                while True:
+                    try:
+                        return await self._answer(kind, exchange, record, body, view, caller)
+                    except ModelReplaced:
+                        if exchange.status is not None or record.beginnings == MAX_BEGINNINGS:
+                            raise
+                        record.forget_call()
+                        view = self._completer.model(body.model)
+
+    async def _answer(
+        self,
+        kind: Kind,
+        exchange: Exchange,
+        record: Record,
+        body: ChatRequest | CompletionRequest,
+        view: ModelView,
+        caller: Caller,
+    ) -> None:
+        """Answer with this revision of the model."""
+        record.beginnings += 1
+        plan = await self._planner.plan(record.router_key, body, view, caller)
+        if record.error is not None:  # just before the plan was made
+            raise record.error
+        record.plan = plan
+        record.call = call = Call(
+            plan.answers,
+            metrics=self._metrics.of(view.name),
+            streaming=bool(body.stream),
+            max_unsent_chars=self._settings.max_unsent_chars,
+            on_overflow=exchange.abort,
+            turn=self._turn,
+        )
+        created = int(time.time())
+        name = kind.chunk_object if body.stream else kind.object
+        envelope = Envelope(record.call_id, name, created, view.name, fingerprint_of(view))
+        call.start(self._completer, plan.requests)
+        if body.stream:
+            await _stream(kind, exchange, call, plan, envelope, body.include_usage)
+        else:
+            await _respond(kind, exchange, call, plan, envelope)
 
     @contextlib.asynccontextmanager
     async def _watched(self, record: Record, exchange: Exchange) -> AsyncIterator[None]:
@@ -257,7 +293,7 @@ async def _stream(
         formats=plan.formats,
     )
     changed = await call.changed()
-    if call.error is not None and not changed:
+    if call.error is not None:
         raise call.error
     if not call.gone:
         await exchange.begin_stream()

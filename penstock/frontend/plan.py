@@ -82,6 +82,7 @@ class Planner:
                     Request(
                         request_id=f"{call_id}-{index}",
                         model=view.name,
+                        revision=view.revision,
                         token_ids=prompt,
                         sampling=own,
                         cache_salt=body.cache_salt or "",

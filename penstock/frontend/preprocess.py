@@ -122,24 +122,24 @@ class Preprocessor:
         """Without `parsers` all that models say is content."""
         self._settings = settings
         self._parsers = parsers
-        self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by fingerprint
+        self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by revision
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-loader")
         self._thread = TokenizerThread(settings.tokenizing, metrics)
         self._turn = TurnBudget(settings.long_text_chars)
 
     async def text_of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
-        """The model's text side, loaded once for each fingerprint (and unusable once for all). Without a
+        """The model's text side, loaded once for each revision (and unusable once for all). Without a
         caller, however long that takes."""
-        loading = self._texts.get(view.fingerprint)
+        loading = self._texts.get(view.revision)
         if loading is None:
             loop = asyncio.get_running_loop()
             loading = loop.run_in_executor(
                 self._loader, ModelText, view, self._settings.segment_cache_bytes, self._parsers
             )
-            self._texts[view.fingerprint] = loading
+            self._texts[view.revision] = loading
             while len(self._texts) > MAX_LOADED_MODELS:
                 self._texts.popitem(last=False)
-        self._texts.move_to_end(view.fingerprint)
+        self._texts.move_to_end(view.revision)
         # One client that leaves must not end the loading for the others.
         if loading.done():
             return loading.result()

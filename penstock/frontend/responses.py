@@ -52,7 +52,7 @@ def usage_of(prompt_lengths: Sequence[int], answers: Sequence[Answer]) -> Usage:
 
 
 def fingerprint_of(model: ModelView) -> str:
-    return f"fp_{model.fingerprint[:12]}"
+    return f"fp_{model.revision[:12]}"
 
 
 def chat_body(

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-from penstock.core.catalog import Catalog, fingerprint
+import pytest
+from msgspec.structs import replace
+
+from penstock.core.catalog import Catalog, differences, revision_of, serves
 from penstock.structs import Card, Role
 
 
-def card(instance_id: str = "a", model: str = "m", **files: bytes) -> Card:
+def card(instance_id: str = "a", model: str = "m", role: Role = Role.AGGREGATED, **files: bytes) -> Card:
     assets = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return Card(instance_id, 1, Role.AGGREGATED, model, "e", 16, 10, 100, 50, assets=assets)
+    return Card(instance_id, 1, role, model, "e", 16, 10, 100, 50, assets=assets)
 
 
 def put(catalog: Catalog, **files: bytes) -> None:
@@ -16,60 +20,96 @@ def put(catalog: Catalog, **files: bytes) -> None:
         catalog.put(hashlib.sha256(content).hexdigest(), content)
 
 
-def test_a_model_is_seen_once_its_files_are_here() -> None:
+def keep(catalog: Catalog, *cards: Card) -> None:
+    catalog.keep({(each.model, revision_of(each)): each for each in cards})
+
+
+def test_a_model_has_a_view_once_its_files_are_here() -> None:
     catalog = Catalog()
     first = card(tokenizer=b"t", template=b"x")
     assert len(catalog.wanted(first)) == 2
-    assert catalog.view("m") is None
+    assert catalog.view("m", revision_of(first)) is None
     put(catalog, tokenizer=b"t", template=b"x")
     assert catalog.wanted(first) == []
-    catalog.publish(first)
-    view = catalog.view("m")
-    assert view is not None
+    view = catalog.publish(first)
+    assert catalog.view("m", revision_of(first)) is view
     assert view.assets == {"tokenizer": b"t", "template": b"x"}
-    assert view.fingerprint == fingerprint(first)
+    assert view.revision == revision_of(first)
 
 
-def test_the_second_worker_of_a_model_fetches_nothing() -> None:
+def test_nothing_is_fetched_for_the_second_worker_of_a_revision() -> None:
     catalog = Catalog()
     put(catalog, tokenizer=b"t")
     catalog.publish(card("a", tokenizer=b"t"))
     assert catalog.wanted(card("b", tokenizer=b"t")) == []
-    assert catalog.agrees(card("b", tokenizer=b"t"))
+    assert revision_of(card("a", tokenizer=b"t")) == revision_of(card("b", tokenizer=b"t"))
 
 
-def test_other_files_under_the_same_name_do_not_agree() -> None:
+def test_two_revisions_of_a_model_have_a_view_each() -> None:
     catalog = Catalog()
-    put(catalog, tokenizer=b"t")
-    catalog.publish(card("a", tokenizer=b"t"))
-    assert not catalog.agrees(card("b", tokenizer=b"other"))
-    assert catalog.agrees(card("c", model="another", tokenizer=b"other"))
-
-
-def test_files_that_no_model_uses_are_dropped() -> None:
-    catalog = Catalog()
+    cards = [card(tokenizer=b"old"), card(tokenizer=b"new")]
     put(catalog, tokenizer=b"old")
-    catalog.publish(card("a", tokenizer=b"old"))
     put(catalog, tokenizer=b"new")
-    catalog.publish(card("a", tokenizer=b"new"))
-    assert catalog.wanted(card("b", tokenizer=b"old")) != []
+    for each in cards:
+        catalog.publish(each)
+    views = [catalog.view("m", revision_of(each)) for each in cards]
+    assert [view and view.assets for view in views] == [{"tokenizer": b"old"}, {"tokenizer": b"new"}]
 
 
-def test_files_on_their_way_to_another_model_stay() -> None:
+def test_what_no_kept_card_needs_is_dropped() -> None:
     catalog = Catalog()
-    put(catalog, tokenizer=b"half of m2")
+    old, new = card(tokenizer=b"old", template=b"both"), card(tokenizer=b"new", template=b"both")
+    put(catalog, tokenizer=b"old", template=b"both")
+    put(catalog, tokenizer=b"new")
+    catalog.publish(old)
+    catalog.publish(new)
+    keep(catalog, new)
+    assert catalog.view("m", revision_of(old)) is None
+    assert catalog.view("m", revision_of(new)) is not None
+    assert len(catalog.wanted(old)) == 1  # the template is the new one's as well
+    keep(catalog)
+    assert len(catalog.wanted(new)) == 2
+
+
+def test_files_on_their_way_to_a_card_stay() -> None:
+    catalog = Catalog()
+    loading = card("b", "m2", tokenizer=b"t", template=b"not here yet")
     put(catalog, tokenizer=b"t")
-    catalog.publish(card("a", tokenizer=b"t"))
-    assert catalog.wanted(card("b", "m2", tokenizer=b"half of m2")) == []
+    keep(catalog, loading)
+    assert len(catalog.wanted(loading)) == 1
 
 
-def test_a_fingerprint_names_all_that_rendering_and_checking_depend_on() -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("assets", {"tokenizer": "0" * 64}),
+        ("weights", "others"),
+        ("max_model_len", 200),
+        ("vocab_size", 51),
+        ("eos_token_ids", [1]),
+        ("sampling_defaults", {"temperature": 0.5}),
+        ("structured_output", True),
+        ("tool_parser", "hermes"),
+        ("reasoning_parser", "qwen3"),
+    ],
+)
+def test_the_revision_changes_with_all_that_an_answer_depends_on(field: str, value: Any) -> None:
     base = card(tokenizer=b"t")
-    other_limit = card(tokenizer=b"t")
-    other_limit.max_model_len = 200
-    other_default = card(tokenizer=b"t")
-    other_default.sampling_defaults = {"temperature": 0.5}
-    assert (
-        len({fingerprint(each) for each in (base, other_limit, other_default, card(tokenizer=b"u"))}) == 4
-    )
-    assert fingerprint(card("b", tokenizer=b"t")) == fingerprint(base)
+    changed = replace(base, **{field: value})
+    assert revision_of(changed) != revision_of(base)
+    assert differences(changed, base) == ["tokenizer" if field == "assets" else field]
+
+
+@pytest.mark.parametrize("field", ["instance_id", "engine", "layout", "transport"])
+def test_workers_of_a_revision_may_differ_in_what_no_answer_depends_on(field: str) -> None:
+    base = card(tokenizer=b"t")
+    assert revision_of(replace(base, **{field: "another"})) == revision_of(base)
+
+
+def test_a_prefill_worker_need_not_know_how_answers_are_drawn_and_read() -> None:
+    decode = replace(card(role=Role.DECODE, tokenizer=b"t"), tool_parser="hermes")
+    prefill = revision_of(card(role=Role.PREFILL, tokenizer=b"t"))
+    assert serves(prefill, revision_of(decode))
+    assert not serves(revision_of(decode), prefill)
+    assert not serves(revision_of(card(role=Role.PREFILL, tokenizer=b"u")), revision_of(decode))
+    assert not serves(revision_of(card(role=Role.DECODE, tokenizer=b"t")), revision_of(decode))

@@ -47,7 +47,7 @@ PROMPT = [1, 2, 3, 4, 5]
 
 
 def lifecycle() -> Lifecycle:
-    return Lifecycle(Request("r", "m", list(PROMPT), Sampling(max_tokens=8, seed=7)), LIMITS, now=0.0)
+    return Lifecycle(Request("r", "m", "v", list(PROMPT), Sampling(max_tokens=8, seed=7)), LIMITS, now=0.0)
 
 
 def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Handoff:

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
 from penstock.structs import Card, Registration, Role
 
@@ -10,6 +16,9 @@ def registration(instance_id: str, epoch: int = 1, role: Role = Role.DECODE) -> 
 
 def card(instance_id: str, role: Role = Role.DECODE, model: str = "m") -> Card:
     return Card(instance_id, 1, role, model, "reference", 16, 100, 4096, 1024)
+
+
+REVISION = revision_of(card("any"))
 
 
 def ready(membership: Membership, instance_id: str, role: Role = Role.DECODE) -> None:
@@ -33,19 +42,19 @@ def test_connects_to_what_is_discovered_once() -> None:
 def test_takes_part_only_when_loaded() -> None:
     membership = Membership()
     membership.discovered({"d0": registration("d0")})
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
     membership.up("d0", card("d0"))
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
     membership.loaded("d0")
-    assert [card.instance_id for card in membership.ready("m")] == ["d0"]
-    assert membership.ready("other") == []
+    assert [card.instance_id for card in membership.ready("m", REVISION)] == ["d0"]
+    assert membership.ready("other", REVISION) == []
 
 
 def test_discovery_going_blank_does_not_touch_what_is_connected() -> None:
     membership = Membership()
     ready(membership, "d0")
     assert membership.discovered({}) == []
-    assert len(membership.ready("m")) == 1
+    assert len(membership.ready("m", REVISION)) == 1
     assert membership.down("d0") == [Disconnect("d0")]
     assert membership.members == {}
 
@@ -61,7 +70,7 @@ def test_a_listed_instance_stays_when_its_link_drops() -> None:
     ready(membership, "d0")
     assert membership.down("d0") == []
     assert membership.members["d0"].state is State.CONNECTING
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
 
 
 def test_a_new_epoch_replaces_the_old_incarnation() -> None:
@@ -69,16 +78,16 @@ def test_a_new_epoch_replaces_the_old_incarnation() -> None:
     ready(membership, "d0")
     again = registration("d0", epoch=2)
     assert membership.discovered({"d0": again}) == [Disconnect("d0"), Connect(again)]
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
 
 
 def test_draining_takes_no_more() -> None:
     membership = Membership()
     ready(membership, "d0")
     membership.draining("d0")
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
     membership.loaded("d0")  # a late asset does not undo it
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
 
 
 def test_missing_roles() -> None:
@@ -96,10 +105,10 @@ def test_a_stuck_instance_takes_nothing_until_it_advances() -> None:
     ready(membership, "d0")
     membership.stuck("d0", "no step for 3 s")
     assert membership.members["d0"].state is State.QUARANTINED
-    assert membership.ready("m") == []
+    assert membership.ready("m", REVISION) == []
     assert membership.missing([Role.DECODE]) == [Role.DECODE]
     membership.advancing("d0")
-    assert len(membership.ready("m")) == 1
+    assert len(membership.ready("m", REVISION)) == 1
 
 
 def test_a_stuck_instance_that_loads_or_drains_is_not_taken_for_ready() -> None:
@@ -117,3 +126,112 @@ def test_a_stuck_instance_that_loads_or_drains_is_not_taken_for_ready() -> None:
     membership.up("d0", card("d0"))
     membership.loaded("d0")
     assert membership.members["d0"].state is State.READY
+
+
+# --- revisions of a model --------------------------------------------------------------------------
+
+OLD, NEW = 50, 60  # vocabulary sizes: what makes two revisions here
+
+
+def join(
+    membership: Membership, instance_id: str, vocabulary: int, *, epoch: int = 1, role: Role = Role.DECODE
+) -> None:
+    """Another worker comes, and is loaded."""
+    found = {name: member.registration for name, member in membership.members.items()}
+    membership.discovered({**found, instance_id: registration(instance_id, epoch, role)})
+    membership.up(instance_id, versioned(vocabulary, instance_id, epoch, role))
+    membership.loaded(instance_id)
+    membership.elect()
+
+
+def versioned(vocabulary: int, instance_id: str = "any", epoch: int = 1, role: Role = Role.DECODE) -> Card:
+    return msgspec.structs.replace(
+        card(instance_id, role), vocab_size=vocabulary, epoch=epoch, instance_id=instance_id
+    )
+
+
+def states(membership: Membership) -> dict[str, State]:
+    return {name: member.state for name, member in membership.members.items()}
+
+
+def takers(membership: Membership, vocabulary: int) -> list[str]:
+    return [each.instance_id for each in membership.ready("m", revision_of(versioned(vocabulary)))]
+
+
+def test_of_two_workers_with_different_revisions_the_older_one_serves() -> None:
+    for order in (("a", "b"), ("b", "a")):
+        membership = Membership()
+        for name in order:
+            join(membership, name, OLD if name == "a" else NEW, epoch=1 if name == "a" else 2)
+        assert states(membership) == {"a": State.READY, "b": State.STANDBY}
+        assert membership.served == {"m": revision_of(versioned(OLD))}
+
+
+def test_new_requests_change_over_when_most_decode_workers_have_the_new_revision() -> None:
+    membership = Membership()
+    for number in range(3):
+        join(membership, f"old{number}", OLD)
+    join(membership, "new0", NEW, epoch=2)
+    assert states(membership)["new0"] is State.STANDBY
+    membership.draining("old0")
+    assert membership.elect() == []
+    join(membership, "new1", NEW, epoch=2)  # two each: the older revision goes on
+    assert membership.served["m"] == revision_of(versioned(OLD))
+    membership.down("old1")
+    assert membership.elect() == ["m"]
+    assert membership.served["m"] == revision_of(versioned(NEW))
+    assert states(membership)["old2"] is State.STANDBY
+    assert takers(membership, NEW) == ["new0", "new1"]
+    assert takers(membership, OLD) == ["old2"]  # for what was tokenized for it
+
+
+def test_prefill_workers_have_no_say_and_follow_the_decode_workers() -> None:
+    membership = Membership()
+    for number in range(3):
+        join(membership, f"p{number}", NEW, role=Role.PREFILL)
+    assert membership.served == {}
+    join(membership, "d0", OLD)
+    assert membership.served["m"] == revision_of(versioned(OLD))
+    assert states(membership)["p0"] is State.STANDBY
+    join(membership, "p3", OLD, role=Role.PREFILL)
+    assert takers(membership, OLD) == ["d0", "p3"]
+
+
+@pytest.mark.parametrize("leave", [Membership.draining, Membership.down, Membership.advancing])
+def test_another_revision_takes_over_while_the_older_one_cannot_serve(leave: Callable[..., object]) -> None:
+    membership = Membership()
+    join(membership, "old", OLD)
+    join(membership, "new", NEW, epoch=2)
+    if leave is Membership.advancing:
+        membership.stuck("old", "no step")
+        assert membership.elect() == ["m"]
+        assert states(membership) == {"old": State.QUARANTINED, "new": State.READY}
+        leave(membership, "old")
+        assert membership.elect() == ["m"]
+        assert states(membership) == {"old": State.READY, "new": State.STANDBY}
+    else:
+        leave(membership, "old")
+        assert membership.elect() == ["m"]
+        assert states(membership)["new"] is State.READY
+
+
+def test_workers_of_a_revision_may_return_while_one_could_still_have_it() -> None:
+    membership = Membership()
+    join(membership, "old", OLD)
+    join(membership, "new", NEW, epoch=2)
+    revision = revision_of(versioned(OLD))
+    membership.down("old")  # its link; discovery still lists it
+    assert membership.may_return("m", revision)
+    found = {name: member.registration for name, member in membership.members.items()}
+    membership.discovered({**found, "old": registration("old", epoch=3)})  # a new process, silent so far
+    assert membership.may_return("m", revision)
+    membership.up("old", versioned(NEW, "old", 3))
+    assert not membership.may_return("m", revision)
+    assert not membership.may_return("another", revision)
+
+
+def test_a_draining_worker_does_not_return() -> None:
+    membership = Membership()
+    join(membership, "old", OLD)
+    membership.draining("old")
+    assert not membership.may_return("m", revision_of(versioned(OLD)))

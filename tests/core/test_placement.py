@@ -26,7 +26,7 @@ def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placeme
 
 
 def placed(request_id: str = "r", salt: str = "") -> Placed:
-    return Placed(Request(request_id, "m", TOKENS, Sampling(max_tokens=10), cache_salt=salt))
+    return Placed(Request(request_id, "m", "r", TOKENS, Sampling(max_tokens=10), cache_salt=salt))
 
 
 def attempt(handoff: Handoff | None = None) -> Attempt:

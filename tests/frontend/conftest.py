@@ -132,7 +132,7 @@ def view_of(tokenizer: Tokenizer, *, name="tiny", template=CHATML, **changes) ->
             "tokenizer.json": tokenizer.to_str().encode(),
             "tokenizer_config.json": json.dumps(config).encode(),
         },
-        "fingerprint": f"{name}-0123456789abcdef",
+        "revision": f"{name}-0123456789abcdef",
     }
     return ModelView(name=name, **{**fields, **changes})
 

@@ -75,7 +75,7 @@ def begin(metrics):
             turn=Turn(),
             now=clock,
         )
-        requests = [Request(str(index), "m", [1], Sampling(max_tokens=9)) for index in range(choices)]
+        requests = [Request(str(index), "m", "r", [1], Sampling(max_tokens=9)) for index in range(choices)]
         call.start(router, requests)
         return call, router.tickets, clock
 

@@ -105,15 +105,15 @@ async def test_a_model_is_loaded_once_and_again_when_it_changes(preprocessor, vi
     view = view_of(byte_level)
     first, second = await asyncio.gather(preprocessor.text_of(view), preprocessor.text_of(view))
     assert first is second
-    changed = view_of(byte_level, template="changed", fingerprint="other")
+    changed = view_of(byte_level, template="changed", revision="other")
     assert (await preprocessor.text_of(changed)).template.render(chat_of("x")) == "changed"
 
 
 async def test_only_so_many_models_are_kept(preprocessor, view_of, word_piece):
-    first = await preprocessor.text_of(view_of(word_piece, fingerprint="0"))
+    first = await preprocessor.text_of(view_of(word_piece, revision="0"))
     for number in range(1, MAX_LOADED_MODELS + 1):
-        await preprocessor.text_of(view_of(word_piece, fingerprint=str(number)))
-    assert await preprocessor.text_of(view_of(word_piece, fingerprint="0")) is not first
+        await preprocessor.text_of(view_of(word_piece, revision=str(number)))
+    assert await preprocessor.text_of(view_of(word_piece, revision="0")) is not first
 
 
 def edited(**changes):

@@ -19,7 +19,7 @@ MODEL = ModelView(
     eos_token_ids=[0],
     sampling_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "unknown": 3},
     assets={},
-    fingerprint="f",
+    revision="f",
 )
 
 

@@ -255,7 +255,7 @@ def serve_slow(serve_script, view_of, byte_level):
     """A server with two models, one of which is slow to load."""
     views = [
         view_of(byte_level, max_model_len=100_000),
-        view_of(byte_level, name="slow", fingerprint="other", reasoning_parser="tag"),
+        view_of(byte_level, name="slow", revision="other", reasoning_parser="tag"),
     ]
     return partial(serve_script, "x", views=views)
 

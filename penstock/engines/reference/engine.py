@@ -11,12 +11,14 @@ from penstock import __version__
 from penstock.engines.assets import assets_from
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.cycle import LoadedModel
+from penstock.engines.fingerprint import weights_fingerprint
+from penstock.engines.reference.checkpoint import weight_paths
 from penstock.engines.reference.config import ModelConfig, read_config
 from penstock.engines.reference.kv import KvPool, block_bytes
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.runner import ReferenceRunner
 from penstock.engines.reference.tiles import positions_agree
-from penstock.engines.reference.weights import Weights, fingerprint, load_weights
+from penstock.engines.reference.weights import Weights, kv_layout, load_weights
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
@@ -78,6 +80,7 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
     weights = load_weights(folder, config)
     _check_reproducible(weights)
     pool = _pool(config, total_blocks, settings.block_size)
+    fingerprint = weights_fingerprint(weight_paths(folder))
     card = EngineCard(
         engine=f"reference {__version__}",
         model=settings.served_name or folder.resolve().name,
@@ -86,7 +89,8 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
         eos_token_ids=list(config.eos_token_ids),
-        layout=fingerprint(folder, config),
+        layout=kv_layout(config, fingerprint),
+        weights=fingerprint,
         sampling_defaults=config.sampling_defaults,
         assets=assets,
         max_running=settings.scheduler.max_running,

@@ -22,8 +22,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from penstock.engines.fingerprint import add_files
-from penstock.engines.reference.checkpoint import Checkpoint, open_checkpoint, weight_paths
+from penstock.engines.reference.checkpoint import Checkpoint, open_checkpoint
 from penstock.engines.reference.config import ModelConfig
 from penstock.engines.reference.tiles import Floats, TiledMatrix
 from penstock.errors import ConfigError
@@ -73,14 +72,14 @@ def load_weights(folder: Path, config: ModelConfig) -> Weights:
     return Weights(embeddings, layers, _matrix(head * gain))
 
 
-def fingerprint(folder: Path, config: ModelConfig) -> str:
+def kv_layout(config: ModelConfig, weights: str) -> str:
     """What two workers must share for the KV of one to mean anything to the other: the geometry, the
-    format of a block, and the weights."""
+    format of a block, and the weights (engines/fingerprint.py)."""
     digest = hashlib.sha256(_KV_FORMAT.encode())
     digest.update(
         msgspec.json.encode(msgspec.structs.replace(config, eos_token_ids=(), sampling_defaults={}))
     )
-    add_files(digest, weight_paths(folder))
+    digest.update(weights.encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from penstock.address import is_loopback
 from penstock.engines.assets import ASSET_NAMES, assets_from
-from penstock.engines.fingerprint import add_files
+from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
 from penstock.engines.vllm.guard import own_engines
 from penstock.engines.vllm.handoffs import engine_id, lease_s
@@ -36,6 +36,9 @@ log = logging.getLogger("penstock.engine")
 
 SHUTDOWN_S = 10.0
 """Seconds that vLLM gets to end its processes by itself."""
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
+"""Of the files that vLLM reads weights from."""
 
 TRANSPORT = "vllm-nixl"
 """Name of vLLM's KV transfer in cards and handoffs."""
@@ -235,6 +238,8 @@ def _listening(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
 def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, arguments: Any) -> EngineCard:
     model, cache = config.model_config, config.cache_config
     folder = _folder(model)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+    weights = weights_fingerprint(files)
     sampling_defaults = {
         name: float(value)
         for name, value in model.get_diff_sampling_param().items()
@@ -248,7 +253,8 @@ def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, ar
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         eos_token_ids=_eos_token_ids(inputs),
-        layout=_layout(folder, config),
+        layout=_layout(config, weights),
+        weights=weights,
         transport="" if settings.role is Role.AGGREGATED else TRANSPORT,
         sampling_defaults=sampling_defaults,
         assets=assets_from(folder),
@@ -279,17 +285,15 @@ def _eos_token_ids(inputs: InputProcessor) -> list[int]:
     )
 
 
-def _layout(folder: Path, config: VllmConfig) -> str:
+def _layout(config: VllmConfig, weights: str) -> str:
     """What two workers must share for the KV of one to mean anything to the other."""
     model, cache = config.model_config, config.cache_config
-    digest = hashlib.sha256()
     parts = [
         installed_version(),
         str(model.dtype),
         cache.cache_dtype,
         cache.block_size,
         model.hf_config.to_json_string(),
+        weights,
     ]
-    digest.update(msgspec.json.encode(parts))
-    add_files(digest, sorted(folder.glob("*.safetensors")))
-    return digest.hexdigest()
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from penstock.engines.fingerprint import weights_fingerprint
+from penstock.engines.reference.checkpoint import weight_paths
 from penstock.engines.reference.config import read_config
-from penstock.engines.reference.weights import fingerprint, load_weights
+from penstock.engines.reference.weights import kv_layout, load_weights
 from penstock.errors import ConfigError
 
 
@@ -46,16 +48,20 @@ def test_weights_that_do_not_fit_the_config(
 
 
 @pytest.mark.parametrize("whole_bytes", [1 << 20, 0])
-def test_the_fingerprint_is_the_models_own(
+def test_the_kv_layout_changes_with_weights_and_config(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
     monkeypatch.setattr("penstock.engines.fingerprint._HASHED_WHOLE_BYTES", whole_bytes)
-    first = fingerprint(checkpoint, read_config(checkpoint))
-    assert fingerprint(checkpoint, read_config(checkpoint)) == first
+
+    def layout() -> str:
+        return kv_layout(read_config(checkpoint), weights_fingerprint(weight_paths(checkpoint)))
+
+    first = layout()
+    assert layout() == first
     weights = checkpoint / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    changed = fingerprint(checkpoint, read_config(checkpoint))
+    changed = layout()
     change_config(checkpoint, rms_norm_eps=1e-5)
-    assert len({first, changed, fingerprint(checkpoint, read_config(checkpoint))}) == 3
+    assert len({first, changed, layout()}) == 3
