@@ -136,9 +136,11 @@ class Instances:
             404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
         )
 
-    def knows(self, name: str) -> bool:
-        """Whether somebody serves the model, or did so recently enough for requests to wait."""
-        return name in self._served
+    def serves(self, name: str, revision: str | None = None) -> bool:
+        """Whether new requests may come for the model, or for this revision of it: it is served, or was so
+        recently enough for requests to wait."""
+        served = self._served.get(name)
+        return served is not None and revision in (None, served.view.revision)
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""

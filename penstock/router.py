@@ -139,7 +139,7 @@ class Router:
             tick_s=settings.tick_s,
         )
         self._live: dict[str, _Live] = {}
-        self._queues: dict[str, Queue] = {}  # by model, of those that are or were served
+        self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
         self._resting: dict[str, _Live] = {}  # requests that must not ask for a worker before the next tick
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
@@ -175,9 +175,9 @@ class Router:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
         or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.
         The choices of a call must be submitted one directly after the other."""
-        queue = self._queue(request.model)
+        queue = self._queue(request.model, request.revision)
         if not queue.holds(request.call_id, request.tenant, request.priority):
-            self.check(request.model, request.tenant, request.priority)
+            self._check(queue, request.tenant, request.priority)
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
         self._live[request.request_id] = live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
@@ -189,13 +189,22 @@ class Router:
         return Ticket(self, live)
 
     def queues(self) -> list[QueueView]:
-        """What waits here, by model, for /metrics."""
-        return [QueueView(model, len(it), it.saturation_ms()) for model, it in self._queues.items()]
+        """What waits here, by model, for /metrics: of the revision that new requests get, where a model has
+        several."""
+        views = {}
+        for (model, revision), queue in self._queues.items():
+            if model not in views or self._instances.serves(model, revision):
+                views[model] = QueueView(model, len(queue), queue.saturation_ms())
+        return list(views.values())
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
-        queue = self._queues.get(model)
-        refusal = queue.refusal(tenant, priority, self._patience()) if queue is not None else None
+        queue = self._queues.get((model, self.model(model).revision))
+        if queue is not None:
+            self._check(queue, tenant, priority)
+
+    def _check(self, queue: Queue, tenant: str, priority: int) -> None:
+        refusal = queue.refusal(tenant, priority, self._patience())
         if refusal is not None:
             raise self._rejected(refusal)
 
@@ -234,17 +243,21 @@ class Router:
 
     # --- the queues -------------------------------------------------------------------------------
 
-    def _queue(self, model: str) -> Queue:
-        queue = self._queues.get(model)
+    def _queue(self, model: str, revision: str) -> Queue:
+        queue = self._queues.get((model, revision))
         if queue is None:
-            queue = self._queues[model] = Queue(self._settings.admission, self._rng)
+            queue = self._queues[model, revision] = Queue(self._settings.admission, self._rng)
         return queue
 
     def _forget_models(self) -> None:
-        """Keep nothing of models that nobody has served for as long as a request may wait."""
-        for model in [model for model in self._queues if not self._instances.knows(model)]:
-            if not any(live.queue is self._queues[model] for live in self._live.values()):
-                del self._queues[model]
+        """Keep nothing of replaced revisions, nor of models that no worker has served for as long as a
+        request may wait."""
+        for model, revision in [key for key in self._queues if not self._instances.serves(*key)]:
+            queue = self._queues[model, revision]
+            if any(live.queue is queue for live in self._live.values()):
+                continue
+            del self._queues[model, revision]
+            if not self._instances.serves(model):
                 self._placement.forget_model(model)
                 self._metrics.model_gone(model)
 

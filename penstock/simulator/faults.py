@@ -177,6 +177,25 @@ async def drain(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
     await lab.restart(worker, rng.uniform(0.05, 2.0))
 
 
+@_fault("replace-model")
+async def replace_model(lab: Lab, rng: random.Random) -> None:
+    """All workers are replaced, one after the other, by workers with another model under the same name. A
+    second such fault meanwhile goes back."""
+    lab.version = 1 - lab.version
+    lab.fault("replace-model", f"version {lab.version}", lab.flying())
+    while old := [it for it in lab.live_workers() if it.version != lab.version]:
+        worker = old[0]
+        if worker.serving:
+            if rng.random() < 0.2:
+                worker.kill()
+            else:
+                worker.leave()
+        while not worker.exited and (worker.leaving or not worker.serving):
+            await asyncio.sleep(0.1)
+        if lab.workers[worker.instance_id] is worker and worker.exited:
+            await lab.restart(worker, rng.uniform(0.0, 1.0))
+
+
 @_fault("scale-down", gentle=True)
 async def scale_down(lab: Lab, rng: random.Random) -> None:
     """A worker leaves for good, if it is not the last of its kind."""

@@ -43,9 +43,14 @@ LOOK_S = 0.25
 LATE_S = 1.0
 """How much later than its deadline a request may end: ticks, and a frontend that catches up."""
 
-ERRORS_ALLOWED = {"attempts_failed", "kills_workers", "no_worker", "overloaded", "request_timeout"} | {
-    f"{awaited.value}_timeout" for awaited in Awaited
-}
+ERRORS_ALLOWED = {
+    "attempts_failed",
+    "kills_workers",
+    "model_replaced",
+    "no_worker",
+    "overloaded",
+    "request_timeout",
+} | {f"{awaited.value}_timeout" for awaited in Awaited}
 """In scenarios that are not gentle."""
 
 MOST_DOSES = MAX_DEATHS + Deadlines().max_attempts
@@ -101,7 +106,9 @@ class Lab:
         self.context = contextvars.copy_context()
         self.over = False
         self.violation: Violation | None = None
-        self.oracle = Oracle(scenario.sim)
+        self.version = 0  # of the model that new workers serve
+        self.revisions: dict[int, str] = {}  # of the model, by version
+        self.oracles = [Oracle(scenario.sim), Oracle(scenario.replaced_sim)]  # by version
         self.asked: list[Asked] = []
         self.faults: list[FaultRecord] = []
         self.workers: dict[str, SimWorker] = {}  # the latest incarnations
@@ -208,8 +215,8 @@ class Lab:
     def start_worker(self, instance_id: str, role: Role) -> SimWorker:
         """A new incarnation."""
         self._epochs[instance_id] += 1
-        self.note("start", instance_id, role.value, self._epochs[instance_id])
-        worker = SimWorker(self, instance_id, role, self._epochs[instance_id])
+        self.note("start", instance_id, role.value, self._epochs[instance_id], self.version)
+        worker = SimWorker(self, instance_id, role, self._epochs[instance_id], self.version)
         self.workers[instance_id] = worker
         return worker
 

@@ -38,6 +38,10 @@ IDLE_S = 1.5
 REST_S = 15.0
 """For how long a request may wait outside of the queue: after deaths, or for a place of its own."""
 
+OUTDATED_S = 5.0
+"""For how long a request without tokens may wait for workers of a revision that has been replaced: it rests
+after deaths under it."""
+
 LATE_S = 1.0
 """By how much a phase's deadline may be missed."""
 
@@ -79,9 +83,14 @@ class Monitor:
     def idle_s(self, frontend: SimFrontend) -> float:
         """For how long some worker could have begun a request, going by what this frontend knows."""
         now = self._lab.loop.time()
-        return max(
-            (now - self._since.get(what, now) for what in self._idle(frontend).values()), default=0.0
-        )
+        served = frontend.router._instances.membership.served.items()
+        idle = [
+            what
+            for key in served
+            if key in frontend.router._queues
+            for what in self._idle(frontend, *key).values()
+        ]
+        return max((now - self._since.get(what, now) for what in idle), default=0.0)
 
     def _complaints(self) -> Iterator[Complaint]:
         workers = [it for it in self._lab.live_workers() if it.serving and not it.stands_still]
@@ -135,6 +144,9 @@ class Monitor:
             if lifecycle.phase is Phase.QUEUED:
                 if request_id not in live.queue and self._could_run(frontend, lifecycle):
                     yield "an end", REST_S, f"{frontend.name}: {request_id} is not in the queue"
+                if self._outdated(frontend, lifecycle):
+                    what = f"{frontend.name}: {request_id} waits for a revision that nobody has"
+                    yield "replaced models", OUTDATED_S, what
                 continue
             instance_id, _ = lifecycle.places
             worker = lab.workers.get(instance_id)
@@ -150,25 +162,38 @@ class Monitor:
                 what = f"{frontend.name} waits for {attempt_id}, of which {instance_id} knows nothing"
                 yield "attempts are somewhere", KNOWN_S, what
 
+    def _outdated(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
+        """Whether only another revision of its model is served, for which it could be tokenized anew."""
+        membership, request = frontend.router._instances.membership, lifecycle.request
+        begun = len(lifecycle.token_ids) > len(request.token_ids)
+        served = membership.served.get(request.model, request.revision)
+        return (
+            not begun
+            and served != request.revision
+            and not membership.ready(request.model, request.revision)
+        )
+
     def _could_run(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
         """Whether there is a worker for it."""
-        cards = frontend.router._instances.membership.ready_cards()
+        request = lifecycle.request
+        cards = frontend.router._instances.membership.ready(request.model, request.revision)
         return any(card.role.decodes and card.instance_id not in lifecycle._avoid for card in cards)
 
     def _waiting(self, frontend: SimFrontend) -> Iterator[Complaint]:
         """Nobody waits while workers that could begin at once have nothing to do."""
-        for what in self._idle(frontend).values():
-            yield "", math.inf, what
-            for queue in frontend.router._queues.values():
-                if queue.next() is not None:
-                    yield "no worker idles", IDLE_S, f"{queue.next()} waits, and {what}"
+        for model, revision in list(frontend.router._queues):
+            for what in self._idle(frontend, model, revision).values():
+                yield "", math.inf, what
+                request_id = frontend.router._queues[model, revision].next()
+                if request_id is not None:
+                    yield "no worker idles", IDLE_S, f"{request_id} waits, and {what}"
 
-    def _idle(self, frontend: SimFrontend) -> dict[str, str]:
-        """Those who could end a request and have nothing to do, going by what a frontend knows; with words
-        for it. None if there is a queue where prompts are computed, and none that the first in the queue
-        avoids after an attempt that was lost there."""
+    def _idle(self, frontend: SimFrontend, model: str, revision: str) -> dict[str, str]:
+        """Those who could end a request of this revision and have nothing to do, going by what a frontend
+        knows; with words for it. None if there is a queue where prompts are computed, and none that the
+        first in the queue avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
-        ready = router._instances.membership.ready_cards()
+        ready = router._instances.membership.ready(model, revision)
         idle = []
         for card in ready:
             load = router._placement._book.view(card.instance_id)
@@ -177,7 +202,7 @@ class Monitor:
         ahead = [card for card in ready if not card.role.decodes]
         if ahead and all(card not in idle for card in ahead):
             return {}
-        heads = [router._live.get(queue.next() or "") for queue in router._queues.values()]
+        heads = [router._live.get(router._queues[model, revision].next() or "")]
         avoided = {name for live in heads if live is not None for name in live.lifecycle._avoid}
         names = [it.instance_id for it in idle if it.role.decodes and it.instance_id not in avoided]
         sent = {name: account.sent for name, account in router._placement._book._accounts.items()}

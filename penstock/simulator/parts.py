@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from penstock.core.catalog import revision_of, serves
 from penstock.core.deadlines import Deadlines
 from penstock.core.events import Event
 from penstock.core.suspects import MAX_DEATHS
@@ -45,11 +46,13 @@ PREPARE_S = 0.05
 class SimWorker:
     """One incarnation of a worker, from its start to its exit."""
 
-    def __init__(self, lab: Lab, instance_id: str, role: Role, epoch: int) -> None:
+    def __init__(self, lab: Lab, instance_id: str, role: Role, epoch: int, version: int) -> None:
+        """`version`: of its model."""
         self.lab = lab
         self.instance_id = instance_id
         self.role = role
         self.epoch = epoch
+        self.version = version
         self.process = Process(lab.loop, instance_id)
         self.exited = ""  # how
         self.leaving = False
@@ -71,6 +74,12 @@ class SimWorker:
     def serving(self) -> bool:
         """Whether it is up and has said so."""
         return self.up and hasattr(self, "worker") and self.worker._status() == "healthy"
+
+    @property
+    def revision(self) -> str:
+        """Of its model; empty before its engine has started."""
+        card = self.worker._card if hasattr(self, "worker") else None
+        return revision_of(card) if card is not None else ""
 
     @property
     def stands_still(self) -> bool:
@@ -106,9 +115,10 @@ class SimWorker:
             self.transfer = LabTransfer(
                 scenario.transfer, lab.transfers, self.process, lab.offered, lab.pulled, self._wrong
             )
-        scheduler = replace(scenario.sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
+        sim = scenario.replaced_sim if self.version else scenario.sim
+        scheduler = replace(sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
         self.engine = LabEngine(
-            replace(scenario.sim, scheduler=scheduler),
+            replace(sim, scheduler=scheduler),
             self.clock,
             self.transfer,
             self._wrong,
@@ -164,12 +174,12 @@ class SimWorker:
 class _LabRouter(Router):
     """Tells `sending` of every attempt before it is sent."""
 
-    def __init__(self, sending: Callable[[_Live, Attempt], None], *args: Any, **options: Any) -> None:
+    def __init__(self, sending: Callable[[_Live, str, Attempt], None], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._sending = sending
 
     def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> Event | None:
-        self._sending(live, attempt)
+        self._sending(live, instance_id, attempt)
         return super()._send(live, instance_id, attempt)
 
 
@@ -217,6 +227,7 @@ class SimFrontend:
             request = Request(
                 f"{self.name}-{self._numbers}",
                 self.lab.scenario.sim.model,
+                "",  # known once it is submitted
                 list(call.token_ids),
                 sampling,
                 cache_salt=call.cache_salt,
@@ -224,17 +235,54 @@ class SimFrontend:
                 tenant=f"tenant-{call.frontend % 3}",
                 call_id=call_id,
             )
-            wanted, reason = self.lab.oracle.answer(len(call.token_ids), sampling)
             lab = self.lab
             now = lab.loop.time
-            it = Asked(request, self.name, now(), wanted, reason, lab.note, lab.violate, now)
+            it = Asked(request, self.name, now(), lab.note, lab.violate, now)
             it.refused = self._refused
+            it.begin_again = self._begin_again
             asked.append(it)
             self._asked[request.request_id] = it
             self.process.soon(self._submit, it, call.hang_up_s)
         return asked
 
+    def _begin_again(self, asked: Asked) -> None:
+        """Its model was replaced: tokenized anew, as frontends do, it gets another name."""
+        before, asked.beginnings = asked.request, asked.beginnings + 1
+        asked.request = replace(
+            before,
+            request_id=f"{before.request_id}-again{asked.beginnings}",
+            call_id=f"{before.call_id}-again{asked.beginnings}",
+        )
+        asked.sends = 0
+        self._asked[asked.request.request_id] = asked
+        if before.request_id in self.poison:
+            self.poison[asked.request.request_id] = self.poison[before.request_id]
+        self.process.soon(self._submit, asked, None)
+
+    def _version(self) -> int:
+        """Of the model that this frontend takes requests for."""
+        try:
+            eos_token_ids = self.router.model(self.lab.scenario.sim.model).eos_token_ids
+        except RequestRejected:  # it knows no worker yet, and clients do not wait for that
+            return self.lab.version
+        return int(eos_token_ids != list(self.lab.scenario.sim.eos_token_ids))
+
+    def _revision(self, version: int) -> str:
+        """Of this version of the model, as the workers that can decode have it."""
+        known = self.lab.revisions
+        for worker in self.lab.workers.values():
+            if worker.role.decodes and worker.revision:
+                known[worker.version] = worker.revision
+        return known.get(version, "")
+
     def _submit(self, asked: Asked, hang_up_s: float | None) -> None:
+        if asked.ended:
+            return
+        version = self._version()
+        age_s = self.lab.loop.time() - asked.at
+        asked.request = replace(asked.request, revision=self._revision(version), age_s=age_s)
+        prompt, sampling = asked.request.token_ids, asked.request.sampling
+        asked.wanted, asked.reason = self.lab.oracles[version].answer(len(prompt), sampling)
         try:
             ticket = self.router.submit(asked.request, asked.on_delta, asked.on_error)
         except RequestRejected as error:
@@ -249,10 +297,18 @@ class SimFrontend:
         asked.cancel = cancel
         asked.failures = lambda: ticket._live.lifecycle.strikes.lost
         if hang_up_s is not None:
-            self.process.soon(self.lab.loop.call_later, hang_up_s, cancel)
+            self.process.soon(self.lab.loop.call_later, hang_up_s, asked.hang_up)
 
-    def _sending(self, live: _Live, attempt: Attempt) -> None:
-        """Whether it may be sent: it has not failed too often, and nobody who goes before it waits."""
+    def _sending(self, live: _Live, instance_id: str, attempt: Attempt) -> None:
+        """Whether it may be sent: it was tokenized for this worker's model, it has not failed too often,
+        and nobody who goes before it waits."""
+        worker = self.lab.workers[instance_id]
+        member = self.router._instances.membership.members.get(instance_id)
+        revision = live.placed.request.revision
+        same = member is not None and worker.epoch == member.registration.epoch
+        if same and worker.revision and not serves(worker.revision, revision):
+            what = f"{attempt.attempt_id} of {revision} goes to {instance_id} of {worker.revision}"
+            self.lab.violate("revisions", what)
         asked = self._asked[attempt.request_id]
         asked.sends += 1
         if asked.sends - live.lifecycle._bounces > MOST_SENDS:
@@ -261,7 +317,7 @@ class SimFrontend:
         if call_id in self.sent_calls or not attempt.attempt_id.endswith(".1"):
             return  # it goes with its call, or back to the head
         self.sent_calls.add(call_id)
-        for other in self.router._live.values():
+        for other in [it for it in self.router._live.values() if it.queue is live.queue]:
             its = other.placed.request
             first = its.priority < priority and its.call_id not in self.sent_calls
             if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.policy import POLICIES
@@ -22,6 +24,7 @@ from penstock.transfer.sim import SimTransferSettings
 
 MODEL = "lab"
 VOCAB_SIZE = 5000
+REPLACED_VOCAB_SIZE = 6000
 
 FILES_SHARE = 0.2
 """How many seeds have workers with a tokenizer, which frontends fetch over the link."""
@@ -79,6 +82,12 @@ class Scenario:
     latency_s: tuple[float, float]
     callback_s: float
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    @property
+    def replaced_sim(self) -> SimSettings:
+        """Another model under the same name: with another EOS, and other tokens if it has no files."""
+        vocab_size = self.sim.vocab_size and REPLACED_VOCAB_SIZE
+        return replace(self.sim, eos_token_ids=(1,), vocab_size=vocab_size)
 
 
 def draw_scenario(seed: int, options: Options) -> Scenario:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from penstock.engines.sim import SimRunner, SimSettings, load_sim
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import ModelReplaced, PenstockError, RequestRejected
+from penstock.frontend.generation import MAX_BEGINNINGS
 from penstock.structs import Delta, FinishReason, Request, Sampling
 
 FIRST_TOKEN_ID = 1
@@ -96,11 +97,12 @@ class Asked:
     request: Request
     frontend: str
     at: float
-    wanted: list[int]
-    reason: FinishReason
     note: Callable[..., None]
     violate: Callable[[str, str], None]
     now: Callable[[], float]
+    wanted: list[int] = field(default_factory=list)  # of the model's version that it was submitted for
+    reason: FinishReason = FinishReason.LENGTH
+    beginnings: int = 1
     got: int = 0  # tokens
     ended: str = ""  # ok, an error's code, hung up, or lost with its frontend
     ended_at: float = 0.0
@@ -111,6 +113,7 @@ class Asked:
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
     refused: Callable[[str, str], None] = lambda request_id, why: None  # told of an overload
+    begin_again: Callable[[Asked], None] = lambda asked: None  # its model was replaced
 
     def on_delta(self, delta: Delta) -> None:
         """As Router.submit's."""
@@ -144,11 +147,19 @@ class Asked:
         """As Router.submit's."""
         if self.ended:
             self.violate("one end", f"{self.request.request_id} fails after its end: {error}")
+        if isinstance(error, ModelReplaced) and not self.got and self.beginnings < MAX_BEGINNINGS:
+            self.begin_again(self)
+            return
         self.error = error
         code = error.code if isinstance(error, RequestRejected) else None
         if code == "overloaded":
             self.refused(self.request.request_id, str(error))
         self.end(code or type(error).__name__)
+
+    def hang_up(self) -> None:
+        """Its client has had enough."""
+        if self.cancel is not None:
+            self.cancel()
 
     def end(self, how: str) -> None:
         self.note("end", self.request.request_id, how, self.got)

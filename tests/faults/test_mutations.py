@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.core import lifecycle
+from penstock.core import lifecycle, membership
 from penstock.core.admission import Queue
 from penstock.core.lifecycle import Phase
 from penstock.core.load import LoadBook
@@ -428,6 +428,26 @@ def idle_workers_are_not_believed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LoadBook, "reported", reported)
 
 
+def requests_go_to_any_revision_of_their_model(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(membership, "serves", lambda worker, revision: True)
+
+
+def requests_wait_for_revisions_that_are_gone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Router, "_other_is_served", lambda self, request: False)
+
+
+def replaced_revisions_go_on_being_served(patch: pytest.MonkeyPatch) -> None:
+    real = Membership.elect
+
+    def elect(self: Any) -> Any:
+        before = dict(self.served)
+        real(self)
+        self.served.update(before)
+        return []
+
+    patch.setattr(Membership, "elect", elect)
+
+
 BREAKS: dict[Break, Options] = {
     # With the faults that show it soonest; none: all of them.
     releases_are_not_sent: QUIET,
@@ -474,6 +494,9 @@ BREAKS: dict[Break, Options] = {
     everything_is_indexed_late: Options(),
     blocks_leak_until_an_engine_is_idle: Options(),
     idle_workers_are_not_believed: Options(),
+    requests_go_to_any_revision_of_their_model: Options(faults=("replace-model",)),
+    requests_wait_for_revisions_that_are_gone: Options(faults=("replace-model",)),
+    replaced_revisions_go_on_being_served: Options(faults=("replace-model",)),
 }
 
 
