@@ -248,17 +248,9 @@ class FrontendMetrics:
         """Remove all series of a model that nobody serves any more. Unknown ones are ignored."""
         self._models.pop(model, None)
         self.inter_token_latency.forget(model)
-        for metric in (
-            self.requests,
-            self.time_to_first_token,
-            self.request_duration,
-            self.queued,
-            self.inflight,
-            self.prompt_tokens,
-            self.output_tokens,
-            self.cached_tokens,
-        ):
-            metric.remove_by_labels({"model": model})
+        for metric in vars(self).values():
+            if isinstance(metric, (Counter, Gauge, Histogram)):
+                metric.remove_by_labels({"model": model})
 
 
 class TokenizerMetrics:

@@ -87,10 +87,11 @@ def run_frontend(options: FrontendOptions) -> None:
     setup_logging(options.log_level)
     from penstock.core.admission import AdmissionSettings
     from penstock.core.deadlines import Deadlines, parse_deadlines
+    from penstock.core.settings import RouterSettings
     from penstock.frontend.app import create_app
     from penstock.frontend.server import serve
     from penstock.frontend.settings import FrontendSettings
-    from penstock.router import Router, RouterSettings
+    from penstock.router import Router
 
     # Who may wait for its turn for so long may wait as long for a worker to come back.
     queue_s = max(Deadlines().queue_s, 2 * options.max_wait_ms / 1e3)

@@ -15,17 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
-
 from penstock.clock import Clock, MonotonicClock
 from penstock.core import events as life
-from penstock.core.admission import AdmissionSettings, Queue, Refusal, work_tokens
-from penstock.core.deadlines import Deadlines
+from penstock.core.admission import Queue, Refusal, work_tokens
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
-from penstock.core.progress import PatientTime, ProgressLimits
+from penstock.core.progress import PatientTime
+from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import ModelReplaced, PenstockError, ProtocolError, RemoteError, RequestRejected
 from penstock.instances import Instances, Prepare
@@ -40,35 +38,6 @@ log = logging.getLogger("penstock.router")
 
 OnDelta = Callable[[Delta], None]
 OnError = Callable[[PenstockError], None]
-
-
-class RouterSettings(msgspec.Struct, frozen=True):
-    """How a router chooses and how long it waits."""
-
-    policy: str = "kv"
-    """Name of the policy in core/policy.py."""
-
-    disagg: str = "auto"
-    """`auto` weighs the costs, `always` uses a prefill worker whenever there is one, `never` does not."""
-
-    expect: tuple[Role, ...] = ()
-    """Roles that must be connected for the graph to be healthy."""
-
-    admission: AdmissionSettings = AdmissionSettings()
-
-    tick_s: float = 0.1
-    """Seconds between looks at deadlines and at queued requests: a small part of the shortest deadline."""
-
-    look_s: float = 0.01
-    """Seconds at least between looks at queued requests because of a worker's report, however many workers
-    report: less than an engine's step."""
-
-    load_retry_s: float = 5.0
-    """Seconds before an instance whose model files could not be fetched, or differ, is tried again."""
-
-    deadlines: Deadlines = Deadlines()
-
-    progress: ProgressLimits = ProgressLimits()
 
 
 @dataclass(slots=True, eq=False)
@@ -172,9 +141,9 @@ class Router:
         return self._instances.discovery()
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
-        """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason;
-        or `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long.
-        The choices of a call must be submitted one directly after the other."""
+        """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason; or
+        `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long. The
+        choices of a call must be submitted one directly after the other."""
         queue = self._queue(request.model, request.revision)
         if not queue.holds(request.call_id, request.tenant, request.priority):
             self._check(queue, request.tenant, request.priority)
@@ -189,13 +158,12 @@ class Router:
         return Ticket(self, live)
 
     def queues(self) -> list[QueueView]:
-        """What waits here, by model, for /metrics: of the revision that new requests get, where a model has
-        several."""
-        views = {}
-        for (model, revision), queue in self._queues.items():
-            if model not in views or self._instances.serves(model, revision):
-                views[model] = QueueView(model, len(queue), queue.saturation_ms())
-        return list(views.values())
+        """What waits here for the revision of each model that new requests get, for /metrics."""
+        return [
+            QueueView(model, len(queue), queue.saturation_ms())
+            for (model, revision), queue in self._queues.items()
+            if self._instances.serves(model, revision)
+        ]
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
@@ -366,7 +334,7 @@ class Router:
             log.info("request %s: trying again after %d tokens: %s", request_id, _given(live), failed)
         everybody = self._instances.membership.ready(request.model, request.revision)
         workers = decoders(everybody)
-        if not workers and self._other_is_served(request):
+        if not workers and self._instances.membership.replaced(request.model, request.revision):
             return self._without_its_revision(live)
         if request_id not in queue:  # it was sent before
             queue.back(request_id, self._work(live), now)
@@ -402,17 +370,11 @@ class Router:
             log.debug("%s", explain(request_id, decision, wanted.avoid))
         return life.Chosen(decision.decode, decision.prefill)
 
-    def _other_is_served(self, request: Request) -> bool:
-        """Whether new requests for its model go to another revision than the one it was tokenized for."""
-        served = self._instances.membership.served.get(request.model)
-        return served is not None and served != request.revision
-
     def _without_its_revision(self, live: _Live) -> life.Held | life.Refused:
-        """No worker of its revision is left, and others are served: while it has no tokens it had better be
-        tokenized for those; else it waits for workers that may come back."""
+        """It waits for workers of its revision that may return, if it has tokens already. Otherwise it had
+        better be tokenized for the revision that is served."""
         request = live.lifecycle.request
-        may_return = self._instances.membership.may_return(request.model, request.revision)
-        if not _given(live) or not may_return:
+        if not _given(live) or not self._instances.membership.may_return(request.model, request.revision):
             return life.Refused(ModelReplaced(request.model))
         live.queue.leave(request.request_id)  # it does not stand in the way of the others
         self._resting[request.request_id] = live

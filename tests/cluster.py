@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
 from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.engines.settings import SchedulerSettings
@@ -19,7 +20,7 @@ from penstock.errors import PenstockError
 from penstock.instances import Prepare
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.observability import Metrics
-from penstock.router import Router, RouterSettings
+from penstock.router import Router
 from penstock.structs import Delta, FinishReason, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker import Worker, WorkerSettings

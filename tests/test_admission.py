@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from penstock.core.admission import AdmissionSettings
+from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
-from penstock.router import RouterSettings
 from penstock.structs import Role
 from tests.cluster import WAIT_S, Answer, Cluster, cluster
 

@@ -12,8 +12,8 @@ import pytest
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.progress import ProgressLimits
+from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
-from penstock.router import RouterSettings
 from penstock.structs import Role
 from tests.cluster import MODEL, WAIT_S, Cluster, cluster
 

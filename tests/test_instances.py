@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from penstock.core.progress import ProgressLimits
+from penstock.core.settings import RouterSettings
 from penstock.errors import ProtocolError
-from penstock.router import RouterSettings
 from penstock.structs import Load, Role
 from tests.cluster import WAIT_S, Cluster, cluster
 

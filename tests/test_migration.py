@@ -15,11 +15,11 @@ import msgspec
 import pytest
 
 from penstock.core.progress import ProgressLimits
+from penstock.core.settings import RouterSettings
 from penstock.errors import RemoteError
 from penstock.frontend.app import create_app
 from penstock.frontend.server import serve
 from penstock.frontend.settings import FrontendSettings
-from penstock.router import RouterSettings
 from penstock.structs import JsonObject, Role
 from tests.cluster import MODEL, WAIT_S, Cluster, cluster
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RemoteError, RequestRejected
 from penstock.link.settings import ClientSettings
 from penstock.observability import Metrics
-from penstock.router import Router, RouterSettings
+from penstock.router import Router
 from penstock.structs import Request, Role, Sampling
 from tests.cluster import MODEL, WAIT_S, Answer, Cluster, cluster
 

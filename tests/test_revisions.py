@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from penstock.core.deadlines import Deadlines
+from penstock.core.settings import RouterSettings
 from penstock.errors import ModelReplaced, RequestRejected
-from penstock.router import RouterSettings
 from penstock.structs import ModelView, Role
 from tests.cluster import MODEL, QUICK, WAIT_S, Cluster, cluster
 

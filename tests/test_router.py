@@ -10,9 +10,9 @@ import pytest
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.membership import State
+from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ProtocolError, RemoteError, RequestRejected
-from penstock.router import RouterSettings
 from penstock.structs import (
     Attempt,
     Delta,

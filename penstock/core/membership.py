@@ -178,6 +178,10 @@ class Membership:
             and serves(member.revision, revision)
         ]
 
+    def replaced(self, model: str, revision: str) -> bool:
+        """Whether new requests for the model go to another revision than this one."""
+        return self.served.get(model, revision) != revision
+
     def may_return(self, model: str, revision: str) -> bool:
         """Whether an instance that takes no attempts now may decode for this revision soon: it has it, or
         it has not said yet what it has."""

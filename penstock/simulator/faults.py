@@ -179,8 +179,7 @@ async def drain(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
 
 @_fault("replace-model")
 async def replace_model(lab: Lab, rng: random.Random) -> None:
-    """All workers are replaced, one after the other, by workers with another model under the same name. A
-    second such fault meanwhile goes back."""
+    """All workers are replaced, one by one, by others with another model under the same name."""
     lab.version = 1 - lab.version
     lab.fault("replace-model", f"version {lab.version}", lab.flying())
     while old := [it for it in lab.live_workers() if it.version != lab.version]:

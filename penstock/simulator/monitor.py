@@ -166,10 +166,9 @@ class Monitor:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
         membership, request = frontend.router._instances.membership, lifecycle.request
         begun = len(lifecycle.token_ids) > len(request.token_ids)
-        served = membership.served.get(request.model, request.revision)
         return (
             not begun
-            and served != request.revision
+            and membership.replaced(request.model, request.revision)
             and not membership.ready(request.model, request.revision)
         )
 

@@ -11,12 +11,12 @@ from msgspec.structs import replace
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.policy import POLICIES
+from penstock.core.settings import RouterSettings
 from penstock.engines import byte_tokenizer
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings
-from penstock.router import RouterSettings
 from penstock.simulator.faults import FAULTS, GENTLE
 from penstock.simulator.workload import Call, draw_calls
 from penstock.structs import Role

@@ -433,7 +433,7 @@ def requests_go_to_any_revision_of_their_model(patch: pytest.MonkeyPatch) -> Non
 
 
 def requests_wait_for_revisions_that_are_gone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Router, "_other_is_served", lambda self, request: False)
+    patch.setattr(Membership, "replaced", lambda self, model, revision: False)
 
 
 def replaced_revisions_go_on_being_served(patch: pytest.MonkeyPatch) -> None:

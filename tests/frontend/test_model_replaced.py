@@ -74,9 +74,9 @@ async def test_a_call_without_tokens_is_tokenized_for_the_new_revision(replaced,
         assert (first.revision, last.revision) == ("old", "new")
         assert first.token_ids != last.token_ids
         assert first.request_id != last.request_id  # late outputs of the first are not the last one's
-        metrics = served.metrics.render().decode()
-        assert 'penstock_inflight_requests{model="tiny"} 0.0' in metrics
-        assert 'penstock_queued_requests{model="tiny"} 0.0' in metrics
+    metrics = served.metrics.render().decode()  # once all is told
+    assert 'penstock_inflight_requests{model="tiny"} 0.0' in metrics
+    assert 'penstock_queued_requests{model="tiny"} 0.0' in metrics
 
 
 async def test_a_whole_answer_begins_anew_even_after_tokens(replaced) -> None:
