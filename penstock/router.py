@@ -12,7 +12,6 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from penstock.clock import Clock, MonotonicClock
@@ -25,10 +24,11 @@ from penstock.core.policy import Decision
 from penstock.core.progress import PatientTime
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
-from penstock.errors import ModelReplaced, PenstockError, ProtocolError, RemoteError, RequestRejected
+from penstock.errors import ModelReplaced, ProtocolError, RemoteError, RequestRejected
 from penstock.instances import Instances, Prepare
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
+from penstock.live import Live, OnDelta, OnError
 from penstock.observability import QueueView, RouterMetrics
 from penstock.ports import Discovery
 from penstock.structs import Attempt, Card, Delta, InstanceView, Load, ModelView, Output, Request, Role
@@ -36,30 +36,13 @@ from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
 
-OnDelta = Callable[[Delta], None]
-OnError = Callable[[PenstockError], None]
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A submitted request that has not ended."""
-
-    lifecycle: Lifecycle
-    on_delta: OnDelta
-    on_error: OnError
-    placed: Placed
-    queue: Queue  # its model's
-    filed: Phase | None = None  # the phase that the router's books are up to date with
-    suspect: bool = False  # it is noted among the suspects
-    confirm_s: float = CONFIRM_S  # its wait after deaths
-
 
 class Ticket:
     """A submitted request, for whoever may want to end it early."""
 
     __slots__ = ("_live", "_router")
 
-    def __init__(self, router: Router, live: _Live) -> None:
+    def __init__(self, router: Router, live: Live) -> None:
         self._router = router
         self._live = live
 
@@ -107,9 +90,9 @@ class Router:
             progress=settings.progress,
             tick_s=settings.tick_s,
         )
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
-        self._resting: dict[str, _Live] = {}  # requests that must not ask for a worker before the next tick
+        self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
         self._patient = PatientTime(self._clock.now(), settings.tick_s)
@@ -148,7 +131,7 @@ class Router:
         if not queue.holds(request.call_id, request.tenant, request.priority):
             self._check(queue, request.tenant, request.priority)
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
-        self._live[request.request_id] = live = _Live(lifecycle, on_delta, on_error, Placed(request), queue)
+        self._live[request.request_id] = live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
         queue.enter(*names, request.priority, self._work(live), self._patience())
         self._perform(live, lifecycle.start())
@@ -204,7 +187,7 @@ class Router:
         self._placement.tick()
         self._forget_models()
 
-    def _waits_in_a_queue(self, live: _Live) -> bool:
+    def _waits_in_a_queue(self, live: Live) -> bool:
         """Whether its instance gets on with its work, and has more than it can do at once."""
         instance_id, _ = live.lifecycle.places
         return self._instances.advances(instance_id) and self._placement.load(instance_id).waiting > 0
@@ -218,11 +201,9 @@ class Router:
         return queue
 
     def _forget_models(self) -> None:
-        """Keep nothing of replaced revisions, nor of models that no worker has served for as long as a
-        request may wait."""
+        """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
         for model, revision in [key for key in self._queues if not self._instances.serves(*key)]:
-            queue = self._queues[model, revision]
-            if any(live.queue is queue for live in self._live.values()):
+            if any(live.queue is self._queues[model, revision] for live in self._live.values()):
                 continue
             del self._queues[model, revision]
             if not self._instances.serves(model):
@@ -242,9 +223,9 @@ class Router:
         """Time as queues measure it: while this process stood still, no worker was slow."""
         return self._patient.look(self._clock.now())
 
-    def _work(self, live: _Live) -> float:
+    def _work(self, live: Live) -> float:
         """What is left of it, in tokens (core/admission.py)."""
-        expected = self._placement.expected_output_tokens(live.placed.request) - _given(live)
+        expected = self._placement.expected_output_tokens(live.placed.request) - live.given
         return work_tokens(len(live.lifecycle.token_ids), max(0.0, expected))
 
     def _rejected(self, refusal: Refusal) -> RequestRejected:
@@ -253,10 +234,10 @@ class Router:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _event(self, live: _Live, event: life.Event) -> None:
+    def _event(self, live: Live, event: life.Event) -> None:
         self._perform(live, live.lifecycle.handle(event, self._clock.now()))
 
-    def _perform(self, live: _Live, effects: list[life.Effect]) -> None:
+    def _perform(self, live: Live, effects: list[life.Effect]) -> None:
         for effect in effects:
             match effect:
                 case life.Emit():  # comes with every token: a pattern that binds costs more
@@ -280,7 +261,7 @@ class Router:
         if live.suspect or live.lifecycle.strikes.count:
             self._note(live)
 
-    def _note(self, live: _Live) -> None:
+    def _note(self, live: Live) -> None:
         """Keep the suspects up to date."""
         lifecycle = live.lifecycle
         live.suspect = lifecycle.strikes.count > 0 and lifecycle.phase is not Phase.DONE
@@ -288,7 +269,7 @@ class Router:
             lifecycle.request.request_id, lifecycle.strikes.count if live.suspect else 0, lifecycle.places
         )
 
-    def _emit(self, live: _Live, delta: Delta) -> None:
+    def _emit(self, live: Live, delta: Delta) -> None:
         try:
             live.on_delta(delta)
         except Exception:
@@ -297,22 +278,17 @@ class Router:
             self._event(live, life.ClientGone())
             self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
 
-    def _fail(self, live: _Live, error: RequestRejected) -> None:
+    def _fail(self, live: Live, error: RequestRejected) -> None:
         if error.code == life.KILLER:
             strikes, request = live.lifecycle.strikes, live.placed.request
-            log.error(
-                "request %s kills workers, and is stopped: deaths=%d instances=%s prompt_tokens=%d",
-                request.request_id,
-                strikes.deaths,
-                ",".join(strikes.killed),
-                len(request.token_ids),
-            )
+            what = f"{strikes.describe()} prompt_tokens={len(request.token_ids)}"
+            log.error("request %s kills workers, and is stopped: %s", request.request_id, what)
         try:
             live.on_error(error)
         except Exception:  # as in `_emit`
             log.exception("request %s: its error could not be delivered", live.placed.request.request_id)
 
-    def _file(self, live: _Live) -> None:
+    def _file(self, live: Live) -> None:
         """Keep the books by phase."""
         live.filed = live.lifecycle.phase
         request_id = live.lifecycle.request.request_id
@@ -322,16 +298,16 @@ class Router:
                 self._resting[request_id] = live
         if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
             live.queue.leave(request_id)
-            self._placement.ended(live.placed, _given(live) if live.lifecycle.complete else None)
+            self._placement.ended(live.placed, live.given if live.lifecycle.complete else None)
 
     def _choose(
-        self, live: _Live, wanted: life.Choose
+        self, live: Live, wanted: life.Choose
     ) -> life.Chosen | life.NoCandidate | life.Held | life.Refused:
         queue, now, request = live.queue, self._patience(), live.lifecycle.request
         request_id = request.request_id
         if failed := wanted.failed:
             self._metrics.retried()
-            log.info("request %s: trying again after %d tokens: %s", request_id, _given(live), failed)
+            log.info("request %s: trying again after %d tokens: %s", request_id, live.given, failed)
         everybody = self._instances.membership.ready(request.model, request.revision)
         workers = decoders(everybody)
         if not workers and self._instances.membership.replaced(request.model, request.revision):
@@ -347,12 +323,10 @@ class Router:
         ]
         apart = self._keep_apart(live, ready)
         decision = self._decide(live, wanted, apart)
-        if not live.lifecycle.strikes.count and len(apart) < len(ready) and not _fits(live, decision):
+        if not live.lifecycle.strikes.count and len(apart) < len(ready) and not live.fits(decision):
             apart, decision = ready, self._decide(live, wanted, ready)  # rather beside a suspect than not
-        if ready and decoders(apart) < workers and not _fits(live, decision):
-            queue.leave(request_id)  # others may go where it must not: it does not stand in their way
-            self._resting[request_id] = live
-            return life.Held()
+        if ready and decoders(apart) < workers and not live.fits(decision):
+            return self._rest(live)
         if decision is None:
             if decoders(ready):
                 queue.hold(request_id, now)
@@ -370,22 +344,26 @@ class Router:
             log.debug("%s", explain(request_id, decision, wanted.avoid))
         return life.Chosen(decision.decode, decision.prefill)
 
-    def _without_its_revision(self, live: _Live) -> life.Held | life.Refused:
+    def _rest(self, live: Live) -> life.Held:
+        """Others may go where it must not: it waits without standing in their way."""
+        live.queue.leave(live.lifecycle.request.request_id)
+        self._resting[live.lifecycle.request.request_id] = live
+        return life.Held()
+
+    def _without_its_revision(self, live: Live) -> life.Held | life.Refused:
         """It waits for workers of its revision that may return, if it has tokens already. Otherwise it had
         better be tokenized for the revision that is served."""
         request = live.lifecycle.request
-        if not _given(live) or not self._instances.membership.may_return(request.model, request.revision):
+        if not live.given or not self._instances.membership.may_return(request.model, request.revision):
             return life.Refused(ModelReplaced(request.model))
-        live.queue.leave(request.request_id)  # it does not stand in the way of the others
-        self._resting[request.request_id] = live
-        return life.Held()
+        return self._rest(live)
 
-    def _decide(self, live: _Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
+    def _decide(self, live: Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
         now = self._clock.now()
         cards = [card for card in cards if self._full_until.get(card.instance_id, now) <= now]
         return self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
 
-    def _keep_apart(self, live: _Live, cards: list[Card]) -> list[Card]:
+    def _keep_apart(self, live: Live, cards: list[Card]) -> list[Card]:
         """Where it may run, for all that is known of who kills engines."""
         strikes, request_id = live.lifecycle.strikes, live.placed.request.request_id
         waited_s = live.lifecycle.waited_s(self._clock.now())
@@ -396,7 +374,7 @@ class Router:
         told = {card.instance_id: self._placement.load(card.instance_id).suspects for card in cards}
         return self._suspects.apart(request_id, strikes.count, cards, told, held=waited_s >= HOLD_S)
 
-    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> life.Event | None:
+    def _send(self, live: Live, instance_id: str, attempt: Attempt) -> life.Event | None:
         """Send and book an attempt. Returns what became of it if it could not be sent."""
         link = self._instances.link(instance_id)
         if link is None:
@@ -477,7 +455,7 @@ class Router:
             if live.lifecycle.phase is Phase.QUEUED and live.lifecycle.request.model == model:
                 self._event(live, life.Retry())
 
-    def _compare(self, live: _Live, instance_id: str, output: Output) -> None:
+    def _compare(self, live: Live, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""
         assert output.cached_tokens is not None
         if output.transferred_blocks:
@@ -493,17 +471,6 @@ class Router:
 
 async def _ready(model: ModelView) -> None:
     """Nothing to prepare."""
-
-
-def _fits(live: _Live, decision: Decision | None) -> bool:
-    """Whether it would be sent now."""
-    request_id = live.placed.request.request_id
-    return decision is not None and live.queue.fits(request_id, decision.wait_ms, decision.crowded)
-
-
-def _given(live: _Live) -> int:
-    """Output tokens so far."""
-    return len(live.lifecycle.token_ids) - len(live.placed.request.token_ids)
 
 
 def _request_id(attempt_id: str) -> str:

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"ports", "clock"},
     {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor", "log_pipe"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
-    {"instances"},
+    {"instances", "live"},
     {"router"},
     {"frontend", "worker"},
     {"config"},

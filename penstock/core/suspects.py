@@ -81,6 +81,10 @@ class Strikes:
             self.failures += 1
         self._strike(f"{instance_id}: {reason}", tokens)
 
+    def describe(self) -> str:
+        """The deaths, for the log."""
+        return f"deaths={self.deaths} instances={','.join(self.killed)}"
+
     def moved(self, instance_id: str, reason: str, tokens: int) -> None:
         """An attempt was taken away from an instance that stood still: suspicious, but no failure."""
         self.moves += 1

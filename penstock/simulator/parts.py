@@ -15,8 +15,9 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.events import Event
 from penstock.core.suspects import MAX_DEATHS
 from penstock.errors import PenstockError, RequestRejected
+from penstock.live import Live
 from penstock.observability import Metrics
-from penstock.router import Router, _Live
+from penstock.router import Router
 from penstock.simulator.directory import SimDiscovery
 from penstock.simulator.engine import LabClock, LabEngine, LabTransfer
 from penstock.simulator.loop import Process
@@ -174,11 +175,11 @@ class SimWorker:
 class _LabRouter(Router):
     """Tells `sending` of every attempt before it is sent."""
 
-    def __init__(self, sending: Callable[[_Live, str, Attempt], None], *args: Any, **options: Any) -> None:
+    def __init__(self, sending: Callable[[Live, str, Attempt], None], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._sending = sending
 
-    def _send(self, live: _Live, instance_id: str, attempt: Attempt) -> Event | None:
+    def _send(self, live: Live, instance_id: str, attempt: Attempt) -> Event | None:
         self._sending(live, instance_id, attempt)
         return super()._send(live, instance_id, attempt)
 
@@ -299,7 +300,7 @@ class SimFrontend:
         if hang_up_s is not None:
             self.process.soon(self.lab.loop.call_later, hang_up_s, asked.hang_up)
 
-    def _sending(self, live: _Live, instance_id: str, attempt: Attempt) -> None:
+    def _sending(self, live: Live, instance_id: str, attempt: Attempt) -> None:
         """Whether it may be sent: it was tokenized for this worker's model, it has not failed too often,
         and nobody who goes before it waits."""
         worker = self.lab.workers[instance_id]
