@@ -89,10 +89,15 @@ def shown(value: Any) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for the nearest known name; nothing when none is near."""
-    folded = {candidate.lower(): candidate for candidate in known}
+    """` (did you mean X?)` for the nearest known name; nothing when none is near. Never the opposite
+    of what was asked, as `--no-cache` is of `--cache`."""
+    folded = {candidate.lower(): candidate for candidate in known if _negates(candidate) == _negates(name)}
     nearest = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.7)
     return f" (did you mean {folded[nearest[0]]}?)" if nearest else ""
+
+
+def _negates(name: str) -> bool:
+    return name.lower().lstrip("-").startswith(("no-", "disable-"))
 
 
 def without_nulls(value: Any) -> Any:

@@ -119,9 +119,11 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
     """The flags of `penstock frontend`."""
 
     http_host: Annotated[
-        str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST")
+        str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST", "DYN_HTTP_HOST")
     ] = "127.0.0.1"
-    http_port: Annotated[Port, flag("Port to listen on; 0 takes a free one.")] = 8000
+    http_port: Annotated[
+        Port, flag("Port to listen on; 0 takes a free one.", "PENSTOCK_HTTP_PORT", "DYN_HTTP_PORT")
+    ] = 8000
     http_tls_cert: Annotated[
         str, flag("Serve HTTPS with this certificate, PEM with its chain.", protects=True)
     ] = ""

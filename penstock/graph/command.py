@@ -1,7 +1,8 @@
 """What a container runs, as a Penstock command.
 
-Penstock's own commands are taken as they are. Dynamo's are translated by the tables below, also from inside
-`/bin/sh -c "... 2>&1 | tee prefill.log"`, so that a manifest written for it runs unchanged:
+Penstock's own commands are taken as they are. Dynamo's are translated by the tables of dynamo.py, also from
+inside `/bin/sh -c "... 2>&1 | tee prefill.log"` (shell.py), so that a manifest written for it runs
+unchanged:
 
     python3 -m dynamo.frontend --http-port 8000           frontend --http-port 8000
     python3 -m dynamo.vllm --model M --is-prefill-worker  worker --engine vllm --model M --role prefill
@@ -12,8 +13,7 @@ Flags of `dynamo.vllm` that are in no table go to vLLM as they are; it refuses w
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import PurePosixPath
 
@@ -21,6 +21,18 @@ import msgspec
 
 from penstock.checked import suggestion
 from penstock.errors import ConfigError
+from penstock.graph.dynamo import (
+    FRONTEND_FLAGS,
+    NO_MEANING,
+    READ_VARIABLES,
+    ROLE_FLAGS,
+    ROLES,
+    WORKER_FLAGS,
+    Meaning,
+    flags_from,
+    meaning_of,
+)
+from penstock.graph.shell import shell_commands
 from penstock.structs import Role
 
 
@@ -38,79 +50,18 @@ class Command(msgspec.Struct):
     flags: dict[str, str] = {}  # names without the leading dashes
     engine_args: list[str] = []
     env: dict[str, str] = {}  # set by the shell around the command
-    ignored: list[str] = []  # flags, with dashes, that mean nothing here
+    ignored: dict[str, list[str]] = {}  # why: the flags and variables of which that is true
     decode_or_aggregated: bool = False  # Dynamo's name for both: the graph's other services tell
+    workers_args: list[str] = []  # of a frontend: what every worker's vLLM is to be told
 
-
-# Dynamo's flag -> ours; None: it tunes what Penstock measures, or wires what Penstock does not have.
-_FRONTEND_FLAGS: dict[str, str | None] = {
-    "http-host": "http-host",
-    "http-port": "http-port",
-    "router-mode": "router-mode",
-    "tls-cert-path": "http-tls-cert",
-    "tls-key-path": "http-tls-key",
-    **dict.fromkeys(
-        (
-            "active-decode-blocks-threshold",
-            "busy-threshold",
-            "discovery-backend",
-            "dyn-chat-processor",
-            "event-plane",
-            "kv-cache-block-size",
-            "kv-events",
-            "kv-overlap-score-weight",
-            "migration-limit",
-            "model-name",
-            "model-path",
-            "namespace",
-            "no-kv-events",
-            "request-plane",
-            "router-replica-sync",
-            "router-reset-states",
-            "router-snapshot-threshold",
-            "router-temperature",
-            "router-ttl",
-            "store-kv",
-        )
-    ),
-}
-_VLLM_FLAGS: dict[str, str | None] = {
-    "block-size": "block-size",
-    "max-model-len": "max-model-len",
-    "max-num-batched-tokens": "max-batch-tokens",
-    "max-num-seqs": "max-running",
-    "model": "model",
-    "served-model-name": "served-model-name",
-    **dict.fromkeys(
-        (
-            "connector",
-            "discovery-backend",
-            "enable-local-indexer",
-            "endpoint",
-            "event-plane",
-            "kv-events-config",
-            "kv-transfer-config",
-            "migration-limit",
-            "request-plane",
-            "store-kv",
-        )
-    ),
-}
-_DISAGGREGATION_MODES = {
-    "prefill": Role.PREFILL,
-    "decode": Role.DECODE,
-    "agg": Role.AGGREGATED,
-    "aggregated": Role.AGGREGATED,
-}
 
 _SHELLS = {"sh", "bash", "dash", "ash"}
-_SEPARATORS = {"&&", "||", ";", ";;", "&"}
-_HARMLESS = {"cd", "echo", "mkdir", "set", "sleep", "true", "ulimit", ":"}
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_DUPLICATED_STREAM = re.compile(r"(?<!\S)[0-2]?>&[0-2](?!\S)")  # 2>&1
-_STREAM_NUMBER = re.compile(r"(?<!\S)[0-2](?=>)")  # the 2 of 2>errors.log
-_KUBERNETES_VARIABLE = re.compile(r"\$\(([A-Za-z_][-.\w]*)\)")
-_SHELL_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
+_WRAPPERS = {"nohup", "tini", "dumb-init"}  # they start the words after them
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL | re.ASCII)
+_REFERENCE = re.compile(r"\$(\$|\(([A-Za-z_][-.\w]*)\))", re.ASCII)
+_LEFT_OVER = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}")
+_HUMAN_NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])", re.ASCII)
+_POWERS = "kmgt"
 
 
 def parse_command(argv: Sequence[str], env: Mapping[str, str]) -> Command:
@@ -123,108 +74,94 @@ def parse_command(argv: Sequence[str], env: Mapping[str, str]) -> Command:
     Raises:
         ConfigError: it runs nothing that Penstock knows, or has a flag that makes no sense.
     """
-    words = [expand_references(word, env) for word in argv]
-    if _is_shell(words):
-        return _parse_script(words[2], env)
-    return _parse_words(words)
+    return _parse([expand_references(word, env) for word in argv], env)
 
 
 def expand_references(text: str, env: Mapping[str, str]) -> str:
-    """Kubernetes' `$(NAME)`; one that names nothing stays as it is."""
-    return _KUBERNETES_VARIABLE.sub(lambda match: env.get(match[1], match[0]), text)
+    """Kubernetes' `$(NAME)`; one that names nothing stays as it is, and `$$` is a dollar sign."""
+
+    def value(match: re.Match[str]) -> str:
+        return "$" if match[1] == "$" else env.get(match[2], match[0])
+
+    return _REFERENCE.sub(value, text)
 
 
-def _is_shell(words: Sequence[str]) -> bool:
-    return (
-        len(words) >= 3
-        and PurePosixPath(words[0]).name in _SHELLS
-        and words[1].startswith("-")
-        and words[1].endswith("c")
-    )
+def unresolved_reference(text: str) -> str:
+    """The first `$(...)` or `${...}` that is left in a text; empty when there is none."""
+    match = _LEFT_OVER.search(text)
+    return match[0] if match else ""
 
 
-def _parse_script(script: str, env: Mapping[str, str]) -> Command:
-    assigned: dict[str, str] = {}
-    found: list[Command] = []
-    for words in _simple_commands(script):
-        exported = words[0] == "export"
-        words = words[1:] if exported else words
-        while words and (match := _ASSIGNMENT.fullmatch(words[0])):
-            assigned[match[1]] = _expand_shell(match[2], {**env, **assigned})
-            words = words[1:]
-        words = words[1:] if words[:1] == ["exec"] else words
-        if not words or exported or words[0] in _HARMLESS:
-            continue
-        found.append(_parse_words([_expand_shell(word, {**env, **assigned}) for word in words]))
+def _parse(words: Sequence[str], env: Mapping[str, str]) -> Command:
+    script = _script_at(words)
+    if script is None:
+        for word in words:
+            if left := unresolved_reference(word):
+                raise ConfigError(f"{left} in {word!r} is not set in the manifest")
+        return _parse_words(words, env)
+    found = []
+    for told in shell_commands(words[script], env, words[script + 1 :]):
+        command = _parse(told.words, {**env, **told.env})
+        found.append(msgspec.structs.replace(command, env=told.env | command.env))
     if len(found) != 1:
         raise ConfigError(f"expected one command in the shell script, found {len(found) or 'none'}")
-    return msgspec.structs.replace(found[0], env=assigned)
+    return found[0]
 
 
-def _simple_commands(script: str) -> Iterable[list[str]]:
-    """The words of each command; what a pipe leads to and redirections are left out."""
-    lines = (line for line in script.replace("\\\n", " ").splitlines() if not line.lstrip().startswith("#"))
-    text = _STREAM_NUMBER.sub("", _DUPLICATED_STREAM.sub("", " ; ".join(lines)))
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
-    lexer.commenters = ""
-    lexer.whitespace_split = True
-    try:
-        tokens = list(lexer)
-    except ValueError as error:
-        raise ConfigError(f"the shell script does not parse: {error}") from error
-    words: list[str] = []
-    piped = redirected = False
-    for token in [*tokens, ";"]:
-        if token in _SEPARATORS:
-            if words:
-                yield words
-            words, piped = [], False
-        elif token.startswith("|"):
-            piped = True
-        elif set(token) <= set("<>&"):
-            redirected = True
-        elif redirected:
-            redirected = False
-        elif not piped:
-            words.append(token)
+def _script_at(words: Sequence[str]) -> int | None:
+    """Where among a shell's words its script is; None: they start no shell with a script."""
+    if not words or PurePosixPath(words[0]).name not in _SHELLS:
+        return None
+    at = 1
+    while at < len(words) and words[at][:1] in ("-", "+"):
+        option = words[at]
+        at += 1
+        if option.startswith("--"):
+            continue
+        at += "o" in option  # -o pipefail
+        if option.startswith("-") and "c" in option:
+            return at if at < len(words) else None
+    return None
 
 
-def _expand_shell(text: str, env: Mapping[str, str]) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if name not in env:
-            raise ConfigError(f"${name} is not set in the manifest")
-        return env[name]
-
-    return _SHELL_VARIABLE.sub(value, text)
-
-
-def _parse_words(words: Sequence[str]) -> Command:
+def _parse_words(words: Sequence[str], env: Mapping[str, str]) -> Command:
     program, *rest = words or [""]
     name = PurePosixPath(program).name
+    if name in _WRAPPERS and rest:
+        return _parse(rest[1:] if rest[0] == "--" else rest, env)
+    if name == "env":
+        return _with_env(rest, env)
     if name.startswith("python"):
         rest = [word for word in rest if word not in ("-u", "-O")]
         if len(rest) >= 2 and rest[0] == "-m":
             name, rest = rest[1], rest[2:]
     if name == "penstock" and rest[:1] in (["frontend"], ["worker"]):
-        return _own_command(ServiceKind(rest[0]), rest[1:])
+        return _own_command(ServiceKind(rest[0]), rest[1:], env)
     if name == "dynamo.frontend":
-        return _translated(ServiceKind.FRONTEND, rest)
+        return _translated(ServiceKind.FRONTEND, rest, env)
     if name == "dynamo.vllm":
-        return _translated(ServiceKind.WORKER, rest)
+        return _translated(ServiceKind.WORKER, rest, env)
     raise ConfigError(
         f"cannot run {' '.join(words) or 'nothing'!r}: expected penstock frontend, penstock worker,"
         " python3 -m dynamo.frontend or python3 -m dynamo.vllm"
     )
 
 
-def _own_command(kind: ServiceKind, arguments: Sequence[str]) -> Command:
+def _with_env(words: Sequence[str], env: Mapping[str, str]) -> Command:
+    """`env NAME=VALUE ... COMMAND`."""
+    assigned: dict[str, str] = {}
+    while len(assigned) < len(words) and (match := _ASSIGNMENT.fullmatch(words[len(assigned)])):
+        assigned[match[1]] = match[2]
+    command = _parse(words[len(assigned) :], {**env, **assigned})
+    return msgspec.structs.replace(command, env=assigned | command.env)
+
+
+def _own_command(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
     command = Command(kind)
     for name, values in _flags(_before_dashes(arguments)):
-        if len(values) != 1:
-            raise ConfigError(f"--{name}: expected one value, got {len(values) or 'none'}")
-        command.flags[name] = values[0]
+        command.flags[name] = _one_value(f"--{name}", values)
     command.engine_args = list(arguments)[len(_before_dashes(arguments)) + 1 :]
+    _ignore_other_variables(command, env, set())
     return command
 
 
@@ -232,48 +169,92 @@ def _before_dashes(arguments: Sequence[str]) -> list[str]:
     return list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
 
 
-def _translated(kind: ServiceKind, arguments: Sequence[str]) -> Command:
+def _translated(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
     command = Command(kind)
-    table = _FRONTEND_FLAGS if kind is ServiceKind.FRONTEND else _VLLM_FLAGS
-    role: Role | None = None
-    if kind is ServiceKind.WORKER:
+    is_worker = kind is ServiceKind.WORKER
+    if is_worker:
         command.flags["engine"] = "vllm"
-    for name, values in _flags(arguments):
-        if kind is ServiceKind.WORKER and (told := _role_of(name, values)):
-            role = told
-        elif name in table:
-            _translate(command, name, table[name], values)
-        elif kind is ServiceKind.WORKER:
+    table = WORKER_FLAGS if is_worker else FRONTEND_FLAGS
+    given = _flags(arguments)
+    names = {name.removeprefix("no-") for name, _ in given}
+    from_env = flags_from(table, env)
+    flags = [
+        *((_dashed(name), name, values) for name, values in given),
+        *(
+            (variable, name, values)
+            for name, (variable, values) in from_env.items()
+            if name.removeprefix("no-") not in names
+        ),
+    ]
+    for source, name, values in flags:
+        if is_worker and (told := _role_of(source, name, values)):
+            command.flags["role"] = told
+        elif known := meaning_of(table, name):
+            _translate(command, source, known, values)
+        elif is_worker and not name.startswith("dyn-"):
             command.engine_args += [_dashed(name), *values]
         else:
-            raise ConfigError(f"--{name}: unknown flag of dynamo.frontend{suggestion(name, table)}")
-    if role is not None:
-        command.flags["role"] = role
-    command.decode_or_aggregated = kind is ServiceKind.WORKER and role is None
+            hint = suggestion(source, map(_dashed, table))
+            raise ConfigError(f"{source}: unknown flag of dynamo.{'vllm' if is_worker else kind}{hint}")
+    command.decode_or_aggregated = is_worker and "role" not in command.flags
+    _ignore_other_variables(command, env, {variable for variable, _ in from_env.values()})
     return command
 
 
-def _translate(command: Command, name: str, ours: str | None, values: Sequence[str]) -> None:
-    if ours is None:
-        command.ignored.append(f"--{name}")
-    elif len(values) != 1:
-        raise ConfigError(f"--{name}: expected one value, got {len(values) or 'none'}")
+def _translate(command: Command, source: str, known: tuple[Meaning, bool], values: Sequence[str]) -> None:
+    meaning, is_opposite = known
+    if meaning.ignored:
+        command.ignored.setdefault(meaning.ignored, []).append(source)
+    elif meaning.refused:
+        parts = set(re.split(r"[\s,]+", " ".join(values).strip()))
+        if not is_opposite and not (meaning.fine and parts <= meaning.fine):
+            raise ConfigError(f"{source}: {meaning.refused}")
+    elif meaning.engine:
+        value = _one_value(source, values)
+        words = [meaning.engine, meaning.values.get(value, value)]
+        if command.kind is ServiceKind.WORKER:
+            command.engine_args += words
+        else:
+            command.workers_args += words
     else:
-        command.flags[ours] = values[0]
+        _set(command, source, meaning.ours, _one_value(source, values))
 
 
-def _role_of(name: str, values: Sequence[str]) -> Role | None:
+def _set(command: Command, source: str, ours: str, value: str) -> None:
+    """vLLM takes `32k` and `auto` for numbers, and several names for one model."""
+    if ours == "served-model-name" and re.search(r"[\s,]", value):
+        raise ConfigError(f"{source}: a model is served under one name, got {value!r}")
+    if ours in ("max-model-len", "max-batch-tokens", "max-running"):
+        if value in ("auto", "-1"):
+            command.engine_args += [source, value]
+            return
+        if match := _HUMAN_NUMBER.fullmatch(value):
+            base = 1000 if match[2].islower() else 1024
+            value = str(int(float(match[1]) * base ** (_POWERS.index(match[2].lower()) + 1)))
+    command.flags[ours] = value
+
+
+def _ignore_other_variables(command: Command, env: Mapping[str, str], known: set[str]) -> None:
+    """Variables of Dynamo's that nothing here reads."""
+    others = [name for name in env if name.startswith("DYN_") and name not in READ_VARIABLES | known]
+    if others:
+        command.ignored.setdefault(NO_MEANING, []).extend(others)
+
+
+def _one_value(source: str, values: Sequence[str]) -> str:
+    if len(values) != 1:
+        raise ConfigError(f"{source}: expected one value, got {len(values) or 'none'}")
+    return values[0]
+
+
+def _role_of(source: str, name: str, values: Sequence[str]) -> Role | None:
     """The role that a flag of `dynamo.vllm` gives; None for other flags."""
-    if name == "is-prefill-worker":
-        return Role.PREFILL
-    if name == "is-decode-worker":
-        return Role.DECODE
-    if name == "disaggregation-mode":
-        mode = " ".join(values)
-        if mode not in _DISAGGREGATION_MODES:
-            raise ConfigError(f"--{name}: expected one of {', '.join(_DISAGGREGATION_MODES)}, got {mode!r}")
-        return _DISAGGREGATION_MODES[mode]
-    return None
+    if name != "disaggregation-mode":
+        return ROLE_FLAGS.get(name)
+    mode = " ".join(values)
+    if mode not in ROLES:
+        raise ConfigError(f"{source}: expected one of {', '.join(ROLES)}, got {mode!r}")
+    return ROLES[mode]
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,7 @@ by name (`ACCEPTED`), so that a user's manifest works and a typing error in it i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -21,6 +21,7 @@ ComponentType = Literal["main", "frontend", "worker", "prefill", "decode", "plan
 
 API_VERSION = "nvidia.com/v1alpha1"
 KIND = "DynamoGraphDeployment"
+_OTHER_VERSIONS = ("nvidia.com/v1beta1",)
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
@@ -110,9 +111,10 @@ class ServiceSpec(_Manifest, frozen=True):
     envs: tuple[Env, ...] = ()
     env_from_secret: str | None = None
     extra_pod_spec: PodSpec | None = None
+    frontend_sidecar: Any = None
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "annotations autoscaling checkpoint eppConfig extraPodMetadata frontendSidecar"
+        "annotations autoscaling checkpoint eppConfig extraPodMetadata"
         " globalDynamoNamespace ingress labels livenessProbe modelRef multinode pvc pvcs readinessProbe"
         " scalingAdapter serviceName sharedMemory subComponentType topologyConstraint volumeMounts"
     )
@@ -163,9 +165,19 @@ def parse_manifest(text: str, source: str) -> Manifest:
     Raises:
         ConfigError: one line for each wrong field, `source: path: expected ..., got ...`.
     """
-    graphs = [document for document in _documents(text, source) if _is_graph(document)]
+    objects = list(_objects(_documents(text, source)))
+    graphs = [found for found in objects if found.get("kind") == KIND]
     if len(graphs) != 1:
-        raise ConfigError(f"{source}: expected one {KIND}, found {len(graphs) or 'none'}")
+        others = (
+            sorted({str(found["kind"]) for found in objects if found.get("kind")}) if not graphs else []
+        )
+        beside = f"; there is {', '.join(others)}" if others else ""
+        raise ConfigError(f"{source}: expected one {KIND}, found {len(graphs) or 'none'}{beside}")
+    version = graphs[0].get("apiVersion")
+    if version in _OTHER_VERSIONS:
+        raise ConfigError(
+            f"{source}: apiVersion: {version} is not read by this version, only {API_VERSION}"
+        )
     wrong = list(_manifest_problems(graphs[0]))
     if wrong:
         raise ConfigError("\n".join(f"{source}: {line}" for line in wrong))
@@ -212,8 +224,16 @@ def _is_larger(document: Any, values_max: int) -> bool:
     return False
 
 
-def _is_graph(document: Any) -> bool:
-    return isinstance(document, dict) and document.get("kind") == KIND
+def _objects(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The Kubernetes objects in documents, also those within a List, as `kubectl get -o yaml` writes it."""
+    for document in documents:
+        if not isinstance(document, dict):
+            continue
+        items = document.get("items")
+        if str(document.get("kind", "")).endswith("List") and isinstance(items, list):
+            yield from _objects(items)
+        else:
+            yield document
 
 
 def _manifest_problems(document: dict[str, Any]) -> Iterator[str]:

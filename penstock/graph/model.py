@@ -11,13 +11,19 @@ import msgspec
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
 from penstock.flags import build_options
-from penstock.graph.command import Command, ServiceKind, expand_references, parse_command
+from penstock.graph.command import (
+    Command,
+    ServiceKind,
+    expand_references,
+    parse_command,
+    unresolved_reference,
+)
 from penstock.graph.manifest import Container, Env, Manifest, ServiceSpec, Spec, parse_manifest
 from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
 _FRONTEND_TYPES = ("main", "frontend")
-_DEFAULT_FRONTEND = ("penstock", "frontend")
+_DEFAULT_FRONTEND = ("python3", "-m", "dynamo.frontend")
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -124,18 +130,26 @@ class _Builder:
     def services(self) -> tuple[Service, ...]:
         commands = dict(self._commands())
         has_prefill = any(command.flags.get("role") == Role.PREFILL for command in commands.values())
+        told = [word for command in commands.values() for word in command.workers_args]
         services = []
         for name, command in commands.items():
             if command.decode_or_aggregated:
                 command.flags["role"] = Role.DECODE if has_prefill else Role.AGGREGATED
+            if command.flags.get("engine") == "vllm":
+                command.engine_args = [*told, *command.engine_args]
             with self._noting(name):
                 services.append(self._service(name, command))
         if not self.wrong:
             kinds = {service.kind for service in services}
-            self.wrong += [
-                f"spec.services: there is no {kind}" for kind in ServiceKind if kind not in kinds
-            ]
+            self.wrong += [self._missing(kind) for kind in ServiceKind if kind not in kinds]
         return tuple(services)
+
+    def _missing(self, kind: ServiceKind) -> str:
+        sidecars = [name for name, spec in self._spec.services.items() if spec.frontend_sidecar is not None]
+        hint = ""
+        if sidecars and kind is ServiceKind.FRONTEND:
+            hint = f"; {', '.join(sidecars)}: frontendSidecar is not run, add a service that is a frontend"
+        return f"spec.services: there is no {kind}{hint}"
 
     def _commands(self) -> Iterator[tuple[str, Command]]:
         for name, spec in self._spec.services.items():
@@ -168,12 +182,18 @@ class _Builder:
                     f"{name}: {entry.name} is set by the cluster; set it yourself if it is needed"
                 )
             elif entry.value is not None:
-                env[entry.name] = expand_references(entry.value, env)
+                value = expand_references(entry.value, env)
+                if left := unresolved_reference(value):
+                    self.notes.append(f"{name}: {entry.name} is left out, for {left} is not set here")
+                else:
+                    env[entry.name] = value
         return env
 
     def _service(self, name: str, command: Command) -> Service:
         role = None
-        self.notes += [f"{name}: {flag} has no meaning here and is ignored" for flag in command.ignored]
+        self.notes += [
+            f"{name}: {', '.join(what)}: ignored, {why}" for why, what in command.ignored.items()
+        ]
         if command.kind is ServiceKind.WORKER:
             self._override(name, command)
             role = build_options(WorkerOptions, command.flags, command.env, command.engine_args).role

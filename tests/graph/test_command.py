@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
 from penstock.graph.command import Command, ServiceKind, parse_command
+from penstock.graph.dynamo import FRONTEND_FLAGS, WORKER_FLAGS, meaning_of
 
 
 def shell(script: str, env: dict[str, str] | None = None, program: str = "/bin/sh") -> Command:
@@ -34,9 +35,13 @@ def test_variables_come_from_the_manifest() -> None:
         "penstock worker --model ${DIR}/$NAME --role $(ROLE)", {"DIR": "/m", "NAME": "q", "ROLE": "decode"}
     )
     assert command.flags == {"model": "/m/q", "role": "decode"}
-    assert shell("A=1 penstock worker --model $A").flags == {"model": "1"}
+    assert shell("A=1; penstock worker --model $A").flags == {"model": "1"}
     with pytest.raises(ConfigError, match=r"^\$NAME is not set in the manifest$"):
         shell("penstock worker --model $NAME")
+    for word in ("$(NAME)", "m-${NAME}"):
+        with pytest.raises(ConfigError, match=r"^\$.NAME. in '.*' is not set in the manifest$"):
+            parse_command(["penstock", "worker", "--model", word], {})
+    assert parse_command(["penstock", "worker", "--model", "$$A"], {"A": "1"}).flags == {"model": "$A"}
 
 
 @pytest.mark.parametrize("program", ["sh", "/bin/bash", "/usr/bin/dash"])
@@ -52,6 +57,23 @@ def test_own_commands_are_taken_as_they_are() -> None:
     assert command.engine_args == ["--x", "1", "-O3"]
     assert not command.decode_or_aggregated
     assert parse_command(["python3.11", "-m", "penstock", "frontend"], {}).kind is ServiceKind.FRONTEND
+
+
+def test_a_program_that_starts_another_is_looked_through() -> None:
+    penstock = ["penstock", "worker", "--model", "m"]
+    assert parse_command(["env", "A=1", "DYN_B=2", *penstock], {}).env == {"A": "1", "DYN_B": "2"}
+    assert parse_command(["/usr/bin/tini", "--", *penstock], {}).flags == {"model": "m"}
+    nested = parse_command(
+        ["bash", "-euo", "pipefail", "-c", "A=1 exec sh -c 'exec penstock worker --model $A'"], {}
+    )
+    assert (nested.flags, nested.env) == ({"model": "1"}, {"A": "1"})
+
+
+def test_the_words_after_a_script_stand_for_its_arguments() -> None:
+    script = 'export A=1; exec python3 -m dynamo.vllm "$@"'
+    command = parse_command(["bash", "-c", script, "dynamo.vllm", "--model", "a b"], {})
+    assert command.flags == {"engine": "vllm", "model": "a b"}
+    assert command.env == {"A": "1"}
 
 
 def test_vllm_roles() -> None:
@@ -74,7 +96,7 @@ def test_flags_without_meaning_here_are_told() -> None:
         "--http-port=1",
     ]
     command = parse_command(words, {})
-    assert command.ignored == ["--router-temperature", "--no-kv-events"]
+    assert command.ignored == {"no meaning here": ["--router-temperature", "--no-kv-events"]}
     assert command.flags == {"http-port": "1"}
 
 
@@ -106,7 +128,7 @@ def test_engine_arguments_keep_their_form() -> None:
         (["penstock", "worker", "--model"], "--model: expected one value, got none"),
         (["penstock", "worker", "--model", "a", "b"], "--model: expected one value, got 2"),
         (["python3", "-m", "dynamo.vllm", "--model"], "--model: expected one value, got none"),
-        (["sh", "-c", "penstock frontend 'x"], "the shell script does not parse: No closing quotation"),
+        (["sh", "-c", "penstock frontend 'x"], "the shell script does not parse: no closing '"),
         (["sh", "-c", "cd /"], "expected one command in the shell script, found none"),
         (
             ["sh", "-c", "penstock frontend & penstock worker"],
@@ -123,6 +145,97 @@ def test_what_makes_no_sense_is_named(words: list[str], error: str) -> None:
 
 @given(st.lists(st.text(max_size=20), max_size=6))
 def test_no_command_line_breaks_the_parser(words: list[str]) -> None:
-    for argv in (words, ["sh", "-c", " ".join(words)], ["penstock", "worker", *words]):
+    for argv in (
+        words,
+        ["sh", "-c", " ".join(words)],
+        ["penstock", "worker", *words],
+        ["python3", "-m", "dynamo.vllm", *words],
+        ["python3", "-m", "dynamo.frontend", *words],
+    ):
         with contextlib.suppress(ConfigError):
             parse_command(argv, {})
+
+
+VLLM = ["python3", "-m", "dynamo.vllm", "--model", "m"]
+FRONTEND = ["python3", "-m", "dynamo.frontend"]
+
+
+def test_parsers_of_answers_are_vllms_under_its_names() -> None:
+    flags = ["--dyn-tool-call-parser", "harmony", "--dyn-reasoning-parser=qwen3"]
+    told = ["--tool-call-parser", "openai", "--reasoning-parser", "qwen3"]
+    assert parse_command([*VLLM, *flags], {}).engine_args == told
+    env = {"DYN_TOOL_CALL_PARSER": "harmony", "DYN_REASONING_PARSER": "qwen3"}
+    assert parse_command(VLLM, env).engine_args == told
+    processor = [*FRONTEND, "--dyn-chat-processor", "vllm", "--tool-call-parser", "hermes"]
+    assert parse_command(processor, {}).workers_args == ["--tool-call-parser", "hermes"]
+
+
+def test_variables_stand_for_flags_which_win() -> None:
+    env = {"DYN_TLS_CERT_PATH": "c", "DYN_TLS_KEY_PATH": "k", "DYN_HTTP_PORT": "9000", "DYN_NEW": "1"}
+    command = parse_command([*FRONTEND, "--tls-key-path", "other"], env)
+    assert command.flags == {"http-tls-cert": "c", "http-tls-key": "other"}
+    assert command.ignored == {"no meaning here": ["DYN_NEW"]}  # the port is read by the frontend
+    assert parse_command(VLLM, {"DYN_VLLM_DISAGGREGATION_MODE": "prefill"}).flags["role"] == "prefill"
+    assert parse_command([*VLLM, "--is-decode-worker"], {}).flags["role"] == "decode"
+    both = parse_command([*FRONTEND, "--no-router-kv-events"], {"DYN_ROUTER_USE_KV_EVENTS": "true"})
+    assert both.ignored == {"no meaning here": ["--no-router-kv-events"]}
+    assert parse_command(["penstock", "frontend"], env).ignored == {
+        "no meaning here": ["DYN_TLS_CERT_PATH", "DYN_TLS_KEY_PATH", "DYN_NEW"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        ([*FRONTEND, "--tls-client-ca-cert-path", "ca.pem"], "--tls-client-ca-cert-path: clients' cert"),
+        ([*FRONTEND, "-i"], "-i: a frontend has no chat"),
+        ([*FRONTEND, "--kserve-grpc-server"], "--kserve-grpc-server: only HTTP is served"),
+        ([*FRONTEND, "--reasoning-field-name", "thought"], "--reasoning-field-name: the field is called"),
+        (
+            [*FRONTEND, "--router-kv-event"],
+            "--router-kv-event: unknown flag of dynamo.frontend (did you mean --router-kv-events?)",
+        ),
+        ([*FRONTEND, "--no-router-kv-event"], "--no-router-kv-event: unknown flag of dynamo.frontend"),
+        ([*VLLM, "--enable-multimodal"], "--enable-multimodal: images are not served"),
+        ([*VLLM, "--endpoint-types", "chat,embedding"], "--endpoint-types: only chat and completions"),
+        ([*VLLM, "--custom-jinja-template", "t"], "--custom-jinja-template: a model's own template"),
+        ([*VLLM, "--disaggregation-mode", "encode"], "--disaggregation-mode: expected one of"),
+        (
+            [*VLLM, "--dyn-tool-call-parsr", "x"],
+            "--dyn-tool-call-parsr: unknown flag of dynamo.vllm (did you mean --dyn-tool-call-parser?)",
+        ),
+        ([*VLLM, "--served-model-name", "a,b"], "--served-model-name: a model is served under one name"),
+        ([*VLLM, "--tool-call-parser"], None),
+    ],
+)
+def test_what_would_change_the_answers_is_refused(argv: list[str], error: str | None) -> None:
+    if error is None:
+        assert parse_command(argv, {}).engine_args == ["--tool-call-parser"]  # vLLM says what is wrong
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_command(argv, {})
+    assert str(caught.value).startswith(error)
+    assert "did you mean --no-" not in str(caught.value)
+
+
+def test_what_asks_for_how_it_is_anyhow_is_fine() -> None:
+    fine = ["--endpoint-types", "chat,completions", "--no-enable-multimodal", "--output-modalities", "text"]
+    command = parse_command([*VLLM, *fine], {"DYN_VLLM_REALTIME": "false"})
+    assert (command.engine_args, command.ignored) == ([], {})
+
+
+def test_numbers_may_be_written_as_vllm_reads_them() -> None:
+    flags = ["--max-model-len", "32K", "--max-num-batched-tokens", "8k", "--max-num-seqs", "1.5k"]
+    command = parse_command([*VLLM, *flags], {})
+    assert command.flags["max-model-len"] == "32768"
+    assert (command.flags["max-batch-tokens"], command.flags["max-running"]) == ("8000", "1500")
+    assert parse_command([*VLLM, "--max-model-len", "auto"], {}).engine_args == ["--max-model-len", "auto"]
+
+
+def test_every_flag_of_dynamos_has_one_meaning() -> None:
+    for table in (FRONTEND_FLAGS, WORKER_FLAGS):
+        for name, meaning in table.items():
+            fates = [meaning.ours, meaning.engine, meaning.ignored, meaning.refused]
+            assert len([fate for fate in fates if fate]) == 1, name
+            assert meaning_of(table, name) == (meaning, False)
+            assert (meaning_of(table, f"no-{name}") is not None) == meaning.switch, name

@@ -195,7 +195,7 @@ Nothing: 3
         ),
         (
             f"{service('F', '[python3, -m, dynamo.frontend, --router-mod, kv]')}\n{OWN_WORKER}",
-            "spec.services.F: --router-mod: unknown flag of dynamo.frontend (did you mean router-mode?)",
+            "spec.services.F: --router-mod: unknown flag of dynamo.frontend (did you mean --router-mode?)",
         ),
         (
             f"{service('F', '[penstock, frontend]', 'componentType: worker, ')}\n{OWN_WORKER}",
@@ -230,7 +230,11 @@ def test_what_cannot_run_is_named(services: str, error: str) -> None:
         ("\x00", "not YAML: unacceptable character #x0000: special characters are not allowed"),
         (
             small(FRONTEND).replace("v1alpha1", "v1beta1"),
-            'apiVersion: expected nvidia.com/v1alpha1, got "nvidia.com/v1beta1"',
+            "apiVersion: nvidia.com/v1beta1 is not read by this version, only nvidia.com/v1alpha1",
+        ),
+        (
+            small(FRONTEND).replace("v1alpha1", "v2"),
+            'apiVersion: expected nvidia.com/v1alpha1, got "nvidia.com/v2"',
         ),
         (small(FRONTEND).replace("name: small", "name: Small_"), "metadata.name: expected at most 45 of"),
         (
@@ -272,11 +276,51 @@ W:
     assert graph.services[1].env == {
         "A": "service",
         "SHARED": "s",
-        "B": "service-s-$(OTHER)",
         "MODEL": "from-env",
     }
     assert graph.services[1].flags["model"] == "from-env"
-    assert graph.notes == ("W: TOKEN is set by the cluster; set it yourself if it is needed",)
+    assert graph.notes == (
+        "W: B is left out, for $(OTHER) is not set here",
+        "W: TOKEN is set by the cluster; set it yourself if it is needed",
+    )
+
+
+@pytest.mark.parametrize("kind", ["List", "DynamoGraphDeploymentList"])
+def test_a_graph_within_a_list_is_read(kind: str) -> None:
+    graph = small(f"{FRONTEND}\n{OWN_WORKER}")
+    item = "\n".join(f"  {line}" for line in graph.splitlines())
+    listed = f"apiVersion: v1\nkind: {kind}\nitems:\n- kind: Secret\n-\n{item}\n"
+    assert graph_of(listed) == graph_of(graph)
+
+
+def test_what_is_found_instead_of_a_graph_is_named() -> None:
+    text = "kind: DynamoComponentDeployment\n---\nkind: ConfigMap\n"
+    assert errors_of(text) == [
+        "local.yaml: expected one DynamoGraphDeployment, found none; there is ConfigMap,"
+        " DynamoComponentDeployment"
+    ]
+    sidecar = service("W", "[penstock, worker, --model, m]", "frontendSidecar: {image: f}, ")
+    assert errors_of(small(sidecar)) == [
+        "local.yaml: spec.services: there is no frontend; W: frontendSidecar is not run, add a service that"
+        " is a frontend"
+    ]
+
+
+def test_what_is_ignored_is_told_in_a_line_a_service() -> None:
+    frontend = service("F", "[python3, -m, dynamo.frontend, --router-kv-events, --enable-anthropic-api]")
+    worker = service("W", "[python3, -m, dynamo.vllm, --model, m]", "envs: [{name: DYN_NEW, value: x}], ")
+    assert graph_of(small(f"{frontend}\n{worker}")).notes == (
+        "F: --router-kv-events: ignored, no meaning here",
+        "F: --enable-anthropic-api: ignored, /v1/messages is not served",
+        "W: DYN_NEW: ignored, no meaning here",
+    )
+
+
+def test_a_frontends_parsers_are_told_to_the_workers() -> None:
+    frontend = service("F", "[python3, -m, dynamo.frontend, --tool-call-parser, hermes]")
+    worker = service("W", "[python3, -m, dynamo.vllm, --model, m, --enforce-eager]")
+    graph = graph_of(small(f"{frontend}\n{worker}"))
+    assert graph.services[1].engine_args == ("--tool-call-parser", "hermes", "--enforce-eager")
 
 
 def test_fields_of_the_cluster_and_nulls_are_accepted() -> None:
