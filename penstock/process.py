@@ -363,10 +363,17 @@ def _raise_descriptor_limit() -> None:
 
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
-    """Out of a task group's errors, raise the first one that a person can act on."""
+    """Out of a task group's errors, raise the first one that a person can act on; if others are among them,
+    which are mistakes of ours, all of them.
+
+    Without `except*`: what is raised inside it comes wrapped into another group before Python 3.11.4.
+    """
     try:
         yield
-    except* PenstockError as group:
+    except BaseExceptionGroup as group:
+        _, others = group.split(PenstockError)
+        if others is not None:
+            raise
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import resource
@@ -15,8 +16,8 @@ import msgspec
 import pytest
 
 from penstock.config import FrontendOptions, WorkerOptions
-from penstock.errors import ConfigError
-from penstock.process import DESCRIPTORS, _discovery, _transfer, run_frontend, run_worker
+from penstock.errors import ConfigError, RemoteError
+from penstock.process import DESCRIPTORS, _discovery, _transfer, run, run_frontend, run_worker
 from penstock.structs import Role
 
 
@@ -89,6 +90,23 @@ def test_a_password_in_the_clear_is_warned_of(
     caplog.clear()
     _discovery(worker(discovery=discovery))
     assert caplog.text == ""
+
+
+def test_of_errors_that_come_together_the_first_is_raised() -> None:
+    async def main(stop: asyncio.Event) -> None:
+        raise ExceptionGroup("two", [ExceptionGroup("one", [ConfigError("first")]), RemoteError("second")])
+
+    with pytest.raises(ConfigError, match=r"^first$"):
+        run(main)
+
+
+def test_a_mistake_of_ours_is_not_hidden_behind_another_error() -> None:
+    async def main(stop: asyncio.Event) -> None:
+        raise ExceptionGroup("two", [ConfigError("first"), KeyError("ours")])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        run(main)
+    assert caught.group_contains(KeyError)
 
 
 _LIMITED = """

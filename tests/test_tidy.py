@@ -170,3 +170,14 @@ def test_banned_words(path: Path) -> None:
     assert not re.search(r"pytest\.(mark\.)?skip|skipif|importorskip", text), (
         "a skipped test hides something"
     )
+
+
+def test_nothing_uses_except_star() -> None:
+    """What is raised inside `except*` comes wrapped into a group before Python 3.11.4."""
+    found = [
+        f"{path}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.TryStar)
+    ]
+    assert found == []
