@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 _LINE_BYTES_MAX = 32 * 1024  # longer lines are shown in parts
 _PENDING_LINES_MAX = 10_000  # for a terminal that is slower than the instances
@@ -16,7 +16,8 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class LogFile:
-    """Appends to a file; at `bytes_max` it becomes PATH.1, in place of the one before."""
+    """Appends to a file; at `bytes_max` it becomes PATH.1, in place of the one before. One that somebody
+    deleted is made again."""
 
     def __init__(self, path: Path, bytes_max: int) -> None:
         self._path = path
@@ -27,7 +28,7 @@ class LogFile:
 
     def write(self, chunk: bytes) -> None:
         try:
-            if self._file is None or self._size >= self._bytes_max:
+            if self._file is None or self._size >= self._bytes_max or not leads_to(self._path, self._file):
                 self._file = self._open()
             self._file.write(chunk)
             self._size += len(chunk)
@@ -48,6 +49,14 @@ class LogFile:
         file = self._path.open("ab", buffering=0)
         self._size = file.tell()
         return file
+
+
+def leads_to(path: Path, file: IO[Any]) -> bool:
+    """Whether this path still leads to this open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def prefixed(name: str, line: str, width: int, colour: str | None = None) -> str:

@@ -75,6 +75,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     registered: waits until the worker with this launch and pid is; its address.
     notice: tells people, one line.
     changed: called after each change of a replica's state.
+    prepare: called before each start of a process: what it will read is there.
     """
 
     program: Sequence[str]
@@ -83,6 +84,7 @@ class Surroundings(msgspec.Struct, frozen=True):
     registered: Callable[[Launch, int], Awaitable[str]]
     notice: Callable[[str], None]
     changed: Callable[[], None]
+    prepare: Callable[[], Awaitable[None]]
 
 
 class Replica:
@@ -168,6 +170,7 @@ class Replica:
     async def _run_once(self) -> int:
         """One process from start to exit; the exit code. Raises OSError when it cannot be started."""
         argv = [*self._around.program, *self.launch.argv]
+        await self._around.prepare()
         with self._lent() as lending:
             env = self.launch.env | (lending.variables if lending else {})
             child = await start_child(argv, env, lending.descriptors if lending else ())

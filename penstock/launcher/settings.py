@@ -44,6 +44,9 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     health_timeout_s: float = 2.0
     """For one GET /health."""
 
+    folder_poll_s: float = 0.5
+    """Between looks at whether somebody deleted the state folder."""
+
     replicas_max: int = 64
     """Of one service, on this one machine."""
 

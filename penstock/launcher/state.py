@@ -24,11 +24,16 @@ from typing import TextIO
 
 from penstock.config import STATE_VARIABLE
 from penstock.errors import ConfigError
+from penstock.launcher.logs import leads_to
 
 _DEFAULT_ROOT = ".penstock"
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.02
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path in unix(7), less its final zero
+
+
+class AlreadyRunning(ConfigError):
+    """Another process holds the graph's lock."""
 
 
 class StateFolder:
@@ -41,6 +46,8 @@ class StateFolder:
         self.logs = self.path / "logs"
         self.secret = self.path / "secret"
         self._lock = self.path / "lock"
+        self._held: TextIO | None = None  # the lock's file, while this process has it
+        self._secret_text = ""
 
     @property
     def socket(self) -> str:
@@ -59,23 +66,39 @@ class StateFolder:
             ConfigError: another process holds it, or the folder cannot be written.
         """
         self.prepare()
+        self._held = self._take_lock()
         try:
-            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
-        with os.fdopen(descriptor, "r+") as lock:
-            try:
-                locked = _lock_exclusively(lock)
-            except OSError as error:
-                raise self._unlockable(error) from error
-            if not locked:
-                holder = lock.read().strip() or "unknown"
-                raise ConfigError(f"{self.graph} is already running (pid {holder}); stop it: penstock down")
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
             self._clear_leftovers()
+            self._secret_text = secrets.token_urlsafe(32)
+            self._write_secret()
             yield
+        finally:
+            self._held.close()
+            self._held = None
+
+    def restore(self) -> bool:
+        """Make again what somebody deleted of this folder while it is held: itself, the lock, the secret.
+        Its processes do the same for their logs and registrations.
+
+        Returns:
+            whether anything was missing.
+
+        Raises:
+            AlreadyRunning: another process made the folder again, and has the lock.
+            ConfigError: it cannot be written.
+        """
+        assert self._held is not None
+        has_lock, has_secret = leads_to(self._lock, self._held), self.secret.exists()
+        if has_lock and has_secret:
+            return False
+        self.prepare()
+        if not has_lock:
+            lock = self._take_lock()
+            self._held.close()
+            self._held = lock
+        if not has_secret:
+            self._write_secret()
+        return True
 
     def is_running(self) -> bool:
         """Whether some process holds the lock. Raises ConfigError when that cannot be known."""
@@ -96,24 +119,58 @@ class StateFolder:
         try:
             for folder in (root, self.path, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.path, self.logs):
+                folder.chmod(0o700)  # whoever made it
             ignore = root / ".gitignore"
             if root.name == _DEFAULT_ROOT and not ignore.exists():
                 ignore.write_text("*\n")
         except OSError as error:
-            raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
+            raise self._unwritable(error) from error
+
+    def _take_lock(self) -> TextIO:
+        """The lock's file, locked, with this process's id in it. Raises ConfigError."""
+        try:
+            lock = os.fdopen(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            if not _lock_exclusively(lock):
+                holder = lock.read().strip() or "unknown"
+                raise AlreadyRunning(
+                    f"{self.graph} is already running (pid {holder}); stop it: penstock down"
+                )
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            lock.close()
+            raise self._unlockable(error) from error
+        except ConfigError:
+            lock.close()
+            raise
+        return lock
+
+    def _write_secret(self) -> None:
+        """Raises ConfigError."""
+        try:
+            descriptor = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(self._secret_text)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"cannot write to {self.path}: {error.strerror}")
 
     def _unlockable(self, error: OSError) -> ConfigError:
         """Some shared file systems have no locks."""
         return ConfigError(f"cannot lock {self._lock}: {error.strerror}")
 
     def _clear_leftovers(self) -> None:
-        """Remove what a killed supervisor left, and make the secret anew."""
+        """Remove what a killed supervisor left."""
         (self.path / "control.sock").unlink(missing_ok=True)
         shutil.rmtree(self.discovery, ignore_errors=True)
         self.secret.unlink(missing_ok=True)
-        descriptor = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
 
 
 def _lock_exclusively(lock: TextIO) -> bool:

@@ -14,7 +14,13 @@ from penstock.config import DiscoveryUrl, discovery_directory
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ConfigError
 from penstock.graph import Graph, ServiceKind
-from penstock.launcher.control import ControlRequest, ControlResponse, GraphStatus, serving_control
+from penstock.launcher.control import (
+    ControlRequest,
+    ControlResponse,
+    ControlSocket,
+    GraphStatus,
+    serving_control,
+)
 from penstock.launcher.fleet import Fleet, ready_lines
 from penstock.launcher.health import fetch_health
 from penstock.launcher.logs import Console, LogFile
@@ -31,7 +37,7 @@ from penstock.launcher.plan import (
 from penstock.launcher.replica import Replica, ReplicaState, Surroundings
 from penstock.launcher.rolling import RollingRestart
 from penstock.launcher.settings import LauncherSettings
-from penstock.launcher.state import StateFolder
+from penstock.launcher.state import AlreadyRunning, StateFolder
 from penstock.structs import Registration
 
 PROGRAM = (sys.executable, "-m", "penstock")
@@ -66,6 +72,7 @@ class Supervisor:
             self._until_registered,
             self.notice,
             self._look,
+            self._restore_folder,
         )
         self._site = Site(graph, folder.discovery, folder.secret, settings.http_host, environ, os.getpid())
         self._fleets = [Fleet(service, labels(graph)[service.name]) for service in graph.services]
@@ -81,6 +88,9 @@ class Supervisor:
         self._was_ready = False
         self._failure = ""
         self._rolling = RollingRestart(self, settings.start_timeout_s)
+        self._control = ControlSocket(folder, self._handle)
+        self._restoring = asyncio.Lock()
+        self._folder_trouble = ""
 
     async def run(self) -> None:
         """Start everything, keep it running, stop it in order after `stop`.
@@ -95,10 +105,11 @@ class Supervisor:
         )
         for warning in self._warnings:
             self.notice(f"note: {warning}")
-        async with serving_control(self._folder, self._handle), asyncio.TaskGroup() as tasks:
+        async with serving_control(self._control), asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             watch = tasks.create_task(self._follow(discovery))
             announce = tasks.create_task(self._announce())
+            keep = tasks.create_task(self._keep_folder())
             try:
                 self._start_all()
                 await self._stopping.wait()
@@ -108,6 +119,7 @@ class Supervisor:
             finally:
                 watch.cancel()
                 announce.cancel()
+                keep.cancel()
                 self._rolling.cancel()
         self._notices.close()
         if self._failure:
@@ -232,6 +244,31 @@ class Supervisor:
     def _urls(self) -> list[str]:
         urls = [replica.launch.url for fleet in self._fleets for replica in fleet.wanted]
         return list(dict.fromkeys(url for url in urls if url))  # two have the same for a while
+
+    async def _keep_folder(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.folder_poll_s)
+            await self._restore_folder()
+
+    async def _restore_folder(self) -> None:
+        """Make again what somebody deleted of the state folder: without it no command reaches this graph,
+        and none of its processes can be started again."""
+        trouble = ""
+        async with self._restoring:
+            try:
+                restored = await asyncio.to_thread(self._folder.restore)
+                if not self._control.is_reachable():
+                    await self._control.open()
+                    restored = True
+                if restored:
+                    self.notice(f"{self._folder.path} was deleted, at least in part: made again")
+            except AlreadyRunning as error:
+                self._fail(f"{self._folder.path} was deleted, and is another's now: {error}")
+            except ConfigError as error:
+                trouble = f"{error}. Commands do not reach this graph; to stop it: kill {os.getpid()}"
+        if trouble and trouble != self._folder_trouble:
+            self.notice(trouble)
+        self._folder_trouble = trouble
 
     async def _until_registered(self, launch: Launch, pid: int) -> str:
         """Until this worker's process is registered; its address."""

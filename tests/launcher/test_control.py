@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from penstock.errors import ConfigError, RemoteError
-from penstock.launcher.control import ControlRequest, ControlResponse, call, serving_control
+from penstock.launcher.control import ControlRequest, ControlResponse, ControlSocket, call, serving_control
 from penstock.launcher.state import StateFolder
 
 
@@ -23,7 +24,7 @@ async def folder(tmp_path: Path) -> AsyncIterator[StateFolder]:
             raise ConfigError("not now")
         return ControlResponse(scaled={name: (0, count) for name, count in request.replicas.items()})
 
-    async with serving_control(folder, handle):
+    async with serving_control(ControlSocket(folder, handle)):
         yield folder
     assert "control.sock" not in os.listdir(folder.path)
 
@@ -56,6 +57,11 @@ async def test_garbage_is_answered(folder: StateFolder, line: bytes) -> None:
 async def test_a_newer_version_is_told(folder: StateFolder) -> None:
     answer = await asyncio.to_thread(raw, folder, b'{"op": "status", "version": 2, "further": 1}\n')
     assert b"knows version 1 of control only" in answer
+
+
+async def test_a_request_that_was_read_too_late_is_not_carried_out(folder: StateFolder) -> None:
+    late = b'{"op": "scale", "replicas": {"A": 3}, "expires_at": %.3f}\n' % (time.monotonic() - 0.001)
+    assert b"this came too late" in await asyncio.to_thread(raw, folder, late)
 
 
 async def test_a_caller_that_leaves_harms_nothing(folder: StateFolder) -> None:

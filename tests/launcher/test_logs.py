@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 from pathlib import Path
 
@@ -136,3 +137,13 @@ def test_last_lines_of_large_files(tmp_path_factory, lines: list[int], count: in
     texts = [f"{number}:" + "x" * length for number, length in enumerate(lines)]
     path.write_text("".join(f"{text}\n" for text in texts))
     assert last_lines(path, count) == texts[-count:]
+
+
+def test_a_deleted_log_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "a.log"
+    log = LogFile(path, 1000)
+    log.write(b"before\n")
+    shutil.rmtree(tmp_path / "logs")
+    log.write(b"after\n")
+    log.close()
+    assert (path.read_bytes(), log.error) == (b"after\n", "")

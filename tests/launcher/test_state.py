@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.launcher.state import StateFolder, find_state, state_root
+from penstock.launcher.state import AlreadyRunning, StateFolder, find_state, state_root
 
 
 def test_everything_is_private_and_the_secret_new_each_time(tmp_path: Path) -> None:
@@ -30,6 +31,33 @@ def test_the_lock_holds_only_one(tmp_path: Path) -> None:
         folder.locked(),
     ):
         pass
+
+
+@pytest.mark.parametrize("gone", ["", "lock", "secret"])
+def test_what_is_deleted_of_a_held_folder_is_made_again(tmp_path: Path, gone: str) -> None:
+    folder = StateFolder(tmp_path / "s", "toy")
+    with folder.locked():
+        assert not folder.restore()
+        secret = folder.secret.read_text()
+        shutil.rmtree(folder.path.parent) if not gone else (folder.path / gone).unlink()
+        assert folder.restore()
+        assert not folder.restore()
+        assert folder.secret.read_text() == secret
+        assert folder.secret.stat().st_mode & 0o777 == 0o600
+        assert {folder.path.stat().st_mode & 0o777, folder.logs.stat().st_mode & 0o777} == {0o700}
+        assert folder.is_running()
+    assert not folder.is_running()
+
+
+def test_a_deleted_folder_that_another_process_made_again_is_its_own(tmp_path: Path) -> None:
+    ours, theirs = StateFolder(tmp_path, "toy"), StateFolder(tmp_path, "toy")
+    with ours.locked():
+        shutil.rmtree(ours.path)
+        with theirs.locked():
+            with pytest.raises(AlreadyRunning, match=r"^toy is already running \(pid \d+\)"):
+                ours.restore()
+            secret = theirs.secret.read_text()
+            assert ours.secret.read_text() == secret
 
 
 def test_without_locks_nothing_counts_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

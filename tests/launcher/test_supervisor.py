@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from penstock.errors import ConfigError
 from penstock.launcher.replica import ReplicaState
 from penstock.launcher.settings import LauncherSettings
+from penstock.launcher.state import StateFolder
 from tests.launcher.conftest import alive, ask, eventually
 
 
@@ -153,3 +156,42 @@ async def test_a_flood_of_output_is_bounded_and_holds_up_nobody(running) -> None
     files = list((graph.folder.logs / "PrefillWorker").iterdir())
     assert {file.name for file in files} == {"prefill-0.log", "prefill-0.log.1"}
     assert all(file.stat().st_size < 512 * 1024 for file in files)
+
+
+def delete(folder: Path) -> None:
+    """At once: processes that write into it do not get in between."""
+    shutil.rmtree(folder.rename(folder.with_name("deleted")))
+
+
+async def test_a_graph_whose_folder_was_deleted_goes_on(running) -> None:
+    async with running() as graph:
+        await graph.prints("Ready: ")
+        delete(graph.folder.path.parent)
+        [before] = graph.replicas("decode")
+        os.kill(before.pid, signal.SIGKILL)  # its successor needs the secret
+        await graph.prints("was deleted, at least in part: made again")
+        await graph.prints("decode-0 was ended by SIGKILL after")
+        await eventually(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
+        assert "decode-0" in {path.stem for path in graph.folder.logs.glob("*/*.log")}
+        await ask(graph, op="down")
+        await asyncio.wait_for(graph.task, 15)
+
+
+async def test_a_deleted_socket_is_made_again(running) -> None:
+    async with running() as graph:
+        await graph.prints("Ready: ")
+        os.unlink(graph.folder.socket)
+        await graph.prints("was deleted, at least in part: made again")
+        assert (await ask(graph, op="status")).status.ready
+
+
+async def test_a_graph_whose_folder_is_anothers_stops_in_order(running) -> None:
+    async with running() as graph:
+        await graph.prints("Ready: ")
+        delete(graph.folder.path)
+        with (
+            StateFolder(graph.folder.path.parent, "toy").locked(),
+            pytest.raises(ConfigError, match="was deleted, and is another's now: toy is already running"),
+        ):
+            await asyncio.wait_for(graph.task, 15)
+        assert not graph.supervisor._replicas()
