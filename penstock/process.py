@@ -192,7 +192,7 @@ def _discovery(options: FrontendOptions | WorkerOptions) -> Discovery:
 
 def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl) -> Discovery:
     if find_spec("httpx2") is None:
-        raise ConfigError("--discovery: etcd needs a package more: pip install 'penstock[etcd]'")
+        raise ConfigError("--discovery: etcd needs a package more: pip install 'httpx2>=2.12,<3'")
     from penstock.discovery.etcd import EtcdDiscovery
     from penstock.discovery.etcd_settings import EtcdSettings
 
@@ -232,6 +232,11 @@ def _engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
 def _reference_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
     from penstock.engines.reference.engine import ReferenceSettings, reference_engine
 
+    if not Path(options.model).is_dir():
+        raise ConfigError(
+            f"--model: {options.model} is not a folder; the reference engine reads one from disk, names of"
+            " models are for --engine vllm"
+        )
     given = _given(options, "block_size", "max_model_len")
     if options.kv_cache_mib is not None:
         given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024

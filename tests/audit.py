@@ -71,7 +71,7 @@ def advisories(pip_audit: str) -> tuple[list[str], list[str]]:
         return [], [f"all: {(done.stderr.strip().splitlines() or ['no report'])[-1]}"]
     found, unknown = [], []
     for package in report["dependencies"]:
-        if "skip_reason" in package and package["name"] != "penstock":
+        if "skip_reason" in package and package["name"] != "penstock-llm":
             unknown.append(package["name"])
         for flaw in package.get("vulns", []):
             fixed = ", ".join(flaw["fix_versions"]) or "no version"
@@ -88,7 +88,7 @@ def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     own = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     wrong = [f"{text}: needs a lower and an upper bound" for text in unbounded(own)]
-    packages = sorted(needed("penstock", set()) - {"penstock"})
+    packages = sorted(needed("penstock-llm", set()) - {"penstock-llm"})
     wrong += [
         f"{name}: licence {licence_of(name).strip() or 'unknown'!r}"
         for name in packages

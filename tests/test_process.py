@@ -37,9 +37,12 @@ def worker(**options: object) -> WorkerOptions:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "vllm"}, "--engine: vllm is not installed"),
+        ({"engine": "vllm"}, "--engine: vllm is not installed: pip install 'vllm>=0.32,<0.33' 'nixl"),
         ({"engine": "vllm", "transfer": "tcp"}, "--transfer: vllm"),
-        ({"model": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
+        (
+            {"model": "Qwen/Qwen3-0.6B"},
+            "--model: Qwen/Qwen3-0.6B is not a folder; the reference engine reads",
+        ),
         ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
         (
             {"discovery": "etcd://127.0.0.1", "etcd_user": "me"},
@@ -157,7 +160,7 @@ def test_a_second_signal_does_not_wait(number: signal.Signals) -> None:
 
 def test_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx2", None)
-    with pytest.raises(ConfigError, match=r"--discovery: etcd needs .* pip install 'penstock\[etcd\]'"):
+    with pytest.raises(ConfigError, match=r"--discovery: etcd needs .* pip install 'httpx2>=2\.12,<3'"):
         run_frontend(FrontendOptions(http_port=0, discovery="etcd://127.0.0.1"))
 
 

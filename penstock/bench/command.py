@@ -50,7 +50,9 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def bench(
-    url: Annotated[str, typer.Option(help="Server with OpenAI's API.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option(show_default=False, help="Server with OpenAI's API. [the running graph's]")
+    ] = "",
     model: Annotated[str | None, typer.Option(help="Served model; default: the server's first.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Closed loop: users at once.")] = 16,
     rate: Annotated[str | None, typer.Option(help="Open loop: conversations begun, e.g. 10/s.")] = None,

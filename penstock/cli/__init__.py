@@ -9,14 +9,38 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from penstock.checked import suggestion
 from penstock.cli import key, local, serve, sim, talk
 from penstock.errors import ConfigError, PenstockError
 
-# All that a command line's parser raises has this base; its module differs between versions of typer.
-_USAGE_ERRORS: tuple[type[BaseException], ...] = typer.BadParameter.__bases__
+# What a command line's parser raises has an ancestor in common with this one. Which it is, and in which
+# module, differs between versions of typer, so all of them count but Python's own.
+_USAGE_ERRORS = tuple(
+    ancestor
+    for ancestor in typer.BadParameter.__mro__
+    if issubclass(ancestor, Exception) and ancestor.__module__ != "builtins"
+)
+
+# What people type who know other programs.
+_OTHER_WORDS = {
+    "apply": "up",
+    "benchmark": "bench",
+    "delete": "down",
+    "deploy": "up",
+    "get": "status",
+    "kill": "down",
+    "list": "status",
+    "ps": "status",
+    "run": "up",
+    "serve": "up",
+    "server": "up",
+    "start": "up",
+    "stop": "down",
+}
 
 _INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
 _BENCH_HELP = "Measure a server: latency, throughput, cache use."
@@ -31,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
     try:
         app = build_app(arguments)
+        _check_command(app, arguments)
         code = app(args=list(arguments) or ["--help"], prog_name="penstock", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -56,6 +81,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
+    app.callback()(_common)
     local.register(app)
     talk.register(app)
     serve.register(app)
@@ -64,17 +90,38 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     if arguments[:1] == ["bench"]:
         from penstock.bench.command import bench
 
-        app.command("bench", help=_BENCH_HELP)(bench)
+        app.command("bench", help=_BENCH_HELP)(talk.at_running_graph(bench))
     else:
         app.command("bench", help=_BENCH_HELP)(lambda: None)
-    app.command("version", help="Print the version.")(_print_version)
+    app.command("version", help="Print the version.")(lambda: _print_version())
     return app
 
 
-def _print_version() -> None:
+def _print_version(wanted: bool = True) -> None:
     from penstock import __version__
 
-    print(__version__)
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options of `penstock` itself; its help is the app's."""
+
+
+def _check_command(app: typer.Typer, arguments: Sequence[str]) -> None:
+    """Raises ConfigError for a command that is not there, with the one that was probably meant."""
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    names = [command.name for command in app.registered_commands if command.name]
+    if named is None or named in names:
+        return
+    other = _OTHER_WORDS.get(named)
+    hint = f" (did you mean {other}?)" if other else suggestion(named, names)
+    raise ConfigError(f"no such command {named!r}{hint}; all of them: penstock --help")
 
 
 def _complain(message: str, code: int) -> int:

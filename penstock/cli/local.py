@@ -57,7 +57,7 @@ def up(
     from penstock.config import PORT_MAX
     from penstock.graph import Overrides, load_graph
     from penstock.launcher.settings import LauncherSettings
-    from penstock.launcher.state import StateFolder, state_root
+    from penstock.launcher.state import StateFolder, own_command, state_root
     from penstock.launcher.up import run_graph, start_detached
 
     if port is not None and not 0 <= port <= PORT_MAX:
@@ -69,7 +69,7 @@ def up(
         arguments += ["--port", str(port)] if port is not None else []
         state = start_detached(folder, arguments)
         print(f"Ready: {', '.join(state.health) or 'no frontend'}  (after {state.uptime_s:.1f} s)")
-        print(f"stop it: penstock down --graph {graph.name}")
+        print(f"stop it: {own_command()} down --graph {graph.name}")
     else:
         settings = LauncherSettings(http_host=host, http_port=port)
         run_graph(graph, folder, os.environ, settings, quiet=quiet)
@@ -79,17 +79,21 @@ def status(
     graph: GraphOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Show services, replicas and the frontends' health."""
+    """Show services, replicas and the frontends' health, of all graphs that run here."""
     from penstock.launcher.control import ControlRequest, call
+    from penstock.launcher.state import running_states, state_root
 
-    state = call(_running(graph), ControlRequest(op="status")).status
-    if state is None:
-        raise ConfigError("the supervisor gave no status")
-    if as_json:
-        import msgspec
+    every = running_states(state_root(os.environ)) if not (graph or as_json) else []
+    for number, folder in enumerate(every or [_running(graph)]):
+        state = call(folder, ControlRequest(op="status")).status
+        if state is None:
+            raise ConfigError("the supervisor gave no status")
+        if as_json:
+            import msgspec
 
-        print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
-    else:
+            print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
+            continue
+        print("\n" * bool(number), end="")
         print_status(state)
 
 
@@ -122,8 +126,8 @@ def restart(
 
     folder = _running(graph)
     names = call(folder, ControlRequest(op="restart", services=services or [])).restarting
-    for name in follow_restart(folder, names):
-        print(f"{name}: replaced", flush=True)
+    for name, successor in follow_restart(folder, names):
+        print(f"{name} -> {successor}" if successor else f"{name}: gone", flush=True)
 
 
 def logs(

@@ -1,14 +1,16 @@
-"""`penstock chat`: a conversation in the terminal with a running frontend."""
+"""`penstock chat`: a conversation in the terminal with a running frontend; and which one that is."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from penstock.errors import PenstockError
+from penstock.errors import ConfigError, PenstockError
 
 DEFAULT_URL = "http://localhost:8000"
 
@@ -41,7 +43,7 @@ def chat(
     """Chat with a model in the terminal."""
     from penstock.cli.chat import ChatClient, Conversation, converse
 
-    client = ChatClient(url or _running_url(), api_key)
+    client = ChatClient(url or running_url(), api_key)
     options = {"max_tokens": max_tokens, "temperature": temperature}
     conversation = Conversation(
         client, model or client.first_model(), system, {k: v for k, v in options.items() if v is not None}
@@ -58,13 +60,29 @@ def chat(
     converse(conversation, lambda: input(prompt), sys.stdout, sys.stderr)
 
 
-def _running_url() -> str:
-    """The first frontend of the graph that runs here, if one does."""
-    from penstock.launcher.control import ControlRequest, call
-    from penstock.launcher.state import find_state, state_root
+def at_running_graph(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, with the running graph's frontend for a `url` that is not given."""
 
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        command(**options | {"url": options["url"] or running_url()})
+
+    return run
+
+
+def running_url() -> str:
+    """The first frontend of the graph that runs here, if one does. Raises ConfigError when several do."""
+    from penstock.launcher.control import ControlRequest, call
+    from penstock.launcher.state import running_states, state_root
+
+    running = running_states(state_root(os.environ))
+    if len(running) > 1:
+        names = ", ".join(folder.graph for folder in running)
+        raise ConfigError(
+            f"several graphs run here ({names}): choose one's --url, as `penstock status` shows it"
+        )
     try:
-        status = call(find_state(state_root(os.environ)), ControlRequest(op="status")).status
+        status = call(running[0], ControlRequest(op="status")).status if running else None
     except PenstockError:
         return DEFAULT_URL
     return next(iter(status.health), DEFAULT_URL) if status else DEFAULT_URL

@@ -61,6 +61,7 @@ class GraphStatus(msgspec.Struct):
     health: dict[str, dict[str, Any]] = {}  # each frontend's /health by URL
     notes: list[str] = []
     restarting: list[str] = []  # replicas that a rolling restart has yet to replace
+    replaced: dict[str, str] = {}  # by the last restart: name of a replica, and of its successor
     restart_error: str = ""  # why the last one ended before its end
 
 

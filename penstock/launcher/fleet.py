@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from penstock.graph import Service
 from penstock.launcher.control import ServiceStatus
 from penstock.launcher.places import Place
 from penstock.launcher.plan import lowest_free_index
 from penstock.launcher.replica import Replica, ReplicaState
+from penstock.launcher.state import own_command
 
 
 @dataclass(slots=True, eq=False)
@@ -86,14 +83,6 @@ def ready_lines(urls: Sequence[str], model: str, took_s: float) -> list[str]:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is my name?"}}]}}'
     return [
         f"Ready: {', '.join(urls)}  (after {took_s:.1f} s)",
-        f"try: {_command()} chat --url {urls[0]}",
+        f"try: {own_command()} chat --url {urls[0]}",
         f"or:  curl {urls[0]}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
     ]
-
-
-def _command() -> str:
-    """How to call this program from here: it may be in an environment that is not on the PATH."""
-    installed = Path(sys.executable).with_name("penstock")
-    if shutil.which("penstock") or not installed.exists():
-        return "penstock"
-    return os.path.relpath(installed)

@@ -41,6 +41,7 @@ class RollingRestart:
 
     def __init__(self, fleets: Fleets, ready_s: float) -> None:
         self.left: list[str] = []  # names of the replicas that are still to be replaced
+        self.replaced: dict[str, str] = {}  # by the last restart: a replica's name, and its successor's
         self.error = ""  # why the last restart ended before its end
         self._fleets = fleets
         self._ready_s = ready_s
@@ -52,6 +53,7 @@ class RollingRestart:
             raise ConfigError(f"a restart is under way: {', '.join(self.left)}")
         old = [(fleet, replica) for fleet in fleets for replica in fleet.wanted]
         self.left = [replica.launch.name for _, replica in old]
+        self.replaced = {}
         self.error = ""
         self._fleets.notice(f"rolling restart of {', '.join(self.left) or 'nothing'}")
         self._task = tasks.create_task(self._run(old), name="rolling restart")
@@ -94,6 +96,7 @@ class RollingRestart:
             new.stop()  # the old one stays
             raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
         else:
+            self.replaced[old.launch.name] = new.launch.name
             await self._leave(fleet, old)
 
     async def _replace_in_place(self, fleet: Fleet, old: Replica) -> None:
@@ -104,7 +107,9 @@ class RollingRestart:
         place, fleet.reserved = fleet.reserved, None
         new = self._fleets.start(fleet, place)
         await self._settle(new, lambda: new.leaving)
-        if new.state is not ReplicaState.READY and not new.leaving:
+        if new.state is ReplicaState.READY:
+            self.replaced[old.launch.name] = new.launch.name
+        elif not new.leaving:
             raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
 
     async def _settle(self, new: Replica, is_moot: Callable[[], bool]) -> None:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,7 +138,7 @@ class StateFolder:
             if not _lock_exclusively(lock):
                 holder = lock.read().strip() or "unknown"
                 raise AlreadyRunning(
-                    f"{self.graph} is already running (pid {holder}); stop it: penstock down"
+                    f"{self.graph} is already running (pid {holder}); stop it: {own_command()} down"
                 )
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")
@@ -185,9 +186,29 @@ def _lock_exclusively(lock: TextIO) -> bool:
     return False
 
 
+def own_command() -> str:
+    """How to call this program from here. It may be in an environment that is not on the PATH, while
+    another program of its name is, or not be installed at all."""
+    script = Path(sys.executable).with_name("penstock")
+    if not script.exists():
+        return f"{os.path.relpath(sys.executable)} -m penstock"
+    found = shutil.which("penstock")
+    is_on_path = found is not None and os.path.samefile(found, script)
+    return "penstock" if is_on_path else os.path.relpath(script)
+
+
 def state_root(environ: Mapping[str, str]) -> Path:
     """The folder that holds all graphs' folders."""
     return Path(environ.get(STATE_VARIABLE) or _DEFAULT_ROOT).expanduser()
+
+
+def running_states(root: Path) -> list[StateFolder]:
+    """The folders of all graphs whose supervisor lives, by name."""
+    return [folder for folder in _states(root) if folder.is_running()]
+
+
+def _states(root: Path) -> list[StateFolder]:
+    return [StateFolder(root, name) for name in sorted(lock.parent.name for lock in root.glob("*/lock"))]
 
 
 def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFolder:
@@ -199,16 +220,16 @@ def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFol
     Raises:
         ConfigError: there is none, or there are several and none was named.
     """
-    names = sorted(lock.parent.name for lock in root.glob("*/lock"))
-    folders = {name: StateFolder(root, name) for name in names}
-    living = {name: folder for name, folder in folders.items() if folder.is_running()}
+    folders = _states(root)
+    living = running_states(root)
     if running or (len(living) == 1 and not graph):
         folders = living
-    if graph in folders:
-        return folders[graph]
-    if len(folders) == 1 and not graph:
-        return next(iter(folders.values()))
-    if folders and not graph:
-        raise ConfigError(f"there are several graphs, name one with --graph: {', '.join(folders)}")
+    if graph:
+        folders = [folder for folder in folders if folder.graph == graph]
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(folder.graph for folder in folders)
+        raise ConfigError(f"there are several graphs, name one with --graph: {names}")
     subject = f"{graph}: not" if graph else "no graph is"
     raise ConfigError(f"{subject} {'running' if running else 'known'} (looked in {root.absolute()})")

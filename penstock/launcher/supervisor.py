@@ -371,6 +371,7 @@ class Supervisor:
             health=dict(zip(urls, answers, strict=True)),
             notes=self._warnings,
             restarting=self._rolling.left,
+            replaced=self._rolling.replaced,
             restart_error=self._rolling.error,
         )
 

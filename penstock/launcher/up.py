@@ -16,7 +16,7 @@ from penstock.launcher.gpus import visible_gpus
 from penstock.launcher.logs import Console
 from penstock.launcher.plan import gpus_needed, labels
 from penstock.launcher.settings import LauncherSettings
-from penstock.launcher.state import StateFolder
+from penstock.launcher.state import StateFolder, own_command
 from penstock.launcher.supervisor import PROGRAM, Supervisor
 
 START_TIMEOUT_S = 900.0  # a large model may have to be downloaded first
@@ -76,7 +76,7 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus
         ConfigError: it is running already, or ended before it was ready, for the reason it gave.
     """
     if folder.is_running():
-        raise ConfigError(f"{folder.graph} is already running; stop it: penstock down")
+        raise ConfigError(f"{folder.graph} is already running; stop it: {own_command()} down")
     folder.prepare()
     errors = folder.logs / "supervisor.err"
     with errors.open("wb") as stderr:
@@ -106,7 +106,9 @@ def _until_ready(folder: StateFolder, supervisor: subprocess.Popen[bytes], error
             supervisor.returncode = 0  # it is on its own now: no warning that it still runs
             return status
         time.sleep(_POLL_S)
-    raise ConfigError(f"{folder.graph} is not ready after {START_TIMEOUT_S:g} s; see: penstock status")
+    raise ConfigError(
+        f"{folder.graph} is not ready after {START_TIMEOUT_S:g} s; see: {own_command()} status"
+    )
 
 
 def stop_graph(folder: StateFolder) -> None:
@@ -119,15 +121,17 @@ def stop_graph(folder: StateFolder) -> None:
         time.sleep(_POLL_S)
 
 
-def follow_restart(folder: StateFolder, names: Sequence[str]) -> Iterator[str]:
-    """These replicas' names, each once it has been replaced. Raises ConfigError when that ends early."""
+def follow_restart(folder: StateFolder, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """These replicas' names, each once it has been replaced, with its successor's; empty when it has none.
+    Raises ConfigError when that ends early."""
     left = list(names)
     while left:
         status = call(folder, ControlRequest(op="status")).status
         if status is None or status.restart_error:
             raise ConfigError(status.restart_error if status else "the supervisor gave no status")
         while left and left[0] not in status.restarting:
-            yield left.pop(0)
+            name = left.pop(0)
+            yield name, status.replaced.get(name, "")
         time.sleep(_POLL_S)
 
 

@@ -21,7 +21,7 @@ from penstock.errors import ConfigError, PenstockError, RemoteError
 
 log = logging.getLogger(__name__)
 
-# The extra `penstock[nixl]` does it too, but pip then brings torch, which NIXL names and does not need.
+# The extra `penstock-llm[nixl]` does it too, but pip then brings torch, which NIXL names and does not need.
 _INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1"
 _PLUGIN = "UCX"
 _LOOPBACK_DEVICE = "lo"

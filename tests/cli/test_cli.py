@@ -64,8 +64,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["version"]) == 0
-    assert capsys.readouterr().out == f"{penstock.__version__}\n"
+    for word in ("version", "--version"):
+        assert run([word]) == 0
+        assert capsys.readouterr().out == f"{penstock.__version__}\n"
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -81,7 +82,11 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("upp", "no such command 'upp'"),
+        ("upp", "no such command 'upp' (did you mean up?); all of them: penstock --help"),
+        ("serve Qwen/Qwen3-0.6B", "no such command 'serve' (did you mean up?); all of them"),
+        ("ps", "no such command 'ps' (did you mean status?)"),
+        ("conjure", "no such command 'conjure'; all of them: penstock --help"),
+        ("--vrsion", "no such option: --vrsion"),
         ("up", "up: missing argument 'FILE'"),
         ("up none.yaml", "cannot read none.yaml: No such file or directory"),
         ("up none.yaml --port x", "up: invalid value for '--port': 'x' is not a valid int"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import signal
 import threading
 import time
@@ -96,7 +97,7 @@ def test_a_rolling_restart_of_the_workers_under_load(graph: Graph) -> None:
         load.wait_for_more()
         result = graph.command("restart", "PrefillWorker", "DecodeWorker", timeout_s=300)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count(": replaced") == 4
+        assert len(re.findall(r"^(prefill|decode)-\d+ -> \1-\d+$", result.stdout, re.M)) == 4
         graph.wait_healthy(instances=4)
         load.wait_for_more()
     load.check()

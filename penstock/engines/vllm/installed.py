@@ -11,6 +11,9 @@ from penstock.errors import ConfigError
 SUPPORTED = "0.32"
 """The engine speaks with vLLM's core process directly, in terms that change with every version."""
 
+INSTALL = "pip install 'vllm>=0.32,<0.33' 'nixl>=1.5,<2'"
+"""What brings it, for GPUs."""
+
 _NEVER = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # nothing is reported to anybody
 
 
@@ -27,7 +30,10 @@ def check_version() -> None:
     """Raises ConfigError unless a version of vLLM is here that this engine knows."""
     version = installed_version()
     if version is None:
-        raise ConfigError("--engine: vllm is not installed; see docs/vllm.md")
+        raise ConfigError(
+            f"--engine: vllm is not installed: {INSTALL}, or on a CPU, from Penstock's own folder,"
+            " `make serve-vllm`"
+        )
     if not is_supported(version):
         raise ConfigError(f"--engine: vllm {version} is installed, but only {SUPPORTED}.* is supported")
 
