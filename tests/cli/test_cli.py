@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import penstock
 from penstock import process
-from penstock.cli import local, run
+from penstock.cli import local, run, talk
 from penstock.config import FrontendOptions, WorkerOptions
-from penstock.launcher.control import GraphStatus, ServiceStatus
+from penstock.launcher.control import (
+    ControlRequest,
+    ControlResponse,
+    ControlSocket,
+    GraphStatus,
+    ServiceStatus,
+    serving_control,
+)
 from penstock.launcher.replica import ReplicaState, ReplicaStatus
+from penstock.launcher.state import StateFolder
 from penstock.structs import Role
 
 COMMANDS = (
@@ -172,6 +184,67 @@ def test_status_shows_every_replica(capsys: pytest.CaptureFixture[str]) -> None:
         "DecodeWorker decode-0 ready 7 90 s 0 h:1",
         "http://localhost:8000/health: unreachable (refused)",
     ]
+
+
+class TwoGraphs:
+    """Two supervisors' folders and sockets, answering `status`."""
+
+    def __init__(self, root: Path) -> None:
+        self.started, self.ended = threading.Event(), threading.Event()
+        self._root = root
+
+    async def serve(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for graph, port in (("one", 9001), ("two", 9002)):
+                folder = StateFolder(self._root, graph)
+                stack.enter_context(folder.locked())
+                health = {f"http://localhost:{port}": {"status": "healthy"}}
+
+                async def handle(request: ControlRequest, name: str = graph, health: Any = health) -> Any:
+                    return ControlResponse(status=GraphStatus(name, 1, True, 1, [], health))
+
+                await stack.enter_async_context(serving_control(ControlSocket(folder, handle)))
+            self.started.set()
+            await asyncio.to_thread(self.ended.wait)
+
+
+@pytest.fixture
+def two_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    graphs = TwoGraphs(tmp_path / ".penstock")
+    thread = threading.Thread(target=asyncio.run, args=(graphs.serve(),))
+    thread.start()
+    assert graphs.started.wait(10)
+    yield
+    graphs.ended.set()
+    thread.join(10)
+
+
+def test_status_shows_all_graphs(two_graphs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "one: ready" in shown
+    assert "two: ready" in shown
+    assert run(["status", "-g", "two"]) == 0
+    assert "one" not in capsys.readouterr().out
+    assert run(["status", "--json"]) == 2
+    assert "there are several graphs, name one with --graph: one, two" in capsys.readouterr().err
+
+
+def test_clients_find_the_graph_that_runs_or_ask_which(
+    two_graphs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["chat", "hi"], ["bench", "--requests", "1"]):
+        assert run(words) == 2
+        assert "several graphs run here (one, two): choose one's --url" in capsys.readouterr().err
+    asked: list[str] = []
+    bench = talk.at_running_graph(lambda **options: asked.append(options["url"]))
+    bench(url="http://given")
+    (Path(".penstock") / "two").rename("two")  # out of sight
+    bench(url="")
+    Path(".penstock").rename("elsewhere")
+    bench(url="")
+    assert asked == ["http://given", "http://localhost:9001", talk.DEFAULT_URL]
 
 
 def test_a_detached_start_that_fails_says_why(

@@ -40,6 +40,10 @@ async def test_a_rolling_restart_replaces_all_and_is_never_short(running) -> Non
         }
         assert not any(alive(one.pid) for old in before.values() for one in old)
         await graph.prints("rolling restart done")
+        replaced = (await ask(graph, op="status")).status.replaced
+        assert list(replaced) == names
+        assert replaced["prefill-0"] == "prefill-2"  # the number was not free yet
+        assert set(replaced.values()) == {one.name for label in before for one in graph.replicas(label)}
 
 
 async def test_a_rolling_restart_ends_where_the_new_one_does_not_start(running) -> None:
@@ -86,6 +90,7 @@ async def test_a_place_that_scale_takes_away_is_not_filled(running) -> None:
         await graph.prints("prefill-0  | draining")
         assert (await ask(graph, op="scale", replicas={"prefill": 0})).scaled == {"PrefillWorker": (1, 0)}
         await graph.prints("rolling restart done")
+        assert list((await ask(graph, op="status")).status.replaced) == ["decode-0"]
         assert prefill(graph) == []
         assert [one.state for one in graph.replicas("decode")] == [READY]
         await ask(graph, op="scale", replicas={"prefill": 1})

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.launcher.state import AlreadyRunning, StateFolder, find_state, state_root
+from penstock.launcher.state import (
+    AlreadyRunning,
+    StateFolder,
+    find_state,
+    own_command,
+    running_states,
+    state_root,
+)
 
 
 def test_everything_is_private_and_the_secret_new_each_time(tmp_path: Path) -> None:
@@ -83,6 +90,7 @@ def test_graphs_are_found(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match=r"name one with --graph: one, two$"):
                 find_state(tmp_path)
             assert find_state(tmp_path, "two").graph == "two"
+            assert [folder.graph for folder in running_states(tmp_path)] == ["one", "two"]
         with pytest.raises(ConfigError, match=r"^two: not running "):
             find_state(tmp_path, "two")
         assert find_state(tmp_path, "two", running=False).graph == "two"
@@ -111,3 +119,22 @@ def test_socket_paths_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _ = StateFolder(deep, "toy").socket
     monkeypatch.chdir(deep)
     assert StateFolder(Path(".penstock"), "toy").socket == ".penstock/toy/control.sock"
+
+
+def test_hints_name_a_program_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert own_command() == "venv/bin/python -m penstock"  # as in an environment that only has vLLM
+    script = programs / "penstock"
+    script.touch(mode=0o755)
+    assert own_command() == "venv/bin/penstock"
+    other = tmp_path / "other" / "penstock"
+    other.parent.mkdir()
+    other.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}:{programs}")
+    assert own_command() == "venv/bin/penstock"  # another one comes first
+    monkeypatch.setenv("PATH", str(programs))
+    assert own_command() == "penstock"

@@ -16,7 +16,7 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.launcher.control import ControlRequest, GraphStatus, call
 from penstock.launcher.places import Places
-from penstock.launcher.state import StateFolder, find_state
+from penstock.launcher.state import StateFolder, find_state, own_command
 from penstock.launcher.tail import follow_logs
 from penstock.launcher.up import stop_graph
 from tests.launcher.conftest import alive
@@ -154,7 +154,7 @@ def test_a_second_start_says_so(start, folder) -> None:
     second = start()
     _, errors = second.communicate(timeout=EVENTUALLY_S)
     assert second.returncode == 1
-    assert errors == f"penstock: toy is already running (pid {first.pid}); stop it: penstock down\n"
+    assert errors == f"penstock: toy is already running (pid {first.pid}); stop it: {own_command()} down\n"
     assert ready(folder).pid == first.pid
 
 
