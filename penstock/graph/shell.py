@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.ASCII)
 _BRACED = re.compile(r"([A-Za-z_]\w*|[0-9]+|[@*#])(:?[-=?+])?", re.ASCII)
 _DESCRIPTOR = re.compile(r"[0-9]+(?=[<>])", re.ASCII)
-_BRACES = re.compile(r"\{[^{}]*(,|\.\.)[^{}]*\}")
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _POSITIONAL = re.compile(r"[0-9]+", re.ASCII)
 _DEPTH_MAX = 16  # of ${A:-${B:-...}}
 
@@ -241,7 +241,7 @@ def _refuse_patterns(bare: str) -> None:
                 f"the shell script: `{sign}` outside of quotes stands for files that only the container"
                 " knows; put it in quotes if it is text"
             )
-    if _BRACES.search(bare):
+    if any("," in inside or ".." in inside for inside in _BRACES.findall(bare)):
         raise ConfigError(
             "the shell script: `{a,b}` outside of quotes stands for several words; put it in quotes"
         )
