@@ -150,16 +150,21 @@ def _parse_words(words: Sequence[str], env: Mapping[str, str]) -> Command:
 def _with_env(words: Sequence[str], env: Mapping[str, str]) -> Command:
     """`env NAME=VALUE ... COMMAND`."""
     assigned: dict[str, str] = {}
-    while len(assigned) < len(words) and (match := _ASSIGNMENT.fullmatch(words[len(assigned)])):
+    for at, word in enumerate(words):
+        if not (match := _ASSIGNMENT.fullmatch(word)):
+            words = words[at:]
+            break
         assigned[match[1]] = match[2]
-    command = _parse(words[len(assigned) :], {**env, **assigned})
+    else:
+        words = []
+    command = _parse(words, {**env, **assigned})
     return msgspec.structs.replace(command, env=assigned | command.env)
 
 
 def _own_command(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
     command = Command(kind)
     for name, values in _flags(_before_dashes(arguments)):
-        command.flags[name] = _one_value(f"--{name}", values)
+        command.flags[name] = _one_value(_dashed(name), values)
     command.engine_args = list(arguments)[len(_before_dashes(arguments)) + 1 :]
     _ignore_other_variables(command, env, set())
     return command
@@ -178,13 +183,13 @@ def _translated(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, s
     given = _flags(arguments)
     names = {name.removeprefix("no-") for name, _ in given}
     from_env = flags_from(table, env)
-    flags = [
-        *((_dashed(name), name, values) for name, values in given),
+    flags = [  # a flag's value comes later than its variable's, and so wins
         *(
             (variable, name, values)
             for name, (variable, values) in from_env.items()
             if name.removeprefix("no-") not in names
         ),
+        *((_dashed(name), name, values) for name, values in given),
     ]
     for source, name, values in flags:
         if is_worker and (told := _role_of(source, name, values)):

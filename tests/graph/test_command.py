@@ -61,7 +61,9 @@ def test_own_commands_are_taken_as_they_are() -> None:
 
 def test_a_program_that_starts_another_is_looked_through() -> None:
     penstock = ["penstock", "worker", "--model", "m"]
-    assert parse_command(["env", "A=1", "DYN_B=2", *penstock], {}).env == {"A": "1", "DYN_B": "2"}
+    assert parse_command(["env", "A=0", "A=1", "DYN_B=2", *penstock], {}).env == {"A": "1", "DYN_B": "2"}
+    with pytest.raises(ConfigError, match="cannot run 'nothing'"):
+        parse_command(["env", "A=1"], {})
     assert parse_command(["/usr/bin/tini", "--", *penstock], {}).flags == {"model": "m"}
     nested = parse_command(
         ["bash", "-euo", "pipefail", "-c", "A=1 exec sh -c 'exec penstock worker --model $A'"], {}
@@ -176,7 +178,8 @@ def test_variables_stand_for_flags_which_win() -> None:
     assert command.flags == {"http-tls-cert": "c", "http-tls-key": "other"}
     assert command.ignored == {"no meaning here": ["DYN_NEW"]}  # the port is read by the frontend
     assert parse_command(VLLM, {"DYN_VLLM_DISAGGREGATION_MODE": "prefill"}).flags["role"] == "prefill"
-    assert parse_command([*VLLM, "--is-decode-worker"], {}).flags["role"] == "decode"
+    role = {"DYN_VLLM_DISAGGREGATION_MODE": "prefill"}
+    assert parse_command([*VLLM, "--is-decode-worker"], role).flags["role"] == "decode"
     both = parse_command([*FRONTEND, "--no-router-kv-events"], {"DYN_ROUTER_USE_KV_EVENTS": "true"})
     assert both.ignored == {"no meaning here": ["--no-router-kv-events"]}
     assert parse_command(["penstock", "frontend"], env).ignored == {
