@@ -68,6 +68,8 @@ def up(
         arguments = [str(file), "--quiet", "--engine", engine, "--model", model, "--host", host]
         arguments += ["--port", str(port)] if port is not None else []
         state = start_detached(folder, arguments)
+        for note in state.notes:
+            print(f"note: {note}")
         print(f"Ready: {', '.join(state.health) or 'no frontend'}  (after {state.uptime_s:.1f} s)")
         print(f"stop it: {own_command()} down --graph {graph.name}")
     else:
