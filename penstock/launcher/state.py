@@ -53,8 +53,7 @@ class StateFolder:
     @property
     def socket(self) -> str:
         """The control socket's path, absolute or relative, whichever is shorter. Raises ConfigError."""
-        absolute = str(self.path / "control.sock")
-        path = min(absolute, os.path.relpath(absolute), key=len)
+        path = _shorter(str(self.path / "control.sock"))
         if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
             raise ConfigError(f"{path}: too long for a socket; set {STATE_VARIABLE} to a shorter path")
         return path
@@ -191,10 +190,15 @@ def own_command() -> str:
     another program of its name is, or not be installed at all."""
     script = Path(sys.executable).with_name("penstock")
     if not script.exists():
-        return f"{os.path.relpath(sys.executable)} -m penstock"
+        return f"{_shorter(sys.executable)} -m penstock"
     found = shutil.which("penstock")
     is_on_path = found is not None and os.path.samefile(found, script)
-    return "penstock" if is_on_path else os.path.relpath(script)
+    return "penstock" if is_on_path else _shorter(str(script))
+
+
+def _shorter(path: str) -> str:
+    """A path from the root or from the working directory, whichever is shorter."""
+    return min(os.path.relpath(path), path, key=len)
 
 
 def state_root(environ: Mapping[str, str]) -> Path:
