@@ -26,9 +26,9 @@ class RequestRejected(PenstockError):
     """A client's request cannot be served, for a reason the client can read.
 
     Args:
-        status: HTTP status (400, 401, 404, 413, 429, 499, 500, 503 or 504).
+        status: HTTP status (400, 401, 404, 413, 415, 429, 431, 499, 500, 503 or 504).
         message: one sentence for the client.
-        code: machine-readable reason, e.g. `context_length_exceeded`.
+        code: machine-readable reason, e.g. `context_length_exceeded`. By default that of a wrong field.
         field: the request field at fault, as a path (`messages[0].content`); None when no field is.
         retry_after_s: seconds after which a retry may succeed; None when retrying is pointless.
     """
@@ -38,7 +38,7 @@ class RequestRejected(PenstockError):
         status: int,
         message: str,
         *,
-        code: str | None = None,
+        code: str = "invalid_value",
         field: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:

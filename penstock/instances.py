@@ -36,6 +36,9 @@ SWEEP_S = 1.0
 MAX_GONE_MODELS = 1024
 """Names of models that were served once, for which a client hears 503 instead of 404."""
 
+MAX_NAMED_MODELS = 16
+"""Served models that the error for an unknown one names."""
+
 Prepare = Callable[[ModelView], Awaitable[None]]
 """Gets ready to serve a model; must not raise."""
 
@@ -132,9 +135,9 @@ class Instances:
         ):
             message = f"The workers of `{name}` are still connecting."
             raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
-        raise RequestRejected(
-            404, f"The model `{name}` does not exist.", code="model_not_found", field="model"
-        )
+        names = ", ".join(f"`{view.name}`" for view in self.models()[:MAX_NAMED_MODELS])
+        message = f"The model `{name}` does not exist; served: {names or 'none'}."
+        raise RequestRejected(404, message, code="model_not_found", field="model")
 
     def serves(self, name: str, revision: str | None = None) -> bool:
         """Whether new requests may come for the model, or for this revision of it: it is served, or was so

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -21,19 +22,29 @@ from penstock import __version__
 from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import ApiKeys
 from penstock.frontend.completer import Completer
-from penstock.frontend.exchange import Exchange, Reading
-from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind
+from penstock.frontend.exchange import Exchange, Header, Reading
+from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind, outcome_of, why
 from penstock.frontend.plan import Planner
 from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.observability import METRICS_CONTENT_TYPE, Metrics
 from penstock.ports import ChatParsers
+from penstock.quiet_log import QuietLog
 from penstock.structs import InstanceView, JsonObject, ModelView
 
 log = logging.getLogger("penstock.frontend")
 
 _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
+
+MAX_SHOWN_PATH_CHARS: Final = 200  # of a path in an error and in the log
+SERVED: Final = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
+_ENDPOINTS: Final = {
+    "/v1/chat/completions": CHAT.endpoint,
+    "/v1/completions": TEXT.endpoint,
+    "/v1/models": "models",
+}
+_OTHER: Final = "other"
 
 
 class App:
@@ -48,6 +59,7 @@ class App:
     ) -> None:
         self._completer = completer
         self._settings = settings
+        self._quiet_log = QuietLog(log)
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
         self._reading = Reading(settings.max_reading_bytes)
@@ -73,21 +85,25 @@ class App:
         exchange = scope[_EXCHANGE] = Exchange(scope, receive, send, self._settings, self._reading)
         scope["app"] = self  # makes the router raise for what it does not find
         try:
+            exchange.check_host()
             await self._router(scope, receive, send)
         except RequestRejected as error:
-            await exchange.reject(error)
+            await self._reject(scope, exchange, error)
         except HTTPException as error:
-            message = f"{scope['method']} {scope['path']}: {error.detail}"
-            code = "method_not_allowed" if error.status_code == 405 else "not_found"
             headers = [
                 (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
             ]
-            await exchange.reject(RequestRejected(error.status_code, message, code=code), headers)
+            await self._reject(scope, exchange, _no_endpoint(scope, error), headers)
         except Exception:  # the top of the request's task: a bug of ours, which must not end the process
             log.exception("request_id=%s failed", exchange.request_id.decode())
             if exchange.status is not None:
                 raise  # the server drops the connection
-            await exchange.reject(RequestRejected(500, "Internal error.", code="internal_error"))
+            bug = RequestRejected(500, "Internal error.", code="internal_error")
+            await self._reject(scope, exchange, bug)
+
+    def refused(self, error: RequestRejected) -> None:
+        """Count what was refused before it was a request."""
+        self._count(_OTHER, error)
 
     async def prepare(self, model: ModelView) -> None:
         """Load what the model's requests will need, so that the first one does not wait for it."""
@@ -107,6 +123,30 @@ class App:
         """Free the tokenizer threads."""
         self._preprocessor.close()
 
+    async def _reject(
+        self, scope: Scope, exchange: Exchange, error: RequestRejected, headers: Sequence[Header] = ()
+    ) -> None:
+        if not exchange.accounted:
+            endpoint = _endpoint_of(scope["path"])
+            self._count(endpoint, error)
+            # Anybody may ask for anything: at most some lines a minute.
+            self._quiet_log.info(
+                "request_id=%s endpoint=%s method=%s path=%r status=%d outcome=%s finish=%s%s",
+                exchange.request_id.decode(),
+                endpoint,
+                scope["method"],
+                scope["path"][:MAX_SHOWN_PATH_CHARS],
+                error.status,
+                outcome_of(error.status, error),
+                error.code,
+                why(error),
+            )
+        await exchange.reject(error, headers)
+
+    def _count(self, endpoint: str, error: RequestRejected) -> None:
+        outcome = outcome_of(error.status, error)
+        self._metrics.frontend.requests.labels("", endpoint, error.status, outcome).inc()
+
     # --- endpoints --------------------------------------------------------------------------------
 
     def _generate(self, kind: Kind) -> Callable[[Exchange, Scope], Awaitable[None]]:
@@ -122,8 +162,11 @@ class App:
         await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
 
     async def _model(self, exchange: Exchange, scope: Scope) -> None:
+        name = scope["path_params"]["name"]
+        if not name:
+            return await self._models(exchange, scope)
         self._keys.check(exchange.header(b"authorization"))
-        model = self._completer.model(scope["path_params"]["name"])
+        model = self._completer.model(name)
         await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
 
     async def _health(self, exchange: Exchange, scope: Scope) -> None:
@@ -161,6 +204,21 @@ def _instance_object(instance: InstanceView) -> JsonObject:
     rates = msgspec.structs.asdict(instance.load.rates)
     load = {**msgspec.structs.asdict(instance.load), "rates": rates}
     return {**msgspec.structs.asdict(instance), "load": load}
+
+
+def _endpoint_of(path: str) -> str:
+    """The endpoint as metrics name it: one of few, whatever is asked for."""
+    return _ENDPOINTS.get(path) or ("models" if path.startswith("/v1/models/") else _OTHER)
+
+
+def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
+    """For a path that is not served, or not with this method."""
+    asked = f"`{scope['method']} {scope['path'][:MAX_SHOWN_PATH_CHARS]}`"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return RequestRejected(405, f"{asked} is not served; use {allowed}.", code="method_not_allowed")
+    message = f"Penstock does not serve {asked}; it serves {', '.join(SERVED)}."
+    return RequestRejected(error.status_code, message, code="not_found")
 
 
 class _Endpoint:

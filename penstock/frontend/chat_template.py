@@ -9,20 +9,19 @@ training data) that only renders its body.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
-import msgspec
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.errors import RequestRejected
-from penstock.frontend.json_limits import check_depth
-from penstock.frontend.openai import ChatRequest, Message, ToolCall
+from penstock.frontend.messages import template_messages
+from penstock.frontend.openai import ChatRequest
 from penstock.frontend.tools import template_tools
 from penstock.structs import JsonObject
 
@@ -41,6 +40,8 @@ SPECIAL_TOKENS = (
 # Names of templates in tokenizer_config.json, where there are several (transformers' names).
 _DEFAULT = "default"
 _TOOL_USE = "tool_use"
+
+_END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat it alike
 
 # What a template may raise: its own refusals, and what its expressions do with shapes it did not expect.
 _TEMPLATE_ERRORS = (
@@ -63,8 +64,10 @@ class ChatTemplate:
         """Raises jinja2.TemplateSyntaxError when a source is not a template."""
         environment = _environment()
         self._template = self._tools_template = environment.from_string(source)
+        self._knows_developer = self._tools_know_developer = _knows_developer(source)
         if tools_source is not None:
             self._tools_template = environment.from_string(tools_source)
+            self._tools_know_developer = _knows_developer(tools_source)
         self._globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
 
@@ -79,15 +82,20 @@ class ChatTemplate:
 
     def render(self, request: ChatRequest) -> str:
         """The prompt. Raises RequestRejected(400) with the template's own words."""
-        messages = [_template_message(message, index) for index, message in enumerate(request.messages)]
+        messages = template_messages(request.messages)
         tools = template_tools(request.tools)
         template = self._tools_template if tools else self._template
+        knows_developer = self._tools_know_developer if tools else self._knows_developer
+        if not knows_developer and any(message["role"] == "developer" for message in messages):
+            messages = _without_developers(messages)
+        if request.continue_final_message:
+            messages[-1]["content"] += _END_MARK
         variables: JsonObject = {**self._special_tokens, **request.template_variables}
         variables.update(
             messages=messages,
             tools=tools,
-            documents=None,
-            add_generation_prompt=request.add_generation_prompt,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt is not False,
         )
         try:
             # As Template.render does, but for looking through the environment's globals each time.
@@ -96,9 +104,12 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RequestRejected(
-                400, f"The model's chat template refused the messages: {reason}", field="messages"
+                400,
+                f"The model's chat template refused the messages: {reason}",
+                code="rejected_by_template",
+                field="messages",
             ) from None
-        return _without_end(prompt, messages[-1]["content"]) if request.continue_final_message else prompt
+        return _up_to_mark(prompt) if request.continue_final_message else prompt
 
 
 def special_tokens(config: JsonObject) -> dict[str, str]:
@@ -118,51 +129,38 @@ def _sources(config: JsonObject, assets: Mapping[str, bytes]) -> dict[str, str]:
     return {_DEFAULT: source} if source is not None else {}
 
 
-def _template_message(message: Message, index: int) -> JsonObject:
-    # Text parts become one string: every template takes that, not every one takes a list.
-    content = message.content or ""
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    shown: JsonObject = {"role": message.role, "content": content}
-    for name in ("name", "tool_call_id"):
-        value = getattr(message, name)
-        if value is not None:
-            shown[name] = value
-    reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
-    if reasoning is not None:  # templates know either name
-        shown["reasoning"] = shown["reasoning_content"] = reasoning
-    if message.tool_calls:
-        where = f"messages[{index}].tool_calls"
-        shown["tool_calls"] = [
-            _template_call(call, f"{where}[{number}]") for number, call in enumerate(message.tool_calls)
-        ]
-    return shown
+def _knows_developer(source: str) -> bool:
+    """Whether a template mentions this role; by the same sign as in vLLM."""
+    return '"developer"' in source or "'developer'" in source
 
 
-def _template_call(call: ToolCall, where: str) -> JsonObject:
-    """Templates write arguments as JSON themselves, so they want them as an object."""
-    field = f"{where}.function.arguments"
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestRejected(400, f"`{field}` is not a JSON object: {error}", field=field) from None
-    check_depth(arguments, field)
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": call.type, "function": function}
+def _without_developers(messages: Sequence[JsonObject]) -> list[JsonObject]:
+    """The same for a template that has only `system`, perhaps only as the first message, and may drop any
+    other role: what developers say is the system's, and all of the system's is one message at the front."""
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    others = [message for message in messages if message["role"] not in ("system", "developer")]
+    if len(system) == 1 and messages[0] is system[0]:
+        return [{**system[0], "role": "system"}, *others]
+    text = "\n\n".join(message["content"] for message in system if message["content"])
+    return [{"role": "system", "content": text}, *others]
 
 
-def _without_end(prompt: str, final_content: str) -> str:
+def _up_to_mark(prompt: str) -> str:
     """The prompt up to the end of its last message's content, without what the template puts after it.
 
-    Templates may strip the content, so it is looked for stripped (as transformers does)."""
-    start = prompt.rfind(final_content.strip())
-    if start < 0:
+    The end was marked before the template ran: a search for the content itself would find the same letters
+    in the template's own text. A template that strips the content strips the mark's last character, too;
+    then the content's trailing space goes as well (as transformers does it)."""
+    end = prompt.rfind(_END_MARK.strip())
+    if end < 0:
         raise RequestRejected(
-            400, "The chat template changes the final message; it cannot be continued.", field="messages"
+            400,
+            "The chat template leaves out the final message; it cannot be continued.",
+            code="rejected_by_template",
+            field="messages",
         )
-    kept = final_content.lstrip()
-    end = start + len(kept if prompt.startswith(kept, start) else final_content.strip())
-    return prompt[:end]
+    kept = prompt[:end]
+    return kept if prompt.startswith(_END_MARK, end) else kept.rstrip()
 
 
 # --- the environment ------------------------------------------------------------------------------

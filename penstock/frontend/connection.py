@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import httptools
@@ -49,8 +50,9 @@ class Connection(HttpToolsProtocol):
     is still coming after an early answer is read and thrown away, for a limited time.
     """
 
-    settings: FrontendSettings  # set by connection_class, as is the next
+    settings: FrontendSettings  # set by connection_class, as are the next two
     quiet_log: QuietLog
+    on_refused: Callable[[RequestRejected], None]
     leaving = False  # of all connections: each ends with its next answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -84,8 +86,7 @@ class Connection(HttpToolsProtocol):
             self._await_head()  # it was idle; what comes may be no request yet
         self._feed(data)
         if self._head_bytes > MAX_HEAD_BYTES:
-            message = f"More than {MAX_HEAD_BYTES} bytes of headers or trailers."
-            self._refuse("431 Request Header Fields Too Large", RequestRejected(431, message))
+            self._refuse_head()
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -97,6 +98,9 @@ class Connection(HttpToolsProtocol):
                     data = data[upgrade.args[0] :]
                     self._stay_with_http_1()
             except httptools.HttpParserError as error:
+                if self._head_bytes > MAX_HEAD_BYTES:  # it gives up on long URLs by itself
+                    self._refuse_head()
+                    return
                 self.quiet_log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
                 message = "Invalid HTTP request received."
                 self._refuse("400 Bad Request", RequestRejected(400, message, code="invalid_http"))
@@ -186,6 +190,7 @@ class Connection(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
+        self.on_refused(error)
         body = msgspec.json.encode(error_object(error))
         head = (
             f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
@@ -195,6 +200,11 @@ class Connection(HttpToolsProtocol):
         if self.transport.can_write_eof():  # TLS cannot
             self.transport.write_eof()
         self._abort_after(LINGER_S)
+
+    def _refuse_head(self) -> None:
+        message = f"More than {MAX_HEAD_BYTES} bytes of request line and headers, or of trailers."
+        error = RequestRejected(431, message, code="headers_too_large")
+        self._refuse("431 Request Header Fields Too Large", error)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
@@ -246,6 +256,10 @@ class _Retold:
             self._connection.on_headers_complete()
 
 
-def connection_class(settings: FrontendSettings) -> type[asyncio.Protocol]:
-    """The protocol class for uvicorn, which makes the instances itself."""
-    return type("Connection", (Connection,), {"settings": settings, "quiet_log": QuietLog(log)})
+def connection_class(
+    settings: FrontendSettings, on_refused: Callable[[RequestRejected], None]
+) -> type[asyncio.Protocol]:
+    """The protocol class for uvicorn, which makes the instances itself. `on_refused` is told of what was
+    answered before it was a request."""
+    given = {"settings": settings, "quiet_log": QuietLog(log), "on_refused": staticmethod(on_refused)}
+    return type("Connection", (Connection,), given)

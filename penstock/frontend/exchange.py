@@ -15,7 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from penstock.errors import PenstockError, RequestRejected
-from penstock.frontend.responses import error_object, status_of
+from penstock.frontend.responses import code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
@@ -27,9 +27,13 @@ returns False when the client is behind."""
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
+UNSUPPORTED_ENCODING = "unsupported_content_encoding"
 CLIENT_GONE = 499  # nginx's status for it; only in metrics and logs
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_JSON_TYPE = re.compile(rb"application/(?:[a-z0-9!#$&^_.+-]+\+)?json", re.IGNORECASE)
+_HOST = re.compile(rb"(?:\[[0-9a-z:.%_~-]+\]|[a-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.IGNORECASE)
+_SHOWN_CHARS = 100  # of a header's value in an error
 
 Header = tuple[bytes, bytes]
 
@@ -61,6 +65,7 @@ class Exchange:
         self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings, reading: Reading
     ) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
+        self.accounted = False  # whether it has its line in the log and its place in the metrics
         self._writing_since: float | None = None
         self._scope = scope
         self._receive = receive
@@ -76,11 +81,41 @@ class Exchange:
         """The first header of this (lower-case) name."""
         return next((value for key, value in self._scope["headers"] if key == name), None)
 
-    async def body(self) -> bytes:
-        """The whole request body.
+    def check_host(self) -> None:
+        """Raises RequestRejected(400) for what RFC 9112, 3.2 has a server refuse: proxies differ in which
+        of two hosts counts, and so in whom they let through to here."""
+        hosts = [value for key, value in self._scope["headers"] if key == b"host"]
+        if len(hosts) == 1 and _HOST.fullmatch(hosts[0]):
+            return
+        if not hosts:
+            if self._scope["http_version"] == "1.0":
+                return
+            reason = "a request of HTTP/1.1 needs a Host header"
+        elif len(hosts) > 1:
+            reason = f"the request has {len(hosts)} Host headers"
+        else:
+            reason = f"`{_shown(hosts[0])}` is no host"
+        raise RequestRejected(400, f"Invalid HTTP request: {reason}.", code="invalid_http")
 
-        Raises RequestRejected: 413 as soon as it is known to be too long, 429 when all bodies together
-        are, 408 when it comes too slowly, 499 when the client leaves instead."""
+    def _check_content(self) -> None:
+        # A page of any web site may send forms and plain text here without asking, but no JSON.
+        given = self.header(b"content-type")
+        if given is None or not _JSON_TYPE.fullmatch(given.partition(b";")[0].strip()):
+            was = "has no Content-Type" if given is None else f"has the Content-Type `{_shown(given)}`"
+            message = f"The request {was}; send JSON with the header `Content-Type: application/json`."
+            raise RequestRejected(415, message, code="unsupported_content_type")
+        encoding = self.header(b"content-encoding")
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
+            message = f"The Content-Encoding `{_shown(encoding)}` is not supported; send the body as it is."
+            raise RequestRejected(415, message, code=UNSUPPORTED_ENCODING)
+
+    async def body(self) -> bytes:
+        """The whole request body, which must be JSON by its header.
+
+        Raises RequestRejected: 415 when it is not, or is compressed, 413 as soon as it is known to be too
+        long, 429 when all bodies together are, 408 when it comes too slowly, 499 when the client leaves
+        instead."""
+        self._check_content()
         limit = self._settings.max_body_bytes
         length = self.header(b"content-length")
         if length is not None and length.isdigit() and int(length) > limit:
@@ -91,7 +126,7 @@ class Exchange:
                 while more:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        raise RequestRejected(CLIENT_GONE, "The client left.")
+                        raise RequestRejected(CLIENT_GONE, "The client left.", code="client_left")
                     chunk = message.get("body", b"")
                     size += len(chunk)
                     self._reading.take(len(chunk))
@@ -128,6 +163,8 @@ class Exchange:
         status = status_of(error)
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if code_of(error) == UNSUPPORTED_ENCODING:
+            headers.append((b"accept-encoding", b"identity"))
         await self.respond(status, msgspec.json.encode(error_object(error)), headers)
 
     async def begin_stream(self) -> None:
@@ -173,6 +210,10 @@ class Exchange:
             return
         loop = asyncio.get_running_loop()
         self._stall_timer = loop.call_later(allowed_s - stalled_s, self._check_stall)
+
+
+def _shown(value: bytes) -> str:
+    return value[:_SHOWN_CHARS].decode("latin-1").encode("unicode_escape").decode()
 
 
 def _too_large(limit: int) -> RequestRejected:

@@ -21,6 +21,7 @@ from penstock.frontend.plan import Plan, Planner, priority_of
 from penstock.frontend.responses import (
     Envelope,
     chat_body,
+    code_of,
     completion_body,
     fingerprint_of,
     status_of,
@@ -86,7 +87,7 @@ class Record:
         if self.call is not None:
             self.call.hang_up()
         else:
-            self._abandon(RequestRejected(CLIENT_GONE, "The client left."))
+            self._abandon(RequestRejected(CLIENT_GONE, "The client left.", code="client_left"))
 
     def fail(self, error: PenstockError) -> None:
         """Only the first error counts, and none after the end."""
@@ -148,6 +149,9 @@ class GenerationEndpoint:
             except TimeoutError:
                 message = f"The request took longer than {self._settings.request_timeout_s:g} s."
                 record.error = record.error or RequestRejected(504, message, code="request_timeout")
+            except Exception:
+                record.error = RequestRejected(500, "Internal error.", code="internal_error")
+                raise
             if record.error is not None:
                 await _tell(exchange, record.error)
         finally:
@@ -237,9 +241,12 @@ class GenerationEndpoint:
     def _account(self, kind: Kind, exchange: Exchange, record: Record) -> None:
         ended = time.perf_counter()
         call, plan = record.call, record.plan
-        gone = (call is not None and call.gone) or (exchange.status is None and record.error is not None)
+        error = record.error
+        gone = (call is not None and call.gone) or (error is not None and status_of(error) == CLIENT_GONE)
         status = CLIENT_GONE if gone else exchange.status or 500
-        self._metrics.requests.labels(record.model, kind.endpoint, status).inc()
+        outcome = outcome_of(status, error)
+        self._metrics.requests.labels(record.model, kind.endpoint, status, outcome).inc()
+        exchange.accounted = True
         prompt = output = cached = 0
         ttft_s = 0.0
         if call is not None and plan is not None:
@@ -255,20 +262,21 @@ class GenerationEndpoint:
                 metrics.output_tokens.inc(output)
                 metrics.cached_tokens.inc(cached)
         log.info(
-            "request_id=%s id=%s endpoint=%s model=%s status=%d prompt=%d output=%d cached=%d"
+            "request_id=%s id=%s endpoint=%s model=%s status=%d outcome=%s prompt=%d output=%d cached=%d"
             " ttft_ms=%.1f duration_ms=%.1f finish=%s%s",
             exchange.request_id.decode(),
             record.call_id or "-",
             kind.endpoint,
             record.model or "-",
             status,
+            outcome,
             prompt,
             output,
             cached,
             ttft_s * 1e3,
             (ended - record.began) * 1e3,
             _finish(record, gone),
-            _why(record),
+            why(record.error, record.tenant),
         )
 
 
@@ -338,16 +346,33 @@ def _leaving() -> RequestRejected:
     )
 
 
-def _why(record: Record) -> str:
-    """For the log: of a request that was turned away, whose it was and the reason with its figures."""
-    if record.error is None or status_of(record.error) != OVERLOADED:
+def outcome_of(status: int, error: PenstockError | None) -> str:
+    """How a request ended, for log and metrics: ok, rejected, failed or cancelled. A stream that fails
+    after its first token has failed, although its status was 200."""
+    if status == CLIENT_GONE:
+        return "cancelled"
+    if error is None and status < 400:
+        return "ok"
+    return "rejected" if 400 <= status < 500 else "failed"
+
+
+def why(error: PenstockError | None, tenant: str = "") -> str:
+    """For the log: the field at fault; and of what was turned away for lack of room, or failed, whose it
+    was and the reason with its figures. Other messages may repeat what the client said: only for `debug`.
+    """
+    if error is None or status_of(error) == CLIENT_GONE:
         return ""
-    return f" tenant={record.tenant or '-'} error={str(record.error)!r}"
+    field = getattr(error, "field", None)
+    param = f" param={field!r}" if field is not None else ""
+    status = status_of(error)
+    if status != OVERLOADED and status < 500 and not log.isEnabledFor(logging.DEBUG):
+        return param
+    return f"{param} tenant={tenant or '-'} error={str(error)!r}"
 
 
 def _finish(record: Record, gone: bool) -> str:
     if record.error is not None:
-        return str(getattr(record.error, "code", None) or type(record.error).__name__)
+        return code_of(record.error)
     if gone:
         return "gone"
     reasons = {answer.finish_reason for answer in record.plan.answers} if record.plan else set()

@@ -1,8 +1,8 @@
 """Request bodies of OpenAI's API, checked field by field.
 
 JSON types are strict, as OpenAI's are: no numbers in strings, no booleans as numbers; 1.0 is accepted for
-an integer, as in JSON Schema. Fields nobody knows are ignored. Fields that would change the answer but
-cannot be served yet are refused by name, since an answer that ignores them would be wrong.
+an integer, as in JSON Schema. Null is the same as leaving a field out. Fields nobody knows are ignored;
+those that are known and not served are in frontend/unserved.py.
 
 Sources: the API reference at platform.openai.com/docs/api-reference, and for the fields beyond it
 (top_k, min_p, repetition_penalty, stop_token_ids, min_tokens, ignore_eos, cache_salt, priority, ...) vLLM's
@@ -11,7 +11,7 @@ OpenAI-compatible server.
 
 from __future__ import annotations
 
-import re
+import contextlib
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -19,13 +19,24 @@ from msgspec import Meta
 
 from penstock.errors import RequestRejected
 from penstock.frontend.json_limits import check_depth, check_size
+from penstock.frontend.messages import Message, settle
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs
 from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
+from penstock.frontend.unserved import (
+    NVEXT_HARMLESS,
+    NVEXT_REFUSED,
+    OnlyRefused,
+    check_refused,
+    refuse,
+    unsupported,
+    with_refused,
+)
+from penstock.frontend.wording import rejected, wrong_entries
 from penstock.structs import JsonObject
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16
-MAX_STOP_CHARS: Final = 128
+MAX_STOP_CHARS: Final = 4096
 MAX_STOP_TOKENS: Final = 128
 MAX_LOGIT_BIASES: Final = 1024
 MAX_MESSAGES: Final = 4096
@@ -40,12 +51,26 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
+Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS)]
 
 
 class StreamOptions(msgspec.Struct):
     """Only with `stream`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class NvExt(msgspec.Struct, forbid_unknown_fields=True):
+    """What is served of `nvext`, Dynamo's own object: older places of fields that count before these."""
+
+    ignore_eos: bool | None = None
+    top_k: TopK | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    cache_salt: Salt | None = None
+    greed_sampling: bool | None = None  # true: temperature 0, whatever else is said
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -59,34 +84,24 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    user: str | None = None
-    cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARS)] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    cache_salt: Salt | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    skip_special_tokens: bool = True
-
-    # Read only to be refused when they ask for something (see _refuse).
-    use_beam_search: bool = False
-    best_of: int | None = None
-    echo: bool | None = None
-    prompt_logprobs: int | None = None
-    truncate_prompt_tokens: int | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    skip_special_tokens: bool | None = None
+    best_of: int | None = None  # only what `n` says
+    nvext: JsonObject | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -104,39 +119,14 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         raise NotImplementedError
 
     @property
+    def max_tokens_field(self) -> str:
+        """The field that `wanted_max_tokens` comes from."""
+        return "max_tokens"
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """How many alternatives beside the chosen token's log-probability; None for none at all."""
         raise NotImplementedError
-
-
-class ContentPart(msgspec.Struct):
-    """One part of a message's content. Only text can be served."""
-
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(msgspec.Struct):
-    name: str
-    arguments: str
-
-
-class ToolCall(msgspec.Struct):
-    """A call an assistant made in an earlier turn."""
-
-    function: FunctionCall
-    id: str = ""
-    type: Literal["function"] = "function"
-
-
-class Message(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None  # its older name
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -146,19 +136,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    chat_template_args: JsonObject | None = None  # Dynamo's name for the same
+    documents: list[JsonObject] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    include_reasoning: bool = True
-
-    chat_template: str | None = None
-    functions: list[Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    include_reasoning: bool | None = None
 
     @property
     def calls_tools(self) -> bool:
@@ -180,6 +168,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
+    def max_tokens_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -189,9 +181,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     logprobs: TopLogprobs | None = None
-    add_special_tokens: bool = True
-
-    suffix: str | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -220,24 +210,25 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
-_CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
-_COMPLETION_DECODER = msgspec.json.Decoder(CompletionRequest)
+_CHAT = with_refused(ChatRequest)
+_COMPLETION = with_refused(CompletionRequest)
+_CHAT_DECODER = msgspec.json.Decoder(_CHAT)
+_COMPLETION_DECODER = msgspec.json.Decoder(_COMPLETION)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Raises RequestRejected(400) naming the field."""
-    request = _decode(body, _CHAT_DECODER)
-    _refuse(request)
-    _refuse_in_chat(request)
+    request = _decode(body, _CHAT_DECODER, _CHAT)
+    _check(request)
+    _check_chat(request)
+    settle(request.messages)
     return request
 
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Raises RequestRejected(400) naming the field."""
-    request = _decode(body, _COMPLETION_DECODER)
-    _refuse(request)
-    if request.suffix:
-        raise unsupported("suffix")
+    request = _decode(body, _COMPLETION_DECODER, _COMPLETION)
+    _check(request)
     choices = len(request.prompts) * (request.n or 1)
     if choices > MAX_CHOICES:
         raise RequestRejected(
@@ -246,15 +237,10 @@ def decode_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-def unsupported(field: str, what: str = "") -> RequestRejected:
-    """The refusal of a field that would change the answer."""
-    return RequestRejected(400, f"`{field}`{what} is not supported.", code="unsupported_value", field=field)
-
-
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def _decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+def _decode(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body]) -> Body:
     check_size(body)
     try:
         try:
@@ -262,11 +248,34 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         except msgspec.ValidationError as error:
             if "got `float`" not in str(error):
                 raise
-            return msgspec.convert(_with_integers(msgspec.json.decode(body)), decoder.type, str_keys=True)
+            return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise _rejected(str(error)) from None
+        raise _rejected(body, error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRejected(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _rejected(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> RequestRejected:
+    """Why a body is refused: for a field that is not served rather than for another's value, since such a
+    value may be right together with that field."""
+    with contextlib.suppress(msgspec.ValidationError):
+        try:
+            refuse(msgspec.json.decode(body, type=OnlyRefused))
+        except RequestRejected as refused:
+            return refused
+    if "$.logit_bias" in str(error):
+        bias = msgspec.json.decode(body)["logit_bias"]
+        wrong = [token for token in bias if not token.isdigit()] if isinstance(bias, dict) else []
+        if wrong:
+            return wrong_entries("logit_bias", wrong, 'must be token ids, as in `{"42": 5}`')
+        if isinstance(bias, dict) and len(bias) <= MAX_LOGIT_BIASES:
+            wrong = [token for token, value in bias.items() if not _is_bias(value)]
+            return wrong_entries("logit_bias", wrong, "must have numbers from -100 to 100")
+    return rejected(error, kind)
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
 
 
 def _with_integers(value: Any) -> Any:
@@ -280,72 +289,51 @@ def _with_integers(value: Any) -> Any:
     return value
 
 
-_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
+# --- what goes together ---------------------------------------------------------------------------
 
 
-def _rejected(message: str) -> RequestRejected:
-    """msgspec's message, with its path as OpenAI's `param`."""
-    match = _AT.match(message)
-    what, path = (match["what"], match["path"] or "") if match else (message, "")
-    missing = _MISSING.match(what)
-    if missing:
-        path = f"{path}.{missing['name']}" if path else missing["name"]
-        return RequestRejected(400, f"Missing required field: `{path}`.", code="missing_field", field=path)
-    # An entry of an object is shown without its key: name the object.
-    path = path.removesuffix("[...]")
-    where = f"`{path}`" if path else "the body"
-    return RequestRejected(
-        400, f"Invalid value for {where}: {what}.", code="invalid_value", field=path or None
-    )
-
-
-# --- what cannot be served ------------------------------------------------------------------------
-
-
-def _refuse(request: GenerationRequest) -> None:
-    if request.stream_options is not None and not request.stream:
+def _check(request: GenerationRequest) -> None:
+    refuse(request)
+    if request.nvext is not None:
+        _read_nvext(request, request.nvext)
+    options = request.stream_options
+    if options is not None and not request.stream:
         raise RequestRejected(400, "`stream_options` needs `stream`.", field="stream_options")
+    if options is not None and options.continuous_usage_stats:
+        raise unsupported("stream_options.continuous_usage_stats")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise unsupported("best_of", " other than `n`")
-    for field in _UNSUPPORTED:
-        value = getattr(request, field)
-        if value is not None and value is not False:
-            raise unsupported(field)
 
 
-_UNSUPPORTED = (
-    "use_beam_search",
-    "echo",
-    "prompt_logprobs",
-    "truncate_prompt_tokens",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
+def _read_nvext(request: GenerationRequest, given: JsonObject) -> None:
+    """Put what is served of Dynamo's object where it belongs."""
+    check_refused(given, NVEXT_REFUSED, "nvext.")
+    left = {name: given[name] for name in given.keys() - NVEXT_REFUSED.keys() - NVEXT_HARMLESS.keys()}
+    try:
+        served = msgspec.convert(_with_integers(left), NvExt)
+    except msgspec.ValidationError as error:
+        raise rejected(error, NvExt, "nvext.") from None
+    for name in ("ignore_eos", "top_k", "repetition_penalty", "cache_salt"):
+        if getattr(request, name) is None:
+            setattr(request, name, getattr(served, name))
+    if served.greed_sampling:
+        request.temperature = 0.0
 
 
-def _refuse_in_chat(request: ChatRequest) -> None:
+def _check_chat(request: ChatRequest) -> None:
     check_tools(request.tools, request.tool_choice)
+    if request.chat_template_args is not None:
+        if request.chat_template_kwargs is not None:
+            message = "`chat_template_args` and `chat_template_kwargs` are the same; send one of them."
+            raise RequestRejected(400, message, field="chat_template_args")
+        request.chat_template_kwargs, request.chat_template_args = request.chat_template_args, None
     check_depth(request.chat_template_kwargs, "chat_template_kwargs")
-    if request.functions:
-        raise unsupported("functions")
-    if request.audio is not None:
-        raise unsupported("audio")
-    if request.chat_template is not None:
-        raise unsupported("chat_template")
-    if request.modalities and request.modalities != ["text"]:
-        raise unsupported("modalities", " other than text")
-    if request.top_logprobs is not None and not request.logprobs:
+    check_depth(request.documents, "documents")
+    if request.top_logprobs and not request.logprobs:
         raise RequestRejected(400, "`top_logprobs` needs `logprobs`.", field="top_logprobs")
-    if request.continue_final_message and request.add_generation_prompt:
+    if request.continue_final_message and request.add_generation_prompt is not False:
         raise RequestRejected(
             400,
             "`continue_final_message` needs `add_generation_prompt` set to false.",
             field="continue_final_message",
         )
-    for index, message in enumerate(request.messages):
-        if message.content is None and message.role != "assistant":
-            field = f"messages[{index}].content"
-            raise RequestRejected(400, f"`{field}` must be a string or a list of text parts.", field=field)

@@ -12,6 +12,7 @@ import msgspec
 from penstock.errors import RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
+from penstock.frontend.messages import openai_messages
 from penstock.frontend.openai import ChatRequest, CompletionRequest
 from penstock.frontend.preprocess import ModelText, Preprocessor
 from penstock.frontend.reply import Reply
@@ -104,7 +105,9 @@ class Planner:
         if isinstance(body, ChatRequest):
             rendered = self._preprocessor.chat_prompt(text, body)
             _check_length(rendered, view)
-            return await self._preprocessor.encode(text, [rendered], caller, add_special_tokens=False)
+            return await self._preprocessor.encode(
+                text, [rendered], caller, add_special_tokens=bool(body.add_special_tokens)
+            )
         texts = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
@@ -112,7 +115,7 @@ class Planner:
                 texts.append(prompt)
             else:
                 check_vocabulary("prompt", prompt, view.vocab_size)
-        special = body.add_special_tokens
+        special = body.add_special_tokens is not False
         encoded = iter(await self._preprocessor.encode(text, texts, caller, add_special_tokens=special))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         if not all(prompts):
@@ -122,7 +125,8 @@ class Planner:
 
 def priority_of(body: ChatRequest | CompletionRequest, tenant: str) -> int:
     """Where there are tenants, none of them may put itself before the others; after them it may."""
-    return max(0, body.priority) if tenant else body.priority
+    priority = body.priority or 0
+    return max(0, priority) if tenant else priority
 
 
 def _check_length(prompt: str, view: ModelView) -> None:
@@ -151,12 +155,13 @@ def _parser(body: ChatRequest | CompletionRequest, text: ModelText, view: ModelV
 def _set_fields(body: ChatRequest) -> JsonObject:
     """What the client has set, as JSON."""
     fields: JsonObject = msgspec.to_builtins(body, str_keys=True)
+    fields["messages"] = openai_messages(body.messages)
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _hides_tokens(body: ChatRequest | CompletionRequest, parser: CallParser | None) -> bool:
     """Log-probabilities show tokens, also those of reasoning that was not to be shown."""
-    return parser is not None and isinstance(body, ChatRequest) and not body.include_reasoning
+    return parser is not None and isinstance(body, ChatRequest) and body.include_reasoning is False
 
 
 def _answer(
@@ -167,7 +172,7 @@ def _answer(
     prompt: list[int],
     parser: CallParser | None,
 ) -> Answer:
-    special = not body.skip_special_tokens
+    special = body.skip_special_tokens is False
     reply = None
     if parser is not None and isinstance(body, ChatRequest):
         reply = Reply(parser.answer(prompt), body)
@@ -175,7 +180,7 @@ def _answer(
     return Answer(
         index,
         text.detokenizer(prompt, special=special),
-        stops=StopMatcher(body.stops, body.include_stop_str_in_output) if body.stops else None,
+        stops=StopMatcher(body.stops, bool(body.include_stop_str_in_output)) if body.stops else None,
         min_tokens=body.min_tokens or 0,
         stop_tokens=frozenset((*view.eos_token_ids, *(body.stop_token_ids or ()))),
         eos_tokens=view.eos_token_ids,

@@ -134,6 +134,11 @@ def model_object(model: ModelView, created: int) -> JsonObject:
     }
 
 
+def code_of(error: PenstockError) -> str:
+    """The machine-readable reason; `worker_failed` for what came from a worker."""
+    return error.code if isinstance(error, RequestRejected) else "worker_failed"
+
+
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -147,5 +152,4 @@ def error_object(error: PenstockError) -> JsonObject:
     status = status_of(error)
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     field: Any = getattr(error, "field", None)
-    code: Any = getattr(error, "code", None)
-    return {"error": {"message": str(error), "type": kind, "param": field, "code": code}}
+    return {"error": {"message": str(error), "type": kind, "param": field, "code": code_of(error)}}

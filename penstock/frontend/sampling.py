@@ -44,7 +44,7 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
         repetition_penalty=_first(request.repetition_penalty, default("repetition_penalty"), 1.0),
         logit_bias=bias,
         stop_token_ids=stop_token_ids,
-        ignore_eos=request.ignore_eos,
+        ignore_eos=bool(request.ignore_eos),
         logprobs=request.wanted_logprobs,
         structured=_structured(request, model),
         reproducible=request.seed is not None,
@@ -71,18 +71,20 @@ def with_room(
     prompt_tokens: int,
     default_max_tokens: int,
 ) -> Sampling:
-    """The sampling with `max_tokens` for a prompt of this length.
+    """The sampling with `max_tokens` for a prompt of this length: what the client wants, or what is left of
+    the context where that is less, as in vLLM. Only the prompt must fit.
 
-    Raises RequestRejected(400, code="context_length_exceeded") when prompt and answer do not fit.
+    Raises RequestRejected(400): code "context_length_exceeded" when the prompt leaves no room for a token;
+    naming the field when the context could never hold what is wanted.
     """
     limit, wanted = model.max_model_len, request.wanted_max_tokens
+    if wanted is not None and wanted > limit:
+        field = request.max_tokens_field
+        message = f"`{field}` is {wanted}, more than the model's whole context of {limit} tokens."
+        raise RequestRejected(400, message, field=field)
     if prompt_tokens >= limit:
         raise too_long(limit, f"your prompt has {prompt_tokens} tokens, and at least 1 must be generated")
-    if wanted is not None and prompt_tokens + wanted > limit:
-        asked = prompt_tokens + wanted
-        parts = f"{prompt_tokens} in the prompt, {wanted} in the completion"
-        raise too_long(limit, f"you requested {asked} tokens ({parts})")
-    max_tokens = wanted if wanted is not None else min(default_max_tokens, limit - prompt_tokens)
+    max_tokens = min(wanted if wanted is not None else default_max_tokens, limit - prompt_tokens)
     if sampling.min_tokens > max_tokens:
         raise RequestRejected(
             400, f"`min_tokens` is above the {max_tokens} tokens allowed.", field="min_tokens"

@@ -116,7 +116,7 @@ def _connections(settings: FrontendSettings) -> int:
 def _config(app: App, settings: FrontendSettings) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=connection_class(settings),
+        http=connection_class(settings, app.refused),
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from penstock.errors import RequestRejected
 from penstock.frontend.json_limits import check_depth
+from penstock.frontend.unserved import unsupported
 from penstock.structs import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
@@ -59,6 +60,14 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_default
     json_object: bool | None = None
     structural_tag: Text | None = None
 
+    # Known to vLLM, which takes them from its flag --structured-outputs-config and not from requests.
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+
+_OPTIONS: Final = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+
 
 def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> StructuredOutput | None:
     """What the two fields ask for; None when it is nothing.
@@ -87,6 +96,12 @@ def _of_format(format: ResponseFormat) -> StructuredOutput:
 
 def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
     given = msgspec.structs.asdict(outputs)
+    for option in _OPTIONS:
+        if given.pop(option):
+            raise unsupported(
+                f"structured_outputs.{option}",
+                instead="of vLLM's options only the worker's flag --structured-outputs-config counts",
+            )
     kinds = [kind for kind, value in given.items() if value is not None and value is not False]
     if len(kinds) != 1:
         got = ", ".join(kinds) or "none"

@@ -25,13 +25,18 @@ class Function(msgspec.Struct):
     description: str | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None
 
 
 class Tool(msgspec.Struct):
     """Functions are the only kind."""
 
     function: Function
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
+    defer_loading: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.type = "function"  # also where it was null
 
 
 class NamedFunction(msgspec.Struct):
@@ -42,7 +47,10 @@ class NamedTool(msgspec.Struct):
     """The choice of one tool, by its name."""
 
     function: NamedFunction
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
+
+    def __post_init__(self) -> None:
+        self.type = "function"
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> None:
@@ -62,13 +70,19 @@ def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) ->
 
 
 def template_tools(tools: Sequence[Tool] | None) -> list[JsonObject] | None:
-    """As templates get them: with every field but `strict` even when it is null, as vLLM gives them, since
-    templates write them out whole."""
-    return [_template_tool(tool.function) for tool in tools] if tools else None
+    """As templates get them: with every field but `strict` and `defer_loading` even when it is null, as
+    vLLM gives them, since templates write them out whole."""
+    return [_template_tool(tool) for tool in tools] if tools else None
 
 
-def _template_tool(function: Function) -> JsonObject:
-    shown = msgspec.structs.asdict(function)
-    if function.strict is None:
-        del shown["strict"]
-    return {"type": "function", "function": shown}
+def _template_tool(tool: Tool) -> JsonObject:
+    function = msgspec.structs.asdict(tool.function)
+    if tool.function.strict is None:
+        del function["strict"]
+    if tool.function.defer_loading is None:
+        del function["defer_loading"]
+    shown: JsonObject = {"type": "function", "function": function}
+    if tool.defer_loading is not None:
+        shown["defer_loading"] = tool.defer_loading
+        function.setdefault("defer_loading", tool.defer_loading)
+    return shown

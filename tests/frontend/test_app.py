@@ -9,6 +9,7 @@ from penstock import __version__
 from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import key_line
 
+JSON = {"content-type": "application/json"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -100,7 +101,7 @@ async def test_wrong_paths_and_methods(served, method, path, status):
     ],
 )
 async def test_bad_bodies(served, body, param, code):
-    response = await served.http.post("/v1/chat/completions", content=body)
+    response = await served.http.post("/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400
     error = error_of(response)
     assert (error["param"], error["code"]) == (param, code)
@@ -161,7 +162,7 @@ async def test_equal_request_ids_do_not_collide(served):
 
 async def test_a_body_that_says_it_is_too_long(serve_script):
     async with serve_script("x", max_body_bytes=1000) as served:
-        response = await served.http.post("/v1/completions", content=b"x" * 1001)
+        response = await served.http.post("/v1/completions", content=b"x" * 1001, headers=JSON)
         assert response.status_code == 413
         assert error_of(response)["code"] == "body_too_large"
         assert (await served.http.get("/live")).status_code == 200
@@ -174,7 +175,7 @@ async def test_a_body_that_turns_out_too_long(serve_script):
             for _ in range(1000):
                 yield b"x" * 400
 
-        response = await served.http.post("/v1/completions", content=pieces())
+        response = await served.http.post("/v1/completions", content=pieces(), headers=JSON)
         assert response.status_code == 413  # and no reset connection, though most was not read before
 
 

@@ -63,10 +63,6 @@ def test_tool_calls_have_their_arguments_as_objects():
         " {{ messages[1].tool_call_id }} {{ messages[1].name is defined }}"
     )
     assert render(source, messages) == "True y c False"
-    call["function"]["arguments"] = "{"
-    with pytest.raises(RequestRejected) as raised:
-        render(source, messages)
-    assert raised.value.field == "messages[0].tool_calls[0].function.arguments"
 
 
 def test_tools_come_whole_whether_or_not_they_may_be_called():
@@ -109,6 +105,7 @@ def test_what_a_template_cannot_do_is_the_requests_fault(source):
     with pytest.raises(RequestRejected) as raised:
         render(source)
     assert (raised.value.status, raised.value.field) == (400, "messages")
+    assert raised.value.code == "rejected_by_template"
 
 
 def test_the_templates_own_words_reach_the_client():
@@ -122,6 +119,81 @@ def test_a_final_message_can_be_continued(content):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
     prompt = render(source, messages, add_generation_prompt=False, continue_final_message=True)
     assert prompt == f"<user>x</><assistant>{content.strip()}"
+
+
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("content", ["|", "<", "i", "end", "<|im_end|>", "\n", "", "a ", " ", "a\n\n"])
+def test_a_continued_prompt_ends_with_the_message_whatever_the_template_writes_after_it(content):
+    """A search for the content would find the same letters in `<|im_end|>`."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    prompt = render(PLAIN, messages, add_generation_prompt=False, continue_final_message=True)
+    assert prompt == f"<|user|>\nHi<|im_end|>\n<|assistant|>\n{content}"
+
+
+def test_a_message_of_parts_and_one_without_content_can_be_continued():
+    for content, text in ([{"type": "text", "text": "a"}, "b"], "a\nb"), (None, ""):
+        messages = [{"role": "assistant", "content": content}]
+        prompt = render(PLAIN, messages, add_generation_prompt=False, continue_final_message=True)
+        assert prompt == f"<|assistant|>\n{text}"
+
+
+def test_a_template_that_reorders_the_conversation_still_ends_at_its_last_message():
+    source = "{{ messages[-1].content }}!{% for m in messages[:-1] %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    assert render(source, messages, add_generation_prompt=False, continue_final_message=True) == "x"
+
+
+# --- developers -----------------------------------------------------------------------------------
+
+SYSTEM_FIRST = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{% if not loop.first %}{{ raise_exception('system must come first') }}{% endif %}"
+    "[{{ m.content }}]{% elif m.role in ('user', 'assistant') %}<{{ m.content }}>{% endif %}{% endfor %}"
+)
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_a_developer_is_the_system_where_the_template_knows_no_developer():
+    assert render(SYSTEM_FIRST, turns(("developer", "Be kind."), ("user", "Hi"))) == "[Be kind.]<Hi>"
+    several = turns(("system", "A"), ("user", "x"), ("developer", "B"), ("developer", ""), ("user", "y"))
+    assert render(SYSTEM_FIRST, several) == "[A\n\nB]<x><y>"
+    assert (
+        render(SYSTEM_FIRST, turns(("user", "x"), ("developer", [{"type": "text", "text": "B"}])))
+        == "[B]<x>"
+    )
+
+
+def test_a_developer_stays_one_where_the_template_knows_the_role():
+    source = "{% for m in messages %}{{ m.role if m.role == 'developer' }}{{ m.tools }}{% endfor %}"
+    assert render(source, turns(("developer", "B"))) == "developerNone"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert "'name': 'f'" in render(source, [{"role": "developer", "content": "B", "tools": tools}])
+
+
+def test_each_template_is_asked_by_itself():
+    several = [
+        {"name": "tool_use", "template": "{{ messages[0].role }} {# 'developer' #}"},
+        {"name": "default", "template": "{{ messages[0].role }}"},
+    ]
+    template = ChatTemplate.of(assets({"chat_template": several}))
+    messages = turns(("developer", "B"))
+    assert rendered(template, messages=messages) == "system"
+    assert rendered(template, messages=messages, tools=TOOLS) == "developer "
+
+
+def test_several_systems_stay_where_they_are_without_a_developer():
+    source = "{% for m in messages %}{{ m.role[0] }}{% endfor %}"
+    assert render(source, turns(("system", "A"), ("user", "x"), ("system", "B"))) == "sus"
+
+
+def test_documents_reach_the_template():
+    assert render("{{ documents[0].text }}", documents=[{"title": "t", "text": "x"}]) == "x"
+    assert render("{{ documents is none }}") == "True"
 
 
 def test_a_final_message_that_the_template_drops_cannot_be_continued():

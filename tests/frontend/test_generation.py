@@ -309,9 +309,26 @@ async def test_a_prompt_longer_than_the_context(served):
         with pytest.raises(openai.BadRequestError, match="characters, more than 32768") as caught:
             await ask(served)
         assert caught.value.body["code"] == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="2049 tokens"):
-        await complete(served, prompt=[1] * 2000, max_tokens=49)
+    for field in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError, match=f"`{field}` is 2049, more than") as caught:
+            await chat(served, **{field: 2049})
+        assert caught.value.body["param"] == field
     assert served.completer.requests == []
+
+
+async def test_an_answer_is_cut_to_what_is_left_of_the_context(served):
+    """Agents ask for the same `max_tokens` however long their conversation has become."""
+    await complete(served, prompt=[1] * 2000, max_tokens=2048)
+    await complete(served, prompt=[1] * 2040)  # 16 by default
+    await complete(served, prompt=[1] * 2000, max_tokens=48)
+    await chat(served, max_tokens=7, max_completion_tokens=2048)
+    prompts = [len(request.token_ids) for request in served.completer.requests]
+    assert [request.sampling.max_tokens for request in served.completer.requests] == [
+        48,
+        8,
+        48,
+        2048 - prompts[3],
+    ]
 
 
 async def test_too_many_prompt_tokens_of_all_choices(serve_script, view_of, byte_level):
@@ -405,7 +422,8 @@ async def test_the_log_line_names_the_request_as_client_and_router_do(served, ca
     await served.http.get("/metrics")  # by then it is written
     (line,) = [record.getMessage() for record in caplog.records if "request_id=" in record.getMessage()]
     assert line.startswith(
-        f"request_id=mine-1 id={answer.id} endpoint=chat_completions model=tiny status=200 prompt="
+        f"request_id=mine-1 id={answer.id} endpoint=chat_completions model=tiny status=200"
+        " outcome=ok prompt="
     )
     assert [request.request_id for request in served.completer.requests] == [
         f"{answer.id}-0",
@@ -417,7 +435,7 @@ async def test_metrics_and_the_log_line(served, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     answer = await chat(served, stream=False, extra_headers={"x-request-id": "mine-1"})
     text = (await served.http.get("/metrics")).text
-    labels = 'endpoint="chat_completions",model="tiny",status="200"'
+    labels = 'endpoint="chat_completions",model="tiny",outcome="ok",status="200"'
     assert f"penstock_requests_total{{{labels}}} 1.0" in text
     assert 'penstock_time_to_first_token_seconds_count{model="tiny"} 1.0' in text
     assert 'penstock_request_duration_seconds_count{model="tiny"} 1.0' in text
@@ -432,5 +450,5 @@ async def test_metrics_and_the_log_line(served, caplog):
     with pytest.raises(openai.NotFoundError):
         await chat(served, model="made-up-name")
     text = (await served.http.get("/metrics")).text
-    assert 'model="",status="404"' in text
+    assert 'model="",outcome="rejected",status="404"' in text
     assert "made-up-name" not in text

@@ -135,8 +135,24 @@ def test_whole_floats_are_integers():
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * (MAX_STOPS + 1)}, "stop"),
-        ({"stop": ["x" * 1000]}, "stop[0]"),
+        ({"stop": ["x" * 5000]}, "stop[0]"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"messages": [{"role": "tool_use", "content": ""}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": ["x", 3]}]}, "messages[0].content[1]"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"tools": [{"function": {"name": "f"}}], "tool_choice": "any"}, "tool_choice"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        ({"nvext": {"max_thinking_tokens": 5}}, "nvext.max_thinking_tokens"),
+        ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
+        ({"nvext": {"never_heard_of": 1}}, "nvext"),
+        ({"nvext": []}, "nvext"),
+        ({"chat_template_args": {}, "chat_template_kwargs": {}}, "chat_template_args"),
+        ({"documents": [["x"]]}, "documents[0]"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
@@ -225,7 +241,7 @@ def test_what_is_no_json_is_refused(body):
 
 
 def test_json_that_is_no_object_is_refused():
-    with pytest.raises(RequestRejected, match="Invalid value for the body"):
+    with pytest.raises(RequestRejected, match="The body must be an object, not a list"):
         decode_chat(b"[1.0]")
 
 

@@ -70,11 +70,27 @@ def test_max_tokens_is_what_is_left_of_the_context():
     assert fitted(text).max_tokens == 16
 
 
-@pytest.mark.parametrize(("prompt_tokens", "fields"), [(100, {}), (30, {"max_tokens": 71})])
-def test_too_long_a_request_says_both_numbers(prompt_tokens, fields):
-    with pytest.raises(RequestRejected, match=r"100 tokens.*(100|101) tokens") as raised:
-        fitted(chat(**fields), prompt_tokens)
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 1}, {"max_tokens": 100}])
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(fields):
+    with pytest.raises(RequestRejected, match=r"100 tokens.*101 tokens") as raised:
+        fitted(chat(**fields), 101)
     assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
+    assert fitted(chat(**fields), 99).max_tokens == 1
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_than_the_context_holds_is_refused_and_anything_less_is_cut(field):
+    with pytest.raises(RequestRejected, match="101, more than the model's whole context of 100") as raised:
+        fitted(chat(**{field: 101}), 1)
+    assert (raised.value.code, raised.value.field) == ("invalid_value", field)
+    assert fitted(chat(**{field: 100}), 30).max_tokens == 70
+
+
+def test_min_tokens_above_what_is_left_is_refused():
+    assert fitted(chat(min_tokens=70, max_tokens=90), 30).max_tokens == 70
+    with pytest.raises(RequestRejected) as raised:
+        fitted(chat(min_tokens=71, max_tokens=90), 30)
+    assert raised.value.field == "min_tokens"
 
 
 def test_min_tokens_above_max_tokens_is_refused():

@@ -22,12 +22,13 @@ from penstock.quiet_log import BURST_LINES
 from penstock.structs import Delta, FinishReason
 from tests.frontend.conftest import ScriptedCompleter, serving
 
+JSON = "host: x\r\ncontent-type: application/json\r\n"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 def post(body, *, path="/v1/chat/completions", length=None):
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length or len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\n{JSON}content-length: {length or len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -136,12 +137,14 @@ async def test_an_upgrade_that_is_not_wanted(serve_script, caplog, pieces, chunk
     framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % len(content)
     body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if chunked else content
     head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\n"
-        b"upgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\n"
+        + JSON.encode()
+        + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+        + b"http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
         + framing
         + b"\r\n\r\n"
     )
-    last = b"GET /live HTTP/1.1\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
+    last = b"GET /live HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
     sent = head + body + post(CHAT) + last
     size = -(-len(sent) // pieces)
     async with serve_script("x") as served, connection(served) as (reader, writer):
@@ -169,7 +172,7 @@ async def test_too_long_a_head(served):
 )
 async def test_too_long_trailers(serve_script, part):
     """What comes after the last chunk of a body is no body, and counted nowhere else."""
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\n" + JSON.encode() + b"transfer-encoding: chunked\r\n\r\n"
     async with serve_script("x") as served, connection(served) as (reader, writer):
         writer.write(head + b"1\r\n{\r\n0\r\na: ")
         for _ in range(100):
@@ -181,7 +184,7 @@ async def test_too_long_trailers(serve_script, part):
 
 async def test_a_body_of_many_chunks_is_no_head(served):
     content = json.dumps({**CHAT, "x": "y" * 3 * MAX_HEAD_BYTES}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\n" + JSON.encode() + b"connection: close\r\n"
     async with connection(served) as (reader, writer):
         writer.write(head + b"transfer-encoding: chunked\r\n\r\n")
         for start in range(0, len(content), 5):
@@ -245,7 +248,8 @@ async def test_too_much_of_bodies_at_a_time(serve_script):
 async def test_pipelined_requests_are_answered_in_order(served):
     async with connection(served) as (reader, writer):
         writer.write(
-            b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n" * 2 + b"GET /v HTTP/1.1\r\nconnection: close\r\n\r\n"
+            b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n" * 2
+            + b"GET /v HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
         )
         answer = await everything(reader)
         assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]

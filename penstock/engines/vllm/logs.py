@@ -12,7 +12,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Final
 
 from penstock.log_pipe import unblocked
 
@@ -46,6 +48,37 @@ class NoNotices(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         verbose = logging.getLogger("vllm").isEnabledFor(logging.INFO)
         return verbose or not record.getMessage().startswith(NOTICES)
+
+
+PARSERS: Final = ("vllm.tool_parsers.", "vllm.reasoning.", "vllm.parser.")
+"""Loggers of vLLM's parsers."""
+
+_complaints: ContextVar[list[str] | None] = ContextVar("complaints", default=None)
+
+
+@contextlib.contextmanager
+def parser_complaints() -> Iterator[list[str]]:
+    """Meanwhile, what parsers log of an answer that they cannot read goes into this list and not into the
+    log. They log errors with tracebacks there, and then give the text back as it is; but it is the model, or
+    `max_tokens`, that has left a tool call in pieces."""
+    heard: list[str] = []
+    token = _complaints.set(heard)
+    try:
+        yield heard
+    finally:
+        _complaints.reset(token)
+
+
+class NoComplaints(logging.Filter):
+    """Lets no record of a parser pass that `parser_complaints` listens to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        heard = _complaints.get()
+        if heard is None or record.levelno < logging.WARNING or not record.name.startswith(PARSERS):
+            return True
+        error = record.exc_info[1] if record.exc_info else None
+        heard.append(record.getMessage() + (f" {one_line(error)}" if error is not None else ""))
+        return False
 
 
 class LastWords(logging.Handler):

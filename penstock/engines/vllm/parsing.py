@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.engines.vllm.installed import prepare_environment
-from penstock.engines.vllm.logs import one_line
+from penstock.engines.vllm.logs import one_line, parser_complaints
 from penstock.errors import ConfigError, RequestRejected
 from penstock.structs import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
@@ -162,6 +162,7 @@ class VllmAnswerParser:
         self._parser = parser
         self._request = request
         self._prompt_ids = prompt_ids
+        self._complained = False
 
     def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parsed | None:
         """As AnswerParser.push."""
@@ -215,13 +216,18 @@ class VllmAnswerParser:
         return count
 
     def _guarded(self, parse: Callable[[], _T]) -> _T:
-        try:
-            return parse()
-        except Exception as error:  # parsers are many and read what a model wrote: any error is possible
-            log.exception("an answer could not be parsed")
-            raise RequestRejected(
-                500, f"The model's answer could not be parsed: {error!r}", code="unparsable_answer"
-            ) from error
+        with parser_complaints() as complaints:
+            try:
+                parsed = parse()
+            except Exception as error:  # parsers are many and read what a model wrote: any error is possible
+                log.debug("an answer could not be parsed", exc_info=True)
+                raise RequestRejected(
+                    500, f"The model's answer could not be parsed: {error!r}", code="unparsable_answer"
+                ) from error
+        if complaints and not self._complained:
+            self._complained = True
+            log.info("vLLM's parser left a part of an answer as it is: %s", complaints[0])
+        return parsed
 
 
 def _constraint(params: StructuredOutputsParams) -> tuple[Any, str]:

@@ -1,0 +1,216 @@
+"""Fields of other servers' APIs that are known here and not served.
+
+An answer that ignored a field which changes it would be wrong without a word. So each such field is
+refused by its name, unless its value asks for nothing. Fields that change no answer are on a second list,
+with the reason. Both lists are held against the request classes of vLLM, Dynamo and SGLang by
+tests/frontend/test_fields.py. Fields that are on neither list are nobody's, and are ignored.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+import msgspec
+
+from penstock.errors import RequestRejected
+from penstock.structs import JsonObject
+
+
+class Refused(NamedTuple):
+    """A field that is refused unless it is null or has one of the neutral values."""
+
+    neutral: tuple[Any, ...] = ()
+    instead: str = ""  # what to do about it, as the rest of a sentence
+
+    def allows(self, value: Any) -> bool:
+        """Whether this value asks for nothing. 0 is not False."""
+        return any(type(value) is type(neutral) and value == neutral for neutral in self.neutral)
+
+
+_OFF: Final = Refused((False,))
+_STRUCTURED: Final = Refused((), "use `structured_outputs`")
+_ROUTED: Final = Refused((), "the router chooses the workers")
+_TOOLS: Final = "use `tools` and `tool_choice`"
+_EFFORT: Final = Refused((), "use `reasoning_effort` or `chat_template_kwargs`")
+_KV: Final = Refused(({},), "KV is moved between workers of this deployment only")
+
+REFUSED: Final[dict[str, Refused]] = {
+    # OpenAI
+    "audio": Refused(),
+    "echo": _OFF,
+    "function_call": Refused(("none", "auto"), _TOOLS),
+    "functions": Refused(([],), _TOOLS),
+    "moderation": Refused(),
+    "modalities": Refused((["text"], []), "only text is served"),
+    "suffix": Refused(("",)),
+    "verbosity": Refused(("medium",)),
+    "web_search_options": Refused(),
+    # vLLM
+    "allowed_token_ids": Refused(),
+    "bad_words": Refused(([],)),
+    "chat_template": Refused(),
+    "ec_transfer_params": _KV,
+    "kv_transfer_params": _KV,
+    "logprob_token_ids": Refused(([],)),
+    "media_io_kwargs": Refused(({},)),
+    "mm_processor_kwargs": Refused(({},)),
+    "prompt_embeds": Refused(),
+    "prompt_logprobs": _OFF,
+    "repetition_detection": Refused(),
+    "return_prompt_text": _OFF,
+    "return_token_ids": _OFF,
+    "return_tokens_as_token_ids": _OFF,
+    "thinking_token_budget": Refused((-1,)),
+    "truncate_prompt_tokens": Refused(),
+    "use_beam_search": _OFF,
+    "vllm_xargs": Refused(({},)),
+    "watermarking": _OFF,
+    # vLLM until 0.11, and Dynamo
+    "guided_choice": _STRUCTURED,
+    "guided_decoding_backend": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "guided_whitespace_pattern": _STRUCTURED,
+    # Dynamo
+    "thinking": _EFFORT,
+    # SGLang
+    "bootstrap_host": _KV,
+    "bootstrap_port": _KV,
+    "bootstrap_room": _KV,
+    "custom_logit_processor": Refused(),
+    "custom_params": Refused(({},)),
+    "data_parallel_rank": _ROUTED,
+    "disagg_prefill_dp_rank": _ROUTED,
+    "ebnf": Refused((), "use `structured_outputs.grammar`"),
+    "extra_key": Refused((), "use `cache_salt`"),
+    "input_ids": Refused((), "send token ids to /v1/completions as `prompt`"),
+    "json_schema": Refused((), "use `structured_outputs.json`"),
+    "lora_path": Refused(),
+    "max_new_tokens": Refused((), "use `max_tokens`"),
+    "min_new_tokens": Refused((0,), "use `min_tokens`"),
+    "ngram_corpus_id": Refused(),
+    "no_stop_trim": Refused((False,), "use `include_stop_str_in_output`"),
+    "reasoning": _EFFORT,
+    "regex": Refused((), "use `structured_outputs.regex`"),
+    "return_cached_tokens_details": _OFF,
+    "return_hidden_states": _OFF,
+    "return_meta_info": _OFF,
+    "return_prompt_token_ids": _OFF,
+    "return_routed_experts": _OFF,
+    "routed_dp_rank": _ROUTED,
+    "separate_reasoning": Refused((True,)),
+    "session_params": Refused(({},)),
+    "stop_regex": Refused(),
+    "stream_reasoning": Refused((True,), "use `include_reasoning`"),
+    "task": Refused(),
+}
+
+_NO_IMAGES: Final = "counts for images and videos only, which are refused themselves"
+_NO_EXPERTS: Final = "counts for answers with routed experts only, which are refused themselves"
+_RENDERING: Final = "counts for endpoints that only render; vLLM ignores it here, too"
+_NAME: Final = "names a request or a client; X-Request-Id and API keys do that here"
+_HINT: Final = "a hint for scheduling or caching, and no part of the question"
+
+HARMLESS: Final[dict[str, str]] = {
+    # OpenAI
+    "metadata": "is kept with stored completions, and nothing is stored",
+    "prediction": "only makes answers faster",
+    "prompt_cache_key": _HINT,
+    "prompt_cache_options": _HINT,
+    "prompt_cache_retention": _HINT,
+    "safety_identifier": _NAME,
+    "service_tier": "chooses what is paid for",
+    "store": "stores completions at OpenAI; nothing is stored here",
+    "user": _NAME,
+    # vLLM
+    "length_penalty": "counts for beam search only, which is refused itself",
+    "mm_payload": _RENDERING,
+    "request_id": _NAME,
+    "return_mm_kwargs": _RENDERING,
+    "return_token_offsets": _RENDERING,
+    "routed_experts_prompt_start": _NO_EXPERTS,
+    "session_id": _HINT,
+    "spaces_between_special_tokens": "tokenizers of today put no spaces there either way",
+    "stream_interval": "only says into how many chunks a stream is cut",
+    "truncation_side": "counts with `truncate_prompt_tokens` only, which is refused itself",
+    # SGLang
+    "custom_labels": _NAME,
+    "images_config": _NO_IMAGES,
+    "max_dynamic_patch": _NO_IMAGES,
+    "min_dynamic_patch": _NO_IMAGES,
+    "rid": _NAME,
+    "routed_experts_start_len": _NO_EXPERTS,
+    "use_audio_in_video": _NO_IMAGES,
+}
+
+NVEXT_REFUSED: Final[dict[str, Refused]] = {
+    "annotations": Refused(([],)),
+    "backend_instance_id": _ROUTED,
+    "decode_worker_id": _ROUTED,
+    "dp_rank": _ROUTED,
+    "extra_fields": Refused(([],)),
+    "guided_choice": _STRUCTURED,
+    "guided_decoding_backend": _STRUCTURED,
+    "guided_grammar": _STRUCTURED,
+    "guided_json": _STRUCTURED,
+    "guided_regex": _STRUCTURED,
+    "guided_whitespace_pattern": _STRUCTURED,
+    "max_thinking_tokens": Refused(),
+    "metadata_upload": Refused(),
+    "prefill_dp_rank": _ROUTED,
+    "prefill_worker_id": _ROUTED,
+    "routing_constraints": _ROUTED,
+    "token_data": Refused((), "send token ids to /v1/completions as `prompt`"),
+    "use_raw_prompt": Refused((False,), "use /v1/completions"),
+}
+
+NVEXT_HARMLESS: Final[dict[str, str]] = {
+    "agent_context": _HINT,
+    "agent_hints": _HINT,
+    "cache_control": _HINT,
+    "enable_local_updates": "says who keeps the router's books",
+    "expected_output_tokens": _HINT,
+    "request_timestamp_ms": "is for replays on a virtual clock",
+    "router": _HINT,
+    "session_control": _HINT,
+}
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+
+_values = attrgetter(*REFUSED)
+_NOTHING: Final = (None,) * len(REFUSED)
+
+
+def with_refused(kind: type[_Body]) -> type[_Body]:
+    """The same request with the refused fields beside its own, for `refuse` to look at."""
+    fields = [(name, Any, None) for name in REFUSED]
+    return cast(type[_Body], msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True))
+
+
+OnlyRefused: Final = with_refused(msgspec.Struct)
+"""The refused fields alone."""
+
+
+def refuse(request: msgspec.Struct) -> None:
+    """Raises RequestRejected(400) that names the first refused field which asks for something.
+
+    `request` is of a type that `with_refused` made."""
+    values = _values(request)
+    if values != _NOTHING:
+        check_refused(dict(zip(REFUSED, values, strict=True)), REFUSED)
+
+
+def check_refused(given: JsonObject, refused: dict[str, Refused], prefix: str = "") -> None:
+    """As `refuse`, for fields in an object. `prefix` is the path to it."""
+    for name, value in given.items():
+        rule = refused.get(name)
+        if rule is not None and value is not None and not rule.allows(value):
+            raise unsupported(prefix + name, instead=rule.instead)
+
+
+def unsupported(field: str, what: str = "", instead: str = "") -> RequestRejected:
+    """The refusal of a field that would change the answer."""
+    message = f"`{field}`{what} is not supported{f': {instead}' if instead else ''}."
+    return RequestRejected(400, message, code="unsupported_value", field=field)
