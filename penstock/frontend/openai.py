@@ -258,20 +258,26 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body]) 
 def _rejected(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> RequestRejected:
     """Why a body is refused: for a field that is not served rather than for another's value, since such a
     value may be right together with that field."""
-    with contextlib.suppress(msgspec.ValidationError):
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         try:
             refuse(msgspec.json.decode(body, type=OnlyRefused))
         except RequestRejected as refused:
             return refused
-    if "$.logit_bias" in str(error):
-        bias = msgspec.json.decode(body)["logit_bias"]
-        wrong = [token for token in bias if not token.isdigit()] if isinstance(bias, dict) else []
-        if wrong:
-            return wrong_entries("logit_bias", wrong, 'must be token ids, as in `{"42": 5}`')
-        if isinstance(bias, dict) and len(bias) <= MAX_LOGIT_BIASES:
-            wrong = [token for token, value in bias.items() if not _is_bias(value)]
-            return wrong_entries("logit_bias", wrong, "must have numbers from -100 to 100")
+        if "$.logit_bias" in str(error):
+            bias = msgspec.json.decode(body, type=_OnlyBias).logit_bias
+            if wrong := [token for token in bias if not _is_token(token)]:
+                return wrong_entries("logit_bias", wrong, 'must be token ids, as in `{"42": 5}`')
+            if wrong := [token for token, value in bias.items() if not _is_bias(value)]:
+                return wrong_entries("logit_bias", wrong, "must have numbers from -100 to 100")
     return rejected(error, kind)
+
+
+class _OnlyBias(msgspec.Struct):
+    logit_bias: JsonObject
+
+
+def _is_token(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < 2**31
 
 
 def _is_bias(value: Any) -> bool:

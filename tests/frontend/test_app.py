@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 
 from penstock import __version__
 from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import key_line
+from penstock.quiet_log import BURST_LINES
 
 JSON = {"content-type": "application/json"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -106,6 +108,179 @@ async def test_bad_bodies(served, body, param, code):
     error = error_of(response)
     assert (error["param"], error["code"]) == (param, code)
     assert served.completer.requests == []
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "application/json; charset=utf-8",
+        "Application/JSON ;charset=UTF-8",
+        "application/vnd.api+json",
+        "application/problem+json; a=b",
+    ],
+)
+async def test_a_body_is_json_by_its_header(served, content_type):
+    headers = {"content-type": content_type}
+    response = await served.http.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "",
+        "text/plain",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "text/plain; application/json",
+        "text/plain, application/json",
+        "application/jsonp",
+        "json",
+    ],
+)
+async def test_what_any_web_page_may_send_is_refused(served, path, content_type):
+    """A form's types need no leave of the server, so a page could spend it; see docs/security.md."""
+    headers = {"origin": "http://elsewhere", "host": "rebound.example"}
+    if content_type is not None:
+        headers["content-type"] = content_type
+    response = await served.http.post(path, content=json.dumps(CHAT), headers=headers)
+    assert response.status_code == 415
+    error = error_of(response)
+    assert error["code"] == "unsupported_content_type"
+    assert "`Content-Type: application/json`" in error["message"]
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert served.completer.requests == []
+
+
+async def test_compressed_bodies_are_refused_by_the_name_of_their_encoding(served):
+    for encoding in ("gzip", "br", "GZIP", "deflate, gzip"):
+        headers = JSON | {"content-encoding": encoding}
+        response = await served.http.post("/v1/completions", content=b"\x1f\x8b", headers=headers)
+        assert (response.status_code, response.headers["accept-encoding"]) == (415, "identity")
+        error = error_of(response)
+        assert error["code"] == "unsupported_content_encoding"
+        assert f"`{encoding}`" in error["message"]
+    headers = JSON | {"content-encoding": "identity"}
+    response = await served.http.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+    assert response.status_code == 200
+
+
+async def test_odd_header_values_are_shown_escaped_and_cut(served):
+    headers = {"content-type": b"text/\xff\x80" + b"x" * 5000}
+    response = await served.http.post("/v1/completions", content=b"{}", headers=headers)
+    message = error_of(response)["message"]
+    assert "`text/\\xff\\x80xxx" in message
+    assert len(message) < 300
+
+
+# --- what is turned away is told --------------------------------------------------------------------
+
+
+def lines_of(caplog):
+    return [record.getMessage() for record in caplog.records if "request_id=" in record.getMessage()]
+
+
+def counted(served, endpoint, status, outcome="rejected", model=""):
+    labels = {"endpoint": endpoint, "model": model, "outcome": outcome, "status": status}
+    shown = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    found = re.search(rf"penstock_requests_total{{{shown}}} (\S+)", served.metrics.render().decode())
+    return float(found[1]) if found else 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "endpoint", "code"),
+    [
+        ("POST", "/v1/responses", 404, "other", "not_found"),
+        ("POST", "/chat/completions", 404, "other", "not_found"),
+        ("GET", "/", 404, "other", "not_found"),
+        ("GET", "/v1/models/none", 404, "models", "model_not_found"),
+        ("GET", "/v1/chat/completions", 405, "chat_completions", "method_not_allowed"),
+        ("DELETE", "/health", 405, "other", "method_not_allowed"),
+    ],
+)
+async def test_paths_that_are_not_served_are_logged_and_counted(
+    served, caplog, method, path, status, endpoint, code
+):
+    caplog.set_level("INFO", "penstock.frontend")
+    response = await served.http.request(method, path)
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+    (line,) = lines_of(caplog)
+    assert f" endpoint={endpoint} method={method} path={path!r} status={status} outcome=rejected" in line
+    assert f" finish={code}" in line
+    assert counted(served, endpoint, status) == 1
+
+
+async def test_a_path_that_is_not_served_is_told_what_is(served):
+    error = error_of(await served.http.post("/v1/responses", json={}))
+    assert error["message"].startswith(
+        "Penstock does not serve `POST /v1/responses`; it serves POST /v1/chat"
+    )
+    assert "use POST" in error_of(await served.http.get("/v1/completions"))["message"]
+
+
+async def test_strangers_paths_fill_neither_log_nor_metrics(served, caplog):
+    caplog.set_level("INFO", "penstock.frontend")
+    for number in range(30):
+        await served.http.get(f"/{number}/" + "x" * 1000)
+    await served.http.get("/a%0Ab")
+    assert counted(served, "other", 404) == 31
+    assert len(re.findall("penstock_requests_total{", served.metrics.render().decode())) == 1
+    assert len(lines_of(caplog)) == BURST_LINES
+    assert max(map(len, lines_of(caplog))) < 500
+
+
+async def test_a_wrong_key_is_logged_and_counted(serve_script, caplog):
+    caplog.set_level("INFO", "penstock.frontend")
+    async with serve_script("x", api_key="right") as served:
+        assert (await served.http.post("/v1/chat/completions", json=CHAT)).status_code == 401
+        (line,) = lines_of(caplog)
+        assert " endpoint=chat_completions method=POST" in line
+        assert line.endswith("status=401 outcome=rejected finish=missing_api_key")
+        assert counted(served, "chat_completions", 401) == 1
+
+
+async def test_a_400_is_logged_with_its_field_and_at_debug_with_its_message(served, caplog):
+    caplog.set_level("INFO", "penstock.frontend")
+    await served.http.post("/v1/chat/completions", json={**CHAT, "temperature": "hot"})
+    await served.http.get("/live")  # by then it is written
+    (line,) = lines_of(caplog)
+    assert " status=400 outcome=rejected " in line
+    assert line.endswith(" finish=invalid_value param='temperature'")
+    assert counted(served, "chat_completions", 400) == 1
+    caplog.set_level("DEBUG", "penstock.frontend")
+    await served.http.post("/v1/chat/completions", json={**CHAT, "temperature": "hot"})
+    await served.http.get("/live")
+    assert lines_of(caplog)[-1].endswith(" error='`temperature` must be a number, not a string.'")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"stream_options": {}}, "invalid_value"),
+        ({"logprobs": False, "top_logprobs": 3}, "invalid_value"),
+        ({"logit_bias": {"99999": 1}}, "invalid_value"),
+        ({"max_tokens": 100_000}, "invalid_value"),
+        ({"min_tokens": 9, "max_tokens": 5}, "invalid_value"),
+        ({"tool_choice": "required"}, "invalid_value"),
+        ({"model": None}, "invalid_value"),
+        ({"continue_final_message": True}, "invalid_value"),
+        ({"functions": [{}]}, "unsupported_value"),
+    ],
+)
+async def test_every_refusal_has_a_code(served, caplog, fields, code):
+    caplog.set_level("INFO", "penstock.frontend")
+    response = await served.http.post("/v1/chat/completions", json=CHAT | fields)
+    assert (response.status_code, error_of(response)["code"]) == (400, code)
+    await served.http.get("/live")
+    assert f" finish={code} param=" in lines_of(caplog)[0]
+
+
+async def test_a_list_of_models_may_end_with_a_slash(served):
+    assert (await served.http.get("/v1/models/")).json() == (await served.http.get("/v1/models")).json()
 
 
 # --- keys -----------------------------------------------------------------------------------------

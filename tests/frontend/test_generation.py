@@ -452,3 +452,39 @@ async def test_metrics_and_the_log_line(served, caplog):
     text = (await served.http.get("/metrics")).text
     assert 'model="",outcome="rejected",status="404"' in text
     assert "made-up-name" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RequestRejected(504, "Between two tokens.", code="stall_timeout"), "stall_timeout"),
+        (RemoteError("its worker said so"), "worker_failed"),
+    ],
+)
+async def test_a_stream_that_fails_after_its_first_token_is_counted_as_failed(
+    serve_script, deltas, caplog, error, code
+):
+    caplog.set_level("INFO", "penstock.frontend")
+    script = lambda request: [Delta([40]), error]  # noqa: E731
+    async with serve_script(script, step_s=0.02) as served:
+        response = await served.http.post(
+            "/v1/chat/completions", json={"model": "tiny", "messages": HI, "stream": True}
+        )
+        assert response.status_code == 200
+        last = json.loads(response.text.strip().rpartition("data: ")[2])
+        assert last["error"]["code"] == code
+        text = (await served.http.get("/metrics")).text
+        labels = 'endpoint="chat_completions",model="tiny",outcome="failed",status="200"'
+        assert f"penstock_requests_total{{{labels}}} 1.0" in text
+        (line,) = [record.getMessage() for record in caplog.records if "request_id=" in record.getMessage()]
+        assert " status=200 outcome=failed " in line
+        assert line.endswith(f" finish={code} tenant=- error={str(error)!r}")
+
+
+async def test_a_client_that_leaves_is_counted_as_cancelled(serve_script):
+    async with serve_script("One two three four", step_s=0.05) as served:
+        stream = await chat(served, stream=True)
+        await anext(aiter(stream))
+        await stream.close()
+        labels = b'endpoint="chat_completions",model="tiny",outcome="cancelled",status="499"} 1.0'
+        await eventually(lambda: labels in served.metrics.render())

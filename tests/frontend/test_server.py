@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import ssl
@@ -155,6 +156,63 @@ async def test_an_upgrade_that_is_not_wanted(serve_script, caplog, pieces, chunk
         assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"200"]
         assert answer.count(b'"object":"chat.completion"') == 2
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"HTTP/1.1\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a\r\nhost: b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a\r\nHost: a\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a/b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a@b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a, b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: http://a\r\n", 400),
+        (b"HTTP/1.1\r\nhost: a:b\r\n", 400),
+        (b"HTTP/1.1\r\nhost: [::1\r\n", 400),
+        (b"HTTP/1.1\r\nhost: \xff\r\n", 400),
+        (b"HTTP/1.0\r\nhost: a\r\nhost: b\r\n", 400),
+        (b"HTTP/1.0\r\n", 200),
+        (b"HTTP/1.1\r\nhost:\r\n", 200),
+        (b"HTTP/1.1\r\nhost: localhost:8000\r\n", 200),
+        (b"HTTP/1.1\r\nhost: my_service.team-a.svc:80\r\n", 200),
+        (b"HTTP/1.1\r\nhost: [::1]:8000\r\n", 200),
+        (b"HTTP/1.1\r\nhost: [fe80::1%25eth0]\r\n", 200),
+    ],
+)
+async def test_a_request_names_one_host(served, head, status):
+    """RFC 9112, 3.2: proxies differ in which of two hosts counts."""
+    async with connection(served) as (reader, writer):
+        writer.write(b"GET /live " + head + b"connection: close\r\n\r\n")
+        answer = await everything(reader)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert (b'"code":"invalid_http"' in answer) == (status == 400)
+
+
+async def test_a_refused_host_leaves_the_connection_to_the_next_request(served):
+    async with connection(served) as (reader, writer):
+        writer.write(
+            b"GET /live HTTP/1.1\r\n\r\nGET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        )
+        answer = await everything(reader)
+        assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"400", b"200"]
+    refused = b'penstock_requests_total{endpoint="other",model="",outcome="rejected",status="400"} 1.0'
+    assert refused in served.metrics.render()
+
+
+@pytest.mark.parametrize("length", [MAX_HEAD_BYTES - 100, MAX_HEAD_BYTES + 100, 3 * MAX_HEAD_BYTES])
+async def test_too_long_a_url(served, length):
+    async with connection(served) as (reader, writer):
+        writer.write(b"GET /" + b"x" * length + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = await everything(reader)
+        too_long = length > MAX_HEAD_BYTES
+        assert answer.startswith(b"HTTP/1.1 431 " if too_long else b"HTTP/1.1 404 ")
+        if too_long:
+            assert b'"code":"headers_too_large"' in answer
+            assert (
+                b'endpoint="other",model="",outcome="rejected",status="431"} 1.0' in served.metrics.render()
+            )
 
 
 async def test_too_long_a_head(served):

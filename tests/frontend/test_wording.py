@@ -61,6 +61,11 @@ def said(decoder=decode_chat, **fields):
             "`logit_bias`: 'bad1', 'bad2' must be token ids, as in `{\"42\": 5}`.",
         ),
         ({"logit_bias": {"5": 101, "6": 1}}, "`logit_bias`: '5' must have numbers from -100 to 100."),
+        (
+            {"logit_bias": {"99999999999": 1}},
+            "`logit_bias`: '99999999999' must be token ids, as in `{\"42\": 5}`.",
+        ),
+        ({"logit_bias": {"٣": 1}}, "`logit_bias`: '٣' must be token ids, as in `{\"42\": 5}`."),
         ({"logit_bias": {"5": "x"}}, "`logit_bias`: '5' must have numbers from -100 to 100."),
         ({"logit_bias": [5]}, "`logit_bias` must be an object, not a list."),
         (

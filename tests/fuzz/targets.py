@@ -183,7 +183,7 @@ def _server() -> tuple[uvicorn.Config, type[asyncio.Protocol]]:
     app = loop().run_until_complete(make())
     config = uvicorn.Config(app, ws="none", lifespan="off", interface="asgi3", log_config=None)
     config.load()
-    return config, connection_class(settings)
+    return config, connection_class(settings, app.refused)
 
 
 class _HttpTransport(FakeTransport):

@@ -53,14 +53,16 @@ class NoNotices(logging.Filter):
 PARSERS: Final = ("vllm.tool_parsers.", "vllm.reasoning.", "vllm.parser.")
 """Loggers of vLLM's parsers."""
 
+_COMPLAINT_CHARS: Final = 300  # of what they say, which may repeat an answer
+
 _complaints: ContextVar[list[str] | None] = ContextVar("complaints", default=None)
 
 
 @contextlib.contextmanager
 def parser_complaints() -> Iterator[list[str]]:
     """Meanwhile, what parsers log of an answer that they cannot read goes into this list and not into the
-    log. They log errors with tracebacks there, and then give the text back as it is; but it is the model, or
-    `max_tokens`, that has left a tool call in pieces."""
+    log. They log errors with tracebacks there, and then give the text back as it is; but it is the model,
+    or `max_tokens`, that has left a tool call in pieces."""
     heard: list[str] = []
     token = _complaints.set(heard)
     try:
@@ -77,7 +79,8 @@ class NoComplaints(logging.Filter):
         if heard is None or record.levelno < logging.WARNING or not record.name.startswith(PARSERS):
             return True
         error = record.exc_info[1] if record.exc_info else None
-        heard.append(record.getMessage() + (f" {one_line(error)}" if error is not None else ""))
+        said = record.getMessage() + (f" {error}" if error is not None else "")
+        heard.append(" ".join(said.split())[:_COMPLAINT_CHARS])
         return False
 
 

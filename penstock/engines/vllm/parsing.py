@@ -219,7 +219,8 @@ class VllmAnswerParser:
         with parser_complaints() as complaints:
             try:
                 parsed = parse()
-            except Exception as error:  # parsers are many and read what a model wrote: any error is possible
+            # Parsers are many and read what a model wrote: any error is possible.
+            except Exception as error:
                 log.debug("an answer could not be parsed", exc_info=True)
                 raise RequestRejected(
                     500, f"The model's answer could not be parsed: {error!r}", code="unparsable_answer"

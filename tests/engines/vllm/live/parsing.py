@@ -48,3 +48,31 @@ class TestVllmParsers(ParserContract):
         assert parsers.load(only_tools).begin(body).answer([1]).whole("Hi", [300]).content == "Hi"
         only_reasoning = msgspec.structs.replace(model, tool_parser="")
         assert parsers.load(only_reasoning).begin(body).answer([1]).whole("Hi", [300]).reasoning == "Hi"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("cut", ['{"name": "get", "argu', '{"name": "get"}', "[1]", "nonsense"])
+    def test_a_call_that_was_cut_is_text_and_at_most_one_plain_line(
+        self, parsers, model, capfd, caplog, stream, cut
+    ) -> None:
+        """By `max_tokens`, or by the model itself. vLLM's parser logs an error with a traceback of it."""
+        caplog.set_level("INFO", "penstock.frontend")
+        body = {
+            "model": "m",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "tools": TOOLS,
+            "stream": stream,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        answer = parsers.load(model).begin(body).answer([1])
+        text = "Well. <tool_call>\n" + cut
+        if stream:
+            for at, piece in enumerate(text):
+                answer.push(piece, [300], finished=at == len(text) - 1)
+        else:
+            assert answer.whole(text, [300]).content == text
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        assert "ERROR" not in err
+        lines = [record for record in caplog.records if record.name == "penstock.frontend"]
+        assert len(lines) <= 1
+        assert all((line.levelname, line.exc_info) == ("INFO", None) for line in lines)

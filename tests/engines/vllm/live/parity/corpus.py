@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MODEL = "tools"
+CONTEXT = 4096  # tokens, of that model
 
 ALICE = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -91,6 +92,19 @@ def _named(name: str) -> dict[str, Any]:
 
 def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+
+
+def _calling(arguments: str) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+
+
+def _parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
 
 
 CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -180,6 +194,47 @@ CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
         seed=4,
         max_tokens=80,
     ),
+    # What agents send back of what a model wrote.
+    **{
+        f"arguments {arguments!r} given back": _plain([*ALICE[:2], _calling(arguments), *ALICE[2:]])
+        for arguments in ("{", '{"city": "Par', "null", "[]", "7", '"text"', "", '{"a": {"b": [1]}}')
+    },
+    "empty tool_calls": _plain([*ALICE[:2], {**ALICE[2], "tool_calls": []}, ALICE[3]]),
+    "tool message of parts": _plain(
+        [
+            *ALICE[:2],
+            _calling("{}"),
+            {"role": "tool", "tool_call_id": "1", "content": _parts("a", "b")},
+            ALICE[3],
+        ]
+    ),
+    "refusal given back": _plain(
+        [*ALICE[:2], {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, ALICE[3]]
+    ),
+    "empty text part": _plain(
+        [{"role": "user", "content": [{"type": "text", "text": None}, *_parts("name?")]}]
+    ),
+    "bare strings": _plain([{"role": "user", "content": ["What is", "my name?"]}]),
+    "parts of the other API": _plain(
+        [
+            {"role": "user", "content": [{"type": "input_text", "text": "My name is Bob."}]},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "Hello Bob!"}]},
+            ALICE[3],
+        ]
+    ),
+    "function role": _plain([*ALICE[:2], {"role": "function", "name": "f", "content": "y"}, ALICE[3]]),
+    # How prompts are rendered.
+    "developer": _plain([{**ALICE[0], "role": "developer"}, *ALICE[1:]]),
+    "developer beside system": _plain([*ALICE[:3], {"role": "developer", "content": "Be kind."}, ALICE[3]]),
+    **{
+        f"continued {text!r}": _plain(
+            [*ALICE, {"role": "assistant", "content": text}],
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+        for text in ("|", "<", "i", "end", "Your name is ")
+    },
+    "max_tokens beyond what is left": _plain(max_tokens=CONTEXT),
     # What the answer must look like.
     "json_schema": _plain(response_format=_json_schema(PERSON), max_tokens=60),
     "json_schema after reasoning": _chat(response_format=_json_schema(PERSON), max_tokens=80),
@@ -230,9 +285,12 @@ CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
     "choice without tools": _chat(tool_choice="required"),
     "unknown tool": _chat(tools=[WEATHER], tool_choice=_named("nothing")),
     "tool without a name": _chat(tools=[{"type": "function", "function": {}}]),
-    "bad arguments given back": _chat(
+    "tool call without a type given back": _chat(
         [
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}, "id": "1"}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}, "id": "1"}],
+            },
             *ALICE,
         ]
     ),
