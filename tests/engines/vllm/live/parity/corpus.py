@@ -285,15 +285,6 @@ CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
     "choice without tools": _chat(tool_choice="required"),
     "unknown tool": _chat(tools=[WEATHER], tool_choice=_named("nothing")),
     "tool without a name": _chat(tools=[{"type": "function", "function": {}}]),
-    "tool call without a type given back": _chat(
-        [
-            {
-                "role": "assistant",
-                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}, "id": "1"}],
-            },
-            *ALICE,
-        ]
-    ),
     "empty prompt": _text(""),
     "foreign token": _text([5000]),
 }
