@@ -75,25 +75,33 @@ class Message(msgspec.Struct):
     audio: Any = None
 
 
+_NOTHING: Final = (None,) * 4
+
+
 def settle(messages: Sequence[Message]) -> None:
     """Bring messages into one form, in place. Raises RequestRejected(400) for what is no text."""
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if isinstance(message.content, list):
-            message.content = _joined(message.content, f"{where}.content")
-        if message.content is None:
-            message.content = message.refusal
-        if message.content is None and message.role not in _MAY_BE_EMPTY:
-            field = f"{where}.content"
-            raise RequestRejected(400, f"`{field}` must be a string or a list of text parts.", field=field)
-        if message.audio is not None:
-            raise _no_text(f"{where}.audio", "audio")
-        if message.function_call is not None and not message.tool_calls:
-            message.tool_calls = [ToolCall(message.function_call)]
-        if message.tools is not None:
-            check_depth(message.tools, f"{where}.tools")
-        for number, call in enumerate(message.tool_calls or ()):
-            call.function.arguments = _arguments(call.function, f"{where}.tool_calls[{number}]")
+        rest = message.tool_calls, message.function_call, message.tools, message.audio
+        if type(message.content) is not str or rest != _NOTHING:
+            _settle(message, f"messages[{index}]")
+
+
+def _settle(message: Message, where: str) -> None:
+    if isinstance(message.content, list):
+        message.content = _joined(message.content, f"{where}.content")
+    if message.content is None:
+        message.content = message.refusal
+    if message.content is None and message.role not in _MAY_BE_EMPTY:
+        field = f"{where}.content"
+        raise RequestRejected(400, f"`{field}` must be a string or a list of text parts.", field=field)
+    if message.audio is not None:
+        raise _no_text(f"{where}.audio", "audio")
+    if message.function_call is not None and not message.tool_calls:
+        message.tool_calls = [ToolCall(message.function_call)]
+    if message.tools is not None:
+        check_depth(message.tools, f"{where}.tools")
+    for number, call in enumerate(message.tool_calls or ()):
+        call.function.arguments = _arguments(call.function, f"{where}.tool_calls[{number}]")
 
 
 def _joined(parts: Sequence[ContentPart | str], where: str) -> str:

@@ -333,8 +333,9 @@ def _check_chat(request: ChatRequest) -> None:
             message = "`chat_template_args` and `chat_template_kwargs` are the same; send one of them."
             raise RequestRejected(400, message, field="chat_template_args")
         request.chat_template_kwargs, request.chat_template_args = request.chat_template_args, None
-    check_depth(request.chat_template_kwargs, "chat_template_kwargs")
-    check_depth(request.documents, "documents")
+    for name in ("chat_template_kwargs", "documents"):
+        if (given := getattr(request, name)) is not None:
+            check_depth(given, name)
     if request.top_logprobs and not request.logprobs:
         raise RequestRejected(400, "`top_logprobs` needs `logprobs`.", field="top_logprobs")
     if request.continue_final_message and request.add_generation_prompt is not False:
