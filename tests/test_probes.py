@@ -33,6 +33,15 @@ async def test_health_follows_the_worker() -> None:
         pass
 
 
+@pytest.mark.parametrize("hosts", [b"", b"host: a\r\nhost: b\r\n"])
+async def test_a_probe_names_one_host(hosts: bytes) -> None:
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /live HTTP/1.1\r\n" + hosts + b"\r\n")
+        assert (await asyncio.wait_for(reader.read(100), 10)).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+
+
 async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trailers without end, and connections that only wait."""
     monkeypatch.setattr("penstock.probes.CONNECTION_S", 1.0)

@@ -181,6 +181,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
         with pytest.raises(RequestRejected) as unknown:
             it.router.model("nobody")
         assert unknown.value.status == 404
+        assert unknown.value.message == f"The model `nobody` does not exist; served: `{MODEL}`."
         await it.workers["d0"].leave()
         await it.wait_ready("p0")
         assert it.router.healthy() == (False, "decode")
