@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Final
 
 import msgspec
@@ -20,7 +21,8 @@ _MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.+)`", re.DOTALL)
 _TYPE: Final = re.compile(r"Expected `(?P<types>[^`]+)`, got `(?P<got>[^`]+)`")
 _LIMIT: Final = re.compile(
-    r"Expected `(?P<type>\w+)` (?P<length>of length )?(?P<sign>[<>=]+) (?P<limit>\S+)"
+    r"Expected `(?P<type>int|float|str|array|object)`"
+    r" (?P<length>of length )?(?P<sign>[<>]=?) (?P<limit>\S+)"
 )
 _CHOICE: Final = re.compile(r"Invalid (?:enum )?value (?P<got>.*)", re.DOTALL)
 _STEP: Final = re.compile(r"\[\d*\.*\]|[^.\[\]]+")
@@ -40,6 +42,9 @@ _MAX_GOT_CHARS: Final = 60
 _MAX_NAMED: Final = 5  # wrong entries that a message names
 
 
+_type_of = cache(inspect.type_info)
+
+
 def rejected(
     error: msgspec.ValidationError, kind: type[msgspec.Struct], prefix: str = ""
 ) -> RequestRejected:
@@ -52,7 +57,7 @@ def rejected(
     if missing:
         path = f"{path}.{missing['name']}" if path else missing["name"]
         return RequestRejected(400, f"Missing required field: `{path}`.", code="missing_field", field=path)
-    allowed = _allowed(inspect.type_info(kind), path.removeprefix(prefix)) if path else []
+    allowed = _allowed(_type_of(kind), path.removeprefix(prefix)) if path else []
     # An entry of an object is shown without its key: name the object.
     path = path.removesuffix("[...]")
     where = f"`{path}`" if path else "the body"
@@ -81,9 +86,8 @@ def _must(what: str, allowed: list[str]) -> str:
         name, limit = match["type"], match["limit"].removesuffix(".0")
         bound = f"{_SIGNS[match['sign']]} {limit}"
         if match["length"]:
-            return (
-                f"must be {_WORDS[name]} of {bound} {_UNITS[name] if limit != '1' else _UNITS[name][:-1]}"
-            )
+            unit = _UNITS[name] if limit != "1" else _UNITS[name].removesuffix("s")
+            return f"must be {_WORDS[name]} of {bound} {unit}"
         return f"must be {_WORDS[name]}, {bound}"
     if match := _UNKNOWN.fullmatch(what):
         return f"has no field `{match['name'][:_MAX_GOT_CHARS]}`"
