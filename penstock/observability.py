@@ -214,11 +214,7 @@ class FrontendMetrics:
             return Histogram(name, documentation, ["model"], buckets=buckets, registry=registry)
 
         self.requests = counter(
-            "requests",
-            "Requests by HTTP status (499: client left) and outcome (ok, rejected, failed, cancelled)",
-            "endpoint",
-            "status",
-            "outcome",
+            "requests", "Requests by HTTP status (499: client left)", "endpoint", "status", "outcome"
         )
         self.time_to_first_token = histogram(
             "time_to_first_token_seconds", "From the request's last byte to the first token", TTFT_BUCKETS_S

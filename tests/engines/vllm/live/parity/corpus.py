@@ -214,14 +214,6 @@ CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
     "empty text part": _plain(
         [{"role": "user", "content": [{"type": "text", "text": None}, *_parts("name?")]}]
     ),
-    "bare strings": _plain([{"role": "user", "content": ["What is", "my name?"]}]),
-    "parts of the other API": _plain(
-        [
-            {"role": "user", "content": [{"type": "input_text", "text": "My name is Bob."}]},
-            {"role": "assistant", "content": [{"type": "output_text", "text": "Hello Bob!"}]},
-            ALICE[3],
-        ]
-    ),
     "function role": _plain([*ALICE[:2], {"role": "function", "name": "f", "content": "y"}, ALICE[3]]),
     # How prompts are rendered.
     "developer": _plain([{**ALICE[0], "role": "developer"}, *ALICE[1:]]),
