@@ -154,9 +154,10 @@ def _parser(body: ChatRequest | CompletionRequest, text: ModelText, view: ModelV
 
 def _set_fields(body: ChatRequest) -> JsonObject:
     """What the client has set, as JSON."""
-    fields: JsonObject = msgspec.to_builtins(body, str_keys=True)
-    fields["messages"] = openai_messages(body.messages)
-    return {name: value for name, value in fields.items() if value is not None}
+    given = {name: getattr(body, name) for name in body.__struct_fields__ if name != "messages"}
+    fields = {name: value for name, value in given.items() if value is not None}
+    shown: JsonObject = msgspec.to_builtins(fields, str_keys=True)
+    return shown | {"messages": openai_messages(body.messages)}
 
 
 def _hides_tokens(body: ChatRequest | CompletionRequest, parser: CallParser | None) -> bool:

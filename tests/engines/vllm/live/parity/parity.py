@@ -78,6 +78,7 @@ def penstock(
         client_of(graph.url) as client,
     ):
         yield client
+        assert "Traceback" not in "".join(log.read_text() for log in (folder / "state").rglob("*.log"))
         if request.param == "disaggregated":
             assert graph.metric("penstock_transferred_blocks_total") > len(CORPUS)
 
