@@ -60,9 +60,9 @@ _complaints: ContextVar[list[str] | None] = ContextVar("complaints", default=Non
 
 @contextlib.contextmanager
 def parser_complaints() -> Iterator[list[str]]:
-    """Meanwhile, what parsers log of an answer that they cannot read goes into this list and not into the
-    log. They log errors with tracebacks there, and then give the text back as it is; but it is the model,
-    or `max_tokens`, that has left a tool call in pieces."""
+    """Meanwhile, what parsers (see `hear_parsers`) log of an answer that they cannot read goes into this
+    list and not into the log. They log errors with tracebacks there, and then give the text back as it is;
+    but it is the model, or `max_tokens`, that has left a tool call in pieces."""
     heard: list[str] = []
     token = _complaints.set(heard)
     try:
@@ -71,17 +71,26 @@ def parser_complaints() -> Iterator[list[str]]:
         _complaints.reset(token)
 
 
-class NoComplaints(logging.Filter):
-    """Lets no record of a parser pass that `parser_complaints` listens to."""
-
+class _NoComplaints(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         heard = _complaints.get()
-        if heard is None or record.levelno < logging.WARNING or not record.name.startswith(PARSERS):
+        if heard is None or record.levelno < logging.WARNING:
             return True
         error = record.exc_info[1] if record.exc_info else None
         said = record.getMessage() + (f" {error}" if error is not None else "")
         heard.append(" ".join(said.split())[:_COMPLAINT_CHARS])
         return False
+
+
+_no_complaints: Final = _NoComplaints()
+
+
+def hear_parsers() -> None:
+    """Have `parser_complaints` hear all parsers that are imported. They have a logger each, and what is put
+    on a logger counts whichever way vLLM's log is configured."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(PARSERS):
+            logging.getLogger(name).addFilter(_no_complaints)
 
 
 class LastWords(logging.Handler):

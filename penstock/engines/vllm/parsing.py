@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.engines.vllm.installed import prepare_environment
-from penstock.engines.vllm.logs import one_line, parser_complaints
+from penstock.engines.vllm.logs import hear_parsers, one_line, parser_complaints
 from penstock.errors import ConfigError, RequestRejected
 from penstock.structs import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
@@ -51,6 +51,7 @@ class VllmParsers:
             log.exception("the tokenizer of %s cannot be loaded", model.name)
             raise ConfigError(f"its tokenizer cannot be loaded: {one_line(error)}") from error
         parser = parser_class(model.tool_parser, model.reasoning_parser, tokenizer)
+        hear_parsers()
         return VllmChatParser(partial(parser, tokenizer, model_config=_model_config(model)), parser)
 
 
