@@ -129,7 +129,7 @@ async def test_nothing_is_kept_of_a_model_that_is_gone(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
         await it.complete(PROMPT)
         it.metrics.frontend.of(MODEL).output_tokens.inc(8)
-        it.metrics.frontend.requests.labels(MODEL, "completions", 200).inc()
+        it.metrics.frontend.requests.labels(MODEL, "completions", 200, "ok").inc()
         await it.workers["a0"].leave()
         catalog = it.router._instances._catalog
         async with asyncio.timeout(WAIT_S):
