@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -163,6 +164,31 @@ def _within(value: float, kind: inspect.IntType | inspect.FloatType) -> bool:
         and (kind.le is None or value <= kind.le)
         and (kind.lt is None or value < kind.lt)
     )
+
+
+def field_path(error: str, struct: type) -> str:
+    """A msgspec error, `Expected ... - at $.load[8][0]`, with the field in front and by its name,
+    `step.load.rates.step_ms: Expected ...`: msgspec numbers the fields of structs that travel as arrays."""
+    problem, _, path = error.rpartition(" - at `")
+    names = [struct.__name__.lower()]
+    kind: inspect.Type = inspect.type_info(struct)
+    for name, number in re.findall(r"\.(\w+)|\[([\d.]*)\]", path):
+        kind = _within_union(kind)
+        fields = kind.fields if isinstance(kind, inspect.StructType) else ()
+        if number.isdigit() and int(number) < len(fields):
+            name = fields[int(number)].encode_name
+        names.append(f".{name}" if name else f"[{number}]")
+        field = next((field for field in fields if field.encode_name == name), None)
+        kind = field.type if field is not None else getattr(kind, "item_type", inspect.AnyType())
+    return f"{''.join(names)}: {problem}" if problem else error
+
+
+def _within_union(kind: inspect.Type) -> inspect.Type:
+    """The type itself, of one with limits or one that may be null."""
+    while isinstance(kind, inspect.Metadata | inspect.UnionType):
+        options = kind.types if isinstance(kind, inspect.UnionType) else (kind.type,)
+        kind = next(it for it in options if not isinstance(it, inspect.NoneType))
+    return kind
 
 
 def converted(value: Any, struct: type[T]) -> T:

@@ -13,7 +13,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 from penstock.clock import Clock
 from penstock.core.catalog import Catalog, differences
@@ -38,6 +38,11 @@ MAX_GONE_MODELS = 1024
 
 MAX_NAMED_MODELS = 16
 """Served models that the error for an unknown one names."""
+
+WATCH_AGAIN_S = 1.0
+"""Seconds before discovery is watched again after an error of ours ended the watch."""
+
+_P = ParamSpec("_P")
 
 Prepare = Callable[[ModelView], Awaitable[None]]
 """Gets ready to serve a model; must not raise."""
@@ -186,7 +191,7 @@ class Instances:
             self._forget_models(now)
         for link in self._links.values():
             if link.up and link.progress is not None:
-                self._judge(link, link.progress)
+                link.guard(self._judge, link, link.progress)
 
     def _judge(self, link: _Link, progress: Progress) -> None:
         member = self.membership.members[link.instance_id]
@@ -271,14 +276,25 @@ class Instances:
         self._prepare = prepare
         async with asyncio.TaskGroup() as self._tasks:
             try:
-                async for current in self._discovery.watch():
-                    self._listed = True
-                    effects = self.membership.discovered(current)
-                    self._elect()
-                    self._apply(effects)
+                while not await self._follow_discovery():
+                    await self._clock.sleep(WATCH_AGAIN_S)
             finally:
                 for link in self._links.values():
                     link.close()
+
+    async def _follow_discovery(self) -> bool:
+        """Until discovery is closed; False when an error of ours ended it before. A new watch begins with
+        the whole set, so nothing is missed."""
+        try:
+            async for current in self._discovery.watch():
+                self._listed = True
+                effects = self.membership.discovered(current)
+                self._elect()
+                self._apply(effects)
+        except Exception:  # a defect in reading or applying one set must not end what is connected
+            log.exception("discovery is watched again, after an error here")
+            return False
+        return True
 
     def _apply(self, effects: list[Connect | Disconnect]) -> None:
         for effect in effects:
@@ -364,7 +380,7 @@ class Instances:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
             log.warning("instance lost: %s: %s", instance_id, reason)
-        died = "" if orderly or link.client.fell_silent else link.incarnation
+        died = "" if orderly or link.client.fell_silent or link.client.misled else link.incarnation
         self._listener.on_lost(instance_id, link.role, reason, load, died)
         self._apply(effects)
 
@@ -427,9 +443,22 @@ class _Link:
             raise ProtocolError("discovery has just forgotten this instance")
         self.up = True
         self._instances._up(self, card, hashes, load)
-        self._loading = self._tasks.create_task(
-            self._instances._load(self, card), name=f"load {self.instance_id}"
-        )
+        self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
+
+    async def _load(self, card: Card) -> None:
+        try:
+            await self._instances._load(self, card)
+        except Exception as error:  # a defect met with one worker's model must not end the others' links
+            log.exception("%s: its model cannot be taken, because of an error here", self.instance_id)
+            self.client.cut(f"an error here: {error!r}")
+
+    def guard(self, call: Callable[_P, None], *args: _P.args, **options: _P.kwargs) -> None:
+        """Do something about this instance. What it raises ends this link, and no other."""
+        try:
+            call(*args, **options)
+        except Exception as error:
+            log.exception("%s: the link ends because of an error here", self.instance_id)
+            self.client.cut(f"an error here: {error!r}")
 
     # What comes after `on_down`, until the connection has ended, is nobody's any more.
 

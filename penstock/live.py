@@ -29,6 +29,7 @@ class Live:
     filed: Phase | None = None  # the phase that the router's books are up to date with
     suspect: bool = False  # it is noted among the suspects
     confirm_s: float = CONFIRM_S  # its wait after deaths
+    broken: bool = False  # an error of ours has ended it
 
     @property
     def given(self) -> int:

@@ -31,10 +31,12 @@ from penstock.link.settings import ClientSettings
 from penstock.live import Live, OnDelta, OnError
 from penstock.observability import QueueView, RouterMetrics
 from penstock.ports import Discovery
-from penstock.structs import Attempt, Card, Delta, InstanceView, Load, ModelView, Output, Request, Role
+from penstock.quiet_log import QuietLog
+from penstock.structs import Attempt, Card, InstanceView, Load, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
+quiet = QuietLog(log)
 
 
 class Ticket:
@@ -131,10 +133,11 @@ class Router:
         if not queue.holds(request.call_id, request.tenant, request.priority):
             self._check(queue, request.tenant, request.priority)
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
-        self._live[request.request_id] = live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
+        live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
         queue.enter(*names, request.priority, self._work(live), self._patience())
-        self._perform(live, lifecycle.start())
+        self._live[request.request_id] = live
+        self._event(live, life.Retry())
         refusal = queue.hopeless(request.request_id)
         if refusal is not None:
             self._event(live, life.Refused(self._rejected(refusal)))
@@ -171,7 +174,10 @@ class Router:
     async def _tick_forever(self) -> None:
         while True:
             await self._clock.sleep(self._settings.tick_s)
-            self._tick()
+            try:
+                self._tick()
+            except Exception:  # noqa: BLE001 logged; it is no request's and no link's, and the next tick goes on
+                quiet.exception("a tick was not finished")
 
     def _tick(self) -> None:
         self._instances.tick()
@@ -235,14 +241,32 @@ class Router:
     # --- requests ---------------------------------------------------------------------------------
 
     def _event(self, live: Live, event: life.Event) -> None:
-        self._perform(live, live.lifecycle.handle(event, self._clock.now()))
+        try:
+            self._perform(live, live.lifecycle.handle(event, self._clock.now()))
+        except Exception:  # noqa: BLE001 logged; a defect met with one request ends that one alone
+            self._break(live)
+
+    def _break(self, live: Live) -> None:
+        """End a request that met an error of ours, whatever state that left it in."""
+        request_id = live.placed.request.request_id
+        log.exception("request %s ends because of an error here", request_id)
+        if live.broken:
+            return
+        live.broken = True
+        self._event(live, life.ClientGone())
+        for book in (self._live, self._resting):
+            book.pop(request_id, None)
+        live.queue.leave(request_id)
+        self._placement.unbook(live.placed)
+        self._suspects.note(request_id, 0, ())
+        self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
 
     def _perform(self, live: Live, effects: list[life.Effect]) -> None:
         for effect in effects:
             match effect:
                 case life.Emit():  # comes with every token: a pattern that binds costs more
                     if live.filed is not Phase.DONE:  # what came before it may have ended in an error
-                        self._emit(live, effect.delta)
+                        live.on_delta(effect.delta)
                 case life.Choose() as wanted:
                     self._event(live, self._choose(live, wanted))
                 case life.Send(instance_id, attempt):
@@ -269,15 +293,6 @@ class Router:
             lifecycle.request.request_id, lifecycle.strikes.count if live.suspect else 0, lifecycle.places
         )
 
-    def _emit(self, live: Live, delta: Delta) -> None:
-        try:
-            live.on_delta(delta)
-        except Exception:
-            # A mistake in one request's callback must not end the link with everybody's requests.
-            log.exception("request %s: its output could not be delivered", live.placed.request.request_id)
-            self._event(live, life.ClientGone())
-            self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
-
     def _fail(self, live: Live, error: RequestRejected) -> None:
         if error.code == life.KILLER:
             strikes, request = live.lifecycle.strikes, live.placed.request
@@ -285,7 +300,7 @@ class Router:
             log.error("request %s kills workers, and is stopped: %s", request.request_id, what)
         try:
             live.on_error(error)
-        except Exception:  # as in `_emit`
+        except Exception:  # its own defect; there is nothing left to end
             log.exception("request %s: its error could not be delivered", live.placed.request.request_id)
 
     def _file(self, live: Live) -> None:
@@ -407,11 +422,14 @@ class Router:
         for output in outputs:
             live = self._live.get(_request_id(output.attempt_id))
             if live is not None:
-                if output.cached_tokens is not None:
-                    self._compare(live, instance_id, output)
-                if output.finish_reason is not None:
-                    self._metrics.attempt_ended(role, output.finish_reason)
-                self._perform(live, live.lifecycle.handle(output, now))
+                try:
+                    if output.cached_tokens is not None:
+                        self._compare(live, instance_id, output)
+                    if output.finish_reason is not None:
+                        self._metrics.attempt_ended(role, output.finish_reason)
+                    self._perform(live, live.lifecycle.handle(output, now))
+                except Exception:  # noqa: BLE001 as in `_event`, without a call for each token
+                    self._break(live)
             elif output.handoff is not None:  # its request ended meanwhile
                 handoff_id = output.handoff.handoff_id
                 self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=False))

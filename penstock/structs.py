@@ -4,16 +4,77 @@ Words: a *request* is a client's call; a *choice* is one of its `n` answers; an 
 choice on one instance. Token counts are in tokens, times in seconds (`_s`) or milliseconds (`_ms`),
 block counts in KV blocks of `block_size` tokens. Fields are only ever added, with defaults, so that a
 frontend and a worker of neighbouring versions understand each other.
+
+Types carry their limits. msgspec checks those when it decodes what another process sent, and only then:
+objects that are made here are not checked. A range also refuses NaN and infinities.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
+
+MAX_PROMPT_TOKENS = 4 * 1024 * 1024
+"""Longest prompt with its output: more than fits into a frame of the link."""
+
+MAX_ASSETS = 32
+"""Most files that come with a model; five are known (engines/assets.py)."""
+
+MAX_POOL_BLOCKS = 16 * 1024 * 1024
+"""Largest KV pool of one worker: far above any (a million blocks are 16 million tokens)."""
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+"""Of tokens, blocks or requests that there are at one time."""
+
+Total = Annotated[int, Meta(ge=0, le=2**53)]
+"""What is counted from a process's start on, and milliseconds since 1970."""
+
+BlockSize = Annotated[int, Meta(ge=1, le=2**20)]
+"""Tokens per KV block."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+"""As block hashes take them (core/hashing.py); a model's vocabulary is smaller."""
+
+BlockHash = Annotated[int, Meta(ge=0)]
+"""64 bits, unsigned: msgpack has no larger numbers."""
+
+Number = Annotated[float, Meta(ge=-1e9, le=1e9)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]
+
+Logprob = Annotated[float, Meta(le=1e9)]
+"""-inf for a token that is ruled out; above 0 where an engine gives logits in place of probabilities."""
+
+MAX_LOGPROBS = 128
+"""Most alternatives per token; clients may ask for 20."""
+
+Penalty = Annotated[float, Meta(ge=-100, le=100)]
+
+Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
+"""Of an instance, a model, a request. Names stand in logs and metrics: no control characters."""
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""The digest of a file's content, in hex."""
+
+Word = Annotated[str, Meta(max_length=512)]
+"""A short text that is compared or shown."""
+
+MAX_TEXT_CHARS = 4096
+Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+"""A sentence for people: why something was not done. `shortened` makes one of any text."""
+
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_TOKENS)]
+BlockHashes = Annotated[list[BlockHash], Meta(max_length=MAX_POOL_BLOCKS)]
 
 JsonObject = dict[str, Any]  # decoded, and not checked yet
+
+
+def shortened(text: str) -> Text:
+    """A text for people, cut to what the other side of a link takes."""
+    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 3] + "..."
 
 
 class Role(StrEnum):
@@ -62,20 +123,22 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     `reproducible`; else it may draw anew from there, which is as good a sample.
     """
 
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    seed: int = 0
-    presence_penalty: float = 0.0  # over output tokens, as in OpenAI's API
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output tokens, as in CTRL (arXiv 1909.05858)
-    logit_bias: dict[int, float] = {}
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's EOS
+    max_tokens: Count
+    min_tokens: Count = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0 is greedy
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    top_k: Count = 0  # 0: off
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0)] = 0
+    presence_penalty: Penalty = 0.0  # over output tokens, as in OpenAI's API
+    frequency_penalty: Penalty = 0.0
+    # Over prompt and output tokens, as in CTRL (arXiv 1909.05858).
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[TokenId, Penalty], Meta(max_length=1024)] = {}
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()  # beside the model's EOS
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: the chosen token and the k most likely
+    # None: none; k: the chosen token's, and those of the k most likely.
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     structured: StructuredOutput | None = None  # only for engines whose card says `structured_output`
     reproducible: bool = False  # the client gave the seed: the same tokens whatever happens on the way
 
@@ -83,9 +146,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 class TokenLogprob(msgspec.Struct, array_like=True):
     """One output token's log-probability and the alternatives' (natural logarithm)."""
 
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]] = []
+    token_id: TokenId
+    logprob: Logprob
+    top: Annotated[list[tuple[TokenId, Logprob]], Meta(max_length=MAX_LOGPROBS)] = []
 
 
 class ToolCallDelta(msgspec.Struct, omit_defaults=True):
@@ -111,17 +174,17 @@ class Handoff(msgspec.Struct):
     A decode worker recomputes instead of pulling whenever any of these does not match what it sees.
     """
 
-    handoff_id: str  # the prefill attempt's id
-    instance_id: str  # who holds the blocks
-    epoch: int  # that instance's incarnation
-    num_tokens: int  # KV exists for token_ids[:num_tokens]
-    block_size: int
-    last_hash: int  # sequence hash of the last block, whole or partial (core/hashing.py)
-    layout: str  # fingerprint of weights and KV geometry; both sides must be equal
-    ttl_s: float  # what was left of its life when this message was sent
-    transport: str  # which KvTransfer can read it
-    address: str  # where that transport listens
-    params: bytes = b""  # the transport's own, opaque to everyone else
+    handoff_id: Name  # the prefill attempt's id
+    instance_id: Name  # who holds the blocks
+    epoch: Total  # that instance's incarnation
+    num_tokens: Count  # KV exists for token_ids[:num_tokens]
+    block_size: BlockSize
+    last_hash: BlockHash  # sequence hash of the last block, whole or partial (core/hashing.py)
+    layout: Word  # fingerprint of weights and KV geometry; both sides must be equal
+    ttl_s: Seconds  # what was left of its life when this message was sent
+    transport: Word  # which KvTransfer can read it
+    address: Word  # where that transport listens
+    params: Annotated[bytes, Meta(max_length=2**21)] = b""  # the transport's own, opaque to everyone else
 
 
 class Attempt(msgspec.Struct):
@@ -131,29 +194,29 @@ class Attempt(msgspec.Struct):
     counts as output (penalties, seeds, min_tokens and max_tokens all continue).
     """
 
-    attempt_id: str
-    request_id: str
-    token_ids: list[int]
-    prompt_len: int
+    attempt_id: Name
+    request_id: Name
+    token_ids: TokenIds
+    prompt_len: Count
     sampling: Sampling
     prefill_only: bool = False  # stop after one token, keep the KV, answer with a Handoff
     handoff: Handoff | None = None
-    cache_salt: str = ""
-    priority: int = 0  # lower goes first
-    suspect_tokens: int = 0  # it may be what killed workers, until it has given so many; 0: it is not
+    cache_salt: Word = ""
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0  # lower goes first
+    suspect_tokens: Count = 0  # it may be what killed workers, until it has given so many; 0: it is not
 
 
 class Output(msgspec.Struct, array_like=True):
     """What one step gave to one attempt."""
 
-    attempt_id: str
-    token_ids: list[int] = []
+    attempt_id: str  # its limit is what was sent: it must be among that (wire/reports.py)
+    token_ids: TokenIds = []
     finish_reason: FinishReason | None = None  # set exactly once, on the attempt's last output
-    cached_tokens: int | None = None  # on the first output: prompt tokens whose KV was not computed here
+    cached_tokens: Count | None = None  # on the first output: prompt tokens whose KV was not computed here
     logprobs: list[TokenLogprob] | None = None  # one per token when asked for
     handoff: Handoff | None = None  # with PREFILLED
-    error: str | None = None  # with ERROR and REJECTED
-    transferred_blocks: int | None = None  # on the first output: blocks pulled from a prefill worker
+    error: Text | None = None  # with ERROR and REJECTED
+    transferred_blocks: Count | None = None  # on the first output: blocks pulled from a prefill worker
 
 
 class Rates(msgspec.Struct, array_like=True, frozen=True):
@@ -161,27 +224,27 @@ class Rates(msgspec.Struct, array_like=True, frozen=True):
     `step_ms + prefill_token_ms * prefill tokens + decode_request_ms * decoding requests`;
     a pull takes about `transfer_ms + transfer_block_ms * blocks`."""
 
-    step_ms: float = 1.0
-    prefill_token_ms: float = 0.1
-    decode_request_ms: float = 0.1
-    transfer_ms: float = 2.0
-    transfer_block_ms: float = 0.05
+    step_ms: Milliseconds = 1.0
+    prefill_token_ms: Milliseconds = 0.1
+    decode_request_ms: Milliseconds = 0.1
+    transfer_ms: Milliseconds = 2.0
+    transfer_block_ms: Milliseconds = 0.05
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True):
     """A worker's load after its latest step, whoever sent the work."""
 
-    running: int = 0  # requests that hold blocks
-    waiting: int = 0  # admitted, but holding no blocks yet
-    prefill_tokens: int = 0  # prompt tokens still to compute, running and waiting together
-    used_blocks: int = 0  # referenced by requests or held for handoffs
-    total_blocks: int = 0
-    context_tokens: int = 0  # tokens with KV, over running requests
-    held_handoffs: int = 0
-    steps: int = 0  # turns that the engine took: that it grows while there is work is its sign of life
+    running: Count = 0  # requests that hold blocks
+    waiting: Count = 0  # admitted, but holding no blocks yet
+    prefill_tokens: Count = 0  # prompt tokens still to compute, running and waiting together
+    used_blocks: Count = 0  # referenced by requests or held for handoffs
+    total_blocks: Count = 0
+    context_tokens: Total = 0  # tokens with KV, over running requests
+    held_handoffs: Count = 0
+    steps: Total = 0  # turns that the engine took: that it grows while there is work is its sign of life
     rates: Rates = Rates()
-    submitted: int = 0  # attempts submitted to the engine so far that this load includes
-    suspects: int = 0  # attempts that may be what killed other workers (core/suspects.py)
+    submitted: Total = 0  # attempts submitted to the engine so far that this load includes
+    suspects: Count = 0  # attempts that may be what killed other workers (core/suspects.py)
 
 
 class EngineStep(msgspec.Struct):
@@ -219,38 +282,39 @@ class EngineCard(msgspec.Struct):
 class Card(msgspec.Struct):
     """What a worker tells each frontend of itself on connecting."""
 
-    instance_id: str
-    epoch: int  # milliseconds since 1970 at the worker's start; grows with every incarnation
+    instance_id: Name
+    epoch: Total  # milliseconds since 1970 at the worker's start; grows with every incarnation
     role: Role
-    model: str  # served name; also seeds the block hashes
-    engine: str
-    block_size: int
-    total_blocks: int
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int] = []
-    layout: str = ""
-    transport: str = ""
-    sampling_defaults: dict[str, float] = {}
-    assets: dict[str, str] = {}  # file name -> sha256 hex of its content, fetched with AssetRequest
+    model: Name  # served name; also seeds the block hashes
+    engine: Word
+    block_size: BlockSize
+    total_blocks: Annotated[int, Meta(ge=1, le=MAX_POOL_BLOCKS)]
+    max_model_len: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
+    eos_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
+    layout: Word = ""
+    transport: Word = ""
+    sampling_defaults: Annotated[dict[Word, Number], Meta(max_length=64)] = {}
+    # By file name; the content is fetched with an AssetRequest.
+    assets: Annotated[dict[Word, Sha256], Meta(max_length=MAX_ASSETS)] = {}
     structured_output: bool = False  # this and all that follow as in EngineCard
-    tool_parser: str = ""
-    reasoning_parser: str = ""
-    max_batch_tokens: int = 0
-    max_running: int = 0
-    weights: str = ""
+    tool_parser: Word = ""
+    reasoning_parser: Word = ""
+    max_batch_tokens: Count = 0
+    max_running: Count = 0
+    weights: Word = ""
 
 
 class Registration(msgspec.Struct, frozen=True):
     """What discovery holds of one instance: where it listens, nothing else that could go stale."""
 
-    instance_id: str
-    epoch: int
+    instance_id: Name
+    epoch: Total
     role: Role
-    model: str
-    address: str  # host:port of its link
-    pid: int = 0  # on this machine, for the file directory's liveness check; 0: unknown
-    host: str = ""
+    model: Name
+    address: Word  # host:port of its link
+    pid: Count = 0  # on this machine, for the file directory's liveness check; 0: unknown
+    host: Word = ""
     tls: bool = False
 
     @property

@@ -23,7 +23,7 @@ from penstock.address import join_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.core.costs import Candidate, Query, costs
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
-from penstock.errors import PenstockError, RemoteError
+from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
 from penstock.link.server import LinkServer, Peer
 from penstock.link.settings import ServerSettings
 from penstock.ports import Discovery, Engine, Lease
@@ -37,8 +37,10 @@ from penstock.structs import (
     Output,
     Registration,
     Role,
+    shortened,
 )
-from penstock.wire.messages import Bounce, Step
+from penstock.wire import frames
+from penstock.wire.messages import Bounce, Step, Welcome
 
 log = logging.getLogger("penstock.worker")
 
@@ -117,6 +119,7 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
         self._card = self._describe(await self._engine.start())
+        _check_card(self._card)
         self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
         await self._server.start()
         address = join_address(self._host, self._server.port)
@@ -216,12 +219,19 @@ class Worker:
 
     async def _pump(self) -> None:
         async for step in self._engine.steps():
-            self._publish(step)
+            try:
+                self._publish(step)
+            except Exception:
+                # A defect of ours must not end the engine for everybody. Who missed something of this step
+                # could not make sense of the next one: all links begin anew, each with a snapshot.
+                log.exception("a step could not be passed on: all links begin anew")
+                for peer in list(self._server.peers):
+                    peer.connection.cut("an error at the worker, see its log")
 
     def _publish(self, step: EngineStep) -> None:
         """One message per frontend: its outputs, everybody's events and load."""
         arrived = step.load.submitted - self._load.submitted
-        for _ in range(arrived):
+        for _ in range(min(arrived, len(self._on_the_way))):
             self._on_the_way.popleft()
         self._load = step.load
         self._progress.observe(self.load(), self._time.look(self._clock.now()))
@@ -232,6 +242,8 @@ class Worker:
                 self._acquit(output)
             if output.finish_reason is not None:
                 self._owners.pop(output.attempt_id, None)
+                if output.error is not None:
+                    output.error = shortened(output.error)
             if owner in outputs:
                 outputs[owner].append(output)
                 if output.handoff is not None:
@@ -329,9 +341,11 @@ class Worker:
         if self._owners.get(attempt_id) is peer:
             self._engine.cancel(attempt_id)
 
-    def on_release(self, handoff_id: str, sent: bool) -> None:
-        self._handed.pop(handoff_id, None)
-        self._engine.release(handoff_id, sent=sent)
+    def on_release(self, peer: Peer, handoff_id: str, sent: bool) -> None:
+        owner, _ = self._handed.get(handoff_id, (None, 0.0))
+        if owner is peer:  # nobody else may say that it is of no use
+            del self._handed[handoff_id]
+            self._engine.release(handoff_id, sent=sent)
 
     def on_peer_lost(self, peer: Peer) -> None:
         orphans = [attempt_id for attempt_id, owner in self._owners.items() if owner is peer]
@@ -341,7 +355,7 @@ class Worker:
             self._engine.cancel(attempt_id)
         # Its requests ended with it; whoever it may have sent these to is told the same.
         for handoff_id in [handoff_id for handoff_id, (owner, _) in self._handed.items() if owner is peer]:
-            self.on_release(handoff_id, sent=True)
+            self.on_release(peer, handoff_id, sent=True)
 
     # --- what this worker is --------------------------------------------------------------------------
 
@@ -391,3 +405,11 @@ class Worker:
             f"address={address} blocks={card.total_blocks}x{card.block_size} "
             f"transport={card.transport or 'none'}"
         )
+
+
+def _check_card(card: Card) -> None:
+    """Raises ConfigError for a card that no frontend would take."""
+    try:
+        frames.decode_to_frontend(frames.encode(Welcome(card=card, proof=b""))[frames.LENGTH_BYTES :])
+    except ProtocolError as error:
+        raise ConfigError(f"what the engine says of itself cannot be served: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from penstock.core.progress import ProgressLimits
 from penstock.discovery.file import FileDiscovery
@@ -20,6 +21,7 @@ from penstock.structs import (
     EngineCard,
     EngineStep,
     FinishReason,
+    Handoff,
     Load,
     Output,
     Role,
@@ -237,16 +239,29 @@ async def test_only_the_owner_cancels(stage: Stage) -> None:
     mine.client.generate(attempt(1))
     await until(lambda: stage.engine.submitted)
     other.client.cancel("a.1")
-    other.client.release("h", sent=False)
-    await until(lambda: stage.engine.released)
+    other.client.generate(attempt(2))  # what it said before has arrived once this has
+    await until(lambda: len(stage.engine.submitted) == 2)
     assert stage.engine.cancelled == []
     mine.client.cancel("a.1")
     await until(lambda: stage.engine.cancelled == ["a.1"])
 
 
-async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released(stage: Stage) -> None:
-    from penstock.structs import Handoff
+async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
+    mine, other = await stage.frontend("f1"), await stage.frontend("f2")
+    mine.client.generate(replace(attempt(1), prefill_only=True))
+    await until(lambda: stage.engine.submitted)
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: mine.steps)
+    other.client.release("a.1", sent=False)
+    other.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    assert stage.engine.released == []
+    mine.client.release("a.1", sent=False)
+    await until(lambda: stage.engine.released == ["a.1"])
 
+
+async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released(stage: Stage) -> None:
     frontend = await stage.frontend()
     frontend.client.generate(attempt(1))
     await until(lambda: stage.engine.submitted)
@@ -258,11 +273,9 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
 
 
 async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> None:
-    from penstock.structs import Handoff
-
     frontend, other = await stage.frontend(), await stage.frontend("other")
     for number, peer in ((1, frontend), (2, frontend), (3, other)):
-        peer.client.generate(attempt(number))
+        peer.client.generate(replace(attempt(number), prefill_only=True))
         await until(lambda number=number: len(stage.engine.submitted) == number)
         name = f"a.{number}"
         handoff = Handoff(name, "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")

@@ -7,12 +7,11 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
 
     phase     event                      next      effects
     --------  -------------------------  --------  ------------------------------------------------
-    (new)     start                      QUEUED    Choose
     QUEUED    Chosen, with prefill       PREFILL   Send(prefill attempt)
     QUEUED    Chosen, without            DECODE    Send(attempt, with the handoff if one is held)
     QUEUED    NoCandidate, Held          QUEUED    none; whoever drives it asks again by Retry
     QUEUED    Refused                    DONE      Release, Fail
-    QUEUED    Retry                      QUEUED    Choose
+    QUEUED    Retry, also as the first   QUEUED    Choose
     PREFILL   Output, prefilled          DECODE    Send(attempt with handoff) to the decode worker, Emit
     PREFILL   Output, stop or length     DONE      Emit
     DECODE    Output, no finish          DECODE    Emit
@@ -165,10 +164,6 @@ class Lifecycle:
     def waited_s(self, now: float) -> float:
         """For how long it has waited for what it waits for."""
         return now - self._since
-
-    def start(self) -> list[Effect]:
-        """The first effects."""
-        return [self._choose()]
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at `now` (seconds), return what to do. Nothing happens after DONE, except

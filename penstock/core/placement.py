@@ -15,7 +15,8 @@ from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
-from penstock.core.prefix_index import PrefixIndex
+from penstock.core.prefix_index import PrefixIndex, most_blocks
+from penstock.errors import ProtocolError
 from penstock.structs import Attempt, Card, Load, Request
 
 
@@ -43,6 +44,7 @@ class Placement:
         self._book = LoadBook()
         self._check = OverlapCheck()
         self._block_sizes: dict[str, int] = {}  # of the connected instances
+        self._most_blocks: dict[str, int] = {}  # that each of them may have cached
         self._lengths = OutputLengths()
         self._ordinal = 0
 
@@ -51,6 +53,7 @@ class Placement:
     def up(self, card: Card, hashes: list[int], load: Load) -> None:
         """An instance is connected; this is all that it has cached."""
         self._block_sizes[card.instance_id] = card.block_size
+        self._most_blocks[card.instance_id] = most_blocks(card.total_blocks)
         self._index.add_worker(card.instance_id)
         self._index.replace(card.instance_id, hashes)
         self._book.reported(card.instance_id, 0, load)
@@ -58,6 +61,7 @@ class Placement:
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""
         self._block_sizes.pop(instance_id, None)
+        self._most_blocks.pop(instance_id, None)
         self._index.remove_worker(instance_id)
         self._book.forget(instance_id)
         self._check.forget(instance_id)
@@ -65,13 +69,20 @@ class Placement:
     def cache_changed(
         self, instance_id: str, stored: Sequence[int], removed: Sequence[int], cleared: bool
     ) -> None:
-        """One step's KV events."""
+        """One step's KV events. Raises ProtocolError when they do not fit to those before, or to the
+        instance's pool: the index has lost its worth then, and only a new snapshot restores it."""
         if cleared:
             self._index.cleared(instance_id)
         if removed:
-            self._index.removed(instance_id, removed)
+            gone = self._index.removed(instance_id, removed)
+            if gone < len(removed):
+                unknown = len(removed) - gone
+                raise ProtocolError(f"step.removed: {unknown} blocks that were not stored, or twice")
         if stored:
             self._index.stored(instance_id, stored)
+            held, most = self._index.held(instance_id), self._most_blocks[instance_id]
+            if held > most:
+                raise ProtocolError(f"step.stored: {held} blocks are cached, where {most} can be")
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """Its load, which includes every attempt up to `seen`."""

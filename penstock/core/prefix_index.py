@@ -23,6 +23,15 @@ SWEEP_BLOCKS = 4096
 """Blocks looked at by one sweep, to the end of a shard: about half a millisecond."""
 
 
+def most_blocks(total_blocks: int) -> int:
+    """How many blocks a worker with a pool of `total_blocks` may claim to have cached.
+
+    No engine here has more than its pool. Twice that, and a thousand for the smallest pools, is room for
+    one that keeps some elsewhere, and bounds what a worker that loses or invents events costs a frontend.
+    """
+    return 2 * total_blocks + 1000
+
+
 class PrefixIndex:
     """The blocks of all workers, as far as their events tell.
 
@@ -94,8 +103,8 @@ class PrefixIndex:
         self._held[worker] += added
         self._sweep_if_needed()
 
-    def removed(self, worker: str, hashes: Iterable[int]) -> None:
-        """The worker evicted these blocks. Those it did not have are ignored."""
+    def removed(self, worker: str, hashes: Iterable[int]) -> int:
+        """The worker evicted these blocks. Returns how many of them it had; the others change nothing."""
         bit = 1 << self._slots[worker]
         shards = self._shards
         gone = 0
@@ -110,6 +119,7 @@ class PrefixIndex:
                     shard[key] = holders ^ bit
         self._held[worker] -= gone
         self._sweep_if_needed()
+        return gone
 
     def overlaps(self, hashes: Sequence[int]) -> dict[str, int]:
         """For each worker that has block 0: the largest n such that it has all of hashes[:n]."""

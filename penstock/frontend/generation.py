@@ -103,7 +103,8 @@ class Record:
         self.call = self.plan = None
 
     def _abandon(self, error: PenstockError) -> None:
-        if self.error is None and self.limit is not None:
+        # One that has expired says so itself, and cannot be moved any more.
+        if self.error is None and self.limit is not None and not self.limit.expired():
             self.error = error
             self.limit.reschedule(0.0)
 

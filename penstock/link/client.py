@@ -72,6 +72,16 @@ class LinkClient:
         return self._reason
 
     @property
+    def misled(self) -> bool:
+        """Whether the last connection was cut here because of what the worker said."""
+        return self._session is not None and self._session.connection.misled
+
+    def cut(self, reason: str) -> None:
+        """End the present connection, if there is one, as if it had broken; another follows."""
+        if self._session is not None:
+            self._session.connection.cut(reason)
+
+    @property
     def fell_silent(self) -> bool:
         """Whether the last connection was cut here because nothing came any more."""
         return self._session is not None and self._session.fell_silent
@@ -105,14 +115,22 @@ class LinkClient:
         """Keep the link up until cancelled; then hang up."""
         failures = 0
         while True:
-            session = await self._serve_once()
-            failures = 0 if session.live_s >= self._settings.retry_max_s else failures + 1
-            await self._clock.sleep(self._pause_s(failures, session.refused))
+            session, refused, misled = None, False, False
+            try:
+                session = await self._serve_once()
+                refused, misled = session.refused, session.connection.misled
+            except Exception:  # a defect of ours must not end the links to the other workers
+                _logger.exception("the link to %s broke because of an error here", self.address)
+            good = session is not None and session.live_s >= self._settings.retry_max_s and not misled
+            failures = 0 if good else failures + 1
+            await self._clock.sleep(self._pause_s(failures, refused, misled))
 
-    def _pause_s(self, failures: int, refused: bool) -> float:
+    def _pause_s(self, failures: int, refused: bool, misled: bool) -> float:
+        """Whoever says what cannot be is tried less and less often, as long as it goes on like that."""
         settings = self._settings
         doublings = min(max(0, failures - 1), _MAX_DOUBLINGS)
-        pause_s = min(settings.retry_min_s * 2**doublings, settings.retry_max_s)
+        longest_s = settings.refused_retry_s if misled else settings.retry_max_s
+        pause_s = min(settings.retry_min_s * 2**doublings, longest_s)
         return (settings.refused_retry_s if refused else pause_s) * self._rng.uniform(0.5, 1.0)
 
     def _live_session(self) -> Session:
@@ -140,9 +158,9 @@ class LinkClient:
         finally:
             if not session.connection.ended.done():
                 await self._leave(session)
-        if session.was_live:
+        if session.was_live:  # whoever was told of its end logs it
             self._logged_reason = ""
-        self._log_down(reason, logging.INFO if session.orderly else logging.WARNING)
+        self._log_down(reason, logging.DEBUG if session.was_live else logging.WARNING)
         return session
 
     async def _leave(self, session: Session) -> None:

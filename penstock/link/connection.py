@@ -9,9 +9,10 @@ garbage collection) counts one tick and does not blame its peers for the silence
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Iterator
-from typing import Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, Protocol, cast
 
 from penstock.address import join_address
 from penstock.errors import ProtocolError
@@ -21,6 +22,10 @@ _HIGH_WATER_BYTES = 256 * 1024
 """Paced frames stop while more than this is unsent, so that a token waits behind little of them."""
 
 
+_logger = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
 class ConnectionOwner(Protocol):
     """What a connection tells its owner."""
 
@@ -28,8 +33,7 @@ class ConnectionOwner(Protocol):
         """The connection may be written to."""
 
     def received(self, body: memoryview) -> None:
-        """A frame's body; it may be read only during this call. A ProtocolError raised here ends the
-        connection."""
+        """A frame's body; it may be read only during this call. What is raised here ends the connection."""
 
     def ended(self, reason: str) -> None:
         """The last call, exactly once after `opened`."""
@@ -48,6 +52,7 @@ class Connection(asyncio.Protocol):
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.silent_s = 0.0  # ticked since the last bytes arrived
         self.phase_s = 0.0  # ticked since the owner last set it to 0
+        self.misled = False  # it was cut because the peer said what no peer may say
         self._owner = owner
         self._decoder = FrameDecoder(max_frame_bytes)
         self._max_unsent_bytes = max_unsent_bytes
@@ -134,6 +139,18 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def guard(self, call: Callable[_P, None], *args: _P.args, **options: _P.kwargs) -> None:
+        """Do something for this connection. What it raises ends this connection and nothing else: a
+        ProtocolError is the peer's fault, anything else a defect of ours, which is logged in full."""
+        try:
+            call(*args, **options)
+        except ProtocolError as error:
+            self.misled = True
+            self.cut(str(error))
+        except Exception as error:
+            _logger.exception("the link with %s ends because of an error here", self.peer_address)
+            self.cut(f"an error here: {error!r}")
+
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -144,15 +161,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, received: bytes) -> None:
         self.silent_s = 0.0
-        if self._reason:
-            return
-        try:
-            for body in self._decoder.feed(received):
-                self._owner.received(body)
-                if self._reason:
-                    return
-        except ProtocolError as error:
-            self.cut(str(error))
+        self.guard(self._take, received)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -165,11 +174,17 @@ class Connection(asyncio.Protocol):
         lost = f"connection lost: {error}" if error else "closed by the other side"
         self._reason = self._reason or lost
         self._paced.clear()
-        try:
-            self._owner.ended(self._reason)
-        finally:
-            if not self.ended.cancelled():
-                self.ended.set_result(self._reason)
+        self.guard(self._owner.ended, self._reason)
+        if not self.ended.cancelled():
+            self.ended.set_result(self._reason)
+
+    def _take(self, received: bytes) -> None:
+        if self._reason:
+            return
+        for body in self._decoder.feed(received):
+            self._owner.received(body)
+            if self._reason:
+                return
 
     def _open(self) -> asyncio.Transport | None:
         return None if self._reason else self._transport
@@ -183,7 +198,7 @@ class Connection(asyncio.Protocol):
     def _schedule_pump(self) -> None:
         if self._paced and not self._paused and not self._pump_scheduled:
             self._pump_scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self.guard, self._pump)
 
     def _pump(self) -> None:
         self._pump_scheduled = False

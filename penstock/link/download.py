@@ -22,13 +22,13 @@ class Download:
         self._sha256 = sha256
         self._max_bytes = max_bytes
         self._content = bytearray()
-        self._size = 0
+        self.size = 0  # in bytes, so far
         self._digest = hashlib.sha256()
 
     def add(self, part: Asset) -> None:
         """Take the next part; the last one resolves `done`."""
-        self._size += len(part.data)
-        if self._size <= self._max_bytes:
+        self.size += len(part.data)
+        if self.size <= self._max_bytes:
             self._content += part.data
             self._digest.update(part.data)  # part by part, so that no single call takes long
         if part.last:
@@ -42,8 +42,8 @@ class Download:
     def _finish(self, missing: bool) -> None:
         if missing:
             self.fail("the worker does not have it")
-        elif self._size > self._max_bytes:
-            self.fail(f"it has {self._size} bytes, where {self._max_bytes} may be")
+        elif self.size > self._max_bytes:
+            self.fail(f"it has {self.size} bytes, where {self._max_bytes} may be")
         elif self._digest.hexdigest() != self._sha256:
             self.fail("its content has another hash")
         elif not self.done.done():

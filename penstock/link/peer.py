@@ -39,8 +39,7 @@ ASSET_PART_BYTES = 1024 * 1024
 
 class LinkHandler(Protocol):
     """What a worker does for its links. All methods are called on the event loop's thread and return at
-    once. None is expected to raise: if one does, it ends the connection it was called for; from `load`,
-    it ends `LinkServer.run`."""
+    once. None is expected to raise: what one raises ends the connection it was called for."""
 
     def card(self) -> Card:
         """What this worker is."""
@@ -61,7 +60,7 @@ class LinkHandler(Protocol):
     def on_cancel(self, peer: Peer, attempt_id: str) -> None:
         """End an attempt; it may have ended already, or never have been."""
 
-    def on_release(self, handoff_id: str, sent: bool) -> None:
+    def on_release(self, peer: Peer, handoff_id: str, sent: bool) -> None:
         """Drop a handoff; it may be gone already, or never have been."""
 
     def on_peer_lost(self, peer: Peer) -> None:
@@ -110,7 +109,10 @@ class Peer:
 
     def send(self, message: ToFrontend) -> None:
         """Send a message, never waiting. A peer that reads too slowly is cut, and `on_peer_lost` follows;
-        to a peer that is gone, nothing is sent."""
+        to a peer that is gone, nothing is sent. What cannot be encoded ends the connection."""
+        self.connection.guard(self._send, message)
+
+    def _send(self, message: ToFrontend) -> None:
         frame = frames.encode(message)
         if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
             self.connection.cut(f"a {type(message).__name__} of {len(frame)} bytes is too long to send")
@@ -123,6 +125,9 @@ class Peer:
 
     def tick(self, seconds: float) -> None:
         """Let time pass: send a heartbeat, and cut the connection when a deadline has passed."""
+        self.connection.guard(self._tick, seconds)
+
+    def _tick(self, seconds: float) -> None:
         self.connection.tick(seconds)
         settings = self._settings
         if not self.welcomed:
@@ -157,7 +162,7 @@ class Peer:
             case Cancel():
                 self._handler.on_cancel(self, message.attempt_id)
             case Release():
-                self._handler.on_release(message.handoff_id, message.sent)
+                self._handler.on_release(self, message.handoff_id, message.sent)
             case AssetRequest():
                 self._send_asset(message.sha256)
             case Ping():

@@ -15,6 +15,7 @@ from penstock.link.connection import Connection
 from penstock.link.peer import LinkHandler, Peer
 from penstock.link.settings import ServerSettings
 from penstock.quiet_log import QuietLog
+from penstock.structs import shortened
 from penstock.tls_acceptor import TlsAcceptor
 from penstock.wire.handshake import NONCE_BYTES
 from penstock.wire.messages import Draining, Goodbye
@@ -90,7 +91,7 @@ class LinkServer:
 
     def drain(self, reason: str) -> None:
         """Tell all frontends, and those still to come, that no new attempt is taken."""
-        self._door.drain(Draining(reason=reason))
+        self._door.drain(Draining(reason=shortened(reason)))
 
     async def close(self, reason: str, *, failed: bool = False) -> None:
         """Say Goodbye and hang up, within `close_timeout_s`; each peer gets its `on_peer_lost`.
@@ -102,7 +103,7 @@ class LinkServer:
         if self._tls is not None:
             await self._tls.close()
         for peer in self.peers:
-            peer.send(Goodbye(reason=reason, failed=failed))
+            peer.send(Goodbye(reason=shortened(reason), failed=failed))
         connections = [peer.connection for peer in self._door.everyone()]
         for connection in connections:
             connection.close(f"closed here: {reason}")
@@ -163,7 +164,7 @@ class _Door:
                 other.connection.cut("the same frontend connected again")
         del self._strangers[peer]
         self.peers[peer] = None
-        _logger.info("frontend %s connected from %s", peer.frontend_id, peer.connection.peer_address)
+        self._log.info("frontend %s connected from %s", peer.frontend_id, peer.connection.peer_address)
         if self._draining is not None:
             peer.send(self._draining)
 
@@ -173,6 +174,8 @@ class _Door:
         if peer.welcomed:
             if self.closed or peer.left:
                 _logger.info("frontend %s disconnected: %s", peer.frontend_id, reason)
+            elif peer.connection.misled:  # it may do that again as often as it likes
+                self._log.warning("frontend %s is cut off: %s", peer.frontend_id, reason)
             else:
                 _logger.warning("frontend %s is lost: %s", peer.frontend_id, reason)
         else:

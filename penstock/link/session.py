@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from typing import Protocol
 
+from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError, RemoteError
 from penstock.link.connection import Connection
 from penstock.link.download import Download
@@ -34,6 +35,7 @@ from penstock.wire.messages import (
     ToWorker,
     Welcome,
 )
+from penstock.wire.reports import Reports
 
 _PING = frames.encode(Ping())
 
@@ -102,11 +104,13 @@ class Session:
         self._epoch = epoch
         self._listener = listener
         self._card: Card | None = None
+        self._reports: Reports  # once it is live
         self._hashes: list[int] = []
         self._seq = 0  # of the latest Generate
         self._seen = 0  # the latest that the worker has seen
         self._unseen_s = 0.0  # ticked while one was on its way and none arrived
         self._downloads: dict[str, Download] = {}
+        self._fetched_bytes = 0  # of files that are here
 
     @property
     def live(self) -> bool:
@@ -115,6 +119,8 @@ class Session:
 
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt; see LinkClient."""
+        if self._reports.full:
+            raise RemoteError("it has more attempts than it ends")
         frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
         if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
             raise ProtocolError(f"an attempt of {len(frame)} bytes is too long for a frame")
@@ -123,6 +129,7 @@ class Session:
                 "its link is full: attempts are sent to it faster than the network takes them"
             )
         self._seq += 1
+        self._reports.sent(attempt)
         self.connection.write(frame)
         return self._seq
 
@@ -150,6 +157,9 @@ class Session:
 
     def tick(self, seconds: float) -> None:
         """Let time pass: send a ping, and cut the connection when a deadline has passed."""
+        self.connection.guard(self._tick, seconds)
+
+    def _tick(self, seconds: float) -> None:
         self.connection.tick(seconds)
         settings = self._settings
         if self.phase is Phase.HANDSHAKE:
@@ -233,9 +243,11 @@ class Session:
         if not isinstance(message, Snapshot):
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
         self._hashes += message.hashes
-        if len(self._hashes) > self._settings.max_snapshot_blocks:
-            raise ProtocolError(f"a snapshot of more than {self._settings.max_snapshot_blocks} blocks")
+        most = min(self._settings.max_snapshot_blocks, most_blocks(self._card.total_blocks))
+        if len(self._hashes) > most:
+            raise ProtocolError(f"snapshot.hashes: more than {most} blocks")
         if message.last:
+            self._reports = Reports(self._card, message.load)
             hashes, self._hashes = self._hashes, []
             self.phase = Phase.LIVE
             self.connection.phase_s = 0.0
@@ -246,12 +258,15 @@ class Session:
     def _pass_on(self, message: ToFrontend) -> None:
         match message:
             case Step():
+                self._reports.step(message)
                 self._hear(message.seen)
                 self._listener.on_step(message)
             case Heartbeat():
+                self._reports.load(message.seen, message.load)
                 self._hear(message.seen)
                 self._listener.on_heartbeat(message.seen, message.load)
             case Bounce():
+                self._reports.bounce(message)
                 self._listener.on_bounce(message)
             case Asset():
                 self._take_part(message)
@@ -273,5 +288,8 @@ class Session:
         download.add(part)
         if part.last:
             del self._downloads[part.sha256]
+            self._fetched_bytes += download.size
+            if self._fetched_bytes > self._settings.max_assets_bytes:
+                raise ProtocolError(f"asset: files of {self._fetched_bytes} bytes in all")
         else:
             self.connection.rest()

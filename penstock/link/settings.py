@@ -143,6 +143,9 @@ class ClientSettings(_LinkSettings):
     max_asset_bytes: int = 64 * _MIB
     """Longest file taken from a worker. Large tokenizers have 35 MB."""
 
+    max_assets_bytes: int = 256 * _MIB
+    """All files taken over one connection: those of a model, several times over."""
+
     max_snapshot_blocks: int = 16 * _MIB
     """Most hashes taken from a worker: far above any cache (a million blocks are 16 million tokens)."""
 
@@ -155,6 +158,7 @@ class ClientSettings(_LinkSettings):
             "refused_retry_s",
             "asset_timeout_s",
             "max_asset_bytes",
+            "max_assets_bytes",
             "max_snapshot_blocks",
         ):
             _positive(self, name)

@@ -8,11 +8,13 @@ make a decoder hold at most one frame of the limit and one read beside it.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
+from penstock.checked import field_path
 from penstock.errors import ProtocolError
+from penstock.wire.checks import CHECKS
 from penstock.wire.messages import ToFrontend, ToWorker
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -45,11 +47,30 @@ def decode_to_worker(body: bytes | memoryview) -> ToWorker:
 
 def _decode(decoder: msgspec.msgpack.Decoder[_MessageT], body: bytes | memoryview) -> _MessageT:
     try:
-        return decoder.decode(body)
+        message = decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
-        # The text may quote the peer, and will be in a log.
-        quoted = "".join(char if char.isprintable() else "?" for char in str(error)[:_MAX_REASON_CHARS])
-        raise ProtocolError(f"not a message: {quoted}") from error
+        raise ProtocolError(f"not a message: {_complaint(error, body)}") from error
+    check = CHECKS.get(type(message))
+    if check is not None:
+        check(message)
+    return message
+
+
+class _Tag(msgspec.Struct):
+    t: str
+
+
+def _complaint(error: Exception, body: bytes | memoryview) -> str:
+    """What is wrong with a message, and in which field. It may quote the peer, and will be in a log."""
+    try:
+        tag = msgspec.msgpack.decode(body, type=_Tag).t
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        tag = ""
+    text = field_path(str(error), _KINDS[tag]) if tag in _KINDS else str(error)
+    return "".join(char if char.isprintable() else "?" for char in text[:_MAX_REASON_CHARS])
+
+
+_KINDS = {kind.__name__.lower(): kind for kind in (*get_args(ToFrontend), *get_args(ToWorker))}
 
 
 class FrameDecoder:

@@ -20,11 +20,31 @@ new meaning of an old one, is a new protocol version, and versions do not mix.
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from penstock.structs import Attempt, Card, Load, Output
+import msgspec
+from msgspec import Meta
+
+from penstock.structs import (
+    Attempt,
+    BlockHashes,
+    Card,
+    Load,
+    Name,
+    Output,
+    Seconds,
+    Text,
+    Total,
+    Word,
+)
 
 PROTOCOL_VERSION = 1
+
+MAX_OUTPUTS = 64 * 1024
+"""Most attempts of one frontend that one step says something of."""
+
+Nonce = Annotated[bytes, Meta(max_length=64)]
+Proof = Annotated[bytes, Meta(max_length=64)]
 
 
 class _Message(msgspec.Struct, tag_field="t", tag=str.lower, omit_defaults=True):
@@ -35,7 +55,7 @@ class Challenge(_Message):
     """W: the first bytes on a connection."""
 
     protocol: int
-    nonce: bytes
+    nonce: Nonce
 
 
 class Hello(_Message):
@@ -43,29 +63,29 @@ class Hello(_Message):
 
     protocol: int
     frontend_id: str
-    nonce: bytes
-    proof: bytes
+    nonce: Nonce
+    proof: Proof
 
 
 class Welcome(_Message):
     """W: accepts a Hello."""
 
     card: Card
-    proof: bytes
+    proof: Proof
 
 
 class Refused(_Message):
     """W: rejects a Hello (version, secret, too many frontends), with the reason in words; the connection
     ends."""
 
-    reason: str
+    reason: Text
 
 
 class Snapshot(_Message):
     """W: part of the set of sequence hashes that are cached now. The load that goes with the set is on
     the last part."""
 
-    hashes: list[int]
+    hashes: BlockHashes
     last: bool = False
     load: Load = Load()
 
@@ -73,33 +93,33 @@ class Snapshot(_Message):
 class Step(_Message):
     """W: one engine step: this frontend's outputs, everybody's KV events and load."""
 
-    seen: int
+    seen: Total
     load: Load
-    outputs: list[Output] = []
-    stored: list[int] = []
-    removed: list[int] = []
+    outputs: Annotated[list[Output], Meta(max_length=MAX_OUTPUTS)] = []
+    stored: BlockHashes = []
+    removed: BlockHashes = []
     cleared: bool = False
 
 
 class Heartbeat(_Message):
     """W: still here, between steps."""
 
-    seen: int
+    seen: Total
     load: Load
 
 
 class Bounce(_Message):
     """W: will not take this attempt (full, draining, bad handoff...). Nothing of it remains here."""
 
-    attempt_id: str
-    reason: str
-    retry_after_s: float = 0.0
+    attempt_id: Name
+    reason: Text
+    retry_after_s: Seconds = 0.0
 
 
 class Asset(_Message):
     """W: part of a file named by its sha256; `last` on the final part; `missing` when unknown."""
 
-    sha256: str
+    sha256: Word
     data: bytes = b""
     last: bool = False
     missing: bool = False
@@ -108,40 +128,40 @@ class Asset(_Message):
 class Draining(_Message):
     """W: takes no new attempts; what runs goes on."""
 
-    reason: str = ""
+    reason: Text = ""
 
 
 class Goodbye(_Message):
     """F, W: the last message: its sender is leaving. `failed` when it must, since its engine is gone."""
 
-    reason: str
+    reason: Text
     failed: bool = False
 
 
 class Generate(_Message):
     """F: run this attempt."""
 
-    seq: int
+    seq: Total
     attempt: Attempt
 
 
 class Cancel(_Message):
     """F: end this attempt. Its last Output is CANCELLED."""
 
-    attempt_id: str
+    attempt_id: Name
 
 
 class Release(_Message):
     """F: this handoff is of no use any more. `sent`: a decode worker knows of it, and may be reading."""
 
-    handoff_id: str
+    handoff_id: Name
     sent: bool = False
 
 
 class AssetRequest(_Message):
     """F: send the file with this sha256."""
 
-    sha256: str
+    sha256: Word
 
 
 class Ping(_Message):

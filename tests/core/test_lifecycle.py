@@ -78,7 +78,7 @@ def prefilled(life: Lifecycle, token: int = 10, ttl_s: float = 30.0, now: float 
 
 def test_starts_by_asking_for_a_place() -> None:
     life = lifecycle()
-    assert life.start() == [Choose(frozenset())]
+    assert life.handle(Retry(), 0.0) == [Choose(frozenset())]
     assert life.phase is Phase.QUEUED
     assert life.deadline == 30.0
 
@@ -531,7 +531,7 @@ class Story:
         self.ended = 0
         self.gone = False
         self.waiting = True
-        self.perform(self.life.start())
+        self.perform(self.life.handle(Retry(), 0.0))
 
     def perform(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -34,7 +34,7 @@ class FakeWorker:
         self.epoch = 1
 
     def card(self) -> Card:
-        return Card("w1", self.epoch, Role.DECODE, "m", "fake", 16, 100, 1000, 1000)
+        return Card("w1", self.epoch, Role.DECODE, "m", "fake", 16, 2_000_000, 1000, 1000)
 
     def load(self) -> Load:
         return Load(running=self.running)
@@ -52,7 +52,7 @@ class FakeWorker:
     def on_cancel(self, peer: Peer, attempt_id: str) -> None:
         self.cancelled.append(attempt_id)
 
-    def on_release(self, handoff_id: str, sent: bool) -> None:
+    def on_release(self, peer: Peer, handoff_id: str, sent: bool) -> None:
         self.released.append(handoff_id)
 
     def on_peer_lost(self, peer: Peer) -> None:

@@ -154,11 +154,28 @@ async def test_ticks(connection: Connection, transport: Any) -> None:
     assert (connection.silent_s, connection.phase_s) == (0.0, 3.0)
 
 
-async def test_the_end_is_told_even_when_the_owner_fails(connection: Connection, owner: Owner) -> None:
+async def test_the_end_is_told_even_when_the_owner_fails(
+    connection: Connection, owner: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
     owner.ended = lambda reason: 1 / 0  # type: ignore[assignment]
-    with pytest.raises(ZeroDivisionError):
-        connection.connection_lost(None)
+    connection.connection_lost(None)
     assert connection.ended.done()
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ProtocolError("step.seen: 5"), ZeroDivisionError("a defect")])
+async def test_what_a_message_raises_ends_its_connection_alone(
+    connection: Connection, owner: Owner, transport: Any, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(body: memoryview) -> None:
+        raise error
+
+    owner.received = fail  # type: ignore[method-assign]
+    connection.data_received(b"\0\0\0\3abc")
+    assert transport.ending == "aborted"
+    assert connection.misled is isinstance(error, ProtocolError)
+    assert ("Traceback" in caplog.text) is not connection.misled
+    assert str(error) in await connection.ended
 
 
 async def test_rest_lasts_one_turn(connection: Connection, transport: Any) -> None:

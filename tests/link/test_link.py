@@ -168,7 +168,7 @@ async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
 
 
 async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any, caplog: Any) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     worker, listener = bench.worker(), bench.listener()
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -263,13 +263,13 @@ async def test_a_slow_reader_is_cut_and_the_others_notice_nothing(bench: Any) ->
             while len(server.peers) == 2:
                 assert sent < 2000
                 for peer in server.peers:
-                    peer.send(Step(seen=sent, load=Load(), stored=list(range(5000))))
+                    peer.send(Step(seen=0, load=Load(context_tokens=sent), stored=list(range(5000))))
                 sent += 1
                 await bench.until(lambda: len(good.steps) == sent)  # noqa: B023
             assert [peer.frontend_id for peer in worker.lost] == ["slow"]
             stopped.resume_reading()
             await bench.until(lambda: slow.downs)
-        assert [step.seen for step in good.steps] == list(range(sent))
+        assert [step.load.context_tokens for step in good.steps] == list(range(sent))
         assert good.downs == []
 
 

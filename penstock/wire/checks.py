@@ -1,0 +1,55 @@
+"""What a message must be in itself, beyond the limits of each of its values, which are in their types.
+
+Each check raises ProtocolError, which names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from penstock.errors import ProtocolError
+from penstock.structs import Attempt, Card
+from penstock.wire.messages import Generate, Welcome
+
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
+
+_DEFAULT_RANGES: Final = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1.0, 2.0**31 - 1),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "repetition_penalty": (1e-3, 100.0),
+}
+"""What a model may recommend: requests that leave these out are sent with them, so they are bounded as in
+structs.Sampling."""
+
+
+def check_card(card: Card) -> None:
+    """A worker's card: what frontends divide by, allocate for, and hand to requests."""
+    for name in card.assets:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ProtocolError(f"card.assets: {name[:128]!r} is not the name of a file")
+    for name, value in card.sampling_defaults.items():
+        low, high = _DEFAULT_RANGES.get(name, (value, value))
+        if not low <= value <= high:
+            raise ProtocolError(f"card.sampling_defaults.{name}: {value:g}, expected {low:g} to {high:g}")
+
+
+def check_attempt(attempt: Attempt) -> None:
+    """An attempt, whatever the engine; engines/active.py says whether one can serve it."""
+    tokens = len(attempt.token_ids)
+    if not 1 <= attempt.prompt_len <= tokens:
+        raise ProtocolError(f"attempt.prompt_len: {attempt.prompt_len}, of {tokens} token_ids")
+    if attempt.handoff is not None and not 1 <= attempt.handoff.num_tokens <= tokens:
+        raise ProtocolError(f"attempt.handoff.num_tokens: {attempt.handoff.num_tokens}, of {tokens}")
+
+
+CHECKS: Final[dict[type, Callable[[Any], None]]] = {
+    Welcome: lambda message: check_card(message.card),
+    Generate: lambda message: check_attempt(message.attempt),
+}
+"""By the type of the message."""
