@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-MAX_PROMPT_TOKENS = 4 * 1024 * 1024
-"""Longest prompt with its output: more than fits into a frame of the link."""
+MAX_PROMPT_TOKENS = 16 * 1024 * 1024
+"""Longest prompt with its output: a frame of the link has no room for more."""
 
 MAX_ASSETS = 32
 """Most files that come with a model; five are known (engines/assets.py)."""
@@ -45,7 +45,8 @@ Number = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 
-Logprob = Annotated[float, Meta(le=1e9)]
+MAX_LOGPROB = 1e9
+Logprob = Annotated[float, Meta(le=MAX_LOGPROB)]
 """-inf for a token that is ruled out; above 0 where an engine gives logits in place of probabilities."""
 
 MAX_LOGPROBS = 128

@@ -28,6 +28,8 @@ from penstock.structs import Registration
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 200  # characters of a key, and of what is wrong with its value, which may quote it
+
 _WRITES_MAX = 3
 """Attempts to write a key that others keep changing, before the next refresh tries again."""
 
@@ -251,7 +253,7 @@ class _Known:
                 raise msgspec.ValidationError(f"it is not the key of {found.instance_id!r}")
             return found
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            self._warn_once(held.key, f"ignoring {held.key!r}: {error}")
+            self._warn_once(held.key, f"ignoring {held.key[:_SHOWN]!r}: {str(error)[:_SHOWN]}")
             return None
 
     def _warn_once(self, key: bytes, message: str) -> None:

@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -24,12 +25,13 @@ from urllib.parse import quote
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.structs import Registration
+from penstock.structs import Count, Registration, Word
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
 _TEMPORARY_SUFFIX = ".tmp"
+_SHOWN_CHARS = 200  # of what is wrong with a file, which may quote it
 
 
 class FileDiscoverySettings(msgspec.Struct, frozen=True):
@@ -58,8 +60,8 @@ class _Record(msgspec.Struct, frozen=True):
     """What a file holds. `pid` means something only to processes of the same `pid_space`."""
 
     registration: Registration
-    pid_space: str = ""
-    pid: int = 0
+    pid_space: Word = ""
+    pid: Count = 0
 
 
 class FileDiscovery:
@@ -110,7 +112,7 @@ class FileLease:
     def __init__(
         self, directory: Path, registration: Registration, settings: FileDiscoverySettings
     ) -> None:
-        self._path = directory / (quote(registration.instance_id, safe="") + _SUFFIX)
+        self._path = directory / _file_name(registration.instance_id)
         self._epoch = registration.epoch
         self._content = msgspec.json.encode(_Record(registration, pid_space(), os.getpid()))
         self._settings = settings
@@ -146,6 +148,10 @@ class FileLease:
                 if not self.trouble:
                     log.warning("discovery: cannot refresh %s (%s), trying on", self._path, error.strerror)
                 self.trouble = f"cannot refresh {self._path}: {error.strerror}"
+                continue
+            except Exception:  # the task's top: a defect of ours must not end what keeps it listed
+                log.exception("discovery: cannot refresh %s", self._path)
+                self.trouble = f"cannot refresh {self._path}: an error here, see the log"
                 continue
             self.trouble = ""
             if superseded:
@@ -256,13 +262,17 @@ class DirectoryScan:
 
     def _read(self, entry: os.DirEntry[str], size: int) -> _Record | None:
         try:
+            if not stat.S_ISREG(entry.stat().st_mode):  # reading a pipe would never end
+                raise msgspec.ValidationError("it is not a file")
             if size > self._settings.file_bytes_max:
                 raise msgspec.ValidationError(f"{size} bytes is too large")
             record = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Record)
+            if entry.name != _file_name(record.registration.instance_id):  # one file for each instance
+                raise msgspec.ValidationError("instance_id: it is not what the file is named after")
         except FileNotFoundError:
             raise
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
-            self._warn_once(entry.path, f"ignoring {entry.path}: {error}")
+            self._warn_once(entry.path, f"ignoring {entry.path}: {str(error)[:_SHOWN_CHARS]}")
             return None
         self._warned.discard(entry.path)
         return record
@@ -292,6 +302,10 @@ class DirectoryScan:
         if key not in self._warned and len(self._warned) < self._settings.files_max:
             self._warned.add(key)
             log.warning("discovery: %s", message)
+
+
+def _file_name(instance_id: str) -> str:
+    return quote(instance_id, safe="") + _SUFFIX
 
 
 def _make_private(directory: Path) -> None:

@@ -84,6 +84,9 @@ def fault(attempt: Attempt, card: EngineCard) -> str | None:
     low, high = min(attempt.token_ids), max(attempt.token_ids)
     if low < 0 or high >= card.vocab_size:
         return f"token id {low if low < 0 else high} is not in the vocabulary of {card.vocab_size}"
+    named = (*attempt.sampling.stop_token_ids, *attempt.sampling.logit_bias)
+    if named and not 0 <= min(named) <= max(named) < card.vocab_size:
+        return f"stop_token_ids or logit_bias: not in the vocabulary of {card.vocab_size}"
     if attempt.sampling.max_tokens < 1:
         return f"max_tokens is {attempt.sampling.max_tokens}; at least 1 is needed"
     if attempt.prefill_only and not card.transport:

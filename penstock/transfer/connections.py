@@ -8,7 +8,8 @@ import threading
 import time
 from collections import OrderedDict
 
-from penstock.errors import RemoteError
+from penstock.address import split_address
+from penstock.errors import ConfigError, RemoteError
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 
@@ -100,8 +101,8 @@ class Connections:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
     try:
-        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
-    except ValueError:
+        host, port = split_address(address)
+        return str(ipaddress.ip_address(host)), port
+    except (ConfigError, ValueError):
         raise RemoteError(f"not an IP address and port: {address[:60]!r}") from None

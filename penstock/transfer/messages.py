@@ -22,8 +22,11 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from penstock.checked import field_path
 from penstock.errors import ProtocolError
+from penstock.structs import MAX_POOL_BLOCKS, Count, Name, Text, Total, Word
 
 PROTOCOL = 1
 LENGTH_BYTES = 4
@@ -34,29 +37,29 @@ class Read(msgspec.Struct, array_like=True, frozen=True):
     """R: asks for blocks of a handoff. Granted once, whatever becomes of the read."""
 
     protocol: int
-    handoff_id: str
-    instance_id: str
-    epoch: int
-    key: bytes
-    block_bytes: int
-    indices: list[int]  # into the handoff's blocks
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)]  # the reader will have given up by then
+    handoff_id: Name
+    instance_id: Name
+    epoch: Total
+    key: Annotated[bytes, Meta(max_length=1024)]
+    block_bytes: Total
+    indices: list[Count]  # into the handoff's blocks
+    timeout_s: Annotated[float, Meta(gt=0, le=1e7)]  # the reader will have given up by then
 
 
 class Memory(msgspec.Struct, array_like=True, frozen=True):
     """Where a one-sided reader finds the blocks."""
 
-    agent: str  # the holder's NIXL agent, one name per incarnation
+    agent: Word  # the holder's NIXL agent, one name per incarnation
     metadata: bytes  # its addresses and keys
-    address: Annotated[int, msgspec.Meta(ge=0)]  # of the pool in its memory
-    total_blocks: int
-    rows: list[int]  # of the pool, in the order of `Read.indices`
+    address: Annotated[int, Meta(ge=0, le=2**62)]  # of the pool in its memory
+    total_blocks: Annotated[int, Meta(ge=1, le=MAX_POOL_BLOCKS)]
+    rows: list[Count]  # of the pool, in the order of `Read.indices`
 
 
 class Granted(msgspec.Struct, array_like=True, frozen=True):
     """H: answers a Read."""
 
-    refused: str = ""  # why not; empty: granted
+    refused: Text = ""  # why not; empty: granted
     memory: Memory | None = None  # with `nixl`
 
 
@@ -97,5 +100,5 @@ def parsed(kind: type[M], body: bytes) -> M:
     """
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"not a {kind.__name__}: {error}") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
+        raise ProtocolError(f"not a {kind.__name__}: {field_path(str(error), kind)}") from error

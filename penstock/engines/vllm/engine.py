@@ -32,7 +32,7 @@ from penstock.engines.vllm.held import HeldHandoffs
 from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.logs import one_line
-from penstock.engines.vllm.outputs import finish_reason, token_logprobs
+from penstock.engines.vllm.outputs import check_tokens, finish_reason, token_logprobs
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
@@ -103,7 +103,7 @@ class VllmEngine:
         self._core = core = await asyncio.to_thread(start_core, self._settings)
         self._load = CoreLoad(core.card, core.ranks)
         self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
-        events = CacheEvents(core.card.model, core.card.block_size)
+        events = CacheEvents(core.card.model, core.card.block_size, core.card.total_blocks)
         self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()
         self._tasks = [
@@ -323,7 +323,7 @@ class VllmEngine:
             active = self._active.get(core_output.request_id)
             if active is None:
                 self._forget_late(core_output)
-            elif (output := self._advance(active, core_output)) is not None:
+            elif (output := self._advance_guarded(active, core_output)) is not None:
                 outputs.append(output)
         if step.scheduler_stats is not None:
             self._load.observe(step.engine_index, step.scheduler_stats, monotonic())
@@ -337,10 +337,24 @@ class VllmEngine:
         if core_output.kv_transfer_params is not None:
             self._held.let_go(core_output.request_id)
 
+    def _advance_guarded(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
+        """As `_advance`. What cannot be made sense of ends its attempt, and not the engine."""
+        try:
+            return self._advance(active, core_output)
+        except Exception as error:
+            attempt_id = active.attempt.attempt_id
+            log.exception("attempt %s ends: what vLLM says of it cannot be used", attempt_id)
+            if active.core_id in self._active:
+                self._end(active)
+                self._abort(active.core_id)
+            self._forget_late(core_output)
+            return Output(attempt_id, finish_reason=FinishReason.ERROR, error=f"vLLM's output: {error!r}")
+
     def _advance(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
         """What one step gave to one attempt; None when its replay went astray and it begins again."""
         attempt, replay = active.attempt, active.continuation.replay
         token_ids, logprobs = core_output.new_token_ids, None
+        check_tokens(token_ids, self._card.vocab_size)
         if attempt.sampling.logprobs is not None and core_output.new_logprobs is not None:
             logprobs = token_logprobs(core_output.new_logprobs, attempt.sampling.logprobs)
         left = len(replay) - active.replayed
@@ -415,7 +429,7 @@ class VllmEngine:
     def _handoff(self, active: _Active, params: JsonObject) -> Handoff:
         attempt, card = active.attempt, self._card
         # The lease began when the core said so, however long that message lay somewhere.
-        ttl_s = self._settings.handoff_ttl_s - max(0.0, monotonic() - self._step_at)
+        ttl_s = max(0.0, self._settings.handoff_ttl_s - max(0.0, monotonic() - self._step_at))
         root = root_hash(card.model, attempt.cache_salt)
         return Handoff(
             handoff_id=attempt.attempt_id,

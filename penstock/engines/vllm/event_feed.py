@@ -24,7 +24,9 @@ from penstock.errors import ProtocolError, RemoteError
 
 log = logging.getLogger("penstock.engine")
 
-_END = b"\xff" * 8  # the number that ends a replay: -1
+_NUMBER_BYTES = 8
+_MAX_NUMBER = 2**62
+_END = b"\xff" * _NUMBER_BYTES  # the number that ends a replay: -1
 _LOOPBACK = "127.0.0.1"
 _PREFIX = "penstock-vllm-"
 _DEAD_AFTER_S = 60.0  # when a socket that nobody listens at has hardly just been made
@@ -131,10 +133,14 @@ class EventFeed:
             for rank, endpoints in self._sources.ranks.items()
         ]
         for follower in self._followers:
-            await follower.catch_up(self._events)
-            self._tasks.append(
-                asyncio.create_task(self._follow(follower), name=f"kv events {follower.rank}")
-            )
+            try:
+                await follower.catch_up(self._events)
+            except Exception as error:  # noqa: BLE001 logged; routing by load alone is better than no engine
+                self._give_up(follower, error)
+            else:
+                self._tasks.append(
+                    asyncio.create_task(self._follow(follower), name=f"kv events {follower.rank}")
+                )
         self._report()
 
     async def close(self) -> None:
@@ -151,12 +157,17 @@ class EventFeed:
             while True:
                 await follower.take(self._events)
                 self._report()
-        except ProtocolError as error:
-            log.error("KV events cannot be understood: %s", error)
-        except Exception:
-            log.exception("KV events of rank %d cannot be followed", follower.rank)
-        # Wrong hints are worse for routing than none.
-        log.error("the router will not know any more what rank %d has cached", follower.rank)
+        except Exception as error:  # noqa: BLE001 as above
+            self._give_up(follower, error)
+
+    def _give_up(self, follower: _Follower, error: Exception) -> None:
+        """Forget this rank's cache: wrong hints are worse for routing than none."""
+        log.error(
+            "KV events of rank %d cannot be followed, so nobody knows any more what it has cached: %s",
+            follower.rank,
+            error,
+            exc_info=None if isinstance(error, ProtocolError) else error,
+        )
         follower.close()
         self._events.forget(follower.rank)
         self._report()
@@ -215,7 +226,7 @@ class _Follower:
     async def _take(self, events: CacheEvents, frames: list[bytes]) -> None:
         if len(frames) != 3:
             raise ProtocolError(f"KV events of rank {self.rank}: {len(frames)} frames, expected 3")
-        number = int.from_bytes(frames[1], "big")
+        number = self._number(frames[1])
         if number > self._next:
             await self._fill(events, number)
         self._apply(events, number, frames[2])
@@ -250,6 +261,12 @@ class _Follower:
             events.apply(self.rank, payload)
             self._next += 1
 
+    def _number(self, frame: bytes) -> int:
+        number = int.from_bytes(frame[:_NUMBER_BYTES], "big")
+        if len(frame) != _NUMBER_BYTES or number > _MAX_NUMBER:
+            raise ProtocolError(f"KV events of rank {self.rank}: {frame[:16]!r} is not a payload's number")
+        return number
+
     async def _replay(self, first: int) -> list[tuple[int, bytes]]:
         """All payloads from this number on that the rank still has. Raises RemoteError."""
         import zmq
@@ -269,7 +286,9 @@ class _Follower:
                         )
                     if frames[2] == _END:
                         return payloads
-                    payloads.append((int.from_bytes(frames[2], "big"), frames[3]))
+                    if len(payloads) == self._settings.max_unread:
+                        raise RemoteError(f"a replay of more than {len(payloads)} payloads")
+                    payloads.append((self._number(frames[2]), frames[3]))
         except TimeoutError:
             raise RemoteError(f"no replay of KV events within {self._settings.replay_s:g} s") from None
         finally:

@@ -14,15 +14,17 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from penstock.core.hashing import root_hash, sequence_hashes
+from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
+from penstock.structs import MAX_POOL_BLOCKS, BlockSize, Count, TokenIds, Word
 
-EngineHash = int | bytes
+EngineHash = int | Annotated[bytes, Meta(max_length=64)]
 """vLLM's own name for a block; which of the two is a setting of vLLM's."""
 
-TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-"""What block hashes are made of."""
+EngineHashes = Annotated[list[EngineHash], Meta(max_length=MAX_POOL_BLOCKS)]
 
 FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention")
 """Kinds of cache that keep every token of a prefix. The others of a hybrid model say nothing about one."""
@@ -41,23 +43,23 @@ class Changes(msgspec.Struct):
 class BlockStored(msgspec.Struct, tag=True):
     """One block after the other of a prefix."""
 
-    block_hashes: list[EngineHash]
+    block_hashes: EngineHashes
     parent_block_hash: EngineHash | None
-    token_ids: list[TokenId]
-    block_size: int
-    medium: str | None = None
-    lora_name: str | None = None
+    token_ids: TokenIds
+    block_size: BlockSize
+    medium: Word | None = None
+    lora_name: Word | None = None
     extra_keys: list[list[Any] | None] | None = None  # per block: LoRA, multimodal, salt, embeddings
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
+    group_idx: Count | None = None
+    kv_cache_spec_kind: Word | None = None
 
 
 class BlockRemoved(msgspec.Struct, tag=True):
     """Evicted."""
 
-    block_hashes: list[EngineHash]
-    medium: str | None = None
-    group_idx: int | None = None
+    block_hashes: EngineHashes
+    medium: Word | None = None
+    group_idx: Count | None = None
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True):
@@ -86,12 +88,14 @@ class CacheEvents:
     Args:
         model: the served name, which seeds the block hashes.
         block_size: in tokens.
+        total_blocks: of all ranks together.
     """
 
-    def __init__(self, model: str, block_size: int) -> None:
+    def __init__(self, model: str, block_size: int, total_blocks: int) -> None:
         self.unnamed = 0  # blocks that were stored without a name, so far
         self._model = model
         self._block_size = block_size
+        self._most_blocks = most_blocks(total_blocks)
         self._ranks: dict[int, _Rank] = {}
         self._ignored_groups: set[int | None] = set()
         self._holders: dict[int, int] = {}  # sequence hash -> how many entries of `names` have it
@@ -102,7 +106,8 @@ class CacheEvents:
         return len(self._holders)
 
     def apply(self, rank: int, payload: bytes) -> None:
-        """Take one payload. Raises ProtocolError, and takes nothing of it, when it makes no sense."""
+        """Take one payload. Raises ProtocolError when it makes no sense, or the rank has more blocks than
+        there can be: then nothing that is known of that rank is of use any more."""
         try:
             batch = _DECODER.decode(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -119,6 +124,8 @@ class CacheEvents:
                     self._remove(cache, event)
                 case AllBlocksCleared():
                     self._forget(cache)
+        if len(cache.names) > self._most_blocks:
+            raise ProtocolError(f"KV events of rank {rank}: over {self._most_blocks} blocks are cached")
 
     def forget(self, rank: int) -> None:
         """Nothing is known of this rank any more: some of its events were lost."""

@@ -55,7 +55,7 @@ class Mirror:
     """The set of hashes as a reader of the changes knows it."""
 
     def __init__(self) -> None:
-        self.events = CacheEvents(MODEL, BLOCK_SIZE)
+        self.events = CacheEvents(MODEL, BLOCK_SIZE, 1000)
         self.cached: set[int] = set()
 
     def apply(self, *payloads: bytes, rank: int = 0) -> set[int]:
@@ -346,4 +346,4 @@ TestCaches.settings = settings(max_examples=150, stateful_step_count=30, deadlin
 
 
 def test_changes_are_nothing_when_nothing_happened() -> None:
-    assert CacheEvents(MODEL, BLOCK_SIZE).drain() == Changes()
+    assert CacheEvents(MODEL, BLOCK_SIZE, 1000).drain() == Changes()

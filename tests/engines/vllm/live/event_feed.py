@@ -48,7 +48,7 @@ class Follower:
     def __init__(self, sources: EventSources, settings: FeedSettings) -> None:
         self.cached: set[int] = set()
         self.reports = 0
-        self.feed = EventFeed(CacheEvents("m", BLOCK_SIZE), sources, self._on_changes, settings)
+        self.feed = EventFeed(CacheEvents("m", BLOCK_SIZE, 100_000), sources, self._on_changes, settings)
 
     def _on_changes(self, changes: Changes) -> None:
         self.reports += 1
