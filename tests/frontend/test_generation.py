@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from penstock.errors import RemoteError, RequestRejected
+from penstock.frontend.generation import Record
 from penstock.structs import Delta, FinishReason, TokenLogprob
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -488,3 +489,20 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(serve_script):
         await stream.close()
         labels = b'endpoint="chat_completions",model="tiny",outcome="cancelled",status="499"} 1.0'
         await eventually(lambda: labels in served.metrics.render())
+
+
+async def test_a_call_that_is_failed_while_its_time_runs_out_ends_once() -> None:
+    """Its timeout is expiring, and cannot be moved any more; those after it must still be told."""
+    record = Record(0.0, "")
+
+    async def run_out() -> None:
+        async with asyncio.timeout(0.01) as record.limit:
+            try:
+                await asyncio.sleep(5)
+            finally:
+                record.fail(RequestRejected(503, "leaving"))
+                record.hang_up()
+
+    with pytest.raises(TimeoutError):
+        await run_out()
+    assert record.error is None
