@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.engines import byte_tokenizer
 from penstock.engines.cycle import MAX_FAILED_STEPS
+from penstock.simulator.engine import InjectedFault
+from penstock.simulator.lies import Liar
 from penstock.simulator.network import first_message
 from penstock.simulator.watch import Seen
 from penstock.simulator.workload import draw_calls
-from penstock.structs import Role
+from penstock.structs import Delta, Role
 from penstock.wire.messages import Cancel, Generate, Ping, Release
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ BUSY_SHARE = 0.8
 STEPS_S = 3.0
 """So long a step that is to fail is waited for."""
 
+DEFECT_SHARE = 0.3
+"""How many of a frontend's requests one mistake meets."""
+
 GENTLE: list[str] = []
 """Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
 
@@ -49,6 +54,7 @@ LEAVES_LINKS = {
     "discovery-flaps",
     "hang-ups",
     "burst",
+    "defect",
     "scale-up",
 }
 """Faults because of which no link between a frontend and a worker ends."""
@@ -376,6 +382,39 @@ async def transfer_slow(lab: Lab, rng: random.Random, holder: SimWorker) -> None
     lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
     await asyncio.sleep(rng.uniform(0.2, 10.0))
     lab.transfers.slower.pop(holder.instance_id, None)
+
+
+# --- peers that lie, and defects of ours -----------------------------------------------------------
+
+
+LIE_SHARES = (0.02, 0.2, 1.0)
+
+
+@_worker_fault("lying-worker", gentle=True)
+async def lying_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker says what no worker may say. The links on which it does end, and nothing else."""
+    await Liar(lab, rng, worker.instance_id, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+
+
+@_frontend_fault("lying-frontend", gentle=True)
+async def lying_frontend(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """The same of a frontend. Only its own requests may fail."""
+    lab.lying.add(frontend.name)
+    await Liar(lab, rng, frontend.name, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+
+
+@_frontend_fault("defect", gentle=True)
+async def defect(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A mistake in the frontend meets some of its requests: these end, the others do not."""
+
+    def fail(delta: Delta) -> None:
+        raise InjectedFault("this request was made to fail")
+
+    for asked in lab.flying(frontend=frontend.name):
+        live = frontend.router._live.get(asked.request.request_id)
+        if live is not None and rng.random() < DEFECT_SHARE:
+            asked.defect = True
+            live.on_delta = fail
 
 
 # --- time, discovery, clients ---------------------------------------------------------------------

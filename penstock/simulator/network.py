@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from penstock.errors import ProtocolError
 from penstock.simulator.loop import Process, VirtualLoop, current_process
 from penstock.wire import frames
 from penstock.wire.messages import ToWorker
@@ -32,10 +33,13 @@ Route = tuple[str, str]
 """From host, to host."""
 
 
-def first_message(data: bytes) -> ToWorker:
-    """The first of the frames that a frontend writes."""
+def first_message(data: bytes) -> ToWorker | None:
+    """The first of the frames that a frontend writes; None when it is no message."""
     end = frames.LENGTH_BYTES + int.from_bytes(data[: frames.LENGTH_BYTES], "big")
-    return frames.decode_to_worker(data[frames.LENGTH_BYTES : end])
+    try:
+        return frames.decode_to_worker(data[frames.LENGTH_BYTES : end])
+    except ProtocolError:
+        return None
 
 
 class Network:
@@ -63,12 +67,13 @@ class Network:
         self.over = False  # nothing is carried any more
         self.slower_s: dict[Route, float] = {}  # spikes of delay
         self.taps: list[Callable[[Route, bytes], bytes]] = []  # see, and may change, what is written
+        self.writer: End | None = None  # whose bytes they see
         self._latency_s = latency_s
         self._blocked: Counter[Route] = Counter()
-        self._stuck: list[_End] = []  # ends for which bytes wait until their route is open
+        self._stuck: list[End] = []  # ends for which bytes wait until their route is open
         self._listeners: dict[tuple[str, int], Listener] = {}
         self._next_port = 1024
-        self._ends: dict[_End, None] = {}
+        self._ends: dict[End, None] = {}
         self._context = contextvars.copy_context()
 
     # --- faults -----------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ class Network:
         if listener is None or self.over:
             await self._travel(host, process.name)
             raise ConnectionRefusedError(f"{host}:{port} refuses")
-        near, far = _End(self, process, host), _End(self, listener.process, process.name)
+        near, far = End(self, process, host), End(self, listener.process, process.name)
         near.peer, far.peer = far, near
         self._ends[near] = self._ends[far] = None
         far.process.soon(far.begin, listener.factory)
@@ -158,12 +163,12 @@ class Network:
         """Something the network does, whatever the processes do."""
         self.loop.call_at(when, callback, *args, context=self._context)
 
-    def wait_for_route(self, end: _End) -> None:
+    def wait_for_route(self, end: End) -> None:
         """Bytes for this end wait until its route is open."""
         if end not in self._stuck:
             self._stuck.append(end)
 
-    def forget(self, end: _End) -> None:
+    def forget(self, end: End) -> None:
         """It is closed."""
         self._ends.pop(end, None)
 
@@ -197,10 +202,10 @@ class Listener:
         self._network.unlisten(self)
 
 
-class _End(asyncio.Transport):
+class End(asyncio.Transport):
     """One end of a stream."""
 
-    peer: _End
+    peer: End
 
     def __init__(self, network: Network, process: Process, peer_host: str) -> None:
         super().__init__({"peername": (peer_host, 0)})
@@ -221,12 +226,14 @@ class _End(asyncio.Transport):
         self._high, self._low = 64 * 1024, 16 * 1024
         self._writing_paused = False
         self._lost = False
+        self.lied = False  # what it sent was changed to what nobody may say
 
     # --- the transport ------------------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self.closing:
             return
+        self._network.writer = self
         for tap in self._network.taps:
             data = tap(self.route_out, bytes(data))
         self._unsent.append(bytes(data))

@@ -110,6 +110,7 @@ class Asked:
     deltas: int = 0
     sends: int = 0  # attempts since its last token
     poison: bool = False  # whoever computes it fails
+    defect: bool = False  # its frontend cannot handle what comes for it
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
     refused: Callable[[str, str], None] = lambda request_id, why: None  # told of an overload

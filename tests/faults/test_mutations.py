@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +25,15 @@ from penstock.engines.block_pool import BlockPool
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls
 from penstock.engines.scheduler import Scheduler
+from penstock.errors import ProtocolError
 from penstock.link.client import LinkClient
+from penstock.link.connection import Connection
 from penstock.link.session import Session
 from penstock.router import Router
 from penstock.simulator.report import simulate
 from penstock.simulator.scenario import QUIET_EVERY, Options
+from penstock.wire import frames
+from penstock.wire.reports import Reports
 from penstock.worker import Worker
 
 MOST_SEEDS = 120
@@ -448,6 +455,57 @@ def replaced_revisions_go_on_being_served(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Membership, "elect", elect)
 
 
+def liars_are_not_cut_off(patch: pytest.MonkeyPatch) -> None:
+    def guard(self: Any, call: Any, *args: Any) -> None:
+        with contextlib.suppress(ProtocolError):
+            call(*args)
+
+    patch.setattr(Connection, "guard", guard)
+
+
+def reports_are_believed(patch: pytest.MonkeyPatch) -> None:
+    for name in ("load", "step", "bounce"):
+        patch.setattr(Reports, name, lambda self, *args: None)
+
+
+def loads_are_believed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reports, "load", lambda self, seen, load: None)
+
+
+def an_index_grows_beyond_its_pool(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("penstock.core.placement.most_blocks", lambda total_blocks: math.inf)
+
+
+def blocks_that_were_not_there_may_go(patch: pytest.MonkeyPatch) -> None:
+    real = PrefixIndex.removed
+
+    def removed(self: Any, worker: str, hashes: Any) -> int:
+        real(self, worker, hashes)
+        return len(hashes)
+
+    patch.setattr(PrefixIndex, "removed", removed)
+
+
+def messages_are_not_looked_at_as_a_whole(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(frames, "CHECKS", {})
+
+
+def a_defect_ends_more_than_its_request(patch: pytest.MonkeyPatch) -> None:
+    """It is the link's on which the request met it."""
+
+    def reraise(self: Any, live: Any) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
+
+    patch.setattr(Router, "_break", reraise)
+
+
+def a_defect_ends_only_the_attempt(patch: pytest.MonkeyPatch) -> None:
+    """Its client waits on."""
+    patch.setattr(Router, "_break", lambda self, live: None)
+
+
 BREAKS: dict[Break, Options] = {
     # With the faults that show it soonest; none: all of them.
     releases_are_not_sent: QUIET,
@@ -497,6 +555,14 @@ BREAKS: dict[Break, Options] = {
     requests_go_to_any_revision_of_their_model: Options(faults=("replace-model",)),
     requests_wait_for_revisions_that_are_gone: Options(faults=("replace-model",)),
     replaced_revisions_go_on_being_served: Options(faults=("replace-model",)),
+    liars_are_not_cut_off: Options(faults=("lying-worker",)),
+    reports_are_believed: Options(faults=("lying-worker",)),
+    loads_are_believed: Options(faults=("lying-worker",)),
+    an_index_grows_beyond_its_pool: Options(faults=("lying-worker",)),
+    blocks_that_were_not_there_may_go: Options(faults=("lying-worker",)),
+    messages_are_not_looked_at_as_a_whole: Options(faults=("lying-worker", "lying-frontend")),
+    a_defect_ends_more_than_its_request: Options(faults=("defect",)),
+    a_defect_ends_only_the_attempt: Options(faults=("defect",)),
 }
 
 
