@@ -42,6 +42,7 @@ from penstock.wire.frames import MAX_FRAME_BYTES, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import Generate, Snapshot
 from tests.frontend.conftest import ScriptedCompleter, byte_level_tokenizer, saying, view_of
+from tests.fuzz.delivered import deliver
 from tests.link.conftest import FakeListener, FakeTransport, FakeWorker, attempt
 
 CARD = Card("w1", 1, Role.DECODE, "m", "fake", 16, 100, 1000, 1000)
@@ -124,6 +125,18 @@ async def _fed(transport: FakeTransport, connection: Any, data: bytes) -> None:
     if not transport.ending:
         transport.abort()
     assert await asyncio.wait_for(connection.ended, 5)
+
+
+def to_router(data: bytes) -> None:
+    """Bytes of a worker that is up, delivered to a router."""
+    if data:
+        deliver(data, "w0", "f0")
+
+
+def to_engine(data: bytes) -> None:
+    """Bytes of a frontend that has proved itself, delivered to a worker with its engine."""
+    if data:
+        deliver(data, "f0", "w0")
 
 
 def kv_transfer(data: bytes) -> None:
@@ -271,6 +284,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     for target in (
         to_worker,
         to_frontend,
+        to_router,
+        to_engine,
         kv_transfer,
         chat,
         completion,

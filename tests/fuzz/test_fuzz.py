@@ -76,7 +76,15 @@ def test_bodies_of_known_fields(name: str, struct: type[msgspec.Struct]) -> None
     search()
 
 
-@pytest.mark.parametrize(("name", "message"), [("to_worker", ToWorker), ("to_frontend", ToFrontend)])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("to_worker", ToWorker),
+        ("to_engine", ToWorker),
+        ("to_frontend", ToFrontend),
+        ("to_router", ToFrontend),
+    ],
+)
 def test_messages_of_known_shape(name: str, message: Any) -> None:
     """Messages as their types say, in any order: right in shape, wrong in all else."""
 
@@ -126,7 +134,7 @@ def _value(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         case msgspec.inspect.IntType():
             return st.integers(-(2**63), 2**64 - 1) | st.integers(-2, 5)
         case msgspec.inspect.FloatType():
-            return st.floats()
+            return st.floats() | st.floats(0.0, 1.0)
         case msgspec.inspect.BoolType():
             return st.booleans()
         case msgspec.inspect.BytesType():
