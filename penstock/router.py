@@ -420,7 +420,7 @@ class Router:
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
         now = self._clock.now()
         for output in outputs:
-            live = self._live.get(_request_id(output.attempt_id))
+            live = self._live.get(output.attempt_id.rpartition(".")[0])  # as `_request_id`, for each token
             if live is not None:
                 try:
                     if output.cached_tokens is not None:

@@ -90,23 +90,19 @@ class Reports:
             if attempt is None:
                 raise _unknown("outputs.attempt_id", output.attempt_id)
             token_ids = output.token_ids
-            if token_ids:
-                attempt.left -= len(token_ids)
-                if attempt.left < 0 or max(token_ids) >= vocab_size:
-                    raise self._wrong_tokens(output, attempt)
+            attempt.left = left = attempt.left - len(token_ids)
+            for token_id in token_ids:
+                if token_id >= vocab_size:
+                    raise _wrong(output, "token_ids", f"{token_id}, in a vocabulary of {vocab_size}")
+            if left < 0:
+                raise _wrong(output, "token_ids", f"{-left} more than were asked for")
             if output.logprobs is not None:
                 self._check_logprobs(output, attempt)
             if output.cached_tokens is not None:
                 self._check_reuse(output, attempt)
-            if output.finish_reason is not None or output.handoff is not None:
+            if output.finish_reason is not None:
                 self._check_end(output, attempt)
                 del attempts[output.attempt_id]
-
-    def _wrong_tokens(self, output: Output, attempt: _Open) -> ProtocolError:
-        largest = max(output.token_ids)
-        if largest >= self._card.vocab_size:
-            return _wrong(output, "token_ids", f"{largest}, in a vocabulary of {self._card.vocab_size}")
-        return _wrong(output, "token_ids", f"{-attempt.left} more than were asked for")
 
     def _check_logprobs(self, output: Output, attempt: _Open) -> None:
         logprobs = output.logprobs or []

@@ -104,7 +104,6 @@ LIES: dict[str, tuple[Step, str]] = {
         "outputs.transferred_blocks",
     ),
     "prefilled without a handoff": (step(prefilled(None)), "outputs.handoff"),
-    "a handoff of one that goes on": (step(Output("p.1", [5], handoff=handoff())), "outputs.handoff"),
     "a handoff of one that is to decode": (
         step(Output("a.1", [5], FinishReason.PREFILLED, handoff=handoff("a.1"))),
         "outputs.handoff",
