@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.core.admission import Queue
 from penstock.core.lifecycle import Lifecycle, Phase
@@ -30,6 +30,7 @@ class Live:
     suspect: bool = False  # it is noted among the suspects
     confirm_s: float = CONFIRM_S  # its wait after deaths
     broken: bool = False  # an error of ours has ended it
+    attempt_ids: list[str] = field(default_factory=list)  # of those that were sent
 
     @property
     def given(self) -> int:

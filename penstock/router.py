@@ -93,6 +93,7 @@ class Router:
             tick_s=settings.tick_s,
         )
         self._live: dict[str, Live] = {}
+        self._attempts: dict[str, Live] = {}  # by the id of each attempt of these that was sent
         self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
         self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
@@ -254,9 +255,8 @@ class Router:
             return
         live.broken = True
         self._event(live, life.ClientGone())
-        for book in (self._live, self._resting):
-            book.pop(request_id, None)
-        live.queue.leave(request_id)
+        self._forget(live, request_id)
+        self._resting.pop(request_id, None)
         self._placement.unbook(live.placed)
         self._suspects.note(request_id, 0, ())
         self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
@@ -311,9 +311,16 @@ class Router:
             self._placement.unbook(live.placed)
             if request_id not in live.queue:
                 self._resting[request_id] = live
-        if live.lifecycle.phase is Phase.DONE and self._live.pop(request_id, None) is not None:
-            live.queue.leave(request_id)
+        if live.lifecycle.phase is Phase.DONE and request_id in self._live:
+            self._forget(live, request_id)
             self._placement.ended(live.placed, live.given if live.lifecycle.complete else None)
+
+    def _forget(self, live: Live, request_id: str) -> None:
+        """Nothing more comes of it."""
+        self._live.pop(request_id, None)
+        for attempt_id in live.attempt_ids:
+            self._attempts.pop(attempt_id, None)
+        live.queue.leave(request_id)
 
     def _choose(
         self, live: Live, wanted: life.Choose
@@ -401,6 +408,8 @@ class Router:
         except RemoteError as error:  # its link is full, or just broke: nothing was lost there
             self._full_until[instance_id] = self._clock.now() + self._settings.tick_s
             return life.Bounced(attempt.attempt_id, str(error), unsent=True)
+        live.attempt_ids.append(attempt.attempt_id)
+        self._attempts[attempt.attempt_id] = live
         self._placement.sent(live.placed, instance_id, seq, attempt)
         return None
 
@@ -420,7 +429,7 @@ class Router:
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
         now = self._clock.now()
         for output in outputs:
-            live = self._live.get(output.attempt_id.rpartition(".")[0])  # as `_request_id`, for each token
+            live = self._attempts.get(output.attempt_id)
             if live is not None:
                 try:
                     if output.cached_tokens is not None:
@@ -439,7 +448,7 @@ class Router:
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         self._metrics.bounced(role)
         self._full_until[instance_id] = self._clock.now() + bounce.retry_after_s
-        live = self._live.get(_request_id(bounce.attempt_id))
+        live = self._attempts.get(bounce.attempt_id)
         if live is not None:
             self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
 
@@ -489,8 +498,3 @@ class Router:
 
 async def _ready(model: ModelView) -> None:
     """Nothing to prepare."""
-
-
-def _request_id(attempt_id: str) -> str:
-    """The lifecycle names attempts `<request id>.<number>`."""
-    return attempt_id.rpartition(".")[0]
