@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import MIN_OBSERVATIONS, Cause
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
+from penstock.core.prefix_index import most_blocks
+from penstock.errors import ProtocolError
 from penstock.structs import Attempt, Card, Handoff, Load, Request, Role, Sampling
 
 TOKENS = list(range(160))
@@ -161,3 +165,21 @@ def test_a_burst_with_one_prefix_to_an_empty_worker_is_no_reason_for_distrust() 
     it.cache_changed("d0", HASHES, [], False)
     for each in burst:
         assert it.cached(each, "d0", 144) == (0, None)
+
+
+def test_blocks_that_were_not_there_cannot_go() -> None:
+    it = placement(card("d0"))
+    it.cache_changed("d0", HASHES, [], False)
+    it.cache_changed("d0", [], HASHES[:2], False)
+    with pytest.raises(ProtocolError, match=r"step\.removed: 2 blocks"):
+        it.cache_changed("d0", [], HASHES[:3], False)
+
+
+def test_an_instance_has_no_more_blocks_than_its_pool_could_hold() -> None:
+    it = placement(card("d0"), card("d1"))
+    most = most_blocks(1000)
+    it.cache_changed("d0", range(most), [], False)
+    it.cache_changed("d0", [most], [0], False)  # one for another
+    it.cache_changed("d1", range(most), [], False)
+    with pytest.raises(ProtocolError, match=rf"step\.stored: {most + 1} blocks .* {most}"):
+        it.cache_changed("d0", [most + 1], [], False)

@@ -145,6 +145,17 @@ async def test_an_outage_keeps_the_last_set(tmp_path, open_discovery, caplog) ->
     assert sum("cannot read" in record.message for record in caplog.records) == 1
 
 
+LIES: dict[str, dict[str, dict[str, object]]] = {
+    "another.json": {},  # the instance would be there twice
+    "w%2F1.json": {"registration": {"instance_id": "w/1", "epoch": -1}},
+    "long.json": {"registration": {"instance_id": "x" * 300}},
+    "lines.json": {"registration": {"instance_id": "lines", "model": "a\nb"}},
+    "boss.json": {"registration": {"instance_id": "boss", "role": "boss" * 1000}},
+    "far.json": {"registration": {"instance_id": "far", "address": "h" * 1000}},
+    "group.json": {"registration": {"instance_id": "group"}, "file": {"pid": -1}},
+}
+
+
 async def test_garbage_is_named_once_and_ignored(tmp_path, open_discovery, caplog) -> None:
     directory = tmp_path / "discovery"
     directory.mkdir()
@@ -153,13 +164,18 @@ async def test_garbage_is_named_once_and_ignored(tmp_path, open_discovery, caplo
     (directory / "binary.json").write_bytes(b"\xff\xfe\x00")
     (directory / "huge.json").write_bytes(b" " * (FAST.file_bytes_max + 1))
     (directory / "folder.json").mkdir()
+    os.mkfifo(directory / "pipe.json")  # reading it would never end
     (directory / "README").write_text("not an instance")
+    lie = {"instance_id": "w-1", "epoch": 1, "role": "decode", "model": "m", "address": "10.0.0.7:1"}
+    for name, change in LIES.items():
+        content = {"registration": {**lie, **change.get("registration", {})}, **change.get("file", {})}
+        (directory / name).write_text(json.dumps(content))
     await open_discovery().register(registration())
     with caplog.at_level(logging.WARNING):
         async with Watcher(open_discovery()) as watcher:
             await watcher.until("w-0")
             await asyncio.sleep(0.3)
-    for name in ("half.json", "deep.json", "binary.json", "huge.json", "folder.json"):
+    for name in ("half.json", "deep.json", "binary.json", "huge.json", "folder.json", "pipe.json", *LIES):
         assert sum(name in record.message for record in caplog.records) == 1, name
     assert not any("README" in record.message for record in caplog.records)
     assert (directory / "half.json").exists()

@@ -3,6 +3,7 @@
 import json
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
-from penstock.structs import ModelView
+from penstock.structs import Attempt, Card, ModelView, Role
+from penstock.wire.checks import check_card
+from penstock.wire.frames import decode_to_worker, encode
+from penstock.wire.messages import Generate
 
 MODEL = ModelView(
     name="m",
@@ -122,3 +126,46 @@ def test_choices_draw_apart_and_the_first_with_the_seed_itself(seed):
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seeds == [choice_seed(first, choice) for choice in range(8)]
+
+
+WIDE = msgspec.structs.replace(MODEL, vocab_size=2**32, max_model_len=2**31 - 1)
+EDGES = {
+    "max_tokens": (1, 2**31 - 100),
+    "temperature": (0, 1e-300, 2),
+    "top_p": (1e-300, 1),
+    "top_k": (-1, 0, 2**31 - 1),
+    "min_p": (0, 1),
+    "seed": (-(2**63), 0, 2**63 - 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-300, 10),
+    "logit_bias": ({"0": -100, str(2**31 - 1): 100}, {str(number): 0 for number in range(1024)}),
+    "stop_token_ids": ([0, 2**31 - 1], list(range(128))),
+    "top_logprobs": (0, 20),
+}
+DEFAULTS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1.0, 2.0**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 100.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "defaults"),
+    [({name: value}, {}) for name, values in EDGES.items() for value in values]
+    + [({}, {name: value}) for name, values in DEFAULTS.items() for value in values],
+    ids=str,
+)
+def test_whatever_clients_and_models_may_say_is_taken_by_workers(fields, defaults):
+    """A worker cuts off a frontend that sends it anything else."""
+    asked = chat(**fields, **({"logprobs": True} if "top_logprobs" in fields else {}))
+    model = msgspec.structs.replace(WIDE, sampling_defaults=defaults)
+    check_card(Card("w", 1, Role.DECODE, "m", "e", 16, 9, 9, 9, sampling_defaults=defaults))
+    sampling = with_room(
+        sampling_of(asked, model, first_seed(asked, random.Random(1))), asked, model, 10, 9
+    )
+    sent = Attempt("a.1", "a", [1], 1, sampling, cache_salt="s" * 256)
+    body = encode(Generate(1, sent))[4:]
+    assert decode_to_worker(body).attempt == sent

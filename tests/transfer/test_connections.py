@@ -114,3 +114,11 @@ def test_closing_cuts_what_is_busy_and_opens_no_more(connections, address) -> No
     connections.drop(busy)
     with pytest.raises(ConnectionLost, match="stopped"):
         connections.open(address, soon())
+
+
+@pytest.mark.parametrize(
+    "lie", ["", ":1", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:-1", "host:1", "::1:1"]
+)
+def test_what_is_no_address_is_not_dialled(connections, lie: str) -> None:
+    with pytest.raises(RemoteError, match="not an IP address and port"):
+        connections.open(lie, soon())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,3 +54,29 @@ def test_any_bytes_are_a_message_or_a_protocol_error(body: bytes, kind: type) ->
         assert isinstance(parsed(kind, body), kind)
     except ProtocolError:
         pass
+
+
+READ = [1, "h", "w-0", 1, b"key", 65536, [0, 5], 1.5]
+MEMORY = ["w-0-1-ab", b"md", 2**47, 1000, [3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "lie"),
+    [(Read, place, lie) for place in (3, 5) for lie in (-1, 2**60)]
+    + [(Read, place, lie) for place in (1, 2) for lie in ("", "x" * 300, "a\nb")]
+    + [(Read, 6, [-1]), (Read, 6, [2**40]), (Read, 4, b"x" * 2000)]
+    + [(Read, 7, lie) for lie in (0.0, -1.0, float("nan"), float("inf"))]
+    + [(Memory, 2, -1), (Memory, 2, 2**63), (Memory, 3, 0), (Memory, 3, -5), (Memory, 4, [-1])],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused(kind: type, place: int, lie: object) -> None:
+    said = list(READ if kind is Read else MEMORY)
+    said[place] = lie
+    body = msgspec.msgpack.encode(said if kind is Read else ["", said])
+    with pytest.raises(ProtocolError, match=kind.__struct_fields__[place]):  # type: ignore[attr-defined]
+        parsed(Read if kind is Read else Granted, body)
+
+
+def test_what_is_nested_without_end_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        parsed(Held, b"\x91" * 100_000)

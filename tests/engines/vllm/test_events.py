@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.core.hashing import root_hash, sequence_hashes
+from penstock.core.prefix_index import most_blocks
 from penstock.engines.vllm.events import CacheEvents, Changes
 from penstock.errors import ProtocolError
 
@@ -347,3 +348,32 @@ TestCaches.settings = settings(max_examples=150, stateful_step_count=30, deadlin
 
 def test_changes_are_nothing_when_nothing_happened() -> None:
     assert CacheEvents(MODEL, BLOCK_SIZE, 1000).drain() == Changes()
+
+
+def test_a_rank_with_more_blocks_than_there_can_be_is_not_followed() -> None:
+    events = CacheEvents(MODEL, BLOCK_SIZE, 10)
+    count = most_blocks(10)
+    tokens_of = list(range(count * BLOCK_SIZE))
+    events.apply(0, payload(stored(list(range(count)), tokens_of)))
+    with pytest.raises(ProtocolError, match=f"over {count} blocks"):
+        events.apply(0, payload(stored([count], [7] * BLOCK_SIZE)))
+    events.forget(0)
+    assert len(events) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_size": 0},
+        {"block_size": -4},
+        {"token_ids": [-1, 2, 3, 4]},
+        {"token_ids": [2**32, 2, 3, 4]},
+        {"block_hashes": [b"x" * 65]},
+        {"medium": "x" * 1000},
+        {"group_idx": -1},
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="rank 0"):
+        CacheEvents(MODEL, BLOCK_SIZE, 10).apply(0, payload({**stored([1], PROMPT[:4]), **fields}))
