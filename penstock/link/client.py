@@ -193,5 +193,6 @@ class LinkClient:
         """Log a reason once, however often it comes back before the worker is up again."""
         self._reason = reason
         repeated = reason == self._logged_reason
-        _logger.log(logging.DEBUG if repeated else level, "worker at %s is down: %s", self.address, reason)
+        who = f"{self._instance_id} at {self.address}" if self._instance_id else f"at {self.address}"
+        _logger.log(logging.DEBUG if repeated else level, "worker %s is down: %s", who, reason)
         self._logged_reason = reason
