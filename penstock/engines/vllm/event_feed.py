@@ -45,6 +45,9 @@ class FeedSettings(msgspec.Struct, frozen=True):
     max_batch: int = 256
     """Payloads taken at once, so that a burst does not hold up the event loop."""
 
+    max_replayed: int = 100_000
+    """Payloads of one replay. vLLM keeps 10,000."""
+
     max_unread: int = 100_000
     """Payloads that ZMQ may buffer while the event loop is busy; beyond it, the rest is replayed."""
 
@@ -163,7 +166,7 @@ class EventFeed:
     def _give_up(self, follower: _Follower, error: Exception) -> None:
         """Forget this rank's cache: wrong hints are worse for routing than none."""
         log.error(
-            "KV events of rank %d cannot be followed, so nobody knows any more what it has cached: %s",
+            "the router will not know any more what rank %d has cached: %s",
             follower.rank,
             error,
             exc_info=None if isinstance(error, ProtocolError) else error,
@@ -286,7 +289,7 @@ class _Follower:
                         )
                     if frames[2] == _END:
                         return payloads
-                    if len(payloads) == self._settings.max_unread:
+                    if len(payloads) == self._settings.max_replayed:
                         raise RemoteError(f"a replay of more than {len(payloads)} payloads")
                     payloads.append((self._number(frames[2]), frames[3]))
         except TimeoutError:
