@@ -184,9 +184,9 @@ class Worker:
         """Leave without losing anything: no new work, let attempts end and handoffs be pulled."""
         self._draining = True
         log.info("draining: attempts=%d handoffs=%d", len(self._owners), self._load.held_handoffs)
+        deadline = self._clock.now() + self._settings.drain_s
         self._server.drain("stopping")
         await lease.close()
-        deadline = self._clock.now() + self._settings.drain_s
         while (self._owners or self._load.held_handoffs) and not pump.done():
             left_s = deadline - self._clock.now()
             if left_s <= 0:

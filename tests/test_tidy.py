@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"structs", "checked", "address"},
     {"core", "wire"},
-    {"ports", "clock"},
+    {"ports", "clock", "detached"},
     {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor", "log_pipe"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
     {"instances", "live"},
