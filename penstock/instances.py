@@ -102,6 +102,7 @@ class Instances:
         self._served: dict[str, _Served] = {}  # by model
         self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
         self._swept_at = clock.now()
+        self._lost: dict[str, tuple[str, float]] = {}  # instance -> its model, and when it was lost
         self._progress = progress
         self._time = PatientTime(clock.now(), tick_s)
         self._listed = False  # discovery has said who exists
@@ -121,12 +122,13 @@ class Instances:
 
     def model(self, name: str) -> ModelView:
         """The model in the revision that new requests get. Raises RequestRejected: 404 for a model that no
-        worker serves or served; 503 for one whose first workers are still connecting, or that no worker has
-        served for `outage_s`: until then, one may be back before a queued request gives up."""
+        worker serves or served; 503 for one whose first workers are still connecting, whose workers have all
+        said that they leave, or that no worker has served for `outage_s`: until then, a worker that was lost
+        may be back before a queued request gives up."""
         served = self._served.get(name)
-        if served is not None:
+        if served is not None and not self._all_left(name):
             return served.view
-        if name in self._gone:
+        if served is not None or name in self._gone:
             raise RequestRejected(
                 503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
             )
@@ -144,6 +146,17 @@ class Instances:
         recently enough for requests to wait."""
         served = self._served.get(name)
         return served is not None and revision in (None, served.view.revision)
+
+    def _all_left(self, model: str) -> bool:
+        """Whether each worker that could end a request of this model has said that it leaves, so that none
+        of them will be back."""
+        if any(lost_model == model for lost_model, _ in self._lost.values()):
+            return False
+        return all(
+            member.state is State.DRAINING or (link := self._links.get(instance_id)) is None or link.left
+            for instance_id, member in self.membership.members.items()
+            if member.registration.model == model and member.registration.role.decodes
+        )
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""
@@ -243,6 +256,7 @@ class Instances:
 
     def _forget_models(self, now: float) -> None:
         """Let go of models, and of revisions, that nobody has any more."""
+        self._lost = {name: lost for name, lost in self._lost.items() if now - lost[1] <= self._outage_s}
         members = self.membership.members.values()
         servable = {member.registration.model for member in members if member.servable}
         for model, served in list(self._served.items()):
@@ -306,6 +320,7 @@ class Instances:
         self.membership.up(link.instance_id, card)
         self._elect()
         self._placement.up(card, hashes, load)
+        self._lost.pop(link.instance_id, None)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -363,6 +378,8 @@ class Instances:
         if orderly:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
+            if link.role.decodes:
+                self._lost[instance_id] = (link.model, self._clock.now())
             log.warning("instance lost: %s: %s", instance_id, reason)
         died = "" if orderly or link.client.fell_silent else link.incarnation
         self._listener.on_lost(instance_id, link.role, reason, load, died)
@@ -395,10 +412,12 @@ class _Link:
     def __init__(self, instances: Instances, registration: Registration, tasks: asyncio.TaskGroup) -> None:
         self.instance_id = registration.instance_id
         self.role = registration.role
+        self.model = registration.model
         self.incarnation = registration.incarnation
         self._instances = instances
         self._tasks = tasks
         self.up = False  # between `on_up` and `on_down`
+        self.left = False  # it said goodbye: this process will not be back
         self.progress: Progress | None = None  # of its engine, once it has been up
         self.stuck_at = 0.0  # when its engine was last found stuck
         self._loading: asyncio.Task[None] | None = None
@@ -454,6 +473,7 @@ class _Link:
         if not self.up:
             return
         self.up = False
+        self.left = orderly
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None

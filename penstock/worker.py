@@ -44,6 +44,7 @@ log = logging.getLogger("penstock.worker")
 
 _PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
 _DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
+_HASHED_AT_ONCE_BYTES = 4 * 1024 * 1024  # of an asset: 10 ms on a slow machine
 _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 
 
@@ -116,7 +117,10 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
-        self._card = self._describe(await self._engine.start())
+        engine_card = await self._start_engine(stop)
+        if engine_card is None:
+            return
+        self._card = await self._describe(engine_card)
         self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
         await self._server.start()
         address = join_address(self._host, self._server.port)
@@ -133,6 +137,21 @@ class Worker:
         finally:
             await lease.close()
             await self._server.close(reason, failed=failed)
+
+    async def _start_engine(self, stop: asyncio.Event) -> EngineCard | None:
+        """What the engine is, once it has started; None when `stop` was set before."""
+        starting = asyncio.create_task(self._engine.start(), name="engine start")
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                return starting.result()
+            log.info("told to stop before the engine was ready")
+            return None
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
 
     def health(self) -> dict[str, Any]:
         """For /health: `status` is starting (until it is first listed by discovery), healthy, stuck,
@@ -345,8 +364,8 @@ class Worker:
 
     # --- what this worker is --------------------------------------------------------------------------
 
-    def _describe(self, card: EngineCard) -> Card:
-        names = {name: hashlib.sha256(content).hexdigest() for name, content in card.assets.items()}
+    async def _describe(self, card: EngineCard) -> Card:
+        names = {name: await _sha256(content) for name, content in card.assets.items()}
         self._assets = {names[name]: content for name, content in card.assets.items()}
         return Card(
             instance_id=self._settings.instance_id,
@@ -391,3 +410,12 @@ class Worker:
             f"address={address} blocks={card.total_blocks}x{card.block_size} "
             f"transport={card.transport or 'none'}"
         )
+
+
+async def _sha256(content: bytes) -> str:
+    """In hex. A part at a time: tokenizers have tens of megabytes, and probes are served meanwhile."""
+    digest = hashlib.sha256()
+    for start in range(0, len(content), _HASHED_AT_ONCE_BYTES):
+        digest.update(content[start : start + _HASHED_AT_ONCE_BYTES])
+        await asyncio.sleep(0)
+    return digest.hexdigest()

@@ -137,7 +137,7 @@ class FileLease:
         self.registered = False
         self.trouble = "not registered yet"
         self._caller: PatientCaller[bool] = PatientCaller("discovery lease", settings.answer_s)
-        self._outage = Outage(log, f"discovery: {self._path}", "this instance goes on trying to register")
+        self._outage = Outage(log, f"discovery: {directory}", "this instance goes on trying to register")
         self._refresher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

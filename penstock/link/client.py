@@ -102,10 +102,12 @@ class LinkClient:
         return outcome
 
     async def run(self) -> None:
-        """Keep the link up until cancelled; then hang up."""
+        """Keep the link up until cancelled, and then hang up; or until the worker has said goodbye."""
         failures = 0
         while True:
             session = await self._serve_once()
+            if session.orderly and self._epoch is not None:
+                return  # this process has left for good; the next one has another epoch, and another link
             failures = 0 if session.live_s >= self._settings.retry_max_s else failures + 1
             await self._clock.sleep(self._pause_s(failures, session.refused))
 

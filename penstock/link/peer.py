@@ -30,8 +30,10 @@ from penstock.wire.messages import (
     Refused,
     Release,
     Snapshot,
+    Step,
     ToFrontend,
     Welcome,
+    halves,
 )
 
 ASSET_PART_BYTES = 1024 * 1024
@@ -109,11 +111,16 @@ class Peer:
         self._pending_assets = 0
 
     def send(self, message: ToFrontend) -> None:
-        """Send a message, never waiting. A peer that reads too slowly is cut, and `on_peer_lost` follows;
-        to a peer that is gone, nothing is sent."""
+        """Send a message, never waiting; a step that is too long for a frame in several. A peer that reads
+        too slowly is cut, and `on_peer_lost` follows; to a peer that is gone, nothing is sent."""
         frame = frames.encode(message)
         if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
-            self.connection.cut(f"a {type(message).__name__} of {len(frame)} bytes is too long to send")
+            parts = halves(message) if isinstance(message, Step) else None
+            if parts is None:
+                self.connection.cut(f"a {type(message).__name__} of {len(frame)} bytes is too long to send")
+                return
+            for part in parts:
+                self.send(part)
         elif self._held is None:
             self.connection.write(frame)
         elif self.connection.usable:

@@ -116,8 +116,9 @@ class Session:
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt; see LinkClient."""
         frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
-        if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
-            raise ProtocolError(f"an attempt of {len(frame)} bytes is too long for a frame")
+        limit = self._settings.max_frame_bytes
+        if len(frame) - frames.LENGTH_BYTES > limit:
+            raise ProtocolError(f"{len(frame)} bytes are too long for a frame of at most {limit}")
         if not self.connection.has_room(len(frame)):
             raise RemoteError(
                 "its link is full: attempts are sent to it faster than the network takes them"

@@ -148,6 +148,20 @@ class Ping(_Message):
     """F: still here; at least one a second."""
 
 
+def halves(step: Step) -> tuple[Step, Step] | None:
+    """Two steps that, one after the other, say the same as this one; None when it says only one thing."""
+    removed, stored, outputs = len(step.removed), len(step.stored), len(step.outputs)
+    half = (removed + stored + outputs) // 2
+    if half == 0:
+        return None
+    of_stored = max(0, half - removed)  # all that is removed comes before what is stored, as in one step
+    of_outputs = max(0, of_stored - stored)
+    parts = {"removed": half, "stored": of_stored, "outputs": of_outputs}
+    first = {name: getattr(step, name)[:end] for name, end in parts.items()}
+    second = {name: getattr(step, name)[end:] for name, end in parts.items()}
+    return msgspec.structs.replace(step, **first), msgspec.structs.replace(step, cleared=False, **second)
+
+
 ToFrontend = (
     Challenge | Welcome | Refused | Snapshot | Step | Heartbeat | Bounce | Asset | Draining | Goodbye
 )

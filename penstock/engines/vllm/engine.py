@@ -100,7 +100,12 @@ class VllmEngine:
     async def start(self) -> EngineCard:
         """As Engine.start: starts vLLM, in seconds to minutes."""
         self._outbox.open()
-        self._core = core = await asyncio.to_thread(start_core, self._settings)
+        starting = asyncio.ensure_future(asyncio.to_thread(start_core, self._settings))
+        try:
+            self._core = core = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await (await starting).close()  # its processes must not be left behind half started
+            raise
         self._load = CoreLoad(core.card, core.ranks)
         self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model, core.card.block_size)
