@@ -62,6 +62,9 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     advertise_host: str = ""
     """The host under which frontends reach the link; the one it listens on when empty."""
 
+    advertise_port: int = 0
+    """The port under which frontends reach the link; the one it listens on when 0."""
+
     max_wait_ms: float = 10_000.0
     """An attempt that is predicted to wait longer in the engine is bounced: work for another worker, or for
     later. Frontends send much less than that ahead; this is for what they cannot know of each other."""
@@ -123,7 +126,7 @@ class Worker:
         self._card = await self._describe(engine_card)
         self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
         await self._server.start()
-        address = join_address(self._host, self._server.port)
+        address = join_address(self._host, self._settings.advertise_port or self._server.port)
         self._lease = lease = await self._discovery.register(self._registration(address))
         log.info("worker ready: %s", self._summary(address))
         reason, failed = "stopped", False

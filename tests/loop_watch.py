@@ -1,13 +1,13 @@
 """Finds what holds up an event loop: callbacks that compute for too long, and callbacks that wait.
 
-No wall-clock time is judged, since on a busy machine that says more about the machine than about a callback:
+Wall-clock time is not judged, since on a busy machine it says more about the machine than about a callback:
 
 - computing is CPU time of the loop's thread, without what the garbage collector took. A callback with more
   than LIMIT_S of it is found.
-- waiting is seen from another thread, which looks at the loop's thread every LOOK_S. A thread that sits in the
-  same system call (a read, a poll, a sleep, an fsync) at every look for LIMIT_S is found; one that is ready to
-  run and gets no processor is not. Waiting for a lock looks like waiting for the interpreter (the GIL), so it
-  is found only where it goes through Python's own threading, queue or concurrent.futures.
+- waiting is seen from another thread, which looks at the loop's thread every LOOK_S. A thread that sits in
+  the same system call (a read, a poll, a sleep, an fsync) at every look for LIMIT_S is found; one that is
+  ready to run and gets no processor is not. Waiting for a lock looks like waiting for the interpreter (the
+  GIL), so it is found only where it goes through Python's own threading, queue or concurrent.futures.
 
 Only what happens below a function of the package counts, not what a test itself does on the loop. Without
 /proc (not Linux) only computing is found; a uvloop's callbacks are not seen at all.

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -157,8 +158,11 @@ def test_a_terminal_that_is_held_stops_nobody() -> None:
         hold()
         write(log, range(1000))
         release()
-        while log._kept:
-            os.read(reader, 4096)
+        text = ""
+        while not text.endswith("\r\n") or log._kept:
+            if select.select([reader], [], [], 0.01)[0]:
+                text += os.read(reader, 4096).decode()
+        check(text, 1000)
         log.write("last\n")
         assert read_until(reader, "last\r").endswith("last\r\n")
         log.close()

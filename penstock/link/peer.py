@@ -140,7 +140,8 @@ class Peer:
         elif self._held is not None and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"its snapshot did not leave in {settings.snapshot_timeout_s:g} s")
         else:
-            self.send(Heartbeat(seen=self.seen, load=self._handler.load()))
+            received = self.connection.received_bytes
+            self.send(Heartbeat(seen=self.seen, load=self._handler.load(), received=received))
 
     # What the connection calls.
 

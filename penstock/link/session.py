@@ -37,6 +37,9 @@ from penstock.wire.messages import (
 
 _PING = frames.encode(Ping())
 
+_RECENT = 0.4
+"""Part of `silence_s` for which a heartbeat counts as recent: two of them come in that time."""
+
 
 class LinkListener(Protocol):
     """What a frontend does with one worker's link. All methods are called on the event loop's thread and
@@ -104,8 +107,9 @@ class Session:
         self._card: Card | None = None
         self._hashes: list[int] = []
         self._seq = 0  # of the latest Generate
-        self._seen = 0  # the latest that the worker has seen
-        self._unseen_s = 0.0  # ticked while one was on its way and none arrived
+        self._arrived_bytes = 0  # of what was sent, by the worker's latest heartbeat
+        self._unmoved_s = 0.0  # ticked since they last became more; something is on its way at any time
+        self._untold_s = 0.0  # ticked since that heartbeat
         self._downloads: dict[str, Download] = {}
 
     @property
@@ -160,7 +164,7 @@ class Session:
         if self.connection.silent_s > settings.silence_s:
             self.fell_silent = True
             self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
-        elif self._arrives_late(seconds):
+        elif self._deaf(seconds):
             self.fell_silent = True
             self.connection.cut(f"nothing that was sent has arrived in {settings.silence_s:g} s")
         elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
@@ -168,17 +172,25 @@ class Session:
         else:
             self.connection.write(_PING)
 
-    def _arrives_late(self, seconds: float) -> bool:
-        """Whether a worker that is heard hears nothing itself: a path can be cut in one direction. What the
-        network has not taken yet, a long prompt over a slow line, is only on its way."""
-        on_its_way = self._seen < self._seq and not self.connection.unsent_bytes
-        self._unseen_s = self._unseen_s + seconds if on_its_way else 0.0
-        return self._unseen_s > self._settings.silence_s
+    def _deaf(self, seconds: float) -> bool:
+        """Whether a worker that is heard hears nothing itself: a path can be cut in one direction, or for
+        long packets only.
 
-    def _hear(self, seen: int) -> None:
-        if seen > self._seen:
-            self._seen = seen
-            self._unseen_s = 0.0
+        A slow line is no cut one, however much waits for it, here or in the kernel: something arrives, and
+        the worker's heartbeats say so. Behind much that comes from the worker over a slow line, its
+        heartbeats are late; as long as bytes come and no recent word of it, nothing is known.
+        """
+        self._unmoved_s += seconds
+        self._untold_s += seconds
+        recent_s = _RECENT * self._settings.silence_s
+        unknown = self._untold_s > recent_s and self.connection.silent_s <= recent_s
+        return self._arrived_bytes > 0 and self._unmoved_s > self._settings.silence_s and not unknown
+
+    def _heard_of(self, arrived_bytes: int) -> None:
+        self._untold_s = 0.0
+        if arrived_bytes > self._arrived_bytes:
+            self._arrived_bytes = arrived_bytes
+            self._unmoved_s = 0.0
 
     # What the connection calls.
 
@@ -239,7 +251,7 @@ class Session:
         if message.last:
             hashes, self._hashes = self._hashes, []
             self.phase = Phase.LIVE
-            self.connection.phase_s = 0.0
+            self.connection.phase_s = self._unmoved_s = 0.0
             self._listener.on_up(self._card, hashes, message.load)
         else:
             self.connection.rest()
@@ -247,10 +259,9 @@ class Session:
     def _pass_on(self, message: ToFrontend) -> None:
         match message:
             case Step():
-                self._hear(message.seen)
                 self._listener.on_step(message)
             case Heartbeat():
-                self._hear(message.seen)
+                self._heard_of(message.received)
                 self._listener.on_heartbeat(message.seen, message.load)
             case Bounce():
                 self._listener.on_bounce(message)

@@ -14,6 +14,9 @@ A connection, in order (F frontend, W worker):
 Each `Generate` carries a `seq` that counts up from 1 on its connection; a `Step` or `Heartbeat` says the
 highest one that its `load` already includes, so the frontend adds only what is still on its way.
 
+A `Heartbeat` also says how many bytes have arrived at the worker. As long as that number grows, a long
+prompt on a slow line is on its way; when it stands still, the path from frontend to worker is cut.
+
 Fields are only added, with defaults; unknown fields and trailing ones are ignored. A new message, or a
 new meaning of an old one, is a new protocol version, and versions do not mix.
 """
@@ -82,10 +85,11 @@ class Step(_Message):
 
 
 class Heartbeat(_Message):
-    """W: still here, between steps."""
+    """W: still here, between steps. `received`: bytes that have arrived on this connection; 0: not told."""
 
     seen: int
     load: Load
+    received: int = 0
 
 
 class Bounce(_Message):

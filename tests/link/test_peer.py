@@ -153,7 +153,9 @@ async def test_heartbeats_and_silence(bench: Any) -> None:
     case.worker.running = 1
     case.peer.tick(1.0)
     case.peer.tick(1.0)
-    assert case.take() == [Heartbeat(seen=0, load=Load(running=1))] * 2
+    received = case.peer.connection.received_bytes
+    assert case.take() == [Heartbeat(seen=0, load=Load(running=1), received=received)] * 2
+    assert received > 0
     case.transport.receive(Ping())
     case.peer.tick(1.0)
     case.peer.tick(1.0)
