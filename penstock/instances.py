@@ -305,6 +305,7 @@ class Instances:
                         link.close()
                         # Now: the next incarnation may be up before this connection has ended.
                         link.on_down("another process bears its name", orderly=True)
+                    self._placement.down(instance_id)  # what a snapshot that never ended has left
                     self._metrics.instance_gone(instance_id)
 
     def _connect(self, registration: Registration) -> None:
@@ -316,10 +317,10 @@ class Instances:
 
     # --- what instances say ---------------------------------------------------------------------------
 
-    def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
+    def _up(self, link: _Link, card: Card, load: Load) -> None:
         self.membership.up(link.instance_id, card)
         self._elect()
-        self._placement.up(card, hashes, load)
+        self._placement.up(card, load)
         self._lost.pop(link.instance_id, None)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
@@ -328,7 +329,7 @@ class Instances:
             card.role,
             card.model,
             card.engine,
-            len(hashes),
+            self._placement.held_blocks(link.instance_id),
         )
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
@@ -441,14 +442,21 @@ class _Link:
         if self._loading is not None:
             self._loading.cancel()
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
-        if self._closed:
-            raise ProtocolError("discovery has just forgotten this instance")
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        self._check_open()
+        self._instances._placement.snapshot(self.instance_id, hashes, first=first)
+
+    def on_up(self, card: Card, load: Load) -> None:
+        self._check_open()
         self.up = True
-        self._instances._up(self, card, hashes, load)
+        self._instances._up(self, card, load)
         self._loading = self._tasks.create_task(
             self._instances._load(self, card), name=f"load {self.instance_id}"
         )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProtocolError("discovery has just forgotten this instance")
 
     # What comes after `on_down`, until the connection has ended, is nobody's any more.
 

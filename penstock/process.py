@@ -39,7 +39,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError, PenstockError
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
-from penstock.link.tls import client_context
+from penstock.link.tls import renewed_client_context
 from penstock.listening import borrow_listener
 from penstock.observability import Metrics, setup_logging
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
@@ -117,7 +117,7 @@ def run_frontend(options: FrontendOptions) -> None:
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
     if link_settings.tls is not None:
-        client_context(link_settings.tls)  # files that cannot be used refuse to start
+        renewed_client_context(link_settings.tls)  # files that cannot be used refuse to start
     lent = borrow_listener(os.environ, os.getpid())
 
     async def main(stop: asyncio.Event) -> None:

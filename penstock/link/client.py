@@ -155,8 +155,7 @@ class LinkClient:
 
     async def _connect(self, session: Session) -> None:
         settings = self._settings
-        # Read anew each time: files are renewed, and may be unusable while they are.
-        context = tls.client_context(settings.tls) if settings.tls else None
+        context = tls.renewed_client_context(settings.tls)() if settings.tls else None
         server_name = (settings.tls.server_name or self._host) if settings.tls else None
         async with asyncio.timeout(settings.connect_timeout_s):
             await asyncio.get_running_loop().create_connection(

@@ -1,7 +1,7 @@
 """A frontend's end of one connection: from the worker's Challenge to its end.
 
 handshake   waits for the Challenge, then for the Welcome
-snapshot    collects the worker's cached blocks
+snapshot    passes on the worker's cached blocks, part by part
 live        passes everything on to the listener
 """
 
@@ -45,8 +45,12 @@ class LinkListener(Protocol):
     """What a frontend does with one worker's link. All methods are called on the event loop's thread and
     return at once; what they raise ends the connection."""
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
-        """The worker is there, and this is its whole cache; the list is the listener's to keep."""
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        """A part of what the worker has cached, before `on_up`. The first part begins anew: what was told in
+        a connection that ended before its `on_up` is void."""
+
+    def on_up(self, card: Card, load: Load) -> None:
+        """The worker is there, and its whole cache has been told."""
 
     def on_step(self, step: Step) -> None:
         """An engine step: the change since `on_up` and the steps before."""
@@ -105,7 +109,7 @@ class Session:
         self._epoch = epoch
         self._listener = listener
         self._card: Card | None = None
-        self._hashes: list[int] = []
+        self._cached = 0  # blocks of the snapshot so far
         self._seq = 0  # of the latest Generate
         self._arrived_bytes = 0  # of what was sent, by the worker's latest heartbeat
         self._unmoved_s = 0.0  # ticked since they last became more; something is on its way at any time
@@ -245,14 +249,16 @@ class Session:
             return
         if not isinstance(message, Snapshot):
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
-        self._hashes += message.hashes
-        if len(self._hashes) > self._settings.max_snapshot_blocks:
+        first = self._cached == 0
+        self._cached += len(message.hashes)
+        if self._cached > self._settings.max_snapshot_blocks:
             raise ProtocolError(f"a snapshot of more than {self._settings.max_snapshot_blocks} blocks")
+        # Part by part: all of a large cache at once would hold up everyone else's tokens.
+        self._listener.on_cached(message.hashes, first=first)
         if message.last:
-            hashes, self._hashes = self._hashes, []
             self.phase = Phase.LIVE
             self.connection.phase_s = self._unmoved_s = 0.0
-            self._listener.on_up(self._card, hashes, message.load)
+            self._listener.on_up(self._card, message.load)
         else:
             self.connection.rest()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import MIN_OBSERVATIONS, Cause
 from penstock.core.placement import Placed, Placement, explain
@@ -21,7 +23,7 @@ def card(instance_id: str, role: Role = Role.DECODE, block_size: int = 16) -> Ca
 def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placement:
     it = Placement(policy, disagg, random.Random(0))
     for each in cards:
-        it.up(each, [], Load(total_blocks=1000))
+        it.up(each, Load(total_blocks=1000))
     return it
 
 
@@ -71,7 +73,7 @@ def test_an_instance_that_went_down_is_forgotten() -> None:
     it = placement(*cards)
     it.cache_changed("d1", HASHES, [], False)
     it.down("d1")
-    it.up(cards[1], [], Load(total_blocks=1000))
+    it.up(cards[1], Load(total_blocks=1000))
     assert {scored.overlap_blocks for scored in choose(it, placed(), *cards).scores} == {0}
 
 
@@ -161,3 +163,15 @@ def test_a_burst_with_one_prefix_to_an_empty_worker_is_no_reason_for_distrust() 
     it.cache_changed("d0", HASHES, [], False)
     for each in burst:
         assert it.cached(each, "d0", 144) == (0, None)
+
+
+def test_a_snapshot_in_parts_begins_anew_with_its_first() -> None:
+    it = placement()
+    it.snapshot("a0", [1, 2], first=True)
+    it.snapshot("a0", [3], first=False)
+    assert it.held_blocks("a0") == 3
+    it.snapshot("a0", [], first=True)  # its link broke in between
+    assert it.held_blocks("a0") == 0
+    it.down("a0")
+    with pytest.raises(KeyError):
+        it.held_blocks("a0")

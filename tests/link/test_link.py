@@ -7,7 +7,6 @@ import hashlib
 import logging
 import random
 import socket
-import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -145,11 +144,10 @@ async def test_a_million_blocks_do_not_hold_up_the_loop(bench: Any) -> None:
         send_step(server, worker, 5)
         await bench.until(lambda: listener.steps)
         assert listener.cached == worker.cached
-    # Shares of the CPU time, since neither other processes nor a slow machine must fail this test. The
-    # longest turns are the worker's copy and this listener's own set of a million numbers; the rest are one
-    # part of the snapshot each.
+    # Shares of the CPU time, since neither other processes nor a slow machine must fail this test. One turn
+    # makes the worker's copy of a million numbers; the others have one part of the snapshot each.
     assert len(gaps) > 1_000_000 / ServerSettings().snapshot_part_blocks
-    assert statistics.quantiles(gaps, n=20)[-1] < sum(gaps) / 20
+    assert sorted(gaps)[-2] < sum(gaps) / 5
 
 
 async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:

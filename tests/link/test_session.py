@@ -64,8 +64,10 @@ class Case:
 async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
     case = Case(bench)
     case.greet()
+    case.listener.cached = {7}  # of a connection before
     case.transport.receive(Snapshot(hashes=[1, 2]))
     assert case.listener.calls == []
+    assert case.listener.cached == {1, 2}
     assert not case.transport.reading  # others have their turn before the next part
     await asyncio.sleep(0)
     assert case.transport.reading
@@ -81,7 +83,7 @@ async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
 
 async def test_the_listener_may_send_from_on_up(bench: Any) -> None:
     case = Case(bench)
-    case.listener.on_up = lambda card, hashes, load: case.session.generate(bench.attempt())
+    case.listener.on_up = lambda card, load: case.session.generate(bench.attempt())
     case.go_live()
     assert [message.seq for message in case.take()] == [1]
 
