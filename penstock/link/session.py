@@ -46,8 +46,8 @@ class LinkListener(Protocol):
     return at once; what they raise ends the connection."""
 
     def on_cached(self, hashes: list[int], *, first: bool) -> None:
-        """A part of what the worker has cached, before `on_up`. The first part begins anew: what was told in
-        a connection that ended before its `on_up` is void."""
+        """A part of what the worker has cached, before `on_up`. The first part begins anew: what came
+        over a connection that ended before its `on_up` is void."""
 
     def on_up(self, card: Card, load: Load) -> None:
         """The worker is there, and its whole cache has been told."""
