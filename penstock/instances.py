@@ -121,10 +121,13 @@ class Instances:
         return [served.view for name, served in self._served.items() if name in servable]
 
     def model(self, name: str) -> ModelView:
-        """The model in the revision that new requests get. Raises RequestRejected: 404 for a model that no
-        worker serves or served; 503 for one whose first workers are still connecting, whose workers have all
-        said that they leave, or that no worker has served for `outage_s`: until then, a worker that was lost
-        may be back before a queued request gives up."""
+        """The model in the revision that new requests get.
+
+        Raises RequestRejected: 404 for a model that no worker serves or served; 503 for one whose first
+        workers are still connecting, whose workers have all said that they leave, or that no worker has
+        served for `outage_s` (until then, a worker that was lost may be back before a queued request gives
+        up).
+        """
         served = self._served.get(name)
         if served is not None and not self._all_left(name):
             return served.view
