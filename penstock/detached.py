@@ -6,19 +6,33 @@ before a process ends.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import errno
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Thread
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-def detached(call: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Run `call` in a thread of its own, for which nothing waits when the process ends.
+def start_thread(run: Callable[[], None]) -> None:
+    """Run it in a thread for which nothing waits, neither at the end of the process nor at its beginning:
+    `threading.Thread.start` waits until the thread runs, which takes long on a busy machine.
 
-    The future has its result, or what it raised. Cancelling the future leaves the call running.
+    Raises OSError when the system has no thread to give.
+    """
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
+
+
+def detached(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Run `call` in a thread of its own, for which nothing waits.
+
+    The future has its result, or what it raised. Cancelling the future leaves the call running. Raises
+    OSError when the system has no thread to give.
     """
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()
@@ -29,7 +43,7 @@ def detached(call: Callable[[], T], name: str) -> asyncio.Future[T]:
         except BaseException as error:  # noqa: BLE001 whoever awaits the future gets it
             outcome.set_exception(error)
 
-    Thread(target=run, name=name, daemon=True).start()
+    start_thread(run)
     return asyncio.wrap_future(outcome)
 
 
@@ -40,12 +54,10 @@ class PatientCaller(Generic[T]):
     the next `result` waits for the same call.
 
     Args:
-        name: of the threads.
         limit_s: seconds that one `result` may take.
     """
 
-    def __init__(self, name: str, limit_s: float) -> None:
-        self._name = name
+    def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._running: asyncio.Future[T] | None = None
 
@@ -55,7 +67,7 @@ class PatientCaller(Generic[T]):
         Raises TimeoutError when it has not returned in time.
         """
         if self._running is None:
-            self._running = detached(call, self._name)
+            self._running = detached(call)
         await asyncio.wait([self._running], timeout=self._limit_s)
         if not self._running.done():
             raise TimeoutError(f"no answer in {self._limit_s:g} s")

@@ -18,8 +18,10 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Lock, Thread
+from threading import Lock
 from typing import TextIO, cast
+
+from penstock.detached import start_thread
 
 MAX_KEPT_BYTES = 256 * 1024
 """Of lines for which the reader has no room yet: beside a pipe's own 64 KiB, some 2,000 of them."""
@@ -39,7 +41,7 @@ class LogPipe(io.TextIOBase):
         self._kept: deque[bytes] = deque()  # in parts that a pipe takes as a whole; written by the thread
         self._kept_bytes = 0
         self._lost = 0
-        self._thread: Thread | None = None
+        self._writing_pid = 0  # the process in which the thread writes what is kept; 0: it does not
         atexit.register(self.finish)
 
     def _writer(self, descriptor: int) -> Callable[[bytes], int]:
@@ -82,10 +84,16 @@ class LogPipe(io.TextIOBase):
         if sent < len(data):
             with self._lock:
                 self._keep(data[sent:])
-                if self._thread is None or not self._thread.is_alive():  # not alive: after a fork
-                    self._thread = Thread(target=self._write_kept, name="log writer", daemon=True)
-                    self._thread.start()
+                self._write_on()
         return len(text)
+
+    def _write_on(self) -> None:
+        if self._writing_pid != (pid := os.getpid()):  # after a fork, the thread is the parent's
+            self._writing_pid = pid
+            try:
+                start_thread(self._write_kept)
+            except OSError:  # the system has no thread to give: the next line tries again
+                self._writing_pid = 0
 
     def _send_now(self, data: bytes) -> int:
         """How much of it could be written at once."""
@@ -153,7 +161,7 @@ class LogPipe(io.TextIOBase):
             if not self._kept:
                 self._tell_lost()
         if not self._kept:
-            self._thread = None
+            self._writing_pid = 0
         return bool(self._kept)
 
 

@@ -11,10 +11,11 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Final, Generic, TypeVar
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.detached import start_thread
 from penstock.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,7 +71,11 @@ class Renewed(Generic[T]):
         elif now - self._looked_at >= RECHECK_S:
             self._looked_at = now
             self._looked.clear()
-            Thread(target=self._look_again, name=f"look at {self._what}", daemon=True).start()
+            try:
+                start_thread(self._look_again)
+            except OSError as error:
+                self._looked.set()
+                self._say(str(error))
             self._looked.wait(ANSWER_S)
         return self._value
 

@@ -70,14 +70,14 @@ def test_what_a_reader_that_stands_still_has_no_room_for_is_kept_up_to_a_limit(p
     reader, log = pipe
     write(log, range(10_000))
     assert log._kept_bytes <= MAX_KEPT_BYTES
-    assert log._thread is not None
+    assert log._writing_pid
     text = read_until(reader, "nobody read them")
     lost, losses = check(text, 10_000)
     assert losses == 1
     assert len(text) > MAX_KEPT_BYTES + fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) / 2
     log.write("last\n")
     assert read_until(reader, "last") == "last\n"
-    assert log._thread is None
+    assert not log._writing_pid
     assert lost > 5000
 
 

@@ -118,7 +118,7 @@ class EtcdClient:
         self._at = 0  # the endpoint in use
         self._token = ""
         self._tls: ssl.SSLContext | None = None
-        self._loader: PatientCaller[None] = PatientCaller("etcd certificates", settings.call_s)
+        self._loader: PatientCaller[None] = PatientCaller(settings.call_s)
         if any(endpoint.startswith("https:") for endpoint in settings.endpoints):
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             settings.load_tls(self._tls)

@@ -94,9 +94,7 @@ class FileDiscovery:
 
     async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
         scan = DirectoryScan(self.directory, self._settings)
-        caller: PatientCaller[dict[str, Registration]] = PatientCaller(
-            "discovery scan", self._settings.answer_s
-        )
+        caller: PatientCaller[dict[str, Registration]] = PatientCaller(self._settings.answer_s)
         outage = Outage(log, f"discovery: {self.directory}", "what is known stays")
         previous: Mapping[str, Registration] | None = None
         while not self._closed.is_set():
@@ -136,7 +134,7 @@ class FileLease:
         self._settings = settings
         self.registered = False
         self.trouble = "not registered yet"
-        self._caller: PatientCaller[bool] = PatientCaller("discovery lease", settings.answer_s)
+        self._caller: PatientCaller[bool] = PatientCaller(settings.answer_s)
         self._outage = Outage(log, f"discovery: {directory}", "this instance goes on trying to register")
         self._refresher: asyncio.Task[None] | None = None
 

@@ -184,7 +184,7 @@ class Preprocessor:
         async def load() -> ModelText:
             async with self._one_at_a_time:
                 made = partial(ModelText, view, self._settings.segment_cache_bytes, self._parsers)
-                return await detached(made, "tokenizer loader")
+                return await detached(made)
 
         loading = _Loading(asyncio.ensure_future(load()), failures)
         loading.text.add_done_callback(loading.ended)
