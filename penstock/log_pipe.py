@@ -23,8 +23,8 @@ from typing import TextIO, cast
 
 from penstock.detached import start_thread
 
-MAX_KEPT_BYTES = 256 * 1024
-"""Of lines for which the reader has no room yet: beside a pipe's own 64 KiB, some 2,000 of them."""
+MAX_KEPT_BYTES = 64 * 1024
+"""Of lines for which the reader has no room yet, beside as much in the pipe itself: some 500 of them."""
 
 LAST_LINES_S = 1.0
 """How long a process that ends waits for a slow reader to take what is kept."""
