@@ -13,6 +13,7 @@ import pytest
 
 import penstock.renewed
 from penstock.clock import VirtualClock
+from penstock.detached import start_thread
 from penstock.errors import ConfigError
 from penstock.renewed import RECHECK_S, Renewed
 
@@ -102,7 +103,7 @@ def test_the_first_time_it_must_be_usable(reading: Reading) -> None:
 async def test_a_folder_that_does_not_answer_holds_up_nobody(
     reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.renewed.ANSWER_S", 0.01)
+    monkeypatch.setattr(penstock.renewed, "start_thread", start_thread)
     clock = VirtualClock()
     renewed = Renewed("number", [reading.path], reading, clock)
     answers, looks = threading.Event(), 0
