@@ -205,6 +205,30 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
             "PENSTOCK_ADVERTISE_HOST",
         ),
     ] = ""
+    advertise_port: Annotated[
+        Port,
+        flag(
+            "Port under which frontends reach the link, where a port mapping changes it; the port that it"
+            " listens on when 0.",
+            "PENSTOCK_ADVERTISE_PORT",
+        ),
+    ] = 0
+    kv_port: Annotated[
+        Port,
+        flag(
+            "Port on which other workers fetch KV from this one; 0 takes a free one. vllm: the first of one"
+            " for each data-parallel rank.",
+            "PENSTOCK_KV_PORT",
+        ),
+    ] = 0
+    kv_advertise_port: Annotated[
+        Port,
+        flag(
+            "Port under which other workers reach --kv-port, where a port mapping changes it; the same when"
+            " 0.",
+            "PENSTOCK_KV_ADVERTISE_PORT",
+        ),
+    ] = 0
     instance_id: Annotated[
         str,
         flag("Name of this instance; made from role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
@@ -255,6 +279,10 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
             )
         if self.transfer == "tcp" and self.engine == "vllm":
             raise ConfigError("--transfer: vllm moves its KV over nixl")
+        if self.kv_advertise_port and self.engine == "vllm":
+            raise ConfigError(
+                "--kv-advertise-port: vllm is reached on the port that it listens on (--kv-port)"
+            )
         if self.transfer == "nixl" and self.engine == "sim":
             raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
         CommonOptions.__post_init__(self)

@@ -10,34 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import ParamSpec, Protocol
 
 from penstock.clock import Clock
-from penstock.core.catalog import Catalog, differences
+from penstock.core.catalog import Catalog
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.placement import Placement
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
-from penstock.errors import ConfigError, ProtocolError, RemoteError, RequestRejected
+from penstock.errors import ConfigError, ProtocolError, RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.observability import RouterMetrics
 from penstock.ports import Discovery
+from penstock.served_models import ServedModels
 from penstock.structs import Card, InstanceView, Load, ModelView, Output, Registration, Role
 from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.instances")
-
-SWEEP_S = 1.0
-"""Seconds between looks for models that nobody serves any more."""
-
-MAX_GONE_MODELS = 1024
-"""Names of models that were served once, for which a client hears 503 instead of 404."""
-
-MAX_NAMED_MODELS = 16
-"""Served models that the error for an unknown one names."""
 
 WATCH_AGAIN_S = 1.0
 """Seconds before discovery is watched again after an error of ours ended the watch."""
@@ -103,15 +93,12 @@ class Instances:
         self._listener = listener
         self._frontend_id = frontend_id
         self._load_retry_s = load_retry_s
-        self._outage_s = outage_s
-        self._served: dict[str, _Served] = {}  # by model
-        self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
-        self._swept_at = clock.now()
         self._progress = progress
         self._time = PatientTime(clock.now(), tick_s)
         self._listed = False  # discovery has said who exists
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
+        self._models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
         self._tasks: asyncio.TaskGroup  # of `run`, as is
         self._prepare: Prepare
 
@@ -119,36 +106,15 @@ class Instances:
 
     def models(self) -> list[ModelView]:
         """Models that can be served."""
-        servable = {
-            member.registration.model for member in self.membership.members.values() if member.servable
-        }
-        return [served.view for name, served in self._served.items() if name in servable]
+        return self._models.models()
 
     def model(self, name: str) -> ModelView:
-        """The model in the revision that new requests get. Raises RequestRejected: 404 for a model that no
-        worker serves or served; 503 for one whose first workers are still connecting, or that no worker has
-        served for `outage_s`: until then, one may be back before a queued request gives up."""
-        served = self._served.get(name)
-        if served is not None:
-            return served.view
-        if name in self._gone:
-            raise RequestRejected(
-                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
-            )
-        if not self._listed or any(
-            member.registration.model == name for member in self.membership.members.values()
-        ):
-            message = f"The workers of `{name}` are still connecting."
-            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
-        names = ", ".join(f"`{view.name}`" for view in self.models()[:MAX_NAMED_MODELS])
-        message = f"The model `{name}` does not exist; served: {names or 'none'}."
-        raise RequestRejected(404, message, code="model_not_found", field="model")
+        """The model in the revision that new requests get. Raises RequestRejected; see ServedModels."""
+        return self._models.model(name, listed=self._listed)
 
     def serves(self, name: str, revision: str | None = None) -> bool:
-        """Whether new requests may come for the model, or for this revision of it: it is served, or was so
-        recently enough for requests to wait."""
-        served = self._served.get(name)
-        return served is not None and revision in (None, served.view.revision)
+        """Whether new requests may come for the model, or for this revision of it; see ServedModels."""
+        return self._models.serves(name, revision)
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""
@@ -172,10 +138,14 @@ class Instances:
     def _why_idle(self, instance_id: str, member: Member) -> str:
         link = self._links.get(instance_id)
         if member.state is State.STANDBY and member.card is not None:
-            return self._other_revision(member.card)
+            return self._models.other_revision(member.card)
         if member.up:
             return ""
         return link.client.reason if link is not None else "its registration is senseless"
+
+    def _has_left(self, instance_id: str) -> bool:
+        link = self._links.get(instance_id)
+        return link is None or link.left
 
     def link(self, instance_id: str) -> LinkClient | None:
         """The instance's link, up or not; None when the instance is not known."""
@@ -186,9 +156,7 @@ class Instances:
         """See who is there, and whose engines advance."""
         now = self._clock.now()
         self._time.look(now)
-        if now - self._swept_at >= SWEEP_S:
-            self._swept_at = now
-            self._forget_models(now)
+        self._models.tick(now)
         for link in self._links.values():
             if link.up and link.progress is not None:
                 link.guard(self._judge, link, link.progress)
@@ -212,56 +180,13 @@ class Instances:
             return
         self._metrics.state(link.instance_id, link.role, member.state)
 
-    # --- which models are served ----------------------------------------------------------------------
-
     def _elect(self) -> None:
         """After any change of a member: see which revision of each model new requests get."""
-        for model in self.membership.elect():
-            revision = self.membership.served.get(model)
-            before = self._served.get(model)
-            view = self._catalog.view(model, revision) if revision is not None else None
-            if view is None or (before is not None and before.view.revision == revision):
-                continue  # nobody serves it, or the same revision again
-            card = next(card for card in self.membership.ready(model, view.revision) if card.role.decodes)
-            self._served[model] = _Served(view, card, self._clock.now())
-            self._gone.pop(model, None)
-            if before is not None:
-                log.info(
-                    "model %s: new requests go to revision %s instead of %s",
-                    model,
-                    revision,
-                    before.view.revision,
-                )
-                self._show_states(model)
-                self._listener.on_revision(model)
-
-    def _show_states(self, model: str) -> None:
-        for instance_id, member in self.membership.members.items():
-            if member.registration.model == model:
-                self._metrics.state(instance_id, member.registration.role, member.state)
-
-    def _other_revision(self, card: Card) -> str:
-        """What keeps new requests from a worker of another revision than the served one."""
-        served = self._served.get(card.model)
-        differing = ", ".join(differences(card, served.card)) if served is not None else ""
-        return f"another revision of {card.model} is served, with other {differing}"
-
-    def _forget_models(self, now: float) -> None:
-        """Let go of models, and of revisions, that nobody has any more."""
-        members = self.membership.members.values()
-        servable = {member.registration.model for member in members if member.servable}
-        for model, served in list(self._served.items()):
-            if model in servable:
-                served.at = now
-            elif now - served.at > self._outage_s:
-                del self._served[model]
-                self._gone[model] = None
-                log.info("model %s: nobody has served it for %g s", model, self._outage_s)
-        while len(self._gone) > MAX_GONE_MODELS:
-            self._gone.popitem(last=False)
-        cards = {(member.card.model, member.revision): member.card for member in members if member.card}
-        cards |= {(name, served.view.revision): served.card for name, served in self._served.items()}
-        self._catalog.keep(cards)
+        for model in self._models.elect(self._clock.now()):
+            for instance_id, member in self.membership.members.items():
+                if member.registration.model == model:
+                    self._metrics.state(instance_id, member.registration.role, member.state)
+            self._listener.on_revision(model)
 
     def advances(self, instance_id: str) -> bool:
         """Whether its engine gets on with what it has, as far as is known."""
@@ -307,6 +232,7 @@ class Instances:
                         link.close()
                         # Now: the next incarnation may be up before this connection has ended.
                         link.on_down("another process bears its name", orderly=True)
+                    self._placement.down(instance_id)  # what a snapshot that never ended has left
                     self._metrics.instance_gone(instance_id)
 
     def _connect(self, registration: Registration) -> None:
@@ -318,10 +244,11 @@ class Instances:
 
     # --- what instances say ---------------------------------------------------------------------------
 
-    def _up(self, link: _Link, card: Card, hashes: list[int], load: Load) -> None:
+    def _up(self, link: _Link, card: Card, load: Load) -> None:
         self.membership.up(link.instance_id, card)
         self._elect()
-        self._placement.up(card, hashes, load)
+        self._placement.up(card, load)
+        self._models.found(link.instance_id)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -329,7 +256,7 @@ class Instances:
             card.role,
             card.model,
             card.engine,
-            len(hashes),
+            self._placement.held_blocks(link.instance_id),
         )
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
@@ -347,7 +274,7 @@ class Instances:
         state = self.membership.members[link.instance_id].state
         self._metrics.state(link.instance_id, card.role, state)
         if state is State.STANDBY:
-            log.warning("instance on standby: %s: %s", link.instance_id, self._other_revision(card))
+            log.warning("instance on standby: %s: %s", link.instance_id, self._models.other_revision(card))
         else:
             log.info("instance ready: %s", link.instance_id)
         self._listener.on_ready(link.instance_id)
@@ -379,6 +306,8 @@ class Instances:
         if orderly:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
+            if link.role.decodes:
+                self._models.lost(instance_id, link.model, self._clock.now())
             log.warning("instance lost: %s: %s", instance_id, reason)
         died = "" if orderly or link.client.fell_silent or link.client.misled else link.incarnation
         self._listener.on_lost(instance_id, link.role, reason, load, died)
@@ -396,25 +325,18 @@ class Instances:
         self._metrics.load(link.instance_id, load)
 
 
-@dataclass(slots=True)
-class _Served:
-    """A model in the revision that new requests get."""
-
-    view: ModelView
-    card: Card  # of a worker that has it
-    at: float  # when somebody was last seen to serve it
-
-
 class _Link:
     """One instance's link, with the task that keeps it up. Implements LinkListener."""
 
     def __init__(self, instances: Instances, registration: Registration, tasks: asyncio.TaskGroup) -> None:
         self.instance_id = registration.instance_id
         self.role = registration.role
+        self.model = registration.model
         self.incarnation = registration.incarnation
         self._instances = instances
         self._tasks = tasks
         self.up = False  # between `on_up` and `on_down`
+        self.left = False  # it said goodbye: this process will not be back
         self.progress: Progress | None = None  # of its engine, once it has been up
         self.stuck_at = 0.0  # when its engine was last found stuck
         self._loading: asyncio.Task[None] | None = None
@@ -438,11 +360,14 @@ class _Link:
         if self._loading is not None:
             self._loading.cancel()
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
-        if self._closed:
-            raise ProtocolError("discovery has just forgotten this instance")
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        self._check_open()
+        self._instances._placement.snapshot(self.instance_id, hashes, first=first)
+
+    def on_up(self, card: Card, load: Load) -> None:
+        self._check_open()
         self.up = True
-        self._instances._up(self, card, hashes, load)
+        self._instances._up(self, card, load)
         self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
 
     async def _load(self, card: Card) -> None:
@@ -459,6 +384,10 @@ class _Link:
         except Exception as error:
             log.exception("%s: the link ends because of an error here", self.instance_id)
             self.client.cut(f"an error here: {error!r}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProtocolError("discovery has just forgotten this instance")
 
     # What comes after `on_down`, until the connection has ended, is nobody's any more.
 
@@ -483,6 +412,7 @@ class _Link:
         if not self.up:
             return
         self.up = False
+        self.left = orderly
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None

@@ -29,7 +29,8 @@ class Engine(Protocol):
     """
 
     async def start(self) -> EngineCard:
-        """Load the model. Raises ConfigError when it cannot, RemoteError when another time it might."""
+        """Load the model. Raises ConfigError when it cannot, RemoteError when another time it might. After
+        this was cancelled, nothing else is called, not even `stop`."""
 
     def submit(self, attempt: Attempt) -> None:
         """Queue an attempt. Bad input ends it with an ERROR output; this never raises."""

@@ -39,7 +39,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError, PenstockError
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
-from penstock.link.tls import client_context
+from penstock.link.tls import renewed_client_context
 from penstock.listening import borrow_listener
 from penstock.observability import Metrics, setup_logging
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
@@ -117,7 +117,7 @@ def run_frontend(options: FrontendOptions) -> None:
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
     if link_settings.tls is not None:
-        client_context(link_settings.tls)  # files that cannot be used refuse to start
+        renewed_client_context(link_settings.tls)  # files that cannot be used refuse to start
     lent = borrow_listener(os.environ, os.getpid())
 
     async def main(stop: asyncio.Event) -> None:
@@ -154,6 +154,7 @@ def run_worker(options: WorkerOptions) -> None:
         role=options.role,
         model=options.served_model_name,
         advertise_host=options.advertise_host,
+        advertise_port=options.advertise_port,
         max_wait_ms=options.max_wait_ms,
         max_waiting=options.max_waiting,
         drain_s=options.drain_s,
@@ -280,6 +281,7 @@ def _vllm_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine
         epoch=epoch,
         served_name=options.served_model_name,
         host=options.advertise_host or options.host,
+        kv_port=options.kv_port,
         handoff_ttl_s=options.handoff_ttl_s,
         engine_args=options.engine_args,
         **given,
@@ -314,18 +316,19 @@ def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfe
     kind = options.transfer
     if kind == "auto":
         kind = "nixl" if find_spec("nixl") is not None and options.engine != "sim" else "tcp"
-    advertised = options.advertise_host or options.host
+    where: dict[str, Any] = {
+        "host": options.host,
+        "port": options.kv_port,
+        "advertise_host": options.advertise_host or options.host,
+        "advertise_port": options.kv_advertise_port,
+    }
     if kind == "nixl":
         from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
 
-        return NixlTransfer(
-            instance_id, epoch, NixlTransferSettings(host=options.host, advertise_host=advertised)
-        )
+        return NixlTransfer(instance_id, epoch, NixlTransferSettings(**where))
     from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
 
-    return TcpTransfer(
-        instance_id, epoch, TcpTransferSettings(host=options.host, advertise_host=advertised)
-    )
+    return TcpTransfer(instance_id, epoch, TcpTransferSettings(**where))
 
 
 def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Files that are renewed while a process runs: keys, secrets, certificates.
 
 Whoever renews them needs no restart and no signal: what is used next is what stands there now. What
-cannot be used is not taken: what was read before stays, and the log says why.
+cannot be used is not taken: what was read before stays, and the log says why. So it is while the folder
+that they are in does not answer, as when a network folder's server is gone: all reading is done in threads.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Final, Generic, TypeVar
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.detached import start_thread
 from penstock.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,6 +24,12 @@ log = logging.getLogger("penstock.renewed")
 
 RECHECK_S: Final = 1.0
 """Between two looks at a file, however often it is asked for: how long an old value may count."""
+
+ANSWER_S: Final = 0.02
+"""How long a look may hold up whoever asked. One that takes longer goes on, and counts once it is done."""
+
+SILENCE_S: Final = 3.0
+"""After so long a look without an answer, the log says so."""
 
 _Stamp = tuple[int, int, int, int]  # when it and its permissions were changed, its size, and which it is
 
@@ -31,8 +40,8 @@ class Renewed(Generic[T]):
     Args:
         what: it is, for the log.
         paths: of the files.
-        read: reads them all. Raises ConfigError when they cannot be used; a value is expected to be small,
-            as this happens on the event loop.
+        read: reads them all. Raises ConfigError when they cannot be used. Called in a thread, but for the
+            first time.
         clock: for the pauses between two looks.
 
     Raises what `read` raises.
@@ -46,29 +55,50 @@ class Renewed(Generic[T]):
         self._read = read
         self._clock = clock or MonotonicClock()
         self._trouble = ""  # why it could not be read again
+        self._looked_at = self._clock.now()
+        self._looked = Event()
+        self._looked.set()
         self._stamps = self._look()
         self._value = read()
 
     def get(self) -> T:
-        """The value now. Never raises; costs a comparison, and once a second a `stat` for each file."""
-        if self._clock.now() - self._looked_at < RECHECK_S:
-            return self._value
-        stamps = self._look()
-        if stamps != self._stamps:
+        """The value now. Never raises; costs a comparison, and once a second a look at the files, in a
+        thread which is waited for at most ANSWER_S."""
+        now = self._clock.now()
+        if not self._looked.is_set():
+            if now - self._looked_at >= SILENCE_S:
+                self._say(f"no answer in {SILENCE_S:g} s")
+        elif now - self._looked_at >= RECHECK_S:
+            self._looked_at = now
+            self._looked.clear()
             try:
+                start_thread(self._look_again)
+            except OSError as error:
+                self._looked.set()
+                self._say(str(error))
+            self._looked.wait(ANSWER_S)
+        return self._value
+
+    def _look_again(self) -> None:
+        try:
+            stamps = self._look()
+            if stamps != self._stamps:
                 self._value = self._read()
-            except (ConfigError, OSError) as error:
-                if str(error) != self._trouble:  # it is tried again with every look: that may have passed
-                    log.error("%s: what was read before stays: %s", self._what, error)
-                self._trouble = str(error)
-            else:
                 self._stamps, self._trouble = stamps, ""
                 log.info("%s: read again", self._what)
-        return self._value
+        except (ConfigError, OSError) as error:
+            self._say(str(error))
+        finally:
+            self._looked.set()
+
+    def _say(self, trouble: str) -> None:
+        """Once: it is tried again with every look, and may pass."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.error("%s: what was read before stays: %s", self._what, trouble)
 
     def _look(self) -> list[_Stamp | None]:
         """Before reading, so that a change in between is seen the next time."""
-        self._looked_at = self._clock.now()
         return [_stamp(path) for path in self._paths]
 
 

@@ -404,7 +404,7 @@ class Router:
         try:
             seq = link.generate(attempt)
         except ProtocolError as error:
-            return life.InstanceLost(instance_id, str(error))
+            return life.TooLong(attempt.attempt_id, str(error))
         except RemoteError as error:  # its link is full, or just broke: nothing was lost there
             self._full_until[instance_id] = self._clock.now() + self._settings.tick_s
             return life.Bounced(attempt.attempt_id, str(error), unsent=True)

@@ -46,6 +46,7 @@ log = logging.getLogger("penstock.worker")
 
 _PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
 _DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
+_HASHED_AT_ONCE_BYTES = 4 * 1024 * 1024  # of an asset: 10 ms on a slow machine
 _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 
 
@@ -62,6 +63,9 @@ class WorkerSettings(msgspec.Struct, frozen=True):
 
     advertise_host: str = ""
     """The host under which frontends reach the link; the one it listens on when empty."""
+
+    advertise_port: int = 0
+    """The port under which frontends reach the link; the one it listens on when 0."""
 
     max_wait_ms: float = 10_000.0
     """An attempt that is predicted to wait longer in the engine is bounced: work for another worker, or for
@@ -118,11 +122,14 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
-        self._card = self._describe(await self._engine.start())
+        engine_card = await self._start_engine(stop)
+        if engine_card is None:
+            return
+        self._card = await self._describe(engine_card)
         _check_card(self._card)
         self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
         await self._server.start()
-        address = join_address(self._host, self._server.port)
+        address = join_address(self._host, self._settings.advertise_port or self._server.port)
         self._lease = lease = await self._discovery.register(self._registration(address))
         log.info("worker ready: %s", self._summary(address))
         reason, failed = "stopped", False
@@ -136,6 +143,21 @@ class Worker:
         finally:
             await lease.close()
             await self._server.close(reason, failed=failed)
+
+    async def _start_engine(self, stop: asyncio.Event) -> EngineCard | None:
+        """What the engine is, once it has started; None when `stop` was set before."""
+        starting = asyncio.create_task(self._engine.start(), name="engine start")
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                return starting.result()
+            log.info("told to stop before the engine was ready")
+            return None
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
 
     def health(self) -> dict[str, Any]:
         """For /health: `status` is starting (until it is first listed by discovery), healthy, stuck,
@@ -187,9 +209,9 @@ class Worker:
         """Leave without losing anything: no new work, let attempts end and handoffs be pulled."""
         self._draining = True
         log.info("draining: attempts=%d handoffs=%d", len(self._owners), self._load.held_handoffs)
+        deadline = self._clock.now() + self._settings.drain_s
         self._server.drain("stopping")
         await lease.close()
-        deadline = self._clock.now() + self._settings.drain_s
         while (self._owners or self._load.held_handoffs) and not pump.done():
             left_s = deadline - self._clock.now()
             if left_s <= 0:
@@ -359,8 +381,8 @@ class Worker:
 
     # --- what this worker is --------------------------------------------------------------------------
 
-    def _describe(self, card: EngineCard) -> Card:
-        names = {name: hashlib.sha256(content).hexdigest() for name, content in card.assets.items()}
+    async def _describe(self, card: EngineCard) -> Card:
+        names = {name: await _sha256(content) for name, content in card.assets.items()}
         self._assets = {names[name]: content for name, content in card.assets.items()}
         return Card(
             instance_id=self._settings.instance_id,
@@ -413,3 +435,12 @@ def _check_card(card: Card) -> None:
         frames.decode_to_frontend(frames.encode(Welcome(card=card, proof=b""))[frames.LENGTH_BYTES :])
     except ProtocolError as error:
         raise ConfigError(f"what the engine says of itself cannot be served: {error}") from error
+
+
+async def _sha256(content: bytes) -> str:
+    """In hex. A part at a time: tokenizers have tens of megabytes, and probes are served meanwhile."""
+    digest = hashlib.sha256()
+    for start in range(0, len(content), _HASHED_AT_ONCE_BYTES):
+        digest.update(content[start : start + _HASHED_AT_ONCE_BYTES])
+        await asyncio.sleep(0)
+    return digest.hexdigest()

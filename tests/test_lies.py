@@ -282,7 +282,10 @@ class Listener:
         self.downs: list[str] = []
         self.steps: list[Step] = []
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        pass
+
+    def on_up(self, card: Card, load: Load) -> None:
         self.up = True
 
     def on_step(self, step: Step) -> None:

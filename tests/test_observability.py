@@ -1,20 +1,14 @@
 """Log lines and metrics, as an operator reads them."""
 
 import asyncio
-import contextlib
-import fcntl
 import io
 import logging
-import os
 import re
-import select
-from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.errors import ConfigError
-from penstock.log_pipe import LogPipe
 from penstock.observability import LineFormatter, Metrics, setup_logging
 from penstock.structs import Load
 
@@ -55,38 +49,6 @@ def test_a_message_stays_on_one_line_and_a_traceback_follows():
     first, *rest = stream.getvalue().splitlines()
     assert first.endswith("model=a\\nINFO forged")
     assert rest[-1] == "ValueError: broken"
-
-
-def test_a_pipe_that_nobody_reads_stops_nobody():
-    reader, writer = os.pipe()
-    with open(reader, "rb", buffering=0) as lines, open(writer, "w") as stream:
-        setup_logging("info", environ={}, stream=stream)
-        log = logging.getLogger("penstock")
-        for number in range(2000):
-            log.info("number=%d %s", number, "x" * (10_000 if number == 5 else 200))
-        text = lines.read(1024 * 1024).decode()
-        seen = [int(part) for part in re.findall(r"number=(\d+)", text)]
-        assert seen == list(range(len(seen)))
-        log.info("last")
-        lost, last = lines.read(1024 * 1024).decode().splitlines()
-        assert lost == f"lines_lost={2000 - len(seen)}: nobody read them"
-        assert last.endswith("last")
-        assert os.get_blocking(writer)
-        lines.close()
-        log.info("to nobody")
-
-
-def test_a_pipe_that_others_have_filled_since_it_had_room_stops_nobody():
-    reader, writer = os.pipe()
-    with open(reader, "rb", buffering=0) as lines, open(writer, "wb", buffering=0) as others:
-        with contextlib.closing(LogPipe(writer)) as stream:
-            others.write(b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
-            stream._poll = SimpleNamespace(poll=lambda timeout: [(writer, select.POLLOUT)])
-            stream.write("lost\n")
-            lines.read(1024 * 1024)
-            stream.write("last\n")
-        assert lines.read(1024) == b"lines_lost=1: nobody read them\nlast\n"
-        assert os.get_blocking(writer)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import penstock.renewed
 from penstock.clock import VirtualClock
+from penstock.detached import start_thread
 from penstock.errors import ConfigError
 from penstock.renewed import RECHECK_S, Renewed
 
@@ -94,3 +98,32 @@ def test_the_first_time_it_must_be_usable(reading: Reading) -> None:
     reading.path.write_text("x")
     with pytest.raises(ConfigError, match="no number"):
         Renewed("number", [reading.path], reading)
+
+
+async def test_a_folder_that_does_not_answer_holds_up_nobody(
+    reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penstock.renewed, "start_thread", start_thread)
+    clock = VirtualClock()
+    renewed = Renewed("number", [reading.path], reading, clock)
+    answers, looks = threading.Event(), 0
+    stamp = penstock.renewed._stamp
+
+    def hang(path: Path) -> object:
+        nonlocal looks
+        looks += 1
+        assert answers.wait(30)
+        return stamp(path)
+
+    reading.path.write_text("22")
+    monkeypatch.setattr(penstock.renewed, "_stamp", hang)
+    for _ in range(10):
+        await clock.advance(RECHECK_S)
+        assert renewed.get() == 1
+    assert looks == 1, "another look hangs beside the first"
+    assert caplog.messages == ["number: what was read before stays: no answer in 3 s"]
+    answers.set()
+    async with asyncio.timeout(20):
+        while renewed.get() == 1:
+            await asyncio.sleep(0.01)
+    assert renewed.get() == 22

@@ -10,7 +10,7 @@ import pytest
 
 from penstock.core.deadlines import Deadlines
 from penstock.core.settings import RouterSettings
-from penstock.errors import ModelReplaced, RequestRejected
+from penstock.errors import ModelReplaced, RemoteError, RequestRejected
 from penstock.structs import ModelView, Role
 from tests.cluster import MODEL, QUICK, WAIT_S, Cluster, cluster
 
@@ -144,13 +144,18 @@ async def test_nothing_is_kept_of_a_model_that_is_gone(tmp_path: Path) -> None:
         assert len(await it.complete(PROMPT)) == 8
 
 
-async def test_a_model_that_answers_nothing_for_a_moment_is_kept(tmp_path: Path) -> None:
+async def test_a_model_whose_worker_died_is_kept_for_a_while(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED}, QUICK, OLD) as it:
-        before = it.revision
-        await it.workers["a0"].leave()
+        before, worker = it.revision, it.workers.pop("a0")
+        worker.dies_of(5)
+        _, poison = it.ask([5])
         await it.wait_ready()
+        poison.cancel()
         await asyncio.sleep(1.2)  # beyond a sweep
         assert it.revision == before
         answer, _ = it.ask(PROMPT)
         it.start("a0", AGGREGATED, **OLD)
         assert len(await answer.tokens()) == 8
+        with pytest.raises(RemoteError):
+            await worker.task
+        await worker.engine.stop(0)

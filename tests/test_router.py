@@ -13,6 +13,7 @@ from penstock.core.membership import State
 from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ProtocolError, RemoteError, RequestRejected
+from penstock.link.settings import ClientSettings
 from penstock.structs import (
     Attempt,
     Delta,
@@ -30,6 +31,7 @@ PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 PAIR = {"p0": PREFILL, "d0": DECODE}
 FOUR = {"p0": PREFILL, "p1": PREFILL, "d0": DECODE, "d1": DECODE}
 ALWAYS = RouterSettings(disagg="always", tick_s=0.02)
+SLOW_TO_GIVE_UP = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=600.0))
 PROMPT = list(range(100))
 SLOW = {"cost_model": "qwen3-32b/h200/tp2", "speedup": 2.0}  # about 6 ms a step
 
@@ -154,9 +156,10 @@ async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
 
 async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> None:
     async with cluster(tmp_path, PAIR) as it:
+        revision = it.revision
         await it.workers["d0"].leave()
         await it.wait_ready("p0")
-        answer, _ = it.ask(PROMPT)
+        answer, _ = it.ask(PROMPT, revision=revision)
         await asyncio.sleep(0.1)
         it.start("d0", DECODE)
         assert len(await answer.tokens()) == 8
@@ -187,18 +190,69 @@ async def test_models_and_health(tmp_path: Path) -> None:
         assert it.router.healthy() == (False, "decode")
         await it.workers["p0"].leave()
         await it.wait_ready()
-        await asyncio.sleep(2.5)
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
         assert known.value.status == 503
 
 
-async def test_a_model_whose_workers_are_away_for_a_moment_takes_requests(tmp_path: Path) -> None:
-    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
-        await it.workers["a0"].leave()
-        await it.wait_ready()
+async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_may_come_back(
+    tmp_path: Path,
+) -> None:
+    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=1.0))
+    async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
+        it.workers["a0"].dies_of(5)
+        answer, _ = it.ask([5])
+        async with asyncio.timeout(20):
+            while it.router.instances() and it.router.instances()[0].state == "ready":
+                await asyncio.sleep(0.01)
         assert it.router.models() == []
         assert it.router.model(MODEL).name == MODEL
+        with pytest.raises(RequestRejected, match="no worker"):
+            await answer.tokens()
+        async with asyncio.timeout(20):
+            while it.router._instances.serves(MODEL):
+                await asyncio.sleep(0.01)
+        with pytest.raises(RequestRejected, match="No worker serves"):
+            it.router.model(MODEL)
+        assert not it.router._instances._models._lost
+
+
+@pytest.mark.parametrize("others", [{}, {"p0": PREFILL}], ids=["nobody is left", "no decoder is left"])
+async def test_a_model_whose_workers_all_left_in_order_is_refused_at_once(
+    tmp_path: Path, others: dict[str, Role]
+) -> None:
+    async with cluster(tmp_path, {"d0": DECODE, "d1": DECODE, **others}, SLOW_TO_GIVE_UP) as it:
+        await it.workers["d0"].leave()
+        await it.wait_ready("d1", *others)
+        assert it.router.model(MODEL).name == MODEL
+        running, _ = it.ask(PROMPT, max_tokens=2000)
+        await running.wait_tokens(1)
+        leaving = asyncio.create_task(it.workers["d1"].leave())
+        await it.wait_ready(*others)
+        with pytest.raises(RequestRejected) as draining:
+            it.router.model(MODEL)
+        await leaving
+        with pytest.raises(RequestRejected) as left:
+            it.router.model(MODEL)
+        assert [error.value.status for error in (draining, left)] == [503, 503]
+        it.start("d2", DECODE)
+        await it.wait_ready("d2", *others)
+        assert it.router.model(MODEL).name == MODEL
+
+
+async def test_an_attempt_too_long_for_a_frame_is_refused_and_no_workers_fault(tmp_path: Path) -> None:
+    async with cluster(tmp_path, PAIR, ALWAYS, sim={"max_model_len": 100_000}) as it:
+        for link in it.router._instances._links.values():
+            link.client._session._settings = ClientSettings(max_frame_bytes=20_000)
+        answer, _ = it.ask(list(range(300)) * 40)
+        with pytest.raises(RequestRejected, match="too long to be sent to a worker") as caught:
+            await answer.tokens()
+        assert (caught.value.status, caught.value.code) == (400, "request_too_long")
+        assert len(await it.complete(PROMPT)) == 8
+        await it.wait_idle()
+        exposition = it.metrics.render().decode()
+    assert "penstock_retries_total 0.0" in exposition
+    assert 'outcome="lost"' not in exposition
 
 
 async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_path: Path) -> None:
@@ -260,11 +314,12 @@ async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:
 async def test_restarted_instance_replaces_its_old_self(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
         await it.complete(PROMPT)
+        revision = it.revision
         await it.workers["a0"].die()
         it.start("a0", AGGREGATED)
         async with asyncio.timeout(20):
             while True:
-                answer, _ = it.ask(PROMPT)
+                answer, _ = it.ask(PROMPT, revision=revision)
                 await answer.tokens()
                 if answer.deltas[0].cached_tokens == 0:
                     break  # the new one, and the index knows that it has nothing

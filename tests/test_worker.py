@@ -87,9 +87,11 @@ class Frontend:
         self.client = LinkClient(address, self, ClientSettings(), frontend_id=name)
         self.task = asyncio.create_task(self.client.run())
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        self.hashes = hashes if first else self.hashes + hashes
+
+    def on_up(self, card: Card, load: Load) -> None:
         self.cards.append(card)
-        self.hashes = hashes
 
     def on_step(self, step: Step) -> None:
         self.steps.append(step)

@@ -51,6 +51,13 @@ class Bounced(msgspec.Struct):
     unsent: bool = False
 
 
+class TooLong(msgspec.Struct):
+    """An attempt that cannot be sent to any instance, because it is longer than a frame of the link."""
+
+    attempt_id: str
+    reason: str
+
+
 class InstanceLost(msgspec.Struct):
     """An instance is gone with all it had; attempts there are lost and handoffs void. `died`: what seems to
     have died (`Registration.incarnation`), unless it just left or fell silent. `alone`: no other request
@@ -132,6 +139,7 @@ Event = (
     | Refused
     | Retry
     | Bounced
+    | TooLong
     | InstanceLost
     | InstanceReady
     | InstanceStuck

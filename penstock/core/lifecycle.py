@@ -26,6 +26,8 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     DECODE    `max_moves` times
     PREFILL,  Bounced                    QUEUED    Choose; a handoff stays valid
     DECODE
+    PREFILL,  TooLong                    DONE      Fail: it would be too long for every instance
+    DECODE
     any       InstanceReady              same      none; that instance is not avoided any more
     any       request deadline, queue    DONE      Cancel, Release, Fail
               deadline
@@ -65,6 +67,7 @@ from penstock.core.events import (
     Retry,
     Send,
     Tick,
+    TooLong,
 )
 from penstock.core.suspects import Strikes
 from penstock.errors import RequestRejected
@@ -309,6 +312,12 @@ class Lifecycle:
         self.deadline = self._queue_deadline = queue_deadline
         return effects
 
+    def _on_too_long(self, event: TooLong, now: float) -> list[Effect]:
+        if event.attempt_id != self._attempt_id:
+            return []
+        message = f"The request is too long to be sent to a worker: {event.reason}."
+        return self._fail(RequestRejected(400, message, code="request_too_long"))
+
     def _turned_away(self, reason: str, now: float, *, migrates: bool = False) -> list[Effect]:
         """This worker does not want it, or not any more. Nothing has failed: a rolling restart may do
         this more often than a request may fail."""
@@ -459,6 +468,7 @@ _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
     Retry: Lifecycle._on_retry,
     Output: Lifecycle._on_output,
     Bounced: Lifecycle._on_bounced,
+    TooLong: Lifecycle._on_too_long,
     InstanceLost: Lifecycle._on_instance_lost,
     InstanceReady: Lifecycle._on_instance_ready,
     InstanceStuck: Lifecycle._on_instance_stuck,

@@ -50,13 +50,23 @@ class Placement:
 
     # --- what instances say -------------------------------------------------------------------------
 
-    def up(self, card: Card, hashes: list[int], load: Load) -> None:
-        """An instance is connected; this is all that it has cached."""
+    def snapshot(self, instance_id: str, hashes: Sequence[int], *, first: bool) -> None:
+        """A part of what an instance that is being connected has cached; the first part begins anew."""
+        if first:
+            self._index.add_worker(instance_id)
+            self._index.cleared(instance_id)
+        self._index.stored(instance_id, hashes)
+
+    def up(self, card: Card, load: Load) -> None:
+        """An instance is connected; what it has cached was told before."""
         self._block_sizes[card.instance_id] = card.block_size
         self._most_blocks[card.instance_id] = most_blocks(card.total_blocks)
         self._index.add_worker(card.instance_id)
-        self._index.replace(card.instance_id, hashes)
         self._book.reported(card.instance_id, 0, load)
+
+    def held_blocks(self, instance_id: str) -> int:
+        """How many blocks an instance has cached, as far as is known. KeyError for one not told of."""
+        return self._index.held(instance_id)
 
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""

@@ -74,14 +74,8 @@ class PrefixIndex:
             self._vacate(worker)
             self._sweep_if_needed()
 
-    def replace(self, worker: str, hashes: Iterable[int]) -> None:
-        """Take a snapshot of all its blocks in place of what was known. A large snapshot that arrives in
-        chunks is better given as `cleared`, then `stored` for each."""
-        self.cleared(worker)
-        self.stored(worker, hashes)
-
     def cleared(self, worker: str) -> None:
-        """The worker dropped its whole cache."""
+        """The worker has nothing cached, whatever was known of it."""
         self._vacate(worker)
         self._sweep_if_needed()
         self._occupy(worker)

@@ -24,6 +24,7 @@ import msgspec
 
 from penstock.discovery.etcd_client import EtcdClient, EtcdError, KeyValue, WatchReply
 from penstock.discovery.etcd_settings import EtcdSettings
+from penstock.discovery.outage import Outage
 from penstock.structs import Registration
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class EtcdDiscovery:
         await self._client.close()
 
     async def _follow(self, known: _Known) -> None:
-        outage = _Outage("what is known stays")
+        outage = Outage(log, "etcd", "what is known stays")
         pause = _Pause(self._settings)
         while True:
             try:
@@ -87,7 +88,7 @@ class EtcdDiscovery:
                 log.exception("etcd watch failed")
             await pause.after_failure()
 
-    async def _list_and_watch(self, known: _Known, outage: _Outage, pause: _Pause) -> bool:
+    async def _list_and_watch(self, known: _Known, outage: Outage, pause: _Pause) -> bool:
         """A list, and a watch from there to its end. Whether it ended because it was time."""
         try:
             listed = await self._client.list_below(self._settings.prefix, self._settings.instances_max)
@@ -128,7 +129,9 @@ class EtcdLease:
         self._key = _key(settings, registration.instance_id)
         self._value = msgspec.json.encode(registration)
         self._lease = 0  # chosen here, so that it can be revoked whatever became of the reply; 0: none
-        self._outage = _Outage(f"instance {registration.instance_id} goes on trying to register")
+        self._outage = Outage(
+            log, "etcd", f"instance {registration.instance_id} goes on trying to register"
+        )
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -260,24 +263,6 @@ class _Known:
         if key not in self._warned and len(self._warned) < self._settings.instances_max:
             self._warned.add(key)
             log.warning("etcd: %s", message)
-
-
-class _Outage:
-    """Says once that something failed, and once that it works again."""
-
-    def __init__(self, meanwhile: str) -> None:
-        self._meanwhile = meanwhile
-        self._began: float | None = None
-
-    def began(self, reason: str) -> None:
-        if self._began is None:
-            self._began = time.monotonic()
-            log.warning("etcd is not available, %s: reason=%r", self._meanwhile, reason)
-
-    def ended(self) -> None:
-        if self._began is not None:
-            log.info("etcd is available again: outage_s=%.1f", time.monotonic() - self._began)
-            self._began = None
 
 
 class _Pause:

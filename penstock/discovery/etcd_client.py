@@ -14,11 +14,13 @@ import asyncio
 import base64
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import httpx2
 import msgspec
 
+from penstock.detached import PatientCaller
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.errors import ConfigError, PenstockError
 
@@ -116,6 +118,7 @@ class EtcdClient:
         self._at = 0  # the endpoint in use
         self._token = ""
         self._tls: ssl.SSLContext | None = None
+        self._loader: PatientCaller[None] = PatientCaller(settings.call_s)
         if any(endpoint.startswith("https:") for endpoint in settings.endpoints):
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             settings.load_tls(self._tls)
@@ -218,16 +221,18 @@ class EtcdClient:
                 failed.append(f"{endpoint}: {error}")
             if self._at == at:  # else another task has found this out already
                 self._at = (at + 1) % len(self._settings.endpoints)
-        self._tls_again(failed)
+        await self._tls_again(failed)
         raise EtcdError("; ".join(failed))
 
-    def _tls_again(self, failed: list[str]) -> None:
+    async def _tls_again(self, failed: list[str]) -> None:
         """Take a certificate that was replaced, now that the old one may no longer do."""
         if self._tls is not None:
             try:
-                self._settings.load_tls(self._tls)
+                await self._loader.result(partial(self._settings.load_tls, self._tls))
             except ConfigError as error:
                 failed.append(str(error))
+            except TimeoutError as error:
+                failed.append(f"the files of its certificates: {error}")
 
     async def _ask(self, endpoint: str, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
         async with self._http.stream("POST", f"{endpoint}/v3/{path}", **self._request(body)) as response:

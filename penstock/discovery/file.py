@@ -1,10 +1,13 @@
 """Discovery over a directory: one JSON file per instance, its mtime a lease.
 
-An instance is live while its file's mtime moves at least every `lease_s`. A file whose writer ran on this
-machine vanishes as soon as that process is gone; for a folder shared by several machines only the lease
-counts, measured by each watcher's own clock from when it last saw the mtime move, so that clocks need not
-agree. Whoever sees a dead file removes it: a live owner that was merely slow writes it again, as all owners
-do when somebody deletes the whole directory.
+An instance is live while its file's mtime moves at least every `lease_s`. Each watcher measures that by its
+own clock, from when it last saw the mtime move: what an mtime says is of the clock of the server that keeps
+the folder, and clocks need not agree. A file whose writer ran on this machine also vanishes as soon as that
+process is gone. Whoever sees a dead file removes it: a live owner that was merely slow writes it again, as
+all owners do when somebody deletes the whole directory.
+
+A directory on a network may stop answering for good, so all reading and writing is done in threads
+for which nobody waits longer than `answer_s`.
 
 The directory is 0700 and writing to it is the only credential: keep it where only its owner writes.
 """
@@ -12,18 +15,21 @@ The directory is 0700 and writing to it is the only credential: keep it where on
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 import os
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 
+from penstock.detached import PatientCaller
+from penstock.discovery.outage import Outage
 from penstock.errors import ConfigError
 from penstock.structs import Count, Registration, Word
 
@@ -43,12 +49,15 @@ class FileDiscoverySettings(msgspec.Struct, frozen=True):
         for 5 files, 1.7 ms for 256.
     files_max: files beyond this many are ignored, with a warning.
     file_bytes_max: a larger file is garbage.
+    answer_s: how long the directory may take to answer before that counts as an outage (a network folder
+        whose server is gone), and how long an instance that leaves waits to remove its file.
     """
 
     lease_s: float = 5.0
     poll_s: float = 0.25
     files_max: int = 1024
     file_bytes_max: int = 16 * 1024
+    answer_s: float = 2.5
 
     @property
     def refresh_s(self) -> float:
@@ -71,31 +80,36 @@ class FileDiscovery:
         self.directory = directory
         self._settings = settings or FileDiscoverySettings()
         self._closed = asyncio.Event()
-        self.trouble = ""
+        self.trouble = "not read yet"
 
     async def register(self, registration: Registration) -> FileLease:
-        """Write this instance's file and keep touching it until the lease is closed.
+        """Write this instance's file and keep touching it until the lease is closed. While the directory
+        does not answer, the lease says so and goes on trying.
 
         Raises:
-            ConfigError: the directory cannot be written.
+            ConfigError: the directory cannot be written, or the registration is too long for a file.
         """
         lease = FileLease(self.directory, registration, self._settings)
-        try:
-            await asyncio.to_thread(lease.write)
-        except OSError as error:
-            raise ConfigError(f"discovery: cannot write to {self.directory}: {error.strerror}") from error
-        lease.start()
+        await lease.start()
         return lease
 
     async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
         scan = DirectoryScan(self.directory, self._settings)
+        caller: PatientCaller[dict[str, Registration]] = PatientCaller(self._settings.answer_s)
+        outage = Outage(log, f"discovery: {self.directory}", "what is known stays")
         previous: Mapping[str, Registration] | None = None
         while not self._closed.is_set():
-            current = await asyncio.to_thread(scan.instances)
-            self.trouble = scan.trouble
-            if current != previous:
-                yield current
-                previous = current
+            try:
+                current = await caller.result(scan.instances)
+            except OSError as error:  # TimeoutError is one
+                self.trouble = f"cannot read {self.directory}: {error.strerror or error}"
+                outage.began(self.trouble)
+            else:
+                self.trouble = ""
+                outage.ended()
+                if current != previous:
+                    yield current
+                    previous = current
             try:
                 await asyncio.wait_for(self._closed.wait(), self._settings.poll_s)
             except TimeoutError:
@@ -104,6 +118,9 @@ class FileDiscovery:
     async def close(self) -> None:
         """End all watches."""
         self._closed.set()
+
+
+_SUPERSEDED = "another incarnation holds its file"
 
 
 class FileLease:
@@ -118,78 +135,115 @@ class FileLease:
         self._settings = settings
         self.registered = False
         self.trouble = "not registered yet"
+        self._caller: PatientCaller[bool] = PatientCaller(settings.answer_s)
+        self._outage = Outage(log, f"discovery: {directory}", "this instance goes on trying to register")
         self._refresher: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin refreshing; ends with `close`."""
-        self.registered, self.trouble = True, ""
+    async def start(self) -> None:
+        """Write the file, then keep it fresh in the background until `close`. Raises ConfigError."""
+        if len(self._content) > self._settings.file_bytes_max:
+            raise ConfigError(
+                f"discovery: this worker's registration has {len(self._content)} bytes, where"
+                f" {self._settings.file_bytes_max} may be: shorten --served-model-name or --instance-id"
+            )
+        try:
+            await self._try(self._write)
+        except TimeoutError as error:
+            self._fail(error)
+        except OSError as error:
+            raise ConfigError(
+                f"discovery: cannot write to {self._path.parent}: {error.strerror}"
+            ) from error
         self._refresher = asyncio.create_task(self._refresh_forever(), name=f"lease {self._path.stem}")
 
     async def close(self) -> None:
-        if self._refresher is not None:
-            self._refresher.cancel()
-            await asyncio.gather(self._refresher, return_exceptions=True)
-            self._refresher = None
-            await asyncio.to_thread(self._remove)
-
-    def write(self) -> None:
-        """Replace the file at once, so that no reader ever sees half of it."""
-        _make_private(self._path.parent)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
-        temporary.write_bytes(self._content)
-        temporary.replace(self._path)
+        """Deregister, in at most `answer_s`. If the directory does not answer, the lease ends by itself."""
+        if self._refresher is None:
+            return
+        self._refresher.cancel()
+        await asyncio.gather(self._refresher, return_exceptions=True)
+        self._refresher = None
+        try:
+            async with asyncio.timeout(self._settings.answer_s):
+                await self._caller.idle()
+                await self._caller.result(self._remove)
+        except OSError as error:
+            log.warning(
+                "discovery: cannot remove %s, its lease ends in %g s: %s",
+                self._path,
+                self._settings.lease_s,
+                error.strerror or str(error) or f"no answer in {self._settings.answer_s:g} s",
+            )
 
     async def _refresh_forever(self) -> None:
         while True:
             await asyncio.sleep(self._settings.refresh_s)
             try:
-                superseded = not await asyncio.to_thread(self._refresh)
+                await self._try(self._refresh)
             except OSError as error:
-                if not self.trouble:
-                    log.warning("discovery: cannot refresh %s (%s), trying on", self._path, error.strerror)
-                self.trouble = f"cannot refresh {self._path}: {error.strerror}"
-                continue
+                self._fail(error)
             except Exception:  # the task's top: a defect of ours must not end what keeps it listed
                 log.exception("discovery: cannot refresh %s", self._path)
                 self.trouble = f"cannot refresh {self._path}: an error here, see the log"
-                continue
-            self.trouble = ""
-            if superseded:
-                self.trouble = "a newer incarnation took over"
-                log.warning("discovery: a newer incarnation took over %s", self._path.name)
-                return
+
+    async def _try(self, call: Callable[[], bool]) -> None:
+        held = await self._caller.result(call)
+        self._outage.ended()
+        if held:
+            self.registered, self.trouble = True, ""
+        elif self.trouble != _SUPERSEDED:
+            # Or an older one, of a host whose clock is ahead: its file ends with its lease.
+            self.trouble = _SUPERSEDED
+            log.warning("discovery: a newer incarnation took over %s", self._path.name)
+
+    def _fail(self, error: OSError) -> None:
+        self.trouble = f"cannot refresh {self._path}: {error.strerror or error}"
+        self._outage.began(self.trouble)
+
+    # What runs in a thread, since it may hang.
+
+    def _write(self) -> bool:
+        """Replace the file at once, so that no reader ever sees half of it."""
+        _make_private(self._path.parent)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(self._content)
+        temporary.replace(self._path)
+        return True
 
     def _refresh(self) -> bool:
         """Touch the file, or write it again when it was removed. False: a newer incarnation owns it."""
         try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            self.write()
-            return True
+            content = _content_of(self._path, self._settings.file_bytes_max)
+        except (FileNotFoundError, _NoRegistration):
+            return self._write()
         if content == self._content:
             os.utime(self._path)
         elif _epoch_in(content) > self._epoch:
             return False
         else:
-            self.write()
+            return self._write()
         return True
 
-    def _remove(self) -> None:
+    def _remove(self) -> bool:
         try:
-            if self._path.read_bytes() == self._content:
+            if _content_of(self._path, self._settings.file_bytes_max) == self._content:
                 self._path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, _NoRegistration):
             pass
-        except OSError as error:
-            log.warning("discovery: cannot remove %s: %s", self._path, error.strerror)
+        return True
+
+
+_Stamp = tuple[int, int, int]  # inode, mtime in ns, size: while equal, the content is not read again
 
 
 class _Seen(msgspec.Struct):
     """A file as a watcher knows it."""
 
-    stamp: tuple[int, int, int]  # inode, mtime in ns, size: while equal, the content is not read again
+    stamp: _Stamp
     record: _Record | None  # None: garbage
-    moved_at: float  # this process's monotonic clock when the mtime was last seen to move
+    moved_at: float  # this process's monotonic clock when the stamp was first seen
 
 
 class DirectoryScan:
@@ -199,41 +253,41 @@ class DirectoryScan:
         self._directory = directory
         self._settings = settings
         self._seen: dict[str, _Seen] = {}
-        self._instances: dict[str, Registration] = {}
-        self.trouble = ""  # why the last listing failed
+        self._looked_at = time.monotonic()
         self._warned: set[str] = set()  # what has been warned of and not yet ended
 
     def instances(self) -> dict[str, Registration]:
-        """The live instances by id; while the directory cannot be read, those of the last listing."""
+        """The live instances by id. Raises OSError when the directory cannot be read."""
         now = time.monotonic()
-        try:
-            seen = self._list(now)
-        except OSError as error:
-            self.trouble = f"cannot read {self._directory}: {error.strerror}"
-            self._warn_once("outage", f"{self.trouble}; keeping what is known")
-            return self._instances
-        self.trouble = ""
-        self._warned.discard("outage")
+        seen = self._list(now)
+        if now - self._looked_at > self._settings.lease_s / 2:
+            # The directory did not answer, or this process stood still. The owners may have been kept from
+            # touching their files, too, so none of these has been seen to stand still.
+            for entry in seen.values():
+                entry.moved_at = now
+        self._looked_at = now
         self._seen = {name: entry for name, entry in seen.items() if self._keep(name, entry, now)}
-        self._instances = {
+        return {
             entry.record.registration.instance_id: entry.record.registration
             for entry in self._seen.values()
             if entry.record is not None
         }
-        return self._instances
 
     def _list(self, now: float) -> dict[str, _Seen]:
-        _make_private(self._directory)
         seen = {}
         for entry in self._entries():
             try:
                 seen[entry.name] = self._look(entry, now)
             except FileNotFoundError:
                 continue  # deregistered between the listing and the look
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # the same, as NFS says it
+                    raise
         return seen
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         count = 0
+        _make_private(self._directory)  # also where it is there: a file system that is frozen shows itself
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or not entry.name.endswith(_SUFFIX):
@@ -248,30 +302,28 @@ class DirectoryScan:
         self._warned.discard("crowded")
 
     def _look(self, entry: os.DirEntry[str], now: float) -> _Seen:
-        status = entry.stat()
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        stamp = _stamp(entry.stat(follow_symlinks=False))
         known = self._seen.get(entry.name)
         if known is not None and known.stamp == stamp:
             return known
-        record = self._read(entry, status.st_size)
-        if known is None and record is not None and record.pid_space == pid_space():
-            age_s = max(0.0, time.time() - status.st_mtime)  # same machine, same clock
-        else:
-            age_s = 0.0
-        return _Seen(stamp, record, now - age_s)
+        # From now on, whatever the mtime says: it is of the clock of the file's server.
+        return _Seen(stamp, self._read(entry), now)
 
-    def _read(self, entry: os.DirEntry[str], size: int) -> _Record | None:
+    def _read(self, entry: os.DirEntry[str]) -> _Record | None:
         try:
-            if not stat.S_ISREG(entry.stat().st_mode):  # reading a pipe would never end
-                raise msgspec.ValidationError("it is not a file")
-            if size > self._settings.file_bytes_max:
-                raise msgspec.ValidationError(f"{size} bytes is too large")
-            record = msgspec.json.decode(Path(entry.path).read_bytes(), type=_Record)
+            content = _content_of(Path(entry.path), self._settings.file_bytes_max)
+            record = msgspec.json.decode(content, type=_Record)
             if entry.name != _file_name(record.registration.instance_id):  # one file for each instance
-                raise msgspec.ValidationError("instance_id: it is not what the file is named after")
+                raise _NoRegistration("instance_id: it is not what the file is named after")
         except FileNotFoundError:
             raise
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
+        except (
+            msgspec.MsgspecError,
+            UnicodeDecodeError,
+            RecursionError,
+            OSError,
+            _NoRegistration,
+        ) as error:
             self._warn_once(entry.path, f"ignoring {entry.path}: {str(error)[:_SHOWN_CHARS]}")
             return None
         self._warned.discard(entry.path)
@@ -289,11 +341,10 @@ class DirectoryScan:
             return False
         return True
 
-    def _remove_stale(self, path: Path, stamp: tuple[int, int, int]) -> None:
+    def _remove_stale(self, path: Path, stamp: _Stamp) -> None:
         """Unlink unless it has changed since; if it changes in between, its owner writes it again."""
         try:
-            status = path.stat()
-            if (status.st_ino, status.st_mtime_ns, status.st_size) == stamp:
+            if _stamp(path.lstat()) == stamp:
                 path.unlink()
         except OSError:
             return  # gone already, or a folder we may only read: the entry is dropped all the same
@@ -306,6 +357,31 @@ class DirectoryScan:
 
 def _file_name(instance_id: str) -> str:
     return quote(instance_id, safe="") + _SUFFIX
+
+
+class _NoRegistration(Exception):
+    """What stands under a registration's name is something else."""
+
+
+def _content_of(path: Path, max_bytes: int) -> bytes:
+    """A regular file's content. Never waits for the other end of a pipe, and follows no link.
+
+    Raises OSError, and _NoRegistration for anything but a regular file of at most `max_bytes`.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):  # opening a device may already do something
+        raise _NoRegistration("not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced meanwhile
+            raise _NoRegistration("not a regular file")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise _NoRegistration(f"it is larger than {max_bytes} bytes")
+    return content
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _make_private(directory: Path) -> None:

@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
 
+from penstock.detached import detached
 from penstock.engines.batch import Row
 from penstock.engines.cycle import Command, EngineCycle, LoadedModel, build_cycle
 from penstock.engines.settings import SchedulerSettings
@@ -61,7 +62,7 @@ class SteppingEngine(EngineShell):
     async def start(self) -> EngineCard:
         """Load the model in a thread, and begin. Raises ConfigError when it cannot be loaded."""
         self._outbox.open()
-        self._cycle = await asyncio.to_thread(self._build)
+        self._cycle = await detached(self._build)  # its files may be on a network folder
         self._thread = Thread(target=self._run, args=(self._cycle,), name="penstock-engine", daemon=True)
         self._thread.start()
         return self._cycle.scheduler.card

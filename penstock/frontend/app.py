@@ -108,7 +108,7 @@ class App:
     async def prepare(self, model: ModelView) -> None:
         """Load what the model's requests will need, so that the first one does not wait for it."""
         with contextlib.suppress(RequestRejected):  # each of its requests will say so
-            await self._preprocessor.text_of(model)
+            await self._preprocessor.publish(model)
 
     @property
     def healthy(self) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
 
 import jinja2
 from tokenizers import Tokenizer
 
+from penstock.detached import detached
 from penstock.errors import RequestRejected
 from penstock.frontend.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
 from penstock.frontend.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
@@ -32,6 +35,9 @@ log = logging.getLogger("penstock.frontend")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TOKENIZER_FILE = "tokenizer.json"
+NOT_LOADED = "tokenizer_not_loaded"
+LOAD_RETRY_MIN_S = 1.0  # after a failure that may pass; doubles up to the next
+LOAD_RETRY_MAX_S = 60.0
 MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is loaded again when needed
 
 
@@ -40,7 +46,10 @@ class ModelText:
 
     def __init__(self, view: ModelView, cache_bytes: int, parsers: ChatParsers | None = None) -> None:
         """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
-        Raises RequestRejected(500) when they are unusable."""
+
+        Raises RequestRejected: 500 when the files are unusable, 503 when loading them failed for a reason
+        that may pass.
+        """
         if TOKENIZER_FILE not in view.assets:
             raise _unusable(view, f"it came without {TOKENIZER_FILE}")
         try:
@@ -51,7 +60,8 @@ class ModelText:
         # Whatever a worker's files hold must not end a frontend. A panic of `tokenizers`, which some cause,
         # is no Exception; and nothing is cancelled in the loader's thread.
         except BaseException as error:  # noqa: BLE001
-            raise _unusable(view, str(error) or repr(error)) from None
+            reason = str(error) or repr(error)
+            raise (_not_loaded(view, reason) if _may_pass(error) else _unusable(view, reason)) from None
 
     def _load(self, view: ModelView, cache_bytes: int) -> None:
         content = view.assets[TOKENIZER_FILE].decode()
@@ -112,9 +122,31 @@ class ModelText:
         return whole + self._suffix if add_special_tokens else whole
 
 
+class _Loading:
+    """A model's text side, on its way or there; or why there is none."""
+
+    def __init__(self, text: asyncio.Future[ModelText], failures: int) -> None:
+        self.text = text
+        self.failures = failures  # in a row, each of a kind that may pass
+        self.retry_at = math.inf  # of the monotonic clock
+
+    @property
+    def failed(self) -> bool:
+        return self.text.done() and (self.text.cancelled() or self.text.exception() is not None)
+
+    def ended(self, text: asyncio.Future[ModelText]) -> None:
+        """Say when to try again, if it is worth trying."""
+        error = None if text.cancelled() else text.exception()
+        if isinstance(error, RequestRejected) and error.code == NOT_LOADED:
+            pause_s = min(LOAD_RETRY_MIN_S * 2**self.failures, LOAD_RETRY_MAX_S)
+            self.failures += 1
+            self.retry_at = monotonic() + pause_s
+            log.warning("%s Trying again after %g s.", error, pause_s)
+
+
 class Preprocessor:
-    """Keeps the loaded models, and two threads for what would hold up the event loop: long prompts, and
-    loading, which no prompt of a loaded model waits for."""
+    """Keeps the loaded models. Long prompts are tokenized in one thread and models are loaded in another,
+    since either would hold up the event loop, and no prompt of a loaded model waits for the loading."""
 
     def __init__(
         self, settings: FrontendSettings, metrics: TokenizerMetrics, parsers: ChatParsers | None = None
@@ -122,29 +154,44 @@ class Preprocessor:
         """Without `parsers` all that models say is content."""
         self._settings = settings
         self._parsers = parsers
-        self._texts: OrderedDict[str, asyncio.Future[ModelText]] = OrderedDict()  # by revision
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-loader")
+        self._loading: OrderedDict[str, _Loading] = OrderedDict()  # by revision
+        self._one_at_a_time = asyncio.Lock()
         self._thread = TokenizerThread(settings.tokenizing, metrics)
         self._turn = TurnBudget(settings.long_text_chars)
 
     async def text_of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
-        """The model's text side, loaded once for each revision (and unusable once for all). Without a
-        caller, however long that takes."""
-        loading = self._texts.get(view.revision)
-        if loading is None:
-            loop = asyncio.get_running_loop()
-            loading = loop.run_in_executor(
-                self._loader, ModelText, view, self._settings.segment_cache_bytes, self._parsers
-            )
-            self._texts[view.revision] = loading
-            while len(self._texts) > MAX_LOADED_MODELS:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(view.revision)
+        """The model's text side, loaded once for each revision. A failure that may pass is tried again
+        after a pause, which doubles. Without a caller, however long that takes."""
+        loading = self._loading.get(view.revision)
+        if loading is None or loading.retry_at <= monotonic():
+            loading = self._load(view, 0 if loading is None else loading.failures)
+        self._loading.move_to_end(view.revision)
         # One client that leaves must not end the loading for the others.
-        if loading.done():
-            return loading.result()
-        shielded = asyncio.shield(loading)
+        if loading.text.done():
+            return loading.text.result()
+        shielded = asyncio.shield(loading.text)
         return await (shielded if caller is None else caller.wait(shielded))
+
+    async def publish(self, view: ModelView) -> None:
+        """Load a model that is about to be served, trying again at once whatever failed before. Raises as
+        `text_of`."""
+        loading = self._loading.get(view.revision)
+        if loading is not None and loading.failed:
+            del self._loading[view.revision]
+        await self.text_of(view)
+
+    def _load(self, view: ModelView, failures: int) -> _Loading:
+        async def load() -> ModelText:
+            async with self._one_at_a_time:
+                made = partial(ModelText, view, self._settings.segment_cache_bytes, self._parsers)
+                return await detached(made)
+
+        loading = _Loading(asyncio.ensure_future(load()), failures)
+        loading.text.add_done_callback(loading.ended)
+        self._loading[view.revision] = loading
+        while len(self._loading) > MAX_LOADED_MODELS:
+            self._loading.popitem(last=False)
+        return loading
 
     def chat_prompt(self, text: ModelText, request: ChatRequest) -> str:
         """The prompt of a chat. Its template writes the special tokens itself."""
@@ -169,7 +216,8 @@ class Preprocessor:
     def close(self) -> None:
         """End the threads. A model that is being loaded, for seconds perhaps, is not waited for."""
         self._thread.close()
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        for loading in self._loading.values():
+            loading.text.cancel()
 
 
 def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
@@ -190,6 +238,21 @@ def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
 def _unusable(view: ModelView, reason: str) -> RequestRejected:
     message = f"The tokenizer of `{view.name}` cannot be used: {reason}"
     return RequestRejected(500, message, code="unusable_tokenizer")
+
+
+def _not_loaded(view: ModelView, reason: str) -> RequestRejected:
+    message = f"The tokenizer of `{view.name}` could not be loaded: {reason}."
+    return RequestRejected(503, message, code=NOT_LOADED, retry_after_s=LOAD_RETRY_MIN_S)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether it was the machine that failed (no memory, a full disk, too many open files), and not the
+    model's files. Hugging Face raises OSError for files that it cannot use, too, but without a number."""
+    if isinstance(error, MemoryError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return error.__cause__ is not None and _may_pass(error.__cause__)
 
 
 def _affixes(tokenizer: Tokenizer, config: JsonObject) -> tuple[list[int], list[int]]:

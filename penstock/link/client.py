@@ -112,7 +112,7 @@ class LinkClient:
         return outcome
 
     async def run(self) -> None:
-        """Keep the link up until cancelled; then hang up."""
+        """Keep the link up until cancelled, and then hang up; or until the worker has said goodbye."""
         failures = 0
         while True:
             session, refused, misled = None, False, False
@@ -121,6 +121,8 @@ class LinkClient:
                 refused, misled = session.refused, session.connection.misled
             except Exception:  # a defect of ours must not end the links to the other workers
                 _logger.exception("the link to %s broke because of an error here", self.address)
+            if session is not None and session.orderly and self._epoch is not None:
+                return  # this process has left for good; the next one has another epoch, and another link
             good = session is not None and session.live_s >= self._settings.retry_max_s and not misled
             failures = 0 if good else failures + 1
             await self._clock.sleep(self._pause_s(failures, refused, misled))
@@ -171,8 +173,7 @@ class LinkClient:
 
     async def _connect(self, session: Session) -> None:
         settings = self._settings
-        # Read anew each time: files are renewed, and may be unusable while they are.
-        context = tls.client_context(settings.tls) if settings.tls else None
+        context = tls.renewed_client_context(settings.tls)() if settings.tls else None
         server_name = (settings.tls.server_name or self._host) if settings.tls else None
         async with asyncio.timeout(settings.connect_timeout_s):
             await asyncio.get_running_loop().create_connection(

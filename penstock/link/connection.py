@@ -50,6 +50,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, owner: ConnectionOwner, max_frame_bytes: int, max_unsent_bytes: int) -> None:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.received_bytes = 0  # as they come out of TLS, if there is any
         self.silent_s = 0.0  # ticked since the last bytes arrived
         self.phase_s = 0.0  # ticked since the owner last set it to 0
         self.misled = False  # it was cut because the peer said what no peer may say
@@ -161,6 +162,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, received: bytes) -> None:
         self.silent_s = 0.0
+        self.received_bytes += len(received)
         self.guard(self._take, received)
 
     def pause_writing(self) -> None:

@@ -30,8 +30,10 @@ from penstock.wire.messages import (
     Refused,
     Release,
     Snapshot,
+    Step,
     ToFrontend,
     Welcome,
+    halves,
 )
 
 ASSET_PART_BYTES = 1024 * 1024
@@ -108,14 +110,20 @@ class Peer:
         self._pending_assets = 0
 
     def send(self, message: ToFrontend) -> None:
-        """Send a message, never waiting. A peer that reads too slowly is cut, and `on_peer_lost` follows;
-        to a peer that is gone, nothing is sent. What cannot be encoded ends the connection."""
+        """Send a message, never waiting; a step that is too long for a frame in several. A peer that reads
+        too slowly is cut, and `on_peer_lost` follows; to a peer that is gone, nothing is sent. What cannot
+        be encoded ends the connection."""
         self.connection.guard(self._send, message)
 
     def _send(self, message: ToFrontend) -> None:
         frame = frames.encode(message)
         if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
-            self.connection.cut(f"a {type(message).__name__} of {len(frame)} bytes is too long to send")
+            parts = halves(message) if isinstance(message, Step) else None
+            if parts is None:
+                self.connection.cut(f"a {type(message).__name__} of {len(frame)} bytes is too long to send")
+                return
+            for part in parts:
+                self.send(part)
         elif self._held is None:
             self.connection.write(frame)
         elif self.connection.usable:
@@ -138,7 +146,8 @@ class Peer:
         elif self._held is not None and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"its snapshot did not leave in {settings.snapshot_timeout_s:g} s")
         else:
-            self.send(Heartbeat(seen=self.seen, load=self._handler.load()))
+            received = self.connection.received_bytes
+            self.send(Heartbeat(seen=self.seen, load=self._handler.load(), received=received))
 
     # What the connection calls.
 

@@ -17,8 +17,9 @@ from penstock.link.settings import ServerSettings
 from penstock.quiet_log import QuietLog
 from penstock.structs import shortened
 from penstock.tls_acceptor import TlsAcceptor
-from penstock.wire.handshake import NONCE_BYTES
-from penstock.wire.messages import Draining, Goodbye
+from penstock.wire import frames
+from penstock.wire.handshake import NONCE_BYTES, PROOF_BYTES
+from penstock.wire.messages import Draining, Goodbye, Welcome
 
 __all__ = ["LinkHandler", "LinkServer", "Peer"]
 
@@ -52,8 +53,14 @@ class LinkServer:
         self._port = 0
 
     async def start(self) -> None:
-        """Listen. Raises ConfigError when the address cannot be had."""
+        """Listen. Raises ConfigError when the address cannot be had, or no frontend could take the card."""
         settings, acceptor = self._settings, self._tls
+        card_bytes = len(frames.encode(Welcome(card=self._handler.card(), proof=bytes(PROOF_BYTES))))
+        if card_bytes > settings.max_frame_bytes:
+            raise ConfigError(
+                f"link: what this worker tells frontends of itself has {card_bytes} bytes, more than a"
+                f" message of {settings.max_frame_bytes}: shorten --served-model-name or --instance-id"
+            )
         try:
             self._listener = await asyncio.get_running_loop().create_server(
                 self._connected if acceptor is None else lambda: acceptor.accept(self._connected),

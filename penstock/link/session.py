@@ -1,7 +1,7 @@
 """A frontend's end of one connection: from the worker's Challenge to its end.
 
 handshake   waits for the Challenge, then for the Welcome
-snapshot    collects the worker's cached blocks
+snapshot    passes on the worker's cached blocks, part by part
 live        passes everything on to the listener
 """
 
@@ -39,13 +39,20 @@ from penstock.wire.reports import Reports
 
 _PING = frames.encode(Ping())
 
+_RECENT = 0.4
+"""Part of `silence_s` for which a heartbeat counts as recent: two of them come in that time."""
+
 
 class LinkListener(Protocol):
     """What a frontend does with one worker's link. All methods are called on the event loop's thread and
     return at once; what they raise ends the connection."""
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
-        """The worker is there, and this is its whole cache; the list is the listener's to keep."""
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        """A part of what the worker has cached, before `on_up`. The first part begins anew: what came
+        over a connection that ended before its `on_up` is void."""
+
+    def on_up(self, card: Card, load: Load) -> None:
+        """The worker is there, and its whole cache has been told."""
 
     def on_step(self, step: Step) -> None:
         """An engine step: the change since `on_up` and the steps before."""
@@ -105,10 +112,11 @@ class Session:
         self._listener = listener
         self._card: Card | None = None
         self._reports: Reports  # once it is live
-        self._hashes: list[int] = []
+        self._cached = 0  # blocks of the snapshot so far
         self._seq = 0  # of the latest Generate
-        self._seen = 0  # the latest that the worker has seen
-        self._unseen_s = 0.0  # ticked while one was on its way and none arrived
+        self._arrived_bytes = 0  # of what was sent, by the worker's latest heartbeat
+        self._unmoved_s = 0.0  # ticked since they last became more; something is on its way at any time
+        self._untold_s = 0.0  # ticked since that heartbeat
         self._downloads: dict[str, Download] = {}
         self._fetched_bytes = 0  # of files that are here
 
@@ -122,8 +130,9 @@ class Session:
         if self._reports.full:
             raise RemoteError("it has more attempts than it ends")
         frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
-        if len(frame) - frames.LENGTH_BYTES > self._settings.max_frame_bytes:
-            raise ProtocolError(f"an attempt of {len(frame)} bytes is too long for a frame")
+        limit = self._settings.max_frame_bytes
+        if len(frame) - frames.LENGTH_BYTES > limit:
+            raise ProtocolError(f"{len(frame)} bytes are too long for a frame of at most {limit}")
         if not self.connection.has_room(len(frame)):
             raise RemoteError(
                 "its link is full: attempts are sent to it faster than the network takes them"
@@ -169,7 +178,7 @@ class Session:
         if self.connection.silent_s > settings.silence_s:
             self.fell_silent = True
             self.connection.cut(f"nothing heard in {settings.silence_s:g} s")
-        elif self._arrives_late(seconds):
+        elif self._deaf(seconds):
             self.fell_silent = True
             self.connection.cut(f"nothing that was sent has arrived in {settings.silence_s:g} s")
         elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
@@ -177,17 +186,25 @@ class Session:
         else:
             self.connection.write(_PING)
 
-    def _arrives_late(self, seconds: float) -> bool:
-        """Whether a worker that is heard hears nothing itself: a path can be cut in one direction. What the
-        network has not taken yet, a long prompt over a slow line, is only on its way."""
-        on_its_way = self._seen < self._seq and not self.connection.unsent_bytes
-        self._unseen_s = self._unseen_s + seconds if on_its_way else 0.0
-        return self._unseen_s > self._settings.silence_s
+    def _deaf(self, seconds: float) -> bool:
+        """Whether a worker that is heard hears nothing itself: a path can be cut in one direction, or for
+        long packets only.
 
-    def _hear(self, seen: int) -> None:
-        if seen > self._seen:
-            self._seen = seen
-            self._unseen_s = 0.0
+        A slow line is no cut one, however much waits for it, here or in the kernel: something arrives, and
+        the worker's heartbeats say so. Behind much that comes from the worker over a slow line, its
+        heartbeats are late; as long as bytes come and no recent word of it, nothing is known.
+        """
+        self._unmoved_s += seconds
+        self._untold_s += seconds
+        recent_s = _RECENT * self._settings.silence_s
+        unknown = self._untold_s > recent_s and self.connection.silent_s <= recent_s
+        return self._arrived_bytes > 0 and self._unmoved_s > self._settings.silence_s and not unknown
+
+    def _heard_of(self, arrived_bytes: int) -> None:
+        self._untold_s = 0.0
+        if arrived_bytes > self._arrived_bytes:
+            self._arrived_bytes = arrived_bytes
+            self._unmoved_s = 0.0
 
     # What the connection calls.
 
@@ -242,16 +259,18 @@ class Session:
             return
         if not isinstance(message, Snapshot):
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
-        self._hashes += message.hashes
+        first = self._cached == 0
+        self._cached += len(message.hashes)
         most = min(self._settings.max_snapshot_blocks, most_blocks(self._card.total_blocks))
-        if len(self._hashes) > most:
+        if self._cached > most:
             raise ProtocolError(f"snapshot.hashes: more than {most} blocks")
+        # Part by part: all of a large cache at once would hold up everyone else's tokens.
+        self._listener.on_cached(message.hashes, first=first)
         if message.last:
             self._reports = Reports(self._card, message.load)
-            hashes, self._hashes = self._hashes, []
             self.phase = Phase.LIVE
-            self.connection.phase_s = 0.0
-            self._listener.on_up(self._card, hashes, message.load)
+            self.connection.phase_s = self._unmoved_s = 0.0
+            self._listener.on_up(self._card, message.load)
         else:
             self.connection.rest()
 
@@ -259,11 +278,10 @@ class Session:
         match message:
             case Step():
                 self._reports.step(message)
-                self._hear(message.seen)
                 self._listener.on_step(message)
             case Heartbeat():
                 self._reports.load(message.seen, message.load)
-                self._hear(message.seen)
+                self._heard_of(message.received)
                 self._listener.on_heartbeat(message.seen, message.load)
             case Bounce():
                 self._reports.bounce(message)

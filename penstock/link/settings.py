@@ -124,9 +124,9 @@ class ClientSettings(_LinkSettings):
     """Between pings, and how often deadlines are checked."""
 
     silence_s: float = 2.5
-    """Nothing heard from a worker for this long, or nothing that was sent has arrived there: it is down
+    """Nothing heard from a worker for this long, or nothing of what was sent has arrived there: it is down
     (frozen, or cut off, even in one direction only). Five heartbeats; found out at most `ping_s` later,
-    and so within 3 s."""
+    and so within 3 s. On a slow line something arrives all the time, and the link stays."""
 
     retry_min_s: float = 0.1
     """First pause before connecting again; doubles with each failure. All pauses are jittered."""

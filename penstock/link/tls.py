@@ -6,6 +6,7 @@ the files when it begins, give or take a second.
 
 from __future__ import annotations
 
+import functools
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,14 @@ def renewed_server_context(tls: TlsSettings) -> Callable[[], ssl.SSLContext]:
     """The same, from the files as they are now. Raises ConfigError when they cannot be used at first."""
     files = [Path(file) for file in (tls.cert_file, tls.key_file, tls.ca_file) if file]
     return Renewed("link certificate", files, lambda: server_context(tls)).get
+
+
+@functools.cache
+def renewed_client_context(tls: TlsSettings) -> Callable[[], ssl.SSLContext]:
+    """A frontend's context, from the files as they are now; one for all links. Raises ConfigError when they
+    cannot be used at first."""
+    files = [Path(file) for file in (tls.cert_file, tls.key_file, tls.ca_file) if file]
+    return Renewed("link certificate", files, lambda: client_context(tls)).get
 
 
 def client_context(tls: TlsSettings) -> ssl.SSLContext:

@@ -69,12 +69,10 @@ def _busy(worker: SimWorker) -> list[str]:
 def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
     router = frontend.router
     placement, instances = router._placement, router._instances
-    parts = [router, router._suspects, *router._queues.values(), instances]
+    parts = [router, router._suspects, *router._queues.values(), instances, instances._models]
     parts += [placement, placement._book, placement._check]
-    members = set(instances.membership.members)
-    complaints = [
-        f"{frontend.name}: {it}" for it in _kept(parts, {"_queues", "_served", "_gone"} | members)
-    ]
+    lasting = {"_queues", "_served", "_gone", "_lost"} | set(instances.membership.members)
+    complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
     for instance_id, account in router._placement._book._accounts.items():
         left = (
             len(account.on_the_way),

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from penstock.address import join_address
 from penstock.errors import ConfigError, PenstockError
 from penstock.quiet_log import QuietLog
 from penstock.transfer.messages import Read
@@ -65,9 +66,8 @@ class Server:
         self._waker, self._wakes = socket.socketpair()
         self._acceptor = threading.Thread(target=self._accept_forever, name="kv-accept", daemon=True)
         self._acceptor.start()
-        dialled = self._settings.dialled_host
-        port = self._listener.getsockname()[1]
-        return f"[{dialled}]:{port}" if ":" in dialled else f"{dialled}:{port}"
+        listening: int = self._listener.getsockname()[1]
+        return join_address(self._settings.dialled_host, self._settings.advertise_port or listening)
 
     def stop(self) -> None:
         """Cut all connections and join their threads."""

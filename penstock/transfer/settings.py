@@ -25,6 +25,9 @@ class TransferSettings:
     """IP address that readers dial. Empty: `host`, which then must not be a wildcard. No names: looking
     one up has no deadline, and a pull does."""
 
+    advertise_port: int = 0
+    """TCP port that readers dial, where a port mapping changes it. 0: the one listened on."""
+
     max_connections: int = 64
     """Readers connected at once, one thread each. One more drops the connection that has been idle
     longest, those that never showed a valid key first."""
@@ -70,8 +73,9 @@ class TransferSettings:
                 raise ConfigError(f"transfer: {name} must be greater than 0")
             if name.endswith("_s") and getattr(self, name) > TIMEOUT_MAX_S:
                 raise ConfigError(f"transfer: {name} must be at most {TIMEOUT_MAX_S:g}")
-        if not 0 <= self.port <= _MAX_PORT:
-            raise ConfigError(f"transfer: port must be 0 to {_MAX_PORT}")
+        for name in ("port", "advertise_port"):
+            if not 0 <= getattr(self, name) <= _MAX_PORT:
+                raise ConfigError(f"transfer: {name} must be 0 to {_MAX_PORT}")
         _ip_address("host", self.host)
         if _ip_address("advertise_host", self.dialled_host).is_unspecified:
             raise ConfigError(f"transfer: with host {self.host}, set advertise_host to what readers dial")

@@ -30,6 +30,7 @@ from penstock.structs import Card
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 
 NONCE_BYTES = 16
+PROOF_BYTES = 32  # of HMAC-SHA-256
 MAX_HELLO_BYTES = 1024
 """Longest frame body that a worker takes from a frontend that has not proved itself."""
 

@@ -14,6 +14,9 @@ A connection, in order (F frontend, W worker):
 Each `Generate` carries a `seq` that counts up from 1 on its connection; a `Step` or `Heartbeat` says the
 highest one that its `load` already includes, so the frontend adds only what is still on its way.
 
+A `Heartbeat` also says how many bytes have arrived at the worker. As long as that number grows, a long
+prompt on a slow line is on its way; when it stands still, the path from frontend to worker is cut.
+
 Fields are only added, with defaults; unknown fields and trailing ones are ignored. A new message, or a
 new meaning of an old one, is a new protocol version, and versions do not mix.
 """
@@ -102,10 +105,11 @@ class Step(_Message):
 
 
 class Heartbeat(_Message):
-    """W: still here, between steps."""
+    """W: still here, between steps. `received`: bytes that have arrived on this connection; 0: not told."""
 
     seen: Total
     load: Load
+    received: int = 0
 
 
 class Bounce(_Message):
@@ -166,6 +170,20 @@ class AssetRequest(_Message):
 
 class Ping(_Message):
     """F: still here; at least one a second."""
+
+
+def halves(step: Step) -> tuple[Step, Step] | None:
+    """Two steps that, one after the other, say the same as this one; None when it says only one thing."""
+    removed, stored, outputs = len(step.removed), len(step.stored), len(step.outputs)
+    half = (removed + stored + outputs) // 2
+    if half == 0:
+        return None
+    of_stored = max(0, half - removed)  # all that is removed comes before what is stored, as in one step
+    of_outputs = max(0, of_stored - stored)
+    parts = {"removed": half, "stored": of_stored, "outputs": of_outputs}
+    first = {name: getattr(step, name)[:end] for name, end in parts.items()}
+    second = {name: getattr(step, name)[end:] for name, end in parts.items()}
+    return msgspec.structs.replace(step, **first), msgspec.structs.replace(step, cleared=False, **second)
 
 
 ToFrontend = (

@@ -28,6 +28,7 @@ from penstock.core.events import (
     Retry,
     Send,
     Tick,
+    TooLong,
 )
 from penstock.core.lifecycle import REST_S, Lifecycle, Phase
 from penstock.errors import RequestRejected
@@ -74,6 +75,25 @@ def prefilled(life: Lifecycle, token: int = 10, ttl_s: float = 30.0, now: float 
         handoff=handoff(attempt.attempt_id, ttl_s=ttl_s),
     )
     return life.handle(output, now)
+
+
+def test_an_attempt_too_long_to_be_sent_is_the_requests_own_fault() -> None:
+    life = lifecycle()
+    attempt_id = sent(life.handle(Chosen("d0"), 0.0)).attempt.attempt_id
+    assert life.handle(TooLong("r.0", "of another attempt"), 0.0) == []
+    (fail,) = life.handle(TooLong(attempt_id, "20 bytes"), 0.0)
+    assert (fail.error.status, fail.error.code) == (400, "request_too_long")
+    assert "20 bytes" in str(fail.error)
+    assert life.phase is Phase.DONE
+    assert not life.strikes.count
+
+
+def test_a_continuation_too_long_to_be_sent_lets_go_of_its_handoff() -> None:
+    life = lifecycle()
+    attempt_id = sent(prefilled(life)).attempt.attempt_id
+    release, fail = life.handle(TooLong(attempt_id, "20 bytes"), 1.0)
+    assert release == Release("p0", "r.1", sent=True)
+    assert fail.error.status == 400
 
 
 def test_starts_by_asking_for_a_place() -> None:

@@ -25,7 +25,7 @@ def card(instance_id: str, role: Role = Role.DECODE, block_size: int = 16) -> Ca
 def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placement:
     it = Placement(policy, disagg, random.Random(0))
     for each in cards:
-        it.up(each, [], Load(total_blocks=1000))
+        it.up(each, Load(total_blocks=1000))
     return it
 
 
@@ -75,7 +75,7 @@ def test_an_instance_that_went_down_is_forgotten() -> None:
     it = placement(*cards)
     it.cache_changed("d1", HASHES, [], False)
     it.down("d1")
-    it.up(cards[1], [], Load(total_blocks=1000))
+    it.up(cards[1], Load(total_blocks=1000))
     assert {scored.overlap_blocks for scored in choose(it, placed(), *cards).scores} == {0}
 
 
@@ -183,3 +183,15 @@ def test_an_instance_has_no_more_blocks_than_its_pool_could_hold() -> None:
     it.cache_changed("d1", range(most), [], False)
     with pytest.raises(ProtocolError, match=rf"step\.stored: {most + 1} blocks .* {most}"):
         it.cache_changed("d0", [most + 1], [], False)
+
+
+def test_a_snapshot_in_parts_begins_anew_with_its_first() -> None:
+    it = placement()
+    it.snapshot("a0", [1, 2], first=True)
+    it.snapshot("a0", [3], first=False)
+    assert it.held_blocks("a0") == 3
+    it.snapshot("a0", [], first=True)  # its link broke in between
+    assert it.held_blocks("a0") == 0
+    it.down("a0")
+    with pytest.raises(KeyError):
+        it.held_blocks("a0")

@@ -58,7 +58,8 @@ class IndexAgainstOracle(RuleBasedStateMachine):
     @rule(worker=WORKERS, hashes=st.lists(HASHES, max_size=8))
     def replace(self, worker: str, hashes: list[int]) -> None:
         if worker in self.cached:
-            self.index.replace(worker, hashes)
+            self.index.cleared(worker)
+            self.index.stored(worker, hashes)
             self.cached[worker] = set(hashes)
 
     @rule(worker=WORKERS)
@@ -126,14 +127,14 @@ def test_a_worker_that_returns_has_nothing_before_its_snapshot() -> None:
     index.remove_worker("w")
     index.add_worker("w")
     assert index.overlaps([1, 2]) == {}
-    index.replace("w", [1])
+    index.stored("w", [1])
     assert index.overlaps([1, 2]) == {"w": 1}
 
 
 def test_unknown_workers() -> None:
     index = PrefixIndex()
     index.remove_worker("nobody")
-    for event in (index.stored, index.removed, index.replace):
+    for event in (index.stored, index.removed):
         with pytest.raises(KeyError):
             event("nobody", [1])
     with pytest.raises(KeyError):

@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
@@ -104,6 +107,19 @@ async def test_another_machines_instance_lives_by_its_lease_alone(tmp_path, open
         assert set(watcher.latest) == {"w-0"}
         await watcher.until(within_s=2.0)
         assert not path.exists()
+
+
+@pytest.mark.parametrize("server_clock", [1, 2**33], ids=["behind", "ahead"])
+async def test_a_neighbour_lives_by_its_process_and_lease_whatever_the_clock_of_the_folders_server_says(
+    tmp_path, open_discovery, server_clock
+) -> None:
+    await open_discovery().register(registration())
+    path = tmp_path / "discovery" / "w-0.json"
+    inode = path.stat().st_ino
+    os.utime(path, (server_clock, server_clock))
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until("w-0")
+        assert path.stat().st_ino == inode, "it was removed and written again"
 
 
 async def test_a_live_lease_outlasts_its_length(open_discovery) -> None:
@@ -221,3 +237,143 @@ async def test_stale_files_of_this_machine_are_not_even_seen_at_first(tmp_path, 
     async with Watcher(open_discovery()) as watcher:
         await watcher.until()
         assert watcher.updates == 1
+
+
+async def test_an_incarnation_of_a_host_whose_clock_is_behind_takes_over_once_the_other_is_gone(
+    tmp_path, open_discovery
+) -> None:
+    path = tmp_path / "discovery" / "w-0.json"
+    lease = await open_discovery().register(registration(epoch=1))
+    mine = path.read_bytes()
+    others = json.loads(mine) | {"pid_space": "elsewhere/boot/1"}
+    others["registration"]["epoch"] = 2
+    path.write_text(json.dumps(others))
+    await asyncio.sleep(FAST.lease_s)
+    assert json.loads(path.read_bytes()) == others
+    assert "another incarnation" in lease.trouble
+    async with Watcher(open_discovery()) as watcher:  # which removes what nobody touches
+        await watcher.until_true(lambda latest: bool(latest) and latest["w-0"].epoch == 1)
+    assert path.read_bytes() == mine
+    assert lease.trouble == ""
+
+
+async def test_a_registration_too_long_for_a_file_refuses_to_start(open_discovery) -> None:
+    with pytest.raises(ConfigError, match="shorten --served-model-name or --instance-id"):
+        await open_discovery().register(
+            msgspec.structs.replace(registration(), model="m" * FAST.file_bytes_max)
+        )
+
+
+async def test_what_is_no_regular_file_is_named_once_and_never_opened(
+    tmp_path, open_discovery, caplog
+) -> None:
+    directory = tmp_path / "discovery"
+    directory.mkdir()
+    os.mkfifo(directory / "fifo.json")  # whose open would wait for a writer
+    (directory / "dangling.json").symlink_to(tmp_path / "nowhere")
+    (directory / "loop.json").symlink_to("loop.json")
+    (directory / "device.json").symlink_to("/dev/zero")
+    (directory / "folder.json").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "socket.json"))
+        await open_discovery().register(registration())
+        async with Watcher(open_discovery()) as watcher:
+            await watcher.until("w-0")
+            await asyncio.sleep(0.3)
+    for name in ("fifo", "dangling", "loop", "device", "folder", "socket"):
+        (record,) = [it for it in caplog.records if f"{name}.json" in it.message]
+        assert record.message.endswith("not a regular file")
+
+
+async def test_a_lease_replaces_a_pipe_that_stands_in_its_place(tmp_path, open_discovery) -> None:
+    lease = await open_discovery().register(registration())
+    path = tmp_path / "discovery" / "w-0.json"
+    path.unlink()
+    os.mkfifo(path)
+    async with Watcher(open_discovery()) as watcher:
+        await watcher.until("w-0", within_s=2 * FAST.lease_s)
+    assert path.is_file()
+    assert lease.trouble == ""
+
+
+# --- a directory that does not answer -------------------------------------------------------------
+
+IMPATIENT = FileDiscoverySettings(lease_s=0.9, poll_s=0.05, answer_s=0.3)
+
+
+class DeadServer:
+    """Calls of `os` that hang as on a hard mount whose server is gone, until it is back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._answers = threading.Event()
+        self._answers.set()
+        for name in ("scandir", "mkdir", "utime", "open", "lstat", "unlink", "replace"):
+            monkeypatch.setattr(os, name, self._waiting(getattr(os, name)))
+
+    def _waiting(self, call):
+        def wait(*args, **kwargs):
+            assert self._answers.wait(30)
+            return call(*args, **kwargs)
+
+        return wait
+
+    def dies(self) -> None:
+        self._answers.clear()
+
+    def is_back(self) -> None:
+        self._answers.set()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadServer]:
+    dead = DeadServer(monkeypatch)
+    yield dead
+    dead.is_back()
+
+
+async def test_a_directory_that_hangs_is_an_outage_that_ends_as_if_nothing_had_been(
+    open_discovery, server, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    lease = await open_discovery(IMPATIENT).register(registration("w-0"))
+    async with Watcher(watching := open_discovery(IMPATIENT)) as watcher:
+        await watcher.until("w-0")
+        server.dies()
+        await asyncio.sleep(3 * IMPATIENT.lease_s)
+        assert "no answer in 0.3 s" in watching.trouble
+        assert "no answer in 0.3 s" in lease.trouble
+        threads = os.listdir("/proc/self/task")
+        await asyncio.sleep(IMPATIENT.lease_s)
+        assert len(os.listdir("/proc/self/task")) <= len(threads), "another call hangs beside the first"
+        server.is_back()
+        await asyncio.sleep(IMPATIENT.lease_s)
+        assert watching.trouble == lease.trouble == ""
+        assert set(watcher.latest) == {"w-0"}
+        assert watcher.updates == 1, "it was forgotten for a while"
+    begun = [record for record in caplog.records if "is not available" in record.message]
+    ended = [record for record in caplog.records if "is available again" in record.message]
+    assert len(begun) == len(ended) == 2  # one of the watch, one of the lease
+
+
+async def test_nobody_waits_for_a_directory_that_hangs_when_leaving(open_discovery, server, caplog) -> None:
+    lease = await open_discovery(IMPATIENT).register(registration())
+    async with Watcher(open_discovery(IMPATIENT)) as watcher:
+        await watcher.until("w-0")
+        server.dies()
+        await asyncio.sleep(IMPATIENT.lease_s)
+        async with asyncio.timeout(5.0):  # the calls hang for 30 s
+            await lease.close()
+    assert any("its lease ends in 0.9 s: no answer" in record.message for record in caplog.records)
+
+
+async def test_an_instance_registers_once_the_directory_answers(open_discovery, server) -> None:
+    server.dies()
+    lease = await open_discovery(IMPATIENT).register(registration())
+    assert not lease.registered
+    assert "no answer" in lease.trouble
+    server.is_back()
+    async with Watcher(open_discovery(IMPATIENT)) as watcher:
+        await watcher.until("w-0")
+    await asyncio.sleep(IMPATIENT.lease_s)
+    assert lease.registered
+    assert lease.trouble == ""

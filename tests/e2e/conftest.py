@@ -69,6 +69,47 @@ class Frontend:
         return total
 
 
+class Process(Frontend):
+    """One Penstock process. `port` serves its HTTP: the API of a frontend, the probes of a worker."""
+
+    def __init__(self, folder: Path, discovery: str, name: str, *arguments: str, **env: str) -> None:
+        super().__init__()
+        self.name = name
+        self.log = folder / f"{name}.log"
+        port = "--http-port" if arguments[0] == "frontend" else "--system-port"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*self.program(), *arguments, port, str(self.port)],
+                env={
+                    **os.environ,
+                    "PENSTOCK_DISCOVERY": discovery,
+                    "PENSTOCK_LINK_SECRET": "sixteen characters",
+                    **env,
+                },
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
+
+    def program(self) -> list[str]:
+        return [sys.executable, "-m", "penstock"]
+
+    def health(self) -> tuple[int, dict]:
+        """The status and body of /health; (0, {}) while nobody answers."""
+        with contextlib.suppress(OSError):
+            status, body = self.get("/health")
+            return status, json.loads(body)
+        return 0, {}
+
+    def ready_workers(self) -> int:
+        return sum(instance["state"] == "ready" for instance in self.health()[1].get("instances", ()))
+
+    def stop(self) -> None:
+        """As systemd or Kubernetes would."""
+        self.close()
+        self.process.send_signal(signal.SIGTERM)
+
+
 class Graph(Frontend):
     """A running graph and its surroundings: state folder, logs, metrics."""
 

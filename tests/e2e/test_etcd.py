@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,49 +13,11 @@ import openai
 import pytest
 
 from tests.discovery.etcd_server import Etcd, running_etcd
-from tests.e2e.conftest import ROOT, START_S, Frontend
+from tests.e2e.conftest import START_S, Process
 
 TOKENS = 60
 CLIENTS = 4
 NAMESPACE = "shop"
-
-
-class Process(Frontend):
-    """One Penstock process. `port` serves its HTTP: the API of a frontend, the probes of a worker."""
-
-    def __init__(self, folder: Path, etcd: Etcd, name: str, *arguments: str) -> None:
-        super().__init__()
-        self.name = name
-        self.log = folder / f"{name}.log"
-        port = "--http-port" if arguments[0] == "frontend" else "--system-port"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "penstock", *arguments, port, str(self.port)],
-                env={
-                    **os.environ,
-                    "PENSTOCK_DISCOVERY": etcd.endpoint.replace("http://", "etcd://"),
-                    "PENSTOCK_NAMESPACE": NAMESPACE,
-                    "PENSTOCK_LINK_SECRET": "sixteen characters",
-                },
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-            )
-
-    def health(self) -> tuple[int, dict]:
-        """The status and body of /health; (0, {}) while nobody answers."""
-        with contextlib.suppress(OSError):
-            status, body = self.get("/health")
-            return status, json.loads(body)
-        return 0, {}
-
-    def ready_workers(self) -> int:
-        return sum(instance["state"] == "ready" for instance in self.health()[1].get("instances", ()))
-
-    def stop(self) -> None:
-        """As systemd or Kubernetes would."""
-        self.close()
-        self.process.send_signal(signal.SIGTERM)
 
 
 class Shop:
@@ -76,7 +33,10 @@ class Shop:
         return self._start(name, "worker", "--engine", "sim", "--model", "sim", "--instance-id", name)
 
     def _start(self, name: str, *arguments: str) -> Process:
-        self.processes.append(Process(self.folder, self.etcd, name, *arguments))
+        discovery = self.etcd.endpoint.replace("http://", "etcd://")
+        self.processes.append(
+            Process(self.folder, discovery, name, *arguments, PENSTOCK_NAMESPACE=NAMESPACE)
+        )
         return self.processes[-1]
 
     def keys(self) -> list[str]:

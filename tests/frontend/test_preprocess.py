@@ -1,18 +1,24 @@
 """Prompts become the ids that the model's own tokenizer gives them."""
 
 import asyncio
+import errno
 import json
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from penstock.errors import RequestRejected
+from penstock.errors import ConfigError, RequestRejected
+from penstock.frontend import preprocess
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.preprocess import MAX_LOADED_MODELS, Preprocessor
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.tokenizing import Caller
 from penstock.observability import Metrics
 from tests.frontend.conftest import byte_level_tokenizer
+from tests.frontend.tag_parsers import TagParsers
 
 
 @pytest.fixture
@@ -151,6 +157,102 @@ async def test_unusable_files_are_the_servers_fault(preprocessor, view_of, byte_
         with pytest.raises(RequestRejected, match=reason) as raised:
             await preprocessor.text_of(view_of(byte_level, **changes))
         assert raised.value.status == 500
+
+
+class FailingParsers(TagParsers):
+    """Fails for reasons of the machine's as often as it is told to."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.loads = 0
+
+    def load(self, model):
+        self.loads += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().load(model)
+
+
+def full_disk():
+    """As a parser reports it that has put the tokenizer into files."""
+    error = ConfigError("its tokenizer cannot be loaded")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A preprocessor whose parsers fail like this at first, and a clock for its pauses."""
+    made = []
+
+    def make(*errors):
+        clock = SimpleNamespace(now=1000.0)
+        monkeypatch.setattr(preprocess, "monotonic", lambda: clock.now)
+        parsers = FailingParsers(*errors)
+        made.append(Preprocessor(FrontendSettings(), Metrics().tokenizer, parsers))
+        return made[-1], parsers, clock
+
+    yield make
+    for preprocessor in made:
+        preprocessor.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), full_disk(), TimeoutError("no answer")], ids=repr)
+async def test_a_failure_of_the_machine_is_tried_again_after_a_pause_that_doubles(failing, view_of, error):
+    preprocessor, parsers, clock = failing(error, error)
+    view = view_of(byte_level_tokenizer(), tool_parser="tags")
+    for loads, pause_s in ((1, 1.0), (2, 2.0)):
+        for _ in range(3):  # within the pause nobody tries
+            with pytest.raises(RequestRejected, match="could not be loaded") as raised:
+                await preprocessor.text_of(view)
+            assert (raised.value.status, raised.value.code) == (503, "tokenizer_not_loaded")
+            assert raised.value.retry_after_s
+            clock.now += 0.3 * pause_s
+        assert parsers.loads == loads
+        clock.now += pause_s
+    assert (await preprocessor.text_of(view)).parser is not None
+
+
+async def test_files_that_cannot_be_used_are_tried_again_only_when_the_model_is_published(failing, view_of):
+    preprocessor, parsers, clock = failing(KeyError("bad"), KeyError("bad"))
+    view = view_of(byte_level_tokenizer(), tool_parser="tags")
+    for tried in range(2):
+        for call in (preprocessor.publish, preprocessor.text_of):
+            with pytest.raises(RequestRejected) as raised:
+                await call(view)
+            assert (raised.value.status, raised.value.code) == (500, "unusable_tokenizer")
+            clock.now += 3600.0
+        assert parsers.loads == tried + 1
+    await preprocessor.publish(view)
+    await preprocessor.publish(view)  # what is there stays
+    assert parsers.loads == 3
+
+
+async def test_a_loader_that_hangs_keeps_no_process_from_leaving(tmp_path):
+    script = """
+import asyncio, time
+from penstock.frontend.preprocess import Preprocessor
+from penstock.frontend.settings import FrontendSettings
+from penstock.observability import Metrics
+from tests.frontend.conftest import byte_level_tokenizer, view_of
+
+class Parsers:
+    def load(self, model):
+        print("loading", flush=True)
+        time.sleep(60)
+
+async def main():
+    preprocessor = Preprocessor(FrontendSettings(), Metrics().tokenizer, Parsers())
+    view = view_of(byte_level_tokenizer(), tool_parser="tags")
+    with_limit = asyncio.wait_for(preprocessor.text_of(view), 1.0)
+    await asyncio.gather(with_limit, return_exceptions=True)
+    preprocessor.close()
+
+asyncio.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+    output, _ = await asyncio.wait_for(process.communicate(), 30.0)
+    assert (output, process.returncode) == (b"loading\n", 0)
 
 
 async def test_a_model_without_a_template_has_no_chat(preprocessor, view_of, byte_level):

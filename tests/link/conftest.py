@@ -68,9 +68,13 @@ class FakeListener:
         self.load = Load()
         self.steps: list[Step] = []
 
-    def on_up(self, card: Card, hashes: list[int], load: Load) -> None:
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        if first:
+            self.cached = set()
+        self.cached.update(hashes)
+
+    def on_up(self, card: Card, load: Load) -> None:
         self.calls.append(("up", card))
-        self.cached = set(hashes)
         self.load = load
 
     def on_step(self, step: Step) -> None:

@@ -125,6 +125,37 @@ async def test_a_file_that_comes_too_late(bench: Any) -> None:
         assert client.up
 
 
+async def test_nobody_knocks_at_the_door_of_a_worker_that_said_goodbye(bench: Any, caplog: Any) -> None:
+    caplog.set_level("DEBUG", logger="penstock.link")
+    listener = bench.listener()
+    async with bench.server(bench.worker()) as server:
+        client = LinkClient(
+            server.address,
+            listener,
+            ClientSettings(retry_min_s=0.01, retry_max_s=0.02),
+            frontend_id="f1",
+            epoch=1,
+        )
+        running = asyncio.ensure_future(client.run())
+        await bench.until(lambda: client.up)
+        await server.close("stopped")
+        await asyncio.wait_for(running, 1.0)
+    assert client.reason == "the worker left: stopped"
+    said = [record for record in caplog.records if record.name == "penstock.link.client"]
+    assert [record.levelname for record in said] == ["DEBUG"]
+
+
+async def test_a_worker_whose_engine_died_is_asked_again(bench: Any) -> None:
+    listener = bench.listener()
+    async with (
+        bench.server(bench.worker()) as server,
+        bench.client(server.address, listener, epoch=1) as client,
+    ):
+        await bench.until(lambda: client.up)
+        await server.close("its engine died", failed=True)
+        await bench.until(lambda: "cannot connect" in client.reason)
+
+
 async def test_cancelling_one_who_waits_for_a_file_does_not_harm_another(bench: Any) -> None:
     content = bytes(3_000_000)
     name = hashlib.sha256(content).hexdigest()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from penstock.link.peer import Peer
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
-from penstock.structs import Attempt, Load, Sampling
-from penstock.wire.frames import decode_to_frontend, encode
+from penstock.structs import Attempt, Load, Output, Sampling
+from penstock.wire.frames import LENGTH_BYTES, decode_to_frontend, encode
 from penstock.wire.handshake import FrontendHandshake
 from penstock.wire.messages import (
     AssetRequest,
@@ -153,7 +153,9 @@ async def test_heartbeats_and_silence(bench: Any) -> None:
     case.worker.running = 1
     case.peer.tick(1.0)
     case.peer.tick(1.0)
-    assert case.take() == [Heartbeat(seen=0, load=Load(running=1))] * 2
+    received = case.peer.connection.received_bytes
+    assert case.take() == [Heartbeat(seen=0, load=Load(running=1), received=received)] * 2
+    assert received > 0
     case.transport.receive(Ping())
     case.peer.tick(1.0)
     case.peer.tick(1.0)
@@ -232,9 +234,35 @@ async def test_a_second_hello(bench: Any) -> None:
 async def test_a_message_too_long_to_send_cuts(bench: Any) -> None:
     case = Case(bench, max_frame_bytes=1000)
     await case.go_live()
-    case.peer.send(Step(seen=0, load=Load(), stored=list(range(1000))))
+    case.peer.send(Step(seen=0, load=Load(), outputs=[Output("a1", error="x" * 1000)]))
     assert "a Step of" in await case.ended()
     case.peer.send(Heartbeat(seen=0, load=Load()))  # to one that is gone: nothing
+
+
+async def test_a_step_too_long_for_a_frame_leaves_in_several_that_say_the_same(bench: Any) -> None:
+    case = Case(bench, max_frame_bytes=1000)
+    await case.go_live()
+    outputs = [Output(f"a{number}", list(range(20))) for number in range(20)]
+    whole = Step(
+        seen=0,
+        load=Load(running=2),
+        outputs=outputs,
+        cleared=True,
+        removed=list(range(2**40, 2**40 + 300)),
+        stored=list(range(2**40 + 200, 2**40 + 500)),  # a hundred of them after their removal
+    )
+    case.peer.send(whole)
+    listener = bench.listener()
+    listener.cached = {7}
+    steps = case.take()
+    assert len(steps) > 3
+    for step in steps:
+        assert len(encode(step)) <= 1000 + LENGTH_BYTES
+        assert step.load == whole.load
+        listener.cached = set() if step.cleared else listener.cached
+        listener.on_step(step)
+    assert listener.cached == set(whole.stored)
+    assert [output for step in steps for output in step.outputs] == outputs
 
 
 async def test_too_many_files_at_once(bench: Any) -> None:

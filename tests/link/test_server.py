@@ -246,3 +246,9 @@ async def test_heartbeats_on_a_virtual_clock(bench: Any) -> None:
 def test_tls_files_are_checked_first(bench: Any) -> None:
     with pytest.raises(ConfigError, match=r"tls\.cert_file"):
         LinkServer(ServerSettings(tls=TlsSettings()), bench.worker())
+
+
+async def test_a_card_that_no_frontend_could_read_refuses_to_start(bench: Any) -> None:
+    server = LinkServer(ServerSettings(max_frame_bytes=100), bench.worker())
+    with pytest.raises(ConfigError, match="shorten --served-model-name or --instance-id"):
+        await server.start()

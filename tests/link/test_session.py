@@ -63,8 +63,10 @@ class Case:
 async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
     case = Case(bench)
     case.greet()
+    case.listener.cached = {7}  # of a connection before
     case.transport.receive(Snapshot(hashes=[1, 2]))
     assert case.listener.calls == []
+    assert case.listener.cached == {1, 2}
     assert not case.transport.reading  # others have their turn before the next part
     await asyncio.sleep(0)
     assert case.transport.reading
@@ -80,7 +82,7 @@ async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:
 
 async def test_the_listener_may_send_from_on_up(bench: Any) -> None:
     case = Case(bench)
-    case.listener.on_up = lambda card, hashes, load: case.session.generate(bench.attempt())
+    case.listener.on_up = lambda card, load: case.session.generate(bench.attempt())
     case.go_live()
     assert [message.seq for message in case.take()] == [1]
 
@@ -162,25 +164,62 @@ async def test_pings_and_silence(bench: Any) -> None:
     assert case.listener.downs == ["nothing heard in 1 s"]
 
 
+def told(received: int) -> Heartbeat:
+    return Heartbeat(seen=0, load=Load(), received=received)
+
+
 async def test_a_worker_that_is_heard_and_hears_nothing(bench: Any) -> None:
     """Cut off in one direction: its heartbeats come, what is sent to it does not arrive."""
-    case = Case(bench, silence_s=1.0, ping_s=0.5)
+    case = Case(bench, silence_s=1.0, ping_s=0.25)
     case.go_live()
-    for _ in range(5):
-        case.session.tick(0.5)  # nothing was sent that could be missed
-        case.transport.receive(Heartbeat(seen=0, load=Load()))
-    case.session.generate(bench.attempt("a.1"))
-    case.session.generate(bench.attempt("b.1"))
-    case.session.tick(0.5)
-    case.session.tick(0.5)
-    case.transport.receive(Heartbeat(seen=1, load=Load()))  # one has arrived: slow is not lost
-    for _ in range(2):
-        case.session.tick(0.5)
-        case.transport.receive(Heartbeat(seen=1, load=Load()))
-    assert case.session.live
-    case.session.tick(0.5)
+    for received in range(100, 110):
+        case.session.tick(0.25)
+        case.transport.receive(told(received))
+    for _ in range(4):
+        case.session.tick(0.25)
+        assert case.session.live
+        case.transport.receive(told(109))
+    case.session.tick(0.25)
     assert await case.ended() == "nothing that was sent has arrived in 1 s"
     assert case.session.fell_silent
+
+
+async def test_a_long_prompt_on_a_slow_line_is_only_on_its_way(bench: Any) -> None:
+    """Whether it still waits here or in the kernel: part after part arrives."""
+    case = Case(bench, silence_s=1.0, ping_s=0.25)
+    case.go_live()
+    case.session.generate(bench.attempt(tokens=10_000))
+    for second in range(20):
+        case.transport.receive(told(100 + second))
+        for _ in range(4):
+            case.session.tick(0.25)
+            case.transport.receive(told(100 + second))
+    assert case.session.live
+
+
+async def test_a_heartbeat_that_is_late_behind_a_long_answer_says_nothing_of_the_other_direction(
+    bench: Any,
+) -> None:
+    case = Case(bench, silence_s=1.0, ping_s=0.25)
+    case.go_live()
+    case.transport.receive(told(100))
+    for _ in range(20):
+        case.session.tick(0.25)
+        case.transport.receive(STEP)  # bytes that were sent before any further heartbeat
+    assert case.session.live
+    case.transport.receive(told(100))  # it comes, and has nothing better to say
+    case.session.tick(0.25)
+    assert await case.ended() == "nothing that was sent has arrived in 1 s"
+
+
+async def test_a_worker_that_does_not_tell_what_arrives_is_not_called_deaf(bench: Any) -> None:
+    case = Case(bench, silence_s=1.0, ping_s=0.25)
+    case.go_live()
+    case.session.generate(bench.attempt())
+    for _ in range(20):
+        case.session.tick(0.25)
+        case.transport.receive(told(0))
+    assert case.session.live
 
 
 async def test_deadlines_of_the_handshake_and_the_snapshot(bench: Any) -> None:

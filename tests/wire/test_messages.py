@@ -37,6 +37,7 @@ from penstock.wire.messages import (
     ToFrontend,
     ToWorker,
     Welcome,
+    halves,
 )
 
 LOAD = Load(1, 2, 3, 4, 5, 6, 7, 8)
@@ -206,3 +207,28 @@ def test_bytes_of_each_message(message: ToFrontend | ToWorker, golden: str) -> N
 def test_every_message_is_written_down() -> None:
     written = {type(message) for message, _ in GOLDEN}
     assert written == {*typing.get_args(ToFrontend), *typing.get_args(ToWorker)}
+
+
+def test_a_step_that_says_one_thing_cannot_be_halved() -> None:
+    assert halves(Step(seen=1, load=LOAD, stored=[1])) is None
+    assert halves(Step(seen=1, load=LOAD)) is None
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 0), (1, 1, 0), (0, 1, 1), (1, 3, 0), (3, 1, 5), (1, 0, 6)])
+def test_the_halves_of_a_step_say_the_same_in_its_order(counts: tuple[int, int, int]) -> None:
+    removed, stored, outputs = counts
+    step = Step(
+        seen=1,
+        load=LOAD,
+        cleared=True,
+        removed=list(range(removed)),
+        stored=list(range(stored)),
+        outputs=[Output(str(number)) for number in range(outputs)],
+    )
+    first, second = halves(step)
+    assert (first.cleared, second.cleared) == (True, False)
+    for name in ("removed", "stored", "outputs"):
+        assert getattr(first, name) + getattr(second, name) == getattr(step, name)
+    assert not (first.stored and second.removed)
+    sizes = [len(part.removed) + len(part.stored) + len(part.outputs) for part in (first, second)]
+    assert abs(sizes[0] - sizes[1]) <= 1

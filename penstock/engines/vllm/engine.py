@@ -100,7 +100,12 @@ class VllmEngine:
     async def start(self) -> EngineCard:
         """As Engine.start: starts vLLM, in seconds to minutes."""
         self._outbox.open()
-        self._core = core = await asyncio.to_thread(start_core, self._settings)
+        starting = asyncio.ensure_future(asyncio.to_thread(start_core, self._settings))
+        try:
+            self._core = core = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await (await starting).close()  # its processes must not be left behind half started
+            raise
         self._load = CoreLoad(core.card, core.ranks)
         self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model, core.card.block_size, core.card.total_blocks)
@@ -449,10 +454,7 @@ class VllmEngine:
         """vLLM generated another token than the one that the client has read already, which can happen
         where it cannot be held to it (forced.py). What the client has read becomes part of the prompt."""
         attempt = active.attempt
-        log.warning(
-            "attempt %s: another token came in place of one given before; continuing from what was given",
-            attempt.attempt_id,
-        )
+        log.warning("attempt %s: vLLM gave another token than before; begun again", attempt.attempt_id)
         self._end(active)
         self._abort(active.core_id)
         transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None

@@ -47,7 +47,7 @@ class VllmParsers:
                 for name, content in model.assets.items():
                     Path(folder, name).write_bytes(content)
                 tokenizer = get_tokenizer(folder)
-        except Exception as error:  # an import's, Hugging Face's or vLLM's own: whatever it is, it is final
+        except Exception as error:  # an import's, the disk's, Hugging Face's or vLLM's own
             log.exception("the tokenizer of %s cannot be loaded", model.name)
             raise ConfigError(f"its tokenizer cannot be loaded: {one_line(error)}") from error
         parser = parser_class(model.tool_parser, model.reasoning_parser, tokenizer)

@@ -24,6 +24,9 @@ class VllmSettings(msgspec.Struct, frozen=True):
     host: str = "127.0.0.1"
     """Where decode workers ask for this instance's KV layout; they must be able to reach it."""
 
+    kv_port: int = 0
+    """The first of the ports where they ask, one for each data-parallel rank; 0: free ones."""
+
     kv_cache_bytes: int | None = None
     block_size: int | None = None
     max_model_len: int | None = None

@@ -216,8 +216,9 @@ def _listening(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
     wanted = {}
     if settings.role is not Role.AGGREGATED:
         wanted["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.host
-        if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
-            port = free_ports(config.parallel_config.data_parallel_size, settings.host)
+        if settings.kv_port or "VLLM_NIXL_SIDE_CHANNEL_PORT" not in os.environ:
+            ranks = config.parallel_config.data_parallel_size
+            port = settings.kv_port or free_ports(ranks, settings.host)
             wanted["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
         if is_loopback(settings.host):
             wanted["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")

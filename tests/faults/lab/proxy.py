@@ -37,6 +37,11 @@ class Proxy:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
+    @property
+    def connected(self) -> bool:
+        """Whether anybody is connected through it."""
+        return bool(self._writers)
+
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._accept, *self.listen, limit=_BUFFER_BYTES)
 

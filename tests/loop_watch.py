@@ -1,0 +1,140 @@
+"""Finds what holds up an event loop: callbacks that compute for too long, and callbacks that wait.
+
+Wall-clock time is not judged, since on a busy machine it says more about the machine than about a callback:
+
+- computing is CPU time of the loop's thread, without what the garbage collector took. A callback with more
+  than LIMIT_S of it is found.
+- waiting is seen from another thread, which looks at the loop's thread every LOOK_S. A thread that sits in
+  the same system call (a read, a poll, a sleep, an fsync) at every look for LIMIT_S is found; one that is
+  ready to run and gets no processor is not. Waiting for a lock looks like waiting for the interpreter (the
+  GIL), so it is found only where it goes through Python's own threading, queue or concurrent.futures.
+
+Only what happens below a function of the package counts, not what a test itself does on the loop. Without
+/proc (not Linux) only computing is found; a uvloop's callbacks are not seen at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import penstock
+
+LIMIT_S = 0.05
+LOOK_S = 0.01
+
+_PACKAGE = str(Path(penstock.__file__).parent)
+_LOCKS = ("/threading.py", "/queue.py", "/concurrent/futures/_base.py")
+_FUTEX = {"x86_64": "202", "aarch64": "98"}
+
+
+class LoopWatch:
+    """Watches the asyncio loops that run in this thread while it is entered."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        """What held up the loop, each with where it happened."""
+        self._thread_id = threading.get_ident()
+        self._syscall = Path(f"/proc/self/task/{threading.get_native_id()}/syscall")
+        self._callback: object | None = None  # that runs now; another object for each
+        self._stack = ""  # below the package, when the running callback was last looked at
+        self._collected_s = 0.0  # CPU time of the garbage collector in this thread
+        self._collecting_since = 0.0
+        self._ended = threading.Event()
+        self._looking = threading.Thread(target=self._look_forever, name="loop watch", daemon=True)
+        self._run: Callable[[Any], None] = asyncio.Handle._run
+
+    def __enter__(self) -> LoopWatch:
+        watch = self
+
+        def run(handle: asyncio.Handle) -> None:
+            if threading.get_ident() == watch._thread_id:
+                watch._watched(handle)
+            else:
+                watch._run(handle)
+
+        asyncio.Handle._run = run  # type: ignore[attr-defined]
+        gc.callbacks.append(self._on_gc)
+        self._looking.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.Handle._run = self._run  # type: ignore[attr-defined]
+        gc.callbacks.remove(self._on_gc)
+        self._ended.set()
+        self._looking.join()
+
+    def _watched(self, handle: asyncio.Handle) -> None:
+        self._stack = ""
+        self._callback = object()
+        collected_s, began = self._collected_s, time.thread_time()
+        try:
+            self._run(handle)
+        finally:
+            self._callback = None
+            computed_s = time.thread_time() - began - (self._collected_s - collected_s)
+            if computed_s > LIMIT_S and self._stack:
+                self.found.append(
+                    f"{handle!r} computed for {computed_s * 1e3:.0f} ms, as here:\n{self._stack}"
+                )
+
+    def _on_gc(self, phase: str, _info: dict[str, int]) -> None:
+        if threading.get_ident() == self._thread_id:
+            if phase == "start":
+                self._collecting_since = time.thread_time()
+            else:
+                self._collected_s += time.thread_time() - self._collecting_since
+
+    # --- the thread that looks ------------------------------------------------------------------------
+
+    def _look_forever(self) -> None:
+        seen: tuple[object, str] | None = None  # the callback that waits, and in which call
+        since = 0.0
+        while not self._ended.wait(LOOK_S):
+            callback = self._callback
+            if callback is None:
+                seen = None
+                continue
+            frame = sys._current_frames().get(self._thread_id)
+            stack = _below_the_package(frame)
+            if stack and self._callback is callback:
+                self._stack = stack
+            call = self._waits_in(frame) if stack else ""
+            if not call or callback is not self._callback:
+                seen = None
+            elif seen != (callback, call):
+                seen, since = (callback, call), time.monotonic()
+            elif time.monotonic() - since > LIMIT_S:
+                self.found.append(f"it waited in system call {call.split()[0]}, here:\n{stack}")
+                seen = None
+
+    def _waits_in(self, frame: FrameType | None) -> str:
+        """The system call in which the loop's thread waits, with its arguments; empty when it does not."""
+        try:
+            call = self._syscall.read_text().strip()
+        except OSError:
+            return ""
+        number = call.split()[0]
+        if number == "running" or frame is None:
+            return ""
+        if number in _FUTEX.values() and not frame.f_code.co_filename.endswith(_LOCKS):
+            return ""  # for all that can be told, it waits for the GIL
+        return call
+
+
+def _below_the_package(frame: FrameType | None) -> str:
+    """The stack if any function of the package is in it; else empty."""
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)
+    if not any(entry.filename.startswith(_PACKAGE) for entry in stack):
+        return ""
+    return "".join(traceback.format_list(stack[-12:]))
