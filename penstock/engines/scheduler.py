@@ -35,7 +35,7 @@ from __future__ import annotations
 import logging
 from bisect import insort
 
-from penstock.core.load import StepTimes
+from penstock.core.step_times import StepTimes
 from penstock.engines.active import ActiveAttempt, Phase, activate, fault
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.block_pool import BlockPool

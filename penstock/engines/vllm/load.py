@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.core.load import StepTimes
+from penstock.core.step_times import StepTimes
 from penstock.structs import EngineCard, Load
 
 SIGN_S = 0.5

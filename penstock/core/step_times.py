@@ -1,0 +1,331 @@
+"""What a worker's steps and pulls cost, measured by the worker itself while it works.
+
+Model. A step takes `step_ms + prefill_token_ms * tokens + decode_request_ms * requests`, and a pull
+`transfer_ms + transfer_block_ms * blocks`: in both, ms = c . f with coefficients c >= 0 and features f.
+
+Fit. Least squares with exponential forgetting (Ljung, System Identification, 1999, section 11.2), kept as
+the sums of its normal equations. An observation is weighted by the inverse square of what it usually takes,
+so that a decode step of 2 ms says as much as a prefill step of 400 ms. The fit minimizes
+
+    sum(weight * (ms - c . f)^2) + ANCHOR * noise * sum((c_i / (level * reference_i) - 1)^2)
+
+where `reference` is a slow average of earlier coefficients, `level` is the one factor by which the
+reference fits all observations best, and `noise` is the mean squared relative residual. So what is not
+exercised keeps its ratio to what is; and in heavy noise no coefficient becomes 0 by chance. (A container
+with a tenth of a core runs five decode steps and then stands still for 90 ms.) The fit aims at the mean and
+not at the median: regular stalls are part of what a step takes.
+
+Outliers. An observation that took far longer than the others of the last blocks is cut, see OUTLIER.
+
+Changes. Forgetting alone would need hundreds of steps to believe that a machine became 10 times slower. So
+after every block of observations the latest 1, 2, 4 and 8 blocks are compared with what the settled part of
+the fit, from observations older than 8 blocks, predicts for them. Let m be the mean ratio of the times of k
+observations to these predictions, and s^2 its variance. The whole machine has changed by the factor m if m
+is outside the dead band and
+
+    (m - 1)^2 > SIGNIFICANT^2 * ((s^2 + noise) / k + noise * leverage)
+
+This is Welch's t-test, with the uncertainty of the prediction added: `leverage` is g' M^-1 g for the mean
+relative features g of those observations and the settled products M. Above MAX_LEVERAGE, observations like
+these were hardly seen before: they tell something about their own coefficients and nothing about the
+machine. After a change, everything older is taken as if it had been measured on a machine m times slower.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from heapq import nlargest
+from operator import mul
+
+from penstock.structs import Rates
+
+FORGETTING = 0.998
+"""Weight of an observation relative to the next one: the last 500 count, ten seconds of
+decoding or so. Changes of the whole machine need no forgetting; the mix of work and its context lengths
+do."""
+
+BLOCK = 8
+"""Observations between two solutions, and the least in which a change is seen."""
+
+BLOCKS = 8
+"""Blocks that are compared with what is older."""
+
+SIGNIFICANT = 3.0
+"""Standard errors by which recent observations must differ from their prediction to show a change."""
+
+DEAD_BAND = 2.5
+"""A change is a factor of more than this, and of more than 3 within a single block. Context lengths, which
+the model does not know, make factors of 2 for a while."""
+
+MAX_LEVERAGE = 1 / 8
+"""Above this, the settled fit has seen fewer than 8 observations like these."""
+
+KEPT_AFTER_CHANGE = 64.0
+"""Observations for which everything before a change counts: few enough that
+coefficients which did not change alike are learned soon."""
+
+ALIKE = 0.5
+"""Largest relative spread of a single block's times for which it shows a change by itself."""
+
+ANCHOR = 2.0
+"""How many observations the reference counts for where the noise is as large as the times themselves."""
+
+REFERENCE_GAIN = 1 / 256
+"""Weight of the latest solution in the reference, once there were as many: it
+remembers 2,000 observations."""
+
+NOISE_START = 0.25
+NOISE_FLOOR = 0.0025
+NOISE_GAIN = 0.08
+"""The squared relative residual: at first, at least, and the weight of the latest block in it."""
+
+RARE = 2
+OUTLIER = 2.0
+"""An observation counts for at most as much, relative to its prediction, as the largest of the last
+BLOCK * BLOCKS ones but RARE, and is not cut below OUTLIER times its prediction: what comes rarely, such as
+a prompt on a decode worker, is learned by and by."""
+
+_TINY_MS = 1e-6
+_ROUNDING = 1e-9  # relative, on the diagonal: far above what rounding can take from it
+
+
+class _Sums:
+    """The normal equations of some observations."""
+
+    __slots__ = ("count", "products", "squares", "targets")
+
+    def __init__(self, size: int) -> None:
+        self.count = 0.0
+        self.products = [[0.0] * size for _ in range(size)]  # sums of weight * feature * feature
+        self.targets = [0.0] * size  # sums of weight * feature * ms
+        self.squares = 0.0  # sum of weight * ms * ms
+
+    def add(self, features: Sequence[float], ms: float, weight: float) -> None:
+        """One more observation."""
+        self.count += 1.0
+        self.squares += weight * ms * ms
+        for i, feature in enumerate(features):
+            weighted = weight * feature
+            self.targets[i] += weighted * ms
+            row = self.products[i]
+            for j, other in enumerate(features):
+                row[j] += weighted * other
+
+    def merge(self, other: _Sums, weight: float = 1.0) -> None:
+        """All observations of another, each with `weight` times its own."""
+        self.count += other.count
+        self.squares += weight * other.squares
+        for i, row in enumerate(other.products):
+            self.targets[i] += weight * other.targets[i]
+            mine = self.products[i]
+            for j, value in enumerate(row):
+                mine[j] += weight * value
+
+    def scale(self, *, weight: float = 1.0, ms: float = 1.0) -> None:
+        """Multiply all weights and all times."""
+        self.count *= weight
+        self.squares *= weight * ms * ms
+        self.targets = [value * weight * ms for value in self.targets]
+        self.products = [[value * weight for value in row] for row in self.products]
+
+    def form(self, left: Sequence[float], right: Sequence[float]) -> float:
+        """The sum of weight * (left . features) * (right . features)."""
+        return _dot(left, [_dot(row, right) for row in self.products])
+
+    def evenness(self, coefficients: Sequence[float]) -> float:
+        """By how much to multiply weights so that they are relative to these predictions."""
+        predicted = self.form(coefficients, coefficients)
+        return self.count / predicted if predicted > 0.0 else 1.0
+
+    def residual(self, coefficients: Sequence[float]) -> float:
+        """The mean squared residual, relative to these predictions."""
+        crossed = _dot(coefficients, self.targets)
+        squares = self.squares - 2.0 * crossed + self.form(coefficients, coefficients)
+        return max(0.0, squares) * self.evenness(coefficients) / self.count
+
+
+class Fit:
+    """Coefficients of `ms = sum(coefficient * feature)`, estimated while observations arrive."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        self.coefficients = list(prior)
+        self._prior = tuple(prior)
+        self._reference = list(prior)
+        self._solutions = 0
+        self._noise = NOISE_START
+        self._settled = _Sums(len(prior))  # observations older than the blocks
+        self._blocks: deque[_Sums] = deque()
+        self._latest: list[tuple[Sequence[float], float]] = []  # observations that are in no block yet
+        self._ratios: deque[float] = deque(
+            maxlen=BLOCK * BLOCKS
+        )  # of those in blocks, to their predictions
+
+    def observe(self, features: Sequence[float], ms: float) -> None:
+        """Something with these features took so long."""
+        self._latest.append((features, ms))
+        if len(self._latest) == BLOCK:
+            self._blocks.append(self._close_block())
+            self._follow_change()
+            self._solve()
+            if len(self._blocks) == BLOCKS:
+                self._settle(self._blocks.popleft())
+
+    def _close_block(self) -> _Sums:
+        """The sums of the latest observations, what is far too long cut."""
+        predicted = [_TINY_MS + _dot(self.coefficients, features) for features, _ in self._latest]
+        ratios = [ms / it for (_, ms), it in zip(self._latest, predicted, strict=True)]
+        self._ratios.extend(ratios)
+        longest = max(OUTLIER, nlargest(RARE + 1, self._ratios)[-1])
+        block = _Sums(len(self._prior))
+        for (features, _), it, ratio in zip(self._latest, predicted, ratios, strict=True):
+            usual = _TINY_MS + _dot(self._reference, features)
+            block.add(features, min(ratio, longest) * it, 1.0 / (usual * usual))
+        self._latest.clear()
+        return block
+
+    def _solve(self) -> None:
+        total = self._even_settled()
+        for block in self._blocks:
+            total.merge(block, block.evenness(self.coefficients))
+        noise = self._noise
+        if self._settled.count < BLOCK * BLOCKS:  # too few to know the noise by
+            noise = max(noise, total.residual(self.coefficients))
+        self.coefficients = _solve_non_negative(*self._anchored(total, noise))
+        self._solutions += 1
+        gain = max(REFERENCE_GAIN, 1.0 / (self._solutions + 1))
+        for i, coefficient in enumerate(self.coefficients):
+            self._reference[i] += gain * (coefficient - self._reference[i])
+
+    def _settle(self, block: _Sums) -> None:
+        """This block is compared with what is older no more, but part of it."""
+        self._noise += NOISE_GAIN * (block.residual(self.coefficients) - self._noise)
+        self._noise = max(self._noise, NOISE_FLOOR)
+        self._settled = self._even_settled()
+        self._settled.scale(weight=FORGETTING**BLOCK)
+        self._settled.merge(block, block.evenness(self.coefficients))
+
+    def _even_settled(self) -> _Sums:
+        total = _Sums(len(self._prior))
+        total.merge(self._settled, self._settled.evenness(self.coefficients))
+        return total
+
+    def _anchored(self, sums: _Sums, noise: float) -> tuple[list[list[float]], list[float]]:
+        """The normal equations with the reference's part."""
+        reference = self._reference
+        own = sums.form(reference, reference)
+        level = _dot(reference, sums.targets) / own if own > 0.0 else 1.0
+        products, targets = [list(row) for row in sums.products], list(sums.targets)
+        for i, (value, prior) in enumerate(zip(reference, self._prior, strict=True)):
+            weight = ANCHOR * noise / max(level * value, prior, _TINY_MS) ** 2
+            products[i][i] += weight + _ROUNDING * products[i][i]
+            targets[i] += weight * level * value
+        return products, targets
+
+    # --- changes of the machine -------------------------------------------------------------------
+
+    def _follow_change(self) -> None:
+        """Take everything older for measured on a slower or faster machine, if the latest blocks say so."""
+        products, targets = self._anchored(self._even_settled(), self._noise)
+        settled = _solve_non_negative(products, targets)
+        recent = _Sums(len(settled))
+        for number, block in enumerate(reversed(self._blocks), start=1):
+            recent.merge(block, block.evenness(settled))
+            if number & (number - 1) == 0:
+                factor = self._changed(recent, settled, products)
+                if factor != 1.0:
+                    self._change(factor, number, settled)
+                    return
+
+    def _changed(self, recent: _Sums, settled: list[float], products: list[list[float]]) -> float:
+        """How much slower than predicted recent observations were; 1 when that may be chance.
+
+        Args:
+            recent: their sums, with weights relative to the predictions of `settled`.
+            settled: coefficients from what is older.
+            products: the matrix of their equations.
+        """
+        count = recent.count
+        factor = _dot(settled, recent.targets) / count
+        band = max(DEAD_BAND, 1.0 + 2.0 * BLOCK / count)
+        if 1.0 / band <= factor <= band:
+            return 1.0
+        features = [_dot(row, settled) / count for row in recent.products]
+        leverage = _dot(features, _solve([list(row) for row in products], list(features)))
+        if leverage > MAX_LEVERAGE:
+            return 1.0
+        variance = max(0.0, recent.squares / count - factor * factor) * count / (count - 1.0)
+        if count <= BLOCK and variance > (ALIKE * factor) ** 2:
+            return 1.0  # it may have begun within this block
+        error = (variance + self._noise) / count + self._noise * leverage
+        return factor if (factor - 1.0) ** 2 > SIGNIFICANT**2 * error else 1.0
+
+    def _change(self, factor: float, blocks: int, settled: list[float]) -> None:
+        """The machine is slower by `factor`, since so many blocks."""
+        self.coefficients = [value * factor for value in settled]
+        self._reference = [value * factor for value in self._reference]
+        self._settled.scale(weight=min(1.0, KEPT_AFTER_CHANGE / max(1.0, self._settled.count)), ms=factor)
+        older = [self._blocks.popleft() for _ in range(len(self._blocks) - blocks)]
+        for block in older[:-1]:  # it may have begun within the last of them
+            block.scale(ms=factor)
+        self._blocks.extendleft(reversed(older[:-1]))
+        self._ratios = deque((ratio / factor for ratio in self._ratios), self._ratios.maxlen)
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(map(mul, left, right))
+
+
+def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """The solution of a positive definite system with its negative parts, most negative first, held at
+    zero. Shapes: matrix (n, n), right (n)."""
+    free = list(range(len(right)))
+    while free:
+        solved = _solve([[matrix[i][j] for j in free] for i in free], [right[i] for i in free])
+        least = min(solved)
+        if least >= 0.0:
+            result = [0.0] * len(right)
+            for i, value in zip(free, solved, strict=True):
+                result[i] = value
+            return result
+        del free[solved.index(least)]
+    return [0.0] * len(right)
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gaussian elimination, in place; a positive definite matrix needs no pivoting."""
+    size = len(right)
+    for i in range(size):
+        for k in range(i + 1, size):
+            factor = matrix[k][i] / matrix[i][i]
+            for j in range(i, size):
+                matrix[k][j] -= factor * matrix[i][j]
+            right[k] -= factor * right[i]
+    for i in reversed(range(size)):
+        for j in range(i + 1, size):
+            right[i] -= matrix[i][j] * right[j]
+        right[i] /= matrix[i][i]
+    return right
+
+
+class StepTimes:
+    """Measures a worker's `Rates` from its own steps and pulls."""
+
+    def __init__(self, prior: Rates | None = None) -> None:
+        prior = prior or Rates()
+        self._steps = Fit((prior.step_ms, prior.prefill_token_ms, prior.decode_request_ms))
+        self._pulls = Fit((prior.transfer_ms, prior.transfer_block_ms))
+
+    def observe(self, prefill_tokens: int, decode_requests: int, ms: float) -> None:
+        """An engine step computed these and took `ms`."""
+        if ms > 0.0 and prefill_tokens + decode_requests > 0:
+            self._steps.observe((1.0, prefill_tokens, decode_requests), ms)
+
+    def observe_transfer(self, blocks: int, ms: float) -> None:
+        """A pull of this many blocks took `ms`, from asking to the last byte."""
+        if ms > 0.0:
+            self._pulls.observe((1.0, blocks), ms)
+
+    def rates(self) -> Rates:
+        """The estimate as of the latest solution."""
+        return Rates(*self._steps.coefficients, *self._pulls.coefficients)
