@@ -10,10 +10,12 @@ so that a decode step of 2 ms says as much as a prefill step of 400 ms. The fit 
     sum(weight * (ms - c . f)^2) + ANCHOR * noise * sum((c_i / (level * reference_i) - 1)^2)
 
 where `reference` is a slow average of earlier coefficients, `level` is the one factor by which the
-reference fits all observations best, and `noise` is the mean squared relative residual. So what is not
-exercised keeps its ratio to what is; and in heavy noise no coefficient becomes 0 by chance. (A container
-with a tenth of a core runs five decode steps and then stands still for 90 ms.) The fit aims at the mean and
-not at the median: regular stalls are part of what a step takes.
+reference fits all observations best (1 for a coefficient that the observations say nothing about), and
+`noise` is the mean squared relative residual. So what the mix of work cannot tell apart keeps its ratio,
+and in heavy noise no coefficient becomes 0 by chance. (A container with a tenth of a core runs five decode
+steps and then stands still for 90 ms.) The fit aims at the mean and not at the median: regular stalls are
+part of what a step takes. What was never exercised keeps its prior, which should be low rather than high:
+what seems cheap is tried, and then known.
 
 Outliers. An observation that took far longer than the others of the last blocks is cut, see OUTLIER.
 
@@ -71,9 +73,9 @@ ALIKE = 0.5
 ANCHOR = 2.0
 """How many observations the reference counts for where the noise is as large as the times themselves."""
 
-REFERENCE_GAIN = 1 / 256
-"""Weight of the latest solution in the reference, once there were as many: it
-remembers 2,000 observations."""
+REFERENCE_GAIN = 1 / 64
+"""Weight of the latest solution in the reference, once there were as many: it remembers
+500 observations."""
 
 NOISE_START = 0.25
 NOISE_FLOOR = 0.0025
@@ -217,9 +219,11 @@ class Fit:
         level = _dot(reference, sums.targets) / own if own > 0.0 else 1.0
         products, targets = [list(row) for row in sums.products], list(sums.targets)
         for i, (value, prior) in enumerate(zip(reference, self._prior, strict=True)):
-            weight = ANCHOR * noise / max(level * value, prior, _TINY_MS) ** 2
+            seen = products[i][i] * value * value  # as many steps as would consist of nothing else
+            value *= (1.0 + seen * level) / (1.0 + seen)
+            weight = ANCHOR * noise / max(value, prior, _TINY_MS) ** 2
             products[i][i] += weight + _ROUNDING * products[i][i]
-            targets[i] += weight * level * value
+            targets[i] += weight * value
         return products, targets
 
     # --- changes of the machine -------------------------------------------------------------------
@@ -273,7 +277,7 @@ class Fit:
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(map(mul, left, right))
+    return sum(map(mul, left, right), 0.0)
 
 
 def _solve_non_negative(matrix: list[list[float]], right: list[float]) -> list[float]:
