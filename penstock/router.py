@@ -22,6 +22,7 @@ from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
 from penstock.core.progress import PatientTime
+from penstock.core.room import Room
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import ModelReplaced, ProtocolError, RemoteError, RequestRejected
@@ -93,6 +94,7 @@ class Router:
         self._live: dict[str, Live] = {}
         self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
         self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
+        self._room = Room(settings.admission.max_queued_tokens)
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
         self._patient = PatientTime(self._clock.now(), settings.tick_s)
@@ -129,11 +131,12 @@ class Router:
         choices of a call must be submitted one directly after the other."""
         queue = self._queue(request.model, request.revision)
         if not queue.holds(request.call_id, request.tenant, request.priority):
-            self._check(queue, request.tenant, request.priority)
+            self._check(queue, request.tenant, request.priority, len(request.token_ids))
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
         self._live[request.request_id] = live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
-        queue.enter(*names, request.priority, self._work(live), self._patience())
+        work, tokens = self._work(live), len(request.token_ids)
+        queue.enter(*names, request.priority, work, self._patience(), tokens)
         self._perform(live, lifecycle.start())
         refusal = queue.hopeless(request.request_id)
         if refusal is not None:
@@ -154,8 +157,8 @@ class Router:
         if queue is not None:
             self._check(queue, tenant, priority)
 
-    def _check(self, queue: Queue, tenant: str, priority: int) -> None:
-        refusal = queue.refusal(tenant, priority, self._patience())
+    def _check(self, queue: Queue, tenant: str, priority: int, tokens: int = 0) -> None:
+        refusal = queue.refusal(tenant, priority, self._patience(), tokens=tokens)
         if refusal is not None:
             raise self._rejected(refusal)
 
@@ -197,7 +200,8 @@ class Router:
     def _queue(self, model: str, revision: str) -> Queue:
         queue = self._queues.get((model, revision))
         if queue is None:
-            queue = self._queues[model, revision] = Queue(self._settings.admission, self._rng)
+            queue = Queue(self._settings.admission, self._rng, room=self._room)
+            self._queues[model, revision] = queue
         return queue
 
     def _forget_models(self) -> None:
@@ -313,7 +317,7 @@ class Router:
         if not workers and self._instances.membership.replaced(request.model, request.revision):
             return self._without_its_revision(live)
         if request_id not in queue:  # it was sent before
-            queue.back(request_id, self._work(live), now)
+            queue.back(request_id, self._work(live), now, len(live.lifecycle.token_ids))
         if not queue.turn(request_id):
             return life.Held()
         ready = [
@@ -334,8 +338,10 @@ class Router:
             if not workers:
                 queue.nobody()
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
-        token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
-        if not queue.may_go(request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded):
+        if not queue.may_go(request_id, decision.wait_ms, workers, now, crowded=decision.crowded):
+            if not queue.knows_pace:
+                work = self._work(live)
+                queue.guess(self._placement.service_ms(request, decision, everybody) / work, work)
             return life.Held()
         self._placement.book(live.placed, decision, live.lifecycle.token_ids)
         self._metrics.waited(queue.take(request_id, now))

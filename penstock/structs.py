@@ -182,6 +182,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     rates: Rates = Rates()
     submitted: int = 0  # attempts submitted to the engine so far that this load includes
     suspects: int = 0  # attempts that may be what killed other workers (core/suspects.py)
+    output_tokens: float = 0.0  # of an output that ended here, on average; 0: none has
 
 
 class EngineStep(msgspec.Struct):

@@ -74,6 +74,7 @@ class Frontend:
         request = Request(
             f"{self._name}-{next(self._numbers)}",
             MODEL,
+            self.router.model(MODEL).revision,
             [self._rng.randrange(1000) for _ in range(prompt_tokens)],
             Sampling(max_tokens=max_tokens),
             tenant=tenant,
@@ -150,9 +151,11 @@ class VirtualCluster:
             await story()
 
         self.loop.run_until_complete(whole())
-        for task in asyncio.all_tasks(self.loop):
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
             task.cancel()
-        self.loop.run_until_complete(asyncio.sleep(0.0))
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
 
 
 def refused(asked: Sequence[Asked]) -> list[Asked]:

@@ -9,8 +9,8 @@ import msgspec
 
 from penstock.structs import Load
 
-PROMPT_GAIN = 0.02
-"""Weight of the latest attempt in the mean number of prompt tokens that they bring."""
+GAIN = 0.02
+"""Weight of the latest attempt in the mean numbers of tokens that they bring."""
 
 
 class _Sent(msgspec.Struct):
@@ -32,6 +32,7 @@ class _Account:
     booked: dict[str, int] = field(default_factory=dict)  # request id -> context tokens
     sent: int = 0  # attempts
     prompt_tokens: float = 0.0  # uncached, of an attempt: the mean of the last 50 or so
+    output_tokens: float = 0.0  # expected, likewise
 
 
 class LoadBook:
@@ -46,21 +47,32 @@ class LoadBook:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def sent(self, instance_id: str, seq: int, uncached_tokens: int, context_tokens: int) -> None:
+    def sent(
+        self,
+        instance_id: str,
+        seq: int,
+        uncached_tokens: int,
+        context_tokens: int,
+        output_tokens: float = 0.0,
+    ) -> None:
         """A Generate left. `seq` as in wire/messages.py; tokens of its prompt that are to be computed
-        there, and all that it will have KV for."""
+        there, all that it will have KV for, and its output as expected."""
         account = self._account(instance_id)
         account.on_the_way.append(_Sent(seq, uncached_tokens, context_tokens))
         account.uncached_tokens += uncached_tokens
         account.context_tokens += context_tokens
         account.sent += 1
-        gain = max(PROMPT_GAIN, 1 / account.sent)
+        gain = max(GAIN, 1 / account.sent)
         account.prompt_tokens += gain * (uncached_tokens - account.prompt_tokens)
+        account.output_tokens += gain * (output_tokens - account.output_tokens)
 
-    def prompt_tokens(self, instance_id: str) -> float:
-        """How many prompt tokens an attempt sent there gives it to compute, on average."""
+    def mean_tokens(self, instance_id: str) -> tuple[float, float]:
+        """How many prompt tokens an attempt gives it to compute, and how many output tokens, on average. Of
+        outputs it knows best itself, once some have ended there; until then, as expected of those sent."""
         account = self._accounts.get(instance_id)
-        return account.prompt_tokens if account is not None else 0.0
+        if account is None:
+            return 0.0, 0.0
+        return account.prompt_tokens, account.load.output_tokens or account.output_tokens
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """The worker's load arrived; it includes every Generate up to `seen`."""

@@ -88,6 +88,9 @@ OUTLIER = 2.0
 BLOCK * BLOCKS ones but RARE, and is not cut below OUTLIER times its prediction: what comes rarely, such as
 a prompt on a decode worker, is learned by and by."""
 
+OUTPUTS = 100
+"""Outputs that count in their mean length."""
+
 _TINY_MS = 1e-6
 _ROUNDING = 1e-9  # relative, on the diagonal: far above what rounding can take from it
 
@@ -313,12 +316,15 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
 
 
 class StepTimes:
-    """Measures a worker's `Rates` from its own steps and pulls."""
+    """Measures a worker's `Rates` from its own steps and pulls, and how long its outputs are."""
 
     def __init__(self, prior: Rates | None = None) -> None:
         prior = prior or Rates()
         self._steps = Fit((prior.step_ms, prior.prefill_token_ms, prior.decode_request_ms))
         self._pulls = Fit((prior.transfer_ms, prior.transfer_block_ms))
+        self._outputs = 0
+        self.output_tokens = 0.0
+        """Of an output, on average over the last OUTPUTS; 0 before any has ended."""
 
     def observe(self, prefill_tokens: int, decode_requests: int, ms: float) -> None:
         """An engine step computed these and took `ms`."""
@@ -329,6 +335,11 @@ class StepTimes:
         """A pull of this many blocks took `ms`, from asking to the last byte."""
         if ms > 0.0:
             self._pulls.observe((1.0, blocks), ms)
+
+    def observe_output(self, tokens: int) -> None:
+        """An output ended after so many tokens."""
+        self._outputs += 1
+        self.output_tokens += (tokens - self.output_tokens) / min(OUTPUTS, self._outputs)
 
     def rates(self) -> Rates:
         """The estimate as of the latest solution."""

@@ -394,6 +394,8 @@ class VllmEngine:
         """The attempt's last output: fill in how it ended."""
         attempt = active.attempt
         self._end(active)
+        if not attempt.prefill_only:
+            self._load.observe_output(len(attempt.token_ids) - attempt.prompt_len + active.given)
         if output.finish_reason is FinishReason.ERROR:
             output.error = f"vLLM ended it: {core_output.finish_reason}"
         params = core_output.kv_transfer_params
