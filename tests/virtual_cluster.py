@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.core.admission import AdmissionSettings
+from penstock.core.settings import RouterSettings
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError, RequestRejected
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.observability import Metrics
-from penstock.router import Router, RouterSettings
+from penstock.router import Router
 from penstock.simulator.directory import Directory, SimDiscovery
 from penstock.simulator.loop import Process, VirtualLoop
 from penstock.simulator.network import Network
