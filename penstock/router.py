@@ -22,7 +22,7 @@ from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
 from penstock.core.progress import PatientTime
-from penstock.core.room import Room
+from penstock.core.room import Room, waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import ModelReplaced, ProtocolError, RemoteError, RequestRejected
@@ -94,7 +94,7 @@ class Router:
         self._live: dict[str, Live] = {}
         self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
         self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
-        self._room = Room(settings.admission.max_queued_tokens)
+        self._room = Room(settings.admission.max_queued_bytes)
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
         self._patient = PatientTime(self._clock.now(), settings.tick_s)
@@ -130,13 +130,13 @@ class Router:
         `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long. The
         choices of a call must be submitted one directly after the other."""
         queue = self._queue(request.model, request.revision)
+        size = waiting_bytes(request)
         if not queue.holds(request.call_id, request.tenant, request.priority):
-            self._check(queue, request.tenant, request.priority, len(request.token_ids))
+            self._check(queue, request.tenant, request.priority, size)
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
         self._live[request.request_id] = live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
-        work, tokens = self._work(live), len(request.token_ids)
-        queue.enter(*names, request.priority, work, self._patience(), tokens)
+        queue.enter(*names, request.priority, self._work(live), self._patience(), size)
         self._perform(live, lifecycle.start())
         refusal = queue.hopeless(request.request_id)
         if refusal is not None:
@@ -157,8 +157,8 @@ class Router:
         if queue is not None:
             self._check(queue, tenant, priority)
 
-    def _check(self, queue: Queue, tenant: str, priority: int, tokens: int = 0) -> None:
-        refusal = queue.refusal(tenant, priority, self._patience(), tokens=tokens)
+    def _check(self, queue: Queue, tenant: str, priority: int, size: int = 0) -> None:
+        refusal = queue.refusal(tenant, priority, self._patience(), size=size)
         if refusal is not None:
             raise self._rejected(refusal)
 
@@ -317,7 +317,7 @@ class Router:
         if not workers and self._instances.membership.replaced(request.model, request.revision):
             return self._without_its_revision(live)
         if request_id not in queue:  # it was sent before
-            queue.back(request_id, self._work(live), now, len(live.lifecycle.token_ids))
+            queue.back(request_id, self._work(live), now, waiting_bytes(request))
         if not queue.turn(request_id):
             return life.Held()
         ready = [

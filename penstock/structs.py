@@ -162,8 +162,8 @@ class Rates(msgspec.Struct, array_like=True, frozen=True):
     a pull takes about `transfer_ms + transfer_block_ms * blocks`."""
 
     step_ms: float = 1.0
-    prefill_token_ms: float = 0.1
-    decode_request_ms: float = 0.1
+    prefill_token_ms: float = 0.02
+    decode_request_ms: float = 0.02
     transfer_ms: float = 2.0
     transfer_block_ms: float = 0.05
 

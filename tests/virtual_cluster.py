@@ -97,6 +97,11 @@ class Frontend:
             asked.refused = error.message
         return asked
 
+    async def idle(self) -> None:
+        """Wait until nothing of it is under way."""
+        while self.router._live:
+            await asyncio.sleep(0.05)
+
     async def open_loop(
         self, rate: float, seconds: float, draw: Callable[[random.Random], tuple[int, int]]
     ) -> list[Asked]:
@@ -105,8 +110,7 @@ class Frontend:
         while self._loop.time() < until:
             await asyncio.sleep(self._rng.expovariate(rate))
             asked.append(self.ask(*draw(self._rng)))
-        while self.router._live:
-            await asyncio.sleep(0.1)
+        await self.idle()
         return asked
 
 

@@ -74,10 +74,10 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     frontend serves at one time (frontend/settings.py: max_inflight). A tenant's calls of one priority can
     fill half of it, and so leave room at the frontend's door."""
 
-    max_queued_tokens: int = 16 * 1024 * 1024
-    """Prompt tokens that may wait in a frontend, over all models, whatever the prediction: 700 MiB, as a
-    token takes up to 44 bytes. A tenant's can fill half of it. A call that may wait by this bound is never
-    cut: with it, up to 4 million tokens more may wait."""
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    """Memory that requests may take which wait in a frontend, over all models, whatever the prediction
+    (core/room.py): some 24 million prompt tokens. A tenant's can fill half of it. The choices of a call are
+    let in together, so one call can exceed it, by 4 million tokens at most."""
 
     max_queued_work: float = math.inf
     """Work that may wait here. A tenant's can fill half of it."""
@@ -130,10 +130,10 @@ class Queue:
         room: Room | None = None,
     ) -> None:
         """`awaited` is what they wait for, in the words of a refusal; `timed`: how long their work took is
-        told (`took`), and not guessed from when they go; `room`: for their tokens, shared with other
+        told (`took`), and not guessed from when they go; `room`: for what they take, shared with other
         queues."""
         self._settings = settings
-        self._room = room or Room(settings.max_queued_tokens)
+        self._room = room or Room(settings.max_queued_bytes)
         self._rng = rng
         self._awaited = awaited
         self._timed = timed
@@ -164,18 +164,18 @@ class Queue:
         return bool(call_id) and (waits or call_id == self._gone_key)
 
     def refusal(
-        self, tenant: str, priority: int, now: float, *, parts: float = 0.0, tokens: int = 0
+        self, tenant: str, priority: int, now: float, *, parts: float = 0.0, size: int = 0
     ) -> Refusal | None:
         """Why a newcomer would be refused, whatever it costs; None when it would be let in.
 
         With nothing waiting here, no wait is predicted: what the workers' wait is, shows with the first
         try, and then `hopeless` says the same. For one that goes in parts with others between them
-        (`take_part`), `parts` is its work, and the wait is the one for its last part. `tokens`: of its
-        prompt, once known."""
+        (`take_part`), `parts` is its work, and the wait is the one for its last part. `size`: the
+        bytes that it takes, once known."""
         wait_ms, place = self._predict(tenant, priority, now, parts) if self._calls else (0.0, 0)
         if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
             return self._refuse("wait", wait_ms, place)
-        limit = self._full(tenant, priority, parts, tokens)
+        limit = self._full(tenant, priority, parts, size)
         return self._refuse("full", wait_ms, place, limit) if limit else None
 
     def hopeless(self, request_id: str) -> Refusal | None:
@@ -195,7 +195,7 @@ class Queue:
         priority: int,
         work: float,
         now: float,
-        tokens: int = 0,
+        size: int = 0,
     ) -> None:
         """Let a newcomer in that `refusal` had nothing against.
 
@@ -203,11 +203,11 @@ class Queue:
         if call_id and call_id == self._gone_key:
             self._along[request_id] = None
         else:
-            self._add(request_id, call_id or request_id, tenant, priority, work, now, tokens)
+            self._add(request_id, call_id or request_id, tenant, priority, work, now, size)
 
-    def back(self, request_id: str, work: float, now: float, tokens: int = 0) -> None:
+    def back(self, request_id: str, work: float, now: float, size: int = 0) -> None:
         """One that was sent before is to be sent again. It is never refused here."""
-        self._add(request_id, request_id, _NOBODY, _BACK, work, now, tokens)
+        self._add(request_id, request_id, _NOBODY, _BACK, work, now, size)
 
     def turn(self, request_id: str) -> bool:
         """Whether this request may ask for a worker now."""
@@ -306,7 +306,7 @@ class Queue:
             self._remove(call)
             return
         work = call.requests.pop(request_id)
-        self._room.give_back(call.flow.tenant, call.tokens.pop(request_id))
+        self._room.give_back(call.flow.tenant, call.sizes.pop(request_id))
         del self._calls[request_id]
         call.flow.work -= work
         call.flow.line.work -= work
@@ -336,7 +336,7 @@ class Queue:
         flow = waiting[0] if len(waiting) == 1 else min(waiting, key=flow_start)
         return next(iter(flow.calls.values()))
 
-    def _full(self, tenant: str, priority: int, work: float, tokens: int) -> str:
+    def _full(self, tenant: str, priority: int, work: float, size: int) -> str:
         """What there are too many of for a newcomer; empty when it finds room. Thresholds are dynamic as in
         core/room.py: each flow may have as many calls as there are places left, and each tenant as much
         work."""
@@ -346,8 +346,8 @@ class Queue:
         own_work = work + sum(line.flows[tenant].work for line in lines)
         if calls.get(priority, 0) >= left or sum(calls.values()) >= TENANT_FLOWS * left:
             return "calls"
-        if not self._room.fits(tenant, tokens):
-            return "tokens"
+        if not self._room.fits(tenant, size):
+            return "bytes"
         if own_work > self._settings.max_queued_work - self.work:
             return "characters"
         return ""
@@ -387,7 +387,7 @@ class Queue:
     # --- books --------------------------------------------------------------------------------------
 
     def _add(
-        self, request_id: str, key: str, tenant: str, priority: int, work: float, now: float, tokens: int
+        self, request_id: str, key: str, tenant: str, priority: int, work: float, now: float, size: int
     ) -> None:
         line = self._lines.get(priority)
         if line is None:
@@ -403,8 +403,8 @@ class Queue:
             line.calls += 1
             self._waiting += 1
         call.requests[request_id] = work
-        call.tokens[request_id] = tokens
-        self._room.take(tenant, tokens)
+        call.sizes[request_id] = size
+        self._room.take(tenant, size)
         self._calls[request_id] = call
         flow.work += work
         line.work += work
@@ -426,7 +426,7 @@ class Queue:
 
     def _remove(self, call: Call) -> None:
         flow, line, work = call.flow, call.flow.line, call.work
-        self._room.give_back(flow.tenant, sum(call.tokens.values()))
+        self._room.give_back(flow.tenant, sum(call.sizes.values()))
         for request_id in call.requests:
             del self._calls[request_id]
         del flow.calls[call.key]

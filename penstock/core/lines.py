@@ -15,7 +15,7 @@ class Call:
     key: str
     since: float
     requests: dict[str, float] = field(default_factory=dict)  # work by request id
-    tokens: dict[str, int] = field(default_factory=dict)  # of their prompts
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes that they take
 
     @property
     def work(self) -> float:

@@ -1,4 +1,4 @@
-"""How much may wait in a frontend, over all models.
+"""How much memory requests may take that wait in a frontend, over all models.
 
 Dynamic thresholds (Choudhury and Hahne, 1998): each tenant may have as much as there is room left. So a
 tenant that sends a lot leaves room for others, and nothing that was let in has to make room for them.
@@ -6,12 +6,27 @@ tenant that sends a lot leaves room for others, and nothing that was let in has 
 
 from __future__ import annotations
 
+from penstock.structs import Request
+
+TOKEN_BYTES = 44
+"""Of a prompt token: an int object, a place in the request's list and one in its lifecycle's."""
+
+REQUEST_BYTES = 32 * 1024
+"""Of a request besides: its connection, tasks and records."""
+
+
+def waiting_bytes(request: Request) -> int:
+    """What a request takes while it waits."""
+    structured = request.sampling.structured
+    spec_bytes = len(structured.spec) if structured is not None else 0
+    return REQUEST_BYTES + TOKEN_BYTES * len(request.token_ids) + spec_bytes
+
 
 class Room:
-    """Prompt tokens that wait, by tenant.
+    """Bytes that requests take, by tenant.
 
     Args:
-        most: that may wait. One call more than that may: its choices are let in together.
+        most: that they may take. A call may exceed that, as its choices are let in with the first.
     """
 
     def __init__(self, most: int) -> None:

@@ -31,10 +31,12 @@ This is Welch's t-test, with the uncertainty of the prediction added: `leverage`
 relative features g of those observations and the settled products M. Above MAX_LEVERAGE, observations like
 these were hardly seen before: they tell something about their own coefficients and nothing about the
 machine. After a change, everything older is taken as if it had been measured on a machine m times slower.
+Where coefficients do not change alike, see MISFIT.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from heapq import nlargest
@@ -63,6 +65,12 @@ the model does not know, make factors of 2 for a while."""
 MAX_LEVERAGE = 1 / 8
 """Above this, the settled fit has seen fewer than 8 observations like these."""
 
+MISFIT = 0.25
+EXPLAINED = 1 / 8
+"""If the mean squared relative residual of the blocks is more than MISFIT, and that of a fit to them alone
+is less, and less than EXPLAINED of it, then some coefficients have changed and others have not: what is
+older is dropped. Noise that no coefficients explain is none of this."""
+
 KEPT_AFTER_CHANGE = 64.0
 """Observations for which everything before a change counts: few enough that
 coefficients which did not change alike are learned soon."""
@@ -72,6 +80,13 @@ ALIKE = 0.5
 
 ANCHOR = 2.0
 """How many observations the reference counts for where the noise is as large as the times themselves."""
+
+UNUSUAL = 4.0
+"""Factor by which what a step usually takes may differ from its prediction, in its weight."""
+
+LEAST_SHARE = 0.3
+"""Of a step, in which the reference of a coefficient is measured where it is less: one that seems to cost
+nothing may turn out to."""
 
 REFERENCE_GAIN = 1 / 64
 """Weight of the latest solution in the reference, once there were as many: it remembers
@@ -158,6 +173,7 @@ class Fit:
         self._prior = tuple(prior)
         self._reference = list(prior)
         self._solutions = 0
+        self._settlements = 0
         self._noise = NOISE_START
         self._settled = _Sums(len(prior))  # observations older than the blocks
         self._blocks: deque[_Sums] = deque()
@@ -172,6 +188,7 @@ class Fit:
         if len(self._latest) == BLOCK:
             self._blocks.append(self._close_block())
             self._follow_change()
+            self._follow_misfit()
             self._solve()
             if len(self._blocks) == BLOCKS:
                 self._settle(self._blocks.popleft())
@@ -184,7 +201,7 @@ class Fit:
         longest = max(OUTLIER, nlargest(RARE + 1, self._ratios)[-1])
         block = _Sums(len(self._prior))
         for (features, _), it, ratio in zip(self._latest, predicted, ratios, strict=True):
-            usual = _TINY_MS + _dot(self._reference, features)
+            usual = min(max(_dot(self._reference, features), it / UNUSUAL), it * UNUSUAL)
             block.add(features, min(ratio, longest) * it, 1.0 / (usual * usual))
         self._latest.clear()
         return block
@@ -195,7 +212,7 @@ class Fit:
             total.merge(block, block.evenness(self.coefficients))
         noise = self._noise
         if self._settled.count < BLOCK * BLOCKS:  # too few to know the noise by
-            noise = max(noise, total.residual(self.coefficients))
+            noise = max(NOISE_FLOOR, total.residual(self.coefficients))
         self.coefficients = _solve_non_negative(*self._anchored(total, noise))
         self._solutions += 1
         gain = max(REFERENCE_GAIN, 1.0 / (self._solutions + 1))
@@ -204,7 +221,9 @@ class Fit:
 
     def _settle(self, block: _Sums) -> None:
         """This block is compared with what is older no more, but part of it."""
-        self._noise += NOISE_GAIN * (block.residual(self.coefficients) - self._noise)
+        self._settlements += 1
+        gain = max(NOISE_GAIN, 1.0 / self._settlements)
+        self._noise += gain * (block.residual(self.coefficients) - self._noise)
         self._noise = max(self._noise, NOISE_FLOOR)
         self._settled = self._even_settled()
         self._settled.scale(weight=FORGETTING**BLOCK)
@@ -221,10 +240,11 @@ class Fit:
         own = sums.form(reference, reference)
         level = _dot(reference, sums.targets) / own if own > 0.0 else 1.0
         products, targets = [list(row) for row in sums.products], list(sums.targets)
-        for i, (value, prior) in enumerate(zip(reference, self._prior, strict=True)):
+        for i, value in enumerate(reference):
             seen = products[i][i] * value * value  # as many steps as would consist of nothing else
             value *= (1.0 + seen * level) / (1.0 + seen)
-            weight = ANCHOR * noise / max(value, prior, _TINY_MS) ** 2
+            whole = math.sqrt(sums.count / products[i][i]) if products[i][i] else 0.0
+            weight = ANCHOR * noise / max(value, LEAST_SHARE * whole, _TINY_MS) ** 2
             products[i][i] += weight + _ROUNDING * products[i][i]
             targets[i] += weight * value
         return products, targets
@@ -233,6 +253,8 @@ class Fit:
 
     def _follow_change(self) -> None:
         """Take everything older for measured on a slower or faster machine, if the latest blocks say so."""
+        if not self._settled.count:
+            return
         products, targets = self._anchored(self._even_settled(), self._noise)
         settled = _solve_non_negative(products, targets)
         recent = _Sums(len(settled))
@@ -271,12 +293,27 @@ class Fit:
         """The machine is slower by `factor`, since so many blocks."""
         self.coefficients = [value * factor for value in settled]
         self._reference = [value * factor for value in self._reference]
-        self._settled.scale(weight=min(1.0, KEPT_AFTER_CHANGE / max(1.0, self._settled.count)), ms=factor)
+        self._settled.scale(weight=min(1.0, KEPT_AFTER_CHANGE / self._settled.count), ms=factor)
         older = [self._blocks.popleft() for _ in range(len(self._blocks) - blocks)]
         for block in older[:-1]:  # it may have begun within the last of them
             block.scale(ms=factor)
         self._blocks.extendleft(reversed(older[:-1]))
         self._ratios = deque((ratio / factor for ratio in self._ratios), self._ratios.maxlen)
+
+    def _follow_misfit(self) -> None:
+        """Drop what is older than the blocks if it keeps the fit from explaining them."""
+        if len(self._blocks) < BLOCKS:
+            return
+        recent = _Sums(len(self._prior))
+        for block in self._blocks:
+            recent.merge(block, block.evenness(self.coefficients))
+        misfit = recent.residual(self.coefficients)
+        if misfit < MISFIT:
+            return
+        alone = _solve_non_negative(*self._anchored(recent, NOISE_FLOOR))
+        if recent.residual(alone) < min(MISFIT, EXPLAINED * misfit):
+            self._settled = _Sums(len(self._prior))
+            self._settlements = 0
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

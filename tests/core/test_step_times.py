@@ -315,7 +315,7 @@ def test_a_kind_of_work_that_was_hardly_seen_says_nothing_of_the_machine() -> No
 def test_a_part_that_changes_alone_is_learned() -> None:
     times = warm(NUMPY_TINY)
     true = Rates(NUMPY_TINY.step_ms, 10 * NUMPY_TINY.prefill_token_ms, NUMPY_TINY.decode_request_ms)
-    feed(times, true, 800, seed=1)
+    feed(times, true, 400, seed=1)
     assert_predicts(times, true, SEEN[mixed], 0.3)
 
 
@@ -340,21 +340,21 @@ def test_rates_are_never_negative_or_absurd(steps: list[tuple[int, int, float]])
 def rough_life(rng: random.Random) -> Iterator[tuple[Step, float]]:
     """A worker whose speed changes by powers of ten at random moments."""
     while True:
-        mix, factor = rng.choice(list(SEEN)), 10.0 ** rng.randint(-4, 4)
+        mix, factor = rng.choice(list(SEEN)), 10.0 ** rng.randint(-2, 2)
         machine = rng.choice([exact, noisy, tenth_of_a_core(), stalling(7, 500.0)])
         for _ in range(rng.randint(1, 300)):
             step = mix(rng)
             yield step, machine(rng, factor * step_ms(NUMPY_TINY, step))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_rough_life_leaves_the_fit_usable(seed: int) -> None:
     times = StepTimes()
     life = rough_life(random.Random(seed))
     for _ in range(4_000):
         step, ms = next(life)
         times.observe(*step, ms)
-    feed(times, QWEN3_32B, 2_000, seed=1)
+    feed(times, QWEN3_32B, 1_000, seed=1)
     assert_predicts(times, QWEN3_32B, SEEN[mixed], 0.3)
 
 
