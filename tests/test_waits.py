@@ -57,11 +57,10 @@ class Burst:
         return [ask(self.prompt_tokens, self.max_tokens, stop_after=self.stop_after) for _ in range(count)]
 
 
-SHORT_ANSWERS = Burst(1100, 160, 4)
 BURSTS = {
-    "short answers": SHORT_ANSWERS,
+    "short answers": Burst(1100, 160, 4),
+    "short answers of a worker that has measured itself": Burst(1100, 160, 4, first=[20]),
     "short answers, again": Burst(1100, 160, 4, first=[1100]),
-    "short answers after long ones": Burst(1100, 160, 4, first=[1]),
     "very short": Burst(3000, 20, 1),
     "all end at once": Burst(1500, 8, 64),
     "all end at once, again": Burst(1500, 8, 64, first=[600]),
@@ -81,11 +80,11 @@ def test_a_burst_that_ends_within_the_bound_is_served(name: str) -> None:
 
 
 LONGER_BURSTS = {
-    "short answers": Burst(6000, 160, 4),
+    "short answers": Burst(6000, 160, 4, first=[20, 20]),
     "short answers, again": Burst(6000, 160, 4, first=[3000]),
-    "long answers": Burst(4000, 160, 200),
-    "all end at once": Burst(8000, 8, 64),
-    "long prompts": Burst(400, 4000, 4),
+    "long answers": Burst(4000, 160, 200, first=[50]),
+    "all end at once": Burst(8000, 8, 64, first=[600]),
+    "long prompts": Burst(400, 4000, 4, first=[5]),
     "few places": Burst(1000, 500, 64, max_running=32),
 }
 

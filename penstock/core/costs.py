@@ -49,6 +49,10 @@ come on average, but others end meanwhile. On one simulated Qwen3-32B (2 x H200)
 with outputs of 1,150 tokens after prompts of 125, it takes away 6 of 7 preemptions and half of the time
 between tokens, for 7 % of the throughput; with outputs of 225 tokens, for 2 %."""
 
+DOUBLING = 256.0
+"""Requests that double what a step takes, as is assumed where more would be a guess: 36 on Qwen3-32B
+(2 x H200), 400 on Qwen3-8B (one)."""
+
 LENGTHS_FORGETTING = 0.99
 LENGTHS_PRIOR = 8.0
 """Weight of an output's length relative to the next one's, so that the last 100 or so count, and of what is
@@ -158,20 +162,24 @@ def _stay_tokens(query: Query, candidate: Candidate) -> float:
 
 
 def service_ms(card: Card, load: Load, prompt_tokens: int, output_tokens: float) -> float:
-    """For how long a worker that is always full is busy on account of one more request, in ms.
+    """For how long a worker that is always full is busy on account of one more request, at the least, in
+    ms.
 
     Each step begins n requests, as many as there are places that become free and as their tokens fit in:
     n = min(places / output, batch tokens / (prompt + output)). They share what a step takes anyway:
 
         prefill_token_ms * prompt + decode_request_ms * output + step_ms / n
+
+    At the least, because a worker that has served one request at a time cannot tell what another one adds
+    to a step: it is taken for no more than step_ms / DOUBLING.
     """
     rates, tokens = load.rates, prompt_tokens + output_tokens
     places = card.max_running or math.inf
     if load.total_blocks:
         places = min(places, load.total_blocks * card.block_size / tokens)
     begun = min(places / max(1.0, output_tokens), (card.max_batch_tokens or STEP_TOKENS) / tokens)
-    own_ms = rates.prefill_token_ms * prompt_tokens + rates.decode_request_ms * output_tokens
-    return own_ms + rates.step_ms / begun
+    decode_ms = min(rates.decode_request_ms, rates.step_ms / DOUBLING) * output_tokens
+    return rates.prefill_token_ms * prompt_tokens + decode_ms + rates.step_ms / begun
 
 
 def crowded(query: Query, candidate: Candidate) -> bool:
