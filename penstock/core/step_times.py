@@ -52,6 +52,11 @@ do."""
 BLOCK = 8
 """Observations between two solutions, and the least in which a change is seen."""
 
+LEAST_BLOCK = 4
+LONG_MS = 1000.0
+"""A block of at least so many observations is closed when they have taken so long: a change need not wait
+for eight steps of seconds."""
+
 BLOCKS = 8
 """Blocks that are compared with what is older."""
 
@@ -77,6 +82,9 @@ coefficients which did not change alike are learned soon."""
 
 ALIKE = 0.5
 """Largest relative spread of a single block's times for which it shows a change by itself."""
+
+LEAST = Rates(0.1, 0.002, 0.002, 0.2, 0.005)
+"""What rates never fall below: nothing is free, and large GPUs take three times as long at least."""
 
 ANCHOR = 2.0
 """How many observations the reference counts for where the noise is as large as the times themselves."""
@@ -166,11 +174,16 @@ class _Sums:
 
 
 class Fit:
-    """Coefficients of `ms = sum(coefficient * feature)`, estimated while observations arrive."""
+    """Coefficients of `ms = sum(coefficient * feature)`, estimated while observations arrive.
 
-    def __init__(self, prior: Sequence[float]) -> None:
+    Args:
+        prior: the coefficients before any.
+        least: what they never fall below.
+    """
+
+    def __init__(self, prior: Sequence[float], least: Sequence[float]) -> None:
         self.coefficients = list(prior)
-        self._prior = tuple(prior)
+        self._least = least
         self._reference = list(prior)
         self._solutions = 0
         self._settlements = 0
@@ -178,6 +191,7 @@ class Fit:
         self._settled = _Sums(len(prior))  # observations older than the blocks
         self._blocks: deque[_Sums] = deque()
         self._latest: list[tuple[Sequence[float], float]] = []  # observations that are in no block yet
+        self._latest_ms = 0.0  # sum of their times
         self._ratios: deque[float] = deque(
             maxlen=BLOCK * BLOCKS
         )  # of those in blocks, to their predictions
@@ -185,7 +199,9 @@ class Fit:
     def observe(self, features: Sequence[float], ms: float) -> None:
         """Something with these features took so long."""
         self._latest.append((features, ms))
-        if len(self._latest) == BLOCK:
+        self._latest_ms += ms
+        count = len(self._latest)
+        if count == BLOCK or (count >= LEAST_BLOCK and self._latest_ms >= LONG_MS):
             self._blocks.append(self._close_block())
             self._follow_change()
             self._follow_misfit()
@@ -199,11 +215,12 @@ class Fit:
         ratios = [ms / it for (_, ms), it in zip(self._latest, predicted, strict=True)]
         self._ratios.extend(ratios)
         longest = max(OUTLIER, nlargest(RARE + 1, self._ratios)[-1])
-        block = _Sums(len(self._prior))
+        block = _Sums(len(self._least))
         for (features, _), it, ratio in zip(self._latest, predicted, ratios, strict=True):
             usual = min(max(_dot(self._reference, features), it / UNUSUAL), it * UNUSUAL)
             block.add(features, min(ratio, longest) * it, 1.0 / (usual * usual))
         self._latest.clear()
+        self._latest_ms = 0.0
         return block
 
     def _solve(self) -> None:
@@ -213,7 +230,7 @@ class Fit:
         noise = self._noise
         if self._settled.count < BLOCK * BLOCKS:  # too few to know the noise by
             noise = max(NOISE_FLOOR, total.residual(self.coefficients))
-        self.coefficients = _solve_non_negative(*self._anchored(total, noise))
+        self.coefficients = self._solved(*self._anchored(total, noise))
         self._solutions += 1
         gain = max(REFERENCE_GAIN, 1.0 / (self._solutions + 1))
         for i, coefficient in enumerate(self.coefficients):
@@ -226,11 +243,11 @@ class Fit:
         self._noise += gain * (block.residual(self.coefficients) - self._noise)
         self._noise = max(self._noise, NOISE_FLOOR)
         self._settled = self._even_settled()
-        self._settled.scale(weight=FORGETTING**BLOCK)
+        self._settled.scale(weight=FORGETTING**block.count)
         self._settled.merge(block, block.evenness(self.coefficients))
 
     def _even_settled(self) -> _Sums:
-        total = _Sums(len(self._prior))
+        total = _Sums(len(self._least))
         total.merge(self._settled, self._settled.evenness(self.coefficients))
         return total
 
@@ -249,6 +266,13 @@ class Fit:
             targets[i] += weight * value
         return products, targets
 
+    def _solved(self, products: list[list[float]], targets: list[float]) -> list[float]:
+        """The coefficients that solve these equations, none of them below its least."""
+        above = [target - _dot(row, self._least) for row, target in zip(products, targets, strict=True)]
+        return [
+            least + it for least, it in zip(self._least, _solve_non_negative(products, above), strict=True)
+        ]
+
     # --- changes of the machine -------------------------------------------------------------------
 
     def _follow_change(self) -> None:
@@ -256,7 +280,7 @@ class Fit:
         if not self._settled.count:
             return
         products, targets = self._anchored(self._even_settled(), self._noise)
-        settled = _solve_non_negative(products, targets)
+        settled = self._solved(products, targets)
         recent = _Sums(len(settled))
         for number, block in enumerate(reversed(self._blocks), start=1):
             recent.merge(block, block.evenness(settled))
@@ -304,15 +328,15 @@ class Fit:
         """Drop what is older than the blocks if it keeps the fit from explaining them."""
         if len(self._blocks) < BLOCKS:
             return
-        recent = _Sums(len(self._prior))
+        recent = _Sums(len(self._least))
         for block in self._blocks:
             recent.merge(block, block.evenness(self.coefficients))
         misfit = recent.residual(self.coefficients)
         if misfit < MISFIT:
             return
-        alone = _solve_non_negative(*self._anchored(recent, NOISE_FLOOR))
+        alone = self._solved(*self._anchored(recent, NOISE_FLOOR))
         if recent.residual(alone) < min(MISFIT, EXPLAINED * misfit):
-            self._settled = _Sums(len(self._prior))
+            self._settled = _Sums(len(self._least))
             self._settlements = 0
 
 
@@ -357,8 +381,8 @@ class StepTimes:
 
     def __init__(self, prior: Rates | None = None) -> None:
         prior = prior or Rates()
-        self._steps = Fit((prior.step_ms, prior.prefill_token_ms, prior.decode_request_ms))
-        self._pulls = Fit((prior.transfer_ms, prior.transfer_block_ms))
+        self._steps = Fit(_steps(prior), _steps(LEAST))
+        self._pulls = Fit(_pulls(prior), _pulls(LEAST))
         self._outputs = 0
         self.output_tokens = 0.0
         """Of an output, on average over the last OUTPUTS; 0 before any has ended."""
@@ -381,3 +405,11 @@ class StepTimes:
     def rates(self) -> Rates:
         """The estimate as of the latest solution."""
         return Rates(*self._steps.coefficients, *self._pulls.coefficients)
+
+
+def _steps(rates: Rates) -> tuple[float, ...]:
+    return rates.step_ms, rates.prefill_token_ms, rates.decode_request_ms
+
+
+def _pulls(rates: Rates) -> tuple[float, ...]:
+    return rates.transfer_ms, rates.transfer_block_ms

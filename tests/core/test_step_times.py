@@ -288,6 +288,22 @@ def test_a_change_of_two_is_followed_in_time() -> None:
     assert_predicts(times, scaled(NUMPY_TINY, 2), SEEN[mixed], 0.2)
 
 
+def test_a_change_of_slow_steps_is_believed_within_12() -> None:
+    """Which are seconds as they are: 300 ms before, and 3 s since."""
+    times = StepTimes()
+    feed(times, SLOW, 100, only_prefill)
+    feed(times, scaled(SLOW, 10), 12, only_prefill, seed=1)
+    assert_predicts(times, scaled(SLOW, 10), SEEN[only_prefill], 0.3)
+
+
+def test_no_part_of_a_step_is_ever_free() -> None:
+    """Prompts alone tell nothing of what a single decode step takes, whatever chance says."""
+    for seed in range(20):
+        times = StepTimes()
+        feed(times, NUMPY_TINY, 200, only_prefill, lambda rng, ms: noisy(rng, ms, 0.3), seed)
+        assert times.rates().step_ms >= 0.1
+
+
 def test_a_change_back_is_believed_as_soon() -> None:
     times = warm(NUMPY_TINY)
     for factor in (10.0, 1.0, 0.1, 1.0, 10.0, 1.0):
@@ -295,12 +311,12 @@ def test_a_change_back_is_believed_as_soon() -> None:
         assert_predicts(times, scaled(NUMPY_TINY, factor), SEEN[mixed], 0.3)
 
 
-def test_a_quota_that_is_lifted_is_believed_within_80_steps() -> None:
+def test_a_quota_that_is_lifted_is_believed_within_100_steps() -> None:
     rates = Rates(1.5, 0.26, 0.06)
     times = warm(rates)
     feed(times, rates, 1_000, only_decode, tenth_of_a_core(), seed=1)
-    feed(times, rates, 80, only_decode, seed=2)
-    assert_predicts(times, rates, SEEN[only_decode], 0.5)
+    feed(times, rates, 100, only_decode, seed=2)
+    assert_predicts(times, rates, SEEN[only_decode], 0.6)
 
 
 def test_a_kind_of_work_that_was_hardly_seen_says_nothing_of_the_machine() -> None:
@@ -374,7 +390,7 @@ def test_transfers_are_measured_apart() -> None:
 
 
 def test_a_network_that_slows_down_is_believed_within_24_pulls() -> None:
-    fit = Fit((2.0, 0.05))
+    fit = Fit((2.0, 0.05), (0.0, 0.0))
     rng = random.Random(0)
     for number in range(324):
         blocks = rng.randint(1, 500)
