@@ -311,12 +311,14 @@ def test_a_change_back_is_believed_as_soon() -> None:
         assert_predicts(times, scaled(NUMPY_TINY, factor), SEEN[mixed], 0.3)
 
 
-def test_a_quota_that_is_lifted_is_believed_within_100_steps() -> None:
+def test_a_quota_that_is_lifted_is_known_within_80_steps_and_forgotten_within_400() -> None:
     rates = Rates(1.5, 0.26, 0.06)
     times = warm(rates)
     feed(times, rates, 1_000, only_decode, tenth_of_a_core(), seed=1)
-    feed(times, rates, 100, only_decode, seed=2)
-    assert_predicts(times, rates, SEEN[only_decode], 0.6)
+    feed(times, rates, 80, only_decode, seed=2)
+    assert_predicts(times, rates, SEEN[only_decode], 1.0)
+    feed(times, rates, 320, only_decode, seed=3)
+    assert_predicts(times, rates, SEEN[only_decode], 0.35)
 
 
 def test_a_kind_of_work_that_was_hardly_seen_says_nothing_of_the_machine() -> None:
