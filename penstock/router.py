@@ -22,6 +22,8 @@ from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision
 from penstock.core.progress import PatientTime
+from penstock.core.queues import Queues
+from penstock.core.room import waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
 from penstock.errors import ModelReplaced, ProtocolError, RemoteError, RequestRejected
@@ -94,7 +96,7 @@ class Router:
         )
         self._live: dict[str, Live] = {}
         self._attempts: dict[str, Live] = {}  # by the id of each attempt of these that was sent
-        self._queues: dict[tuple[str, str], Queue] = {}  # by model and revision
+        self._queues = Queues(settings.admission, self._rng)
         self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
         self._full_until: dict[str, float] = {}  # instances that refused an attempt
         self._looked_at = 0.0
@@ -130,13 +132,14 @@ class Router:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason; or
         `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long. The
         choices of a call must be submitted one directly after the other."""
-        queue = self._queue(request.model, request.revision)
+        queue = self._queues.of(request.model, request.revision)
+        size = waiting_bytes(request)
         if not queue.holds(request.call_id, request.tenant, request.priority):
-            self._check(queue, request.tenant, request.priority)
+            self._check(queue, request.tenant, request.priority, size)
         lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
         live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
         names = request.request_id, request.call_id, request.tenant
-        queue.enter(*names, request.priority, self._work(live), self._patience())
+        queue.enter(*names, request.priority, self._work(live), self._patience(), size)
         self._live[request.request_id] = live
         self._event(live, life.Retry())
         refusal = queue.hopeless(request.request_id)
@@ -158,8 +161,8 @@ class Router:
         if queue is not None:
             self._check(queue, tenant, priority)
 
-    def _check(self, queue: Queue, tenant: str, priority: int) -> None:
-        refusal = queue.refusal(tenant, priority, self._patience())
+    def _check(self, queue: Queue, tenant: str, priority: int, size: int = 0) -> None:
+        refusal = queue.refusal(tenant, priority, self._patience(), size=size)
         if refusal is not None:
             raise self._rejected(refusal)
 
@@ -200,12 +203,6 @@ class Router:
         return self._instances.advances(instance_id) and self._placement.load(instance_id).waiting > 0
 
     # --- the queues -------------------------------------------------------------------------------
-
-    def _queue(self, model: str, revision: str) -> Queue:
-        queue = self._queues.get((model, revision))
-        if queue is None:
-            queue = self._queues[model, revision] = Queue(self._settings.admission, self._rng)
-        return queue
 
     def _forget_models(self) -> None:
         """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
@@ -335,7 +332,7 @@ class Router:
         if not workers and self._instances.membership.replaced(request.model, request.revision):
             return self._without_its_revision(live)
         if request_id not in queue:  # it was sent before
-            queue.back(request_id, self._work(live), now)
+            queue.back(request_id, self._work(live), now, waiting_bytes(request))
         if not queue.turn(request_id):
             return life.Held()
         ready = [
@@ -356,8 +353,10 @@ class Router:
             if not workers:
                 queue.nobody()
             return life.NoCandidate(f"no worker is ready to decode for {request.model}")
-        token_ms = self._placement.load(decision.decode).rates.prefill_token_ms
-        if not queue.may_go(request_id, decision.wait_ms, workers, token_ms, now, crowded=decision.crowded):
+        if not queue.may_go(request_id, decision.wait_ms, workers, now, crowded=decision.crowded):
+            if not queue.knows_pace:
+                work = self._work(live)
+                queue.guess(self._placement.service_ms(request, decision, everybody) / work, work)
             return life.Held()
         self._placement.book(live.placed, decision, live.lifecycle.token_ids)
         self._metrics.waited(queue.take(request_id, now))

@@ -44,6 +44,7 @@ BlockHash = Annotated[int, Meta(ge=0)]
 Number = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
+MeanTokens = Annotated[float, Meta(ge=0, le=2**31)]
 
 MAX_LOGPROB = 1e9
 Logprob = Annotated[float, Meta(le=MAX_LOGPROB)]
@@ -226,8 +227,8 @@ class Rates(msgspec.Struct, array_like=True, frozen=True):
     a pull takes about `transfer_ms + transfer_block_ms * blocks`."""
 
     step_ms: Milliseconds = 1.0
-    prefill_token_ms: Milliseconds = 0.1
-    decode_request_ms: Milliseconds = 0.1
+    prefill_token_ms: Milliseconds = 0.02
+    decode_request_ms: Milliseconds = 0.02
     transfer_ms: Milliseconds = 2.0
     transfer_block_ms: Milliseconds = 0.05
 
@@ -246,6 +247,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     rates: Rates = Rates()
     submitted: Total = 0  # attempts submitted to the engine so far that this load includes
     suspects: Count = 0  # attempts that may be what killed other workers (core/suspects.py)
+    output_tokens: MeanTokens = 0.0  # of an output that ended here, on average; 0: none has
 
 
 class EngineStep(msgspec.Struct):

@@ -21,7 +21,7 @@ import msgspec
 
 from penstock.address import join_address
 from penstock.clock import Clock, MonotonicClock
-from penstock.core.costs import Candidate, Query, costs
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
 from penstock.link.server import LinkServer, Peer
@@ -353,9 +353,18 @@ class Worker:
     def _wait_ms(self, attempt: Attempt) -> float:
         """How long until the engine could begin it, as a frontend would predict it."""
         card = self.card()
-        query = Query(len(attempt.token_ids))
+        query = Query(
+            len(attempt.token_ids),
+            expected_output_tokens=min(EXPECTED_OUTPUT_TOKENS, attempt.sampling.max_tokens),
+        )
+        load = self.load()
         here = Candidate(
-            card.instance_id, card.role, self.load(), card.block_size, max_running=card.max_running
+            card.instance_id,
+            card.role,
+            load,
+            card.block_size,
+            max_running=card.max_running,
+            output_tokens=load.output_tokens,
         )
         return costs(query, here).queue_ms
 

@@ -12,7 +12,7 @@ import pytest
 from penstock.core.admission import AdmissionSettings
 from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
-from penstock.structs import Role
+from penstock.structs import Rates, Role
 from tests.cluster import WAIT_S, Answer, Cluster, cluster
 
 ONE = {"a0": Role.AGGREGATED}
@@ -33,9 +33,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def occupy(it: Cluster) -> Awaitable[list[int]]:
-    """Fill the only place, and the worker's queue up to where the router stops sending."""
+    """Fill the only place, and the worker's queue up to where the router stops sending, once the worker has
+    measured how fast it is."""
     answer, ticket = it.ask(PROMPT, max_tokens=LONG)
     await answer.wait_tokens(1)
+    await until(lambda: it.router.instances()[0].load.rates != Rates())
     it.ask(PROMPT, max_tokens=1)
     await until(lambda: it.queued > 0)
     return ticket
@@ -204,8 +206,8 @@ async def test_a_worker_that_bounces_is_left_alone_for_a_while(tmp_path: Path) -
 async def test_requests_of_a_lost_worker_go_before_those_that_wait(tmp_path: Path) -> None:
     roles = {"a0": Role.AGGREGATED, "a1": Role.AGGREGATED}
     async with cluster(tmp_path, roles, limits(), sim=ONE_PLACE) as it:
-        first, _ = it.ask(PROMPT, max_tokens=60)
-        second, _ = it.ask([7, *PROMPT], max_tokens=60)
+        first, _ = it.ask(PROMPT, max_tokens=600)
+        second, _ = it.ask([7, *PROMPT], max_tokens=600)
         await first.wait_tokens(1)
         await second.wait_tokens(1)
         answers = {f"r{number}": it.ask(PROMPT, max_tokens=2)[0] for number in range(8)}

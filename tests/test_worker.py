@@ -24,6 +24,7 @@ from penstock.structs import (
     Handoff,
     Load,
     Output,
+    Rates,
     Role,
     Sampling,
 )
@@ -221,11 +222,12 @@ async def test_bounces_what_would_wait_too_long(stage: Stage) -> None:
     frontend = await stage.frontend()
     frontend.client.generate(attempt(1))
     await until(lambda: stage.engine.submitted)
-    stage.engine.say(load=Load(running=1, prefill_tokens=90_000, submitted=1))  # at 0.1 ms each
+    rates = Rates(prefill_token_ms=0.1)
+    stage.engine.say(load=Load(running=1, prefill_tokens=90_000, submitted=1, rates=rates))
     await until(lambda: frontend.steps)
     frontend.client.generate(attempt(2))
     await until(lambda: len(stage.engine.submitted) == 2)
-    stage.engine.say(load=Load(running=2, prefill_tokens=120_000, submitted=2))
+    stage.engine.say(load=Load(running=2, prefill_tokens=120_000, submitted=2, rates=rates))
     await until(lambda: len(frontend.steps) == 2)
     frontend.client.generate(attempt(3))
     await until(lambda: frontend.bounces)

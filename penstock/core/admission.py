@@ -26,12 +26,13 @@ have lately had, and a flow (a tenant within a line) by what shows in its own pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from random import Random
 
 import msgspec
 
+from penstock.core.lines import Call, Flow, Line, flow_start
 from penstock.core.pace import Drain, Recent
+from penstock.core.room import Room
 
 ACCEPT_SHARE = 0.8
 """Of `max_wait_ms`: the longest predicted wait with which a newcomer is let in. Predictions err; with this
@@ -44,9 +45,6 @@ OUTPUT_WORK = 4.0
 """Work of an output token, in prompt tokens: on Qwen3-32B (2 x H200) with 64 requests a step, a prompt
 token takes 46 us and an output token 200."""
 
-PRIOR_CALLS = 8
-"""Calls taken before a flow's own pace counts; the queue's first guess weighs as much as that many."""
-
 LARGEST_SHARE = 0.99
 """Of the lines before one, in a prediction: they may stop any time."""
 
@@ -54,6 +52,7 @@ MAX_RETRY_S = 60.0
 """Of Retry-After, before it is spread: further than this nobody can see."""
 
 _BACK = -(2**31) - 1  # the line of those who came back: before every priority, which has 32 bits
+_NOBODY = "\0"  # the tenant of that line: no key has this name
 
 
 class AdmissionSettings(msgspec.Struct, frozen=True):
@@ -70,12 +69,18 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     max_itl_ms: float = 0.0
     """The mean time between tokens up to which a worker is given more requests; 0: any."""
 
-    max_queued: int = 2048
-    """Calls that may wait here, whatever the prediction: a bound on memory. A tenant's of one priority can
-    fill half of it."""
+    max_queued: float = 8192
+    """Calls of a model that may wait here, whatever the prediction: as many as a
+    frontend serves at one time (frontend/settings.py: max_inflight). A tenant's calls of one priority can
+    fill half of it, and so leave room at the frontend's door."""
+
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    """Memory that requests may take which wait in a frontend, over all models, whatever the prediction
+    (core/room.py): some 24 million prompt tokens. A tenant's can fill half of it. The choices of a call are
+    let in together, so one call can exceed it, by 4 million tokens at most."""
 
     max_queued_work: float = math.inf
-    """Their work, likewise."""
+    """Work that may wait here. A tenant's can fill half of it."""
 
     @property
     def gate_ms(self) -> float:
@@ -92,10 +97,12 @@ class Refusal(msgspec.Struct, frozen=True):
     place: int  # how many would go before it
     retry_after_s: float  # whole seconds
     awaited: str = "a worker"
+    limit: str = ""  # with full: what there are too many of
 
     def __str__(self) -> str:
+        limit = f" limit={self.limit}" if self.limit else ""
         return (
-            f"Too many requests are waiting for {self.awaited} (reason={self.reason} "
+            f"Too many requests are waiting for {self.awaited} (reason={self.reason}{limit} "
             f"wait_ms={self.wait_ms:.0f} bound_ms={self.bound_ms:.0f} place={self.place})."
         )
 
@@ -103,49 +110,6 @@ class Refusal(msgspec.Struct, frozen=True):
 def work_tokens(prompt_tokens: int, output_tokens: float) -> float:
     """What a request costs its tenant."""
     return prompt_tokens + OUTPUT_WORK * output_tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """What waits: the requests of one client's call."""
-
-    flow: _Flow
-    key: str
-    since: float
-    requests: dict[str, float] = field(default_factory=dict)  # work by request id
-
-    @property
-    def work(self) -> float:
-        return sum(self.requests.values())
-
-
-@dataclass(slots=True, eq=False)
-class _Flow:
-    """A tenant in a line. It is kept while the line is, even with nothing in it."""
-
-    line: _Line
-    tenant: str
-    start: float  # virtual time at which its next call begins
-    calls: dict[str, _Call] = field(default_factory=dict)  # in order of arrival
-    work: float = 0.0
-    drain: Drain = field(default_factory=Drain)
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """A priority. It is kept while something of it waits."""
-
-    priority: int
-    flows: dict[str, _Flow] = field(default_factory=dict)
-    calls: int = 0
-    work: float = 0.0
-    virtual: float = 0.0  # the virtual start of the call that went last
-
-    def flow(self, tenant: str) -> _Flow:
-        found = self.flows.get(tenant)
-        if found is None:
-            found = self.flows[tenant] = _Flow(self, tenant, self.virtual)
-        return found
 
 
 class Queue:
@@ -157,21 +121,30 @@ class Queue:
     """
 
     def __init__(
-        self, settings: AdmissionSettings, rng: Random, awaited: str = "a worker", *, timed: bool = False
+        self,
+        settings: AdmissionSettings,
+        rng: Random,
+        awaited: str = "a worker",
+        *,
+        timed: bool = False,
+        room: Room | None = None,
     ) -> None:
         """`awaited` is what they wait for, in the words of a refusal; `timed`: how long their work took is
-        told (`took`), and not guessed from when they go."""
+        told (`took`), and not guessed from when they go; `room`: for what they take, shared with other
+        queues."""
         self._settings = settings
+        self._room = room or Room(settings.max_queued_bytes)
         self._rng = rng
         self._awaited = awaited
         self._timed = timed
-        self._lines: dict[int, _Line] = {}
-        self._calls: dict[str, _Call] = {}  # by request id
+        self._lines: dict[int, Line] = {}
+        self._calls: dict[str, Call] = {}  # by request id
         self._waiting = 0  # calls
         self._along: dict[str, None] = {}  # requests whose call has gone: they follow, in this order
         self._gone_key = ""  # the call that went last
-        self._drain = Drain()
-        self._recent = Recent(settings.max_wait_ms / 2e3)
+        self._half_s = settings.max_wait_ms / 2e3
+        self._drain = Drain(0.0 if timed else self._half_s)
+        self._recent = Recent(self._half_s)
         self._head_ms = 0.0  # how long the head has to wait at the workers, as of its latest try
         self._workers = 1
 
@@ -190,18 +163,20 @@ class Queue:
         waits = flow is not None and call_id in flow.calls
         return bool(call_id) and (waits or call_id == self._gone_key)
 
-    def refusal(self, tenant: str, priority: int, now: float, parts: float = 0.0) -> Refusal | None:
+    def refusal(
+        self, tenant: str, priority: int, now: float, *, parts: float = 0.0, size: int = 0
+    ) -> Refusal | None:
         """Why a newcomer would be refused, whatever it costs; None when it would be let in.
 
-        With nothing waiting this is always None: what the workers' wait is, shows with the first try, and
-        then `hopeless` says the same. For one that goes in parts with others between them (`take_part`),
-        `parts` is its work, and the wait is the one for its last part."""
-        if not self._calls:
-            return None
-        wait_ms, place = self._predict(tenant, priority, now, parts)
+        With nothing waiting here, no wait is predicted: what the workers' wait is, shows with the first
+        try, and then `hopeless` says the same. For one that goes in parts with others between them
+        (`take_part`), `parts` is its work, and the wait is the one for its last part. `size`: the
+        bytes that it takes, once known."""
+        wait_ms, place = self._predict(tenant, priority, now, parts) if self._calls else (0.0, 0)
         if wait_ms > ACCEPT_SHARE * self._settings.max_wait_ms:
             return self._refuse("wait", wait_ms, place)
-        return self._refuse("full", wait_ms, place) if self._full(tenant, priority, parts) else None
+        limit = self._full(tenant, priority, parts, size)
+        return self._refuse("full", wait_ms, place, limit) if limit else None
 
     def hopeless(self, request_id: str) -> Refusal | None:
         """Why the newcomer is refused after all, if it is the only one and the workers' wait alone is too
@@ -213,7 +188,14 @@ class Queue:
         return self._refuse("wait", self._head_ms, 0)
 
     def enter(
-        self, request_id: str, call_id: str, tenant: str, priority: int, work: float, now: float
+        self,
+        request_id: str,
+        call_id: str,
+        tenant: str,
+        priority: int,
+        work: float,
+        now: float,
+        size: int = 0,
     ) -> None:
         """Let a newcomer in that `refusal` had nothing against.
 
@@ -221,11 +203,11 @@ class Queue:
         if call_id and call_id == self._gone_key:
             self._along[request_id] = None
         else:
-            self._add(request_id, call_id or request_id, tenant, priority, work, now)
+            self._add(request_id, call_id or request_id, tenant, priority, work, now, size)
 
-    def back(self, request_id: str, work: float, now: float) -> None:
+    def back(self, request_id: str, work: float, now: float, size: int = 0) -> None:
         """One that was sent before is to be sent again. It is never refused here."""
-        self._add(request_id, request_id, "", _BACK, work, now)
+        self._add(request_id, request_id, _NOBODY, _BACK, work, now, size)
 
     def turn(self, request_id: str) -> bool:
         """Whether this request may ask for a worker now."""
@@ -235,21 +217,13 @@ class Queue:
         return call is not None and call is self._first()
 
     def may_go(
-        self,
-        request_id: str,
-        wait_ms: float,
-        workers: int,
-        token_ms: float,
-        now: float,
-        *,
-        crowded: bool = False,
+        self, request_id: str, wait_ms: float, workers: int, now: float, *, crowded: bool = False
     ) -> bool:
         """Whether this request, whose turn it is, is to be sent; if not, it waits on.
 
         Args:
             wait_ms: the least time in which one of the workers could begin it.
             workers: how many there are that can end it.
-            token_ms: what one of them takes for a prompt token: a first guess at the pace.
             crowded: whether each of them has as many as it should have, whoever may wait.
         """
         if request_id in self._along:
@@ -258,7 +232,6 @@ class Queue:
         self._workers = max(1, workers)
         if self.fits(request_id, wait_ms, crowded):
             return True
-        self.guess(token_ms, self._calls[request_id].work)
         self.hold(request_id, now)
         return False
 
@@ -271,10 +244,18 @@ class Queue:
             return wait_ms <= self._settings.max_wait_ms
         return wait_ms <= self._settings.gate_ms and not crowded
 
+    @property
+    def knows_pace(self) -> bool:
+        """Whether the pace was measured here, or guessed."""
+        return self._drain.known
+
     def guess(self, pace: float, work: float) -> None:
-        """The pace as long as none is known, in ms, as if some calls of so much work had gone."""
-        if not self._drain.pace:
-            self._drain.guess(pace, PRIOR_CALLS * work)
+        """The pace as long as none was measured, in ms of one worker, for calls of so much work. 0: nobody
+        has measured anything yet, and what workers say of their wait is a guess: no reason to refuse."""
+        if pace > 0.0:
+            self._drain.guess(pace, work)
+        else:
+            self._head_ms = 0.0
 
     def hold(self, request_id: str, now: float) -> None:
         """It has to wait on."""
@@ -325,6 +306,7 @@ class Queue:
             self._remove(call)
             return
         work = call.requests.pop(request_id)
+        self._room.give_back(call.flow.tenant, call.sizes.pop(request_id))
         del self._calls[request_id]
         call.flow.work -= work
         call.flow.line.work -= work
@@ -348,27 +330,29 @@ class Queue:
 
     # --- the order ----------------------------------------------------------------------------------
 
-    def _first(self) -> _Call:
+    def _first(self) -> Call:
         line = self._lines[min(self._lines)]
         waiting = [flow for flow in line.flows.values() if flow.calls]
-        flow = waiting[0] if len(waiting) == 1 else min(waiting, key=_start)
+        flow = waiting[0] if len(waiting) == 1 else min(waiting, key=flow_start)
         return next(iter(flow.calls.values()))
 
-    def _full(self, tenant: str, priority: int, work: float) -> bool:
-        """Whether a newcomer finds no room. Dynamic thresholds (Choudhury and Hahne, 1998): each flow may
-        have as many calls as there are places left, and each tenant as much work. So who comes in numbers
-        leaves room for others, and nobody who was let in has to make it for them."""
+    def _full(self, tenant: str, priority: int, work: float, size: int) -> str:
+        """What there are too many of for a newcomer; empty when it finds room. Thresholds are dynamic as in
+        core/room.py: each flow may have as many calls as there are places left, and each tenant as much
+        work."""
         left = self._settings.max_queued - self._waiting
-        lines = [line for line in self._lines.values() if line.priority != _BACK and tenant in line.flows]
+        lines = [line for line in self._lines.values() if tenant in line.flows]
         calls = {line.priority: len(line.flows[tenant].calls) for line in lines}
         own_work = work + sum(line.flows[tenant].work for line in lines)
-        return (
-            calls.get(priority, 0) >= left
-            or sum(calls.values()) >= TENANT_FLOWS * left
-            or own_work > self._settings.max_queued_work - self.work
-        )
+        if calls.get(priority, 0) >= left or sum(calls.values()) >= TENANT_FLOWS * left:
+            return "calls"
+        if not self._room.fits(tenant, size):
+            return "bytes"
+        if own_work > self._settings.max_queued_work - self.work:
+            return "characters"
+        return ""
 
-    def _newcomers_start(self, line: _Line, tenant: str) -> float:
+    def _newcomers_start(self, line: Line, tenant: str) -> float:
         flow = line.flows.get(tenant)
         if flow is None:
             return line.virtual
@@ -386,7 +370,7 @@ class Queue:
                 for flow in line.flows.values():
                     share = 1.0
                     if flow.tenant == tenant:
-                        own_ms = _own_ms(flow)
+                        own_ms = flow.own_ms
                     elif flow.work:
                         share = min(1.0, max(0.0, (start - flow.start) / flow.work))
                     ahead += share * flow.work
@@ -402,10 +386,12 @@ class Queue:
 
     # --- books --------------------------------------------------------------------------------------
 
-    def _add(self, request_id: str, key: str, tenant: str, priority: int, work: float, now: float) -> None:
+    def _add(
+        self, request_id: str, key: str, tenant: str, priority: int, work: float, now: float, size: int
+    ) -> None:
         line = self._lines.get(priority)
         if line is None:
-            line = self._lines[priority] = _Line(priority)
+            line = self._lines[priority] = Line(priority, self._half_s)
         flow = line.flow(tenant)
         call = flow.calls.get(key)
         if call is None:
@@ -413,20 +399,22 @@ class Queue:
                 self._hold(flow, now)
             if not flow.calls:
                 flow.start = max(flow.start, line.virtual)
-            call = flow.calls[key] = _Call(flow, key, now)
+            call = flow.calls[key] = Call(flow, key, now)
             line.calls += 1
             self._waiting += 1
         call.requests[request_id] = work
+        call.sizes[request_id] = size
+        self._room.take(tenant, size)
         self._calls[request_id] = call
         flow.work += work
         line.work += work
 
-    def _hold(self, flow: _Flow, now: float) -> None:
+    def _hold(self, flow: Flow, now: float) -> None:
         """Something of this flow has to wait: from now on its pace is measured."""
         self._drain.begin(now)
         flow.drain.begin(now)
 
-    def _pay(self, flow: _Flow, work: float, now: float) -> None:
+    def _pay(self, flow: Flow, work: float, now: float) -> None:
         """So much of this flow goes."""
         flow.line.virtual = flow.start
         flow.start += work
@@ -436,8 +424,9 @@ class Queue:
         self._recent.took(flow.line.priority, work, now)
         flow.drain.took(work, now)
 
-    def _remove(self, call: _Call) -> None:
+    def _remove(self, call: Call) -> None:
         flow, line, work = call.flow, call.flow.line, call.work
+        self._room.give_back(flow.tenant, sum(call.sizes.values()))
         for request_id in call.requests:
             del self._calls[request_id]
         del flow.calls[call.key]
@@ -447,26 +436,17 @@ class Queue:
         line.work -= work
         if not flow.calls:
             flow.work = 0.0  # no rounding errors
-            flow.drain = Drain()
+            flow.drain = Drain(self._half_s)
         if not line.calls:
             del self._lines[line.priority]
         if not self._calls:
             self._head_ms = 0.0  # of a head that is gone: the next one finds out for itself
             self._drain.end()
 
-    def _refuse(self, reason: str, wait_ms: float, place: int) -> Refusal:
+    def _refuse(self, reason: str, wait_ms: float, place: int, limit: str = "") -> Refusal:
         """Come back when the wait is within the bound, and not all at the same moment."""
         over_s = max(0.0, wait_ms - ACCEPT_SHARE * self._settings.max_wait_ms) / 1e3
         over_s = min(over_s, MAX_RETRY_S)
         retry_after_s = math.ceil(over_s + self._rng.random() * max(1.0, over_s / 4))
         bound_ms = self._settings.max_wait_ms
-        return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)), self._awaited)
-
-
-def _start(flow: _Flow) -> float:
-    return flow.start
-
-
-def _own_ms(flow: _Flow) -> float:
-    """How long what waits of this flow takes at the flow's own pace, once that is known."""
-    return flow.drain.pace * flow.work if flow.drain.calls >= PRIOR_CALLS else 0.0
+        return Refusal(reason, wait_ms, bound_ms, place, float(max(1, retry_after_s)), self._awaited, limit)

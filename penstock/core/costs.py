@@ -21,11 +21,12 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 
 import msgspec
 
-from penstock.structs import Load, Role
+from penstock.structs import Card, Load, Role
 
 STEP_TOKENS = 8192
 """Prompt tokens that an engine is assumed to compute in one step (`max_num_batched_tokens` of vLLM on a
@@ -48,23 +49,25 @@ come on average, but others end meanwhile. On one simulated Qwen3-32B (2 x H200)
 with outputs of 1,150 tokens after prompts of 125, it takes away 6 of 7 preemptions and half of the time
 between tokens, for 7 % of the throughput; with outputs of 225 tokens, for 2 %."""
 
+DOUBLING = 256.0
+"""Requests that double what a step takes, as is assumed where more would be a guess: 36 on Qwen3-32B
+(2 x H200), 400 on Qwen3-8B (one)."""
+
 LENGTHS_FORGETTING = 0.99
 LENGTHS_PRIOR = 8.0
-"""Weight of an output's length relative to the next one's, so that the last 100 or so count, and of
-EXPECTED_OUTPUT_TOKENS at the start, in outputs."""
+"""Weight of an output's length relative to the next one's, so that the last 100 or so count, and of what is
+expected before any was seen, in outputs."""
 
 
 class Query(msgspec.Struct, frozen=True):
     """The request to place. `ordinal` counts this router's requests, for round-robin. `handed`: the
-    prompt's KV waits on a prefill worker; only a place to decode is needed. `stay_tokens`: how long the
-    outputs of requests are that have a place already, on average. `max_itl_ms`: the longest mean time
-    between tokens that a worker should be brought to; 0: any."""
+    prompt's KV waits on a prefill worker; only a place to decode is needed. `max_itl_ms`: the longest mean
+    time between tokens that a worker should be brought to; 0: any."""
 
     prompt_tokens: int
     ordinal: int = 0
     expected_output_tokens: float = EXPECTED_OUTPUT_TOKENS
     handed: bool = False
-    stay_tokens: float = EXPECTED_OUTPUT_TOKENS
     max_itl_ms: float = 0.0
 
 
@@ -79,6 +82,7 @@ class Candidate(msgspec.Struct, frozen=True):
     overlap_blocks: int = 0
     max_running: int = 0  # requests that it serves at one time; 0: not known
     prompt_tokens: float = 0.0  # that a request gives it to compute, on average
+    output_tokens: float = 0.0  # the same for its output; 0: not known
 
 
 class Costs(msgspec.Struct, frozen=True, gc=False):
@@ -130,13 +134,14 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     waiting ones are served first. On a prefill worker a stay lasts until the decode worker has pulled; on
     the others, for the whole output.
     """
+    stay_tokens = _stay_tokens(query, candidate)
     load, rates = candidate.load, candidate.load.rates
     ahead = 0  # how many must end, or be served, before it can begin
     if candidate.max_running:
         ahead = max(0, load.running + load.waiting + 1 - candidate.max_running)
     free = load.total_blocks - load.used_blocks
     if candidate.role.decodes and load.running:
-        free -= int(GROWTH_SHARE * query.stay_tokens * load.running / candidate.block_size)
+        free -= int(GROWTH_SHARE * stay_tokens * load.running / candidate.block_size)
     if load.total_blocks and free < needed_blocks:
         ahead = max(ahead, load.waiting + 1)
     if not ahead:
@@ -144,11 +149,37 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     if candidate.role is Role.PREFILL:
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
-        stay_ms = query.stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
+        stay_ms = stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
         stay_ms += (
             load.running * rates.prefill_token_ms * candidate.prompt_tokens
         )  # those that begin meanwhile
     return ahead * stay_ms / max(1, load.running + load.held_handoffs)
+
+
+def _stay_tokens(query: Query, candidate: Candidate) -> float:
+    """How long the outputs are of requests that have a place there already, as far as that is known."""
+    return max(1.0, candidate.output_tokens or query.expected_output_tokens)
+
+
+def service_ms(card: Card, load: Load, prompt_tokens: int, output_tokens: float) -> float:
+    """For how long a worker that is always full is busy on account of one more request, at the least, in
+    ms.
+
+    Each step begins n requests, as many as there are places that become free and as their tokens fit in:
+    n = min(places / output, batch tokens / (prompt + output)). They share what a step takes anyway:
+
+        prefill_token_ms * prompt + decode_request_ms * output + step_ms / n
+
+    At the least, because a worker that has served one request at a time cannot tell what another one adds
+    to a step: it is taken for no more than step_ms / DOUBLING.
+    """
+    rates, tokens = load.rates, prompt_tokens + output_tokens
+    places = card.max_running or math.inf
+    if load.total_blocks:
+        places = min(places, load.total_blocks * card.block_size / tokens)
+    begun = min(places / max(1.0, output_tokens), (card.max_batch_tokens or STEP_TOKENS) / tokens)
+    decode_ms = min(rates.decode_request_ms, rates.step_ms / DOUBLING) * output_tokens
+    return rates.prefill_token_ms * prompt_tokens + decode_ms + rates.step_ms / begun
 
 
 def crowded(query: Query, candidate: Candidate) -> bool:
@@ -161,7 +192,7 @@ def crowded(query: Query, candidate: Candidate) -> bool:
     if not query.max_itl_ms:
         return False
     rates, requests = candidate.load.rates, candidate.load.running + candidate.load.waiting
-    prompt_ms = rates.prefill_token_ms * candidate.prompt_tokens / query.stay_tokens
+    prompt_ms = rates.prefill_token_ms * candidate.prompt_tokens / _stay_tokens(query, candidate)
     itl_ms = rates.step_ms + (requests + 1) * (rates.decode_request_ms + prompt_ms)
     return requests > 0 and itl_ms > query.max_itl_ms
 
@@ -172,16 +203,16 @@ class OutputLengths:
     def __init__(self) -> None:
         self._sums: dict[Hashable, tuple[float, float]] = {}  # of tokens, and of weights
 
-    def ended(self, key: Hashable, tokens: int) -> None:
-        """An output ended after so many tokens."""
-        total, weight = self._sums.get(key, (EXPECTED_OUTPUT_TOKENS * LENGTHS_PRIOR, LENGTHS_PRIOR))
+    def ended(self, key: Hashable, tokens: int, prior: float = EXPECTED_OUTPUT_TOKENS) -> None:
+        """An output ended after so many tokens; `prior`: what was expected before any had."""
+        total, weight = self._sums.get(key, (prior * LENGTHS_PRIOR, LENGTHS_PRIOR))
         self._sums[key] = (total * LENGTHS_FORGETTING + tokens, weight * LENGTHS_FORGETTING + 1.0)
 
     def forget(self, gone: Callable[[Hashable], bool]) -> None:
         """Drop the keys for which `gone` is true."""
         self._sums = {key: sums for key, sums in self._sums.items() if not gone(key)}
 
-    def mean(self, key: Hashable) -> float:
-        """In tokens; at least 1."""
-        total, weight = self._sums.get(key, (float(EXPECTED_OUTPUT_TOKENS), 1.0))
-        return max(1.0, total / weight)
+    def mean(self, key: Hashable) -> float | None:
+        """In tokens; at least 1. None: none has ended."""
+        total, weight = self._sums.get(key, (0.0, 0.0))
+        return max(1.0, total / weight) if weight else None

@@ -9,15 +9,20 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from penstock.core.costs import OutputLengths
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, OutputLengths, service_ms
+from penstock.core.disagg import Disagg
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
 from penstock.core.prefix_index import PrefixIndex, most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, Load, Request
+from penstock.structs import Attempt, Card, Load, Rates, Request
+
+UNMEASURED = Rates()
+"""What a worker reports that has measured nothing yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +50,7 @@ class Placement:
         self._check = OverlapCheck()
         self._block_sizes: dict[str, int] = {}  # of the connected instances
         self._most_blocks: dict[str, int] = {}  # that each of them may have cached
+        self._models: dict[str, str] = {}  # theirs
         self._lengths = OutputLengths()
         self._ordinal = 0
 
@@ -61,6 +67,7 @@ class Placement:
         """An instance is connected; what it has cached was told before."""
         self._block_sizes[card.instance_id] = card.block_size
         self._most_blocks[card.instance_id] = most_blocks(card.total_blocks)
+        self._models[card.instance_id] = card.model
         self._index.add_worker(card.instance_id)
         self._book.reported(card.instance_id, 0, load)
 
@@ -72,6 +79,7 @@ class Placement:
         """Everything known of it is void."""
         self._block_sizes.pop(instance_id, None)
         self._most_blocks.pop(instance_id, None)
+        self._models.pop(instance_id, None)
         self._index.remove_worker(instance_id)
         self._book.forget(instance_id)
         self._check.forget(instance_id)
@@ -108,7 +116,7 @@ class Placement:
 
     def forget_model(self, model: str) -> None:
         """Nobody serves this model any more."""
-        self._lengths.forget(lambda key: key == model or (isinstance(key, tuple) and key[0] == model))
+        self._lengths.forget(lambda key: isinstance(key, tuple) and key[0] == model)
 
     # --- a request ----------------------------------------------------------------------------------
 
@@ -125,7 +133,6 @@ class Placement:
             ordinal=self._ordinal,
             expected_output_tokens=self.expected_output_tokens(placed.request),
             handed=handed,
-            stay_tokens=self._lengths.mean(placed.request.model),
             max_itl_ms=self._max_itl_ms,
         )
         candidates = self._candidates(placed, tokens, cards)
@@ -148,6 +155,7 @@ class Placement:
             # An engine computes the last token again at least, and with it that token's block.
             found = min(overlap, (len(tokens) - 1) // card.block_size)
             placed.overlap_tokens[card.instance_id] = found * card.block_size
+            prompt_tokens, output_tokens = self._book.mean_tokens(card.instance_id)
             candidates.append(
                 Candidate(
                     instance_id=card.instance_id,
@@ -156,7 +164,8 @@ class Placement:
                     block_size=card.block_size,
                     overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
                     max_running=card.max_running,
-                    prompt_tokens=self._book.prompt_tokens(card.instance_id),
+                    prompt_tokens=prompt_tokens,
+                    output_tokens=output_tokens,
                 )
             )
         return candidates
@@ -166,7 +175,8 @@ class Placement:
         tokens = len(attempt.token_ids)
         overlap = min(placed.overlap_tokens.get(instance_id, 0), tokens - 1)
         have = overlap if attempt.handoff is None else max(overlap, attempt.handoff.num_tokens)
-        self._book.sent(instance_id, seq, uncached_tokens=max(1, tokens - have), context_tokens=tokens)
+        output_tokens = self.expected_output_tokens(placed.request)
+        self._book.sent(instance_id, seq, max(1, tokens - have), tokens, output_tokens)
         if placed.booked_on == instance_id:
             self.unbook(placed)
         placed.runs_on = instance_id
@@ -178,12 +188,45 @@ class Placement:
         self.unbook(placed)
         if placed.runs_on and output_tokens is not None:
             request = placed.request
-            self._lengths.ended(request.model, output_tokens)
-            self._lengths.ended((request.model, request.tenant), output_tokens)
+            prior = self._usual_output_tokens(request.model)
+            self._lengths.ended((request.model, request.tenant), output_tokens, prior)
 
     def expected_output_tokens(self, request: Request) -> float:
-        """How long its output will be, going by its tenant's others."""
-        return min(self._lengths.mean((request.model, request.tenant)), request.sampling.max_tokens)
+        """How long its output will be, going by its tenant's others, or by what workers report of all."""
+        mean = self._lengths.mean((request.model, request.tenant))
+        if mean is None:
+            mean = self._usual_output_tokens(request.model)
+        return min(mean, request.sampling.max_tokens)
+
+    def _usual_output_tokens(self, model: str) -> float:
+        loads = [self.load(it) for it, served in self._models.items() if served == model]
+        lengths = [load.output_tokens for load in loads if load.output_tokens]
+        return fmean(lengths) if lengths else EXPECTED_OUTPUT_TOKENS
+
+    def service_ms(self, request: Request, decision: Decision, cards: list[Card]) -> float:
+        """For how long each worker that decodes is busy on account of such a request while all are full, as
+        far as workers have measured what they do; 0: none has. In ms."""
+        output_tokens = self.expected_output_tokens(request)
+        prompt_tokens = decision.scores[0].uncached_tokens
+        whole, prompts, outputs = 0.0, 0.0, 0.0  # requests per ms
+        decoders = 0
+        for card in cards:
+            load = self.load(card.instance_id)
+            if load.rates == UNMEASURED:
+                continue
+            if card.role.decodes:
+                decoders += 1
+                whole += 1.0 / service_ms(card, load, prompt_tokens, output_tokens)
+                outputs += 1.0 / service_ms(card, load, 1, output_tokens)
+            else:
+                prompts += 1.0 / service_ms(card, load, prompt_tokens, 1.0)
+        if not whole:
+            return 0.0
+        apart = min(prompts, outputs)
+        served = {Disagg.NEVER: whole, Disagg.ALWAYS: apart or whole}.get(
+            Disagg(self._disagg), max(whole, apart)
+        )
+        return decoders / served
 
     def unbook(self, placed: Placed) -> None:
         """No instance is promised to it any more."""

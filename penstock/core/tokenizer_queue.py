@@ -56,7 +56,7 @@ class TokenizerQueue:
         if job_id is None:
             return None
         busy = self._slice is not None
-        free = self._queue.may_go(job_id, self._busy_ms(now), 1, self._queue.pace, now, crowded=busy)
+        free = self._queue.may_go(job_id, self._busy_ms(now), 1, now, crowded=busy)
         return job_id if free else None
 
     def begin(self, job_id: str, chars: float, now: float, *, last: bool) -> None:

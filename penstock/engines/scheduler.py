@@ -35,7 +35,7 @@ from __future__ import annotations
 import logging
 from bisect import insort
 
-from penstock.core.load import StepTimes
+from penstock.core.step_times import StepTimes
 from penstock.engines.active import ActiveAttempt, Phase, activate, fault
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.block_pool import BlockPool
@@ -128,6 +128,7 @@ class Scheduler:
             steps=self._steps,
             rates=self._times.rates(),
             submitted=self._submitted,
+            output_tokens=self._times.output_tokens,
         )
 
     # --- commands ---------------------------------------------------------------------------------
@@ -427,6 +428,8 @@ class Scheduler:
             case Phase.RUNNING:
                 self._running.remove(active)
                 self.pool.release(active.block_ids)
+                if not active.prefill_only:
+                    self._times.observe_output(len(active.token_ids) - active.prompt_len)
         active.phase = Phase.ENDED
 
     def _blocks_for(self, tokens: int) -> int:

@@ -22,7 +22,7 @@ from penstock import __version__
 from penstock.errors import RequestRejected
 from penstock.frontend.api_keys import ApiKeys
 from penstock.frontend.completer import Completer
-from penstock.frontend.exchange import Exchange, Header, Reading
+from penstock.frontend.exchange import Bodies, Exchange, Header
 from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind, outcome_of, why
 from penstock.frontend.plan import Planner
 from penstock.frontend.preprocess import Preprocessor
@@ -62,7 +62,7 @@ class App:
         self._quiet_log = QuietLog(log)
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
-        self._reading = Reading(settings.max_reading_bytes)
+        self._bodies = Bodies(settings.max_reading_bytes, settings.max_bodies_bytes)
         self._preprocessor = Preprocessor(settings, metrics.tokenizer, parsers)
         planner = Planner(self._preprocessor, settings, random.Random())
         self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)
@@ -82,7 +82,7 @@ class App:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = scope[_EXCHANGE] = Exchange(scope, receive, send, self._settings, self._reading)
+        exchange = scope[_EXCHANGE] = Exchange(scope, receive, send, self._settings, self._bodies)
         scope["app"] = self  # makes the router raise for what it does not find
         try:
             exchange.check_host()

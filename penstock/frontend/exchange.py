@@ -38,31 +38,48 @@ _SHOWN_CHARS = 100  # of a header's value in an error
 Header = tuple[bytes, bytes]
 
 
-class Reading:
-    """What the bodies that are being read hold, all together."""
+class Bodies:
+    """What request bodies hold, all together: those that are being read, and those of calls under way,
+    which are kept to the end of their call.
 
-    def __init__(self, max_bytes: int) -> None:
+    Args:
+        max_reading_bytes: of bodies being read.
+        max_bytes: of all.
+    """
+
+    def __init__(self, max_reading_bytes: int, max_bytes: int) -> None:
+        self._max_reading_bytes = max_reading_bytes
         self._max_bytes = max_bytes
+        self._reading_bytes = 0
         self._bytes = 0
 
-    def take(self, size: int) -> None:
-        """Count bytes that have arrived. Raises RequestRejected(429) when they are too many."""
+    def arrived(self, size: int) -> None:
+        """Count bytes. Raises RequestRejected(429) when they are too many."""
+        self._reading_bytes += size
         self._bytes += size
+        if self._reading_bytes > self._max_reading_bytes:
+            raise self._too_many("being read", self._max_reading_bytes)
         if self._bytes > self._max_bytes:
-            raise RequestRejected(
-                429, "Too many request bodies at a time.", code="overloaded", retry_after_s=1.0
-            )
+            raise self._too_many("of calls under way", self._max_bytes)
 
-    def give_back(self, size: int) -> None:
-        """Bytes that were taken are held no longer."""
+    def read(self, size: int) -> None:
+        """A body of so many bytes is being read no longer."""
+        self._reading_bytes -= size
+
+    def dropped(self, size: int) -> None:
+        """Bytes that arrived are kept no longer."""
         self._bytes -= size
+
+    def _too_many(self, which: str, limit: int) -> RequestRejected:
+        message = f"Too many request bodies at a time: those {which} come to more than {limit} bytes."
+        return RequestRejected(429, message, code="overloaded", retry_after_s=1.0)
 
 
 class Exchange:
     """The two sides of one HTTP exchange."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings, reading: Reading
+        self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings, bodies: Bodies
     ) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
         self.accounted = False  # whether it has its line in the log and its place in the metrics
@@ -71,7 +88,8 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._settings = settings
-        self._reading = reading
+        self._bodies = bodies
+        self._body_bytes = 0  # that arrived
         self._write_now: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
         self._stall_timer: asyncio.TimerHandle | None = None
         given = self.header(b"x-request-id") or b""
@@ -129,7 +147,8 @@ class Exchange:
                         raise RequestRejected(CLIENT_GONE, "The client left.", code="client_left")
                     chunk = message.get("body", b"")
                     size += len(chunk)
-                    self._reading.take(len(chunk))
+                    self._body_bytes = size
+                    self._bodies.arrived(len(chunk))
                     if size > limit:
                         raise _too_large(limit)
                     chunks.append(chunk)
@@ -138,7 +157,7 @@ class Exchange:
             message_text = f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
             raise RequestRejected(408, message_text, code="request_timeout") from None
         finally:
-            self._reading.give_back(size)
+            self._bodies.read(size)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def disconnected(self) -> None:
@@ -193,6 +212,8 @@ class Exchange:
 
     def close(self) -> None:
         """The exchange is over."""
+        self._bodies.dropped(self._body_bytes)
+        self._body_bytes = 0
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 

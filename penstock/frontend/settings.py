@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from penstock.core.admission import AdmissionSettings
@@ -33,6 +35,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     max_reading_bytes: int = 256 * 1024 * 1024
     """Bodies that have begun to arrive, all together; what goes beyond it is answered with 429."""
+
+    max_bodies_bytes: int = 1024 * 1024 * 1024
+    """Bodies of all calls under way, which are kept to their
+    end, as a call may have to begin again; what goes beyond it is answered with 429."""
 
     max_connections: int = 16_384
     """Clients connected at one time; the next one is answered with 503. Those at their TLS handshake count
@@ -81,11 +87,14 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     of work. What is more waits for a thread, as it would hold up everybody's tokens."""
 
     tokenizing: AdmissionSettings = AdmissionSettings(
-        max_wait_ms=10_000.0, dispatch_wait_ms=0.0, max_queued_work=64 * 1024 * 1024
+        max_wait_ms=10_000.0,
+        dispatch_wait_ms=0.0,
+        max_queued=math.inf,
+        max_queued_work=64 * 1024 * 1024,
     )
-    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters. Each
-    is there up to four times (messages, prompt, segments, slices), at 1 to 4 bytes a character, whichever
-    its widest needs: 256 MiB for ASCII, and 1 GiB at most."""
+    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters,
+    however few or many calls they are of. Each character is there up to four times (messages, prompt,
+    segments, slices), at 1 to 4 bytes, whichever its widest needs: 256 MiB for ASCII, and 1 GiB at most."""
 
     prepare_timeout_s: float = 30.0
     """From a request's last byte until its prompts are token ids: its tokenizer's loading, its turn, and

@@ -166,11 +166,8 @@ class Monitor:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
         membership, request = frontend.router._instances.membership, lifecycle.request
         begun = len(lifecycle.token_ids) > len(request.token_ids)
-        return (
-            not begun
-            and membership.replaced(request.model, request.revision)
-            and not membership.ready(request.model, request.revision)
-        )
+        other = membership.served.get(request.model, request.revision) != request.revision
+        return not begun and other and not membership.ready(request.model, request.revision)
 
     def _could_run(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
         """Whether there is a worker for it."""

@@ -35,7 +35,10 @@ def enter(
 def offer(it: Queue, wait_ms: float, now: float = 0.0) -> str | None:
     """What a router does at a look: the head tries. Returns who went."""
     request_id = it.next()
-    if request_id is None or not it.may_go(request_id, wait_ms, 1, TOKEN_MS, now):
+    if request_id is None:
+        return None
+    if not it.may_go(request_id, wait_ms, 1, now):
+        it.guess(TOKEN_MS, 100.0)
         return None
     it.take(request_id, now)
     return request_id
@@ -55,13 +58,13 @@ def test_the_only_one_goes_at_once_and_the_next_waits_its_turn() -> None:
     it = queue()
     enter(it, "a")
     assert it.turn("a")
-    assert it.may_go("a", 250.0, 2, TOKEN_MS, 0.0)
+    assert it.may_go("a", 250.0, 2, 0.0)
     assert it.take("a", 0.0) == 0.0
     enter(it, "b")
-    assert not it.may_go("b", 250.1, 2, TOKEN_MS, 0.0)
+    assert not it.may_go("b", 250.1, 2, 0.0)
     enter(it, "c")
     assert not it.turn("c")
-    assert not it.may_go("b", 0.0, 2, TOKEN_MS, 0.5, crowded=True)
+    assert not it.may_go("b", 0.0, 2, 0.5, crowded=True)
     assert drain(it, 1.0) == ["b", "c"]
     assert len(it) == 0
     assert it.next() is None
@@ -88,9 +91,9 @@ def test_who_comes_back_does_not_wait_for_the_gate() -> None:
     it = queue()
     enter(it, "new")
     it.back("lost", 1.0, 0.0)
-    assert it.may_go("lost", 5_000.0, 1, 0.1, 0.0, crowded=True)
+    assert it.may_go("lost", 5_000.0, 1, 0.0, crowded=True)
     it.take("lost", 0.0)
-    assert not it.may_go("new", 5_000.0, 1, 0.1, 0.0)
+    assert not it.may_go("new", 5_000.0, 1, 0.0)
 
 
 def test_tenants_take_turns_by_work() -> None:
@@ -242,20 +245,20 @@ def test_a_line_is_slowed_down_by_what_keeps_coming_before_it() -> None:
 def test_alone_and_without_hope() -> None:
     it = queue(max_wait_ms=1000.0)
     enter(it, "a")
-    assert not it.may_go("a", 900.0, 1, TOKEN_MS, 0.0)
+    assert not it.may_go("a", 900.0, 1, 0.0)
     refusal = it.hopeless("a")
     assert refusal is not None
     assert (refusal.reason, refusal.wait_ms) == ("wait", 900.0)
     it.leave("a")
     assert it.refusal("", 0, 0.0) is None  # the last that was known of the workers does not stick
     enter(it, "b")
-    assert it.may_go("b", 10.0, 1, TOKEN_MS, 0.0)
+    assert it.may_go("b", 10.0, 1, 0.0)
 
 
 def test_the_gate_is_no_wider_than_the_longest_wait() -> None:
     it = queue(max_wait_ms=100.0)
     enter(it, "a")
-    assert not it.may_go("a", 101.0, 1, TOKEN_MS, 0.0)
+    assert not it.may_go("a", 101.0, 1, 0.0)
 
 
 # --- bounds ---------------------------------------------------------------------------------------

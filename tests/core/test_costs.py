@@ -7,12 +7,12 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, OutputLengths, Query, costs, crowded
+from penstock.core.costs import Candidate, OutputLengths, Query, costs, crowded
 from penstock.core.policy import Path, choose
 from penstock.structs import Load, Rates, Role
 
 RATES = Rates(step_ms=10.0, prefill_token_ms=0.05, decode_request_ms=0.1)
-QUERY = Query(prompt_tokens=160, stay_tokens=100.0)
+QUERY = Query(prompt_tokens=160, expected_output_tokens=100.0)
 
 
 def candidate(
@@ -89,11 +89,13 @@ def test_a_decision_says_how_long_the_least_busy_workers_take_to_begin() -> None
 
 def test_output_lengths_are_learned() -> None:
     lengths = OutputLengths()
-    assert lengths.mean("m") == EXPECTED_OUTPUT_TOKENS
+    assert lengths.mean("m") is None
+    lengths.ended("m", 20, prior=110.0)
+    assert lengths.mean("m") == pytest.approx(100.0, rel=0.01)
     for _ in range(500):
         lengths.ended("m", 20)
     assert lengths.mean("m") == pytest.approx(20, rel=0.05)
-    assert lengths.mean("other") == EXPECTED_OUTPUT_TOKENS
+    assert lengths.mean("other") is None
     for _ in range(2000):
         lengths.ended("m", 0)
     assert lengths.mean("m") == 1.0

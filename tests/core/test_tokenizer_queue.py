@@ -8,6 +8,7 @@ import pytest
 
 from penstock.core.admission import AdmissionSettings, Refusal
 from penstock.core.tokenizer_queue import SLICE_CHARS, TokenizerQueue
+from penstock.frontend.settings import FrontendSettings
 
 MS_PER_CHAR = 1e-3
 MIB = 1024 * 1024
@@ -153,6 +154,22 @@ def test_characters_are_bounded_and_nobody_takes_all_the_room() -> None:
     assert it.enter("b", "modest", 2 * MIB) is None
     assert it.enter("c", "modest", 2 * MIB)
     assert it.enter("d", "another", 2 * MIB) is None
+
+
+def test_short_prompts_are_bounded_by_their_characters_and_not_by_their_number() -> None:
+    settings = FrontendSettings().tokenizing
+    it = Bench(max_queued=settings.max_queued, max_queued_work=settings.max_queued_work)
+    for number in range(10_000):
+        assert it.enter(f"{number}", chars=160) is None
+    assert it.queue.wait_ms() == pytest.approx(10_000 * 160 * MS_PER_CHAR, rel=0.01)
+
+
+def test_what_there_are_too_many_of_is_said() -> None:
+    it = Bench(max_wait_ms=1e9, max_queued_work=MIB)
+    assert it.enter("a", chars=MIB // 2) is None
+    why = it.enter("b", chars=MIB // 2)
+    assert why is not None
+    assert "reason=full limit=characters" in str(why)
 
 
 def test_who_leaves_is_not_worked_on_any_further() -> None:

@@ -303,6 +303,30 @@ async def test_too_much_of_bodies_at_a_time(serve_script):
         assert (await served.http.post("/v1/chat/completions", json=long)).status_code == 200
 
 
+async def test_too_much_of_bodies_of_calls_under_way(serve_script):
+    async with (
+        serve_script("x y", step_s=30.0, max_bodies_bytes=20_000) as served,
+        connection(served) as (_, writer),
+    ):
+        long = {**CHAT, "user": "x" * 16_000}
+        writer.write(post(long))
+        await asyncio.sleep(0.2)  # its body was read, and its answer does not come
+        refused = await served.http.post("/v1/chat/completions", json=long)
+        assert refused.status_code == 429
+        assert (
+            "those of calls under way come to more than 20000 bytes" in refused.json()["error"]["message"]
+        )
+        writer.transport.abort()
+        await asyncio.sleep(0.2)
+        first, second = (
+            asyncio.create_task(served.http.post("/v1/chat/completions", json=long)) for _ in range(2)
+        )
+        done, waiting = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result().status_code for task in done] == [429]  # there was room for one
+        for task in waiting:
+            task.cancel()
+
+
 async def test_pipelined_requests_are_answered_in_order(served):
     async with connection(served) as (reader, writer):
         writer.write(

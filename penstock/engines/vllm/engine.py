@@ -413,6 +413,8 @@ class VllmEngine:
         """The attempt's last output: fill in how it ended."""
         attempt = active.attempt
         self._end(active)
+        if not attempt.prefill_only:
+            self._load.observe_output(len(attempt.token_ids) - attempt.prompt_len + active.given)
         if output.finish_reason is FinishReason.ERROR:
             output.error = f"vLLM ended it: {core_output.finish_reason}"
         params = core_output.kv_transfer_params
@@ -454,7 +456,7 @@ class VllmEngine:
         """vLLM generated another token than the one that the client has read already, which can happen
         where it cannot be held to it (forced.py). What the client has read becomes part of the prompt."""
         attempt = active.attempt
-        log.warning("attempt %s: vLLM gave another token than before; begun again", attempt.attempt_id)
+        log.warning("attempt %s: vLLM gave another token; begun again", attempt.attempt_id)
         self._end(active)
         self._abort(active.core_id)
         transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None
@@ -487,14 +489,12 @@ class VllmEngine:
             self._due = asyncio.get_running_loop().call_later(delay_s, self._push, [])
 
     def _push(self, outputs: list[Output]) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
-        load = self._load.load()
-        if not outputs and self._pending is None and load == self._pushed:
+        due, self._due = self._due, None
+        if due is not None:
+            due.cancel()
+        load, pending = self._load.load(), self._pending
+        if not outputs and pending is None and load == self._pushed:
             return
-        step = EngineStep(outputs=outputs, load=load)
-        if self._pending is not None:
-            step, self._pending = merge(self._pending, step), None
+        step, self._pending = EngineStep(outputs=outputs, load=load), None
         self._pushed = load
-        self._outbox.push(step)
+        self._outbox.push(merge(pending, step) if pending is not None else step)

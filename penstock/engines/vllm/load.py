@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.core.load import StepTimes
+from penstock.core.step_times import StepTimes
 from penstock.structs import EngineCard, Load
 
 SIGN_S = 0.5
@@ -83,6 +83,10 @@ class CoreLoad:
         """A pull took so long."""
         self._times.observe_transfer(blocks, ms)
 
+    def observe_output(self, tokens: int) -> None:
+        """An output ended after so many tokens."""
+        self._times.observe_output(tokens)
+
     def load(self) -> Load:
         """The load as of now."""
         running = min(sum(self._running.values()), self._attempts)
@@ -98,4 +102,5 @@ class CoreLoad:
             steps=self._steps,
             rates=self._times.rates(),
             submitted=self._submitted,
+            output_tokens=self._times.output_tokens,
         )

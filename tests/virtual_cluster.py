@@ -1,0 +1,171 @@
+"""Workers and frontends on virtual time: real routers, workers and links, sim engines, no machine's noise.
+
+A minute of a loaded graph takes seconds, and the same always happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.core.admission import AdmissionSettings
+from penstock.core.settings import RouterSettings
+from penstock.engines.settings import SchedulerSettings
+from penstock.engines.sim import SimSettings, sim_engine
+from penstock.errors import PenstockError, RequestRejected
+from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.observability import Metrics
+from penstock.router import Router
+from penstock.simulator.directory import Directory, SimDiscovery
+from penstock.simulator.loop import Process, VirtualLoop
+from penstock.simulator.network import Network
+from penstock.structs import Delta, Request, Role, Sampling
+from penstock.worker import Worker, WorkerSettings
+
+MODEL = "sim"
+READY_S = 1.0  # virtual; links are up long before
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request, and what became of it. Times in virtual seconds."""
+
+    at: float
+    tokens: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    refused: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_at - self.at
+
+    @property
+    def itl_s(self) -> float:
+        return (self.last_at - self.first_at) / max(1, self.tokens - 1)
+
+
+class Frontend:
+    """A router as a process of its own."""
+
+    def __init__(self, cluster: VirtualCluster, name: str, admission: AdmissionSettings) -> None:
+        self._loop = cluster.loop
+        self._numbers = itertools.count()
+        self._name = name
+        self._rng = random.Random(name)
+        process = Process(cluster.loop, name)
+        self.router = Router(
+            SimDiscovery(cluster.directory),
+            RouterSettings(admission=admission),
+            ClientSettings(),
+            Metrics().router,
+            frontend_id=name,
+            clock=process.clock,
+            rng=random.Random(name),
+        )
+        process.spawn(self.router.run(), name)
+
+    def ask(self, prompt_tokens: int, max_tokens: int, tenant: str = "", stop_after: int = 0) -> Asked:
+        """Submit a request with a new prompt, whose output has `max_tokens` tokens, or `stop_after`."""
+        asked = Asked(self._loop.time())
+        request = Request(
+            f"{self._name}-{next(self._numbers)}",
+            MODEL,
+            self.router.model(MODEL).revision,
+            [self._rng.randrange(1000) for _ in range(prompt_tokens)],
+            Sampling(max_tokens=max_tokens),
+            tenant=tenant,
+        )
+
+        def on_delta(delta: Delta) -> None:
+            asked.tokens += len(delta.token_ids)
+            asked.first_at = asked.first_at or self._loop.time()
+            asked.last_at = self._loop.time()
+            if stop_after and asked.tokens >= stop_after:
+                self._loop.call_soon(lambda: ticket.cancel(complete=True))
+
+        def on_error(error: PenstockError) -> None:
+            asked.refused = str(error)
+
+        try:
+            ticket = self.router.submit(request, on_delta, on_error)
+        except RequestRejected as error:
+            asked.refused = error.message
+        return asked
+
+    async def idle(self) -> None:
+        """Wait until nothing of it is under way."""
+        while self.router._live:
+            await asyncio.sleep(0.05)
+
+    async def open_loop(
+        self, rate: float, seconds: float, draw: Callable[[random.Random], tuple[int, int]]
+    ) -> list[Asked]:
+        """Poisson arrivals; `draw` gives prompt and output tokens. Returns once all have ended."""
+        asked, until = [], self._loop.time() + seconds
+        while self._loop.time() < until:
+            await asyncio.sleep(self._rng.expovariate(rate))
+            asked.append(self.ask(*draw(self._rng)))
+        await self.idle()
+        return asked
+
+
+class VirtualCluster:
+    """Workers of one role on virtual time."""
+
+    def __init__(
+        self, workers: int, *, max_running: int = 256, cost_model: str = "qwen3-8b/h200/tp1"
+    ) -> None:
+        self.loop = VirtualLoop()
+        self.loop.network = Network(self.loop, random.Random(1), lambda *event: None, (0.0001, 0.0005))
+        self.directory = Directory(random.Random(1), lambda *event: None, lease_s=1e9)
+        for number in range(workers):
+            self._worker(f"w{number}", max_running, cost_model)
+
+    def _worker(self, name: str, max_running: int, cost_model: str) -> None:
+        process = Process(self.loop, name)
+        settings = SimSettings(
+            model=MODEL,
+            cost_model=cost_model,
+            vocab_size=1000,
+            max_model_len=32_768,
+            total_blocks=16_384,
+            scheduler=SchedulerSettings(max_running=max_running, instance_id=name, epoch=1),
+        )
+        worker = Worker(
+            sim_engine(settings, None, process.clock),
+            SimDiscovery(self.directory),
+            WorkerSettings(name, 1, Role.AGGREGATED),
+            ServerSettings(host=name),
+            process.clock,
+        )
+        process.spawn(worker.run(asyncio.Event()), name)
+
+    def frontend(self, name: str = "f0", **admission: Any) -> Frontend:
+        return Frontend(self, name, AdmissionSettings(**admission))
+
+    def run(self, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Wait until all is up, then do this."""
+
+        async def whole() -> None:
+            await asyncio.sleep(READY_S)
+            await story()
+
+        self.loop.run_until_complete(whole())
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+
+
+def refused(asked: Sequence[Asked]) -> list[Asked]:
+    return [it for it in asked if it.refused]
+
+
+def served(asked: Sequence[Asked]) -> list[Asked]:
+    return [it for it in asked if not it.refused]
