@@ -198,7 +198,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
 async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_may_come_back(
     tmp_path: Path,
 ) -> None:
-    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=1.0))
+    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=3.0))
     async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
         it.workers["a0"].dies_of(5)
         answer, _ = it.ask([5])

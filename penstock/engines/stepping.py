@@ -64,7 +64,7 @@ class SteppingEngine(EngineShell):
         self._outbox.open()
         self._cycle = await detached(self._build)  # its files may be on a network folder
         self._thread = Thread(target=self._run, args=(self._cycle,), name="penstock-engine", daemon=True)
-        self._thread.start()
+        await detached(self._thread.start)  # which waits until the thread runs
         return self._cycle.scheduler.card
 
     async def stop(self, grace_s: float) -> None:
