@@ -44,7 +44,9 @@ class Liar:
         self.peers: list[Peer] = []
         self.lost: list[Peer] = []
         self.attempts: list[Attempt] = []
-        self.on_up: Callable[[Peer], None] = lambda peer: None
+        self.on_up: Callable[[Peer], None] | None = None
+        self.once = True  # it lies to the first peer only
+        self.rates = Rates(1e6, 1e6, 1e6, 1e6, 1e6)  # nobody asks it if there is another
         self.on_attempt: Callable[[Peer, Attempt], None] = lambda peer, attempt: None
         self.hashes: list[int] = []
         self._card = {
@@ -72,6 +74,7 @@ class Liar:
             beating.cancel()
             await lease.close()
             await self._server.close("the test is over")
+            await asyncio.sleep(0.05)  # for one that was accepted just before
 
     # What a LinkServer asks.
 
@@ -86,10 +89,11 @@ class Liar:
         for peer in self._server.peers:
             if peer not in self.peers:
                 self.peers.append(peer)
-                self.on_up(peer)
+                if self.on_up is not None and (len(self.peers) == 1 or not self.once):
+                    self.on_up(peer)
 
     def load(self) -> Load:
-        return Load(total_blocks=100, rates=Rates(0.0, 0.0, 0.0, 0.0, 0.0))  # so it is asked first
+        return Load(total_blocks=100, rates=self.rates)
 
     def asset(self, sha256: str) -> bytes | None:
         return FILE
@@ -195,7 +199,6 @@ async def test_workers_that_lie_are_cut_off_and_the_others_serve(
             await stack.enter_async_context(liar.running(tmp_path))
         for liar in liars.values():
             await until(lambda liar=liar: liar.lost)
-            liar.on_up = lambda peer: None
         for answer in asked:
             assert len(await answer.tokens()) == 300
         for what, liar in liars.items():
@@ -249,6 +252,7 @@ async def test_a_request_that_meets_a_liar_is_answered_by_another(
     """Nothing that the first one gave is used."""
     liar = Liar("liar", role=Role.AGGREGATED)
     liar.on_attempt = answer
+    liar.rates = Rates(0.0, 0.0, 0.0, 0.0, 0.0)  # so that it is asked first
     async with cluster(tmp_path, {"good": Role.AGGREGATED}) as it:
         wanted = await it.complete(PROMPT)
         async with liar.running(tmp_path):
@@ -266,6 +270,7 @@ async def test_one_that_lies_again_and_again_is_tried_less_and_less(
 ) -> None:
     liar = Liar("liar")
     liar.on_up = lambda peer: peer.send(step(removed=[5]))
+    liar.once = False
     async with cluster(tmp_path, {"good": Role.AGGREGATED}), liar.running(tmp_path):
         await until(lambda: len(liar.lost) >= 3)
         assert len(warnings(caplog, "liar:")) <= len(liar.peers)
