@@ -182,10 +182,18 @@ class Instances:
 
     def _elect(self) -> None:
         """After any change of a member: see which revision of each model new requests get."""
-        for model in self._models.elect(self._clock.now()):
-            for instance_id, member in self.membership.members.items():
-                if member.registration.model == model:
-                    self._metrics.state(instance_id, member.registration.role, member.state)
+        members = self.membership.members.items()
+        before = {instance_id: member.state for instance_id, member in members}
+        replaced = self._models.elect(self._clock.now())
+        for instance_id, member in members:
+            if member.state is not before[instance_id]:
+                self._metrics.state(instance_id, member.registration.role, member.state)
+                if member.card is not None and member.state is State.STANDBY:
+                    # When most workers have become other ones, the rest are there on purpose.
+                    level = logging.INFO if member.card.model in replaced else logging.WARNING
+                    why = self._models.other_revision(member.card)
+                    log.log(level, "instance on standby: %s: %s", instance_id, why)
+        for model in replaced:
             self._listener.on_revision(model)
 
     def advances(self, instance_id: str) -> bool:
@@ -273,9 +281,7 @@ class Instances:
         self._elect()
         state = self.membership.members[link.instance_id].state
         self._metrics.state(link.instance_id, card.role, state)
-        if state is State.STANDBY:
-            log.warning("instance on standby: %s: %s", link.instance_id, self._models.other_revision(card))
-        else:
+        if state is not State.STANDBY:
             log.info("instance ready: %s", link.instance_id)
         self._listener.on_ready(link.instance_id)
 

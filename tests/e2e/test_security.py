@@ -97,6 +97,7 @@ class Deployment:
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trusting)
         try:
             headers = {"authorization": f"Bearer {self.key if key is None else key}"}
+            headers["content-type"] = "application/json"
             connection.request(method, path, body and json.dumps(body), headers)
             response = connection.getresponse()
             return response.status, response.read().decode()
