@@ -133,6 +133,11 @@ class LabEngine(VirtualEngine):
         self._stopping()
         await super().stop(grace_s)
 
+    @property
+    def dead(self) -> bool:
+        """Whether so many steps failed that it makes no more."""
+        return self._cycle is not None and self._cycle._failed_steps >= MAX_FAILED_STEPS
+
     def broken(self) -> None:
         """Its next step is the last that may fail."""
         assert self._cycle is not None, "it has not started"

@@ -98,7 +98,7 @@ class SimWorker:
 
     def _stopping(self) -> None:
         scheduler = self.engine.scheduler
-        if scheduler.busy or scheduler.held:
+        if (scheduler.busy or scheduler.held) and not self.engine.dead:
             left_s = self._leaves_at - self.process.clock.now()
             if left_s > 0:
                 what = f"{self.instance_id} stops with {len(scheduler._active)} attempts, "
