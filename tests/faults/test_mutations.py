@@ -534,7 +534,7 @@ BREAKS: dict[Break, Options] = {
     some_attempts_are_lost_on_arrival: Options(),
     attempts_that_are_given_up_run_on: Options(faults=("wedge",)),
     requests_wait_beside_idle_workers: Options(),
-    a_stall_is_not_noticed: Options(),
+    a_stall_is_not_noticed: Options(faults=("stale-handoff", "wedge")),
     a_quarantine_lasts_too_long: Options(faults=("wedge",)),
     leaving_workers_do_not_drain: Options(
         faults=(
