@@ -275,6 +275,8 @@ async def cluster(
         for worker in it.workers.values():
             if not worker.task.done():
                 await worker.leave()
+            elif not worker.task.cancelled():
+                worker.task.exception()  # a test that lets it die knows; asyncio would complain of it later
             await worker.engine.stop(0)  # what a process's end does when its engine has died
         routing.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -3,11 +3,12 @@
 Wall-clock time is not judged, since on a busy machine it says more about the machine than about a callback:
 
 - computing is CPU time of the loop's thread, without what the garbage collector took. A callback with more
-  than LIMIT_S of it is found.
+  than LIMIT_S of it is found, if most looks at it met the package.
 - waiting is seen from another thread, which looks at the loop's thread every LOOK_S. A thread that sits in
   the same system call (a read, a poll, a sleep, an fsync) at every look for LIMIT_S is found; one that is
   ready to run and gets no processor is not. Waiting for a lock looks like waiting for the interpreter (the
-  GIL), so it is found only where it goes through Python's own threading, queue or concurrent.futures.
+  GIL), so it is found only where it goes through Python's own threading, queue or concurrent.futures; and
+  a thread that is being started waits for a processor.
 
 Only what happens below a function of the package counts, not what a test itself does on the loop. Without
 /proc (not Linux) only computing is found; a uvloop's callbacks are not seen at all.
@@ -46,6 +47,7 @@ class LoopWatch:
         self._syscall = Path(f"/proc/self/task/{threading.get_native_id()}/syscall")
         self._callback: object | None = None  # that runs now; another object for each
         self._stack = ""  # below the package, when the running callback was last looked at
+        self._looks = self._looks_inside = 0  # at the running callback; those that met the package
         self._collected_s = 0.0  # CPU time of the garbage collector in this thread
         self._collecting_since = 0.0
         self._ended = threading.Event()
@@ -74,6 +76,7 @@ class LoopWatch:
 
     def _watched(self, handle: asyncio.Handle) -> None:
         self._stack = ""
+        self._looks = self._looks_inside = 0
         self._callback = object()
         collected_s, began = self._collected_s, time.thread_time()
         try:
@@ -81,7 +84,7 @@ class LoopWatch:
         finally:
             self._callback = None
             computed_s = time.thread_time() - began - (self._collected_s - collected_s)
-            if computed_s > LIMIT_S and self._stack:
+            if computed_s > LIMIT_S and 2 * self._looks_inside > self._looks:
                 self.found.append(
                     f"{handle!r} computed for {computed_s * 1e3:.0f} ms, as here:\n{self._stack}"
                 )
@@ -105,8 +108,10 @@ class LoopWatch:
                 continue
             frame = sys._current_frames().get(self._thread_id)
             stack = _below_the_package(frame)
-            if stack and self._callback is callback:
-                self._stack = stack
+            if self._callback is callback:
+                self._looks += 1
+                self._looks_inside += bool(stack)
+                self._stack = stack or self._stack
             call = self._waits_in(frame) if stack else ""
             if not call or callback is not self._callback:
                 seen = None
@@ -127,6 +132,9 @@ class LoopWatch:
             return ""
         if number in _FUTEX.values() and not frame.f_code.co_filename.endswith(_LOCKS):
             return ""  # for all that can be told, it waits for the GIL
+        caller = frame.f_back.f_back if frame.f_back is not None else None
+        if caller is not None and caller.f_code is threading.Thread.start.__code__:
+            return ""
         return call
 
 

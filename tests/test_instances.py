@@ -25,7 +25,8 @@ def link_of(it: Cluster, instance_id: str) -> Any:
 
 
 def state(it: Cluster, instance_id: str) -> str:
-    return next(view.state for view in it.router.instances() if view.instance_id == instance_id)
+    """Empty for one that is not known."""
+    return next((view.state for view in it.router.instances() if view.instance_id == instance_id), "")
 
 
 async def until_state(it: Cluster, instance_id: str, *wanted: str) -> None:
