@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from penstock.core.admission import AdmissionSettings
+from penstock.core.room import waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
-from penstock.structs import Rates, Role
+from penstock.structs import Rates, Request, Role, Sampling
 from tests.cluster import WAIT_S, Answer, Cluster, cluster
 
 ONE = {"a0": Role.AGGREGATED}
@@ -24,6 +25,10 @@ LONG = 3900  # tokens that outlast a test
 
 def limits(**admission: float) -> RouterSettings:
     return RouterSettings(tick_s=0.02, admission=AdmissionSettings(**admission))  # type: ignore[arg-type]
+
+
+def request_of(token_ids: list[int]) -> Request:
+    return Request("r", "sim", "", token_ids, Sampling(max_tokens=8))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -132,6 +137,22 @@ async def test_who_would_wait_too_long_hears_so_at_once_with_figures(tmp_path: P
         await until(lambda: it.queued == 0)
         await it.wait_idle()
         assert len(await it.complete(PROMPT)) == 8  # nothing of that sticks
+
+
+async def test_what_waits_is_bounded_in_bytes_and_leaves_room_for_others(tmp_path: Path) -> None:
+    settings = limits(max_wait_ms=1e9, max_queued_bytes=20 * waiting_bytes(request_of(PROMPT)))
+    async with cluster(tmp_path, ONE, settings, sim=ONE_PLACE) as it:
+        running = await occupy(it)
+        assert it.queued == 1
+        answers = [it.ask(PROMPT, tenant="greedy")[0] for _ in range(10)]  # half of what is left
+        with pytest.raises(RequestRejected, match="reason=full limit=bytes") as raised:
+            it.ask(PROMPT, tenant="greedy")
+        assert (raised.value.status, raised.value.code) == (429, "overloaded")
+        answers.append(it.ask(PROMPT, tenant="modest")[0])
+        running.cancel()
+        for answer in answers:
+            assert len(await answer.tokens()) == 8
+        assert len(await it.complete(PROMPT, tenant="greedy")) == 8
 
 
 async def test_who_was_let_in_is_not_sent_away(tmp_path: Path) -> None:
