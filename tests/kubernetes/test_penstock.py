@@ -1,0 +1,127 @@
+"""Penstock in pods, by plain manifests: prefill and decode workers on two nodes answer together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.kubernetes import faults
+from tests.kubernetes.conftest import Images
+from tests.kubernetes.kubectl import Kubectl, eventually, is_ready
+
+MANIFEST = Path(__file__).parent / "manifests" / "disaggregated.yaml"
+ROLES = ("prefill", "decode")
+STARTS_S = 180.0
+BODY = {
+    "model": "tiny",
+    "messages": [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "My name is Alice."},
+        {"role": "assistant", "content": "Hello Alice! Nice to meet you."},
+        {"role": "user", "content": "What is my name?"},
+    ],
+    "max_tokens": 50,
+}
+ANSWER = "Your name is Alice."
+
+
+@pytest.fixture
+def graph(kubectl: Kubectl, images: Images) -> Kubectl:
+    """kubectl in a namespace where all of the manifest runs."""
+    manifest = (
+        MANIFEST.read_text().replace("penstock:dev", images.penstock).replace("etcd:3.4", images.etcd)
+    )
+    kubectl.apply_text(manifest)
+    names = [f"deployment/{name}" for name in ("etcd", "frontend", *ROLES)]
+    kubectl.rolled_out(*names, timeout_s=STARTS_S)
+    return kubectl
+
+
+def ask(url: str) -> str:
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer: str = json.load(response)["choices"][0]["message"]["content"]
+    return answer
+
+
+@dataclass
+class Load:
+    """What became of requests that one client sent, one after another."""
+
+    answers: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def under_load(url: str) -> Iterator[Load]:
+    """Ask again and again inside the `with` block."""
+    load = Load()
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            try:
+                load.answers.append(ask(url))
+            except (OSError, KeyError) as error:
+                load.errors.append(repr(error))
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield load
+    finally:
+        ended.set()
+        thread.join()
+
+
+def nodes_of(kubectl: Kubectl, role: str) -> set[str]:
+    return {found["spec"]["nodeName"] for found in kubectl.items("pods", "-l", f"app={role}")}
+
+
+def test_a_question_is_answered_by_workers_on_two_nodes(graph: Kubectl, node_names: list[str]) -> None:
+    for role in ROLES:
+        assert len(nodes_of(graph, role)) == 2, f"{role} workers are on one node only"
+    with graph.port_forward("service/frontend", 8000) as url:
+        assert ask(url) == ANSWER
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+            health = json.load(response)
+    assert [found["state"] for found in health["instances"]] == ["ready"] * 4
+    assert re.search(r"path=remote", graph("logs", "deployment/frontend"))
+    transfers = graph("logs", "-l", "app=decode", "--tail=-1")
+    assert re.search(r"KV transfer", transfers)
+
+
+def test_requests_survive_what_happens_to_pods(graph: Kubectl) -> None:
+    with graph.port_forward("service/frontend", 8000) as url, under_load(url) as load:
+        for role in ROLES:
+            graph("rollout", "restart", f"deployment/{role}")
+            graph.rolled_out(f"deployment/{role}", timeout_s=STARTS_S)
+            victim = graph.items("pods", "-l", f"app={role}")[0]["metadata"]["name"]
+            graph("delete", "pod", victim, "--grace-period=0", "--force")
+            graph.rolled_out(f"deployment/{role}", timeout_s=STARTS_S)
+    assert load.errors == []
+    assert set(load.answers) == {ANSWER}
+
+
+@pytest.mark.own_cluster
+def test_requests_survive_a_frozen_node(graph: Kubectl) -> None:
+    [node] = nodes_of(graph, "decode") - nodes_of(graph, "frontend")
+    with graph.port_forward("service/frontend", 8000) as url, under_load(url) as load:
+        with faults.frozen(node):
+            time.sleep(10)
+        eventually(lambda: all(map(is_ready, graph.items("pods"))), "all pods are ready again", 60)
+    assert load.errors == []
+    assert set(load.answers) == {ANSWER}
