@@ -108,6 +108,7 @@ def main() -> int:
     return 0
 
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what it runs
 try:
     sys.exit(main())
 except ClusterError as error:

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tests.kubernetes.cluster import packages
@@ -38,6 +39,7 @@ BUILD_TAGS = "providerless,dockerless"
 OPENAPI = "pkg/generated/openapi"
 
 
+@cache  # the files may change while this runs: a build ends as it began
 def recipe() -> str:
     """A name for how binaries are made: whenever that changes, they are built again."""
     digest = hashlib.sha256()
@@ -86,6 +88,7 @@ def one_at_a_time() -> Iterator[None]:
         except BlockingIOError:
             say("another build runs: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 

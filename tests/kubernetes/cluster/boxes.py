@@ -91,7 +91,7 @@ def start(box: str, address: str, services: Sequence[Service]) -> None:
     run(
         *("setsid", "--fork", "sh", "-ec", f'exec < /dev/null >> "{log}" 2>&1; {join}exec "$@"', "sh"),
         *("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"),
-        *(sys.executable, init.__file__, specification),
+        *(sys.executable, "-I", init.__file__, specification),
         cwd=Path("/"),
     )
     wait_until(lambda: first_process(box) is not None, f"{box} starts", START_S, every_s=0.02)

@@ -69,14 +69,18 @@ def own_processes(box: str) -> list[int]:
 
 def all_processes(box: str) -> set[int]:
     """Those of pods, too."""
-    top = FREEZER / path_of(box)
-    return {pid for group in [top, *top.rglob("*/")] for pid in members(group)}
+    return {pid for group in groups(FREEZER / path_of(box)) for pid in members(group)}
+
+
+def groups(top: Path) -> list[Path]:
+    """A group and all groups in it, inner ones first. None when it is not there."""
+    return [Path(folder) for folder, _, _ in os.walk(top, topdown=False)]
 
 
 def members(group: Path) -> list[int]:
     try:
         return [int(line) for line in (group / "cgroup.procs").read_text().split()]
-    except (FileNotFoundError, OSError):
+    except OSError:
         return []  # it was removed meanwhile
 
 
@@ -115,11 +119,9 @@ def end(box: str) -> None:
 def remove(group: Path, deadline: float) -> None:
     """A group can be removed once the last process in it has been reaped, and there are no groups in it."""
     while group.exists():
-        for inner in sorted(group.rglob("*/"), reverse=True):
+        for inner in groups(group):
             with contextlib.suppress(OSError):
                 inner.rmdir()
-        with contextlib.suppress(OSError):
-            group.rmdir()
         if group.exists():
             if time.monotonic() > deadline:
                 raise ClusterError(f"the control group {group} cannot be removed")

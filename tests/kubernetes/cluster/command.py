@@ -34,6 +34,9 @@ def run(
     """Run a program to its end. `env` is added to this process's environment.
 
     Raises ClusterError with the end of its output when it fails, unless `check` is False.
+
+    It inherits the lock on the build, if this process has that: should this process be killed, the next
+    build waits for what still runs of the one before.
     """
     done = subprocess.run(
         [str(part) for part in command],
@@ -42,6 +45,7 @@ def run(
         input="" if stdin is None else stdin,
         capture_output=True,
         text=True,
+        close_fds=False,
         check=False,
     )
     if check and done.returncode != 0:

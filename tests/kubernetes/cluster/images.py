@@ -79,15 +79,17 @@ def build() -> Path:
     """The archive with all images, for this checkout. Makes what is not there yet."""
     with binaries.one_at_a_time():
         folder().mkdir(exist_ok=True)
+        for unfinished in folder().glob(".*"):  # by a build that was killed
+            shutil.rmtree(unfinished)
         images = describe()
         key = digest_of(*(layer.digest for image in images for layer in image.layers))
         path = folder() / f"images-{key[:16]}.tar"
         if not path.exists():
-            for old in folder().glob("images-*.tar"):
-                old.unlink()
+            forget_old("images", kept=1)
             unfinished = path.with_suffix(".unfinished")
             write_archive(images, unfinished)
             unfinished.rename(path)
+        path.touch()
         return path
 
 
@@ -136,9 +138,14 @@ def layer(name: str, make: Callable[[Path], None], *made_from: str) -> Layer:
             for entry in sorted(content.iterdir()):
                 tar.add(entry, entry.name, filter=None if name == "base" else for_everybody)
         written.rename(path)
-    for old in sorted(folder().glob(f"{name}-*.tar"), key=lambda file: file.stat().st_mtime)[:-LAYERS_KEPT]:
-        old.unlink()
+    forget_old(name, LAYERS_KEPT)
     return Layer(path, file_digest(path))
+
+
+def forget_old(name: str, kept: int) -> None:
+    """Delete what was not used for the longest time."""
+    for old in sorted(folder().glob(f"{name}-*.tar"), key=lambda file: file.stat().st_mtime)[:-kept]:
+        old.unlink()
 
 
 def for_everybody(info: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -153,7 +160,9 @@ def for_everybody(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def make_base(target: Path) -> None:
+    # In namespaces of its own: when it is killed, what it runs and what it mounts ends with it.
     run(
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
         *("debootstrap", "--variant=minbase", f"--include={','.join(BASE_PACKAGES)}"),
         *(packages.RELEASE, target, packages.archive_address()),
         env=packages.proxy_environment(),

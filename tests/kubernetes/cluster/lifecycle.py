@@ -158,7 +158,7 @@ def ready_nodes() -> set[str]:
 def dns_answers(number: int) -> bool:
     """Whether DNS knows the API server's service, asked as pods of this node ask."""
     question = ("ask", DNS_ADDRESS, "53", "kubernetes.default.svc.cluster.local")
-    done = boxes.inside(node_name(number), sys.executable, dns.__file__, *question, check=False)
+    done = boxes.inside(node_name(number), sys.executable, "-I", dns.__file__, *question, check=False)
     return done.returncode == 0 and bool(done.stdout.strip())
 
 
