@@ -29,6 +29,10 @@ OURS = re.compile(
 )
 
 
+# The kernel takes namespaces apart a moment after the last process in them has ended.
+KERNEL_S = 10.0
+
+
 def output(*command: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -112,8 +116,8 @@ def test_it_starts_over_what_a_killed_start_left_and_ends_without_a_trace(
     before = machine()
     with subprocess.Popen(cluster_command("up"), cwd=places.CHECKOUT, stdout=subprocess.DEVNULL) as start:
         kill_while_it_starts(start)
-    left = machine()
-    assert left["processes"] != before["processes"]
+    killed = machine()
+    assert killed["processes"] != before["processes"]
     assert "not complete" in cluster("status")
 
     cluster("up", "--nodes", str(NODES))
@@ -123,7 +127,11 @@ def test_it_starts_over_what_a_killed_start_left_and_ends_without_a_trace(
     kubectl.wait("--for=condition=Ready", "pod/server")
     cgroups.freeze("node2")
     cluster("down")
-    assert machine() == before
+    deadline = time.monotonic() + KERNEL_S
+    while (left := machine()) != before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for what, value in before.items():
+        assert left[what] == value, what
 
 
 @pytest.mark.no_cluster_before

@@ -209,12 +209,12 @@ def gpus(box: str, count: int) -> None:
 
 def status() -> Sequence[str]:
     """Lines that tell what there is."""
-    found = ownership.owner()
+    found = ownership.owner() if runs() else None
     names = cgroups.boxes()
     if not names:
         return ["no cluster runs on this machine"]
     lines = [
-        f"{found.checkout}, since {found.since}" if found else "not complete, or left by a killed start"
+        f"of {found.checkout}, since {found.since}" if found else "not complete: it starts, or was killed"
     ]
     for box in names:
         if boxes.first_process(box) is None:
