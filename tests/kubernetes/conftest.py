@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from tests.kubernetes.cluster import binaries, lifecycle, places
+from tests.kubernetes.cluster.command import ClusterError
 from tests.kubernetes.kubectl import Kubectl
 
 NODES = 2
@@ -54,11 +55,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: set[str] = set()
     if given_kubeconfig() is not None:
         left_out = {"own_cluster", "no_cluster_before"}
-    elif lifecycle.runs():
-        left_out = {"no_cluster_before"}  # it is somebody's, and stays
+    else:
+        try:
+            lifecycle.check_machine()
+            if (found := lifecycle.running()) is not None:
+                if not found.is_us:
+                    raise ClusterError(found.refusal())
+                left_out = {"no_cluster_before"}  # it goes on running
+        except ClusterError as error:
+            pytest.exit(str(error), returncode=1)
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if item not in deselected]
+    kept = [item for item in items if item not in deselected]
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("no_cluster_before") is None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,7 +79,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Kubectl]:
     """kubectl for a cluster that is ready."""
     cache = tmp_path_factory.mktemp("kubectl")
     given = given_kubeconfig()
@@ -79,11 +88,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
         assert program, "kubectl is not on PATH"
         yield Kubectl(Path(program), given, cache)
         return
-    ran_before = lifecycle.runs()
-    if subprocess.run(
-        cluster_command("up", "--nodes", str(NODES)), cwd=places.CHECKOUT, check=False
-    ).returncode:
-        pytest.exit("the cluster does not start: it said why above", returncode=1)
+    ran_before = lifecycle.running() is not None
+    shown = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with shown.global_and_fixture_disabled():  # it says what it does: building takes minutes
+        up = cluster_command("up", "--nodes", str(NODES))
+        if subprocess.run(up, cwd=places.CHECKOUT, check=False).returncode != 0:
+            pytest.exit("the cluster does not start: see above", returncode=1)
     yield Kubectl(binaries.kubernetes("kubectl"), str(places.KUBECONFIG), cache)
     if not ran_before:
         subprocess.run(cluster_command("down"), cwd=places.CHECKOUT, check=True)

@@ -6,7 +6,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from tests.kubernetes.cluster import boxes, cgroups, lifecycle
+from tests.kubernetes.cluster import boxes, cgroups, lifecycle, nodes
+from tests.kubernetes.kubectl import Kubectl
 
 
 @contextlib.contextmanager
@@ -52,3 +53,15 @@ def halted(box: str, process: str) -> Iterator[None]:
 def kill(box: str, process: str) -> None:
     """One service is killed. It is started again a second later."""
     boxes.signal_process(box, process, signal.SIGKILL)
+
+
+def kill_container(kubectl: Kubectl, pod: str) -> None:
+    """Kill the first process of a pod's first container. kubectl cannot: `exec kill -9 1` does nothing.
+
+    The kernel protects the first process of a process namespace from the others in it.
+    """
+    found = kubectl.get("pod", pod)
+    [status, *_] = found["status"]["containerStatuses"]
+    container = status["containerID"].removeprefix("containerd://")
+    number = nodes.number_of(found["spec"]["nodeName"])
+    nodes.containerd(number, "tasks", "kill", "--signal", "SIGKILL", container)

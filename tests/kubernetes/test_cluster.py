@@ -86,16 +86,20 @@ def test_exec_logs_copies_and_port_forward(kubectl: Kubectl, images: Images) -> 
     eventually(lambda: '"GET /page' in kubectl("logs", "server"), "the request in the log", 10)
 
 
+@pytest.mark.own_cluster
 def test_a_killed_container_is_started_again(kubectl: Kubectl, images: Images) -> None:
-    ends = ["sh", "-c", "echo I end; sleep 1; exit 3"]
-    kubectl.apply(named_pod("brief", pod(images.penstock, ends)))
+    kubectl.apply(named_pod("killed", pod(images.penstock, ["sh", "-c", "echo I live; sleep infinity"])))
+    kubectl.wait("--for=condition=Ready", "pod/killed")
+    faults.kill_container(kubectl, "killed")
 
     def restarted() -> bool:
-        [status] = kubectl.get("pod", "brief")["status"].get("containerStatuses", [{}])
-        return bool(status.get("restartCount"))
+        [status] = kubectl.get("pod", "killed")["status"]["containerStatuses"]
+        return bool(status["restartCount"])
 
     eventually(restarted, "a restart", 30)
-    assert kubectl("logs", "--previous", "brief") == "I end\n"
+    assert kubectl("logs", "--previous", "killed") == "I live\n"
+    [status] = kubectl.get("pod", "killed")["status"]["containerStatuses"]
+    assert status["lastState"]["terminated"]["exitCode"] == 137
 
 
 @pytest.mark.own_cluster

@@ -141,7 +141,7 @@ def test_it_starts_over_a_cluster_whose_processes_were_killed() -> None:
         first = boxes.first_process(box)
         assert first is not None
         os.kill(first, signal.SIGKILL)
-    eventually(lambda: not lifecycle.runs(), "the control plane is gone", 10)
+    eventually(lambda: lifecycle.running() is None, "the control plane is gone", 10)
     assert "export KUBECONFIG" in cluster("up", "--nodes", "1")
     assert lifecycle.ready_nodes() == {"node1"}
     cluster("down")

@@ -117,6 +117,19 @@ def test_requests_survive_what_happens_to_pods(graph: Kubectl) -> None:
 
 
 @pytest.mark.own_cluster
+@pytest.mark.parametrize("role", ROLES)
+def test_requests_survive_a_killed_worker(graph: Kubectl, role: str) -> None:
+    with graph.port_forward("service/frontend", 8000) as url, under_load(url) as load:
+        time.sleep(1)
+        victim = graph.items("pods", "-l", f"app={role}")[0]["metadata"]["name"]
+        faults.kill_container(graph, victim)
+        eventually(lambda: not is_ready(graph.get("pod", victim)), "the worker is gone", 20)
+        eventually(lambda: is_ready(graph.get("pod", victim)), "the worker is back", 60)
+    assert load.errors == []
+    assert set(load.answers) == {ANSWER}
+
+
+@pytest.mark.own_cluster
 def test_requests_survive_a_frozen_node(graph: Kubectl) -> None:
     [node] = nodes_of(graph, "decode") - nodes_of(graph, "frontend")
     with graph.port_forward("service/frontend", 8000) as url, under_load(url) as load:

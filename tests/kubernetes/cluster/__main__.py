@@ -66,6 +66,8 @@ def act(arguments: argparse.Namespace) -> None:
         raise ClusterError(
             f"the control plane takes {', '.join(FOR_CONTROL)}: it is the nodes' network, too"
         )
+    if arguments.action != "start":
+        boxes.running(box)
     match arguments.action:
         case "freeze":
             cgroups.freeze(box)
@@ -103,7 +105,7 @@ def main() -> int:
         case "gpus":
             lifecycle.gpus(box_of(arguments.node), arguments.count)
         case "sh":
-            environment = {"KUBECONFIG": str(KUBECONFIG)}
+            environment = {"KUBECONFIG": str(KUBECONFIG), "PATH": nodes.search_path()}
             return boxes.shell(box_of(arguments.node), arguments.words, environment)
     return 0
 

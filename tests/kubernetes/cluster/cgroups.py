@@ -32,7 +32,7 @@ def supported() -> bool:
 
 
 def trees() -> list[Path]:
-    return [tree for tree in sorted(ROOT.iterdir()) if (tree / "cgroup.procs").exists()]
+    return [file.parent for file in sorted(ROOT.glob("*/cgroup.procs"))]
 
 
 def path_of(box: str) -> str:

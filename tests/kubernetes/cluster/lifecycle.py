@@ -29,6 +29,7 @@ from tests.kubernetes.cluster import (
     packages,
 )
 from tests.kubernetes.cluster.command import ClusterError, run, say, wait_until
+from tests.kubernetes.cluster.ownership import Owner
 from tests.kubernetes.cluster.places import (
     API,
     CONTROL,
@@ -70,8 +71,8 @@ def up(count: int) -> None:
     if not 1 <= count <= MAX_NODES:
         raise ClusterError(f"1 to {MAX_NODES} nodes, not {count}")
     with ownership.changing():
-        found = ownership.owner()
-        if found is not None and runs():
+        found = running()
+        if found is not None:
             if not found.is_us:
                 raise ClusterError(found.refusal())
             if found.nodes != count:
@@ -88,10 +89,11 @@ def up(count: int) -> None:
     print(f"export KUBECONFIG={KUBECONFIG}", flush=True)
 
 
-def runs() -> bool:
-    """Whether a complete cluster runs on this machine, whoever started it."""
+def running() -> Owner | None:
+    """Whose cluster runs on this machine: complete, and not killed since."""
     found = ownership.owner()
-    return found is not None and found.complete and boxes.first_process(CONTROL) is not None
+    alive = found is not None and found.complete and boxes.first_process(CONTROL) is not None
+    return found if alive else None
 
 
 def start(count: int, archive: Path) -> None:
@@ -193,6 +195,7 @@ def start_node(box: str) -> None:
 
 def gpus(box: str, count: int) -> None:
     """Let a node claim GPUs that it does not have. Its kubelet takes them up within 10 s."""
+    boxes.running(box)
     patch = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": str(count)}]
     # kubectl of this version cannot write a status.
     context = ssl.create_default_context(cafile=str(keys.FOLDER / "ca.crt"))
@@ -209,7 +212,7 @@ def gpus(box: str, count: int) -> None:
 
 def status() -> Sequence[str]:
     """Lines that tell what there is."""
-    found = ownership.owner() if runs() else None
+    found = running()
     names = cgroups.boxes()
     if not names:
         return ["no cluster runs on this machine"]

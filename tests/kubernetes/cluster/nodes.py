@@ -25,8 +25,7 @@ def start(number: int) -> None:
 
 def services(number: int) -> list[Service]:
     name = node_name(number)
-    programs = ":".join(str(binaries.tool(folder)) for folder in ("bin", "sbin"))
-    with_tools = ["env", f"PATH={programs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    with_tools = ["env", f"PATH={search_path()}"]
     containerd = ["containerd", "--config", configuration(name, "containerd.toml")]
     kubelet = [
         str(binaries.kubernetes("kubelet")),
@@ -45,6 +44,12 @@ def services(number: int) -> list[Service]:
         Service("kubelet", [*with_tools, *kubelet], after=[SOCKET, READY]),
         Service("kube-proxy", [*with_tools, *proxy], after=[READY]),
     ]
+
+
+def search_path() -> str:
+    """PATH in a node: containerd finds runc there, and people kubectl and ctr."""
+    own = (binaries.tool("bin"), binaries.tool("sbin"), binaries.folder() / "bin")
+    return ":".join(map(str, own)) + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def configuration(box: str, file: str) -> str:
