@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,16 +22,12 @@ from tests.kubernetes.kubectl import Kubectl, eventually, is_ready
 MANIFEST = Path(__file__).parent / "manifests" / "disaggregated.yaml"
 ROLES = ("prefill", "decode")
 STARTS_S = 180.0
-BODY = {
-    "model": "tiny",
-    "messages": [
-        {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": "My name is Alice."},
-        {"role": "assistant", "content": "Hello Alice! Nice to meet you."},
-        {"role": "user", "content": "What is my name?"},
-    ],
-    "max_tokens": 50,
-}
+MESSAGES = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "My name is Alice."},
+    {"role": "assistant", "content": "Hello Alice! Nice to meet you."},
+    {"role": "user", "content": "What is my name?"},
+]
 ANSWER = "Your name is Alice."
 
 
@@ -47,10 +43,10 @@ def graph(kubectl: Kubectl, images: Images) -> Kubectl:
     return kubectl
 
 
-def ask(url: str) -> str:
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(BODY).encode(), {"Content-Type": "application/json"}
-    )
+def ask(url: str, messages: Sequence[dict[str, str]] = MESSAGES) -> str:
+    body = json.dumps({"model": "tiny", "messages": messages, "max_tokens": 50}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         answer: str = json.load(response)["choices"][0]["message"]["content"]
     return answer
@@ -91,7 +87,7 @@ def nodes_of(kubectl: Kubectl, role: str) -> set[str]:
     return {found["spec"]["nodeName"] for found in kubectl.items("pods", "-l", f"app={role}")}
 
 
-def test_a_question_is_answered_by_workers_on_two_nodes(graph: Kubectl, node_names: list[str]) -> None:
+def test_a_question_is_answered_by_two_workers(graph: Kubectl) -> None:
     for role in ROLES:
         assert len(nodes_of(graph, role)) == 2, f"{role} workers are on one node only"
     with graph.port_forward("service/frontend", 8000) as url:
@@ -99,9 +95,32 @@ def test_a_question_is_answered_by_workers_on_two_nodes(graph: Kubectl, node_nam
         with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
             health = json.load(response)
     assert [found["state"] for found in health["instances"]] == ["ready"] * 4
-    assert re.search(r"path=remote", graph("logs", "deployment/frontend"))
-    transfers = graph("logs", "-l", "app=decode", "--tail=-1")
-    assert re.search(r"KV transfer", transfers)
+    assert len(decisions(graph)) == 1
+
+
+def test_kv_moves_between_nodes(graph: Kubectl) -> None:
+    node_of = {pod["metadata"]["name"]: pod["spec"]["nodeName"] for pod in graph.items("pods")}
+    with graph.port_forward("service/frontend", 8000) as url:
+        for number in range(20):  # which workers serve a prompt is the router's choice
+            ask(url, [{"role": "user", "content": f"{number} is my number. What is yours?"}])
+            prefill, decode = decisions(graph)[-1]
+            if node_of[prefill] != node_of[decode]:
+                break
+    assert node_of[prefill] != node_of[decode], (
+        "no prompt was computed on one node and decoded on the other"
+    )
+    assert re.search(rf"KV transfer.*{prefill}", graph("logs", decode))
+
+
+def decisions(graph: Kubectl) -> list[tuple[str, str]]:
+    """The prefill and the decode worker of each request so far, as the frontend's log says."""
+    log = graph("logs", "deployment/frontend", "--tail=-1")
+    return [
+        (prefill, decode)
+        for decode, prefill in re.findall(
+            r"routing decision: .*path=remote decode=(\S+) prefill=(\S+)", log
+        )
+    ]
 
 
 def test_requests_survive_what_happens_to_pods(graph: Kubectl) -> None:

@@ -84,7 +84,10 @@ def up(count: int) -> None:
             binaries.build()
             archive = images.build()
             ownership.write(count, complete=False)
-            start(count, archive)
+            try:
+                start(count, archive)
+            except ClusterError as error:
+                raise ClusterError(f"{error}; its logs are in {STATE / 'logs'}") from error
             ownership.write(count, complete=True)
     print(f"export KUBECONFIG={KUBECONFIG}", flush=True)
 
@@ -103,6 +106,8 @@ def start(count: int, archive: Path) -> None:
     def reached(what: str) -> None:
         say(f"{what} after {time.monotonic() - started:.1f} s")
 
+    if not Path("/proc/sys/net/bridge").exists():
+        run("modprobe", "br_netfilter")  # pods on one node reach each other's services through it
     STATE.mkdir(parents=True)
     keys.make(count)
     control.start()
@@ -110,7 +115,7 @@ def start(count: int, archive: Path) -> None:
         nodes.start(number)
     load_images(count, archive)
     reached("nodes have their images")
-    wait_until(api_ready, f"the API server is ready (its log is in {STATE / 'logs'})", API_S)
+    wait_until(api_ready, "the API server is ready", API_S)
     apply(addons.dns_objects(replicas=min(count, 2)))
     wait_until(lambda: ready_nodes() == names, "all nodes are Ready", NODES_S)
     reached("nodes are Ready")
