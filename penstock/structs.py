@@ -229,8 +229,8 @@ class Rates(msgspec.Struct, array_like=True, frozen=True):
     step_ms: Milliseconds = 1.0
     prefill_token_ms: Milliseconds = 0.02
     decode_request_ms: Milliseconds = 0.02
-    transfer_ms: Milliseconds = 2.0
-    transfer_block_ms: Milliseconds = 0.05
+    transfer_ms: Milliseconds = 0.5
+    transfer_block_ms: Milliseconds = 0.01
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True):

@@ -146,7 +146,7 @@ def test_less_than_a_block_to_compute_stays_local(prefill_token_ms: float) -> No
 
 def test_the_reason_shows_both_costs() -> None:
     decision = decide(Query(96), *PD)
-    assert decision.reason == "remote: uncached 96 tokens, local 29.8 ms > remote 18.7 ms"
+    assert decision.reason == "remote: uncached 96 tokens, local 29.8 ms > remote 18.5 ms"
     busy_prefill = worker("p", Role.PREFILL, prefill_tokens=10_000)
     decision = decide(Query(96), busy_prefill, PD[1])
     assert decision.reason.startswith("local: uncached 96 tokens, local 29.8 ms <= remote 15")
