@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"structs", "checked", "address"},
     {"core", "wire"},
     {"ports", "clock", "detached"},
-    {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor", "log_pipe"},
+    {"renewed", "http_server", "listening", "quiet_log", "tls_acceptor", "log_pipe", "kubernetes"},
     {"engines", "discovery", "link", "transfer", "observability", "probes"},
     {"served_models", "live"},
     {"instances"},
@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"flags"},
     {"graph", "process"},
-    {"launcher", "bench", "simulator"},
+    {"launcher", "bench", "simulator", "operator"},
     {"cli"},
     {"__main__"},
 ]
@@ -38,7 +38,9 @@ KEPT_IN = {
     "torch": ("engines/vllm/",),
     "zmq": ("engines/vllm/",),
     "nixl": ("transfer/nixl", "engines/vllm/connector"),
-    "httpx2": ("discovery/etcd",),
+    "httpx2": ("discovery/etcd", "kubernetes/"),
+    "lightkube": ("kubernetes/",),
+    "cryptography": ("operator/",),
     "numpy": ("engines/reference/", "transfer/"),
     "tokenizers": ("frontend/",),
     "starlette": ("frontend/",),
@@ -46,7 +48,7 @@ KEPT_IN = {
     "jinja2": ("frontend/",),
     "typer": ("cli", "bench/"),
     "rich": ("cli", "bench/", "launcher/", "observability"),
-    "yaml": ("graph", "cli"),
+    "yaml": ("graph", "cli", "kubernetes/"),
     "prometheus_client": ("observability", "frontend/"),
 }
 

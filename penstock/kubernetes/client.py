@@ -1,0 +1,257 @@
+"""The `Api` port over HTTPS.
+
+Where the server is, whom to trust and what to show it come from lightkube: a kubeconfig, or the service
+account of the pod that this runs in (whose token it reads again when it was renewed). Requests and answers
+are JSON as it is; typed models would drop the fields that they do not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import msgspec
+import yaml
+from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.kubeconfig import SERVICE_ACCOUNT, KubeConfig, SingleConfig
+from lightkube.core.exceptions import ConfigError as LightkubeConfigError
+
+from penstock.errors import ConfigError
+from penstock.kubernetes.api import ApiError, Change, Kind, Listing, Object, name_of, namespace_of
+
+CALL_S = 10.0
+"""For one call, from connecting to the last byte."""
+
+PAGE_ITEMS = 500
+"""Objects in one answer of a list: a server holds its answers in memory."""
+
+LINE_BYTES_MAX = 8 * 1024 * 1024
+"""Longest message of a watch. An object has at most 1.5 MB in etcd; its JSON may be longer."""
+
+_SILENCE_S = 30.0
+"""How much longer than asked for a watch may stay open without a byte."""
+
+_TEXT_MAX = 300
+"""Characters of a reply that is shown in an error."""
+
+_decode = msgspec.json.Decoder().decode
+
+
+def connect(kubeconfig: str = "") -> HttpsApi:
+    """The API server that a kubeconfig names (its current context); without one that of the cluster that
+    this runs in, and outside of clusters $KUBECONFIG or ~/.kube/config. Raises ConfigError."""
+    return HttpsApi(_config(kubeconfig))
+
+
+def own_namespace(kubeconfig: str = "") -> str:
+    """The namespace of this pod, or of the kubeconfig's current context. Raises ConfigError."""
+    return _config(kubeconfig).namespace
+
+
+def _config(kubeconfig: str) -> SingleConfig:
+    try:
+        if kubeconfig:
+            config = KubeConfig.from_file(kubeconfig)
+        elif Path(SERVICE_ACCOUNT, "token").exists():
+            config = KubeConfig.from_service_account()
+        else:
+            config = KubeConfig.from_env()
+        found = config.get()
+    except LightkubeConfigError as error:
+        raise ConfigError(f"Kubernetes: {error}") from error
+    except (OSError, yaml.YAMLError, msgspec.ValidationError, KeyError, TypeError) as error:
+        where = kubeconfig or "the kubeconfig"
+        raise ConfigError(f"Kubernetes: cannot read {where}: {str(error).splitlines()[0]}") from error
+    if found is None or found.user is None:
+        raise ConfigError("Kubernetes: the kubeconfig has no current context with a cluster and a user")
+    return found
+
+
+class HttpsApi:
+    """One API server."""
+
+    def __init__(self, config: SingleConfig) -> None:
+        """Connects to nothing yet. Raises ConfigError when certificates cannot be read."""
+        limits = ConnectionParams(timeout=httpx2.Timeout(CALL_S))
+        try:
+            self._http: httpx2.AsyncClient = AsyncClient(config, limits)
+        except (LightkubeConfigError, OSError, ValueError) as error:
+            raise ConfigError(f"Kubernetes: {error}") from error
+
+    async def serves(self, kind: Kind) -> bool:
+        try:
+            found = await self._call("GET", _root(kind))
+        except ApiError as error:
+            if error.is_not_found:
+                return False
+            raise
+        return any(resource.get("name") == kind.plural for resource in found.get("resources", ()))
+
+    async def list(self, kind: Kind, namespace: str = "", labels: str = "") -> Listing:
+        items: list[Object] = []
+        query = {"limit": str(PAGE_ITEMS), "labelSelector": labels}
+        while True:
+            page = await self._call("GET", _path(kind, namespace), query)
+            # Items of a list do not say what they are; whoever gets one should not need to know from where.
+            items += (
+                {"apiVersion": kind.api_version, "kind": kind.name, **item}
+                for item in page.get("items") or ()
+            )
+            following = page["metadata"].get("continue", "")
+            if not following:
+                return Listing(items, page["metadata"].get("resourceVersion", ""))
+            query["continue"] = following
+
+    async def watch(
+        self, kind: Kind, resource_version: str, namespace: str = "", labels: str = "", timeout_s: int = 300
+    ) -> AsyncIterator[Change]:
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(timeout_s),
+            "labelSelector": labels,
+        }
+        request = self._http.build_request(
+            "GET",
+            _path(kind, namespace),
+            params=_given(query),
+            timeout=httpx2.Timeout(CALL_S, read=timeout_s + _SILENCE_S),
+        )
+        with _mapped(f"watching {kind}"):
+            response = await self._http.send(request, stream=True)
+            async with contextlib.aclosing(response):
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _error(response)
+                async for line in _lines(response):
+                    message = _decode(line)
+                    if message["type"] == "ERROR":
+                        raise _status_error(message["object"], 500)
+                    yield Change(message["type"], message["object"])
+
+    async def get(self, kind: Kind, name: str, namespace: str = "") -> Object:
+        return await self._call("GET", _path(kind, namespace, name))
+
+    async def create(self, kind: Kind, new: Object) -> Object:
+        return await self._call("POST", _path(kind, namespace_of(new)), body=new)
+
+    async def replace(self, kind: Kind, changed: Object) -> Object:
+        return await self._call("PUT", _path(kind, namespace_of(changed), name_of(changed)), body=changed)
+
+    async def apply(self, kind: Kind, wanted: Object, manager: str, *, subresource: str = "") -> Object:
+        return await self._call(
+            "PATCH",
+            _path(kind, namespace_of(wanted), name_of(wanted), subresource),
+            {"fieldManager": manager, "force": "true"},
+            wanted,
+            "application/apply-patch+yaml",
+        )
+
+    async def patch(
+        self,
+        kind: Kind,
+        name: str,
+        changes: Mapping[str, Any],
+        namespace: str = "",
+        *,
+        subresource: str = "",
+    ) -> Object:
+        path = _path(kind, namespace, name, subresource)
+        return await self._call("PATCH", path, body=changes, content_type="application/merge-patch+json")
+
+    async def delete(self, kind: Kind, name: str, namespace: str = "", *, uid: str = "") -> None:
+        options: Object = {"propagationPolicy": "Background"}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        try:
+            await self._call("DELETE", _path(kind, namespace, name), body=options)
+        except ApiError as error:
+            if not error.is_not_found:
+                raise
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] = {},
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        content = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": content_type}
+        with _mapped(f"{method} {path}"):
+            response = await self._http.request(
+                method, path, params=_given(query), content=content, headers=headers
+            )
+            if not response.is_success:
+                raise _error(response)
+            answer: Object = _decode(response.content)
+            return answer
+
+
+def _root(kind: Kind) -> str:
+    return f"/apis/{kind.api_version}" if kind.group else f"/api/{kind.version}"
+
+
+def _path(kind: Kind, namespace: str, name: str = "", subresource: str = "") -> str:
+    parts = [_root(kind)]
+    if kind.namespaced and namespace:
+        parts += ["namespaces", quote(namespace, safe="")]
+    parts += [kind.plural, quote(name, safe=""), subresource]
+    return "/".join(part for part in parts if part)
+
+
+def _given(query: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in query.items() if value}
+
+
+async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """The messages of a watch, each a line."""
+    rest = bytearray()
+    async for chunk in response.aiter_bytes():
+        rest += chunk
+        *whole, last = rest.split(b"\n")
+        rest = last
+        if len(rest) > LINE_BYTES_MAX:
+            raise ApiError(f"a message of a watch is longer than {LINE_BYTES_MAX} bytes")
+        for line in whole:
+            if line:
+                yield bytes(line)
+
+
+@contextlib.contextmanager
+def _mapped(what: str) -> Iterator[None]:
+    """Foreign errors as ApiError."""
+    try:
+        yield
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise ApiError(f"{what}: {str(error) or type(error).__name__}") from error
+    except LightkubeConfigError as error:
+        raise ApiError(f"{what}: {error}") from error
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise ApiError(f"{what}: the answer is not of a Kubernetes API server: {error}") from error
+
+
+def _error(response: httpx2.Response) -> ApiError:
+    try:
+        status = _decode(response.content)
+    except msgspec.DecodeError:
+        status = None
+    if isinstance(status, dict) and "message" in status:
+        return _status_error(status, response.status_code)
+    request = response.request
+    text = " ".join(response.text.split())[:_TEXT_MAX]
+    return ApiError(f"{request.method} {request.url.path}: {text}", response.status_code)
+
+
+def _status_error(status: Mapping[str, Any], code: int) -> ApiError:
+    message = " ".join(str(status.get("message", "")).split())
+    return ApiError(message, int(status.get("code") or code), str(status.get("reason", "")))

@@ -1,0 +1,161 @@
+"""All objects of one kind, kept as the API server has them: a list, then a watch of its changes.
+
+A watch that ends goes on from where it was; one that fails begins with a new list, and what that list no
+longer has is reported as gone. So whoever follows a reflector hears of every object's latest state, though
+not of each state in between. While the server is away, the last known objects stay.
+
+A server that says nothing at all looks like one where nothing happens. Hence a watch is ended every
+`watch_s`, by the server; one that outlives that is given up by the client.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from penstock.clock import Clock, MonotonicClock
+from penstock.kubernetes.api import Api, ApiError, Change, Kind, Object, name_of, namespace_of
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+"""Namespace and name."""
+
+OnChange = Callable[[Object | None, Object | None], None]
+"""Called with an object before and after: None before for a new one, None after for one that is gone."""
+
+
+class ReflectorSettings(msgspec.Struct, frozen=True):
+    """Times of a reflector.
+
+    watch_s: how long one watch lasts. The longest that a silent server is taken for a calm one.
+    retry_min_s, retry_max_s: pause after a failure; doubles, and is jittered.
+    """
+
+    watch_s: int = 60
+    retry_min_s: float = 0.2
+    retry_max_s: float = 10.0
+
+
+class Reflector:
+    """The objects of `kind` in `namespace` (empty: in all) that match `labels`.
+
+    Args:
+        on_change: called for each change, after `items` has it. Must not raise.
+        on_synced: called after each whole list.
+        trim: what is kept of each object; by default all but `managedFields`, which is half of it.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        kind: Kind,
+        namespace: str = "",
+        labels: str = "",
+        *,
+        on_change: OnChange = lambda before, after: None,
+        on_synced: Callable[[], None] = lambda: None,
+        trim: Callable[[Object], Object] | None = None,
+        settings: ReflectorSettings = ReflectorSettings(),  # noqa: B008 - frozen
+        clock: Clock | None = None,
+    ) -> None:
+        self.kind = kind
+        self.items: dict[Key, Object] = {}
+        self.synced = False
+        self.trouble = "not asked yet"
+        """Why `items` may be out of date; empty when it is not."""
+        self._api = api
+        self._namespace = namespace
+        self._labels = labels
+        self._on_change = on_change
+        self._on_synced = on_synced
+        self._trim = trim or without_managed_fields
+        self._settings = settings
+        self._clock = clock or MonotonicClock()
+        self._version = ""  # where a watch goes on; empty: list first
+
+    def __iter__(self) -> Iterator[Object]:
+        return iter(self.items.values())
+
+    def get(self, namespace: str, name: str) -> Object | None:
+        return self.items.get((namespace, name))
+
+    async def run(self) -> None:
+        """Follow the server until cancelled."""
+        failures = 0
+        while True:
+            try:
+                if not self._version:
+                    await self._list()
+                failures = 0
+                await self._watch()
+            except ApiError as error:
+                self._version = ""
+                failures += 1
+                # The server forgets old changes after some minutes: no more than a reason to list again.
+                if not error.is_expired:
+                    self._fail(str(error))
+                    await self._clock.sleep(self._pause_s(failures))
+
+    async def _list(self) -> None:
+        listed = await self._api.list(self.kind, self._namespace, self._labels)
+        if self.trouble and self.synced:
+            log.info("%s: the API server answers again", self.kind)
+        self.trouble = ""
+        current = {(namespace_of(item), name_of(item)): self._trim(item) for item in listed.items}
+        for key in [key for key in self.items if key not in current]:
+            self._on_change(self.items.pop(key), None)
+        for key, item in current.items():
+            self._put(key, item)
+        self._version = listed.resource_version
+        self.synced = True
+        self._on_synced()
+
+    async def _watch(self) -> None:
+        watching = self._api.watch(
+            self.kind, self._version, self._namespace, self._labels, self._settings.watch_s
+        )
+        began = time.monotonic()
+        async for change in watching:
+            self._take(change)
+        if time.monotonic() - began < 1:  # a proxy in between that ends each at once
+            await self._clock.sleep(self._settings.retry_min_s)
+
+    def _take(self, change: Change) -> None:
+        item = change.object
+        self._version = item["metadata"]["resourceVersion"]
+        if change.type == "BOOKMARK":
+            return
+        key = namespace_of(item), name_of(item)
+        if change.type != "DELETED":
+            self._put(key, self._trim(item))
+        elif key in self.items:
+            self._on_change(self.items.pop(key), None)
+
+    def _put(self, key: Key, item: Object) -> None:
+        before = self.items.get(key)
+        self.items[key] = item
+        if before is None or before["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
+            self._on_change(before, item)
+
+    def _fail(self, reason: str) -> None:
+        if not self.trouble or not self.synced:
+            meanwhile = "what is known stays" if self.synced else "nothing is known yet"
+            if self.trouble != reason:
+                log.warning("%s: the API server does not answer, %s: %s", self.kind, meanwhile, reason)
+        self.trouble = reason
+
+    def _pause_s(self, failures: int) -> float:
+        settings = self._settings
+        longest_s = min(settings.retry_min_s * 2.0 ** min(failures - 1, 16), settings.retry_max_s)
+        return longest_s * random.uniform(0.5, 1.0)
+
+
+def without_managed_fields(item: Object) -> Object:
+    """The object without the record of who set which field."""
+    item["metadata"].pop("managedFields", None)
+    return item
