@@ -1,0 +1,1 @@
+"""The operator: DynamoGraphDeployments of a cluster into the objects that run them."""

@@ -1,0 +1,142 @@
+"""What the processes of one graph need to know each other: a shared secret, and certificates (TLS, mutual).
+
+Three Secrets for each graph:
+
+    GRAPH-link-ca        the authority and its key; no pod mounts it
+    GRAPH-link-worker    the secret, a server's certificate, and whom to trust
+    GRAPH-link-frontend  the secret, a client's certificate, and whom to trust
+
+Processes read the mounted files again when they change, so nothing restarts when a certificate is renewed. An
+authority is replaced in two steps: its successor is first trusted by all, for a day, before it signs anything.
+What was lost (somebody deleted a Secret) is made again from the other two where they have it, so that processes
+that run go on understanding those that start.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from penstock.kubernetes.api import Object
+from penstock.operator.certificates import (
+    Pair,
+    bundle,
+    due_at,
+    is_due,
+    is_signed_by,
+    made_at,
+    new_authority,
+    new_certificate,
+)
+
+WORKER_HOST = "worker.penstock.internal"
+"""The name in every worker's certificate; frontends expect it instead of addresses, which change."""
+
+_ANNOUNCED = timedelta(days=1)  # kubelets bring a changed Secret into pods within two minutes
+_SECRET_BYTES = 32
+
+
+def authority_secret_name(graph: str) -> str:
+    return f"{graph}-link-ca"
+
+
+def worker_secret_name(graph: str) -> str:
+    return f"{graph}-link-worker"
+
+
+def frontend_secret_name(graph: str) -> str:
+    return f"{graph}-link-frontend"
+
+
+def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> list[Object]:
+    """The three Secrets as they should be now; equal to `current` where nothing is due.
+
+    Args:
+        current: the Secrets that there are, by name. What is missing or unreadable in them is made anew.
+    """
+    names = authority_secret_name(graph), worker_secret_name(graph), frontend_secret_name(graph)
+    own, worker, frontend = (_data(current.get(name)) for name in names)
+    shared = own.get("secret") or worker.get("secret") or frontend.get("secret")
+    shared = shared or secrets.token_hex(_SECRET_BYTES).encode()
+    authority, following = _authorities(graph, own, now)
+    known = [authority.certificate, following.certificate if following else b""]
+    known += [own.get("trusted.crt", b""), worker.get("ca.crt", b""), frontend.get("ca.crt", b"")]
+    trusted = bundle(known, now)
+    kept = {"secret": shared, "trusted.crt": trusted, "ca.crt": authority.certificate, "ca.key": authority.key}
+    if following is not None:
+        kept |= {"next.crt": following.certificate, "next.key": following.key}
+    mounted = [
+        {"secret": shared, "ca.crt": trusted}
+        | _certificate(found, authority, f"{graph} {role}", hosts, trusted, now)
+        for found, role, hosts in ((worker, "worker", [WORKER_HOST]), (frontend, "frontend", []))
+    ]
+    return [_secret(name, data) for name, data in zip(names, [kept, *mounted], strict=True)]
+
+
+def next_due_at(objects: list[Object]) -> datetime:
+    """When the next of these certificates is to be renewed."""
+    data = [_data(item) for item in objects]
+    times = [due_at(one["tls.crt"]) for one in data if "tls.crt" in one]
+    times += [due_at(one["ca.crt"]) for one in data if "ca.key" in one]
+    times += [made_at(one["next.crt"]) + _ANNOUNCED for one in data if "next.crt" in one]
+    return min(times)
+
+
+def _authorities(graph: str, data: Mapping[str, bytes], now: datetime) -> tuple[Pair, Pair | None]:
+    """The one that signs now, and its successor where one was announced."""
+    authority = _pair(data, "ca.crt", "ca.key")
+    following = _pair(data, "next.crt", "next.key")
+    if authority is None:
+        return following or new_authority(f"{graph} link", now), None
+    if following is not None and now >= made_at(following.certificate) + _ANNOUNCED:
+        return following, None
+    if following is None and is_due(authority.certificate, now):
+        following = new_authority(f"{graph} link", now)
+    return authority, following
+
+
+def _certificate(
+    data: Mapping[str, bytes], authority: Pair, name: str, hosts: list[str], trusted: bytes, now: datetime
+) -> dict[str, bytes]:
+    """A process's certificate: the one it has, unless it is to be renewed or nobody would trust it."""
+    found = _pair(data, "tls.crt", "tls.key")
+    trusts = [b"-----BEGIN" + part for part in trusted.split(b"-----BEGIN")[1:]]
+    usable = found is not None and any(is_signed_by(found.certificate, one) for one in trusts)
+    if found is None or not usable or is_due(found.certificate, now):
+        found = new_certificate(authority, name, hosts, now)
+    return {"tls.crt": found.certificate, "tls.key": found.key}
+
+
+def _pair(data: Mapping[str, bytes], certificate: str, key: str) -> Pair | None:
+    """None where it is not there, or no certificate."""
+    if not data.get(certificate) or not data.get(key):
+        return None
+    try:
+        made_at(data[certificate])
+    except ValueError:
+        return None
+    return Pair(data[certificate], data[key])
+
+
+def _data(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
+    found = {}
+    for key, value in ((secret or {}).get("data") or {}).items():
+        try:
+            found[key] = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            continue
+    return found
+
+
+def _secret(name: str, data: Mapping[str, bytes]) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "type": "Opaque",
+        "data": {key: base64.b64encode(value).decode() for key, value in sorted(data.items())},
+    }
