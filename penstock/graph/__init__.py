@@ -5,16 +5,18 @@
 """
 
 from penstock.graph.command import ServiceKind
-from penstock.graph.manifest import Manifest, parse_manifest
-from penstock.graph.model import Graph, Overrides, Service, build_graph, load_graph
+from penstock.graph.manifest import Manifest, checked_manifest, parse_manifest
+from penstock.graph.model import ClusterRules, Graph, Overrides, Service, build_graph, load_graph
 
 __all__ = [
+    "ClusterRules",
     "Graph",
     "Manifest",
     "Overrides",
     "Service",
     "ServiceKind",
     "build_graph",
+    "checked_manifest",
     "load_graph",
     "parse_manifest",
 ]

@@ -53,6 +53,7 @@ class Command(msgspec.Struct):
     ignored: dict[str, list[str]] = {}  # why: the flags and variables of which that is true
     decode_or_aggregated: bool = False  # Dynamo's name for both: the graph's other services tell
     workers_args: list[str] = []  # of a frontend: what every worker's vLLM is to be told
+    translated: bool = False  # from a command of Dynamo's
 
 
 _SHELLS = {"sh", "bash", "dash", "ash"}
@@ -175,7 +176,7 @@ def _before_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def _translated(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
-    command = Command(kind)
+    command = Command(kind, translated=True)
     is_worker = kind is ServiceKind.WORKER
     if is_worker:
         command.flags["engine"] = "vllm"

@@ -1,13 +1,14 @@
 """The DynamoGraphDeployment API, `nvidia.com/v1alpha1`, checked into structs.
 
-Typed are the fields that mean something to a process. Those that only mean something to a cluster are known
-by name (`ACCEPTED`), so that a user's manifest works and a typing error in it is still found.
+Typed are the fields that mean something to a process, and those that the operator turns into objects of
+its own. Parts that reach a cluster as they stand (probes, most of a PodSpec) are plain objects, or only
+known by name (`ACCEPTED`), so that a user's manifest works and a typing error in it is still found.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from penstock.checked import converted, problems, shown
 from penstock.errors import ConfigError
 
 ComponentType = Literal["main", "frontend", "worker", "prefill", "decode", "planner", "epp"]
+Quantity = str | int  # an amount in Kubernetes' notation: 8Gi, or bytes
 
 API_VERSION = "nvidia.com/v1alpha1"
 KIND = "DynamoGraphDeployment"
@@ -56,8 +58,9 @@ class Amounts(_Manifest, frozen=True):
     cpu: str | None = None
     memory: str | None = None
     gpu: str | None = None
-
-    ACCEPTED: ClassVar[frozenset[str]] = _names("custom gpuType nodes")
+    gpu_type: str | None = None  # the resource that `gpu` counts; nvidia.com/gpu when unset
+    custom: dict[str, str] = {}  # other resources by name, e.g. rdma/ib
+    nodes: str | None = None  # of 0.4.0, which had no `multinode`
 
 
 class Resources(_Manifest, frozen=True):
@@ -65,8 +68,7 @@ class Resources(_Manifest, frozen=True):
 
     requests: Amounts | None = None
     limits: Amounts | None = None
-
-    ACCEPTED: ClassVar[frozenset[str]] = _names("claims")
+    claims: tuple[dict[str, Any], ...] = ()
 
 
 class Container(_Manifest, frozen=True):
@@ -77,9 +79,10 @@ class Container(_Manifest, frozen=True):
     command: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     env: tuple[Env, ...] = ()
+    env_from: tuple[dict[str, Any], ...] = ()
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "envFrom imagePullPolicy lifecycle livenessProbe name ports readinessProbe resizePolicy resources"
+        "imagePullPolicy lifecycle livenessProbe name ports readinessProbe resizePolicy resources"
         " restartPolicy securityContext startupProbe stdin stdinOnce terminationMessagePath"
         " terminationMessagePolicy tty volumeDevices volumeMounts"
     )
@@ -101,6 +104,83 @@ class PodSpec(_Manifest, frozen=True):
     )
 
 
+class PodMetadata(_Manifest, frozen=True):
+    """Labels and annotations of a service's pods alone."""
+
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class Multinode(_Manifest, frozen=True):
+    """One worker that spans several nodes."""
+
+    node_count: Annotated[int, Meta(ge=2)]
+
+
+class SharedMemory(_Manifest, frozen=True):
+    """The memory at /dev/shm."""
+
+    disabled: bool = False
+    size: Quantity | None = None
+
+
+class Claim(_Manifest, frozen=True):
+    """A PersistentVolumeClaim, to be made or there already. `mount_point` is of 0.4, where each service had
+    its own; since then services name it in `volumeMounts`."""
+
+    name: str
+    create: bool = False
+    storage_class: str | None = None
+    size: Quantity | None = None
+    volume_access_mode: (
+        Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"] | None
+    ) = None
+    mount_point: str | None = None
+
+
+class ClaimMount(_Manifest, frozen=True):
+    """Where a service sees a claim."""
+
+    name: str
+    mount_point: str | None = None
+    use_as_compilation_cache: bool = False
+
+
+class IngressTls(_Manifest, frozen=True):
+    """The Secret with an ingress's certificate."""
+
+    secret_name: str | None = None
+
+
+class IngressSpec(_Manifest, frozen=True):
+    """How a frontend is reached from outside of the cluster."""
+
+    enabled: bool = False
+    host: str | None = None
+    host_prefix: str | None = None
+    host_suffix: str | None = None
+    annotations: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    tls: IngressTls | None = None
+    ingress_controller_class_name: str | None = None
+    use_virtual_service: bool = False
+    virtual_service_gateway: str | None = None
+
+
+class ScalingAdapter(_Manifest, frozen=True):
+    """Whether a DynamoGraphDeploymentScalingAdapter owns the number of replicas."""
+
+    enabled: bool = False
+
+
+class Restart(_Manifest, frozen=True):
+    """A new `id` restarts all services."""
+
+    id: str
+
+    ACCEPTED: ClassVar[frozenset[str]] = _names("strategy")
+
+
 class ServiceSpec(_Manifest, frozen=True):
     """One service: replicas of one container."""
 
@@ -112,11 +192,22 @@ class ServiceSpec(_Manifest, frozen=True):
     env_from_secret: str | None = None
     extra_pod_spec: PodSpec | None = None
     frontend_sidecar: Any = None
+    annotations: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    extra_pod_metadata: PodMetadata | None = None
+    liveness_probe: dict[str, Any] | None = None
+    readiness_probe: dict[str, Any] | None = None
+    multinode: Multinode | None = None
+    shared_memory: SharedMemory | None = None
+    pvc: Claim | None = None
+    pvcs: tuple[Claim, ...] = ()
+    volume_mounts: tuple[ClaimMount, ...] = ()
+    ingress: IngressSpec | None = None
+    scaling_adapter: ScalingAdapter | None = None
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "annotations autoscaling checkpoint eppConfig extraPodMetadata"
-        " globalDynamoNamespace ingress labels livenessProbe modelRef multinode pvc pvcs readinessProbe"
-        " scalingAdapter serviceName sharedMemory subComponentType topologyConstraint volumeMounts"
+        "autoscaling checkpoint eppConfig globalDynamoNamespace modelRef serviceName subComponentType"
+        " topologyConstraint"
     )
 
 
@@ -126,10 +217,13 @@ class Spec(_Manifest, frozen=True):
     services: dict[str, ServiceSpec]
     envs: tuple[Env, ...] = ()
     backend_framework: Literal["vllm", "sglang", "trtllm"] | None = None
+    annotations: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    pvcs: tuple[Claim, ...] = ()
+    restart: Restart | None = None
+    priority_class_name: str | None = None
 
-    ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "annotations dynamoGraph experimental labels priorityClassName pvcs restart topologyConstraint"
-    )
+    ACCEPTED: ClassVar[frozenset[str]] = _names("dynamoGraph experimental topologyConstraint")
 
 
 class Metadata(_Manifest, frozen=True):
@@ -137,10 +231,11 @@ class Metadata(_Manifest, frozen=True):
 
     name: str
     namespace: str | None = None
+    annotations: dict[str, str] = {}
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "annotations creationTimestamp deletionTimestamp finalizers generateName generation labels"
-        " managedFields ownerReferences resourceVersion selfLink uid"
+        "creationTimestamp deletionGracePeriodSeconds deletionTimestamp finalizers generateName generation"
+        " labels managedFields ownerReferences resourceVersion selfLink uid"
     )
 
 
@@ -178,10 +273,27 @@ def parse_manifest(text: str, source: str) -> Manifest:
         raise ConfigError(
             f"{source}: apiVersion: {version} is not read by this version, only {API_VERSION}"
         )
-    wrong = list(_manifest_problems(graphs[0]))
+    return checked_manifest(graphs[0], source)
+
+
+def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
+    """A DynamoGraphDeployment, as it stands in a file or comes from a cluster, as a struct.
+
+    Args:
+        source: the file's name, for messages; empty: none.
+
+    Raises:
+        ConfigError: one line for each wrong field, `source: path: expected ..., got ...`.
+    """
+    wrong = list(_manifest_problems(document))
     if wrong:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in wrong))
-    return converted(graphs[0], Manifest)
+        raise ConfigError(in_source(wrong, source))
+    return converted(document, Manifest)
+
+
+def in_source(lines: Iterable[str], source: str) -> str:
+    """Lines of a message, each with the file that it is about in front."""
+    return "\n".join(f"{source}: {line}" if source else line for line in lines)
 
 
 class _Loader(yaml.SafeLoader):
@@ -236,7 +348,7 @@ def _objects(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
             yield document
 
 
-def _manifest_problems(document: dict[str, Any]) -> Iterator[str]:
+def _manifest_problems(document: Mapping[str, Any]) -> Iterator[str]:
     version = document.get("apiVersion")
     if version != API_VERSION:
         yield f"apiVersion: expected {API_VERSION}, got {shown(version)}"

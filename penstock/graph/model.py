@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,16 @@ from penstock.graph.command import (
     parse_command,
     unresolved_reference,
 )
-from penstock.graph.manifest import Container, Env, Manifest, ServiceSpec, Spec, parse_manifest
+from penstock.graph.held import held, names_used, shown_held
+from penstock.graph.manifest import (
+    Container,
+    Env,
+    Manifest,
+    ServiceSpec,
+    Spec,
+    in_source,
+    parse_manifest,
+)
 from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
@@ -37,6 +46,7 @@ class Service(msgspec.Struct, frozen=True):
     engine_args: tuple[str, ...]
     env: dict[str, str]
     gpus: int  # per replica
+    translated: bool = False  # its command was Dynamo's
 
     @property
     def label(self) -> str:
@@ -66,10 +76,20 @@ class Graph(msgspec.Struct, frozen=True):
 
 
 class Overrides(msgspec.Struct, frozen=True):
-    """What a command line changes in every worker of a graph. Empty: as the manifest says."""
+    """What a command line or an annotation changes in workers. Empty: as the manifest says."""
 
     engine: str = ""
     model: str = ""
+
+
+class ClusterRules(msgspec.Struct, frozen=True):
+    """What is different where a cluster runs the graph."""
+
+    variables: tuple[str, ...] = ()
+    """Set in each pod by the cluster, besides those that a manifest takes from Secrets and the like."""
+
+    overrides: Mapping[str, Overrides] = {}
+    """Of single services, before those of the graph."""
 
 
 def load_graph(path: Path, overrides: Overrides = Overrides()) -> Graph:  # noqa: B008 - frozen
@@ -94,27 +114,37 @@ def load_graph(path: Path, overrides: Overrides = Overrides()) -> Graph:  # noqa
     return msgspec.structs.replace(graph, services=services)
 
 
-def build_graph(manifest: Manifest, overrides: Overrides, source: str = "manifest") -> Graph:
+def build_graph(
+    manifest: Manifest,
+    overrides: Overrides,
+    source: str = "manifest",
+    cluster: ClusterRules | None = None,
+) -> Graph:
     """The graph of a checked manifest.
+
+    Args:
+        cluster: None where no cluster runs it. With one, variables that it sets are held open (held.py),
+            and a model is served under the name that the manifest gives it, as Dynamo does.
 
     Raises:
         ConfigError: one line for each thing that is wrong, `source: path: reason`.
     """
-    builder = _Builder(manifest.spec, overrides)
+    builder = _Builder(manifest.spec, overrides, cluster)
     services = builder.services()
     namespace = builder.namespace()
     if builder.wrong:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in builder.wrong))
+        raise ConfigError(in_source(map(shown_held, builder.wrong), source))
     name = manifest.metadata.name
-    return Graph(name, namespace or name, services, tuple(builder.notes))
+    return Graph(name, namespace or name, services, tuple(map(shown_held, builder.notes)))
 
 
 class _Builder:
     """Reads all services, collecting everything that is wrong instead of stopping at the first."""
 
-    def __init__(self, spec: Spec, overrides: Overrides) -> None:
+    def __init__(self, spec: Spec, overrides: Overrides, cluster: ClusterRules | None) -> None:
         self._spec = spec
         self._overrides = overrides
+        self._cluster = cluster
         self.wrong: list[str] = []
         self.notes: list[str] = []
 
@@ -164,6 +194,8 @@ class _Builder:
         env = self._environment(name, (*self._spec.envs, *spec.envs, *container.env))
         is_frontend = spec.component_type in _FRONTEND_TYPES
         argv = [*container.command, *container.args]
+        if self._cluster is not None and (spec.env_from_secret or container.env_from):
+            env |= {used: held(used) for used in names_used(argv, env)}  # some of them may come from there
         if not argv and is_frontend:
             argv = list(_DEFAULT_FRONTEND)
         command = parse_command(argv, env)
@@ -175,15 +207,18 @@ class _Builder:
 
     def _environment(self, name: str, entries: Iterable[Env]) -> dict[str, str]:
         """Later entries win, and may refer to earlier ones as `$(NAME)`."""
-        env: dict[str, str] = {}
+        env = {variable: held(variable) for variable in self._cluster.variables} if self._cluster else {}
         for entry in entries:
-            if entry.value_from is not None:
+            if entry.value_from is not None and self._cluster is not None:
+                env[entry.name] = held(entry.name)
+            elif entry.value_from is not None:
                 self.notes.append(
                     f"{name}: {entry.name} is set by the cluster; set it yourself if it is needed"
                 )
             elif entry.value is not None:
                 value = expand_references(entry.value, env)
-                if left := unresolved_reference(value):
+                left = unresolved_reference(value)
+                if left and self._cluster is None:
                     self.notes.append(f"{name}: {entry.name} is left out, for {left} is not set here")
                 else:
                     env[entry.name] = value
@@ -209,16 +244,22 @@ class _Builder:
             engine_args=tuple(command.engine_args),
             env=command.env,
             gpus=_gpus(spec),
+            translated=command.translated,
         )
 
     def _override(self, name: str, command: Command) -> None:
-        if self._overrides.engine:
-            command.flags["engine"] = self._overrides.engine
-            if command.engine_args and self._overrides.engine != "vllm":
+        own = self._cluster.overrides.get(name) if self._cluster else None
+        engine = (own and own.engine) or self._overrides.engine
+        model = (own and own.model) or self._overrides.model
+        if self._cluster is not None and command.flags.get("model"):
+            command.flags.setdefault("served-model-name", _model_name(command.flags["model"]))
+        if engine:
+            command.flags["engine"] = engine
+            if command.engine_args and engine != "vllm":
                 self.notes.append(f"{name}: {' '.join(command.engine_args)} is for vLLM and is ignored")
                 command.engine_args = []
-        if self._overrides.model:
-            command.flags["model"] = self._overrides.model
+        if model:
+            command.flags["model"] = model
 
     @contextmanager
     def _noting(self, name: str) -> Iterator[None]:
@@ -231,6 +272,11 @@ class _Builder:
 def _container(spec: ServiceSpec) -> Container:
     pod = spec.extra_pod_spec
     return pod.main_container if pod and pod.main_container else Container()
+
+
+def _model_name(model: str) -> str:
+    """What clients call a model when the manifest does not say: its name, or its folder's."""
+    return Path(model).name if model.startswith(("/", ".")) else model
 
 
 def _gpus(spec: ServiceSpec) -> int:
