@@ -1,0 +1,79 @@
+"""What a replica requests of its node, and its limits."""
+
+from __future__ import annotations
+
+from penstock.graph.manifest import Amounts
+from penstock.operator.plan import ServicePlan
+from penstock.operator.settings import Object
+
+_GPU = "nvidia.com/gpu"
+_PLAIN = ("cpu", "memory")
+
+_LEAST = {"cpu": "100m", "memory": "256Mi"}
+"""Requested where a manifest says nothing, so that the scheduler counts the pod at all. No limits are made
+up: the manifest API's own, half a core and 1 GiB, would slow every frontend and kill every engine."""
+
+
+def resources(plan: ServicePlan) -> Object:
+    """The manifest's amounts. They are dropped where an annotation replaced the engine they are for."""
+    given = plan.spec.resources
+    if given is None or plan.engine_replaced:
+        return {"requests": dict(_LEAST)}
+    requests = _amounts(plan, given.requests)
+    limits = _amounts(plan, given.limits)
+    # Devices cannot be overcommitted: the API wants the same number in both.
+    for name, amount in requests.items():
+        if name not in _PLAIN:
+            limits.setdefault(name, amount)
+    found: Object = {}
+    if requests:
+        found["requests"] = requests
+    if limits:
+        found["limits"] = limits
+    if given.claims:
+        found["claims"] = list(given.claims)
+    return found or {"requests": dict(_LEAST)}
+
+
+def own_resources(plan: ServicePlan) -> Object:
+    """Amounts that the manifest's container has besides: also for the engine that it names."""
+    if plan.engine_replaced:
+        return {}
+    return {
+        kind: {name: amount for name, amount in amounts.items() if plan.needs_gpu_stack or name != _GPU}
+        if isinstance(amounts, dict)
+        else amounts
+        for kind, amounts in (plan.container.get("resources") or {}).items()
+    }
+
+
+def spared_amounts(plan: ServicePlan) -> list[str]:
+    """Names of the amounts that the manifest has and the pod does not request."""
+    given = plan.spec.resources
+    if given is None:
+        return []
+    stated = [
+        name
+        for amounts in (given.requests, given.limits)
+        if amounts is not None
+        for name in _stated(amounts)
+    ]
+    kept = resources(plan)
+    requested = {*kept.get("requests", {}), *kept.get("limits", {})} if not plan.engine_replaced else set()
+    return [name for name in dict.fromkeys(stated) if name not in requested]
+
+
+def _amounts(plan: ServicePlan, amounts: Amounts | None) -> dict[str, str]:
+    if amounts is None:
+        return {}
+    stated = _stated(amounts)
+    if not plan.needs_gpu_stack:
+        stated.pop(amounts.gpu_type or _GPU, None)
+    return stated
+
+
+def _stated(amounts: Amounts) -> dict[str, str]:
+    stated = {name: getattr(amounts, name) for name in _PLAIN if getattr(amounts, name) is not None}
+    if amounts.gpu is not None and amounts.gpu != "0":
+        stated[amounts.gpu_type or _GPU] = amounts.gpu
+    return stated | amounts.custom
