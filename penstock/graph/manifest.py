@@ -1,4 +1,5 @@
-"""The DynamoGraphDeployment API, `nvidia.com/v1alpha1`, checked into structs.
+"""The DynamoGraphDeployment API, `nvidia.com/v1alpha1`, checked into structs. Manifests of
+`nvidia.com/v1beta1` are turned into this version first.
 
 Typed are the fields that mean something to a process, and those that the operator turns into objects of
 its own. Parts that reach a cluster as they stand (probes, most of a PodSpec) are plain objects, or only
@@ -15,15 +16,17 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from penstock.checked import converted, problems, shown
+from penstock.checked import converted, problems, shown, without_nulls
 from penstock.errors import ConfigError
+from penstock.graph.v1beta1 import API_VERSION as V1BETA1
+from penstock.graph.v1beta1 import v1beta1_problems
+from penstock.graph.versions import in_words_of, to_v1alpha1
 
 ComponentType = Literal["main", "frontend", "worker", "prefill", "decode", "planner", "epp"]
 Quantity = str | int  # an amount in Kubernetes' notation: 8Gi, or bytes
 
 API_VERSION = "nvidia.com/v1alpha1"
 KIND = "DynamoGraphDeployment"
-_OTHER_VERSIONS = ("nvidia.com/v1beta1",)
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
@@ -242,7 +245,7 @@ class Metadata(_Manifest, frozen=True):
 class Manifest(_Manifest, frozen=True):
     """A DynamoGraphDeployment."""
 
-    api_version: str
+    api_version: str  # as it was written: messages about the manifest use that version's words
     kind: str
     metadata: Metadata
     spec: Spec
@@ -268,11 +271,6 @@ def parse_manifest(text: str, source: str) -> Manifest:
         )
         beside = f"; there is {', '.join(others)}" if others else ""
         raise ConfigError(f"{source}: expected one {KIND}, found {len(graphs) or 'none'}{beside}")
-    version = graphs[0].get("apiVersion")
-    if version in _OTHER_VERSIONS:
-        raise ConfigError(
-            f"{source}: apiVersion: {version} is not read by this version, only {API_VERSION}"
-        )
     return checked_manifest(graphs[0], source)
 
 
@@ -285,10 +283,16 @@ def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
     Raises:
         ConfigError: one line for each wrong field, `source: path: expected ..., got ...`.
     """
-    wrong = list(_manifest_problems(document))
+    graph = without_nulls(document)
+    written = graph.get("apiVersion")
+    wrong = list(v1beta1_problems(graph)) if written == V1BETA1 else []
+    if written == V1BETA1 and not wrong:
+        graph = to_v1alpha1(graph)
+    wrong = wrong or [in_words_of(written, line) for line in _manifest_problems(graph)]
     if wrong:
         raise ConfigError(in_source(wrong, source))
-    return converted(document, Manifest)
+    manifest = converted(graph, Manifest)
+    return msgspec.structs.replace(manifest, api_version=written)
 
 
 def in_source(lines: Iterable[str], source: str) -> str:
@@ -351,7 +355,7 @@ def _objects(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
 def _manifest_problems(document: Mapping[str, Any]) -> Iterator[str]:
     version = document.get("apiVersion")
     if version != API_VERSION:
-        yield f"apiVersion: expected {API_VERSION}, got {shown(version)}"
+        yield f"apiVersion: expected {API_VERSION} or {V1BETA1}, got {shown(version)}"
     wrong = list(problems(document, Manifest, ""))
     if wrong:
         yield from (line.removeprefix(".") for line in wrong)

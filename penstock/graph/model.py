@@ -28,6 +28,7 @@ from penstock.graph.manifest import (
     in_source,
     parse_manifest,
 )
+from penstock.graph.versions import in_words_of
 from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
@@ -133,7 +134,8 @@ def build_graph(
     services = builder.services()
     namespace = builder.namespace()
     if builder.wrong:
-        raise ConfigError(in_source(map(shown_held, builder.wrong), source))
+        wrong = [in_words_of(manifest.api_version, shown_held(line)) for line in builder.wrong]
+        raise ConfigError(in_source(wrong, source))
     name = manifest.metadata.name
     return Graph(name, namespace or name, services, tuple(map(shown_held, builder.notes)))
 

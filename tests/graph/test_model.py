@@ -230,11 +230,11 @@ def test_what_cannot_run_is_named(services: str, error: str) -> None:
         ("\x00", "not YAML: unacceptable character #x0000: special characters are not allowed"),
         (
             small(FRONTEND).replace("v1alpha1", "v1beta1"),
-            "apiVersion: nvidia.com/v1beta1 is not read by this version, only nvidia.com/v1alpha1",
+            "spec.services: unknown field",
         ),
         (
             small(FRONTEND).replace("v1alpha1", "v2"),
-            'apiVersion: expected nvidia.com/v1alpha1, got "nvidia.com/v2"',
+            'apiVersion: expected nvidia.com/v1alpha1 or nvidia.com/v1beta1, got "nvidia.com/v2"',
         ),
         (small(FRONTEND).replace("name: small", "name: Small_"), "metadata.name: expected at most 45 of"),
         (
