@@ -2,9 +2,9 @@
 
 An object that goes from version X to version Y is translated. Where that loses something, the part of X
 that lost it travels with Y in an annotation. On the way back, Y is compared with what it was when it was
-translated. If nothing changed, the original returns as it was. If something did, just that is changed in the
-original. A change never loses against what was carried: if it does not show in the result, the original is
-dropped.
+translated. If nothing changed, the original returns as it was. If something did, just that is changed in
+the original. A change never loses against what was carried: if it does not show in the result, the original
+is dropped.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ unchanged:
 
     python3 -m dynamo.frontend --http-port 8000           frontend --http-port 8000
     python3 -m dynamo.vllm --model M --is-prefill-worker  worker --engine vllm --model M --role prefill
+    python3 -m dynamo.mocker --model-path M               worker --engine sim --model M
 
 Flags of `dynamo.vllm` that are in no table go to vLLM as they are; it refuses what it does not know.
 """
@@ -22,12 +23,11 @@ import msgspec
 from penstock.checked import suggestion
 from penstock.errors import ConfigError
 from penstock.graph.dynamo import (
-    FRONTEND_FLAGS,
     NO_MEANING,
+    PROGRAMS,
     READ_VARIABLES,
     ROLE_FLAGS,
     ROLES,
-    WORKER_FLAGS,
     Meaning,
     flags_from,
     meaning_of,
@@ -138,13 +138,11 @@ def _parse_words(words: Sequence[str], env: Mapping[str, str]) -> Command:
             name, rest = rest[1], rest[2:]
     if name == "penstock" and rest[:1] in (["frontend"], ["worker"]):
         return _own_command(ServiceKind(rest[0]), rest[1:], env)
-    if name == "dynamo.frontend":
-        return _translated(ServiceKind.FRONTEND, rest, env)
-    if name == "dynamo.vllm":
-        return _translated(ServiceKind.WORKER, rest, env)
+    if name in PROGRAMS:
+        return _translated(name, rest, env)
     raise ConfigError(
         f"cannot run {' '.join(words) or 'nothing'!r}: expected penstock frontend, penstock worker,"
-        " python3 -m dynamo.frontend or python3 -m dynamo.vllm"
+        f" or python3 -m {', '.join([*PROGRAMS][:-1])} or {[*PROGRAMS][-1]}"
     )
 
 
@@ -175,33 +173,35 @@ def _before_dashes(arguments: Sequence[str]) -> list[str]:
     return list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
 
 
-def _translated(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
-    command = Command(kind, translated=True)
-    is_worker = kind is ServiceKind.WORKER
+def _translated(name: str, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
+    """One of Dynamo's programs."""
+    program = PROGRAMS[name]
+    is_worker = bool(program.engine)
+    command = Command(ServiceKind.WORKER if is_worker else ServiceKind.FRONTEND, translated=True)
     if is_worker:
-        command.flags["engine"] = "vllm"
-    table = WORKER_FLAGS if is_worker else FRONTEND_FLAGS
+        command.flags["engine"] = program.engine
+    table = program.flags
     given = _flags(arguments)
-    names = {name.removeprefix("no-") for name, _ in given}
+    names = {flag.removeprefix("no-") for flag, _ in given}
     from_env = flags_from(table, env)
     flags = [  # a flag's value comes later than its variable's, and so wins
         *(
-            (variable, name, values)
-            for name, (variable, values) in from_env.items()
-            if name.removeprefix("no-") not in names
+            (variable, flag, values)
+            for flag, (variable, values) in from_env.items()
+            if flag.removeprefix("no-") not in names
         ),
-        *((_dashed(name), name, values) for name, values in given),
+        *((_dashed(flag), flag, values) for flag, values in given),
     ]
-    for source, name, values in flags:
-        if is_worker and (told := _role_of(source, name, values)):
+    for source, flag, values in flags:
+        if is_worker and (told := _role_of(source, flag, values)):
             command.flags["role"] = told
-        elif known := meaning_of(table, name):
+        elif known := meaning_of(table, flag):
             _translate(command, source, known, values)
-        elif is_worker and not name.startswith("dyn-"):
-            command.engine_args += [_dashed(name), *values]
+        elif program.hands_on and not flag.startswith("dyn-"):
+            command.engine_args += [_dashed(flag), *values]
         else:
             hint = suggestion(source, map(_dashed, table))
-            raise ConfigError(f"{source}: unknown flag of dynamo.{'vllm' if is_worker else kind}{hint}")
+            raise ConfigError(f"{source}: unknown flag of {name}{hint}")
     command.decode_or_aggregated = is_worker and "role" not in command.flags
     _ignore_other_variables(command, env, {variable for variable, _ in from_env.values()})
     return command
@@ -230,6 +230,9 @@ def _set(command: Command, source: str, ours: str, value: str) -> None:
     """vLLM takes `32k` and `auto` for numbers, and several names for one model."""
     if ours == "served-model-name" and re.search(r"[\s,]", value):
         raise ConfigError(f"{source}: a model is served under one name, got {value!r}")
+    if ours == "sim-speedup" and _is_zero(value):  # Dynamo's word for no waiting at all
+        command.flags["sim-cost-model"] = "zero"
+        return
     if ours in ("max-model-len", "max-batch-tokens", "max-running"):
         if value in ("auto", "-1"):
             command.engine_args += [source, value]
@@ -277,6 +280,10 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             raise ConfigError(f"expected a flag, got {word!r}")
     return found
+
+
+def _is_zero(word: str) -> bool:
+    return re.fullmatch(r"0+(\.0*)?", word) is not None
 
 
 def _is_number(word: str) -> bool:

@@ -344,6 +344,55 @@ WORKER_FLAGS = _table(
     }
 )
 
+MOCKER_FLAGS = {
+    "block-size": Meaning(ours="block-size"),
+    "max-model-len": Meaning(ours="max-model-len"),
+    "max-num-batched-tokens": Meaning(ours="max-batch-tokens"),
+    "max-num-seqs": Meaning(ours="max-running"),
+    "model-name": Meaning(ours="served-model-name"),
+    "model-path": Meaning(ours="model"),
+    "speedup-ratio": Meaning(ours="sim-speedup"),
+    "disaggregation-mode": Meaning(ours="role"),
+    **_table({**_WIRING, **_ROUTING, "router-mode": WORKER_FLAGS["router-mode"]}),
+    **_PREDICTIONS,
+    **_ignored("num-workers stagger-delay", "a replica is one worker; replicas sets how many there are"),
+    **_ignored("data-parallel-size", "a simulated worker is one engine"),
+    **_ignored("extra-engine-args", "the file is Dynamo's"),
+    **_ignored("planner-profile-data", "--sim-cost-model of a penstock worker names measured steps"),
+    **_ignored("num-gpu-blocks-override", "--kv-cache-mib of a penstock worker says how much KV it has"),
+    **_ignored(
+        """
+            bootstrap-ports decode-speedup-ratio engine-type free-gpu-memory-fraction gpu-memory-
+            utilization host-offload-d2h-bandwidth-gbps host-offload-h2d-bandwidth-gbps kv-bytes-per-token
+            kv-cache-dtype kv-transfer-bandwidth kv-transfer-timing-mode mem-fraction-static num-host-
+            blocks preemption-mode sglang-chunked-prefill-size sglang-clip-max-new-tokens sglang-max-
+            prefill-tokens sglang-page-size sglang-schedule-conservativeness sglang-schedule-policy
+            startup-time trtllm-capacity-scheduler-policy watermark zmq-kv-events-ports zmq-replay-ports
+            """
+    ),
+    **_ignored("aic-perf-model ais-perf-model enable-chunked-prefill enable-prefix-caching", switch=True),
+    **_refused("reasoning", "simulated answers have no reasoning"),
+    **_refused("response-replay-trace-path", "simulated answers are not read from a file"),
+    **_refused("sglang-generate", "only chat and completions are served", switch=True),
+    **_refused("version", "it asks for Dynamo's version"),
+}
+"""None of the mocker's own flags has a variable."""
+
+
+class Program(msgspec.Struct, frozen=True):
+    """One of Dynamo's programs that Penstock stands in for."""
+
+    flags: Mapping[str, Meaning]
+    engine: str = ""  # that its workers run; empty: it is a frontend
+    hands_on: bool = False  # a flag that Dynamo does not have is the engine's own
+
+
+PROGRAMS = {
+    "dynamo.frontend": Program(FRONTEND_FLAGS),
+    "dynamo.mocker": Program(MOCKER_FLAGS, engine="sim"),
+    "dynamo.vllm": Program(WORKER_FLAGS, engine="vllm", hands_on=True),
+}
+
 
 def meaning_of(table: Mapping[str, Meaning], name: str) -> tuple[Meaning, bool] | None:
     """What a flag becomes, and whether it is the opposite of a switch. None: Dynamo has no such flag."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
 from penstock.graph.command import Command, ServiceKind, parse_command
-from penstock.graph.dynamo import FRONTEND_FLAGS, WORKER_FLAGS, meaning_of
+from penstock.graph.dynamo import FRONTEND_FLAGS, MOCKER_FLAGS, WORKER_FLAGS, meaning_of
 
 
 def shell(script: str, env: dict[str, str] | None = None, program: str = "/bin/sh") -> Command:
@@ -235,8 +235,43 @@ def test_numbers_may_be_written_as_vllm_reads_them() -> None:
     assert parse_command([*VLLM, "--max-model-len", "auto"], {}).engine_args == ["--max-model-len", "auto"]
 
 
+MOCKER = ["python3", "-m", "dynamo.mocker", "--model-path", "Qwen/Qwen3-0.6B"]
+
+
+def test_dynamos_mocker_is_the_sim_engine() -> None:
+    flags = ["--model-name", "qwen", "--speedup-ratio", "10", "--block-size", "16", "--is-prefill-worker"]
+    command = parse_command([*MOCKER, *flags], {"DYN_MODEL_PATH": "not a flag of the mocker's"})
+    assert command.kind is ServiceKind.WORKER
+    assert command.flags == {
+        "engine": "sim",
+        "model": "Qwen/Qwen3-0.6B",
+        "served-model-name": "qwen",
+        "sim-speedup": "10",
+        "block-size": "16",
+        "role": "prefill",
+    }
+    assert command.engine_args == []
+    assert parse_command(MOCKER, {}).decode_or_aggregated
+    assert parse_command([*MOCKER, "--speedup-ratio", "0.0"], {}).flags["sim-cost-model"] == "zero"
+
+
+def test_what_tunes_the_mocker_is_ignored_and_what_changes_answers_is_refused() -> None:
+    tuning = ["--num-workers", "4", "--num-gpu-blocks-override=8192", "--no-enable-prefix-caching"]
+    ignored = parse_command([*MOCKER, *tuning], {}).ignored
+    assert ignored["a replica is one worker; replicas sets how many there are"] == ["--num-workers"]
+    assert sorted(flag for flags in ignored.values() for flag in flags) == [
+        "--no-enable-prefix-caching",
+        "--num-gpu-blocks-override",
+        "--num-workers",
+    ]
+    with pytest.raises(ConfigError, match=r"^--reasoning: simulated answers have no reasoning$"):
+        parse_command([*MOCKER, "--reasoning", "{}"], {})
+    with pytest.raises(ConfigError, match=r"^--speedup: unknown flag of dynamo.mocker"):
+        parse_command([*MOCKER, "--speedup", "2"], {})
+
+
 def test_every_flag_of_dynamos_has_one_meaning() -> None:
-    for table in (FRONTEND_FLAGS, WORKER_FLAGS):
+    for table in (FRONTEND_FLAGS, MOCKER_FLAGS, WORKER_FLAGS):
         for name, meaning in table.items():
             fates = [meaning.ours, meaning.engine, meaning.ignored, meaning.refused]
             assert len([fate for fate in fates if fate]) == 1, name

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
-from penstock.graph.versions import ORIGINALS, V1ALPHA1, V1BETA1, to_v1alpha1, to_v1beta1
+from penstock.graph.v1beta1 import API_VERSION as V1BETA1
+from penstock.graph.versions import ORIGINALS, V1ALPHA1, to_v1alpha1, to_v1beta1
 
 NAMES = st.sampled_from(["Frontend", "Prefill", "decode", "a", "Z9"])
 WORDS = st.sampled_from(["x", "y/z", "8Gi", "0", "true"])
