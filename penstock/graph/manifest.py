@@ -30,8 +30,8 @@ KIND = "DynamoGraphDeployment"
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
-_NAME_CHARS_MAX = 45  # Kubernetes gives 63 to a pod's labels; the service's name and a suffix join this one
-_SERVICES_MAX = 25  # as in the API's next version
+NAME_CHARS_MAX = 45  # Kubernetes gives 63 to a pod's labels; the service's name and a suffix join this one
+SERVICES_MAX = 25  # as in the API's next version
 _FILE_BYTES_MAX = 1024 * 1024
 _DEPTH_MAX = 64  # of lists and objects within each other; manifests have a dozen
 _VALUES_MAX = 50_000  # 25 services with hundreds of values each have a tenth
@@ -361,13 +361,13 @@ def _manifest_problems(document: Mapping[str, Any]) -> Iterator[str]:
         yield from (line.removeprefix(".") for line in wrong)
         return
     name, services = document["metadata"]["name"], document["spec"]["services"]
-    if not _NAME.fullmatch(name) or len(name) > _NAME_CHARS_MAX:
+    if not _NAME.fullmatch(name) or len(name) > NAME_CHARS_MAX:
         yield (
-            f"metadata.name: expected at most {_NAME_CHARS_MAX} of a-z, 0-9 and -, starting and ending with"
+            f"metadata.name: expected at most {NAME_CHARS_MAX} of a-z, 0-9 and -, starting and ending with"
             f" a letter or digit, got {shown(name)}"
         )
-    if not 1 <= len(services) <= _SERVICES_MAX:
-        yield f"spec.services: expected 1 to {_SERVICES_MAX} services, got {len(services)}"
+    if not 1 <= len(services) <= SERVICES_MAX:
+        yield f"spec.services: expected 1 to {SERVICES_MAX} services, got {len(services)}"
     for service in services:
         if not _SERVICE_NAME.fullmatch(service):
             yield f"spec.services: expected a name of letters, digits and -, got {shown(service)}"

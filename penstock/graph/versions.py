@@ -323,6 +323,8 @@ def component_to_service(component: Object) -> Object:
         service["componentType"] = "worker" if kind in ("prefill", "decode") else kind
         if kind in ("prefill", "decode"):
             service["subComponentType"] = kind
+    if "multinode" in component:
+        service["multinode"] = {"nodeCount": 2, **_object(component, "multinode")}
     size = component.get("sharedMemorySize")
     if size is not None:
         service["sharedMemory"] = {"disabled": True} if str(size) == "0" else {"size": size}
