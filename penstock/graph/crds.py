@@ -157,7 +157,7 @@ def graph_crd() -> Schema:
 
 
 def scaling_adapter_crd() -> Schema:
-    """DynamoGraphDeploymentScalingAdapters, where `kubectl scale`, HPA and KEDA set a service's replicas."""
+    """DynamoGraphDeploymentScalingAdapters: `kubectl scale`, HPA and KEDA set replicas there."""
     schema = _object_schema(
         _schema_of(_ScalingAdapterSpec),
         _schema_of(ScalingAdapterStatus),

@@ -1,8 +1,9 @@
 """What an API server asks of a conversion webhook, and the answer: a ConversionReview in, one out.
 
 The server asks whenever an object is read or written in another version than the one it is stored in. It
-takes an answer only if the objects come back in order, with nothing of their metadata changed but labels and
-annotations. If one object cannot be converted, none is: the server then fails the request with the message.
+takes an answer only if the objects come back in order, with nothing of their metadata changed but labels
+and annotations. If one object cannot be converted, none is: the server then fails the request with the
+message.
 """
 
 from __future__ import annotations
