@@ -288,6 +288,70 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         CommonOptions.__post_init__(self)
 
 
+class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The flags of `penstock operator`."""
+
+    watch_namespace: Annotated[
+        str, flag("Namespace whose graphs it manages; all when empty.", "PENSTOCK_WATCH_NAMESPACE")
+    ] = ""
+    image: Annotated[
+        str,
+        flag(
+            "Image of graphs whose manifests name none of Penstock's, and of log relays.", "PENSTOCK_IMAGE"
+        ),
+    ] = "penstock:latest"
+    image_pull_policy: Annotated[
+        Literal["", "Always", "IfNotPresent", "Never"],
+        flag(
+            "For images whose manifest gives none; the cluster's choice when empty.",
+            "PENSTOCK_IMAGE_PULL_POLICY",
+        ),
+    ] = ""
+    image_pull_secrets: Annotated[
+        str,
+        flag(
+            "Secrets, comma-separated, that every pod gets to pull images.", "PENSTOCK_IMAGE_PULL_SECRETS"
+        ),
+    ] = ""
+    drain_s: Annotated[
+        float,
+        Meta(ge=0),
+        flag("Seconds that running requests get to end where a manifest does not say.", "PENSTOCK_DRAIN_S"),
+    ] = 180.0
+    topology_key: Annotated[
+        str,
+        flag(
+            "Label of nodes within whose value prefill and decode workers are kept together.",
+            "PENSTOCK_TOPOLOGY_KEY",
+        ),
+    ] = "topology.kubernetes.io/zone"
+    lease_namespace: Annotated[
+        str,
+        flag(
+            "Namespace of the lease by which operators agree on who acts; its own when empty.",
+            "POD_NAMESPACE",
+        ),
+    ] = ""
+    lease_name: Annotated[str, flag("Name of that lease.")] = "penstock-operator"
+    host: Annotated[
+        str, flag("Address to listen on; all in a pod and loopback elsewhere when empty.", "PENSTOCK_HOST")
+    ] = ""
+    system_port: Annotated[Port, flag("Port of /live, /health and /metrics; 0 takes a free one.")] = 8081
+    webhook_port: Annotated[
+        Annotated[int, Meta(ge=-1, le=PORT_MAX)],
+        flag("Port on which the API server has graphs of other API versions converted; -1: none."),
+    ] = -1
+    webhook_service: Annotated[
+        str, flag("Service, in --lease-namespace, by which the API server reaches it.")
+    ] = "penstock-operator"
+    kubeconfig: Annotated[
+        str, flag("Of the cluster; that of this pod, $KUBECONFIG or ~/.kube/config when empty.")
+    ] = ""
+    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
+        None
+    )
+
+
 class DiscoveryUrl(msgspec.Struct, frozen=True):
     """Where discovery is: a directory, etcd's members as `host:port,...`, or a Kubernetes namespace (empty:
     the default). `tls` is etcd's."""

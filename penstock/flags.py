@@ -9,10 +9,10 @@ import msgspec
 from msgspec import inspect
 
 from penstock.checked import problems, suggestion
-from penstock.config import CommonOptions, FrontendOptions, WorkerOptions
+from penstock.config import CommonOptions, FrontendOptions, OperatorOptions, WorkerOptions
 from penstock.errors import ConfigError
 
-Options = TypeVar("Options", FrontendOptions, WorkerOptions)
+Options = TypeVar("Options", FrontendOptions, WorkerOptions, OperatorOptions)
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class Flag(msgspec.Struct, frozen=True):
         return "TEXT"
 
 
-def flags_of(options: type[FrontendOptions] | type[WorkerOptions]) -> dict[str, Flag]:
+def flags_of(options: type[FrontendOptions | WorkerOptions | OperatorOptions]) -> dict[str, Flag]:
     """All flags of an options struct by name, its own before the common ones."""
     described_fields: list[Flag] = []
     common = set(CommonOptions.__struct_fields__)

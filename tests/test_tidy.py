@@ -44,12 +44,12 @@ KEPT_IN = {
     "numpy": ("engines/reference/", "transfer/"),
     "tokenizers": ("frontend/",),
     "starlette": ("frontend/",),
-    "uvicorn": ("frontend/", "probes", "http_server"),
+    "uvicorn": ("frontend/", "probes", "http_server", "operator/server"),
     "jinja2": ("frontend/",),
     "typer": ("cli", "bench/"),
     "rich": ("cli", "bench/", "launcher/", "observability"),
     "yaml": ("graph", "cli", "kubernetes/"),
-    "prometheus_client": ("observability", "frontend/"),
+    "prometheus_client": ("observability", "frontend/", "operator/metrics"),
 }
 
 # core/ and wire/ decide: no IO, no time of their own, no randomness of their own.

@@ -1,27 +1,33 @@
-"""`penstock frontend` and `penstock worker`: one process each, their flags from config.py."""
+"""`penstock frontend`, `penstock worker` and `penstock operator`: one process each, their flags from
+config.py."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import typer
 
-from penstock.config import FrontendOptions, WorkerOptions
+from penstock.config import FrontendOptions, OperatorOptions, WorkerOptions
+from penstock.errors import ConfigError
 from penstock.flags import Flag, build_options, flags_of
 
-Options = TypeVar("Options", FrontendOptions, WorkerOptions)
+Options = TypeVar("Options", FrontendOptions, WorkerOptions, OperatorOptions)
 
 
 def register(app: typer.Typer) -> None:
-    """Add both commands."""
+    """Add the three commands."""
     app.command("frontend", help="Run one frontend: the HTTP API and the router.")(
         _with_flags(FrontendOptions, _run_frontend)
     )
     app.command("worker", help="Run one worker. What follows -- goes to vLLM.")(
         _with_flags(WorkerOptions, _run_worker)
+    )
+    app.command("operator", help="Run the graphs of a Kubernetes cluster.")(
+        _with_flags(OperatorOptions, _run_operator)
     )
 
 
@@ -35,6 +41,14 @@ def _run_worker(options: WorkerOptions) -> None:
     from penstock.process import run_worker
 
     run_worker(options)
+
+
+def _run_operator(options: OperatorOptions) -> None:
+    if find_spec("lightkube") is None or find_spec("cryptography") is None:
+        raise ConfigError("penstock operator needs more packages: pip install 'penstock-llm[kubernetes]'")
+    from penstock.operator.run import run_operator
+
+    run_operator(options)
 
 
 def _with_flags(struct: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:

@@ -52,11 +52,16 @@ def own_namespace(kubeconfig: str = "") -> str:
     return _config(kubeconfig).namespace
 
 
+def in_cluster() -> bool:
+    """Whether this process runs in a pod that has a service account's token."""
+    return Path(SERVICE_ACCOUNT, "token").exists()
+
+
 def _config(kubeconfig: str) -> SingleConfig:
     try:
         if kubeconfig:
             config = KubeConfig.from_file(kubeconfig)
-        elif Path(SERVICE_ACCOUNT, "token").exists():
+        elif in_cluster():
             config = KubeConfig.from_service_account()
         else:
             config = KubeConfig.from_env()

@@ -1,8 +1,9 @@
 """One operator at a time, by a Lease of the API server.
 
-Whoever holds the lease renews it every `renew_s`; who has not managed to for `deadline_s` no longer acts, and
-another may take it once it has seen no renewal for `lease_s`, measured by its own clock: clocks of different
-machines are never compared. As deadline_s < lease_s, no two act at once; `leads` is asked before every write.
+Whoever holds the lease renews it every `renew_s`; who has not managed to for `deadline_s` no longer acts,
+and another may take it once it has seen no renewal for `lease_s`, measured by its own clock: clocks of
+different machines are never compared. As deadline_s < lease_s, no two act at once; `leads` is asked before
+every write.
 
 The protocol is client-go's (k8s.io/client-go/tools/leaderelection), so Leases look as elsewhere.
 """
@@ -61,8 +62,8 @@ class Election:
         return self._clock.now() - self._renewed_at < self._settings.deadline_s
 
     async def run(self) -> None:
-        """Try to get the lease and keep it. Returns when it was lost: this process should end, since it cannot
-        know what another has done meanwhile."""
+        """Try to get the lease and keep it. Returns when it was lost: this process should end, since it
+        cannot know what another has done meanwhile."""
         while True:
             began = self._clock.now()
             try:

@@ -6,10 +6,10 @@ Three Secrets for each graph:
     GRAPH-link-worker    the secret, a server's certificate, and whom to trust
     GRAPH-link-frontend  the secret, a client's certificate, and whom to trust
 
-Processes read the mounted files again when they change, so nothing restarts when a certificate is renewed. An
-authority is replaced in two steps: its successor is first trusted by all, for a day, before it signs anything.
-What was lost (somebody deleted a Secret) is made again from the other two where they have it, so that processes
-that run go on understanding those that start.
+Processes read the mounted files again when they change, so nothing restarts when a certificate is renewed.
+An authority is replaced in two steps: its successor is first trusted by all, for a day, before it signs
+anything. What was lost (somebody deleted a Secret) is made again from the other two where they have it, so
+that processes that run go on understanding those that start.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from penstock.kubernetes.api import Object
+from penstock.operator import names
 from penstock.operator.certificates import (
     Pair,
     bundle,
@@ -33,23 +34,14 @@ from penstock.operator.certificates import (
     new_certificate,
 )
 
-WORKER_HOST = "worker.penstock.internal"
-"""The name in every worker's certificate; frontends expect it instead of addresses, which change."""
-
 _ANNOUNCED = timedelta(days=1)  # kubelets bring a changed Secret into pods within two minutes
 _SECRET_BYTES = 32
 
 
-def authority_secret_name(graph: str) -> str:
-    return f"{graph}-link-ca"
-
-
-def worker_secret_name(graph: str) -> str:
-    return f"{graph}-link-worker"
-
-
-def frontend_secret_name(graph: str) -> str:
-    return f"{graph}-link-frontend"
+def secret_names(graph: str) -> tuple[str, str, str]:
+    """Of the authority, the workers and the frontends."""
+    authority, worker, frontend = (names.link_secret(graph, side) for side in ("ca", "worker", "frontend"))
+    return authority, worker, frontend
 
 
 def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> list[Object]:
@@ -58,23 +50,27 @@ def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> li
     Args:
         current: the Secrets that there are, by name. What is missing or unreadable in them is made anew.
     """
-    names = authority_secret_name(graph), worker_secret_name(graph), frontend_secret_name(graph)
-    own, worker, frontend = (_data(current.get(name)) for name in names)
+    own, worker, frontend = (_data(current.get(name)) for name in secret_names(graph))
     shared = own.get("secret") or worker.get("secret") or frontend.get("secret")
     shared = shared or secrets.token_hex(_SECRET_BYTES).encode()
     authority, following = _authorities(graph, own, now)
     known = [authority.certificate, following.certificate if following else b""]
     known += [own.get("trusted.crt", b""), worker.get("ca.crt", b""), frontend.get("ca.crt", b"")]
     trusted = bundle(known, now)
-    kept = {"secret": shared, "trusted.crt": trusted, "ca.crt": authority.certificate, "ca.key": authority.key}
+    kept = {
+        "secret": shared,
+        "trusted.crt": trusted,
+        "ca.crt": authority.certificate,
+        "ca.key": authority.key,
+    }
     if following is not None:
         kept |= {"next.crt": following.certificate, "next.key": following.key}
     mounted = [
         {"secret": shared, "ca.crt": trusted}
         | _certificate(found, authority, f"{graph} {role}", hosts, trusted, now)
-        for found, role, hosts in ((worker, "worker", [WORKER_HOST]), (frontend, "frontend", []))
+        for found, role, hosts in ((worker, "worker", [names.LINK_SERVER_NAME]), (frontend, "frontend", []))
     ]
-    return [_secret(name, data) for name, data in zip(names, [kept, *mounted], strict=True)]
+    return [_secret(name, data) for name, data in zip(secret_names(graph), [kept, *mounted], strict=True)]
 
 
 def next_due_at(objects: list[Object]) -> datetime:

@@ -1,7 +1,8 @@
-"""Keys that wait to be worked on: each once, however often it was added, and never two at a time of the same.
+"""Keys that wait to be worked on: each once, however often it was added, and never two at a time of the
+same.
 
-A key that is added while it is worked on is worked on again afterwards, so that no change is missed. One whose
-work failed comes back after a pause, which doubles with each further failure.
+A key that is added while it is worked on is worked on again afterwards, so that no change is missed. One
+whose work failed comes back after a pause, which doubles with each further failure.
 """
 
 from __future__ import annotations

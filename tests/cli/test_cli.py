@@ -136,7 +136,7 @@ def test_every_wrong_field_of_a_manifest_is_a_line(
     manifest.write_text("apiVersion: 3\nkind: DynamoGraphDeployment\nmetadata: {}\n")
     assert run(["up", str(manifest)]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "penstock: g.yaml: apiVersion: expected nvidia.com/v1alpha1, got 3",
+        "penstock: g.yaml: apiVersion: expected nvidia.com/v1alpha1 or nvidia.com/v1beta1, got 3",
         "penstock: g.yaml: apiVersion: expected a string, got 3",
         "penstock: g.yaml: metadata.name: missing",
         "penstock: g.yaml: spec: missing",

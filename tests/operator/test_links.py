@@ -11,7 +11,8 @@ import pytest
 
 from penstock.kubernetes.api import Object, name_of
 from penstock.operator.certificates import AUTHORITY_DAYS, CERTIFICATE_DAYS, is_signed_by
-from penstock.operator.links import WORKER_HOST, link_secrets, next_due_at
+from penstock.operator.links import link_secrets, next_due_at
+from penstock.operator.names import LINK_SERVER_NAME
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 NAMES = ("g-link-ca", "g-link-worker", "g-link-frontend")
@@ -118,7 +119,7 @@ def test_a_worker_and_a_frontend_accept_each_other_and_nobody_else(
     def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         worker = server.wrap_bio(to_server, to_client, server_side=True)
-        frontend = client.wrap_bio(to_client, to_server, server_hostname=WORKER_HOST)
+        frontend = client.wrap_bio(to_client, to_server, server_hostname=LINK_SERVER_NAME)
         for _ in range(4):
             for side in (frontend, worker):
                 try:

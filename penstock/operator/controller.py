@@ -1,0 +1,221 @@
+"""The operator's loop: caches of what the cluster has, a queue of graphs to look at, and workers on that
+queue.
+
+A change of a graph, or of anything that belongs to it, puts the graph's key into the queue; that is all a
+change is used for. Only the operator that holds the lease has caches and works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import msgspec
+
+from penstock.clock import Clock
+from penstock.kubernetes.api import Api, ApiError, Kind, Object, labels_of, name_of, namespace_of, uid_of
+from penstock.kubernetes.kinds import (
+    ADAPTERS,
+    DEPLOYMENTS,
+    DISRUPTION_BUDGETS,
+    DISRUPTION_BUDGETS_BETA,
+    GRAPHS,
+    INGRESSES,
+    LEADER_WORKER_SETS,
+    PODS,
+    ROLE_BINDINGS,
+    ROLES,
+    SECRETS,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    VOLUME_CLAIMS,
+)
+from penstock.kubernetes.reflector import Key, Reflector
+from penstock.operator import names
+from penstock.operator.events import EventRecorder
+from penstock.operator.metrics import OperatorMetrics
+from penstock.operator.owned import NotLeading, OwnedObjects
+from penstock.operator.reconciler import Caches, Reconciler, keep_status_writers
+from penstock.operator.settings import RenderSettings
+from penstock.operator.work_queue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+ALWAYS_SERVED = (
+    SERVICES,
+    SECRETS,
+    SERVICE_ACCOUNTS,
+    VOLUME_CLAIMS,
+    DEPLOYMENTS,
+    ROLES,
+    ROLE_BINDINGS,
+    ADAPTERS,
+)
+OPTIONAL = (INGRESSES, DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA, LEADER_WORKER_SETS)
+
+_OWN_LABEL = f"app.kubernetes.io/managed-by={names.MANAGER}"
+_SETTLE_S = 0.1
+"""Changes come in bursts (a roll changes a Deployment, its pods and their status): one look serves all."""
+
+
+class ControllerSettings(msgspec.Struct, frozen=True):
+    """How the operator works.
+
+    namespace: the one whose graphs are managed; empty: all.
+    workers: graphs worked on at once.
+    """
+
+    namespace: str = ""
+    workers: int = 4
+
+
+class Controller:
+    """Works on graphs, as long as `leads` says that it may."""
+
+    def __init__(
+        self,
+        api: Api,
+        settings: ControllerSettings,
+        render: RenderSettings,
+        metrics: OperatorMetrics,
+        clock: Clock,
+        host: str,
+        leads: Callable[[], bool] = lambda: True,
+        utc: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._api = api
+        self._settings = settings
+        self._render = render
+        self._metrics = metrics
+        self._clock = clock
+        self._leads = leads
+        self._utc = utc
+        self._queue: WorkQueue[Key] = WorkQueue(clock)
+        self._recorder = EventRecorder(api, host, utc)
+        self._synced = asyncio.Event()
+        self._reflectors: list[Reflector] = []
+        self._owned: OwnedObjects | None = None
+        self._reconciler: Reconciler | None = None
+        metrics.queue_from(lambda: len(self._queue))
+
+    def trouble(self) -> str:
+        """Why what it knows may be out of date; empty when it is not."""
+        return next((f"{cache.kind}: {cache.trouble}" for cache in self._reflectors if cache.trouble), "")
+
+    async def run(self) -> None:
+        """Work until cancelled. Raises ApiError when the API server cannot even say what it serves, and
+        NotLeading."""
+        served = [kind for kind in OPTIONAL if await self._api.serves(kind)]
+        if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
+            served.remove(DISRUPTION_BUDGETS_BETA)
+        graphs = self._reflector(GRAPHS, "", self._graph_changed, keep_status_writers)
+        pods = self._reflector(PODS, names.DISCOVERED_BY, self._part_changed, _essence_of_pod)
+        owned = {
+            kind: self._reflector(kind, _OWN_LABEL, self._part_changed)
+            for kind in (*ALWAYS_SERVED, *served)
+        }
+        self._owned = OwnedObjects(self._api, owned, self._leads)
+        self._reconciler = Reconciler(
+            self._api,
+            Caches(graphs, owned[ADAPTERS], pods),
+            self._owned,
+            self._recorder,
+            self._render,
+            frozenset((kind.api_version, kind.name) for kind in served),
+            self._utc,
+        )
+        self._metrics.graphs_from(lambda: [_state(graph) for graph in graphs])
+        missing = [str(kind) for kind in OPTIONAL if kind not in served]
+        log.info(
+            "managing graphs of %s: not served by this cluster: %s",
+            f"namespace {self._settings.namespace}" if self._settings.namespace else "all namespaces",
+            ", ".join(missing) or "nothing",
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for reflector in self._reflectors:
+                tasks.create_task(reflector.run(), name=f"reflector {reflector.kind}")
+            await self._synced.wait()
+            for number in range(self._settings.workers):
+                tasks.create_task(self._work(self._reconciler), name=f"reconciler {number}")
+
+    def _reflector(
+        self,
+        kind: Kind,
+        labels: str,
+        on_change: Callable[[Object | None, Object | None], None],
+        trim: Callable[[Object], Object] | None = None,
+    ) -> Reflector:
+        made = Reflector(
+            self._api,
+            kind,
+            self._settings.namespace,
+            labels,
+            on_change=on_change,
+            on_synced=self._check_synced,
+            trim=trim,
+            clock=self._clock,
+        )
+        self._reflectors.append(made)
+        return made
+
+    def _check_synced(self) -> None:
+        if all(reflector.synced for reflector in self._reflectors):
+            self._synced.set()
+
+    def _graph_changed(self, before: Object | None, after: Object | None) -> None:
+        item = after or before
+        assert item is not None
+        self._queue.add((namespace_of(item), name_of(item)), _SETTLE_S)
+        if after is None and self._reconciler is not None:
+            self._reconciler.forget(uid_of(item))
+
+    def _part_changed(self, before: Object | None, after: Object | None) -> None:
+        item = after or before
+        assert item is not None
+        graph = labels_of(item).get(names.GRAPH_NAME)
+        if graph is not None:
+            self._queue.add((namespace_of(item), graph), _SETTLE_S)
+        if after is None and self._owned is not None:
+            self._owned.forget(uid_of(item))
+
+    async def _work(self, reconciler: Reconciler) -> None:
+        while True:
+            key = await self._queue.take()
+            began = time.monotonic()
+            outcome = "done"
+            try:
+                due_s = await reconciler.reconcile(key)
+            except NotLeading:
+                raise
+            except ApiError as error:
+                outcome = "failed"
+                pause_s = self._queue.failed(key)
+                # A conflict is a cache that is behind by a moment; an outage is told by the caches.
+                level = logging.DEBUG if error.is_conflict or error.status == 0 else logging.WARNING
+                log.log(level, "%s/%s: again in %.1f s: %s", *key, pause_s, error)
+            except Exception:  # the task's top: a mistake of ours on one graph must not stop the others
+                outcome = "defect"
+                pause_s = self._queue.failed(key)
+                log.exception("%s/%s: an error here; again in %.1f s", *key, pause_s)
+            else:
+                self._queue.done(key)
+                if due_s is not None:
+                    self._queue.add(key, max(1.0, due_s))
+            self._metrics.reconciled(outcome, time.monotonic() - began)
+
+
+def _essence_of_pod(pod: Object) -> Object:
+    """Of a pod what status needs: most of it is its spec, many times the same."""
+    metadata = pod["metadata"]
+    kept = ("name", "namespace", "uid", "labels", "resourceVersion", "deletionTimestamp")
+    return {
+        "metadata": {field: metadata[field] for field in kept if field in metadata},
+        "status": pod.get("status") or {},
+    }
+
+
+def _state(graph: Object) -> str:
+    return str((graph.get("status") or {}).get("state") or "pending")

@@ -1,0 +1,212 @@
+"""The CRDs of a cluster: whether they are Penstock's to manage, and the webhook that converts versions of
+graphs.
+
+A cluster stores graphs in one version, v1alpha1. Those who write or read them in another go through the
+webhook, which every operator serves, leading or not. The one that leads makes the webhook's certificate,
+renews it, and tells the API server of it in the CRD. An operator that may not change CRDs (one of a single
+namespace) leaves all that alone; then only v1alpha1 is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import ssl
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from penstock.clock import Clock
+from penstock.errors import ConfigError
+from penstock.graph.crds import with_conversion
+from penstock.kubernetes.api import Api, ApiError, Object, annotations_of, labels_of, name_of
+from penstock.kubernetes.kinds import ADAPTERS, DEFINITIONS, GRAPHS, SECRETS
+from penstock.operator import names
+from penstock.operator.certificates import (
+    Pair,
+    bundle,
+    is_due,
+    is_signed_by,
+    new_authority,
+    new_certificate,
+)
+
+log = logging.getLogger(__name__)
+
+SECRET = "penstock-operator-webhook"
+CHECK_S = 30.0
+"""Between two looks at the certificate and the CRD."""
+
+
+async def check_definitions(api: Api) -> None:
+    """Raises ConfigError: a CRD is missing, or is of another product's release, whose operator would manage
+    the same graphs."""
+    for kind in (GRAPHS, ADAPTERS):
+        try:
+            problem = definition_problem(await api.get(DEFINITIONS, str(kind)))
+        except ApiError as error:
+            if error.is_forbidden:  # one that manages a single namespace need not read CRDs
+                continue
+            if not error.is_not_found:
+                raise
+            problem = f"the cluster has no CRD {kind}: kubectl apply --server-side -k deploy/crds"
+        if problem:
+            raise ConfigError(problem)
+
+
+def definition_problem(definition: Object) -> str:
+    """Why this CRD is not Penstock's to manage; empty when it is."""
+    if labels_of(definition).get("app.kubernetes.io/part-of") == "penstock":
+        return ""
+    annotations = annotations_of(definition)
+    release = annotations.get("meta.helm.sh/release-name")
+    if release:
+        owner = f"Helm release {release} in {annotations.get('meta.helm.sh/release-namespace', 'default')}"
+    else:
+        owner = "something other than Penstock"
+    return (
+        f"CRD {name_of(definition)} belongs to {owner}, whose operator would manage the same graphs."
+        " Remove that one, then: kubectl apply --server-side --force-conflicts -k deploy/crds"
+    )
+
+
+class Webhook:
+    """The webhook's certificate, for the server and for the CRD.
+
+    Args:
+        namespace, service: how the API server reaches the webhook.
+        leads: whether this operator may write now.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        namespace: str,
+        service: str,
+        leads: Callable[[], bool],
+        clock: Clock,
+        utc: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.has_certificate = asyncio.Event()
+        self._api = api
+        self._namespace = namespace
+        self._service = service
+        self._leads = leads
+        self._clock = clock
+        self._utc = utc
+        self._loaded = b""
+        self._told = ""
+
+    async def run(self) -> None:
+        """Keep certificate and CRD as they should be, until cancelled."""
+        while True:
+            try:
+                await self._look()
+                self._tell("")
+            except ApiError as error:
+                self._tell(str(error))
+            await self._clock.sleep(CHECK_S if self.has_certificate.is_set() else 1.0)
+
+    async def _look(self) -> None:
+        secret = await self._secret()
+        if self._leads():
+            wanted = webhook_secret(secret, self._namespace, self._service, self._utc())
+            if secret is None or wanted["data"] != secret["data"]:
+                secret = await self._api.apply(SECRETS, wanted, names.MANAGER)
+        if secret is None:
+            return
+        data = {key: base64.b64decode(value) for key, value in secret["data"].items()}
+        self._load(data)
+        if self._leads():
+            await self._announce(secret["data"]["ca.crt"])
+
+    async def _secret(self) -> Object | None:
+        try:
+            return await self._api.get(SECRETS, SECRET, self._namespace)
+        except ApiError as error:
+            if error.is_not_found:
+                return None
+            raise
+
+    def _load(self, data: dict[str, bytes]) -> None:
+        """For connections from now on."""
+        if data["tls.crt"] == self._loaded:
+            return
+        with tempfile.TemporaryDirectory() as folder:  # the one way in which `ssl` takes a certificate
+            file = Path(folder, "pair.pem")
+            file.touch(mode=0o600)
+            file.write_bytes(data["tls.crt"] + data["tls.key"])
+            self.context.load_cert_chain(file)
+        self._loaded = data["tls.crt"]
+        self.has_certificate.set()
+        log.info("the conversion webhook has a certificate")
+
+    async def _announce(self, authorities: str) -> None:
+        """Have the API server convert graphs here, and so serve all versions of them."""
+        live = await self._api.get(DEFINITIONS, str(GRAPHS))
+        wanted = with_conversion(live, self._namespace, self._service, authorities)
+        if wanted["spec"] == live["spec"]:
+            return
+        changes = {
+            "metadata": {"resourceVersion": live["metadata"]["resourceVersion"]},
+            "spec": {field: wanted["spec"][field] for field in ("versions", "conversion")},
+        }
+        with contextlib.suppress(_Conflict):
+            await self._patch(changes)
+            log.info("%s is served in all its versions", GRAPHS)
+
+    async def _patch(self, changes: Object) -> None:
+        try:
+            await self._api.patch(DEFINITIONS, str(GRAPHS), changes)
+        except ApiError as error:
+            if error.is_conflict:
+                raise _Conflict from error
+            raise
+
+    def _tell(self, trouble: str) -> None:
+        if trouble and trouble != self._told:
+            log.warning("other versions of graphs than v1alpha1 may not be served: %s", trouble)
+        self._told = trouble
+
+
+class _Conflict(Exception):
+    """Somebody changed the CRD meanwhile: the next look sees it."""
+
+
+def webhook_secret(current: Object | None, namespace: str, service: str, now: datetime) -> Object:
+    """The Secret with the webhook's certificate, as it should be now; with the same data where nothing is
+    due."""
+    host = f"{service}.{namespace}.svc"
+    data = {key: base64.b64decode(text) for key, text in ((current or {}).get("data") or {}).items()}
+    authority = Pair(data.get("ca.crt", b""), data.get("ca.key", b""))
+    if is_due(authority.certificate, now):
+        # The API server trusts what the CRD says from the next second on, so there is nothing to announce
+        # first.
+        authority = new_authority(f"{service} webhook", now)
+    pair = Pair(data.get("tls.crt", b""), data.get("tls.key", b""))
+    if is_due(pair.certificate, now) or not is_signed_by(pair.certificate, authority.certificate):
+        pair = new_certificate(authority, host[:64], [host, f"{host}.cluster.local"], now)
+    wanted = {
+        "ca.crt": bundle([authority.certificate], now),
+        "ca.key": authority.key,
+        "tls.crt": pair.certificate,
+        "tls.key": pair.key,
+    }
+    return {
+        "apiVersion": SECRETS.api_version,
+        "kind": SECRETS.name,
+        "metadata": {
+            "name": SECRET,
+            "namespace": namespace,
+            "labels": {
+                "app.kubernetes.io/name": "penstock-operator",
+                "app.kubernetes.io/part-of": "penstock",
+            },
+        },
+        "type": "Opaque",
+        "data": {key: base64.b64encode(value).decode() for key, value in wanted.items()},
+    }

@@ -1,0 +1,255 @@
+"""One graph made to be what its manifest says: rendered, applied, and told of in its status.
+
+Level-based: everything is decided from what the cluster has now, and nothing from what happened. So it does
+not matter how often this runs, where it was interrupted, or what was missed meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from penstock.errors import ConfigError
+from penstock.kubernetes.api import (
+    Api,
+    ApiError,
+    Object,
+    annotations_of,
+    is_being_deleted,
+    labels_of,
+    name_of,
+    namespace_of,
+    uid_of,
+)
+from penstock.kubernetes.kinds import ADAPTERS, DEPLOYMENTS, GRAPHS, LEADER_WORKER_SETS, SECRETS
+from penstock.kubernetes.reflector import Key, Reflector
+from penstock.operator import names
+from penstock.operator.desired import desired
+from penstock.operator.events import EventRecorder
+from penstock.operator.links import link_secrets, next_due_at, secret_names
+from penstock.operator.owned import Action, NotOurs, OwnedObjects
+from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
+from penstock.operator.status import Observed, status_of
+
+TAKE_OVER = "penstock.dev/take-over"
+"""Annotation by which a user says that another operator is gone."""
+
+
+class Caches(msgspec.Struct, frozen=True):
+    """What the cluster has, besides the objects that graphs own."""
+
+    graphs: Reflector
+    adapters: Reflector
+    pods: Reflector
+
+
+class Reconciler:
+    """Brings graphs about.
+
+    Args:
+        served: (apiVersion, kind) of the optional APIs that the cluster has.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        caches: Caches,
+        owned: OwnedObjects,
+        recorder: EventRecorder,
+        settings: RenderSettings,
+        served: frozenset[tuple[str, str]],
+        utc: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._api = api
+        self._caches = caches
+        self._owned = owned
+        self._recorder = recorder
+        self._settings = settings
+        self._served = served
+        self._utc = utc
+        self._rendered: dict[str, Desired] = {}  # by the graph's uid: the last valid manifest's
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Do what is to be done for one graph now. Seconds after which something is due although nothing
+        has changed; None: nothing is.
+
+        Raises ApiError when it should be tried again, NotLeading when another operator may act.
+        """
+        graph = self._caches.graphs.items.get(key)
+        if graph is None or is_being_deleted(graph):
+            return None  # what it owns is deleted by the cluster's garbage collector
+        if reason := other_operator(graph):
+            await self._recorder.record(graph, "NotOurs", reason, "Warning")
+            return None
+        try:
+            wanted = desired(graph, self._settings, self._facts(graph))
+        except ConfigError as error:
+            await self._recorder.record(graph, "ManifestInvalid", str(error), "Warning")
+            await self._tell(graph, self._observed(graph, invalid="; ".join(str(error).splitlines())))
+            return None
+        self._rendered[uid_of(graph)] = wanted
+        for note in wanted.notes:
+            text = f"{note.service}: {note.message}" if note.service else note.message
+            await self._recorder.record(graph, note.reason, text)
+        links = self._links(graph)
+        refused = ""
+        try:
+            await self._adapters(graph, wanted)
+            actions = await self._owned.converge(graph, [*links, *wanted.objects], wanted.adapters)
+            await self._report(graph, actions)
+        except NotOurs as error:
+            refused = str(error)
+        except ApiError as error:
+            if not (error.is_refused or error.is_forbidden):
+                raise
+            refused = str(error)
+        if refused:
+            await self._recorder.record(graph, "NotApplied", refused, "Warning")
+        await self._tell(graph, self._observed(graph, refused=refused))
+        due_s = (next_due_at(links) - self._utc()).total_seconds()
+        return min(due_s, _RETRY_REFUSED_S) if refused else due_s
+
+    def forget(self, uid: str) -> None:
+        """The graph is gone."""
+        self._rendered.pop(uid, None)
+
+    # --- what the cluster has ----------------------------------------------------------------------------
+
+    def _facts(self, graph: Object) -> ClusterFacts:
+        replicas = {
+            str(adapter["spec"]["dgdRef"]["serviceName"]): int(adapter["spec"].get("replicas") or 0)
+            for adapter in self._caches.adapters
+            if namespace_of(adapter) == namespace_of(graph)
+            and adapter["spec"]["dgdRef"]["name"] == name_of(graph)
+            and not is_being_deleted(adapter)
+        }
+        return ClusterFacts(served=self._served, adapter_replicas=replicas)
+
+    def _links(self, graph: Object) -> list[Object]:
+        name, namespace = name_of(graph), namespace_of(graph)
+        current = {}
+        for secret_name in secret_names(name):
+            found = self._owned.find(SECRETS, namespace, secret_name)
+            if found is not None:
+                current[secret_name] = found
+        made = link_secrets(name, current, self._utc())
+        for secret in made:
+            secret["metadata"]["labels"] = names.common_labels(name, "link")
+        return made
+
+    def _observed(self, graph: Object, *, invalid: str = "", refused: str = "") -> Observed:
+        wanted = self._rendered.get(uid_of(graph))
+        services = wanted.services if wanted is not None else ()
+        workloads = {
+            name_of(item): item
+            for kind, item in self._owned.of(graph)
+            if kind in (DEPLOYMENTS, LEADER_WORKER_SETS)
+        }
+        return Observed(services, workloads, self._pods(graph), invalid, refused)
+
+    def _pods(self, graph: Object) -> dict[str, list[Object]]:
+        """The graph's pods by what selects them."""
+        found: dict[str, list[Object]] = {}
+        for pod in self._caches.pods:
+            labels = labels_of(pod)
+            if (
+                labels.get(names.DISCOVERED_BY) == name_of(graph)
+                and namespace_of(pod) == namespace_of(graph)
+                and names.SELECTOR in labels
+            ):
+                found.setdefault(labels[names.SELECTOR], []).append(pod)
+        return found
+
+    # --- what is told ------------------------------------------------------------------------------------
+
+    async def _adapters(self, graph: Object, wanted: Desired) -> None:
+        """The scaling adapters: made where they are missing, their status kept."""
+        services = {service.object_name: service for service in wanted.services}
+        for adapter in wanted.adapters:
+            if await self._owned.create_missing(graph, adapter):
+                await self._recorder.record(graph, "Created", f"{adapter['kind']} {name_of(adapter)}")
+            live = self._caches.adapters.get(namespace_of(graph), name_of(adapter))
+            if live is not None:
+                await self._tell_adapter(live, services[name_of(adapter)])
+
+    async def _tell_adapter(self, adapter: Object, service: RenderedService) -> None:
+        workload = self._owned.find(DEPLOYMENTS, namespace_of(adapter), service.object_name)
+        status = {
+            "replicas": ((workload or {}).get("status") or {}).get("replicas", 0),
+            "selector": f"{names.SELECTOR}={service.object_name}",
+        }
+        if (adapter.get("status") or {}) != status:
+            await self._write_status(adapter, status)
+
+    async def _report(self, graph: Object, actions: Iterable[Action]) -> None:
+        """One event for all that was created, one for all that was updated, and so on."""
+        by_verb: dict[str, list[str]] = {}
+        for action in actions:
+            by_verb.setdefault(action.verb, []).append(f"{action.kind} {action.name}")
+        for verb, objects in by_verb.items():
+            await self._recorder.record(graph, verb, ", ".join(objects))
+
+    async def _tell(self, graph: Object, observed: Observed) -> None:
+        before = graph.get("status") or {}
+        status = status_of(graph, observed, self._utc())
+        if status == before:
+            return
+        await self._write_status(graph, status)
+        if status["state"] != before.get("state") and not observed.invalid:
+            ready, progressing = status["conditions"]
+            if status["state"] == "successful":
+                await self._recorder.record(graph, "Ready", "all services are ready")
+            elif progressing["status"] == "False":
+                await self._recorder.record(graph, "RollStuck", progressing["message"], "Warning")
+            elif before.get("state") == "successful":
+                await self._recorder.record(graph, "NotReady", ready["message"])
+
+    async def _write_status(self, item: Object, status: Mapping[str, Any]) -> None:
+        kind = GRAPHS if item["kind"] == GRAPHS.name else ADAPTERS
+        metadata = {"name": name_of(item), "namespace": namespace_of(item)}
+        whole = {
+            "apiVersion": kind.api_version,
+            "kind": kind.name,
+            "metadata": metadata,
+            "status": dict(status),
+        }
+        self._owned.check_leads()
+        try:
+            await self._api.apply(kind, whole, names.MANAGER, subresource="status")
+        except ApiError as error:
+            if not error.is_not_found:  # deleted meanwhile
+                raise
+
+
+_RETRY_REFUSED_S = 60.0
+"""What the API server refused is sent again after this long: a quota or a webhook may have changed."""
+
+
+def keep_status_writers(graph: Object) -> Object:
+    """A graph as it is cached: of its `managedFields`, which are long, only those of the status."""
+    metadata = graph["metadata"]
+    metadata["managedFields"] = [
+        {"manager": entry.get("manager", ""), "time": entry.get("time", "")}
+        for entry in metadata.get("managedFields") or ()
+        if "f:status" in (entry.get("fieldsV1") or {})
+    ]
+    return graph
+
+
+def other_operator(graph: Object) -> str:
+    """Who else manages this graph, and what to do; empty when nobody does."""
+    if annotations_of(graph).get(TAKE_OVER) == "true":
+        return ""
+    writers = [(entry["manager"], entry["time"]) for entry in graph["metadata"]["managedFields"]]
+    own = max((at for writer, at in writers if writer == names.MANAGER), default="")
+    for writer, at in writers:
+        if writer != names.MANAGER and not writer.startswith("kubectl") and at > own:
+            return (
+                f"another operator manages this graph: {writer!r} wrote its status at {at}. Penstock leaves"
+                " the graph alone. Remove that operator, then: kubectl annotate"
+                f" dynamographdeployment {name_of(graph)} {TAKE_OVER}=true"
+            )
+    return ""

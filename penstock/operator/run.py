@@ -1,0 +1,161 @@
+"""The operator's process: options in, a running operator out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+
+import msgspec
+
+from penstock.clock import MonotonicClock
+from penstock.config import OperatorOptions
+from penstock.errors import ConfigError, PenstockError
+from penstock.kubernetes.api import Api, ApiError
+from penstock.kubernetes.client import connect, in_cluster, own_namespace
+from penstock.observability import METRICS_CONTENT_TYPE, setup_logging
+from penstock.operator.controller import Controller, ControllerSettings
+from penstock.operator.conversion import convert_review
+from penstock.operator.definitions import Webhook, check_definitions
+from penstock.operator.election import Election, ElectionSettings
+from penstock.operator.metrics import OperatorMetrics
+from penstock.operator.server import Answer, Handler, as_json, served
+from penstock.operator.settings import RenderSettings
+from penstock.process import run
+
+log = logging.getLogger("penstock.operator")
+
+START_S = 120.0
+"""For which an operator that starts waits for an API server that does not answer."""
+
+
+class LostLease(PenstockError):
+    """Another operator may act by now, so this one ends; it is started again and stands by."""
+
+
+def run_operator(options: OperatorOptions) -> None:
+    """Manage graphs until a signal. Raises ConfigError when it cannot, LostLease."""
+    setup_logging(options.log_level)
+    api = connect(options.kubeconfig)
+    namespace = options.lease_namespace or own_namespace(options.kubeconfig)
+
+    async def main(stop: asyncio.Event) -> None:
+        try:
+            await _Operator(options, api, namespace).run(stop)
+        finally:
+            await api.close()
+
+    run(main)
+
+
+class _Operator:
+    def __init__(self, options: OperatorOptions, api: Api, namespace: str) -> None:
+        self._options = options
+        self._api = api
+        self._host = os.environ.get("POD_NAME") or socket.gethostname()
+        clock = MonotonicClock()
+        election = ElectionSettings(
+            namespace=namespace,
+            name=options.lease_name,
+            identity=f"{self._host}_{secrets.token_hex(4)}",
+        )
+        self._election = Election(api, election, clock)
+        self._metrics = OperatorMetrics()
+        self._metrics.leads_from(lambda: self._election.leads)
+        self._controller = Controller(
+            api,
+            ControllerSettings(namespace=options.watch_namespace),
+            render_settings(options),
+            self._metrics,
+            clock,
+            self._host,
+            leads=lambda: self._election.leads,
+        )
+        self._webhook = Webhook(
+            api, namespace, options.webhook_service, lambda: self._election.leads, clock
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop`, or the lease is lost."""
+        host = self._options.host or ("0.0.0.0" if in_cluster() else "127.0.0.1")
+        async with served("--system-port", host, self._options.system_port, self._routes()):
+            await self._check_definitions()
+            async with asyncio.TaskGroup() as tasks:
+                stopping = tasks.create_task(stop.wait())
+                electing = tasks.create_task(self._election.run())
+                working = [tasks.create_task(self._work())]
+                if self._options.webhook_port != -1:
+                    working.append(tasks.create_task(self._webhook.run()))
+                    working.append(tasks.create_task(self._serve_webhook(host)))
+                await asyncio.wait([stopping, electing], return_when=asyncio.FIRST_COMPLETED)
+                for task in (*working, stopping, electing):
+                    task.cancel()
+            if not stop.is_set():
+                raise LostLease("the lease was lost")
+            await self._election.resign()
+
+    async def _check_definitions(self) -> None:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                await check_definitions(self._api)
+                return
+            except ApiError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"Kubernetes: no answer in {START_S:.0f} s: {error}") from error
+                log.warning("the API server does not answer yet: %s", error)
+            await asyncio.sleep(1.0)
+
+    async def _work(self) -> None:
+        """Once elected. An API server that is away now is asked again."""
+        await self._election.elected.wait()
+        while True:
+            try:
+                await self._controller.run()
+            except ApiError as error:
+                log.warning("cannot begin yet: %s", error)
+                await asyncio.sleep(2.0)
+
+    async def _serve_webhook(self, host: str) -> None:
+        await self._webhook.has_certificate.wait()
+        routes: dict[tuple[str, str], Handler] = {("POST", "/convert"): _convert}
+        port = self._options.webhook_port
+        async with served("--webhook-port", host, port, routes, self._webhook.context):
+            await asyncio.Event().wait()
+
+    def _routes(self) -> dict[tuple[str, str], Handler]:
+        async def live(_: bytes) -> Answer:
+            return as_json(200, {"status": "live"})
+
+        async def health(_: bytes) -> Answer:
+            leads = self._election.leads
+            trouble = self._controller.trouble() if leads else ""
+            body = {"status": "healthy", "leads": leads, "trouble": trouble}
+            return as_json(200, body)
+
+        async def metrics(_: bytes) -> Answer:
+            return Answer(200, self._metrics.render(), METRICS_CONTENT_TYPE)
+
+        return {("GET", "/live"): live, ("GET", "/health"): health, ("GET", "/metrics"): metrics}
+
+
+async def _convert(body: bytes) -> Answer:
+    try:
+        return as_json(200, convert_review(msgspec.json.decode(body)))
+    except (ConfigError, msgspec.DecodeError, AttributeError) as error:
+        return as_json(400, {"status": str(error)})
+
+
+def render_settings(options: OperatorOptions) -> RenderSettings:
+    """What of the options shows in the objects of graphs."""
+    secrets_named = [name.strip() for name in options.image_pull_secrets.split(",")]
+    return RenderSettings(
+        image=options.image,
+        image_pull_policy=options.image_pull_policy,
+        image_pull_secrets=tuple(name for name in secrets_named if name),
+        drain_s=options.drain_s,
+        topology_key=options.topology_key,
+    )

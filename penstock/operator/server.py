@@ -1,0 +1,138 @@
+"""What the operator answers over HTTP: /live, /health and /metrics; and over HTTPS the conversion
+webhook."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from penstock.address import join_address
+from penstock.errors import ConfigError
+from penstock.http_server import HttpServer
+from penstock.listening import listen
+from penstock.quiet_log import QuietLog
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 32 * 1024 * 1024
+"""Of a request: a ConversionReview holds all objects of a list, of up to 1.5 MB each."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An HTTP answer."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+
+
+Handler = Callable[[bytes], Awaitable[Answer]]
+"""Gets a request's body."""
+
+
+def as_json(status: int, body: Any) -> Answer:
+    return Answer(status, msgspec.json.encode(body))
+
+
+class _App:
+    """The ASGI application: a handler for each method and path."""
+
+    def __init__(self, routes: Mapping[tuple[str, str], Handler]) -> None:
+        self._routes = routes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        handler = self._routes.get((scope["method"], scope["path"]))
+        if handler is None:
+            answer = as_json(404, {"status": "not found"})
+        elif (body := await _body(receive)) is None:
+            answer = as_json(413, {"status": f"more than {BODY_BYTES_MAX} bytes"})
+        else:
+            answer = await handler(body)
+        headers = [(b"content-type", answer.content_type.encode())]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _body(receive: Any) -> bytes | None:
+    """None: too long."""
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        part = message.get("body", b"")
+        size += len(part)
+        if size > BODY_BYTES_MAX:
+            return None
+        parts.append(part)
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+class _Protocol(H11Protocol):
+    """With a log that strangers cannot fill."""
+
+    quiet_log: QuietLog
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.logger = self.quiet_log
+
+
+@contextlib.asynccontextmanager
+async def served(
+    flag: str,
+    host: str,
+    port: int,
+    routes: Mapping[tuple[str, str], Handler],
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[int]:
+    """Answer meanwhile; the value is the port.
+
+    Args:
+        flag: that set the port, for errors.
+        tls: serve HTTPS with what this context holds; it may be loaded with another certificate meanwhile.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    config = uvicorn.Config(
+        _App(routes),
+        http=type("_Protocol", (_Protocol,), {"quiet_log": QuietLog(log)}),
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=1,
+    )
+    config.load()
+    config.ssl = tls
+    try:
+        listener = listen(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}: cannot listen on {join_address(host, port)}: {error.strerror}"
+        ) from error
+    with listener:
+        server = HttpServer(config)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(server.serve([listener]), name=f"server {flag}")
+                scheme = "http" if tls is None else "https"
+                log.info("listening on %s://%s", scheme, join_address(*listener.getsockname()[:2]))
+                try:
+                    yield listener.getsockname()[1]
+                finally:
+                    server.should_exit = True
+        finally:
+            server.drop_all()
