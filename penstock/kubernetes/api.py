@@ -56,6 +56,13 @@ class Change(NamedTuple):
     object: Object
 
 
+class LogLine(NamedTuple):
+    """A line of a container's log, and when it was written, as the node says it (RFC 3339)."""
+
+    time: str
+    text: str
+
+
 class ApiError(PenstockError):
     """The API server refused a call, or could not be reached.
 
@@ -136,6 +143,23 @@ class Api(Protocol):
     async def delete(self, kind: Kind, name: str, namespace: str = "", *, uid: str = "") -> None:
         """Delete in the background, with what it owns. An object that is not there is no error; one of
         another `uid` stays, and raises a conflict."""
+
+    def logs(
+        self,
+        name: str,
+        namespace: str,
+        container: str = "",
+        *,
+        since: str = "",
+        tail_lines: int | None = None,
+    ) -> AsyncIterator[LogLine]:
+        """What a pod's container has written, and goes on writing, until it ends or the connection does.
+
+        Args:
+            container: may be empty where the pod has only one.
+            since: RFC 3339; lines of that second are included, all of them.
+            tail_lines: begin with so many of the lines that are there already; all when None.
+        """
 
     async def close(self) -> None: ...
 

@@ -21,7 +21,8 @@ from lightkube.config.kubeconfig import SERVICE_ACCOUNT, KubeConfig, SingleConfi
 from lightkube.core.exceptions import ConfigError as LightkubeConfigError
 
 from penstock.errors import ConfigError
-from penstock.kubernetes.api import ApiError, Change, Kind, Listing, Object, name_of, namespace_of
+from penstock.kubernetes.api import ApiError, Change, Kind, Listing, LogLine, Object, name_of, namespace_of
+from penstock.kubernetes.kinds import PODS
 
 CALL_S = 10.0
 """For one call, from connecting to the last byte."""
@@ -31,6 +32,10 @@ PAGE_ITEMS = 500
 
 LINE_BYTES_MAX = 8 * 1024 * 1024
 """Longest message of a watch. An object has at most 1.5 MB in etcd; its JSON may be longer."""
+
+LOG_SILENCE_S = 300.0
+"""How long a container may write nothing before its log is asked for again: nobody says whether it still
+runs."""
 
 _SILENCE_S = 30.0
 """How much longer than asked for a watch may stay open without a byte."""
@@ -178,6 +183,38 @@ class HttpsApi:
         except ApiError as error:
             if not error.is_not_found:
                 raise
+
+    async def logs(
+        self,
+        name: str,
+        namespace: str,
+        container: str = "",
+        *,
+        since: str = "",
+        tail_lines: int | None = None,
+    ) -> AsyncIterator[LogLine]:
+        query = {
+            "container": container,
+            "follow": "true",
+            "timestamps": "true",
+            "sinceTime": since,
+            "tailLines": "" if tail_lines is None else str(tail_lines),
+        }
+        request = self._http.build_request(
+            "GET",
+            _path(PODS, namespace, name, "log"),
+            params=_given(query),
+            timeout=httpx2.Timeout(CALL_S, read=LOG_SILENCE_S),
+        )
+        with _mapped(f"the log of {name}"):
+            response = await self._http.send(request, stream=True)
+            async with contextlib.aclosing(response):
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _error(response)
+                async for line in _lines(response):
+                    time, _, text = line.decode(errors="replace").partition(" ")
+                    yield LogLine(time, text)
 
     async def close(self) -> None:
         await self._http.aclose()
