@@ -16,7 +16,7 @@ import asyncio
 import copy
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ class KubernetesDouble(Api):
 
     async def watch(
         self, kind: Kind, resource_version: str, namespace: str = "", labels: str = "", timeout_s: int = 300
-    ) -> AsyncIterator[Change]:
+    ) -> AsyncGenerator[Change, None]:
         await self._answer("watch", kind)
         breaks = self._break
         matches = selector(labels)
@@ -220,7 +220,7 @@ class KubernetesDouble(Api):
         *,
         since: str = "",
         tail_lines: int | None = None,
-    ) -> AsyncIterator[LogLine]:
+    ) -> AsyncGenerator[LogLine, None]:
         await self._answer("logs")
         breaks = self._break
         self._existing(kinds.PODS, name, namespace)

@@ -7,7 +7,7 @@ and hold both to the same contract.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -113,7 +113,7 @@ class Api(Protocol):
 
     def watch(
         self, kind: Kind, resource_version: str, namespace: str = "", labels: str = "", timeout_s: int = 300
-    ) -> AsyncIterator[Change]:
+    ) -> AsyncGenerator[Change, None]:
         """Changes after `resource_version`, for about `timeout_s`; then the iterator ends. A
         resourceVersion that is too old raises an ApiError that `is_expired`."""
 
@@ -152,7 +152,7 @@ class Api(Protocol):
         *,
         since: str = "",
         tail_lines: int | None = None,
-    ) -> AsyncIterator[LogLine]:
+    ) -> AsyncGenerator[LogLine, None]:
         """What a pod's container has written, and goes on writing, until it ends or the connection does.
 
         Args:

@@ -7,8 +7,9 @@ are JSON as it is; typed models would drop the fields that they do not know.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,9 @@ from penstock.kubernetes.api import ApiError, Change, Kind, Listing, LogLine, Ob
 from penstock.kubernetes.kinds import PODS
 
 CALL_S = 10.0
+"""For each step of a call: connecting, or the next bytes of an answer."""
+
+WHOLE_CALL_S = 30.0
 """For one call, from connecting to the last byte."""
 
 PAGE_ITEMS = 500
@@ -37,7 +41,7 @@ LOG_SILENCE_S = 300.0
 """How long a container may write nothing before its log is asked for again: nobody says whether it still
 runs."""
 
-_SILENCE_S = 30.0
+SILENCE_S = 30.0
 """How much longer than asked for a watch may stay open without a byte."""
 
 _TEXT_MAX = 300
@@ -118,7 +122,7 @@ class HttpsApi:
 
     async def watch(
         self, kind: Kind, resource_version: str, namespace: str = "", labels: str = "", timeout_s: int = 300
-    ) -> AsyncIterator[Change]:
+    ) -> AsyncGenerator[Change, None]:
         query = {
             "watch": "true",
             "allowWatchBookmarks": "true",
@@ -130,7 +134,7 @@ class HttpsApi:
             "GET",
             _path(kind, namespace),
             params=_given(query),
-            timeout=httpx2.Timeout(CALL_S, read=timeout_s + _SILENCE_S),
+            timeout=httpx2.Timeout(CALL_S, read=timeout_s + SILENCE_S),
         )
         with _mapped(f"watching {kind}"):
             response = await self._http.send(request, stream=True)
@@ -192,7 +196,7 @@ class HttpsApi:
         *,
         since: str = "",
         tail_lines: int | None = None,
-    ) -> AsyncIterator[LogLine]:
+    ) -> AsyncGenerator[LogLine, None]:
         query = {
             "container": container,
             "follow": "true",
@@ -230,9 +234,10 @@ class HttpsApi:
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": content_type}
         with _mapped(f"{method} {path}"):
-            response = await self._http.request(
-                method, path, params=_given(query), content=content, headers=headers
-            )
+            async with asyncio.timeout(WHOLE_CALL_S):
+                response = await self._http.request(
+                    method, path, params=_given(query), content=content, headers=headers
+                )
             if not response.is_success:
                 raise _error(response)
             answer: Object = _decode(response.content)

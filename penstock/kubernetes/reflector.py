@@ -10,9 +10,9 @@ A server that says nothing at all looks like one where nothing happens. Hence a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
-import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -33,10 +33,12 @@ class ReflectorSettings(msgspec.Struct, frozen=True):
     """Times of a reflector.
 
     watch_s: how long one watch lasts. The longest that a silent server is taken for a calm one.
-    retry_min_s, retry_max_s: pause after a failure; doubles, and is jittered.
+    lasting_s: a watch that ended sooner counts as failed.
+    retry_min_s, retry_max_s: pause after a failure; doubles with each, and is jittered.
     """
 
     watch_s: int = 60
+    lasting_s: float = 1.0
     retry_min_s: float = 0.2
     retry_max_s: float = 10.0
 
@@ -77,6 +79,8 @@ class Reflector:
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self._version = ""  # where a watch goes on; empty: list first
+        self._failing = False  # the latest list failed
+        self._failed_at = 0.0  # when the first of the lists that failed since then did
 
     def __iter__(self) -> Iterator[Object]:
         return iter(self.items.values())
@@ -88,24 +92,31 @@ class Reflector:
         """Follow the server until cancelled."""
         failures = 0
         while True:
+            began = self._clock.now()
             try:
                 if not self._version:
                     await self._list()
-                failures = 0
+                    began = self._clock.now()
                 await self._watch()
             except ApiError as error:
-                self._version = ""
-                failures += 1
-                # The server forgets old changes after some minutes: no more than a reason to list again.
-                if not error.is_expired:
-                    self._fail(str(error))
-                    await self._clock.sleep(self._pause_s(failures))
+                self._fail(error)
+                ended_well = False
+            else:
+                ended_well = True
+            # One that ends at once, again and again, is cut by something in between, or not allowed at all.
+            lasted = self._clock.now() - began >= self._settings.lasting_s
+            if ended_well and lasted:
+                failures = 0
+                continue
+            failures = 1 if lasted else failures + 1
+            await self._clock.sleep(self._pause_s(failures))
 
     async def _list(self) -> None:
         listed = await self._api.list(self.kind, self._namespace, self._labels)
-        if self.trouble and self.synced:
-            log.info("%s: the API server answers again", self.kind)
-        self.trouble = ""
+        if self._failing:
+            outage_s = self._clock.now() - self._failed_at
+            log.info("%s: the API server answers again: outage_s=%.1f", self.kind, outage_s)
+        self._failing, self.trouble = False, ""
         current = {(namespace_of(item), name_of(item)): self._trim(item) for item in listed.items}
         for key in [key for key in self.items if key not in current]:
             self._on_change(self.items.pop(key), None)
@@ -119,11 +130,9 @@ class Reflector:
         watching = self._api.watch(
             self.kind, self._version, self._namespace, self._labels, self._settings.watch_s
         )
-        began = time.monotonic()
-        async for change in watching:
-            self._take(change)
-        if time.monotonic() - began < 1:  # a proxy in between that ends each at once
-            await self._clock.sleep(self._settings.retry_min_s)
+        async with contextlib.aclosing(watching):
+            async for change in watching:
+                self._take(change)
 
     def _take(self, change: Change) -> None:
         item = change.object
@@ -142,11 +151,19 @@ class Reflector:
         if before is None or before["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
             self._on_change(before, item)
 
-    def _fail(self, reason: str) -> None:
-        if not self.trouble or not self.synced:
+    def _fail(self, error: ApiError) -> None:
+        if self._version:
+            # A watch broke. Whether the server is away, the next list will tell.
+            self._version = ""
+            if not error.is_expired:  # else the server has just forgotten changes of some minutes ago
+                log.info("%s: the watch ended, all of them are listed again: %s", self.kind, error)
+            return
+        reason = str(error)
+        if not self._failing:
+            self._failed_at = self._clock.now()
             meanwhile = "what is known stays" if self.synced else "nothing is known yet"
-            if self.trouble != reason:
-                log.warning("%s: the API server does not answer, %s: %s", self.kind, meanwhile, reason)
+            log.warning("%s: the API server does not answer, %s: reason=%r", self.kind, meanwhile, reason)
+        self._failing = True
         self.trouble = reason
 
     def _pause_s(self, failures: int) -> float:
