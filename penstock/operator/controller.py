@@ -210,7 +210,7 @@ class Controller:
 def _essence_of_pod(pod: Object) -> Object:
     """Of a pod what status needs: most of it is its spec, many times the same."""
     metadata = pod["metadata"]
-    kept = ("name", "namespace", "uid", "labels", "resourceVersion", "deletionTimestamp")
+    kept = ("name", "namespace", "uid", "labels", "annotations", "resourceVersion", "deletionTimestamp")
     return {
         "metadata": {field: metadata[field] for field in kept if field in metadata},
         "status": pod.get("status") or {},

@@ -29,6 +29,7 @@ from penstock.kubernetes.reflector import Key, Reflector
 from penstock.operator import names
 from penstock.operator.desired import desired
 from penstock.operator.events import EventRecorder
+from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
 from penstock.operator.owned import Action, NotOurs, OwnedObjects
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
@@ -98,6 +99,7 @@ class Reconciler:
         refused = ""
         try:
             await self._adapters(graph, wanted)
+            await self._mark_busy_pods(graph, wanted)
             actions = await self._owned.converge(graph, [*links, *wanted.objects], wanted.adapters)
             await self._report(graph, actions)
         except NotOurs as error:
@@ -183,6 +185,17 @@ class Reconciler:
         }
         if (adapter.get("status") or {}) != status:
             await self._write_status(adapter, status)
+
+    async def _mark_busy_pods(self, graph: Object, wanted: Desired) -> None:
+        pods: dict[str, list[Object]] | None = None
+        for item in wanted.objects:
+            if item["kind"] != DEPLOYMENTS.name:
+                continue
+            live = self._owned.find(DEPLOYMENTS, namespace_of(graph), name_of(item))
+            if live is not None and shrinks(live, item):
+                pods = pods if pods is not None else self._pods(graph)
+                self._owned.check_leads()
+                await mark_busy_pods(self._api, live, pods.get(name_of(item), ()))
 
     async def _report(self, graph: Object, actions: Iterable[Action]) -> None:
         """One event for all that was created, one for all that was updated, and so on."""

@@ -1,0 +1,97 @@
+"""Idle workers go first when a service shrinks.
+
+Which pods a smaller Deployment gives up is its controller's choice; it takes those of the lowest
+`pod-deletion-cost` first (Kubernetes 1.22 and newer). So right before a Deployment shrinks, each of its
+pods is asked how busy it is, and marked with the answer. One that does not answer is marked to go before
+all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.kubernetes.api import (
+    Api,
+    ApiError,
+    Object,
+    annotations_of,
+    is_being_deleted,
+    name_of,
+    namespace_of,
+)
+from penstock.kubernetes.kinds import PODS
+from penstock.operator import names
+
+log = logging.getLogger(__name__)
+
+COST = "controller.kubernetes.io/pod-deletion-cost"
+ANSWER_S = 2.0
+_SILENT = -1
+_ASKED_AT_ONCE = 32
+
+
+async def mark_busy_pods(api: Api, workload: Object, pods: Sequence[Object]) -> None:
+    """Mark the pods of a Deployment that is about to shrink. Pods that cannot be marked are logged: what
+    they do is finished elsewhere all the same when they leave."""
+    port = _system_port(workload)
+    if port is None:
+        return
+    places = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+    async def mark(pod: Object) -> None:
+        async with places:
+            cost = str(await asyncio.to_thread(_busyness, pod, port))
+            if annotations_of(pod).get(COST) == cost:
+                return
+            try:
+                changes = {"metadata": {"annotations": {COST: cost}}}
+                await api.patch(PODS, name_of(pod), changes, namespace_of(pod))
+            except ApiError as error:
+                log.info("pod %s/%s is not marked: %s", namespace_of(pod), name_of(pod), error)
+
+    await asyncio.gather(*(mark(pod) for pod in pods if not is_being_deleted(pod)))
+
+
+def _busyness(pod: Object, port: int) -> int:
+    """Requests that a worker has, and prompts that it keeps for others; _SILENT: it does not answer."""
+    host = (pod.get("status") or {}).get("podIP", "")
+    if not host:
+        return _SILENT
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/health"
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_S) as response:
+            return busyness(response.read())
+    except urllib.error.HTTPError as error:  # it is draining or starting, and says so
+        with error:
+            return busyness(error.read())
+    except OSError:
+        return _SILENT
+
+
+def busyness(health: bytes) -> int:
+    """The same, from the body of a worker's /health."""
+    try:
+        told = msgspec.json.decode(health, type=dict[str, Any])
+        return sum(int(told.get(name, 0)) for name in ("attempts", "held_handoffs"))
+    except (msgspec.DecodeError, TypeError, ValueError):
+        return _SILENT
+
+
+def shrinks(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a Deployment is to have fewer replicas than it has."""
+    return int(wanted["spec"].get("replicas", 1)) < int(before["spec"].get("replicas", 1))
+
+
+def _system_port(workload: Object) -> int | None:
+    for container in workload["spec"]["template"]["spec"].get("containers") or ():
+        for port in container.get("ports") or ():
+            if port.get("name") == names.SYSTEM_PORT_NAME:
+                return int(port["containerPort"])
+    return None
