@@ -22,9 +22,9 @@ NOT_HERE: dict[str, Any] = {
     "networkPolicy": {"enabled": False},
     "monitoring": {"podMonitors": False, "rules": False},
 }
-# Each file: what it is, the values of the chart, and the templates that it is made of. Those of ANYWHERE name no
-# namespace: `kubectl apply -n` does.
+# These name no namespace: `kubectl apply -n` does.
 ANYWHERE = {"network-policies/policies.yaml"}
+# Each file: what it is, the values of the chart, and the templates that it is made of.
 FILES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "namespaced/operator.yaml": (
         "Penstock's operator for the graphs of one namespace.",
@@ -63,7 +63,9 @@ def plain(text: str, left_out: tuple[str, ...]) -> Iterator[str]:
         if yaml.safe_load(document) is None:
             continue
         lines = document.strip().removeprefix("---").splitlines()
-        yield "\n".join(line for line in lines if line.strip() and not any(text in line for text in left_out))
+        yield "\n".join(
+            line for line in lines if line.strip() and not any(text in line for text in left_out)
+        )
 
 
 def content(name: str) -> str:
@@ -71,7 +73,10 @@ def content(name: str) -> str:
     rendered = render(values)
     left_out = ("managed-by: Helm", *([f"namespace: {NAMESPACE}"] if name in ANYWHERE else []))
     documents = [document for template in templates for document in plain(rendered[template], left_out)]
-    return "\n---\n".join([f"# {about}\n# Made from the chart in deploy/helm by generate.py.", *documents]) + "\n"
+    return (
+        "\n---\n".join([f"# {about}\n# Made from the chart in deploy/helm by generate.py.", *documents])
+        + "\n"
+    )
 
 
 def main() -> None:
