@@ -1,7 +1,7 @@
 """deploy/ by the tools that are made for such files: Helm, shellcheck, and promtool. `make test-deploy`.
 
-Helm is Helm 4 as a library (helm-python-sdk), the same code as the command, which no package index has.
-promtool is on PATH, or from Debian's package, which is unpacked and not installed: it would start a Prometheus.
+Helm is Helm 4 as a library (helm-python-sdk), the same code as the command, which no index has. promtool
+is on PATH, or from Debian's package, which is unpacked and not installed: it would start a Prometheus.
 """
 
 from __future__ import annotations
