@@ -16,6 +16,7 @@ from typing import ParamSpec, Protocol
 from penstock.clock import Clock
 from penstock.core.catalog import Catalog
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
+from penstock.core.pairing import without_pairs
 from penstock.core.placement import Placement
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import ConfigError, ProtocolError, RemoteError
@@ -99,6 +100,8 @@ class Instances:
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
         self._models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
+        self._unpaired: dict[str, str] = {}  # why, by instance id (core/pairing.py)
+        self._without_pairs: dict[str, str] = {}  # the same, by model
         self._tasks: asyncio.TaskGroup  # of `run`, as is
         self._prepare: Prepare
 
@@ -126,7 +129,9 @@ class Instances:
                 state=member.state.value,
                 address=member.registration.address,
                 load=self._placement.load(instance_id),
-                reason=member.stuck or self._why_idle(instance_id, member),
+                reason=member.stuck
+                or self._unpaired.get(instance_id)
+                or self._why_idle(instance_id, member),
             )
             for instance_id, member in sorted(self.membership.members.items())
         ]
@@ -193,8 +198,22 @@ class Instances:
                     level = logging.INFO if member.card.model in replaced else logging.WARNING
                     why = self._models.other_revision(member.card)
                     log.log(level, "instance on standby: %s: %s", instance_id, why)
+        self._pair()
         for model in replaced:
             self._listener.on_revision(model)
+
+    def _pair(self) -> None:
+        """See who has no partner to hand prompts to, or to take them from; say where nobody has one."""
+        cards = self.membership.ready_cards()
+        self._unpaired = self._placement.unpaired(cards)
+        self._metrics.unpaired(self._unpaired)
+        before, self._without_pairs = self._without_pairs, without_pairs(cards, self._unpaired)
+        for model, why in self._without_pairs.items():
+            if model not in before:
+                log.warning("prefill workers of %s are not used: %s", model, why)
+        for model in before.keys() - self._without_pairs.keys():
+            left = any(card.model == model and card.role is Role.PREFILL for card in cards)
+            log.info("prefill workers of %s are %s", model, "used again" if left else "gone")
 
     def advances(self, instance_id: str) -> bool:
         """Whether its engine gets on with what it has, as far as is known."""

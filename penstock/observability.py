@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TextIO
 
@@ -302,33 +302,22 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry, model_gone: Callable[[str], None]) -> None:
         """`model_gone` is called with each model that nobody serves any more."""
         self.model_gone = model_gone
-        self._decisions = Counter(
-            "penstock_decisions", "Routing decisions", ["policy", "path"], registry=registry
-        )
-        self._predicted = Counter(
-            "penstock_predicted_cached_tokens",
-            "Cached prompt tokens that the index foresaw",
-            registry=registry,
-        )
-        self._actual = Counter(
-            "penstock_actual_cached_tokens", "Cached prompt tokens that engines reported", registry=registry
-        )
-        self._attempts = Counter(
-            "penstock_attempts", "Attempts ended", ["role", "outcome"], registry=registry
-        )
-        self._bounces = Counter(
-            "penstock_bounces", "Attempts a worker refused", ["role"], registry=registry
-        )
-        self._retries = Counter(
-            "penstock_retries", "Further attempts after a failed one", registry=registry
-        )
-        self._transfers = Counter("penstock_transfers", "Prompts whose KV was pulled", registry=registry)
-        self._transferred = Counter("penstock_transferred_blocks", "KV blocks pulled", registry=registry)
-        self._rejections = Counter(
-            "penstock_rejected",
+
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"penstock_{name}", documentation, labels, registry=registry)
+
+        self._decisions = counter("decisions", "Routing decisions", "policy", "path")
+        self._predicted = counter("predicted_cached_tokens", "Cached prompt tokens that the index foresaw")
+        self._actual = counter("actual_cached_tokens", "Cached prompt tokens that engines reported")
+        self._attempts = counter("attempts", "Attempts ended", "role", "outcome")
+        self._bounces = counter("bounces", "Attempts a worker refused", "role")
+        self._retries = counter("retries", "Further attempts after a failed one")
+        self._transfers = counter("transfers", "Prompts whose KV was pulled")
+        self._transferred = counter("transferred_blocks", "KV blocks pulled")
+        self._rejections = counter(
+            "rejected",
             "Requests answered with 429 (wait: predicted too long; full: too many wait)",
-            ["reason"],
-            registry=registry,
+            "reason",
         )
         self._queue_seconds = Histogram(
             "penstock_queue_seconds",
@@ -385,6 +374,10 @@ class RouterMetrics:
         """The latest load of a connected instance. Called for every step: one dictionary write."""
         self._workers.loads[instance_id] = load
 
+    def unpaired(self, instance_ids: Collection[str]) -> None:
+        """Those that have no partner to hand prompts to, or to take them from (core/pairing.py)."""
+        self._workers.unpaired = instance_ids
+
     def instance_gone(self, instance_id: str) -> None:
         """Remove all series of an instance. Unknown ids are ignored."""
         self._workers.states.pop(instance_id, None)
@@ -431,6 +424,7 @@ class _WorkerGauges(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self.states: dict[str, tuple[str, str]] = {}  # instance id -> role, state
         self.loads: dict[str, Load] = {}
+        self.unpaired: Collection[str] = ()
         registry.register(self)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
@@ -453,13 +447,15 @@ class _WorkerGauges(Collector):
                 load = self.loads.get(instance_id)
                 if field == "connected":
                     family.add_metric([instance_id, role], float(state != "connecting"))
+                elif field == "unpaired":
+                    family.add_metric([instance_id, role], float(instance_id in self.unpaired))
                 elif load is not None:
                     family.add_metric([instance_id, role], float(getattr(load, field)))
             yield family
         yield self._state_family(self.states)
 
     def _families(self) -> Iterator[GaugeMetricFamily]:
-        for field in (*self.FIELDS, "connected"):
+        for field in (*self.FIELDS, "connected", "unpaired"):
             words = field.replace("_", " ")
             yield GaugeMetricFamily(
                 f"penstock_worker_{field}", f"Worker's latest: {words}", labels=["instance", "role"]

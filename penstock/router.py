@@ -20,7 +20,7 @@ from penstock.core.admission import Queue, Refusal, work_tokens
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.membership import decoders
 from penstock.core.placement import Placed, Placement, explain
-from penstock.core.policy import Decision
+from penstock.core.policy import Decision, Path
 from penstock.core.progress import PatientTime
 from penstock.core.queues import Queues
 from penstock.core.room import waiting_bytes
@@ -335,11 +335,7 @@ class Router:
             queue.back(request_id, self._work(live), now, waiting_bytes(request))
         if not queue.turn(request_id):
             return life.Held()
-        ready = [
-            card
-            for card in everybody
-            if card.instance_id not in wanted.avoid and (card.role.decodes or not wanted.handed)
-        ]
+        ready = [card for card in everybody if card.instance_id not in wanted.avoid]
         apart = self._keep_apart(live, ready)
         decision = self._decide(live, wanted, apart)
         if not live.lifecycle.strikes.count and len(apart) < len(ready) and not live.fits(decision):
@@ -363,7 +359,7 @@ class Router:
         self._metrics.decided(self._settings.policy, decision.path)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", explain(request_id, decision, wanted.avoid))
-        return life.Chosen(decision.decode, decision.prefill)
+        return life.Chosen(decision.decode, decision.prefill, decision.path is not Path.REMOTE)
 
     def _rest(self, live: Live) -> life.Held:
         """Others may go where it must not: it waits without standing in their way."""
@@ -382,7 +378,7 @@ class Router:
     def _decide(self, live: Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
         now = self._clock.now()
         cards = [card for card in cards if self._full_until.get(card.instance_id, now) <= now]
-        return self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handed)
+        return self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handoff)
 
     def _keep_apart(self, live: Live, cards: list[Card]) -> list[Card]:
         """Where it may run, for all that is known of who kills engines."""

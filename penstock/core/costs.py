@@ -26,6 +26,7 @@ from collections.abc import Callable, Hashable
 
 import msgspec
 
+from penstock.core.pairing import KvFormat
 from penstock.structs import Card, Load, Role
 
 STEP_TOKENS = 8192
@@ -61,13 +62,13 @@ expected before any was seen, in outputs."""
 
 class Query(msgspec.Struct, frozen=True):
     """The request to place. `ordinal` counts this router's requests, for round-robin. `handed`: the
-    prompt's KV waits on a prefill worker; only a place to decode is needed. `max_itl_ms`: the longest mean
-    time between tokens that a worker should be brought to; 0: any."""
+    prompt's KV, of this format, waits on a prefill worker; a decode worker that reads it computes none of
+    it. `max_itl_ms`: the longest mean time between tokens that a worker should be brought to; 0: any."""
 
     prompt_tokens: int
     ordinal: int = 0
     expected_output_tokens: float = EXPECTED_OUTPUT_TOKENS
-    handed: bool = False
+    handed: KvFormat | None = None
     max_itl_ms: float = 0.0
 
 
@@ -83,6 +84,7 @@ class Candidate(msgspec.Struct, frozen=True):
     max_running: int = 0  # requests that it serves at one time; 0: not known
     prompt_tokens: float = 0.0  # that a request gives it to compute, on average
     output_tokens: float = 0.0  # the same for its output; 0: not known
+    kv_format: KvFormat = KvFormat()  # a prefill worker goes first for a decode worker with the same one
 
 
 class Costs(msgspec.Struct, frozen=True, gc=False):

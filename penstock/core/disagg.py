@@ -6,7 +6,8 @@ In the terms of core/costs.py:
     remote(p, d) = max(queue(p) + prefill(p), queue(d)) + transfer(d)
 
 On the remote path d's queue drains while p computes, and nobody's output stalls, as a prefill worker has
-none. On idle workers `inflicted` is about `prefill`, so a prompt moves exactly when that costs less than
+none. p is one of those whose KV d reads (core/pairing.py); without any, only the local plan is left.
+On idle workers `inflicted` is about `prefill`, so a prompt moves exactly when that costs less than
 computing it. A prompt with less than a block to compute has nothing worth handing over and stays.
 """
 
@@ -24,7 +25,7 @@ class Disagg(StrEnum):
     """When a prefill worker goes first, if there is one."""
 
     AUTO = "auto"  # when that is cheaper
-    ALWAYS = "always"
+    ALWAYS = "always"  # with every decode worker that has one
     NEVER = "never"
 
 
@@ -62,8 +63,9 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
 
 
 def plan(query: Query, here: Costs, first: Costs | None, disagg: Disagg) -> Scored:
-    """The better plan with the candidate of `here` decoding; `first` is of the prefill worker to use."""
-    if query.handed:
+    """The better plan with the candidate of `here` decoding; `first` is of the prefill worker to use, if
+    there is one for it."""
+    if query.handed is not None and query.handed == here.candidate.kv_format:
         return _remote(here, None)
     if first is None or disagg is Disagg.NEVER or here.candidate.role is Role.AGGREGATED:
         return _local(here)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.errors import RequestRejected
-from penstock.structs import Attempt, Delta, Output
+from penstock.structs import Attempt, Delta, Handoff, Output
 
 KILLER = "kills_workers"
 """The code of the error that ends a request for being the cause of workers' deaths."""
@@ -17,10 +17,12 @@ KILLER = "kills_workers"
 
 
 class Chosen(msgspec.Struct):
-    """The router's answer to Choose. `prefill` is None when the decode worker prefills itself."""
+    """The router's answer to Choose. `prefill` is None when no prefill worker is to go first. `local`: nor
+    does the decode worker read KV that is held for it: it computes all of the prompt."""
 
     decode: str
     prefill: str | None = None
+    local: bool = False
 
 
 class NoCandidate(msgspec.Struct):
@@ -98,11 +100,11 @@ class ClientGone(msgspec.Struct):
 
 
 class Choose(msgspec.Struct):
-    """Ask the router. `handed`: the prompt's KV is ready for pulling, only a decode worker is needed.
-    `failed`: why the attempt before it failed, if one just did."""
+    """Ask the router. `handoff`: the prompt's KV is ready for pulling, only a decode worker that reads it
+    is needed. `failed`: why the attempt before it failed, if one just did."""
 
     avoid: frozenset[str]
-    handed: bool = False
+    handoff: Handoff | None = None
     failed: str = ""
 
 

@@ -9,6 +9,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
     --------  -------------------------  --------  ------------------------------------------------
     QUEUED    Chosen, with prefill       PREFILL   Send(prefill attempt)
     QUEUED    Chosen, without            DECODE    Send(attempt, with the handoff if one is held)
+    QUEUED    Chosen, local              DECODE    Release, Send(attempt)
     QUEUED    NoCandidate, Held          QUEUED    none; whoever drives it asks again by Retry
     QUEUED    Refused                    DONE      Release, Fail
     QUEUED    Retry, also as the first   QUEUED    Choose
@@ -177,13 +178,14 @@ class Lifecycle:
 
     def _choose(self) -> Choose:
         failed, self._failed = self._failed, ""
-        return Choose(frozenset(self._avoid), handed=self._handoff is not None, failed=failed)
+        return Choose(frozenset(self._avoid), handoff=self._handoff, failed=failed)
 
     def _on_chosen(self, event: Chosen, now: float) -> list[Effect]:
         if self.phase is not Phase.QUEUED:
             return []
         if event.prefill is None:
-            return self._send_decode(event.decode, now)
+            dropped = self._drop_handoff() if event.local else []
+            return [*dropped, *self._send_decode(event.decode, now)]
         self.phase = Phase.PREFILL
         self._decode_id = event.decode
         return [*self._drop_handoff(), self._send(event.prefill, now, prefill_only=True)]

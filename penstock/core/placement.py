@@ -16,10 +16,11 @@ from penstock.core.disagg import Disagg
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.overlap_check import OverlapCheck, Verdict
+from penstock.core.pairing import kv_format, unpaired
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
 from penstock.core.prefix_index import PrefixIndex, most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, Load, Rates, Request
+from penstock.structs import Attempt, Card, Handoff, Load, Rates, Request
 
 UNMEASURED = Rates()
 """What a worker reports that has measured nothing yet."""
@@ -114,17 +115,24 @@ class Placement:
         """The load that the instance itself last reported."""
         return self._book.reported_load(instance_id)
 
+    def unpaired(self, cards: Sequence[Card]) -> dict[str, str]:
+        """As in core/pairing.py; nobody where no prefill worker is to be used."""
+        return {} if self._disagg == Disagg.NEVER else unpaired(cards)
+
     def forget_model(self, model: str) -> None:
         """Nobody serves this model any more."""
         self._lengths.forget(lambda key: isinstance(key, tuple) and key[0] == model)
 
     # --- a request ----------------------------------------------------------------------------------
 
-    def choose(self, placed: Placed, tokens: list[int], cards: list[Card], handed: bool) -> Decision | None:
+    def choose(
+        self, placed: Placed, tokens: list[int], cards: list[Card], handoff: Handoff | None
+    ) -> Decision | None:
         """Choose among these instances for a prompt (with what was generated of it so far).
 
-        `handed`: its KV is ready on a prefill worker, so only a decode worker is needed. None: none of
-        them can. `book` follows when the decision is acted on.
+        `handoff`: its KV is ready on a prefill worker, so only a decode worker that reads it is needed.
+        Where there is none, the decision is as if it were not. None: none of them can. `book` follows when
+        the decision is acted on.
         """
         self.unbook(placed)  # of an earlier decision: it must not see itself in the load
         self._ordinal += 1
@@ -132,7 +140,7 @@ class Placement:
             prompt_tokens=len(tokens),
             ordinal=self._ordinal,
             expected_output_tokens=self.expected_output_tokens(placed.request),
-            handed=handed,
+            handed=kv_format(handoff) if handoff is not None else None,
             max_itl_ms=self._max_itl_ms,
         )
         candidates = self._candidates(placed, tokens, cards)
@@ -166,6 +174,7 @@ class Placement:
                     max_running=card.max_running,
                     prompt_tokens=prompt_tokens,
                     output_tokens=output_tokens,
+                    kv_format=kv_format(card),
                 )
             )
         return candidates
@@ -210,6 +219,7 @@ class Placement:
         prompt_tokens = decision.scores[0].uncached_tokens
         whole, prompts, outputs = 0.0, 0.0, 0.0  # requests per ms
         decoders = 0
+        read = {kv_format(card) for card in cards if card.role.decodes}
         for card in cards:
             load = self.load(card.instance_id)
             if load.rates == UNMEASURED:
@@ -218,7 +228,7 @@ class Placement:
                 decoders += 1
                 whole += 1.0 / service_ms(card, load, prompt_tokens, output_tokens)
                 outputs += 1.0 / service_ms(card, load, 1, output_tokens)
-            else:
+            elif kv_format(card) in read:
                 prompts += 1.0 / service_ms(card, load, prompt_tokens, 1.0)
         if not whole:
             return 0.0

@@ -4,8 +4,8 @@ A policy shortlists the workers of a pool; among those left, the cheapest plan w
 the random generator. So every policy uses the same costs to decide between local and remote prefill
 (core/disagg.py), and `kv`, which shortlists everybody, is nothing but the costs:
 
-    prefill worker   p* = argmin queue(p) + prefill(p)
-    decode worker    d* = argmin min(local(d), remote(p*, d)) + decode(d)
+    prefill worker   p*(d) = argmin queue(p) + prefill(p), of those whose KV d reads (core/pairing.py)
+    decode worker    d* = argmin min(local(d), remote(p*(d), d)) + decode(d)
     aggregated       a competes with the decode workers by local(a) + decode(a)
 
     policy         shortlist of each pool
@@ -30,6 +30,7 @@ import msgspec
 
 from penstock.core.costs import Candidate, Costs, Query, costs, crowded
 from penstock.core.disagg import Disagg, Path, Scored, plan
+from penstock.core.pairing import KvFormat
 
 __all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
 
@@ -77,27 +78,64 @@ def choose(
         return None
     free = [candidate for candidate in decoders if not crowded(query, candidate)]
     decoders = free or decoders
-    first, ahead = None, []
-    prefills = [candidate for candidate in candidates if not candidate.role.decodes]
-    if prefills and mode is not Disagg.NEVER and not query.handed:
-        ahead = [costs(query, candidate) for candidate in shortlist(query, prefills, rng)]
-        first = _least(ahead, _ready_ms, rng)
-    here = [costs(query, candidate) for candidate in shortlist(query, decoders, rng)]
-    scores = [plan(query, it, first, mode) for it in here]
-    best = _least(scores, _total_ms, rng)
-    scores.sort(key=_total_ms)
+    takers = [it for it in decoders if it.kv_format == query.handed] if query.handed else []
+    firsts = {}
+    if mode is not Disagg.NEVER and not takers:
+        firsts = _firsts(query, candidates, decoders, shortlist, rng)
+    here = [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
+    plans = [_plan(query, it, firsts.get(it.candidate.kv_format), mode) for it in here]
+    best, first = _least(plans, _plan_ms, rng)
     wait_ms = _least_wait_ms(query, decoders, here)
-    if ahead and best.path is Path.REMOTE:
-        wait_ms = max(wait_ms, _least_wait_ms(query, prefills, ahead))
+    if first is not None:
+        wait_ms = max(wait_ms, first.wait_ms)
     return Decision(
         decode=best.instance_id,
-        prefill=first.candidate.instance_id if first is not None and best.path is Path.REMOTE else None,
+        prefill=first.costs.candidate.instance_id if first is not None else None,
         path=best.path,
         reason=_reason(best),
-        scores=scores,
+        scores=sorted((scored for scored, _ in plans), key=_total_ms),
         wait_ms=wait_ms,
         crowded=not free,
     )
+
+
+class _First(msgspec.Struct, frozen=True):
+    """The prefill worker to use among those with KV of one format; `wait_ms`: the least of any of them."""
+
+    costs: Costs
+    wait_ms: float
+
+
+def _firsts(
+    query: Query,
+    candidates: Sequence[Candidate],
+    decoders: Sequence[Candidate],
+    shortlist: Shortlist,
+    rng: Random,
+) -> dict[KvFormat, _First]:
+    """For each format that a decode worker reads, if there are prefill workers with it."""
+    pools: dict[KvFormat, list[Candidate]] = {}
+    read = {candidate.kv_format for candidate in decoders}
+    for candidate in candidates:
+        if not candidate.role.decodes and candidate.kv_format in read:
+            pools.setdefault(candidate.kv_format, []).append(candidate)
+    firsts = {}
+    for kv_format, pool in pools.items():
+        ahead = [costs(query, candidate) for candidate in shortlist(query, pool, rng)]
+        firsts[kv_format] = _First(_least(ahead, _ready_ms, rng), _least_wait_ms(query, pool, ahead))
+    return firsts
+
+
+def _plan(query: Query, here: Costs, first: _First | None, mode: Disagg) -> tuple[Scored, _First | None]:
+    """The better plan with this candidate decoding, and the prefill worker that is used in it."""
+    if first is None:
+        return plan(query, here, None, mode), None
+    scored = plan(query, here, first.costs, mode)
+    return scored, first if scored.path is Path.REMOTE else None
+
+
+def _plan_ms(found: tuple[Scored, _First | None]) -> float:
+    return found[0].total_ms
 
 
 _Item = TypeVar("_Item")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from penstock.core.hashing import last_hash, root_hash
+from penstock.core.pairing import KvFormat, kv_format
 from penstock.engines.batch import Sequence
 from penstock.structs import Attempt, EngineCard, FinishReason, Handoff
 
@@ -98,12 +99,12 @@ def mismatch(handoff: Handoff, attempt: Attempt, card: EngineCard) -> str | None
     """Why this handoff's KV must not be used for this attempt here, in words; None when it may be."""
     if handoff.ttl_s <= 0:
         return "expired"
-    if not card.transport or handoff.transport != card.transport:
-        return f"transport is {handoff.transport!r}, here {card.transport!r}"
-    if handoff.layout != card.layout:
-        return f"layout is {handoff.layout!r}, here {card.layout!r}"
-    if handoff.block_size != card.block_size:
-        return f"block_size is {handoff.block_size}, here {card.block_size}"
+    if not card.transport:
+        return "this engine has no KV transfer"
+    theirs, ours = kv_format(handoff), kv_format(card)
+    for name, its, own in zip(KvFormat._fields, theirs, ours, strict=True):
+        if its != own:
+            return f"{name} is {its!r}, here {own!r}"
     if not 0 < handoff.num_tokens <= len(attempt.token_ids):
         return f"num_tokens is {handoff.num_tokens}, of {len(attempt.token_ids)}"
     root = root_hash(card.model, attempt.cache_salt)

@@ -170,7 +170,7 @@ def test_lost_decode_worker_during_prefill_is_replaced_when_the_handoff_comes() 
     assert life.handle(InstanceLost("d0", "gone"), 0.5) == []
     output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
     effects = life.handle(output, 1.0)
-    assert Choose(frozenset(), handed=True) in effects
+    assert Choose(frozenset(), output.handoff) in effects
     send = sent(life.handle(Chosen("d1"), 1.0))
     assert send.instance_id == "d1"
     assert send.attempt.handoff is not None
@@ -198,11 +198,28 @@ def test_handoff_too_old_is_released_not_used() -> None:
     assert sent(effects).attempt.handoff is None
 
 
+@pytest.mark.parametrize("chosen", [Chosen("d1", local=True), Chosen("d1", "p1")])
+def test_a_handoff_that_nobody_can_use_is_released_when_another_worker_computes_the_prompt(
+    chosen: Chosen,
+) -> None:
+    life = lifecycle()
+    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    life.handle(InstanceLost("d0", "gone"), 0.5)
+    offered = handoff(attempt.attempt_id)
+    life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
+    effects = life.handle(chosen, 2.0)
+    assert effects[0] == Release("p0", attempt.attempt_id)
+    assert sent(effects).attempt.handoff is None
+    assert sent(effects).attempt.token_ids == [*PROMPT, 10]
+
+
 def test_bounced_decode_keeps_the_handoff_for_the_next_one() -> None:
     life = lifecycle()
     send = sent(prefilled(life))
     effects = life.handle(Bounced(send.attempt.attempt_id, "full"), 2.0)
-    assert effects == [Choose(frozenset(), handed=True)]  # who is full, is so for all: the router's affair
+    (choose,) = effects
+    assert choose == Choose(frozenset(), choose.handoff)
+    assert choose.handoff is not None  # who is full, is so for all: the router's affair
     again = sent(life.handle(Chosen("d1"), 2.0)).attempt
     assert again.handoff is not None
     assert again.handoff.ttl_s == pytest.approx(29.0)
@@ -453,7 +470,7 @@ def test_standing_still_elsewhere_only_changes_who_decodes() -> None:
     attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
     assert life.handle(InstanceStuck("d0", "no step"), 1.0) == []
     output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
-    assert Choose(frozenset(), handed=True) in life.handle(output, 2.0)
+    assert Choose(frozenset(), output.handoff) in life.handle(output, 2.0)
 
 
 def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
@@ -585,8 +602,9 @@ class Story:
         send = sends[pick % len(sends)] if sends else None
         if action == "choose" and self.waiting and self.life.phase is Phase.QUEUED:
             self.waiting = False
-            prefill = f"p{pick % 3}" if pick % 2 and not self.handed() else None
-            self.perform(self.life.handle(Chosen(f"d{pick % 3}", prefill), self.now))
+            prefill = f"p{pick % 3}" if pick % 2 else None
+            local = prefill is None and (pick % 5 == 0 or not self.handed())
+            self.perform(self.life.handle(Chosen(f"d{pick % 3}", prefill, local), self.now))
         elif action == "lose":
             instance = f"{'pd'[pick % 2]}{pick % 3}"
             gone = [key for key, value in self.running.items() if value.instance_id == instance]

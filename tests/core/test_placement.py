@@ -9,10 +9,10 @@ import pytest
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import MIN_OBSERVATIONS, Cause
 from penstock.core.placement import Placed, Placement, explain
-from penstock.core.policy import Decision
+from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, Handoff, Load, Request, Role, Sampling
+from penstock.structs import Attempt, Card, Handoff, Load, Rates, Request, Role, Sampling
 
 TOKENS = list(range(160))
 HASHES = sequence_hashes(TOKENS, 16, root_hash("m"))
@@ -37,8 +37,8 @@ def attempt(handoff: Handoff | None = None) -> Attempt:
     return Attempt("r.1", "r", TOKENS, len(TOKENS), Sampling(max_tokens=10), handoff=handoff)
 
 
-def choose(it: Placement, request: Placed, *cards: Card, handed: bool = False) -> Decision:
-    decision = it.choose(request, TOKENS, list(cards), handed)
+def choose(it: Placement, request: Placed, *cards: Card, handoff: Handoff | None = None) -> Decision:
+    decision = it.choose(request, TOKENS, list(cards), handoff)
     assert decision is not None
     it.book(request, decision, TOKENS)
     return decision
@@ -99,6 +99,45 @@ def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
     it.ended(first, 0)
     loads = {scored.instance_id: scored.decode_ms for scored in choose(it, placed("r2"), *cards).scores}
     assert loads[booked.decode] < max(loads.values())
+
+
+def handoff(block_size: int = 16, layout: str = "", transport: str = "") -> Handoff:
+    return Handoff("h", "p0", 1, len(TOKENS), block_size, 0, layout, 30.0, transport, "")
+
+
+def test_a_held_prompt_goes_to_a_decode_worker_that_reads_its_kv() -> None:
+    cards = [card("p1", Role.PREFILL), card("d0", block_size=32), card("d1")]
+    it = placement(*cards)
+    it.cache_changed("d0", sequence_hashes(TOKENS, 32, root_hash("m")), [], False)  # otherwise the best
+    decision = choose(it, placed(), *cards, handoff=handoff())
+    assert (decision.path, decision.prefill, decision.decode) == (Path.REMOTE, None, "d1")
+
+
+@pytest.mark.parametrize(
+    "held", [handoff(block_size=8), handoff(layout="other"), handoff(transport="other")]
+)
+def test_where_nobody_reads_the_held_kv_the_prompt_is_placed_anew(held: Handoff) -> None:
+    cards = [card("p1", Role.PREFILL), card("d0"), card("d1", block_size=32)]
+    it = placement(*cards, disagg="always")
+    decision = choose(it, placed(), *cards, handoff=held)
+    assert (decision.path, decision.prefill) == (Path.REMOTE, "p1") or decision.decode == "d1"
+    decision = choose(it, placed(), cards[1], handoff=held)
+    assert (decision.path, decision.prefill, decision.decode) == (Path.LOCAL, None, "d0")
+
+
+def test_prefill_workers_without_a_partner_do_no_share_of_the_service() -> None:
+    rates = Rates(step_ms=1.0, prefill_token_ms=1.0, decode_request_ms=0.01)
+    cards = [card("p0", Role.PREFILL), card("d0")]
+    other = card("p0", Role.PREFILL, block_size=32)
+    it = placement()
+    for each in cards:
+        it.up(each, Load(total_blocks=1000, rates=rates))
+    decision = choose(it, placed(), *cards)
+    with_prefill, alone = it.service_ms(placed().request, decision, cards), [cards[1]]
+    assert with_prefill < it.service_ms(placed().request, decision, alone)
+    assert it.service_ms(placed().request, decision, [other, *alone]) == pytest.approx(
+        it.service_ms(placed().request, decision, alone)
+    )
 
 
 def test_lasting_differences_lose_the_trust_and_agreement_wins_it_back() -> None:

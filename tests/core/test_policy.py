@@ -1,14 +1,17 @@
 """Decisions on small pools, each told as a story."""
 
 from random import Random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from penstock.core.pairing import KvFormat
 from penstock.core.policy import POLICIES, Candidate, Decision, Disagg, Path, Query, choose
 from penstock.structs import Load, Rates, Role
 
+ANY = KvFormat()
 RATES = Rates(step_ms=1.0, prefill_token_ms=0.15, decode_request_ms=0.3, transfer_ms=3.0)
 
 
@@ -22,6 +25,7 @@ def worker(
     waiting: int = 0,
     prefill_tokens: int = 0,
     used_blocks: int = 0,
+    kv_format: KvFormat = ANY,
 ) -> Candidate:
     load = Load(
         running=running,
@@ -31,7 +35,9 @@ def worker(
         total_blocks=1000,
         rates=rates,
     )
-    return Candidate(instance_id, role, load, block_size=16, overlap_blocks=overlap_blocks)
+    return Candidate(
+        instance_id, role, load, block_size=16, overlap_blocks=overlap_blocks, kv_format=kv_format
+    )
 
 
 def decide(query: Query, *candidates: Candidate, policy: str = "kv", disagg: str = "auto") -> Decision:
@@ -200,8 +206,85 @@ def test_aggregated_workers_compete_for_the_whole() -> None:
 
 def test_a_handed_over_prompt_needs_only_a_place_to_decode() -> None:
     pool = (*PD, worker("d2", Role.DECODE, prefill_tokens=5000), worker("d3", Role.DECODE, running=9))
-    decision = decide(Query(4000, handed=True), *pool, disagg="never")
+    decision = decide(Query(4000, handed=ANY), *pool, disagg="never")
     assert (decision.path, decision.decode, decision.prefill) == (Path.REMOTE, "d", None)
+
+
+# --- workers that do not read each other's KV -------------------------------------------------------
+
+OLD, NEW, OTHER = KvFormat(16, "l", "tcp"), KvFormat(32, "l", "tcp"), KvFormat(16, "other", "tcp")
+
+
+def generation(kv_format: KvFormat, name: str, **options: Any) -> tuple[Candidate, Candidate]:
+    return (
+        worker(f"p-{name}", Role.PREFILL, kv_format=kv_format),
+        worker(f"d-{name}", Role.DECODE, kv_format=kv_format, **options),
+    )
+
+
+BOTH = (*generation(OLD, "old"), *generation(NEW, "new"))
+OLD_P, OLD_D, NEW_P, NEW_D = BOTH
+BUSY: dict[str, Any] = {"running": 50, "prefill_tokens": 50_000}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("disagg", ["auto", "always"])
+@pytest.mark.parametrize("new", [NEW, OTHER, KvFormat(16, "l", "nixl")])
+def test_two_generations_serve_side_by_side_each_with_its_own(
+    policy: str, disagg: str, new: KvFormat
+) -> None:
+    pool = (*generation(OLD, "old"), *generation(new, "new"))
+    pairs = set()
+    for number in range(40):
+        query = Query(1000, ordinal=number)
+        decision = choose(query, pool, policy=policy, disagg=disagg, rng=Random(number))
+        assert decision is not None
+        pairs.add((decision.prefill, decision.decode))
+    assert pairs == {("p-old", "d-old"), ("p-new", "d-new")}
+
+
+@pytest.mark.parametrize(
+    ("pool", "path", "prefill", "decode"),
+    [
+        ([OLD_P, OLD_D, NEW_D], Path.REMOTE, "p-old", "d-old"),  # its prompts cost the new one more
+        ([OLD_P, *generation(OLD, "old", **BUSY)[1:], NEW_D], Path.LOCAL, None, "d-new"),
+        ([NEW_P, OLD_P, OLD_D], Path.REMOTE, "p-old", "d-old"),
+        ([NEW_P, OLD_D], Path.LOCAL, None, "d-old"),  # nobody reads what the new one would compute
+        ([NEW_P, worker("a")], Path.AGGREGATED, None, "a"),
+    ],
+)
+@pytest.mark.parametrize("disagg", ["auto", "always"])
+def test_pairs_are_chosen_among_those_whose_kv_fits(
+    pool: list[Candidate], path: Path, prefill: str | None, decode: str, disagg: str
+) -> None:
+    decision = decide(Query(1000), *pool, disagg=disagg)
+    assert (decision.path, decision.prefill, decision.decode) == (path, prefill, decode)
+
+
+@pytest.mark.parametrize(
+    ("handed", "pool", "path", "prefill", "decode"),
+    [
+        (OLD, [OLD_D, NEW_D], Path.REMOTE, None, "d-old"),
+        (NEW, [OLD_D, NEW_D], Path.REMOTE, None, "d-new"),
+        (OLD, [*generation(OLD, "old", **BUSY)[1:], NEW_D, NEW_P], Path.REMOTE, None, "d-old"),
+        (OLD, [NEW_D], Path.LOCAL, None, "d-new"),
+        (OLD, [NEW_D, NEW_P], Path.REMOTE, "p-new", "d-new"),  # prefilled once more
+        (OLD, [worker("a")], Path.AGGREGATED, None, "a"),
+    ],
+)
+def test_a_held_prompt_goes_where_its_kv_is_read_if_there_is_such_a_worker(
+    handed: KvFormat, pool: list[Candidate], path: Path, prefill: str | None, decode: str
+) -> None:
+    decision = decide(Query(1000, handed=handed), *pool)
+    assert (decision.path, decision.prefill, decision.decode) == (path, prefill, decode)
+
+
+def test_nobody_waits_for_the_one_worker_that_reads_held_kv() -> None:
+    """The wait that is reported is the least of all: others must not queue up behind this request."""
+    (busy,) = generation(OLD, "old", **BUSY)[1:]
+    decision = decide(Query(1000, handed=OLD), busy, NEW_D)
+    assert decision.decode == "d-old"
+    assert decision.wait_ms == 0.0
 
 
 # --- the other policies -----------------------------------------------------------------------------
@@ -230,6 +313,7 @@ def test_power_of_two_never_takes_the_most_loaded() -> None:
     assert taken == {"w0", "w1", "w2", "w3"}
 
 
+FORMATS = st.sampled_from([OLD, NEW])
 WORKERS = st.lists(
     st.tuples(
         st.sampled_from(Role),
@@ -238,6 +322,7 @@ WORKERS = st.lists(
         st.integers(0, 64),  # waiting
         st.integers(0, 100_000),  # prefill_tokens
         st.integers(0, 1000),  # used_blocks
+        FORMATS,
     ),
     max_size=6,
 )
@@ -248,15 +333,15 @@ WORKERS = st.lists(
     st.integers(1, 5000),
     st.sampled_from(sorted(POLICIES)),
     st.sampled_from(Disagg),
-    st.booleans(),
+    st.none() | FORMATS,
     st.integers(0, 2**32),
 )
 def test_every_decision_can_be_carried_out(
-    workers: list[tuple[Role, int, int, int, int, int]],
+    workers: list[tuple[Role, int, int, int, int, int, KvFormat]],
     tokens: int,
     policy: str,
     disagg: Disagg,
-    handed: bool,
+    handed: KvFormat | None,
     seed: int,
 ) -> None:
     pool = [
@@ -268,10 +353,12 @@ def test_every_decision_can_be_carried_out(
             waiting=waiting,
             prefill_tokens=prefill_tokens,
             used_blocks=used,
+            kv_format=kv_format,
         )
-        for number, (role, overlap, running, waiting, prefill_tokens, used) in enumerate(workers)
+        for number, (role, overlap, running, waiting, prefill_tokens, used, kv_format) in enumerate(workers)
     ]
     roles = {candidate.instance_id: candidate.role for candidate in pool}
+    formats = {candidate.instance_id: candidate.kv_format for candidate in pool}
     query = Query(tokens, ordinal=seed, handed=handed)
     decision = choose(query, pool, policy=policy, disagg=disagg, rng=Random(seed))
     again = choose(query, pool, policy=policy, disagg=disagg, rng=Random(seed))
@@ -285,8 +372,11 @@ def test_every_decision_can_be_carried_out(
     if decision.prefill is not None:
         assert roles[decision.prefill] is Role.PREFILL
         assert decision.path is Path.REMOTE
+        assert formats[decision.prefill] == formats[decision.decode]
+    elif decision.path is Path.REMOTE:
+        assert formats[decision.decode] == handed
     else:
-        assert handed or decision.path is not Path.REMOTE
+        assert handed not in [formats[name] for name, role in roles.items() if role.decodes]
     for score in decision.scores:
         parts = (score.queue_ms, score.prefill_ms, score.inflicted_ms, score.transfer_ms, score.decode_ms)
         assert min(parts) >= 0.0
