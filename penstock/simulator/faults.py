@@ -73,8 +73,7 @@ def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
 def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
     """One that is up, of these roles if any has them; in gentle scenarios not the untouchable one."""
     up = [it for it in lab.live_workers() if it.serving and not it.process.held]
-    if lab.scenario.gentle:
-        up = [it for it in up if it.instance_id != lab.untouchable]
+    up = [it for it in up if _may_go(lab, it)]
     fitting = [it for it in up if it.role in roles] or up
     busy = [it for it in fitting if it.worker._owners]
     if busy and rng.random() < BUSY_SHARE:
@@ -199,6 +198,29 @@ async def replace_model(lab: Lab, rng: random.Random) -> None:
             await asyncio.sleep(0.1)
         if lab.workers[worker.instance_id] is worker and worker.exited:
             await lab.restart(worker, rng.uniform(0.0, 1.0))
+
+
+@_fault("next-generation", gentle=True)
+async def next_generation(lab: Lab, rng: random.Random) -> None:
+    """Workers are replaced, some at a time, by others with another block size, as in a rolling update."""
+    lab.generation = 1 - lab.generation
+    lab.fault("next-generation", f"generation {lab.generation}", lab.flying())
+    at_once = rng.randint(1, 1 + len(lab.workers) // 4)
+    while old := [it for it in lab.live_workers() if it.generation != lab.generation and _may_go(lab, it)]:
+        leaving = [it for it in old if it.serving][:at_once]
+        for worker in leaving:
+            worker.leave()
+        await asyncio.sleep(0.1)
+        while any(not worker.exited for worker in leaving):
+            await asyncio.sleep(0.1)
+        for worker in leaving:
+            if lab.workers[worker.instance_id] is worker:
+                await lab.restart(worker, rng.uniform(0.0, 1.0))
+
+
+def _may_go(lab: Lab, worker: SimWorker) -> bool:
+    """In gentle scenarios, one stays."""
+    return not (lab.scenario.gentle and worker.instance_id == lab.untouchable)
 
 
 @_fault("scale-down", gentle=True)

@@ -107,6 +107,7 @@ class Lab:
         self.over = False
         self.violation: Violation | None = None
         self.version = 0  # of the model that new workers serve
+        self.generation = 0  # of new workers (Scenario.sim_of)
         self.revisions: dict[int, str] = {}  # of the model, by version
         self.oracles = [Oracle(scenario.sim), Oracle(scenario.replaced_sim)]  # by version
         self.asked: list[Asked] = []
@@ -213,11 +214,14 @@ class Lab:
         self._names += 1
         return self.start_worker(f"w{self._names}", role)
 
-    def start_worker(self, instance_id: str, role: Role) -> SimWorker:
-        """A new incarnation."""
+    def start_worker(self, instance_id: str, role: Role, generation: int | None = None) -> SimWorker:
+        """A new incarnation, of the newest generation if no other is given."""
+        if generation is None:
+            generation = self.generation
         self._epochs[instance_id] += 1
-        self.note("start", instance_id, role.value, self._epochs[instance_id], self.version)
-        worker = SimWorker(self, instance_id, role, self._epochs[instance_id], self.version)
+        epoch = self._epochs[instance_id]
+        self.note("start", instance_id, role.value, epoch, self.version, generation)
+        worker = SimWorker(self, instance_id, role, epoch, self.version, generation)
         self.workers[instance_id] = worker
         return worker
 
@@ -318,8 +322,9 @@ class Lab:
         self.spawn(self.monitor.look_forever())
         for place in range(scenario.frontends):
             self.start_frontend(place)
-        for instance_id, role in scenario.roles.items():
-            self.start_worker(instance_id, role)
+        for number, (instance_id, role) in enumerate(scenario.roles.items()):
+            # By twos, as roles take turns: both generations have both roles.
+            self.start_worker(instance_id, role, number // 2 % 2 if scenario.mixed else None)
         await self._settle(checks.unready, "workers become ready")
         acts = [self.loop.create_task(self._act(fault)) for fault in scenario.faults]
         began = self.loop.time()

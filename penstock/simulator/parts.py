@@ -22,7 +22,7 @@ from penstock.simulator.directory import SimDiscovery
 from penstock.simulator.engine import LabClock, LabEngine, LabTransfer
 from penstock.simulator.loop import Process
 from penstock.simulator.workload import Asked, Call
-from penstock.structs import Attempt, ModelView, Request, Role
+from penstock.structs import Attempt, Card, Handoff, ModelView, Request, Role
 from penstock.worker import Worker, WorkerSettings
 
 if TYPE_CHECKING:
@@ -47,13 +47,16 @@ PREPARE_S = 0.05
 class SimWorker:
     """One incarnation of a worker, from its start to its exit."""
 
-    def __init__(self, lab: Lab, instance_id: str, role: Role, epoch: int, version: int) -> None:
-        """`version`: of its model."""
+    def __init__(
+        self, lab: Lab, instance_id: str, role: Role, epoch: int, version: int, generation: int
+    ) -> None:
+        """`version`: of its model; `generation`: of its settings (Scenario.sim_of)."""
         self.lab = lab
         self.instance_id = instance_id
         self.role = role
         self.epoch = epoch
         self.version = version
+        self.generation = generation
         self.process = Process(lab.loop, instance_id)
         self.exited = ""  # how
         self.leaving = False
@@ -116,7 +119,7 @@ class SimWorker:
             self.transfer = LabTransfer(
                 scenario.transfer, lab.transfers, self.process, lab.offered, lab.pulled, self._wrong
             )
-        sim = scenario.replaced_sim if self.version else scenario.sim
+        sim = scenario.sim_of(self.version, self.generation)
         scheduler = replace(sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
         self.engine = LabEngine(
             replace(sim, scheduler=scheduler),
@@ -301,10 +304,15 @@ class SimFrontend:
             self.process.soon(self.lab.loop.call_later, hang_up_s, asked.hang_up)
 
     def _sending(self, live: Live, instance_id: str, attempt: Attempt) -> None:
-        """Whether it may be sent: it was tokenized for this worker's model, it has not failed too often,
-        and nobody who goes before it waits."""
+        """Whether it may be sent: it was tokenized for this worker's model, its KV is or will be of use, it
+        has not failed too often, and nobody who goes before it waits."""
         worker = self.lab.workers[instance_id]
-        member = self.router._instances.membership.members.get(instance_id)
+        members = self.router._instances.membership.members
+        member = members.get(instance_id)
+        decode = members.get(live.lifecycle._decode_id if attempt.prefill_only else instance_id)
+        if attempt.prefill_only or attempt.handoff is not None:
+            made = attempt.handoff or (member.card if member is not None else None)
+            self._check_kv(attempt.attempt_id, made, decode.card if decode is not None else None)
         revision = live.placed.request.revision
         same = member is not None and worker.epoch == member.registration.epoch
         if same and worker.revision and not serves(worker.revision, revision):
@@ -323,6 +331,15 @@ class SimFrontend:
             first = its.priority < priority and its.call_id not in self.sent_calls
             if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:
                 self.lab.violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
+
+    def _check_kv(self, attempt_id: str, made: Card | Handoff | None, read: Card | None) -> None:
+        """KV that one worker made, or is to make, is only for workers that read it."""
+        if made is None or read is None:
+            return
+        theirs, ours = ((it.block_size, it.layout, it.transport) for it in (made, read))
+        if theirs != ours:
+            what = f"{attempt_id}: {read.instance_id} would refuse what {made.instance_id} computes"
+            self.lab.violate("handoffs fit", what)
 
     def _refused(self, request_id: str, why: str) -> None:
         if "reason=full" in why:

@@ -32,6 +32,11 @@ FILES_SHARE = 0.2
 QUIET_EVERY = 20
 """Every so manieth seed has no fault but clients who hang up: nothing may wait for a timeout there."""
 
+MIXED_SHARE = 0.25
+"""How many seeds begin with workers of two generations, as in the middle of a roll."""
+
+BLOCK_SIZES = (4, 8, 16)
+
 POOL_TOKENS = 256
 """What the smallest pools hold: just the longest request."""
 
@@ -82,6 +87,18 @@ class Scenario:
     latency_s: tuple[float, float]
     callback_s: float
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it begins with workers of both generations."""
+        return random.Random(f"mixed {self.seed}").random() < MIXED_SHARE
+
+    def sim_of(self, version: int, generation: int) -> SimSettings:
+        """What a worker serves. Both generations have the same version of the model, in blocks of other
+        sizes: requests run on either, and neither reads the other's KV."""
+        sim = self.replaced_sim if version else self.sim
+        size = BLOCK_SIZES[(BLOCK_SIZES.index(sim.block_size) + generation) % len(BLOCK_SIZES)]
+        return replace(sim, block_size=size, total_blocks=sim.total_blocks * sim.block_size // size)
 
     @property
     def replaced_sim(self) -> SimSettings:
@@ -189,7 +206,7 @@ def _deadlines(rng: random.Random, gentle: bool) -> Deadlines:
 
 def _sim(rng: random.Random, files: bool) -> SimSettings:
     """Small pools, so that blocks are evicted and attempts preempted."""
-    block_size = rng.choice((4, 8, 16))
+    block_size = rng.choice(BLOCK_SIZES)
     return SimSettings(
         model=MODEL,
         block_size=block_size,

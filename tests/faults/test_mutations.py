@@ -17,6 +17,7 @@ from penstock.core.admission import Queue
 from penstock.core.lifecycle import Phase
 from penstock.core.load import LoadBook
 from penstock.core.membership import Membership
+from penstock.core.pairing import KvFormat
 from penstock.core.placement import Placement
 from penstock.core.prefix_index import PrefixIndex
 from penstock.core.progress import Progress
@@ -455,6 +456,19 @@ def replaced_revisions_go_on_being_served(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Membership, "elect", elect)
 
 
+def prompts_are_prefilled_for_workers_that_would_refuse_them(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("penstock.core.placement.kv_format", lambda it: KvFormat())
+
+
+def held_kv_is_sent_to_whoever_decodes(patch: pytest.MonkeyPatch) -> None:
+    real = lifecycle.Lifecycle._on_chosen
+
+    def on_chosen(self: Any, event: Any, now: float) -> Any:
+        return real(self, msgspec.structs.replace(event, local=False), now)
+
+    patch.setitem(lifecycle._HANDLERS, lifecycle.Chosen, on_chosen)
+
+
 def liars_are_not_cut_off(patch: pytest.MonkeyPatch) -> None:
     def guard(self: Any, call: Any, *args: Any) -> None:
         with contextlib.suppress(ProtocolError):
@@ -555,6 +569,8 @@ BREAKS: dict[Break, Options] = {
     requests_go_to_any_revision_of_their_model: Options(faults=("replace-model",)),
     requests_wait_for_revisions_that_are_gone: Options(faults=("replace-model",)),
     replaced_revisions_go_on_being_served: Options(faults=("replace-model",)),
+    prompts_are_prefilled_for_workers_that_would_refuse_them: Options(faults=("next-generation",)),
+    held_kv_is_sent_to_whoever_decodes: Options(faults=("next-generation",)),
     liars_are_not_cut_off: Options(faults=("lying-worker",)),
     reports_are_believed: Options(faults=("lying-worker",)),
     loads_are_believed: Options(faults=("lying-worker",)),
