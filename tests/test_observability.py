@@ -152,6 +152,9 @@ def test_a_worker_has_series_exactly_as_long_as_it_is_known():
     assert samples["penstock_worker_running", "decode", "w-1"] == 3
     assert samples["penstock_worker_used_blocks", "decode", "w-1"] == 40
     assert samples["penstock_worker_connected", "decode", "w-1"] == 1
+    assert samples["penstock_worker_unpaired", "decode", "w-1"] == 0
+    router.unpaired(["w-1"])
+    assert _samples(metrics)["penstock_worker_unpaired", "decode", "w-1"] == 1
     router.state("w-1", "decode", "connecting")
     samples = _samples(metrics)
     assert samples["penstock_worker_connected", "decode", "w-1"] == 0

@@ -66,10 +66,10 @@ class Deployment(Frontend):
                 stderr=log,
             )
 
-    def worker(self, name: str, role: str, model: Path) -> None:
+    def worker(self, name: str, role: str, model: Path, *options: str) -> None:
         """`model` is a folder; the name that it is served under is always the same."""
         own = ("--model", str(model), "--served-model-name", MODEL, "--instance-id", name)
-        self.start(name, "worker", "--role", role, *own)
+        self.start(name, "worker", "--role", role, *own, *options)
 
     def end(self, name: str, how: signal.Signals) -> None:
         process = self._processes.pop(name)
