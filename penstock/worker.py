@@ -162,14 +162,20 @@ class Worker:
     def health(self) -> dict[str, Any]:
         """For /health: `status` is starting (until it is first listed by discovery), healthy, stuck,
         draining or dead; `engine` says how it is stuck, and `discovery` why it may not be listed now, which
-        takes nothing from those who know it."""
+        takes nothing from those who know it. How busy it is: `attempts` were admitted and have not ended,
+        of these the engine has some `running` and some `waiting`; `held_handoffs` are prompts that it
+        computed and that nobody has pulled yet."""
         self._look_at_progress()
+        load = self.load()
         return {
             "status": self._status(),
             "instance_id": self._settings.instance_id,
             "role": self._settings.role,
             "engine": self._stuck or ("ok" if self._card is not None else "starting"),
             "attempts": len(self._owners),
+            "running": load.running,
+            "waiting": load.waiting,
+            "held_handoffs": load.held_handoffs,
             "frontends": len(self._server.peers),
             "tasks": len(asyncio.all_tasks()),
             "discovery": (self._lease.trouble or "ok")

@@ -308,6 +308,32 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) 
     assert frontend.steps[-1].outputs or frontend.steps[-2].outputs
 
 
+async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) -> None:
+    def busy() -> tuple[int, ...]:
+        health = stage.worker.health()
+        return tuple(health[name] for name in ("attempts", "running", "waiting", "held_handoffs"))
+
+    frontend = await stage.frontend()
+    assert busy() == (0, 0, 0, 0)
+    frontend.client.generate(msgspec.structs.replace(attempt(1), prefill_only=True))
+    frontend.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    assert busy() == (2, 0, 2, 0)  # the engine has said nothing of them yet
+    stage.engine.say(load=Load(submitted=2, running=1, waiting=1, steps=1))
+    await until(lambda: busy() == (2, 1, 1, 0))
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    prefilled = Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff)
+    done = Output("a.2", [7], FinishReason.STOP)
+    stage.engine.say(prefilled, done, load=Load(submitted=2, held_handoffs=1, steps=2))
+    await until(lambda: busy() == (0, 0, 0, 1))
+    stage.stop.set()
+    await until(lambda: stage.worker.health()["status"] == "draining")
+    assert busy() == (0, 0, 0, 1)
+    stage.engine.say(load=Load(submitted=2, steps=3))  # it was pulled
+    await asyncio.wait_for(stage.task, 10)
+    assert busy() == (0, 0, 0, 0)
+
+
 async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -71,7 +71,7 @@ def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
     placement, instances = router._placement, router._instances
     parts = [router, router._suspects, *router._queues.values(), instances, instances._models]
     parts += [placement, placement._book, placement._check]
-    lasting = {"_queues", "_served", "_gone", "_lost"} | set(instances.membership.members)
+    lasting = {"_queues", "_served", "_gone", "_lost", "_without_pairs"} | set(instances.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
     for instance_id, account in router._placement._book._accounts.items():
         left = (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from penstock.core.deadlines import Awaited
 from penstock.core.lifecycle import Phase
 from penstock.core.membership import State
+from penstock.core.pairing import KvFormat, kv_format
 from penstock.simulator.parts import SimFrontend, SimWorker
 
 if TYPE_CHECKING:
@@ -186,8 +187,8 @@ class Monitor:
 
     def _idle(self, frontend: SimFrontend, model: str, revision: str) -> dict[str, str]:
         """Those who could end a request of this revision and have nothing to do, going by what a frontend
-        knows; with words for it. None if there is a queue where prompts are computed, and none that the
-        first in the queue avoids after an attempt that was lost there."""
+        knows; with words for it. None if there is a queue where prompts are computed for them, and none that
+        the first in the queue avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
         ready = router._instances.membership.ready(model, revision)
         idle = []
@@ -195,12 +196,21 @@ class Monitor:
             load = router._placement._book.view(card.instance_id)
             if not (load.running or load.waiting or router._full_until.get(card.instance_id, now) > now):
                 idle.append(card)
-        ahead = [card for card in ready if not card.role.decodes]
-        if ahead and all(card not in idle for card in ahead):
+        read = {kv_format(card) for card in ready if card.role.decodes}
+        ahead: dict[KvFormat, bool] = {}  # whether a prefill worker for those who read this is idle
+        for card in ready:
+            kind = kv_format(card)
+            if not card.role.decodes and kind in read:
+                ahead[kind] = ahead.get(kind, False) or card in idle
+        if ahead and not any(ahead.values()):
             return {}
         heads = [router._live.get(router._queues[model, revision].next() or "")]
         avoided = {name for live in heads if live is not None for name in live.lifecycle._avoid}
-        names = [it.instance_id for it in idle if it.role.decodes and it.instance_id not in avoided]
+        names = [
+            card.instance_id
+            for card in idle
+            if card.role.decodes and ahead.get(kv_format(card), True) and card.instance_id not in avoided
+        ]
         sent = {name: account.sent for name, account in router._placement._book._accounts.items()}
         return {
             name: f"{frontend.name} has had nothing for {name} since no. {sent[name]}" for name in names
