@@ -187,8 +187,8 @@ class Monitor:
 
     def _idle(self, frontend: SimFrontend, model: str, revision: str) -> dict[str, str]:
         """Those who could end a request of this revision and have nothing to do, going by what a frontend
-        knows; with words for it. None if there is a queue where prompts are computed for them, and none that
-        the first in the queue avoids after an attempt that was lost there."""
+        knows; with words for it. None of those for whom prompts are computed where there is a queue, and
+        none that the first in the queue avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
         ready = router._instances.membership.ready(model, revision)
         idle = []
