@@ -106,6 +106,7 @@ class VllmEngine:
         except asyncio.CancelledError:
             await (await starting).close()  # its processes must not be left behind half started
             raise
+        await core.complete_layout()
         self._load = CoreLoad(core.card, core.ranks)
         self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model, core.card.block_size, core.card.total_blocks)
@@ -120,15 +121,12 @@ class VllmEngine:
                 ("signs of life", self._ask_after_cancelling),
             )
         ]
-        log.info(
-            "engine ready: %s, model %s, %d blocks of %d tokens, transport %s",
-            core.card.engine,
-            core.card.model,
-            core.card.total_blocks,
-            core.card.block_size,
-            core.card.transport or "none",
+        card = core.card
+        what = (
+            f"{card.total_blocks} blocks of {card.block_size} tokens, transport {card.transport or 'none'}"
         )
-        return core.card
+        log.info("engine ready: %s, model %s, %s", card.engine, card.model, what)
+        return card
 
     def submit(self, attempt: Attempt) -> None:
         """As Engine.submit."""

@@ -18,6 +18,11 @@ keep_generators_of_partial_prompts()
 class WorkerExtension:
     """Mixed into vLLM's worker class. With tensor parallelism every rank answers."""
 
+    def penstock_compared(self) -> str:
+        """A digest of what vLLM's connector compares when one engine first speaks to another, whose KV it
+        refuses otherwise: what only a worker knows, as its attention backend, and the model's path."""
+        return _connector_worker().compat_hash or ""
+
     def penstock_held(self, unwanted: list[str]) -> list[str]:
         """Let go of these requests' KV, which nobody reads, nor will. Returns all those whose KV this rank
         keeps for a reader."""

@@ -69,6 +69,16 @@ class Core:
         """Data parallel ones, each with a process and a part of the blocks."""
         return int(self.config.parallel_config.data_parallel_size)
 
+    async def complete_layout(self) -> None:
+        """Make what vLLM itself compares a part of the card's layout. On the event loop."""
+        if not self.card.transport:
+            return
+        ranks = await self.client.call_utility_all_async(
+            "collective_rpc", "penstock_compared", None, (), None
+        )
+        parts = [self.card.layout, *sorted({compared for workers in ranks for compared in workers})]
+        self.card.layout = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
     async def close(self) -> None:
         """End vLLM's processes, and close what its client has open here. On the event loop."""
         await asyncio.to_thread(self.client.shutdown, SHUTDOWN_S)
