@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.settings import Object
 
 _RBAC = "rbac.authorization.k8s.io"
 _FIND_PODS = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}

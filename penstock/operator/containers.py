@@ -9,11 +9,12 @@ from typing import Any
 from penstock.graph.command import unresolved_reference
 from penstock.graph.held import for_kubelet, is_held
 from penstock.graph.manifest import Env
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.merge import merged
 from penstock.operator.plan import ServicePlan
 from penstock.operator.resources import own_resources, resources
-from penstock.operator.settings import Object, RenderSettings
+from penstock.operator.settings import RenderSettings
 
 _LIVE, _HEALTH = "/live", "/health"
 _COMPILATION_CACHE = f"{names.HOME}/.cache/vllm"

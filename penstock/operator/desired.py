@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from penstock.checked import shown
 from penstock.errors import ConfigError
 from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph, checked_manifest
+from penstock.kubernetes.api import Object
 from penstock.operator import access, names, networking, relays, storage, workloads
 from penstock.operator.containers import grace_period_s
 from penstock.operator.plan import Planner, ServicePlan, serving_roles
@@ -24,7 +25,6 @@ from penstock.operator.settings import (
     ClusterFacts,
     Desired,
     Note,
-    Object,
     RenderedService,
     RenderSettings,
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from penstock.graph.held import for_kubelet
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.plan import ServicePlan
-from penstock.operator.settings import Object
 from penstock.operator.vllm_flags import follower_flags
 
 _OF_THE_LEADER = ("livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "ports")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from penstock.graph.manifest import IngressSpec
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.plan import ServicePlan
-from penstock.operator.settings import INGRESS, Object
+from penstock.operator.settings import INGRESS
 from penstock.operator.workloads import metadata
 
 _DEFAULT_SUFFIX = "local"  # of hosts, as the manifest API has it

@@ -14,8 +14,9 @@ from penstock.graph.command import ServiceKind
 from penstock.graph.held import for_kubelet, held, shown_held
 from penstock.graph.manifest import Env, Manifest, ServiceSpec
 from penstock.graph.model import Graph, Service
+from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.settings import ClusterFacts, Note, Object, RenderSettings
+from penstock.operator.settings import ClusterFacts, Note, RenderSettings
 from penstock.operator.vllm_flags import leader_flags
 from penstock.structs import Role
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.containers import (
     claim_mounts,
@@ -14,7 +15,7 @@ from penstock.operator.containers import (
 )
 from penstock.operator.merge import merged
 from penstock.operator.plan import ServicePlan
-from penstock.operator.settings import Object, RenderSettings
+from penstock.operator.settings import RenderSettings
 from penstock.structs import Role
 
 _PAIR = (Role.PREFILL.value, Role.DECODE.value)

@@ -6,9 +6,10 @@ pod can carry both. So the pods that serve carry the latter, and a relay the for
 
 from __future__ import annotations
 
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.pods import pod_security
-from penstock.operator.settings import Object, RenderSettings
+from penstock.operator.settings import RenderSettings
 
 _RESOURCES = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}}
 _GRACE_PERIOD_S = 5

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from penstock.graph.manifest import Amounts
+from penstock.kubernetes.api import Object
 from penstock.operator.plan import ServicePlan
-from penstock.operator.settings import Object
 
 _GPU = "nvidia.com/gpu"
 _PLAIN = ("cpu", "memory")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
-Object = dict[str, Any]
-"""A Kubernetes object, or a part of one, as JSON has it."""
+from penstock.kubernetes.api import Object
 
 PDB = "PodDisruptionBudget"
 INGRESS = ("networking.k8s.io/v1", "Ingress")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from penstock.errors import ConfigError
 from penstock.graph.manifest import Claim, Manifest
+from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.settings import Object
 
 
 def volume_claims(manifest: Manifest) -> list[Object]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 from penstock.errors import ConfigError
+from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.multinode import follower_template
 from penstock.operator.plan import ServicePlan
 from penstock.operator.pods import pod_template
-from penstock.operator.settings import LEADER_WORKER_SET, PDB, Object, RenderSettings
+from penstock.operator.settings import LEADER_WORKER_SET, PDB, RenderSettings
 
 _AMOUNT = re.compile(r"\d+%?", re.ASCII)
 _STRATEGIES: dict[str, tuple[str, str] | None] = {
