@@ -10,7 +10,7 @@ import msgspec
 
 from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.flags import build_options
+from penstock.flags import build_options, flags_of
 from penstock.graph.command import (
     Command,
     ServiceKind,
@@ -33,6 +33,7 @@ from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
 _FRONTEND_TYPES = ("main", "frontend")
+_DEFAULT_ENGINE = flags_of(WorkerOptions)["engine"].default
 _DEFAULT_FRONTEND = ("python3", "-m", "dynamo.frontend")
 
 
@@ -48,6 +49,7 @@ class Service(msgspec.Struct, frozen=True):
     env: dict[str, str]
     gpus: int  # per replica
     translated: bool = False  # its command was Dynamo's
+    replaced_engine: str = ""  # the manifest's, where an override names another
 
     @property
     def label(self) -> str:
@@ -228,11 +230,12 @@ class _Builder:
 
     def _service(self, name: str, command: Command) -> Service:
         role = None
+        replaced_engine = ""
         self.notes += [
             f"{name}: {', '.join(what)}: ignored, {why}" for why, what in command.ignored.items()
         ]
         if command.kind is ServiceKind.WORKER:
-            self._override(name, command)
+            replaced_engine = self._override(name, command)
             role = build_options(WorkerOptions, command.flags, command.env, command.engine_args).role
         else:
             build_options(FrontendOptions, command.flags, command.env)
@@ -247,14 +250,17 @@ class _Builder:
             env=command.env,
             gpus=_gpus(spec),
             translated=command.translated,
+            replaced_engine=replaced_engine,
         )
 
-    def _override(self, name: str, command: Command) -> None:
+    def _override(self, name: str, command: Command) -> str:
+        """Change what is to be changed. The engine that another replaces; empty when none does."""
         own = self._cluster.overrides.get(name) if self._cluster else None
         engine = (own and own.engine) or self._overrides.engine
         model = (own and own.model) or self._overrides.model
         if self._cluster is not None and command.flags.get("model"):
             command.flags.setdefault("served-model-name", _model_name(command.flags["model"]))
+        before = command.flags.get("engine") or _DEFAULT_ENGINE
         if engine:
             command.flags["engine"] = engine
             if command.engine_args and engine != "vllm":
@@ -262,6 +268,7 @@ class _Builder:
                 command.engine_args = []
         if model:
             command.flags["model"] = model
+        return before if engine and engine != before else ""
 
     @contextmanager
     def _noting(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from penstock.operator import names
 from penstock.operator.merge import merged
 from penstock.operator.plan import ServicePlan
 from penstock.operator.resources import own_resources, resources
+from penstock.operator.security import container_security, container_security_with
 from penstock.operator.settings import RenderSettings
 
 _LIVE, _HEALTH = "/live", "/health"
@@ -37,7 +38,7 @@ def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
         **_probes(plan),
         **_lifecycle(plan, settings),
         "resources": resources(plan),
-        "securityContext": _security(plan),
+        "securityContext": container_security(writes_anywhere=writes_anywhere(plan)),
         "volumeMounts": volume_mounts(plan),
     }
     own = {field: value for field, value in plan.container.items() if field not in _OPERATORS}
@@ -46,7 +47,8 @@ def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
     if plan.keeps_image and plan.container.get("workingDir"):
         own["workingDir"] = plan.container["workingDir"]
     result = merged(container, own)
-    result["securityContext"] = _consistent(result["securityContext"], own.get("securityContext") or {})
+    wishes = own.get("securityContext") or {}
+    result["securityContext"] = container_security_with(result["securityContext"], wishes)
     return {field: value for field, value in result.items() if value not in ([], {})}
 
 
@@ -63,7 +65,9 @@ def environment(plan: ServicePlan) -> list[Object]:
         name: {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
         for name, path in names.POD_VARIABLES.items()
     }
-    variables["HOME"] = {"name": "HOME", "value": names.HOME}
+    # Without an entry for the user in the image's /etc/passwd, torch asks USER who that is.
+    for name, value in (("HOME", names.HOME), ("USER", names.USER)):
+        variables[name] = {"name": name, "value": value}
     if cache := _compilation_cache(plan):
         variables["VLLM_CACHE_ROOT"] = {"name": "VLLM_CACHE_ROOT", "value": cache}
     own = plan.container.get("env") or []
@@ -156,7 +160,7 @@ def grace_period_s(plan: ServicePlan, settings: RenderSettings) -> int:
     return math.ceil(plan.options.drain_s + kept_s + settings.grace_slack_s)
 
 
-# --- what it may do, and where it writes --------------------------------------------------------------
+# --- where it writes --------------------------------------------------------------
 
 
 def writes_anywhere(plan: ServicePlan) -> bool:
@@ -164,28 +168,11 @@ def writes_anywhere(plan: ServicePlan) -> bool:
     return plan.needs_gpu_stack
 
 
-def _security(plan: ServicePlan) -> Object:
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        **({} if writes_anywhere(plan) else {"readOnlyRootFilesystem": True}),
-    }
-
-
-def _consistent(context: Object, own: Mapping[str, Any]) -> Object:
-    """Without defaults that the API refuses beside what a user asked for."""
-    added = (own.get("capabilities") or {}).get("add") or []
-    privileged = own.get("privileged") or {"SYS_ADMIN", "CAP_SYS_ADMIN"} & set(added)
-    if privileged and "allowPrivilegeEscalation" not in own:
-        return {field: value for field, value in context.items() if field != "allowPrivilegeEscalation"}
-    return context
-
-
 def volume_mounts(plan: ServicePlan) -> list[Object]:
     """Of the volumes that pods.py makes."""
-    mounts: list[Object] = [{"name": "home", "mountPath": names.HOME}]
+    mounts: list[Object] = [{"name": names.HOME_VOLUME, "mountPath": names.HOME}]
     if not writes_anywhere(plan):
-        mounts.append({"name": "tmp", "mountPath": "/tmp"})
+        mounts.append({"name": names.TEMPORARY_VOLUME, "mountPath": "/tmp"})
     mounts.append({"name": names.LINK_VOLUME, "mountPath": names.LINK_FOLDER, "readOnly": True})
     if shared_memory_size(plan, "default"):
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})

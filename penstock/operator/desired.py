@@ -28,6 +28,7 @@ from penstock.operator.settings import (
     RenderedService,
     RenderSettings,
 )
+from penstock.structs import Role
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -279,6 +280,11 @@ def _notes_on_amounts(plan: ServicePlan, settings: RenderSettings) -> Iterable[t
 
 
 def _notes_on_apis(plan: ServicePlan, cluster: ClusterFacts) -> Iterable[tuple[str, str]]:
+    if plan.nodes > 1 and plan.role != Role.AGGREGATED:
+        yield (
+            "HandoffsRecomputed",
+            "workers that span nodes do not hand over KV yet: prompts are computed again by those that decode",
+        )
     if missing := _missing_api(plan, cluster):
         yield "ApiMissing", f"multinode needs {missing}, which this cluster does not have"
     ingress = plan.spec.ingress

@@ -24,9 +24,12 @@ POD_VARIABLES = {
 USER_ID = 10001
 """The user of Penstock's images."""
 
+USER = "penstock"
 HOME = "/home/penstock"
 LINK_FOLDER = "/etc/penstock/link"
-LINK_VOLUME = "link"
+LINK_VOLUME, HOME_VOLUME, TEMPORARY_VOLUME = "penstock-link", "penstock-home", "penstock-tmp"
+"""Not names that people give to volumes of their own."""
+
 LINK_SERVER_NAME = "worker.penstock.internal"
 """The name in the workers' certificates: their addresses change."""
 

@@ -51,7 +51,7 @@ class ServicePlan(msgspec.Struct, frozen=True):
     labels: dict[str, str]
     image: str
     keeps_image: bool  # it is the manifest's own
-    engine_replaced: bool  # by an annotation, with one that needs no GPU
+    reports_metrics: bool
     topology_key: str
     restart_id: str
     priority_class_name: str
@@ -88,6 +88,11 @@ class ServicePlan(msgspec.Struct, frozen=True):
     def needs_gpu_stack(self) -> bool:
         """Whether its engine is one for GPUs."""
         return isinstance(self.options, WorkerOptions) and self.options.engine in _GPU_ENGINES
+
+    @property
+    def has_other_engine(self) -> bool:
+        """Whether its engine is one that needs no GPU, in place of the manifest's."""
+        return bool(self.service.replaced_engine) and not self.needs_gpu_stack
 
     @property
     def discovers_by_api(self) -> bool:
@@ -176,8 +181,6 @@ class Planner:
         group = leader_flags(nodes) if nodes > 1 else []
         running = msgspec.structs.replace(service, flags=flags, engine_args=(*service.engine_args, *group))
         image, keeps_image = self._image(service, container)
-        replaced = self.control(service.name, names.ENGINE)
-        is_worker = service.kind is ServiceKind.WORKER
         return ServicePlan(
             graph=self._graph,
             graph_env=self._manifest.spec.envs,
@@ -191,7 +194,7 @@ class Planner:
             labels={**self._manifest.spec.labels, **spec.labels},
             image=image,
             keeps_image=keeps_image,
-            engine_replaced=is_worker and bool(replaced) and replaced not in _GPU_ENGINES,
+            reports_metrics=self.control(service.name, names.ENABLE_METRICS) != "false",
             topology_key=self.control(service.name, names.TOPOLOGY_KEY) or self._settings.topology_key,
             restart_id=self._manifest.spec.restart.id if self._manifest.spec.restart else "",
             priority_class_name=self._manifest.spec.priority_class_name or "",

@@ -15,6 +15,7 @@ from penstock.operator.containers import (
 )
 from penstock.operator.merge import merged
 from penstock.operator.plan import ServicePlan
+from penstock.operator.security import pod_security, pod_security_with
 from penstock.operator.settings import RenderSettings
 from penstock.structs import Role
 
@@ -32,7 +33,11 @@ def pod_template(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, 
         roles: those that the graph has.
     """
     spec = merged(_pod_spec(plan, settings, roles), plan.pod_spec)
-    spec["securityContext"] = _consistent(plan, spec["securityContext"])
+    spec["securityContext"] = pod_security_with(
+        spec["securityContext"],
+        plan.pod_spec.get("securityContext") or {},
+        plan.container.get("securityContext") or {},
+    )
     needed_s = grace_period_s(plan, settings)
     spec["terminationGracePeriodSeconds"] = max(
         needed_s, plan.pod_spec.get("terminationGracePeriodSeconds") or 0
@@ -57,7 +62,7 @@ def pod_labels(plan: ServicePlan) -> dict[str, str]:
         "nvidia.com/dynamo-namespace": plan.graph.namespace,
         "nvidia.com/metrics-enabled": "true",
     }
-    if plan.annotations.get(names.ENABLE_METRICS) == "false":
+    if not plan.reports_metrics:
         del labels["nvidia.com/metrics-enabled"]
     own = plan.labels | (plan.spec.extra_pod_metadata.labels if plan.spec.extra_pod_metadata else {})
     return labels | {label: value for label, value in own.items() if label not in _NAMES_OF_OBJECTS}
@@ -107,29 +112,6 @@ def _pod_spec(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...
     return spec
 
 
-def pod_security() -> Object:
-    """What the restricted pod security standard asks for. A large volume keeps its files' owner where that
-    is right already: to change a million files takes minutes at each start."""
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": names.USER_ID,
-        "runAsGroup": names.USER_ID,
-        "fsGroup": names.USER_ID,
-        "fsGroupChangePolicy": "OnRootMismatch",
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _consistent(plan: ServicePlan, context: Object) -> Object:
-    """Who asks for root gets it: the default that forbids it would keep the pod from starting."""
-    own = plan.pod_spec.get("securityContext") or {}
-    container = plan.container.get("securityContext") or {}
-    asks_for_root = 0 in (own.get("runAsUser"), container.get("runAsUser"))
-    if asks_for_root and "runAsNonRoot" not in own:
-        return {field: value for field, value in context.items() if field != "runAsNonRoot"}
-    return context
-
-
 def _near_partners(plan: ServicePlan) -> Object:
     """Prefill and decode workers of a graph prefer one domain, for the KV that moves between them."""
     return {
@@ -150,9 +132,9 @@ def _near_partners(plan: ServicePlan) -> Object:
 
 def _volumes(plan: ServicePlan, settings: RenderSettings) -> list[Object]:
     side = "frontend" if plan.is_frontend else "worker"
-    volumes: list[dict[str, Any]] = [{"name": "home", "emptyDir": {}}]
+    volumes: list[dict[str, Any]] = [{"name": names.HOME_VOLUME, "emptyDir": {}}]
     if not writes_anywhere(plan):
-        volumes.append({"name": "tmp", "emptyDir": {}})
+        volumes.append({"name": names.TEMPORARY_VOLUME, "emptyDir": {}})
     volumes.append(
         {
             "name": names.LINK_VOLUME,

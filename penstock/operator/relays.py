@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.pods import pod_security
+from penstock.operator.security import container_security, pod_security
 from penstock.operator.settings import RenderSettings
 
 _RESOURCES = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}}
 _GRACE_PERIOD_S = 5
+_WRITES = {names.HOME_VOLUME: names.HOME, names.TEMPORARY_VOLUME: "/tmp"}
 _COMPONENT = "log-relay"
 
 
@@ -53,12 +54,11 @@ def _pod_spec(graph: str, role: str, image: str, settings: RenderSettings) -> Ob
         ]
         + [{"name": "HOME", "value": names.HOME}],
         "resources": _RESOURCES,
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
-        "volumeMounts": [{"name": "home", "mountPath": names.HOME}, {"name": "tmp", "mountPath": "/tmp"}],
+        "securityContext": container_security(writes_anywhere=False),
+        "volumeMounts": [
+            {"name": names.HOME_VOLUME, "mountPath": names.HOME},
+            {"name": names.TEMPORARY_VOLUME, "mountPath": "/tmp"},
+        ],
     }
     spec: Object = {
         "serviceAccountName": names.log_relay(graph),
@@ -66,7 +66,10 @@ def _pod_spec(graph: str, role: str, image: str, settings: RenderSettings) -> Ob
         "securityContext": pod_security(),
         "terminationGracePeriodSeconds": _GRACE_PERIOD_S,
         "containers": [container],
-        "volumes": [{"name": "home", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}],
+        "volumes": [
+            {"name": names.HOME_VOLUME, "emptyDir": {}},
+            {"name": names.TEMPORARY_VOLUME, "emptyDir": {}},
+        ],
     }
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
