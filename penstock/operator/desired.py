@@ -283,7 +283,7 @@ def _notes_on_apis(plan: ServicePlan, cluster: ClusterFacts) -> Iterable[tuple[s
     if plan.nodes > 1 and plan.role != Role.AGGREGATED:
         yield (
             "HandoffsRecomputed",
-            "workers that span nodes do not hand over KV yet: prompts are computed again by those that decode",
+            "workers that span nodes do not hand over KV yet: prompts are computed again where they go on",
         )
     if missing := _missing_api(plan, cluster):
         yield "ApiMissing", f"multinode needs {missing}, which this cluster does not have"

@@ -55,10 +55,7 @@ def _pod_spec(graph: str, role: str, image: str, settings: RenderSettings) -> Ob
         + [{"name": "HOME", "value": names.HOME}],
         "resources": _RESOURCES,
         "securityContext": container_security(writes_anywhere=False),
-        "volumeMounts": [
-            {"name": names.HOME_VOLUME, "mountPath": names.HOME},
-            {"name": names.TEMPORARY_VOLUME, "mountPath": "/tmp"},
-        ],
+        "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in _WRITES.items()],
     }
     spec: Object = {
         "serviceAccountName": names.log_relay(graph),
@@ -66,10 +63,7 @@ def _pod_spec(graph: str, role: str, image: str, settings: RenderSettings) -> Ob
         "securityContext": pod_security(),
         "terminationGracePeriodSeconds": _GRACE_PERIOD_S,
         "containers": [container],
-        "volumes": [
-            {"name": names.HOME_VOLUME, "emptyDir": {}},
-            {"name": names.TEMPORARY_VOLUME, "emptyDir": {}},
-        ],
+        "volumes": [{"name": volume, "emptyDir": {}} for volume in _WRITES],
     }
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]

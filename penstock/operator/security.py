@@ -1,6 +1,6 @@
 """What pods and their containers may do: as little as the restricted pod security standard, by default.
 
-A manifest's own wishes are merged over these. Defaults that make no sense beside a wish are then taken back.
+A manifest's own wishes are merged over these. Defaults that make no sense beside one are then taken back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _ALMOST_PRIVILEGED = {"SYS_ADMIN", "CAP_SYS_ADMIN"}
 
 
 def pod_security() -> Object:
-    """Of a pod. A large volume keeps its files' owner where that is right already: to change a million files
-    takes minutes at each start."""
+    """Of a pod. A large volume keeps its files' owner where that is right already: to change a million
+    files takes minutes at each start."""
     return {
         "runAsNonRoot": True,
         "runAsUser": names.USER_ID,
@@ -34,8 +34,8 @@ def container_security(*, writes_anywhere: bool) -> Object:
 
 
 def pod_security_with(context: Object, own: Mapping[str, Any], container: Mapping[str, Any]) -> Object:
-    """A pod's, after merging. Who asks for root gets it: the default that forbids it would keep the pod from
-    starting.
+    """A pod's, after merging. Who asks for root gets it: the default that forbids it would keep the pod
+    from starting.
 
     Args:
         own: the manifest's of the pod.
