@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 _OPEN, _CLOSE = "\ue000", "\ue001"  # for private use: no manifest has them
 _HELD = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _NAMED = re.compile(r"\$\(([A-Za-z_][-.\w]*)\)|\$\{([A-Za-z_]\w*)\}|\$([A-Za-z_]\w*)", re.ASCII)
-_ESCAPED = re.compile(r"\$(?=[$(])")
+_ESCAPED = re.compile(rf"\$(?=[$({_OPEN}])")  # what a kubelet would take for more than a dollar sign
 
 
 def held(name: str) -> str:
