@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 from penstock.checked import shown
 from penstock.errors import ConfigError
 from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph, checked_manifest
+from penstock.graph.manifest import API_VERSION
+from penstock.graph.versions import in_words_of, to_v1alpha1
 from penstock.kubernetes.api import Object
 from penstock.operator import access, names, networking, relays, storage, workloads
 from penstock.operator.containers import grace_period_s
@@ -51,20 +53,23 @@ def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluste
     """All that a graph should have.
 
     Args:
-        manifest_object: a DynamoGraphDeployment, `nvidia.com/v1alpha1`, as the API server has it.
+        manifest_object: a DynamoGraphDeployment as the API server has it, of any version.
 
     Raises:
         ConfigError: one line for each wrong thing, naming the field or annotation.
     """
     manifest = checked_manifest(manifest_object, "")
-    _raise(_wrong_annotations(manifest))
+    document = dict(manifest_object)
+    if manifest.api_version != API_VERSION:
+        document = to_v1alpha1(document)
+    _raise(manifest, _wrong_annotations(manifest))
     graph = build_graph(manifest, _overrides(manifest.metadata.annotations), "", _rules(manifest))
-    planner = Planner(manifest, graph, manifest_object, settings, cluster)
+    planner = Planner(manifest, graph, document, settings, cluster)
     plans = planner.plans()
     wrong = list(planner.wrong)
     strategies = {plan.name: _tried(wrong, plan.name, _strategy, planner, plan) for plan in plans}
     claims = _tried(wrong, "", storage.volume_claims, manifest)
-    _raise(wrong)
+    _raise(manifest, wrong)
     roles = serving_roles(plans)
     namespace = manifest.metadata.namespace or ""
     objects: list[Object] = [*(claims or ())]
@@ -73,18 +78,18 @@ def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluste
         objects += access.frontend_access(graph.name, namespace, accounts)
     for plan in plans:
         objects += _service_objects(plan, settings, cluster, roles, strategies[plan.name] or {})
-    if _asks_for(manifest, names.LOG_RELAYS):
+    if _of_graph(manifest, names.LOG_RELAYS) == "true":
         objects += access.relay_access(graph.name, namespace)
-        image = manifest.metadata.annotations.get(names.IMAGE) or settings.image
+        image = _of_graph(manifest, names.IMAGE) or settings.image
         objects += [relays.log_relay(graph.name, role, image, settings) for role in roles]
     return Desired(
         objects=tuple(objects),
         adapters=tuple(_adapter(plan) for plan in plans if _has_adapter(plan)),
         services=tuple(_rendered(plan, cluster) for plan in plans),
         notes=(
-            *_graph_notes(manifest, manifest_object, graph),
+            *_graph_notes(manifest, document, graph),
             *planner.notes,
-            *_service_notes(plans, settings, cluster, manifest_object),
+            *_service_notes(plans, settings, cluster, document),
         ),
         roles=roles,
     )
@@ -111,8 +116,11 @@ def _wrong_annotations(manifest: Manifest) -> list[str]:
     places = {
         "metadata": manifest.metadata.annotations,
         "spec": manifest.spec.annotations,
-        **{f"spec.services.{name}": spec.annotations for name, spec in manifest.spec.services.items()},
     }
+    for name, spec in manifest.spec.services.items():
+        places[f"spec.services.{name}"] = spec.annotations
+        if spec.extra_pod_metadata is not None:
+            places[f"spec.services.{name}.extraPodMetadata"] = spec.extra_pod_metadata.annotations
     wrong = []
     for place, given in places.items():
         engine = given.get(names.ENGINE)
@@ -129,8 +137,8 @@ def _wrong_annotations(manifest: Manifest) -> list[str]:
     return wrong
 
 
-def _asks_for(manifest: Manifest, annotation: str) -> bool:
-    return (manifest.metadata.annotations | manifest.spec.annotations).get(annotation) == "true"
+def _of_graph(manifest: Manifest, annotation: str) -> str:
+    return (manifest.metadata.annotations | manifest.spec.annotations).get(annotation, "")
 
 
 def _strategy(planner: Planner, plan: ServicePlan) -> Object:
@@ -153,9 +161,9 @@ def _tried(
         return None
 
 
-def _raise(wrong: Sequence[str]) -> None:
+def _raise(manifest: Manifest, wrong: Sequence[str]) -> None:
     if wrong:
-        raise ConfigError("\n".join(wrong))
+        raise ConfigError("\n".join(in_words_of(manifest.api_version, line) for line in wrong))
 
 
 # --- objects of a service -----------------------------------------------------------------------------

@@ -50,17 +50,17 @@ def own_resources(plan: ServicePlan) -> Object:
 def spared_amounts(plan: ServicePlan) -> list[str]:
     """Names of the amounts that the manifest has and the pod does not request."""
     given = plan.spec.resources
-    if given is None:
-        return []
-    stated = [
-        name
-        for amounts in (given.requests, given.limits)
-        if amounts is not None
-        for name in _stated(amounts)
-    ]
-    kept = resources(plan)
-    requested = {*kept.get("requests", {}), *kept.get("limits", {})} if not plan.has_other_engine else set()
-    return [name for name in dict.fromkeys(stated) if name not in requested]
+    both = (given.requests, given.limits) if given is not None else ()
+    stated = [name for amounts in both if amounts is not None for name in _stated(amounts)]
+    stated += _names_in(plan.container.get("resources") or {})
+    if plan.has_other_engine:
+        return list(dict.fromkeys(stated))
+    kept = {*_names_in(resources(plan)), *_names_in(own_resources(plan))}
+    return [name for name in dict.fromkeys(stated) if name not in kept]
+
+
+def _names_in(found: Object) -> list[str]:
+    return [name for part in ("requests", "limits") for name in found.get(part) or ()]
 
 
 def _amounts(plan: ServicePlan, amounts: Amounts | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.graph.manifest import ServiceSpec
+from penstock.graph.versions import to_v1beta1
 from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.desired import _WITHOUT_EFFECT, desired
@@ -292,6 +293,15 @@ def test_what_is_requested(
     assert notes == ([noted] if noted else [])
 
 
+def test_amounts_of_the_container_itself_are_for_the_same_engine() -> None:
+    worker = container(DYNAMO, resources={"limits": {"nvidia.com/gpu": 1, "memory": "1Gi"}})
+    assert main(render(graph(worker)))["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "1Gi"}
+    replaced = render(graph(worker, annotations={names.ENGINE: "reference"}))
+    assert main(replaced)["resources"] == {"requests": {"cpu": "100m", "memory": "256Mi"}}
+    messages = [note.message for note in replaced.notes]
+    assert messages == [f"nvidia.com/gpu, memory: {NOT_NEEDED}"]
+
+
 def test_shared_memory_is_for_engines_on_gpus_unless_asked_for() -> None:
     def sizes(worker: dict[str, Any]) -> list[str]:
         volumes = pod(render(graph(worker)))["volumes"]
@@ -371,6 +381,19 @@ def test_security_is_strict_and_makes_way(
 
 def test_vllm_may_write_where_it_likes() -> None:
     assert "readOnlyRootFilesystem" not in main(render(graph(container(DYNAMO))))["securityContext"]
+
+
+# --- the other version of the API ---------------------------------------------------------------------
+
+
+def test_both_versions_of_a_graph_are_rendered_alike() -> None:
+    older = graph(container(DYNAMO) | {"componentType": "worker", "replicas": 2, "resources": GPUS})
+    newer = to_v1beta1(older)
+    assert newer["apiVersion"] != older["apiVersion"]
+    assert render(newer).objects == render(older).objects
+    newer["spec"]["components"][1]["podTemplate"]["metadata"] = {"annotations": {names.ENGINE: "llama"}}
+    with pytest.raises(ConfigError, match=r"^spec\.components\[Worker\]\.annotations"):
+        render(newer)
 
 
 # --- what is told -------------------------------------------------------------------------------------
