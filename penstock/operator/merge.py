@@ -22,7 +22,7 @@ _KEYS = {
 """By a list's field: what tells its items apart."""
 
 _APPENDED = frozenset({"tolerations", "envFrom"})
-_ITEMS_MERGED = frozenset({"containers", "initContainers"})
+_ITEMS_MERGED = frozenset({"containers", "initContainers", "ports"})
 """Lists whose items merge too. In the others an item is one choice: a volume with two sources is none."""
 
 _ONE_CHOICE = frozenset({"livenessProbe", "readinessProbe", "startupProbe", "preStop", "postStart"})

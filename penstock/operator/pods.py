@@ -33,6 +33,9 @@ def pod_template(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, 
         roles: those that the graph has.
     """
     spec = merged(_pod_spec(plan, settings, roles), plan.pod_spec)
+    for kind in ("initContainers", "containers"):
+        if kind in spec:
+            spec[kind] = [_with_protocols(container) for container in spec[kind]]
     spec["securityContext"] = pod_security_with(
         spec["securityContext"],
         plan.pod_spec.get("securityContext") or {},
@@ -110,6 +113,16 @@ def _pod_spec(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...
     if plan.priority_class_name:
         spec["priorityClassName"] = plan.priority_class_name
     return spec
+
+
+def _with_protocols(container: Object) -> Object:
+    """Ports with the protocol that they have by default: server-side apply tells them apart by it, and
+    Kubernetes before 1.21 refuses those that leave it out."""
+    if not container.get("ports"):
+        return container
+    return container | {
+        "ports": [{**port, "protocol": port.get("protocol", "TCP")} for port in container["ports"]]
+    }
 
 
 def _near_partners(plan: ServicePlan) -> Object:

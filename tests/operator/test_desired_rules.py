@@ -323,6 +323,23 @@ def test_probes_follow_the_port_that_the_manifest_sets() -> None:
     assert not {"livenessProbe", "readinessProbe", "startupProbe"} & set(without)
 
 
+def test_ports_of_the_manifest_join_those_of_the_operator() -> None:
+    worker = container(
+        OWN, ports=[{"containerPort": 1, "name": "x"}, {"containerPort": 7000, "hostPort": 7}]
+    )
+    worker["extraPodSpec"]["containers"] = [
+        {"name": "sidecar", "ports": [{"containerPort": 2, "protocol": "UDP"}]}
+    ]
+    found = pod(render(graph(worker)))
+    ports = [
+        [(port["containerPort"], port["protocol"]) for port in each["ports"]]
+        for each in found["containers"]
+    ]
+    assert ports == [[(7000, "TCP"), (7100, "TCP"), (9090, "TCP"), (1, "TCP")], [(2, "UDP")]]
+    link = found["containers"][0]["ports"][0]
+    assert (link["name"], link["hostPort"]) == ("link", 7)
+
+
 def test_a_frontend_with_a_certificate_is_asked_over_https() -> None:
     command = ["penstock", "frontend", "--http-tls-cert", "/c", "--http-tls-key", "/k"]
     found = main(render(graph(frontend=container(command))), "g-frontend")

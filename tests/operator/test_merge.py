@@ -35,7 +35,11 @@ from penstock.operator.merge import merged
             {"containers": [{"name": "main", "ports": [{"containerPort": 1}, {"containerPort": 2}]}]},
             {
                 "containers": [
-                    {"name": "main", "image": "a", "ports": [{"containerPort": 1}, {"containerPort": 2}]}
+                    {
+                        "name": "main",
+                        "image": "a",
+                        "ports": [{"containerPort": 1, "name": "x"}, {"containerPort": 2}],
+                    }
                 ]
             },
         ),
