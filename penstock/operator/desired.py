@@ -270,11 +270,13 @@ def _service_notes(
 
 def _notes_on_amounts(plan: ServicePlan, settings: RenderSettings) -> Iterable[tuple[str, str]]:
     if spared := spared_amounts(plan):
-        engine = f"the {plan.worker_options.engine} engine" if not plan.is_frontend else "a frontend"
-        yield (
-            "ResourcesNotRequested",
-            f"{', '.join(spared)}: {engine} does not need what the manifest asks for",
-        )
+        if plan.sized_for_other_engine:
+            why = "the manifest's amounts are for another engine"
+        elif plan.is_frontend:
+            why = "a frontend needs none"
+        else:
+            why = f"the {plan.worker_options.engine} engine runs on the CPU"
+        yield "ResourcesNotRequested", f"{', '.join(spared)} not requested: {why}"
     if labels := reserved_labels(plan):
         yield "LabelIgnored", f"{', '.join(labels)}: the operator finds pods by it"
     given_s = plan.pod_spec.get("terminationGracePeriodSeconds")

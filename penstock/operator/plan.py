@@ -90,9 +90,12 @@ class ServicePlan(msgspec.Struct, frozen=True):
         return isinstance(self.options, WorkerOptions) and self.options.engine in _GPU_ENGINES
 
     @property
-    def has_other_engine(self) -> bool:
-        """Whether its engine is one that needs no GPU, in place of the manifest's."""
-        return bool(self.service.replaced_engine) and not self.needs_gpu_stack
+    def sized_for_other_engine(self) -> bool:
+        """Whether the manifest's amounts are for an engine in whose place one without GPUs runs. A
+        frontend's are, when that is so of all workers."""
+        workers = [one for one in self.graph.services if one.kind is ServiceKind.WORKER]
+        concerned = workers if self.is_frontend else [self.service]
+        return all(one.replaced_engine and one.flags.get("engine") not in _GPU_ENGINES for one in concerned)
 
     @property
     def discovers_by_api(self) -> bool:

@@ -17,7 +17,7 @@ up: the manifest API's own, half a core and 1 GiB, would slow every frontend and
 def resources(plan: ServicePlan) -> Object:
     """The manifest's amounts. They are dropped where an annotation replaced the engine they are for."""
     given = plan.spec.resources
-    if given is None or plan.has_other_engine:
+    if given is None or plan.sized_for_other_engine:
         return {"requests": dict(_LEAST)}
     requests = _amounts(plan, given.requests)
     limits = _amounts(plan, given.limits)
@@ -37,7 +37,7 @@ def resources(plan: ServicePlan) -> Object:
 
 def own_resources(plan: ServicePlan) -> Object:
     """Amounts that the manifest's container has besides: also for the engine that it names."""
-    if plan.has_other_engine:
+    if plan.sized_for_other_engine:
         return {}
     return {
         kind: {name: amount for name, amount in amounts.items() if plan.needs_gpu_stack or name != _GPU}
@@ -53,7 +53,7 @@ def spared_amounts(plan: ServicePlan) -> list[str]:
     both = (given.requests, given.limits) if given is not None else ()
     stated = [name for amounts in both if amounts is not None for name in _stated(amounts)]
     stated += _names_in(plan.container.get("resources") or {})
-    if plan.has_other_engine:
+    if plan.sized_for_other_engine:
         return list(dict.fromkeys(stated))
     kept = {*_names_in(resources(plan)), *_names_in(own_resources(plan))}
     return [name for name in dict.fromkeys(stated) if name not in kept]

@@ -251,7 +251,8 @@ def test_replicas_belong_to_an_adapter_once_it_is_there() -> None:
 
 # --- resources, probes, placement ---------------------------------------------------------------------
 
-NOT_NEEDED = "the reference engine does not need what the manifest asks for"
+FOR_ANOTHER = "not requested: the manifest's amounts are for another engine"
+LEAST = {"requests": {"cpu": "100m", "memory": "256Mi"}}
 GPUS = {"limits": {"cpu": "8", "memory": "16Gi", "gpu": "1"}, "requests": {"custom": {"rdma/ib": "2"}}}
 
 
@@ -270,18 +271,18 @@ GPUS = {"limits": {"cpu": "8", "memory": "16Gi", "gpu": "1"}, "requests": {"cust
         (
             container(DYNAMO, resources={"limits": {"nvidia.com/gpu": "1"}}) | {"resources": GPUS},
             {names.ENGINE: "reference"},
-            {"requests": {"cpu": "100m", "memory": "256Mi"}},
-            f"rdma/ib, cpu, memory, nvidia.com/gpu: {NOT_NEEDED}",
+            LEAST,
+            f"rdma/ib, cpu, memory, nvidia.com/gpu {FOR_ANOTHER}",
         ),
         # Its own engine's amounts stay, but for GPUs: it has no use for them.
         (
             {"resources": {"limits": {"cpu": "1", "gpu": "1"}}},
             {names.ENGINE: "reference"},
             {"limits": {"cpu": "1"}},
-            f"nvidia.com/gpu: {NOT_NEEDED}",
+            "nvidia.com/gpu not requested: the reference engine runs on the CPU",
         ),
-        ({}, {}, {"requests": {"cpu": "100m", "memory": "256Mi"}}, ""),
-        ({"resources": {"limits": {"gpu": "0"}}}, {}, {"requests": {"cpu": "100m", "memory": "256Mi"}}, ""),
+        ({}, {}, LEAST, ""),
+        ({"resources": {"limits": {"gpu": "0"}}}, {}, LEAST, ""),
     ],
 )
 def test_what_is_requested(
@@ -293,13 +294,23 @@ def test_what_is_requested(
     assert notes == ([noted] if noted else [])
 
 
+def test_a_frontend_is_sized_for_its_workers_engines() -> None:
+    frontend = {"resources": {"limits": {"cpu": "2"}}}
+    manifest = graph(container(DYNAMO), frontend, {names.ENGINE: "reference"})
+    replaced = render(manifest)
+    assert main(replaced, "g-frontend")["resources"] == LEAST
+    assert [note.message for note in replaced.notes if note.service == "Frontend"] == [f"cpu {FOR_ANOTHER}"]
+    manifest["spec"]["services"]["Other"] = container(OWN)
+    assert main(render(manifest), "g-frontend")["resources"] == {"limits": {"cpu": "2"}}
+
+
 def test_amounts_of_the_container_itself_are_for_the_same_engine() -> None:
     worker = container(DYNAMO, resources={"limits": {"nvidia.com/gpu": 1, "memory": "1Gi"}})
     assert main(render(graph(worker)))["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "1Gi"}
     replaced = render(graph(worker, annotations={names.ENGINE: "reference"}))
-    assert main(replaced)["resources"] == {"requests": {"cpu": "100m", "memory": "256Mi"}}
+    assert main(replaced)["resources"] == LEAST
     messages = [note.message for note in replaced.notes]
-    assert messages == [f"nvidia.com/gpu, memory: {NOT_NEEDED}"]
+    assert messages == [f"nvidia.com/gpu, memory {FOR_ANOTHER}"]
 
 
 def test_shared_memory_is_for_engines_on_gpus_unless_asked_for() -> None:
