@@ -63,6 +63,7 @@ _REFERENCE = re.compile(r"\$(\$|\(([A-Za-z_][-.\w]*)\))", re.ASCII)
 _LEFT_OVER = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}")
 _HUMAN_NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])", re.ASCII)
 _POWERS = "kmgt"
+_ONLY_A_SHELL = "the script is not run by a shell here"
 
 
 def parse_command(argv: Sequence[str], env: Mapping[str, str]) -> Command:
@@ -104,6 +105,10 @@ def _parse(words: Sequence[str], env: Mapping[str, str]) -> Command:
     for told in shell_commands(words[script], env, words[script + 1 :]):
         command = _parse(told.words, {**env, **told.env})
         found.append(msgspec.structs.replace(command, env=told.env | command.env))
+        if told.left_out:
+            command.ignored.setdefault(_ONLY_A_SHELL, []).extend(
+                f"`{program}`" for program in told.left_out
+            )
     if len(found) != 1:
         raise ConfigError(f"expected one command in the shell script, found {len(found) or 'none'}")
     return found[0]

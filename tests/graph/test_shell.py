@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,27 +58,62 @@ SCRIPTS = [
     "run a;sleep 0",
     'exec run --n "${1}" "${@}"',
     'run cost$ $ "$"',
+    "test -r / || { echo no; exit 42; }\nrun a",
+    "n=$(echo 3)\nif [ $n -ne 3 ]; then\n  X1=2\n  exit 9\nfi\nexec run b",
+    "for x in 1 2; do\n  y=$x\ndone\ntest -n y &&\n  echo ok\nrun c",
+    "check() {\n  echo $1\n}\ncheck x\nX1=1\nexport X1\nrun d",
+    "echo a |\n  grep a\ncase a in\n  a) echo a ;;\nesac\nrun e",
 ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_read_as_a_shell_reads_it(tmp_path: Path, script: str) -> None:
+    assert found_and_real(tmp_path, script, "sh")
+
+
+def found_and_real(tmp_path: Path, script: str, shell: str) -> bool:
+    """Whether what was found in a script is what a shell runs."""
     program, out = tmp_path / "run", tmp_path / "out"
     program.write_text(_PROGRAM.format(python=sys.executable, out=str(out)))
     program.chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.defpath}", **ENV}
-    command = ["sh", "-c", script, *ARGUMENTS]
+    command = [shell, "-c", script, *ARGUMENTS]
     subprocess.run(command, env=env, stdout=subprocess.DEVNULL, timeout=60, check=True)
     real = [json.loads(line) for line in out.read_text().splitlines()]
     found = [[told.words, told.env] for told in shell_commands(script, ENV, ARGUMENTS)]
     assert [words for words, _ in found] == [words for words, _ in real]
     for (_, ours), (_, theirs) in zip(found, real, strict=True):
         assert {name: value for name, value in ours.items() if name.startswith("X")} == theirs
+    return bool(found)
+
+
+BASH = [
+    "words=(--a 'b c' $MODEL)\nrun \"${words[@]}\" end",
+    'words=(\n  --a\n  "$MODEL" # why\n)\nwords+=(b)\nrun ${words[@]} x"${words[@]}"y',
+    'none=()\nrun "${none[@]}" ${none[@]}',
+    "[[ -r / ]] || exit 3\n(( 1 + 1 ))\nrun a",
+]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("script", BASH)
+def test_a_script_is_read_as_bash_reads_it(tmp_path: Path, script: str) -> None:
+    assert found_and_real(tmp_path, script, "bash")
 
 
 @pytest.mark.parametrize(
     ("script", "error"),
     [
+        ("n=$(a)\nrun $n", "$n is set by commands that are not run here"),
+        ("if a; then\n  n=1\nfi\nn=2\nif b; then\n  n=3\nfi\nrun ${n:-4}", "$n is set by commands that"),
+        ("for n in 1 2; do\n echo\ndone\nrun $n", "$n is set by commands that"),
+        ('w=($(a))\nrun "${w[@]}"', "$w[@] is set by commands that"),
+        ('run "${none[@]}"', "$none[@] is not set in the manifest"),
+        (". ./env.sh\nrun", "`.` is not understood"),
+        ("test -r x && exec other\nrun", "`test` is not understood"),
+        ("if a; then\n  dynamo.vllm\nfi\nrun", "`if` is not understood"),
+        ("cat <<E\nrun not\nE\nrun", "`<<` is not understood"),
+        ("if a\nrun", "does not parse: it ends within something that began"),
         ("run $(hostname -i)", "$(hostname -i) is not run here"),
         ("run $(a $(b) c) d", "$(a $(b) c) is not run here"),
         ("run `hostname`", "`hostname` is not run here"),
