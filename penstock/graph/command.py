@@ -277,6 +277,9 @@ def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     for word in arguments:
         if word.startswith("-") and not _is_number(word):
             name, equals, value = word.partition("=")
+            if name.startswith("--") and "." in name:  # vLLM's --config.key+=value, taken as it stands
+                found.append((word.removeprefix("--"), []))
+                continue
             if name.startswith("--"):
                 name = name.removeprefix("--").replace("_", "-")
             found.append((name, [value] if equals else []))

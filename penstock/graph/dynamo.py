@@ -307,14 +307,13 @@ WORKER_FLAGS = _table(
             "dyn-default-thinking-mode",
             "the chat template decides; clients set chat_template_kwargs or reasoning_effort",
         ),
-        **_refused(
+        **_ignored(
             "dyn-structural-tag",
-            "tool calls are held to a grammar as vLLM does it, request by request",
-            fine=["0", "false", "no", "off"],
+            "response_format and tool_choice are held to a grammar as vLLM does it, request by request",
         ),
-        **_refused(
+        **_ignored(
             "dyn-enable-structural-tag",
-            "tool calls are held to a grammar as vLLM does it, request by request",
+            "response_format and tool_choice are held to a grammar as vLLM does it, request by request",
             switch=True,
         ),
         **_refused(

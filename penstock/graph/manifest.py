@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from penstock.checked import converted, problems, shown, without_nulls
 from penstock.errors import ConfigError
+from penstock.graph.config_maps import with_config_values
 from penstock.graph.v1beta1 import API_VERSION as V1BETA1
 from penstock.graph.v1beta1 import v1beta1_problems
 from penstock.graph.versions import in_words_of, to_v1alpha1
@@ -209,8 +210,8 @@ class ServiceSpec(_Manifest, frozen=True):
     scaling_adapter: ScalingAdapter | None = None
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "autoscaling checkpoint eppConfig globalDynamoNamespace modelRef serviceName subComponentType"
-        " topologyConstraint"
+        "autoscaling checkpoint eppConfig failover globalDynamoNamespace gpuMemoryService modelRef serviceName"
+        " subComponentType topologyConstraint"
     )
 
 
@@ -271,7 +272,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
         )
         beside = f"; there is {', '.join(others)}" if others else ""
         raise ConfigError(f"{source}: expected one {KIND}, found {len(graphs) or 'none'}{beside}")
-    return checked_manifest(graphs[0], source)
+    return checked_manifest(with_config_values(graphs[0], objects), source)
 
 
 def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:

@@ -200,8 +200,10 @@ class _Builder:
         argv = [*container.command, *container.args]
         if self._cluster is not None and (spec.env_from_secret or container.env_from):
             env |= {used: held(used) for used in names_used(argv, env)}  # some of them may come from there
-        if not argv and is_frontend:
+        if is_frontend and (not argv or argv == ["python3"]):
             argv = list(_DEFAULT_FRONTEND)
+        elif is_frontend and argv[0] == "-m":  # Dynamo's operator says python3 where a manifest does not
+            argv = [_DEFAULT_FRONTEND[0], *argv]
         command = parse_command(argv, env)
         if spec.component_type is not None and is_frontend != (command.kind is ServiceKind.FRONTEND):
             raise ConfigError(

@@ -75,6 +75,14 @@ class Statement(msgspec.Struct, frozen=True):
     programs: list[str]  # words that begin a command in it, less those with anything to expand
 
     @property
+    def shown(self) -> str:
+        """What it begins with, for messages: `for`, `test`, `count=$(...)`."""
+        first = self.tokens[0]
+        if isinstance(first, str):
+            return first
+        return "".join(part.text if isinstance(part, Text) else "$(...)" for part in first)
+
+    @property
     def words(self) -> list[Word]:
         """Its words, without the operators between them."""
         return [token for token in self.tokens if not isinstance(token, str)]

@@ -80,7 +80,7 @@ def shell_commands(script: str, env: Mapping[str, str], arguments: Sequence[str]
             if not _can_be_left_out(statement):
                 raise
             shell.forget(statement)
-            left_out.append(statement.programs[0])
+            left_out.append(statement.shown)
             last_error = error
             continue
         found += [

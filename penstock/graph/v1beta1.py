@@ -141,7 +141,7 @@ class Component(_Struct, frozen=True):
     global_dynamo_namespace: bool | None = None
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "dynamoSidecar engineGroup eppConfig experimental minAvailable providerOverride roles"
+        "device dynamoSidecar engineGroup eppConfig experimental minAvailable providerOverride roles"
         " runtimeVersionOverride topologyConstraint"
     )
 
