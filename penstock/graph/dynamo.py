@@ -325,13 +325,14 @@ WORKER_FLAGS = _table(
         **_refused("custom-encoder-class", "images are not served"),
         **_refused(
             """
-            ec-consumer-mode ec-processor enable-multimodal multimodal-decode-worker
+            ec-consumer-mode ec-processor multimodal-decode-worker
             multimodal-encode-worker multimodal-processor multimodal-worker route-to-encoder
             vllm-native-encoder-worker
             """,
             "images are not served",
             switch=True,
         ),
+        **_ignored("enable-multimodal", "text is served, requests with images are refused", switch=True),
         **_refused("omni", "only text is served", switch=True),
         **_refused(
             "classify-worker embedding-worker realtime", "only chat and completions are served", switch=True

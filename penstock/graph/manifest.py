@@ -26,6 +26,7 @@ from penstock.graph.versions import in_words_of, to_v1alpha1
 ComponentType = Literal["main", "frontend", "worker", "prefill", "decode", "planner", "epp"]
 Quantity = str | int  # an amount in Kubernetes' notation: 8Gi, or bytes
 
+FRONTEND_TYPES = ("main", "frontend")
 API_VERSION = "nvidia.com/v1alpha1"
 KIND = "DynamoGraphDeployment"
 
@@ -292,13 +293,25 @@ def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
     wrong = wrong or [in_words_of(written, line) for line in _manifest_problems(graph)]
     if wrong:
         raise ConfigError(in_source(wrong, source))
-    manifest = converted(graph, Manifest)
+    manifest = converted(with_frontend(graph), Manifest)
     return msgspec.structs.replace(manifest, api_version=written)
 
 
 def in_source(lines: Iterable[str], source: str) -> str:
     """Lines of a message, each with the file that it is about in front."""
     return "\n".join(f"{source}: {line}" if source else line for line in lines)
+
+
+def with_frontend(graph: dict[str, Any]) -> dict[str, Any]:
+    """A graph with a frontend of its own, where only its workers have one each, as a sidecar: those take
+    requests from a gateway that chooses the worker, which is what a frontend does here."""
+    services: dict[str, dict[str, Any]] = graph["spec"]["services"]
+    has_sidecars = any(service.get("frontendSidecar") is not None for service in services.values())
+    has_frontend = any(service.get("componentType") in FRONTEND_TYPES for service in services.values())
+    if not has_sidecars or has_frontend or "frontend" in {name.lower() for name in services}:
+        return graph
+    added = {"Frontend": {"componentType": "frontend"}, **services}
+    return {**graph, "spec": {**graph["spec"], "services": added}}
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,6 +20,7 @@ from penstock.graph.command import (
 )
 from penstock.graph.held import held, names_used, shown_held
 from penstock.graph.manifest import (
+    FRONTEND_TYPES,
     Container,
     Env,
     Manifest,
@@ -32,8 +33,11 @@ from penstock.graph.versions import in_words_of
 from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
+<<<<<<< HEAD
 _FRONTEND_TYPES = ("main", "frontend")
 _DEFAULT_ENGINE = flags_of(WorkerOptions)["engine"].default
+=======
+>>>>>>> 248b4cd (Start graphs whose frontends are sidecars, serve text where images are enabled, and test with manifests in people's shapes)
 _DEFAULT_FRONTEND = ("python3", "-m", "dynamo.frontend")
 
 
@@ -175,28 +179,25 @@ class _Builder:
                 services.append(self._service(name, command))
         if not self.wrong:
             kinds = {service.kind for service in services}
-            self.wrong += [self._missing(kind) for kind in ServiceKind if kind not in kinds]
+            self.wrong += [
+                f"spec.services: there is no {kind}" for kind in ServiceKind if kind not in kinds
+            ]
         return tuple(services)
-
-    def _missing(self, kind: ServiceKind) -> str:
-        sidecars = [name for name, spec in self._spec.services.items() if spec.frontend_sidecar is not None]
-        hint = ""
-        if sidecars and kind is ServiceKind.FRONTEND:
-            hint = f"; {', '.join(sidecars)}: frontendSidecar is not run, add a service that is a frontend"
-        return f"spec.services: there is no {kind}{hint}"
 
     def _commands(self) -> Iterator[tuple[str, Command]]:
         for name, spec in self._spec.services.items():
             if spec.component_type in _NOT_RUN:
                 self.notes.append(f"{name}: {_NOT_RUN[spec.component_type]} are not run")
                 continue
+            if spec.frontend_sidecar is not None:
+                self.notes.append(f"{name}: its frontend sidecar is not run, the graph's frontend is")
             with self._noting(name):
                 yield name, self._command(name, spec)
 
     def _command(self, name: str, spec: ServiceSpec) -> Command:
         container = _container(spec)
         env = self._environment(name, (*self._spec.envs, *spec.envs, *container.env))
-        is_frontend = spec.component_type in _FRONTEND_TYPES
+        is_frontend = spec.component_type in FRONTEND_TYPES
         argv = [*container.command, *container.args]
         if self._cluster is not None and (spec.env_from_secret or container.env_from):
             env |= {used: held(used) for used in names_used(argv, env)}  # some of them may come from there

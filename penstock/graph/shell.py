@@ -43,7 +43,7 @@ _HARMLESS = names(
 """Programs that change neither what is started after them nor its environment."""
 _NEVER_LEFT_OUT = names(". eval exec source")
 """Programs that can change what any later command means."""
-_OURS = re.compile(r"\b(dynamo|penstock)\b")
+_OURS = re.compile(r"\bdynamo\.\w|\bpenstock\b")
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.ASCII)
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)\+?=", re.ASCII)

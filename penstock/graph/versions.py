@@ -60,13 +60,14 @@ _SAME_IN_SERVICES = (
 )
 
 
+_MAIN = f"podTemplate.spec.containers[{MAIN_CONTAINER}]"
 _WORDS_OF_V1BETA1 = (
     (re.compile(r"^spec\.services\.([-A-Za-z0-9]+)"), r"spec.components[\1]"),
     (re.compile(r"^spec\.services\b"), "spec.components"),
     (re.compile(r"^spec\.envs\b"), "spec.env"),
     (re.compile(r"\bcomponentType is\b"), "type is"),
-    (re.compile(r"\bextraPodSpec\.mainContainer\b"), f"podTemplate.spec.containers[{MAIN_CONTAINER}]"),
-    (re.compile(r"\bresources\.(limits|requests)\.gpu\b"), rf"resources.\1[{_GPU}]"),
+    (re.compile(r"\bextraPodSpec\.mainContainer\b"), _MAIN),
+    (re.compile(r"\bresources\.(limits|requests)\.gpu\b"), rf"{_MAIN}.resources.\1[{_GPU}]"),
 )
 
 

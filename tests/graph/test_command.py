@@ -199,7 +199,7 @@ def test_variables_stand_for_flags_which_win() -> None:
             "--router-kv-event: unknown flag of dynamo.frontend (did you mean --router-kv-events?)",
         ),
         ([*FRONTEND, "--no-router-kv-event"], "--no-router-kv-event: unknown flag of dynamo.frontend"),
-        ([*VLLM, "--enable-multimodal"], "--enable-multimodal: images are not served"),
+        ([*VLLM, "--route-to-encoder"], "--route-to-encoder: images are not served"),
         ([*VLLM, "--endpoint-types", "chat,embedding"], "--endpoint-types: only chat and completions"),
         ([*VLLM, "--custom-jinja-template", "t"], "--custom-jinja-template: a model's own template"),
         ([*VLLM, "--disaggregation-mode", "encode"], "--disaggregation-mode: expected one of"),
@@ -222,7 +222,7 @@ def test_what_would_change_the_answers_is_refused(argv: list[str], error: str | 
 
 
 def test_what_asks_for_how_it_is_anyhow_is_fine() -> None:
-    fine = ["--endpoint-types", "chat,completions", "--no-enable-multimodal", "--output-modalities", "text"]
+    fine = ["--endpoint-types", "chat,completions", "--no-omni", "--output-modalities", "text"]
     command = parse_command([*VLLM, *fine], {"DYN_VLLM_REALTIME": "false"})
     assert (command.engine_args, command.ignored) == ([], {})
 

@@ -299,11 +299,6 @@ def test_what_is_found_instead_of_a_graph_is_named() -> None:
         "local.yaml: expected one DynamoGraphDeployment, found none; there is ConfigMap,"
         " DynamoComponentDeployment"
     ]
-    sidecar = service("W", "[penstock, worker, --model, m]", "frontendSidecar: {image: f}, ")
-    assert errors_of(small(sidecar)) == [
-        "local.yaml: spec.services: there is no frontend; W: frontendSidecar is not run, add a service that"
-        " is a frontend"
-    ]
 
 
 def test_what_is_ignored_is_told_in_a_line_a_service() -> None:

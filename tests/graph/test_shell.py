@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +94,6 @@ BASH = [
 ]
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 @pytest.mark.parametrize("script", BASH)
 def test_a_script_is_read_as_bash_reads_it(tmp_path: Path, script: str) -> None:
     assert found_and_real(tmp_path, script, "bash")
