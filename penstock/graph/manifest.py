@@ -211,8 +211,8 @@ class ServiceSpec(_Manifest, frozen=True):
     scaling_adapter: ScalingAdapter | None = None
 
     ACCEPTED: ClassVar[frozenset[str]] = _names(
-        "autoscaling checkpoint eppConfig failover globalDynamoNamespace gpuMemoryService modelRef serviceName"
-        " subComponentType topologyConstraint"
+        "autoscaling checkpoint eppConfig failover globalDynamoNamespace gpuMemoryService modelRef"
+        " serviceName subComponentType topologyConstraint"
     )
 
 
