@@ -127,7 +127,10 @@ class _ScalingAdapterSpec(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def graph_crd() -> Schema:
-    """DynamoGraphDeployments. v1beta1 is not served: that takes a webhook (`with_conversion`)."""
+    """DynamoGraphDeployments. v1beta1 is not served: that takes a webhook (`with_conversion`).
+
+    Nothing is said about conversion, so that applying this again leaves a webhook as it is.
+    """
     old_spec, new_spec = _schema_of(manifest.Spec), _schema_of(v1beta1.GraphSpec)
     old_spec["properties"]["services"] |= {"minProperties": 1, "maxProperties": manifest.SERVICES_MAX}
     new_spec["properties"]["components"]["items"]["properties"]["multinode"]["properties"]["nodeCount"] |= {
@@ -218,7 +221,6 @@ def _crd(kind: str, short_name: str, versions: list[Schema]) -> Schema:
                 "shortNames": [short_name],
             },
             "scope": "Namespaced",
-            "conversion": {"strategy": "None"},
             "versions": versions,
         },
     }
