@@ -77,7 +77,7 @@ def _config(kubeconfig: str) -> SingleConfig:
         found = config.get()
     except LightkubeConfigError as error:
         raise ConfigError(f"Kubernetes: {error}") from error
-    except (OSError, yaml.YAMLError, msgspec.ValidationError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, msgspec.ValidationError, KeyError, TypeError, AttributeError) as error:
         where = kubeconfig or "the kubeconfig"
         raise ConfigError(f"Kubernetes: cannot read {where}: {str(error).splitlines()[0]}") from error
     if found is None or found.user is None:
@@ -146,7 +146,9 @@ class HttpsApi:
                     message = _decode(line)
                     if message["type"] == "ERROR":
                         raise _status_error(message["object"], 500)
-                    yield Change(message["type"], message["object"])
+                    change = Change(message["type"], message["object"])
+                    change.object["metadata"]["resourceVersion"]  # whoever follows goes on from there
+                    yield change
 
     async def get(self, kind: Kind, name: str, namespace: str = "") -> Object:
         return await self._call("GET", _path(kind, namespace, name))
