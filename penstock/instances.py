@@ -125,7 +125,7 @@ class Instances:
             InstanceView(
                 instance_id=instance_id,
                 role=member.registration.role,
-                model=member.registration.model,
+                model=member.model,
                 state=member.state.value,
                 address=member.registration.address,
                 load=self._placement.load(instance_id),
@@ -286,6 +286,8 @@ class Instances:
             self._placement.held_blocks(link.instance_id),
         )
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
+        if link.incarnation != card.incarnation:
+            link.incarnation, link.progress = card.incarnation, None
         link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
         link.progress.observe(load, self._time.seconds)
         self._judge(link, link.progress)
@@ -357,7 +359,7 @@ class _Link:
         self.instance_id = registration.instance_id
         self.role = registration.role
         self.model = registration.model
-        self.incarnation = registration.incarnation
+        self.incarnation = ""  # of the process that answered last
         self._instances = instances
         self._tasks = tasks
         self.up = False  # between `on_up` and `on_down`
@@ -372,7 +374,7 @@ class _Link:
             instances._link_settings,
             frontend_id=instances._frontend_id,
             instance_id=registration.instance_id,
-            epoch=registration.epoch,
+            epoch=registration.epoch or None,
             rng=instances._rng,
             clock=instances._clock,
         )
@@ -391,7 +393,8 @@ class _Link:
 
     def on_up(self, card: Card, load: Load) -> None:
         self._check_open()
-        self.up = True
+        self.up, self.left = True, False
+        self.model = card.model
         self._instances._up(self, card, load)
         self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
 

@@ -117,8 +117,9 @@ class Lease(Protocol):
 class Discovery(Protocol):
     """Who exists. Level-based: a watcher always gets the whole set."""
 
-    trouble: str
-    """Why the set that watchers have may be out of date; empty when it is not."""
+    @property
+    def trouble(self) -> str:
+        """Why the set that watchers have may be out of date; empty when it is not."""
 
     async def register(self, registration: Registration) -> Lease:
         """Register until the lease is closed or this process dies. An outage is no error: the lease tells

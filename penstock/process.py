@@ -188,7 +188,29 @@ def _discovery(options: FrontendOptions | WorkerOptions) -> Discovery:
             return FileDiscovery(discovery_directory(url, options.namespace, os.environ))
         case "etcd":
             return _etcd_discovery(options, url)
-    raise ConfigError(f"--discovery: {url.kind} is not built into this version; use file: or etcd://")
+        case "kubernetes":
+            return _kubernetes_discovery(options, url)
+
+
+def _kubernetes_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl) -> Discovery:
+    from penstock.discovery.kubernetes import LINK_PORT, KubernetesDiscovery
+
+    if isinstance(options, WorkerOptions):
+        # Its pod says who and where it is, so here it must be the same.
+        if not options.instance_id:
+            raise ConfigError("--instance-id: with --discovery kubernetes: it is the name of the pod")
+        if not options.port:
+            raise ConfigError(
+                f"--port: with --discovery kubernetes: it is the port that the pod names {LINK_PORT!r}"
+            )
+        return KubernetesDiscovery(None, "", options.namespace)
+    if find_spec("lightkube") is None:
+        raise ConfigError(
+            "--discovery: kubernetes needs packages more: pip install 'penstock-llm[kubernetes]'"
+        )
+    from penstock.kubernetes.client import connect, own_namespace
+
+    return KubernetesDiscovery(connect(), url.location or own_namespace(), options.namespace)
 
 
 def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl) -> Discovery:

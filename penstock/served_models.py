@@ -77,7 +77,7 @@ class ServedModels:
                 503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
             )
         members = self._membership.members.values()
-        if not listed or any(member.registration.model == name for member in members):
+        if not listed or any(member.model in (name, "") for member in members):
             message = f"The workers of `{name}` are still connecting."
             raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
         names = ", ".join(f"`{view.name}`" for view in self.models()[:MAX_NAMED_MODELS])
@@ -146,7 +146,7 @@ class ServedModels:
 
     def _servable(self) -> set[str]:
         members = self._membership.members.values()
-        return {member.registration.model for member in members if member.servable}
+        return {member.model for member in members if member.servable}
 
     def _all_left(self, model: str) -> bool:
         """Whether each worker that could end a request of this model has said that it leaves, so that none
@@ -156,5 +156,5 @@ class ServedModels:
         return all(
             member.state is State.DRAINING or self._has_left(instance_id)
             for instance_id, member in self._membership.members.items()
-            if member.registration.model == model and member.registration.role.decodes
+            if member.model in (model, "") and member.registration.role.decodes
         )

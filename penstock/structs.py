@@ -307,9 +307,18 @@ class Card(msgspec.Struct):
     max_running: Count = 0
     weights: Word = ""
 
+    @property
+    def incarnation(self) -> str:
+        """This process, and none before or after it, in words."""
+        return f"{self.instance_id}@{self.epoch}"
+
 
 class Registration(msgspec.Struct, frozen=True):
-    """What discovery holds of one instance: where it listens, nothing else that could go stale."""
+    """What discovery holds of one instance: where it listens, nothing else that could go stale.
+
+    Workers that register say their epoch and their model. Where others speak for them (Kubernetes, of its
+    pods), both are unknown until the instance is connected: `epoch` is 0 and `model` is empty.
+    """
 
     instance_id: Name
     epoch: Total
@@ -319,11 +328,13 @@ class Registration(msgspec.Struct, frozen=True):
     pid: Count = 0  # on this machine, for the file directory's liveness check; 0: unknown
     host: Word = ""
     tls: bool = False
+    # These two where the epoch is unknown:
+    process: Word = ""  # another one for each process that bears this instance's name
+    started_ms: Total = 0  # milliseconds since 1970, by the clock that epochs are of: it began after that
 
-    @property
-    def incarnation(self) -> str:
-        """This process, and none before or after it, in words."""
-        return f"{self.instance_id}@{self.epoch}"
+    def describes(self, card: Card) -> bool:
+        """Whether a process that shows this card may be the registered one, and is none before it."""
+        return card.epoch == self.epoch if self.epoch else card.epoch >= self.started_ms > 0
 
 
 class Request(msgspec.Struct):

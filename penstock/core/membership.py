@@ -60,6 +60,7 @@ class Disconnect(msgspec.Struct):
 @dataclass(slots=True)
 class Member:
     registration: Registration
+    model: str  # served name, by its latest card; empty as long as nobody knows
     state: State = State.CONNECTING
     card: Card | None = None  # None until the link is up
     revision: str = ""  # of its model, by its latest card; empty before the first
@@ -89,18 +90,19 @@ class Membership:
         self.served: dict[str, str] = {}  # by model: the revision of it that new requests get
 
     def discovered(self, current: Mapping[str, Registration]) -> list[Connect | Disconnect]:
-        """Take discovery's whole set. A new epoch or address replaces the old incarnation."""
+        """Take discovery's whole set. A new epoch, process or address replaces the old incarnation."""
         effects: list[Connect | Disconnect] = []
         for instance_id, member in list(self.members.items()):
             found = current.get(instance_id)
             member.listed = found is not None
-            replaced = found is not None and found != member.registration
-            if replaced or (found is None and not member.up):
+            if found is not None and (found == member.registration or _is_connected(member, found)):
+                member.registration = found
+            elif found is not None or not member.up:
                 del self.members[instance_id]
                 effects.append(Disconnect(instance_id))
         for instance_id, registration in current.items():
             if instance_id not in self.members:
-                self.members[instance_id] = Member(registration)
+                self.members[instance_id] = Member(registration, registration.model)
                 effects.append(Connect(registration))
         return effects
 
@@ -108,6 +110,7 @@ class Membership:
         """The link is up and the snapshot is in."""
         member = self.members[instance_id]
         member.card = card
+        member.model = card.model
         member.revision = revision_of(card)
         member.state = State.LOADING
 
@@ -186,7 +189,7 @@ class Membership:
         """Whether an instance that takes no attempts now may decode for this revision soon: it has it, or
         it has not said yet what it has."""
         return any(
-            member.registration.model == model
+            member.model in (model, "")
             and member.state in (State.CONNECTING, State.LOADING, State.QUARANTINED)
             and member.registration.role.decodes
             and (not member.revision or member.revision == revision)
@@ -195,7 +198,7 @@ class Membership:
 
     def incarnations(self) -> set[str]:
         """The processes that are connected."""
-        return {member.registration.incarnation for member in self.members.values() if member.up}
+        return {member.card.incarnation for member in self.members.values() if member.up and member.card}
 
     def ready_cards(self) -> list[Card]:
         """Who may get new requests."""
@@ -212,6 +215,13 @@ class Membership:
         if not expected:
             return [] if any(role.decodes for role in ready) else [Role.DECODE]
         return [role for role in expected if role not in ready]
+
+
+def _is_connected(member: Member, found: Registration) -> bool:
+    """Whether a registration only says late what the link has said already: a restarted container is
+    connected again before Kubernetes has told of its restart."""
+    same = found.address == member.registration.address and found.role == member.registration.role
+    return same and found.epoch == 0 and member.card is not None and found.describes(member.card)
 
 
 def _claim(revision: str, decoders: list[Card]) -> tuple[int, int, str]:

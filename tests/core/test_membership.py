@@ -235,3 +235,48 @@ def test_a_draining_worker_does_not_return() -> None:
     join(membership, "old", OLD)
     membership.draining("old")
     assert not membership.may_return("m", revision_of(versioned(OLD)))
+
+
+def pod(instance_id: str, process: str = "uid/0", started_ms: int = 1000, port: int = 7000) -> Registration:
+    """As Kubernetes knows an instance: neither its epoch nor its model."""
+    address = f"10.0.0.7:{port}"
+    return Registration(instance_id, 0, Role.DECODE, "", address, process=process, started_ms=started_ms)
+
+
+def at(epoch: int) -> Card:
+    return msgspec.structs.replace(card("d0"), epoch=epoch)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "after", "replaced"),
+    [
+        pytest.param(1500, pod("d0"), False, id="nothing new"),
+        pytest.param(1500, pod("d0", "uid/1", 9000), True, id="its container was started again"),
+        pytest.param(9300, pod("d0", "uid/1", 9000), False, id="and that one is connected already"),
+        pytest.param(9300, pod("d0", "uid/1", 9000, port=7001), True, id="it listens elsewhere"),
+        pytest.param(9300, pod("d0", "uid/1", 0), True, id="nobody knows when it was started"),
+        pytest.param(None, pod("d0", "uid/1", 9000), True, id="its link is down: connect at once"),
+        pytest.param(None, pod("d0"), False, id="nothing new, and its link is down"),
+    ],
+)
+def test_instances_of_which_discovery_knows_no_epoch(
+    epoch: int | None, after: Registration, replaced: bool
+) -> None:
+    membership = Membership()
+    assert membership.discovered({"d0": pod("d0")}) == [Connect(pod("d0"))]
+    if epoch is not None:
+        membership.up("d0", at(epoch))
+    assert membership.discovered({"d0": after}) == ([Disconnect("d0"), Connect(after)] if replaced else [])
+    assert membership.discovered({"d0": after}) == []
+
+
+def test_a_model_that_nobody_knows_yet_may_be_any() -> None:
+    membership = Membership()
+    membership.discovered({"d0": pod("d0")})
+    assert membership.may_return("m", REVISION)
+    membership.up("d0", at(1500))
+    assert membership.members["d0"].model == "m"
+    assert not membership.may_return("another", REVISION)
+    assert membership.incarnations() == {"d0@1500"}
+    membership.down("d0")
+    assert membership.members["d0"].model == "m"  # it probably comes back with the same
