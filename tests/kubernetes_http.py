@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,41 @@ def _stream(parts: AsyncIterator[Any]) -> StreamingResponse:
 
 def _status(error: ApiError) -> dict[str, Any]:
     return {"kind": "Status", "message": str(error), "reason": error.reason, "code": error.status}
+
+
+class ApiServer:
+    """The double and its HTTP, in a thread of their own: for tests that do not run on an event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.double = KubernetesDouble()
+        self._folder = folder
+        self._loop = asyncio.new_event_loop()
+        self._started: Future[Path] = Future()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> ApiServer:
+        self._thread.start()
+        self.kubeconfig = self._started.result(timeout=20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def do(self, call: Coroutine[Any, Any, Any] | Callable[[], Any]) -> Any:
+        """Await or call something of the double's, in its thread."""
+
+        async def called() -> Any:
+            return call() if callable(call) else await call
+
+        return asyncio.run_coroutine_threadsafe(called(), self._loop).result(timeout=20)
+
+    def _run(self) -> None:
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        async with served(self.double, self._folder) as kubeconfig:
+            self._started.set_result(kubeconfig)
+            await self._stop.wait()

@@ -49,6 +49,8 @@ def worker(**options: object) -> WorkerOptions:
             "--etcd-user: needs its password in PENSTOCK",
         ),
         ({"discovery": "etcds://127.0.0.1:2379", "etcd_ca": "/no.pem"}, "--etcd-ca: cannot read /no.pem"),
+        ({"discovery": "kubernetes:", "port": 7000}, "--instance-id: .* the name of the pod"),
+        ({"discovery": "kubernetes:", "instance_id": "w-0"}, "--port: .* that the pod names 'link'"),
         ({"max_batch_tokens": 4}, "max_batch_tokens"),
         ({"block_size": 5000}, "block_size"),
         ({"link_tls_cert": "/no.pem", "link_tls_key": "/no.key"}, "/no.pem"),
@@ -164,9 +166,22 @@ def test_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         run_frontend(FrontendOptions(http_port=0, discovery="etcd://127.0.0.1"))
 
 
-def test_a_frontend_refuses_a_taken_port_and_unknown_discovery() -> None:
-    with pytest.raises(ConfigError, match="--discovery: kubernetes"):
+def test_kubernetes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "penstock.process.find_spec", lambda name: None if name == "lightkube" else real(name)
+    )
+    with pytest.raises(ConfigError, match=r"--discovery: .* pip install 'penstock-llm\[kubernetes\]'"):
         run_frontend(FrontendOptions(http_port=0, discovery="kubernetes:"))
+
+
+def test_outside_of_clusters_a_kubeconfig_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/dev/null")
+    with pytest.raises(ConfigError, match="Kubernetes: "):
+        run_frontend(FrontendOptions(http_port=0, discovery="kubernetes:"))
+
+
+def test_a_frontend_refuses_an_address_that_is_not_its_own() -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7"):
         run_frontend(FrontendOptions(http_host="203.0.113.7", http_port=0))
 

@@ -1,4 +1,4 @@
-"""`--discovery kubernetes:` against a real API server. Kubelets take no part: tests write what they would."""
+"""Discovery against a real API server. Kubelets take no part: the tests write what they would."""
 
 from __future__ import annotations
 
