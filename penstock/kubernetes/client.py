@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx2
 import msgspec
 import yaml
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.client_adapter import ConnectionParams
 from lightkube.config.kubeconfig import SERVICE_ACCOUNT, KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError as LightkubeConfigError
 
@@ -31,11 +31,17 @@ CALL_S = 10.0
 WHOLE_CALL_S = 30.0
 """For one call, from connecting to the last byte."""
 
+CONNECTIONS_MAX = 1000
+"""At one time: each watch has its own, and each log that is followed."""
+
 PAGE_ITEMS = 500
 """Objects in one answer of a list: a server holds its answers in memory."""
 
 LINE_BYTES_MAX = 8 * 1024 * 1024
 """Longest message of a watch. An object has at most 1.5 MB in etcd; its JSON may be longer."""
+
+LOG_LINE_BYTES_MAX = 64 * 1024
+"""A longer line of a log becomes several."""
 
 LOG_SILENCE_S = 300.0
 """How long a container may write nothing before its log is asked for again: nobody says whether it still
@@ -90,9 +96,10 @@ class HttpsApi:
 
     def __init__(self, config: SingleConfig) -> None:
         """Connects to nothing yet. Raises ConfigError when certificates cannot be read."""
-        limits = ConnectionParams(timeout=httpx2.Timeout(CALL_S))
+        limits = httpx2.Limits(max_connections=CONNECTIONS_MAX)
         try:
-            self._http: httpx2.AsyncClient = AsyncClient(config, limits)
+            given = ConnectionParams(timeout=httpx2.Timeout(CALL_S)).httpx_params(config)
+            self._http = httpx2.AsyncClient(**given, limits=limits)
         except (LightkubeConfigError, OSError, ValueError) as error:
             raise ConfigError(f"Kubernetes: {error}") from error
 
@@ -218,8 +225,11 @@ class HttpsApi:
                 if response.status_code != 200:
                     await response.aread()
                     raise _error(response)
-                async for line in _lines(response):
-                    time, _, text = line.decode(errors="replace").partition(" ")
+                time = ""
+                async for part, begins in _log_parts(response):
+                    text = part.decode(errors="replace")
+                    if begins:
+                        time, _, text = text.partition(" ")
                     yield LogLine(time, text)
 
     async def close(self) -> None:
@@ -274,6 +284,26 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
         for line in whole:
             if line:
                 yield bytes(line)
+
+
+async def _log_parts(response: httpx2.Response) -> AsyncIterator[tuple[bytes, bool]]:
+    """The lines of a log, and that they begin here; one that is too long comes in parts."""
+    rest = bytearray()
+    begins = True
+    async for chunk in response.aiter_bytes():
+        rest += chunk
+        start = 0
+        while True:
+            end = rest.find(b"\n", start, start + LOG_LINE_BYTES_MAX)
+            if end < 0 and len(rest) - start < LOG_LINE_BYTES_MAX:
+                break
+            cut = end if end >= 0 else start + LOG_LINE_BYTES_MAX
+            yield bytes(rest[start:cut]), begins
+            begins = end >= 0
+            start = cut + 1 if begins else cut
+        del rest[:start]
+    if rest:
+        yield bytes(rest), begins
 
 
 @contextlib.contextmanager
