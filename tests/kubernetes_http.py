@@ -33,10 +33,12 @@ async def served(double: KubernetesDouble, folder: Path) -> AsyncIterator[Path]:
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield kubeconfig(folder, f"http://127.0.0.1:{port}")
-    server.should_exit = True
-    double.end_watches()
-    await running
+    try:
+        yield kubeconfig(folder, f"http://127.0.0.1:{port}")
+    finally:
+        server.should_exit = True
+        double.end_watches()
+        await running
 
 
 def kubeconfig(folder: Path, server: str) -> Path:
@@ -105,6 +107,7 @@ async def _answer(double: KubernetesDouble, request: Request) -> Response:
             metadata = {"resourceVersion": listed.resource_version}
             return JSONResponse({"kind": "List", "metadata": metadata, "items": listed.items})
         case "GET", True if subresource == "log":
+            await double.get(kind, name, namespace)
             tail = query.get("tailLines")
             lines = double.logs(
                 name,

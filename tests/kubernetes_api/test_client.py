@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.kubernetes import client
-from penstock.kubernetes.api import ApiError
+from penstock.kubernetes.api import ApiError, LogLine
 from penstock.kubernetes.client import HttpsApi, connect, own_namespace
 from penstock.kubernetes.kinds import CONFIG_MAPS, PODS
+from tests.discovery.pods import pod
 from tests.kubernetes_api.test_double import UNSERVED
 from tests.kubernetes_contract import ApiContract
 from tests.kubernetes_double import KubernetesDouble
@@ -157,3 +159,39 @@ def test_a_kubeconfig_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_namespace_of_a_kubeconfig(tmp_path: Path) -> None:
     assert own_namespace(str(kubeconfig(tmp_path, "http://127.0.0.1:1"))) == "test"
+
+
+async def test_logs(tmp_path: Path) -> None:
+    double = KubernetesDouble()
+    async with served(double, tmp_path) as file:
+        api = await asyncio.to_thread(connect, str(file))
+        with pytest.raises(ApiError) as raised:
+            await anext(api.logs("w", "test"))
+        assert raised.value.is_not_found
+        await double.create(PODS, pod("test", "w", "decode", 7000))
+        for second in range(4):
+            double.log("test", "w", f"line {second}", time=f"2026-01-01T00:00:0{second}.5Z")
+        lines = api.logs("w", "test", "main", since="2026-01-01T00:00:01.7Z", tail_lines=2)
+        assert [(await anext(lines)).text for _ in range(2)] == ["line 2", "line 3"]
+        double.log("test", "w", "", time="2026-01-01T00:00:04.5Z")
+        assert await anext(lines) == LogLine("2026-01-01T00:00:04.5Z", "")
+        double.end_log("test", "w")
+        assert [line async for line in lines] == []
+        await api.close()
+
+
+async def test_a_line_of_a_log_may_be_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LOG_LINE_BYTES_MAX", 10)
+    answer = chunked(b"T abcdefgh\nT ab", b"cdefghijklmnopqrs", b"tuvw\nT \xff\nT end", b"")
+    async with Scripted(answer, hang_up=True) as server:
+        api = await asyncio.to_thread(connect, str(kubeconfig(tmp_path, server)))
+        lines = []
+        with contextlib.suppress(ApiError):
+            async for line in api.logs("w", "test"):
+                lines.append(line)  # noqa: PERF401 - up to the error
+        await api.close()
+    texts = ["abcdefgh", "", "abcdefgh", "ijklmnopqr", "stuvw", "\N{REPLACEMENT CHARACTER}", "end"]
+    assert [line.text for line in lines] == texts
+    assert {line.time for line in lines} == {"T"}
