@@ -33,11 +33,7 @@ from penstock.graph.versions import in_words_of
 from penstock.structs import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
-<<<<<<< HEAD
-_FRONTEND_TYPES = ("main", "frontend")
 _DEFAULT_ENGINE = flags_of(WorkerOptions)["engine"].default
-=======
->>>>>>> 248b4cd (Start graphs whose frontends are sidecars, serve text where images are enabled, and test with manifests in people's shapes)
 _DEFAULT_FRONTEND = ("python3", "-m", "dynamo.frontend")
 
 
