@@ -20,6 +20,7 @@ from msgspec import Meta, inspect
 
 from penstock.graph import manifest, v1beta1
 from penstock.graph.status import GraphStatus, ScalingAdapterStatus
+from penstock.graph.versions import SERVICES_IN_V1BETA1
 
 Schema = dict[str, Any]
 
@@ -135,6 +136,11 @@ def graph_crd() -> Schema:
     old_spec["properties"]["services"] |= {"minProperties": 1, "maxProperties": manifest.SERVICES_MAX}
     new_spec["properties"]["components"]["items"]["properties"]["multinode"]["properties"]["nodeCount"] |= {
         "default": 2
+    }
+    new_spec["properties"]["services"] = {
+        "type": "object",
+        "x-kubernetes-preserve-unknown-fields": True,
+        "description": SERVICES_IN_V1BETA1,
     }
     name = {"type": "string", "maxLength": manifest.NAME_CHARS_MAX, "pattern": _NAME_PATTERN}
     status = _schema_of(GraphStatus)

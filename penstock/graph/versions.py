@@ -36,6 +36,11 @@ V1ALPHA1 = "nvidia.com/v1alpha1"
 ORIGINALS = {V1ALPHA1: "penstock.dev/v1alpha1-spec", V1BETA1: "penstock.dev/v1beta1-spec"}
 """The annotation that holds what of a version has no place in the other."""
 
+SERVICES_IN_V1BETA1 = "Changes by service, in the words of v1alpha1. Never there when a graph is read."
+"""What `spec.services` means in v1beta1. Of two versions that a cluster serves, kubectl takes the newer one,
+whatever was applied. So `kubectl patch` with a path of v1alpha1 arrives as an object of v1beta1 with a
+`services` beside its components, and has to mean what its user means."""
+
 _SIDECAR = "sidecar-frontend"  # Dynamo's name for the container of a v1alpha1 frontendSidecar
 _GPU = "nvidia.com/gpu"
 _AMOUNTS = {"cpu": "cpu", "memory": "memory", "gpu": _GPU}
@@ -116,6 +121,9 @@ def to_v1beta1(found: Object) -> Object:
 def to_v1alpha1(found: Object) -> Object:
     """A graph of v1beta1 as one of v1alpha1.
 
+    `spec.services`, which is no field of v1beta1, is what somebody wants changed in v1alpha1's words (see
+    SERVICES_IN_V1BETA1).
+
     Raises:
         ConfigError: the object has another shape than its version allows.
     """
@@ -126,7 +134,16 @@ def to_v1alpha1(found: Object) -> Object:
         if not isinstance(name, str) or name in components:
             raise ConfigError(f"{path}.name: expected a name of its own, got {shown(name)}")
         components[name] = {field: value for field, value in component.items() if field != "name"}
-    rest = {name: value for name, value in _object(found, "spec").items() if name != "components"}
+    changes = _objects(_object(found, "spec"), "services", "spec.services")
+    if unknown := [name for name in changes if name not in components]:
+        raise ConfigError(
+            f"spec.services.{unknown[0]}: no component has this name, only {', '.join(components)}"
+        )
+    rest = {
+        name: value
+        for name, value in _object(found, "spec").items()
+        if name not in ("components", "services")
+    }
     carried, metadata = _without_original(found, V1ALPHA1)
     saved = _objects(carried, "services", "services")
     spec = with_original(rest, _rest_to_v1alpha1, _rest_to_v1beta1, carried.get("spec"))
@@ -145,7 +162,21 @@ def to_v1alpha1(found: Object) -> Object:
         lost["spec"] = rest
     if list(components) != sorted(components):
         lost["order"] = list(components)
+    services |= {name: merge_patched(services[name], changes[name]) for name in changes}
     return _assembled(found, V1ALPHA1, metadata, {**spec, "services": services}, V1BETA1, lost)
+
+
+def merge_patched(found: Any, changes: Any) -> Any:
+    """A JSON merge patch (RFC 7386): null removes a field, objects merge, all else replaces."""
+    if not isinstance(changes, dict):
+        return changes
+    result = dict(found) if isinstance(found, dict) else {}
+    for name, value in changes.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merge_patched(result.get(name), value)
+    return result
 
 
 def _assembled(

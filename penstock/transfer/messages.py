@@ -29,7 +29,8 @@ from penstock.errors import ProtocolError
 from penstock.structs import MAX_POOL_BLOCKS, Count, Name, Text, Total, Word
 
 PROTOCOL = 1
-"""Whoever changes this renames the transports, too: frontends pair workers by their names (core/pairing)."""
+"""Whoever changes this renames the transports, too: frontends pair workers by their names, see
+core/pairing.py."""
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1024 * 1024  # 200,000 block numbers: a prompt of 3 million tokens in blocks of 16

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
 from penstock.graph.v1beta1 import API_VERSION as V1BETA1
-from penstock.graph.versions import ORIGINALS, V1ALPHA1, to_v1alpha1, to_v1beta1
+from penstock.graph.versions import ORIGINALS, V1ALPHA1, merge_patched, to_v1alpha1, to_v1beta1
 
 NAMES = st.sampled_from(["Frontend", "Prefill", "decode", "a", "Z9"])
 WORDS = st.sampled_from(["x", "y/z", "8Gi", "0", "true"])
@@ -309,3 +309,38 @@ def test_another_shape_is_told_in_one_line(spec: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         to_v1alpha1({"apiVersion": V1BETA1, "metadata": {"name": "g"}, "spec": spec})
     assert message in str(caught.value)
+
+
+def test_a_patch_in_the_words_of_v1alpha1_means_the_same_in_v1beta1() -> None:
+    """kubectl takes the newest version that a cluster serves, also for a patch that names `services`."""
+    stored = v1alpha1_graph({"Worker": {"replicas": 2, "componentType": "worker", "dynamoNamespace": "d"}})
+    read = to_v1beta1(stored)
+    patched = {**read, "spec": {**read["spec"], "services": {"Worker": {"replicas": 3}}}}
+    after = to_v1alpha1(patched)
+    assert after["spec"]["services"]["Worker"] == {**stored["spec"]["services"]["Worker"], "replicas": 3}
+    again = to_v1beta1(after)
+    assert "services" not in again["spec"]
+    assert [component["replicas"] for component in again["spec"]["components"]] == [3]
+    assert to_v1alpha1(again) == after
+
+
+def test_a_patch_of_a_service_that_is_not_there_is_refused_by_name() -> None:
+    read = to_v1beta1(v1alpha1_graph({"Worker": {"replicas": 2}}))
+    read["spec"]["services"] = {"Wroker": {"replicas": 3}}
+    with pytest.raises(ConfigError, match=r"spec\.services\.Wroker: no component has this name, only Worker"):
+        to_v1alpha1(read)
+
+
+def test_null_in_a_patch_removes_a_field() -> None:
+    assert merge_patched({"a": 1, "b": {"c": 2, "d": 3}}, {"a": None, "b": {"c": None, "e": 4}}) == {
+        "b": {"d": 3, "e": 4}
+    }
+
+
+def v1alpha1_graph(services: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "apiVersion": "nvidia.com/v1alpha1",
+        "kind": "DynamoGraphDeployment",
+        "metadata": {"name": "g"},
+        "spec": {"services": services},
+    }
