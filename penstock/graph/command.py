@@ -32,7 +32,7 @@ from penstock.graph.dynamo import (
     flags_from,
     meaning_of,
 )
-from penstock.graph.shell import shell_commands
+from penstock.graph.shell import ShellCommand, shell_commands
 from penstock.structs import Role
 
 
@@ -103,7 +103,7 @@ def _parse(words: Sequence[str], env: Mapping[str, str]) -> Command:
         return _parse_words(words, env)
     found = []
     for told in shell_commands(words[script], env, words[script + 1 :]):
-        command = _parse(told.words, {**env, **told.env})
+        command = _parse_known(told, {**env, **told.env})
         found.append(msgspec.structs.replace(command, env=told.env | command.env))
         if told.left_out:
             command.ignored.setdefault(_ONLY_A_SHELL, []).extend(
@@ -112,6 +112,21 @@ def _parse(words: Sequence[str], env: Mapping[str, str]) -> Command:
     if len(found) != 1:
         raise ConfigError(f"expected one command in the shell script, found {len(found) or 'none'}")
     return found[0]
+
+
+def _parse_known(told: ShellCommand, env: Mapping[str, str]) -> Command:
+    """A command out of a script. Words that only a shell can know must not matter."""
+    try:
+        command = _parse(told.words, env)
+    except ConfigError as error:
+        for reason in told.unknown.values():
+            raise ConfigError(reason) from error
+        raise
+    used = [*command.flags.values(), *command.engine_args, *command.workers_args]
+    for mark, reason in told.unknown.items():
+        if any(mark in text for text in used):
+            raise ConfigError(reason)
+    return command
 
 
 def _script_at(words: Sequence[str]) -> int | None:

@@ -55,6 +55,7 @@ class Refused(msgspec.Struct, frozen=True):
     """What only a shell can know. An error, once it is used."""
 
     source: str
+    quoted: bool = False
 
 
 Part = Text | Variable | Refused
@@ -233,7 +234,8 @@ class _Reader:
                 # `"$@"` without arguments is no word, `""` is an empty one.
                 return parts if len(parts) == 1 else parts[1:]
             if sign in "$`":
-                parts.append(self._expansion(quoted=True))
+                part = self._expansion(quoted=True)
+                parts.append(Refused(part.source, quoted=True) if isinstance(part, Refused) else part)
                 continue
             if sign == "\\" and self._text[self._at + 1 : self._at + 2] in ("$", "`", '"', "\\"):
                 self._at += 1

@@ -48,6 +48,7 @@ _OURS = re.compile(r"\bdynamo\.\w|\bpenstock\b")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.ASCII)
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)\+?=", re.ASCII)
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_MARK = "\ue002"  # for private use: no manifest has it
 _POSITIONAL = re.compile(r"[0-9]+", re.ASCII)
 
 
@@ -57,6 +58,7 @@ class ShellCommand(msgspec.Struct, frozen=True):
     words: list[str]
     env: dict[str, str]
     left_out: tuple[str, ...] = ()  # what the script does before, and only a shell can
+    unknown: dict[str, str] = {}  # words that only a shell can know, each with what to say if it matters
 
 
 def shell_commands(script: str, env: Mapping[str, str], arguments: Sequence[str]) -> list[ShellCommand]:
@@ -158,13 +160,31 @@ class _Shell:
         if program == "export":
             self._export(command[1:])
             return None
-        words = [field for word in command for field in self.fields(word)]
+        words, unknown = self._words(command)
         if words[:1] == ["set"]:
             self._set(words[1:])
         words = words[1:] if words[:1] == ["exec"] else words
         if not words or words[0] in ("set", ":"):
             return None
-        return ShellCommand(words, self._exported | before)
+        return ShellCommand(words, self._exported | before, unknown=unknown)
+
+    def _words(self, command: list[Word]) -> tuple[list[str], dict[str, str]]:
+        """A command's words. One that only a shell can know is no error yet in a command of Dynamo's or
+        Penstock's, if it is surely a single word: it may be the value of a flag that is ignored."""
+        words: list[str] = []
+        unknown: dict[str, ConfigError] = {}
+        for word in command:
+            try:
+                words += self.fields(word)
+            except ConfigError as error:
+                if not all(part.quoted for part in word if not isinstance(part, Text)):
+                    raise
+                mark = f"{_MARK}{len(unknown)}{_MARK}"
+                unknown[mark] = error
+                words.append(mark)
+        if unknown and not any(_OURS.search(word) for word in words):
+            raise next(iter(unknown.values()))
+        return words, {mark: str(error) for mark, error in unknown.items()}
 
     def _assign(self, name: str, value: str) -> None:
         self._unknown.discard(name)

@@ -235,6 +235,24 @@ def test_numbers_may_be_written_as_vllm_reads_them() -> None:
     assert parse_command([*VLLM, "--max-model-len", "auto"], {}).engine_args == ["--max-model-len", "auto"]
 
 
+def test_what_only_a_shell_can_know_may_be_the_value_of_an_ignored_flag() -> None:
+    command = shell('python3 -m dynamo.vllm --model m --kv-transfer-config "$(cat /etc/connector.json)" -x')
+    assert (command.flags["model"], command.engine_args) == ("m", ["-x"])
+    assert command.ignored == {"no meaning here": ["--kv-transfer-config"]}
+    for script in (
+        'python3 -m dynamo.vllm --model "$(cat /etc/model)"',
+        'python3 -m dynamo.vllm --model m --own-flag="$(cat /etc/model)"',
+        'python3 -m dynamo.vllm --model m --max-num-seqs "$(cat /etc/model)"',
+        'python3 -m dynamo.vllm --model m --disaggregation-mode "$(cat /etc/model)"',
+        'python3 -m dynamo.vllm --model m "--$(cat /etc/model)"',
+        '"$(cat /etc/model)" -m dynamo.vllm --model m',
+        "python3 -m dynamo.vllm --model m --kv-transfer-config $(cat /etc/model)",
+        'X="$(cat /etc/model)" python3 -m dynamo.vllm --model m',
+    ):
+        with pytest.raises(ConfigError, match=r"^the shell script: \$\(cat /etc/model\) is not run here"):
+            shell(script)
+
+
 MOCKER = ["python3", "-m", "dynamo.mocker", "--model-path", "Qwen/Qwen3-0.6B"]
 
 
