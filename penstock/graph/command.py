@@ -23,7 +23,9 @@ import msgspec
 from penstock.checked import suggestion
 from penstock.errors import ConfigError
 from penstock.graph.dynamo import (
+    ENCODE,
     NO_MEANING,
+    ONLY_IMAGES,
     PROGRAMS,
     READ_VARIABLES,
     ROLE_FLAGS,
@@ -52,6 +54,7 @@ class Command(msgspec.Struct):
     env: dict[str, str] = {}  # set by the shell around the command
     ignored: dict[str, list[str]] = {}  # why: the flags and variables of which that is true
     decode_or_aggregated: bool = False  # Dynamo's name for both: the graph's other services tell
+    not_run: str = ""  # why the service is left out of the graph; empty: it is not
     workers_args: list[str] = []  # of a frontend: what every worker's vLLM is to be told
     translated: bool = False  # from a command of Dynamo's
 
@@ -215,6 +218,8 @@ def _translated(name: str, arguments: Sequence[str], env: Mapping[str, str]) -> 
     for source, flag, values in flags:
         if is_worker and (told := _role_of(source, flag, values)):
             command.flags["role"] = told
+        elif is_worker and flag == "disaggregation-mode":
+            command.not_run = ONLY_IMAGES
         elif known := meaning_of(table, flag):
             _translate(command, source, known, values)
         elif program.hands_on and not flag.startswith("dyn-"):
@@ -235,6 +240,8 @@ def _translate(command: Command, source: str, known: tuple[Meaning, bool], value
         parts = set(re.split(r"[\s,]+", " ".join(values).strip()))
         if not is_opposite and not (meaning.fine and parts <= meaning.fine):
             raise ConfigError(f"{source}: {meaning.refused}")
+    elif meaning.not_run:
+        command.not_run = "" if is_opposite else meaning.not_run
     elif meaning.engine:
         value = _one_value(source, values)
         words = [meaning.engine, meaning.values.get(value, value)]
@@ -278,7 +285,7 @@ def _one_value(source: str, values: Sequence[str]) -> str:
 
 def _role_of(source: str, name: str, values: Sequence[str]) -> Role | None:
     """The role that a flag of `dynamo.vllm` gives; None for other flags."""
-    if name != "disaggregation-mode":
+    if name != "disaggregation-mode" or list(values) == [ENCODE]:
         return ROLE_FLAGS.get(name)
     mode = " ".join(values)
     if mode not in ROLES:

@@ -24,19 +24,21 @@ def _names(words: str) -> frozenset[str]:
 
 
 class Meaning(msgspec.Struct, frozen=True):
-    """What one flag becomes. Exactly one of `ours`, `engine`, `ignored` and `refused` is set."""
+    """What one flag becomes. Exactly one of `ours`, `engine`, `ignored`, `refused` and `not_run` is set."""
 
     ours: str = ""  # Penstock's flag with the same value
     engine: str = ""  # vLLM's flag with the same value, on every worker of the graph
     values: Mapping[str, str] = {}  # names of values that differ there
     ignored: str = ""  # why, where that is worth a sentence; else NO_MEANING
     refused: str = ""  # why
+    not_run: str = ""  # why a service with this flag is left out of the graph
     fine: frozenset[str] = frozenset()  # parts of a refused flag's value that ask for what is so anyhow
     switch: bool = False  # without a value
     variable: str = ""  # that sets it
 
 
 NO_MEANING = "no meaning here"
+ONLY_IMAGES = "it is only for images"
 
 ROLES = {
     "prefill": Role.PREFILL,
@@ -46,6 +48,8 @@ ROLES = {
     "pd": Role.AGGREGATED,
 }
 """Values of `--disaggregation-mode`."""
+ENCODE = "encode"
+"""Another one, of workers that only turn images into embeddings."""
 
 ROLE_FLAGS = {"is-prefill-worker": Role.PREFILL, "is-decode-worker": Role.DECODE}
 
@@ -323,16 +327,17 @@ WORKER_FLAGS = _table(
         ),
         **_refused("output-modalities", "only text is served", fine=["text"]),
         **_refused("custom-encoder-class", "images are not served"),
-        **_refused(
+        **dict.fromkeys(
+            _names("ec-processor multimodal-encode-worker multimodal-processor vllm-native-encoder-worker"),
+            Meaning(not_run=ONLY_IMAGES, switch=True),
+        ),
+        **_ignored(
             """
-            ec-consumer-mode ec-processor multimodal-decode-worker
-            multimodal-encode-worker multimodal-processor multimodal-worker route-to-encoder
-            vllm-native-encoder-worker
+            ec-consumer-mode enable-multimodal multimodal-decode-worker multimodal-worker route-to-encoder
             """,
-            "images are not served",
+            "text is served, requests with images are refused",
             switch=True,
         ),
-        **_ignored("enable-multimodal", "text is served, requests with images are refused", switch=True),
         **_refused("omni", "only text is served", switch=True),
         **_refused(
             "classify-worker embedding-worker realtime", "only chat and completions are served", switch=True

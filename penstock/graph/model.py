@@ -188,7 +188,11 @@ class _Builder:
             if spec.frontend_sidecar is not None:
                 self.notes.append(f"{name}: its frontend sidecar is not run, the graph's frontend is")
             with self._noting(name):
-                yield name, self._command(name, spec)
+                command = self._command(name, spec)
+                if command.not_run:
+                    self.notes.append(f"{name}: not run, {command.not_run}")
+                else:
+                    yield name, command
 
     def _command(self, name: str, spec: ServiceSpec) -> Command:
         container = _container(spec)

@@ -199,10 +199,10 @@ def test_variables_stand_for_flags_which_win() -> None:
             "--router-kv-event: unknown flag of dynamo.frontend (did you mean --router-kv-events?)",
         ),
         ([*FRONTEND, "--no-router-kv-event"], "--no-router-kv-event: unknown flag of dynamo.frontend"),
-        ([*VLLM, "--route-to-encoder"], "--route-to-encoder: images are not served"),
+        ([*VLLM, "--custom-encoder-class", "x"], "--custom-encoder-class: images are not served"),
         ([*VLLM, "--endpoint-types", "chat,embedding"], "--endpoint-types: only chat and completions"),
         ([*VLLM, "--custom-jinja-template", "t"], "--custom-jinja-template: a model's own template"),
-        ([*VLLM, "--disaggregation-mode", "encode"], "--disaggregation-mode: expected one of"),
+        ([*VLLM, "--disaggregation-mode", "encoder"], "--disaggregation-mode: expected one of"),
         (
             [*VLLM, "--dyn-tool-call-parsr", "x"],
             "--dyn-tool-call-parsr: unknown flag of dynamo.vllm (did you mean --dyn-tool-call-parser?)",
@@ -233,6 +233,15 @@ def test_numbers_may_be_written_as_vllm_reads_them() -> None:
     assert command.flags["max-model-len"] == "32768"
     assert (command.flags["max-batch-tokens"], command.flags["max-running"]) == ("8000", "1500")
     assert parse_command([*VLLM, "--max-model-len", "auto"], {}).engine_args == ["--max-model-len", "auto"]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--multimodal-encode-worker"], ["--disaggregation-mode", "encode"], ["--ec-processor"]]
+)
+def test_workers_that_are_only_for_images_are_left_out(flags: list[str]) -> None:
+    assert parse_command([*VLLM, "--enable-multimodal", *flags], {}).not_run == "it is only for images"
+    both = parse_command([*VLLM, "--multimodal-worker", "--disaggregation-mode", "decode"], {})
+    assert (both.not_run, both.flags["role"]) == ("", "decode")
 
 
 def test_what_only_a_shell_can_know_may_be_the_value_of_an_ignored_flag() -> None:
@@ -291,7 +300,7 @@ def test_what_tunes_the_mocker_is_ignored_and_what_changes_answers_is_refused() 
 def test_every_flag_of_dynamos_has_one_meaning() -> None:
     for table in (FRONTEND_FLAGS, MOCKER_FLAGS, WORKER_FLAGS):
         for name, meaning in table.items():
-            fates = [meaning.ours, meaning.engine, meaning.ignored, meaning.refused]
+            fates = [meaning.ours, meaning.engine, meaning.ignored, meaning.refused, meaning.not_run]
             assert len([fate for fate in fates if fate]) == 1, name
             assert meaning_of(table, name) == (meaning, False)
             assert (meaning_of(table, f"no-{name}") is not None) == meaning.switch, name
