@@ -41,8 +41,9 @@ _WITHOUT_EFFECT = {
     "autoscaling": "a scaling adapter (scalingAdapter) and an HPA or KEDA object do it",
     "checkpoint": "pods are not restored from checkpoints",
     "eppConfig": "endpoint pickers are not run",
-    "frontendSidecar": "it is not run; a service that is a frontend does what it does",
+    "failover": "every worker serves, none stands by; lost ones are replaced and their requests continued",
     "globalDynamoNamespace": "a frontend serves the workers of its own graph",
+    "gpuMemoryService": "each worker has its GPUs to itself",
     "modelRef": "models are found by the frontends themselves",
     "topologyConstraint": f"the annotation {names.TOPOLOGY_KEY} names the domain that workers prefer",
 }
@@ -255,7 +256,7 @@ def _service_notes(
     document: Mapping[str, Any],
 ) -> Iterable[Note]:
     for plan in plans:
-        raw = document["spec"]["services"][plan.name]
+        raw = document["spec"]["services"].get(plan.name, {})  # a frontend may have been added
         for reason, message in (
             *_notes_on_amounts(plan, settings),
             *_notes_on_apis(plan, cluster),

@@ -429,10 +429,19 @@ def test_both_versions_of_a_graph_are_rendered_alike() -> None:
 
 def test_every_field_of_a_service_has_an_effect_or_a_note() -> None:
     harmless = {"serviceName", "subComponentType"}  # names; the command says what runs
-    assert set(_WITHOUT_EFFECT) | harmless == ServiceSpec.ACCEPTED | {"frontendSidecar"}
+    assert set(_WITHOUT_EFFECT) | harmless == ServiceSpec.ACCEPTED
     given = {field: {"enabled": True} for field in _WITHOUT_EFFECT}
     found = render(graph(given))
     assert reasons(found) == [("Worker", "FieldIgnored")] * len(_WITHOUT_EFFECT)
+
+
+def test_a_graph_with_frontends_beside_its_workers_gets_a_frontend() -> None:
+    document = graph(container(DYNAMO) | {"componentType": "worker", "frontendSidecar": {"image": "f"}})
+    del document["spec"]["services"]["Frontend"]
+    found = render(document)
+    made = {(one["kind"], one["metadata"]["name"]) for one in found.objects}
+    assert {("Deployment", "g-frontend"), ("Service", "g-frontend")} <= made
+    assert any("its frontend sidecar is not run" in note.message for note in found.notes)
 
 
 def test_a_missing_api_is_named_and_takes_nothing_else_with_it() -> None:
