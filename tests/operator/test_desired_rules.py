@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from penstock.graph.versions import to_v1beta1
 from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.desired import _WITHOUT_EFFECT, desired
-from penstock.operator.settings import PDB, ClusterFacts, Desired, RenderSettings
+from penstock.operator.settings import LEADER_WORKER_SET, PDB, ClusterFacts, Desired, RenderSettings
 
 SETTINGS = RenderSettings(image="operators:1")
 NO_FACTS = ClusterFacts()
@@ -552,3 +556,44 @@ def test_the_operator_makes_the_links_secrets() -> None:
         for name in ("g-frontend", "g-worker")
     }
     assert secrets == {"g-frontend": ["g-link-frontend"], "g-worker": ["g-link-worker"]}
+
+
+# --- several nodes ------------------------------------------------------------------------------------
+
+
+def test_the_other_nodes_wait_for_their_leader_to_go(tmp_path: Path) -> None:
+    """The script as a shell runs it: it ends soon after the leader no longer answers, and not before."""
+    manifest = graph(container(DYNAMO) | {"multinode": {"nodeCount": 2}})
+    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SET})))
+    group = next(item for item in found.objects if item["kind"] == "LeaderWorkerSet")
+    (follower,) = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"]
+    command = follower["lifecycle"]["preStop"]["exec"]["command"]
+    asked = tmp_path / "asked"
+    curl = tmp_path / "curl"
+    # Answers, misses one, answers, and is silent from then on.
+    curl.write_text(
+        f'#!/bin/sh\necho "$@" >> {asked}\ncase $(wc -l < {asked}) in 1|3) exit 0;; *) exit 7;; esac\n'
+    )
+    curl.chmod(0o755)
+    sleep = tmp_path / "sleep"
+    sleep.write_text("#!/bin/sh\n")
+    sleep.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LWS_LEADER_ADDRESS": "leader.svc"}
+    subprocess.run(command, env=env, timeout=10, check=True)
+    assert asked.read_text().splitlines() == ["-sf -m 2 -o /dev/null http://leader.svc:9090/live"] * 5
+
+
+def test_only_the_leader_is_found_and_has_the_links_secret() -> None:
+    manifest = graph(container([*DYNAMO, "--is-prefill-worker"]) | {"multinode": {"nodeCount": 3}})
+    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SET})))
+    group = next(item for item in found.objects if item["kind"] == "LeaderWorkerSet")
+    templates = group["spec"]["leaderWorkerTemplate"]
+    leader, follower = templates["leaderTemplate"], templates["workerTemplate"]
+    assert names.DISCOVERED_BY in leader["metadata"]["labels"]
+    assert names.DISCOVERED_BY not in follower["metadata"]["labels"]
+    assert "g-link-worker" in repr(leader)
+    assert "g-link-worker" not in repr(follower)
+    args = follower["spec"]["containers"][0]["args"]
+    assert args[:3] == ["serve", "org/model", "--headless"]
+    assert json.loads(args[args.index("--kv-transfer-config") + 1])["kv_role"] == "kv_producer"
+    assert ("Worker", "HandoffsRecomputed") in reasons(found)
