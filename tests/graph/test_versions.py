@@ -327,7 +327,9 @@ def test_a_patch_in_the_words_of_v1alpha1_means_the_same_in_v1beta1() -> None:
 def test_a_patch_of_a_service_that_is_not_there_is_refused_by_name() -> None:
     read = to_v1beta1(v1alpha1_graph({"Worker": {"replicas": 2}}))
     read["spec"]["services"] = {"Wroker": {"replicas": 3}}
-    with pytest.raises(ConfigError, match=r"spec\.services\.Wroker: no component has this name, only Worker"):
+    with pytest.raises(
+        ConfigError, match=r"spec\.services\.Wroker: no component has this name, only Worker"
+    ):
         to_v1alpha1(read)
 
 

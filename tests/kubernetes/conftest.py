@@ -123,6 +123,40 @@ def kubectl(cluster: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubect
     cluster("delete", "namespace", own.namespace, "--wait=false")
 
 
+@pytest.fixture(scope="session")
+def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
+    """kubectl in the namespace dynamo-cloud, with the operator installed for all namespaces as deploy.sh
+    does it. Afterwards all of it is removed, as cleanup.sh does it, and nothing must be left."""
+    from tests.kubernetes.graphs import DEPLOY, script
+
+    kubectl = cluster.within("dynamo-cloud")
+    before = cluster_wide(cluster)
+    install = [
+        "./deploy.sh",
+        "--cluster-wide",
+        "--upgrade",
+        *("--engine", "reference", "--model", "/models/tiny", "--no-wait"),
+        str(DEPLOY / "multinode-vllm.yaml"),
+    ]
+    variables = {
+        "PENSTOCK_OPERATOR_IMAGE": images.penstock,
+        "PENSTOCK_IMAGE": images.penstock,
+        "HF_TOKEN": "",
+    }
+    script(kubectl, *install, **variables)
+    kubectl("delete", "dynamographdeployments", "--all")
+    yield kubectl
+    script(kubectl, "./cleanup.sh", "--all", "--other-namespaces", "--yes")
+    assert cluster_wide(cluster) == before
+
+
+def cluster_wide(kubectl: Kubectl) -> set[str]:
+    """What an uninstalled operator may have left behind."""
+    kinds = "crd,clusterroles,clusterrolebindings,namespaces"
+    found = set(kubectl("get", kinds, "-o", "name").split())
+    return {name for name in found if "penstock" in name or "nvidia" in name or "dynamo" in name}
+
+
 @pytest.fixture
 def node_names(cluster: Kubectl) -> list[str]:
     """Nodes on which pods may run."""
