@@ -285,6 +285,17 @@ def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
     Raises:
         ConfigError: one line for each wrong field, `source: path: expected ..., got ...`.
     """
+    return manifest_of(checked_document(document, source), document["apiVersion"])
+
+
+def manifest_of(checked: Mapping[str, Any], api_version: str) -> Manifest:
+    """What `checked_document` returned, as a struct. `api_version` is that in which it was written."""
+    return msgspec.structs.replace(converted(checked, Manifest), api_version=api_version)
+
+
+def checked_document(document: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A DynamoGraphDeployment of any version as one of v1alpha1, in which all that is stated is right.
+    Arguments and errors as of `checked_manifest`."""
     graph = without_nulls(document)
     written = graph.get("apiVersion")
     wrong = list(v1beta1_problems(graph)) if written == V1BETA1 else []
@@ -293,8 +304,7 @@ def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
     wrong = wrong or [in_words_of(written, line) for line in _manifest_problems(graph)]
     if wrong:
         raise ConfigError(in_source(wrong, source))
-    manifest = converted(with_frontend(graph), Manifest)
-    return msgspec.structs.replace(manifest, api_version=written)
+    return with_frontend(graph)
 
 
 def in_source(lines: Iterable[str], source: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from penstock.checked import shown
 from penstock.errors import ConfigError
-from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph, checked_manifest
-from penstock.graph.manifest import API_VERSION
-from penstock.graph.versions import in_words_of, to_v1alpha1
+from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph
+from penstock.graph.manifest import checked_document, manifest_of
+from penstock.graph.versions import in_words_of
 from penstock.kubernetes.api import Object
 from penstock.operator import access, names, networking, relays, storage, workloads
 from penstock.operator.containers import grace_period_s
@@ -47,7 +47,7 @@ _WITHOUT_EFFECT = {
     "modelRef": "models are found by the frontends themselves",
     "topologyConstraint": f"the annotation {names.TOPOLOGY_KEY} names the domain that workers prefer",
 }
-"""Fields of a service, and what there is instead."""
+"""Fields of a service, and what there is instead. Of a frontendSidecar graph/ tells."""
 
 
 def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluster: ClusterFacts) -> Desired:
@@ -59,10 +59,8 @@ def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluste
     Raises:
         ConfigError: one line for each wrong thing, naming the field or annotation.
     """
-    manifest = checked_manifest(manifest_object, "")
-    document = dict(manifest_object)
-    if manifest.api_version != API_VERSION:
-        document = to_v1alpha1(document)
+    document = checked_document(manifest_object, "")
+    manifest = manifest_of(document, manifest_object["apiVersion"])
     _raise(manifest, _wrong_annotations(manifest))
     graph = build_graph(manifest, _overrides(manifest.metadata.annotations), "", _rules(manifest))
     planner = Planner(manifest, graph, document, settings, cluster)
@@ -256,7 +254,7 @@ def _service_notes(
     document: Mapping[str, Any],
 ) -> Iterable[Note]:
     for plan in plans:
-        raw = document["spec"]["services"].get(plan.name, {})  # a frontend may have been added
+        raw = document["spec"]["services"][plan.name]
         for reason, message in (
             *_notes_on_amounts(plan, settings),
             *_notes_on_apis(plan, cluster),

@@ -176,8 +176,7 @@ class Planner:
     def _plan(self, service: Service) -> ServicePlan:
         spec = self._manifest.spec.services[service.name]
         self._check_name(service)
-        written = self._document["spec"]["services"].get(service.name, {})  # a frontend may have been added
-        pod_spec = dict(written.get("extraPodSpec") or {})
+        pod_spec = dict(self._document["spec"]["services"][service.name].get("extraPodSpec") or {})
         container = dict(pod_spec.pop("mainContainer", None) or {})
         flags = self._flags(service)
         options = _options(service, flags)

@@ -448,6 +448,12 @@ def test_a_graph_with_frontends_beside_its_workers_gets_a_frontend() -> None:
     assert any("its frontend sidecar is not run" in note.message for note in found.notes)
 
 
+def test_nulls_say_nothing() -> None:
+    worker = container(OWN, env=None, securityContext=None) | {"resources": None, "envs": None}
+    worker["extraPodSpec"]["volumes"] = None
+    assert render(graph(worker)).objects == render(graph()).objects
+
+
 def test_a_missing_api_is_named_and_takes_nothing_else_with_it() -> None:
     ingress = {"ingress": {"enabled": True, "host": "h"}}
     found = render(graph(container(DYNAMO) | {"multinode": {"nodeCount": 2}}, ingress))
