@@ -119,15 +119,30 @@ wait_for_pods() { # LABEL, then where, as for kubectl get
 
 remove_operator() {
   step "Removing the operator"
-  local mine=(-l "app.kubernetes.io/name=$OPERATOR,app.kubernetes.io/instance=penstock" --ignore-not-found)
+  local mine="app.kubernetes.io/name=$OPERATOR,app.kubernetes.io/instance=penstock"
+  if exists deployment "$OPERATOR" -n "$NAMESPACE"; then
+    change kubectl scale deployment "$OPERATOR" -n "$NAMESPACE" --replicas=0
+    [ "$DRY_RUN" = yes ] || wait_for_pods "app.kubernetes.io/name=$OPERATOR" -n "$NAMESPACE"
+  fi
+  end_conversion
   change kubectl delete deployments,services,networkpolicies,serviceaccounts,roles,rolebindings \
-    -n "$NAMESPACE" "${mine[@]}"
+    -n "$NAMESPACE" -l "$mine" --ignore-not-found
   change kubectl delete clusterroles,clusterrolebindings --ignore-not-found \
     "$NAMESPACE-$OPERATOR" "$NAMESPACE-$OPERATOR-crds"
-  [ "$DRY_RUN" = yes ] || wait_for_pods "app.kubernetes.io/name=$OPERATOR" -n "$NAMESPACE"
-  # Made by the operator itself, and released by it for the next one.
+  # Made by the operator itself, and left for the next one.
   change kubectl delete lease "$OPERATOR" -n "$NAMESPACE" --ignore-not-found
   change kubectl delete secret "$OPERATOR-webhook" -n "$NAMESPACE" --ignore-not-found
+}
+
+# A kind that is converted by a webhook that is gone cannot be read, and the cluster's garbage collector waits for
+# it: nothing at all that has an owner would be deleted.
+end_conversion() {
+  local kind=${GROUP_KINDS[0]} webhook
+  webhook=$(kubectl get crd "$kind" -o jsonpath='{.spec.conversion.webhook.clientConfig.service.namespace}' 2>/dev/null) || return 0
+  [ "$webhook" = "$NAMESPACE" ] || return 0
+  change kubectl patch crd "$kind" --type merge -p '{"spec":{"conversion":{"strategy":"None","webhook":null}}}'
+  # Which serves only the version that is stored.
+  change apply_crd "$kind"
 }
 
 remove_the_rest() {

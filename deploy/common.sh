@@ -48,6 +48,13 @@ check_image() {
   [[ $2 =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || wrong_usage "$1: '$2' is no name of an image"
 }
 
+# On the server: kinds are too large for the annotation that the client would make. Without what it says of
+# conversion, which is the operator's to say.
+apply_crd() {
+  sed '/^  conversion:$/,/^    strategy: None$/d' "$HERE/crds/nvidia.com_${1%%.*}.yaml" |
+    kubectl apply --server-side --force-conflicts -f -
+}
+
 check_cluster() {
   command -v kubectl >/dev/null 2>&1 || fail "kubectl is not installed, or not on PATH."
   local answer

@@ -163,8 +163,6 @@ check_missing_secret() {
     "Without one (for models that anybody may download):  HF_TOKEN= ./deploy.sh $GRAPH"
 }
 
-crd_file() { printf "nvidia.com_%s.yaml" "${1%%.*}"; }
-
 install_missing() {
   [ ${#TODO[@]} -gt 0 ] || return 0
   step "Installing what is missing"
@@ -177,8 +175,7 @@ install_missing() {
         change kubectl label namespace "$NAMESPACE" "$MADE_HERE"
         ;;
       crd/*)
-        # On the server: kinds are too large for the annotation that the client would make.
-        change kubectl apply --server-side --force-conflicts -f "$HERE/crds/$(crd_file "${item#crd/}")"
+        change apply_crd "${item#crd/}"
         change kubectl wait --for=condition=Established "$item" --timeout=60s
         ;;
       secret/*) make_secret ;;

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from penstock.operator.desired import desired
+from penstock.operator.settings import LEADER_WORKER_SET, ClusterFacts, RenderSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -68,15 +72,36 @@ def allows(
     return False
 
 
+@functools.cache
+def pods(graph: str) -> dict[str, dict[str, Any]]:
+    """Pod templates of the operator's, by the role of what runs in them, and `follower`."""
+    worker = {"componentType": "worker", "extraPodSpec": {"mainContainer": {}}}
+    main = ["penstock", "worker", "--engine", "vllm", "--model", "m", "--role"]
+    services: dict[str, Any] = {"Frontend": {"componentType": "frontend"}}
+    for role in ("prefill", "decode"):
+        services[role] = worker | {"extraPodSpec": {"mainContainer": {"command": [*main, role]}}}
+    services["decode"]["multinode"] = {"nodeCount": 2}
+    manifest = {
+        "apiVersion": "nvidia.com/v1alpha1",
+        "kind": "DynamoGraphDeployment",
+        "metadata": {"name": graph, "namespace": "ns"},
+        "spec": {"services": services},
+    }
+    facts = ClusterFacts(served=frozenset({LEADER_WORKER_SET}))
+    rendered = desired(manifest, RenderSettings(image="i"), facts).objects
+    found = {}
+    for item in rendered:
+        if item["kind"] == "Deployment":
+            found[item["spec"]["template"]["metadata"]["labels"]["role"]] = item["spec"]["template"]
+        elif item["kind"] == "LeaderWorkerSet":
+            template = item["spec"]["leaderWorkerTemplate"]
+            found |= {"decode": template["leaderTemplate"], "follower": template["workerTemplate"]}
+    return found
+
+
 def pod_labels(graph: str, role: str) -> dict[str, str]:
     """Those by which policies and monitors know a pod of a graph."""
-    labels = {
-        "app": graph,
-        "app.kubernetes.io/name": "penstock",
-        "nvidia.com/metrics-enabled": "true",
-        "penstock.dev/graph": graph,
-        "role": role,
-    }
+    labels: dict[str, str] = pods(graph)[role]["metadata"]["labels"]
     return labels
 
 
@@ -89,8 +114,10 @@ CONNECTIONS: list[tuple[dict[str, str] | None, str, int, bool]] = [
     (None, "decode", 9090, False),
     ({"app": "somebody"}, "prefill", 7100, False),
     (pod_labels("mine", "frontend"), "decode", 7000, True),
-    (pod_labels("mine", "frontend"), "aggregated", 7000, True),
+    (pod_labels("mine", "follower"), "decode", 29500, True),
     (pod_labels("mine", "decode"), "prefill", 7100, True),
     (pod_labels("mine", "decode"), "prefill", 45001, True),  # UCX chooses its ports
+    (pod_labels("mine", "decode"), "follower", 45001, True),
+    (None, "follower", 29500, False),
     (pod_labels("mine", "decode"), "frontend", 9999, False),
 ]

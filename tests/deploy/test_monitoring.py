@@ -1,4 +1,4 @@
-"""Alerts and the dashboard name metrics and labels that a frontend really has."""
+"""Alerts, dashboard and examples name metrics and labels that frontends and the operator really have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.observability import Metrics, QueueView
+from penstock.operator.metrics import OperatorMetrics
 from penstock.structs import Load
 from tests.deploy.manifests import DEPLOY, objects, of_kind, pod_labels
 
@@ -18,7 +19,7 @@ TARGET_LABELS = {"namespace", "graph", "pod", "le"}
 
 
 def series() -> dict[str, set[str]]:
-    """The labels of each metric that a frontend tells when it has seen everything once."""
+    """The labels of each metric that frontends and the operator tell when they have seen everything once."""
     metrics = Metrics()
     metrics.watch_discovery(lambda: "")
     frontend, router, tokenizer = metrics.frontend, metrics.router, metrics.tokenizer
@@ -33,7 +34,10 @@ def series() -> dict[str, set[str]]:
     router.state("w", "decode", "ready")
     router.load("w", Load())
     router.queues_from(lambda: [QueueView("m", 1, 2.0)])
-    families = text_string_to_metric_families(metrics.render().decode())
+    operator = OperatorMetrics()
+    operator.graphs_from(lambda: ["failed"])
+    operator.leads_from(lambda: True)
+    families = text_string_to_metric_families((metrics.render() + operator.render()).decode())
     found: dict[str, set[str]] = {}
     for sample in (sample for family in families for sample in family.samples):
         found.setdefault(sample.name, set()).update(sample.labels)
@@ -65,7 +69,7 @@ def test_what_is_asked_for_exists(place: str, expression: str) -> None:
     assert used
     labels = TARGET_LABELS.union(*(known.get(name, set()) for name, _ in used))
     for name, matchers in used:
-        assert name in known, f"{place}: no frontend has {name}"
+        assert name in known, f"{place}: nobody has {name}"
         asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
         assert asked <= known[name] | TARGET_LABELS, f"{place}: {name} has no label {asked - known[name]}"
     for grouping in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
@@ -76,7 +80,8 @@ def test_every_alert_tells_what_it_means_and_what_to_do() -> None:
     [alerts] = objects("monitoring/alerts.yaml")
     for rule in (rule for group in alerts["groups"] for rule in group["rules"]):
         assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
-        assert "{{ $labels.graph }}" in rule["annotations"]["summary"], rule["alert"]
+        if "graph" in rule["expr"].partition("by (")[2]:
+            assert "{{ $labels.graph }}" in rule["annotations"]["summary"], rule["alert"]
 
 
 def test_monitors_select_the_pods_of_frontends_and_name_their_ports() -> None:

@@ -287,6 +287,15 @@ CASES: list[tuple[str, dict[str, str], str, bool]] = [
         "90m",
         True,
     ),
+    ("PenstockGraphFailed", {'penstock_operator_graphs{state="failed"}': "1x30"}, "20m", True),
+    ("PenstockGraphFailed", {'penstock_operator_graphs{state="failed"}': "0x30"}, "20m", False),
+    ("PenstockOperatorMissing", {'penstock_operator_leads{pod="a"}': "0x30"}, "20m", True),
+    (
+        "PenstockOperatorMissing",
+        {'penstock_operator_leads{pod="a"}': "0x30", 'penstock_operator_leads{pod="b"}': "1x30"},
+        "20m",
+        False,
+    ),
     (
         "PenstockAttemptsFail",
         {

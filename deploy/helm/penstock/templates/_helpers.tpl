@@ -30,7 +30,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [nvidia.com]
   resources: [dynamographdeployments/status, dynamographdeploymentscalingadapters/status]
-  verbs: [get, patch]
+  verbs: [patch]
 # To be named as the owner of objects where the cluster checks that.
 - apiGroups: [nvidia.com]
   resources: [dynamographdeployments/finalizers, dynamographdeploymentscalingadapters/finalizers]
@@ -64,5 +64,5 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   verbs: [get, list, watch, patch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end }}
