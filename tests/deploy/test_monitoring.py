@@ -19,7 +19,7 @@ TARGET_LABELS = {"namespace", "graph", "pod", "le"}
 
 
 def series() -> dict[str, set[str]]:
-    """The labels of each metric that frontends and the operator tell when they have seen everything once."""
+    """The labels of each metric of frontends and the operator, once they have seen everything."""
     metrics = Metrics()
     metrics.watch_discovery(lambda: "")
     frontend, router, tokenizer = metrics.frontend, metrics.router, metrics.tokenizer
