@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import re
+import signal
 import sys
 from importlib.util import find_spec
 from typing import Annotated
@@ -10,6 +14,8 @@ from typing import Annotated
 import typer
 
 from penstock.errors import ConfigError
+
+_LABEL = re.compile(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", re.ASCII)
 
 
 def register(app: typer.Typer) -> None:
@@ -29,29 +35,26 @@ def log_relay(
         raise ConfigError("penstock log-relay needs more packages: pip install 'penstock-llm[kubernetes]'")
     from penstock.kubernetes.client import connect, own_namespace
     from penstock.kubernetes.log_relay import LogRelay
-    from penstock.observability import setup_logging
-    from penstock.process import run
 
-    for flag, value in (("--graph", graph), ("--role", role)):
-        if not value.replace("-", "").replace(".", "").replace("_", "").isalnum():
-            raise ConfigError(f"{flag}: expected the value of a label, got {value!r}")
-    setup_logging("warning")
+    for name, value in (("--graph", graph), ("--role", role)):
+        if not _LABEL.fullmatch(value):
+            raise ConfigError(f"{name}: expected the value of a label, got {value!r}")
+    # Its own complaints, among the lines of others. Not Penstock's usual logging, which comes with all that
+    # serving needs: a relay should be small.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s log-relay %(message)s")
     api = connect()
     namespace = kubernetes_namespace or own_namespace()
+    relay = LogRelay(api, namespace, f"penstock.dev/graph={graph},role={role}", _write)
 
-    async def main(stop: asyncio.Event) -> None:
-        relay = LogRelay(api, namespace, f"penstock.dev/graph={graph},role={role}", _write)
+    async def until_signal() -> None:
         running = asyncio.create_task(relay.run())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, stopping):
-            task.cancel()
-        ended, _ = await asyncio.gather(running, stopping, return_exceptions=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
         await api.close()
-        if isinstance(ended, Exception):
-            raise ended
 
-    run(main)
+    asyncio.run(until_signal())
 
 
 def _write(pod: str, line: str) -> None:
