@@ -375,6 +375,7 @@ class _Link:
             frontend_id=instances._frontend_id,
             instance_id=registration.instance_id,
             epoch=registration.epoch or None,
+            starting=registration.epoch == 0,  # it did not register by itself, once it was ready
             rng=instances._rng,
             clock=instances._clock,
         )

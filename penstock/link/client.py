@@ -32,6 +32,7 @@ class LinkClient:
         listener: told when the worker is up, what it says, and when it is down.
         frontend_id: this process; unique among the running frontends.
         instance_id, epoch: who must answer there; another instance is treated as a refusal.
+        starting: it may not listen yet, so that not to reach it is no warning before it was up once.
         rng: for the jitter of pauses.
         clock: for pauses and ticks.
     """
@@ -45,6 +46,7 @@ class LinkClient:
         frontend_id: str,
         instance_id: str | None = None,
         epoch: int | None = None,
+        starting: bool = False,
         rng: random.Random | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class LinkClient:
         self._frontend_id = frontend_id
         self._instance_id = instance_id
         self._epoch = epoch
+        self._starting = starting
         self._rng = rng or random.Random()
         self._clock = clock or MonotonicClock()
         self._session: Session | None = None
@@ -150,7 +153,8 @@ class LinkClient:
         try:
             await self._connect(session)
         except (OSError, UnicodeError, ConfigError) as error:
-            self._log_down(f"cannot connect: {str(error) or 'timed out'}")
+            level = logging.INFO if self._starting else logging.WARNING
+            self._log_down(f"cannot connect: {str(error) or 'timed out'}", level)
             return session
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -161,7 +165,7 @@ class LinkClient:
             if not session.connection.ended.done():
                 await self._leave(session)
         if session.was_live:  # whoever was told of its end logs it
-            self._logged_reason = ""
+            self._logged_reason, self._starting = "", False
         self._log_down(reason, logging.DEBUG if session.was_live else logging.WARNING)
         return session
 

@@ -53,6 +53,14 @@ async def test_pauses_double_to_a_limit_and_are_jittered(bench: Any, caplog: Any
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
 
 
+async def test_a_worker_that_may_be_starting_is_no_reason_to_warn(bench: Any, caplog: Any) -> None:
+    client = client_of("127.0.0.1:1", bench.listener(), starting=True, clock=Recorder(limit=3))
+    with pytest.raises(asyncio.CancelledError):
+        await client.run()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert "cannot connect" in client.reason
+
+
 async def test_many_failures_do_not_overflow(bench: Any) -> None:
     client = client_of("127.0.0.1:1", bench.listener())
     assert client._pause_s(10**6, False, False) <= 5.0
