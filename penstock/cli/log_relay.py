@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import re
@@ -33,6 +32,8 @@ def log_relay(
     """Until a signal."""
     if find_spec("lightkube") is None:
         raise ConfigError("penstock log-relay needs more packages: pip install 'penstock-llm[kubernetes]'")
+    import asyncio
+
     from penstock.kubernetes.client import connect, own_namespace
     from penstock.kubernetes.log_relay import LogRelay
 
