@@ -37,8 +37,8 @@ ORIGINALS = {V1ALPHA1: "penstock.dev/v1alpha1-spec", V1BETA1: "penstock.dev/v1be
 """The annotation that holds what of a version has no place in the other."""
 
 SERVICES_IN_V1BETA1 = "Changes by service, in the words of v1alpha1. Never there when a graph is read."
-"""What `spec.services` means in v1beta1. Of two versions that a cluster serves, kubectl takes the newer one,
-whatever was applied. So `kubectl patch` with a path of v1alpha1 arrives as an object of v1beta1 with a
+"""What `spec.services` means in v1beta1. Of two versions that a cluster serves, kubectl takes the newer
+one, whatever was applied. So `kubectl patch` with a path of v1alpha1 arrives as an object of v1beta1 with a
 `services` beside its components, and has to mean what its user means."""
 
 _SIDECAR = "sidecar-frontend"  # Dynamo's name for the container of a v1alpha1 frontendSidecar

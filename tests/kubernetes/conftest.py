@@ -143,7 +143,13 @@ def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
         "PENSTOCK_IMAGE": images.penstock,
         "HF_TOKEN": "",
     }
-    script(kubectl, *install, **variables)
+    script(
+        kubectl,
+        *install,
+        PENSTOCK_OPERATOR_IMAGE=images.penstock,
+        PENSTOCK_IMAGE=images.penstock,
+        HF_TOKEN="",
+    )
     kubectl("delete", "dynamographdeployments", "--all")
     yield kubectl
     script(kubectl, "./cleanup.sh", "--all", "--other-namespaces", "--yes")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -93,9 +94,7 @@ class Shell:
         """What a command that never ends printed in a few seconds."""
         process = self.started(command)
         time.sleep(FOLLOW_S)
-        self.end(process)
-        assert process.stdout is not None
-        return process.stdout.read()
+        return self.end(process)
 
     def started(self, command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -108,9 +107,11 @@ class Shell:
             start_new_session=True,
         )
 
-    def end(self, process: subprocess.Popen[str]) -> None:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=20)
+    def end(self, process: subprocess.Popen[str]) -> str:
+        """What it printed."""
+        os.killpg(process.pid, signal.SIGTERM)
+        printed, _ = process.communicate(timeout=20)
+        return printed
 
 
 @pytest.fixture
