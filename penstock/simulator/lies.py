@@ -111,8 +111,10 @@ _BY_TAG: dict[str, list[Lie]] = {
 
 
 def lie(rng: random.Random, data: bytes) -> bytes:
-    """A frame with one thing in it changed to what cannot be."""
-    message = msgspec.msgpack.decode(data[frames.LENGTH_BYTES :], strict=False)
+    """A frame with one thing in it changed to what cannot be, before what else is written with it."""
+    end = frames.LENGTH_BYTES + int.from_bytes(data[: frames.LENGTH_BYTES], "big")
+    rest = data[end:]  # it may be there twice (faults.py)
+    message = msgspec.msgpack.decode(data[frames.LENGTH_BYTES : end], strict=False)
     kinds = [_ANY, _BY_TAG.get(message["t"], _ANY)]
     outputs = message.get("outputs")
     if outputs:
@@ -123,9 +125,9 @@ def lie(rng: random.Random, data: bytes) -> bytes:
         kinds.append(_CACHED)
     said = rng.choice(rng.choice(kinds))(message)
     if isinstance(said, bytes):
-        return said
+        return said + rest
     body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(frames.LENGTH_BYTES, "big") + body
+    return len(body).to_bytes(frames.LENGTH_BYTES, "big") + body + rest
 
 
 class Liar:

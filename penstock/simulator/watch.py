@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class _Suspicion:
     worker: SimWorker
     bound_s: float
     since: dict[str, float | None]  # by frontend: when it could know; None: not yet
+    late_s: dict[str, float] = field(default_factory=dict)  # by how much news from it came later meanwhile
 
 
 class Watch:
@@ -102,6 +103,9 @@ class Watch:
         frontend, instance_id = route
         for suspicion in self._open:
             worker = suspicion.worker
+            if frontend == worker.instance_id:  # it is the worker that says something, to a frontend
+                slower_s = self._lab.network.slower_s.get(route, 0.0)
+                suspicion.late_s[route[1]] = max(slower_s, suspicion.late_s.get(route[1], 0.0))
             if worker.instance_id != instance_id or frontend not in suspicion.since or worker.exited:
                 continue
             message = first_message(data)
@@ -121,7 +125,7 @@ class Watch:
         now, since = self._lab.loop.time(), suspicion.since[frontend]
         if since is None:
             suspicion.since[frontend] = now
-        elif now - since > suspicion.bound_s:
+        elif now - since > suspicion.bound_s + suspicion.late_s.get(frontend, 0.0):
             self._lab.violate(
                 "routed around",
                 f"{frontend} sends to {suspicion.worker.instance_id}, which does not answer since "
