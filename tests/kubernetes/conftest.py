@@ -127,7 +127,7 @@ def kubectl(cluster: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubect
 def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
     """kubectl in the namespace dynamo-cloud, with the operator installed for all namespaces as deploy.sh
     does it. Afterwards all of it is removed, as cleanup.sh does it, and nothing must be left."""
-    from tests.kubernetes.graphs import DEPLOY, script
+    from tests.kubernetes.graphs import DEPLOY, script, wait_gone
 
     kubectl = cluster.within("dynamo-cloud")
     before = cluster_wide(cluster)
@@ -138,11 +138,6 @@ def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
         *("--engine", "reference", "--model", "/models/tiny", "--no-wait"),
         str(DEPLOY / "multinode-vllm.yaml"),
     ]
-    variables = {
-        "PENSTOCK_OPERATOR_IMAGE": images.penstock,
-        "PENSTOCK_IMAGE": images.penstock,
-        "HF_TOKEN": "",
-    }
     script(
         kubectl,
         *install,
@@ -151,6 +146,7 @@ def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
         HF_TOKEN="",
     )
     kubectl("delete", "dynamographdeployments", "--all")
+    wait_gone(kubectl)
     yield kubectl
     script(kubectl, "./cleanup.sh", "--all", "--other-namespaces", "--yes")
     assert cluster_wide(cluster) == before

@@ -28,6 +28,7 @@ ON_CPUS = {"penstock.dev/engine": "reference", "penstock.dev/model": "/models/ti
 """What lets a manifest for GPUs and a model of the hub run on the test cluster."""
 
 READY_S = 180.0
+GONE_S = 120.0
 MODEL = "Qwen/Qwen3-0.6B"
 MESSAGES = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -78,6 +79,16 @@ def wait_ready(kubectl: Kubectl, name: str = "multinode-vllm", **ready: str) -> 
         )
 
     eventually(holds, f"the graph {name} is ready {ready or ''}", READY_S, [AssertionError])
+
+
+def wait_gone(kubectl: Kubectl) -> None:
+    """Until nothing is left of any graph in the namespace."""
+    kinds = "pods,deployments,replicasets,services,secrets,serviceaccounts,roles,rolebindings,pdb,pvc"
+
+    def left() -> str:
+        return kubectl("get", kinds, "-l", "nvidia.com/dynamo-graph-deployment-name", "-o", "name")
+
+    eventually(lambda: left() == "", "nothing is left of the graphs", GONE_S)
 
 
 def ask(url: str, messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int = 50) -> str:

@@ -20,7 +20,17 @@ import pytest
 import yaml
 
 from tests.kubernetes.conftest import Images
-from tests.kubernetes.graphs import ANSWER, DEPLOY, SHIPPED, UPSTREAM, ask, manifest, script, wait_ready
+from tests.kubernetes.graphs import (
+    ANSWER,
+    DEPLOY,
+    SHIPPED,
+    UPSTREAM,
+    ask,
+    manifest,
+    script,
+    wait_gone,
+    wait_ready,
+)
 from tests.kubernetes.kubectl import Kubectl, eventually
 
 FOLLOW_S = 3.0
@@ -118,6 +128,7 @@ class Shell:
 def shell(platform: Kubectl, tmp_path: Path) -> Iterator[Shell]:
     yield Shell(platform, tmp_path)
     platform("delete", "dynamographdeployments", "--all", "--ignore-not-found")
+    wait_gone(platform)
 
 
 @pytest.mark.parametrize("source", [SHIPPED, UPSTREAM], ids=["shipped", "upstream"])
@@ -164,14 +175,7 @@ def test_every_command_of_the_document(
 
     # Cleanup
     shell("kubectl delete dynamographdeployment multinode-vllm -n dynamo-cloud")
-    eventually(lambda: leftovers(platform) == [], "nothing is left", 120)
-
-
-def leftovers(kubectl: Kubectl) -> list[str]:
-    """Objects of graphs."""
-    kinds = "pods,deployments,replicasets,services,secrets,serviceaccounts,roles,rolebindings,pdb,pvc"
-    found = kubectl("get", kinds, "-l", "nvidia.com/dynamo-graph-deployment-name", "-o", "name")
-    return found.split()
+    wait_gone(platform)
 
 
 def test_the_deployment_script_its_test_and_its_cleanup(platform: Kubectl) -> None:
@@ -182,4 +186,4 @@ def test_the_deployment_script_its_test_and_its_cleanup(platform: Kubectl) -> No
     assert "READY: multinode-vllm in dynamo-cloud" in told
     assert "PASSED" in script(platform, "./test.sh", "multinode-vllm")
     script(platform, "./cleanup.sh", "--yes", "multinode-vllm")
-    eventually(lambda: leftovers(platform) == [], "nothing is left", 120)
+    wait_gone(platform)
