@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
-import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ import yaml
 from tests.kubernetes.cluster.places import CHECKOUT
 from tests.kubernetes.conftest import Images
 from tests.kubernetes.kubectl import Kubectl, eventually
+from tests.kubernetes.pods import named_pod, pod
 
 DEPLOY = CHECKOUT / "deploy"
 SHIPPED = DEPLOY / "multinode-vllm.yaml"
@@ -111,45 +110,95 @@ def ask(url: str, messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int
     return text
 
 
+CLIENT = """
+import json, os, sys, threading, time, urllib.request
+
+url, clients, body, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode(), sys.argv[4]
+told = {"answers": 0, "wrong": [], "errors": [], "longest_s": 0.0}
+stop = threading.Event()
+
+def ask():
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    text, finished = "", False
+    with urllib.request.urlopen(request, timeout=120) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise ValueError(chunk["error"])
+                for choice in chunk["choices"]:
+                    text += choice["delta"].get("content") or ""
+                    finished = finished or choice.get("finish_reason") is not None
+    if not finished:
+        raise ValueError(f"the stream ended early: {text!r}")
+    return text
+
+def run():
+    while not stop.is_set():
+        began = time.time()
+        try:
+            text = ask()
+            told["answers"] += 1
+            if text != wanted:
+                told["wrong"].append(text)
+        except Exception as error:
+            told["errors"].append(f"{time.strftime('%X')} after {time.time() - began:.1f} s: {error!r}")
+        told["longest_s"] = max(told["longest_s"], round(time.time() - began, 2))
+        stop.wait(0.2)
+
+threads = [threading.Thread(target=run) for _ in range(clients)]
+for thread in threads:
+    thread.start()
+while not os.path.exists("/tmp/stop"):
+    time.sleep(0.2)
+stop.set()
+for thread in threads:
+    thread.join()
+print(json.dumps(told), flush=True)
+"""
+"""Clients in a pod, as most are: they reach frontends by the Service. Told to stop, they print what became of
+their requests."""
+
+
 @dataclass
 class Load:
-    """What became of requests of several clients, each asking again and again."""
+    """What became of the requests of several clients, each asking again and again."""
 
-    answers: list[str] = field(default_factory=list)
+    answers: int = 0
+    wrong: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     longest_s: float = 0.0
 
     def check(self) -> None:
         """All were answered, and rightly."""
-        assert self.errors == [], f"{len(self.errors)} of {len(self.answers) + len(self.errors)} failed"
-        wrong = [answer for answer in self.answers if answer != ANSWER]
-        assert wrong == []
-        assert len(self.answers) > 20
+        total = self.answers + len(self.errors)
+        assert self.errors == [], f"{len(self.errors)} of {total} failed"
+        assert self.wrong == []
+        assert self.answers > 20
 
 
 @contextlib.contextmanager
-def under_load(url: str, clients: int = 20, pause_s: float = 0.2) -> Iterator[Load]:
-    """Clients that ask meanwhile."""
+def under_load(
+    kubectl: Kubectl, image: str, node: str, graph: str = "multinode-vllm", clients: int = 20
+) -> Iterator[Load]:
+    """Clients that ask meanwhile, from a pod on this node."""
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 50, "stream": True}
+    url = f"http://{graph}-frontend:8000/v1/chat/completions"
+    command = ["python3", "-u", "-c", CLIENT, url, str(clients), json.dumps(body), ANSWER]
+    name = f"client-{secrets.token_hex(3)}"
+    spec = pod(image, command, node) | {"restartPolicy": "Never"}
+    kubectl.apply(named_pod(name, spec))
+    kubectl.wait(f"pod/{name}", "--for=condition=Ready")
     load = Load()
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.is_set():
-            began = time.monotonic()
-            try:
-                load.answers.append(ask(url))
-            except (OSError, KeyError, ValueError) as error:
-                load.errors.append(f"after {time.monotonic() - began:.1f} s: {error!r}")
-            load.longest_s = max(load.longest_s, time.monotonic() - began)
-            ended.wait(pause_s)
-
-    threads = [threading.Thread(target=run, name=f"client {number}") for number in range(clients)]
-    for thread in threads:
-        thread.start()
     try:
         yield load
+        kubectl.exec(name, "touch", "/tmp/stop")
+        eventually(
+            lambda: kubectl.get("pod", name)["status"]["phase"] == "Succeeded", "the clients end", 150
+        )
+        told = json.loads(kubectl("logs", name).splitlines()[-1])
+        load.answers, load.wrong, load.errors = told["answers"], told["wrong"], told["errors"]
+        load.longest_s = told["longest_s"]
+        print(f"{load.answers} answers, {len(load.errors)} errors, longest {load.longest_s:.2f} s")
     finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-    print(f"{len(load.answers)} answers, {len(load.errors)} errors, longest {load.longest_s:.2f} s")
+        kubectl("delete", "pod", name, "--wait=false", "--grace-period=1")

@@ -1,0 +1,156 @@
+"""A graph under load, while people and machines do to it what they do: scaled, rolled, drained, cut off,
+orphaned.
+
+Whatever happens, each of 20 clients gets every answer, whole and right.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kubernetes import faults
+from tests.kubernetes.conftest import Images
+from tests.kubernetes.graphs import READY_S, SHIPPED, manifest, under_load, wait_gone, wait_ready
+from tests.kubernetes.kubectl import Kubectl, eventually
+
+AWAY_S = 60.0
+DEPLOYMENTS = ("prefillworker", "decodeworker", "frontend")
+GRAPH = "dynamographdeployment/multinode-vllm"
+STEADY, OTHER = "node1", "node2"
+"""The node of clients and frontends, and the one to which things are done: the test cluster's."""
+
+pytestmark = pytest.mark.own_cluster
+
+
+@pytest.fixture(scope="module")
+def graph(platform: Kubectl, images: Images) -> Iterator[Kubectl]:
+    """kubectl in the namespace of a graph with two frontends. The frontends prefer one node, workers are
+    spread."""
+    found = manifest(SHIPPED, images)
+    services = found["spec"]["services"]
+    services["Frontend"]["replicas"] = 2
+    services["DecodeWorker"]["scalingAdapter"] = {"enabled": True}
+    preferred = {
+        "weight": 100,
+        "preference": {
+            "matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [STEADY]}]
+        },
+    }
+    affinity = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]}}
+    services["Frontend"]["extraPodSpec"] |= {"affinity": affinity, "topologySpreadConstraints": []}
+    platform.apply(found)
+    wait_ready(platform, frontend="2/2", prefill="2/2", decode="2/2")
+    yield platform
+    platform("delete", "dynamographdeployments", "--all")
+    wait_gone(platform)
+
+
+def patch(kubectl: Kubectl, **spec: object) -> None:
+    kubectl("patch", GRAPH, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+
+def pods_of(kubectl: Kubectl, role: str) -> list[str]:
+    return [
+        item["metadata"]["name"] for item in kubectl.items("pods", "-l", f"app=multinode-vllm,role={role}")
+    ]
+
+
+def test_scaled_up_and_down(graph: Kubectl, images: Images) -> None:
+    with under_load(graph, images.penstock, STEADY) as load:
+        patch(graph, services={"PrefillWorker": {"replicas": 3}})
+        adapter = "dynamographdeploymentscalingadapter/multinode-vllm-decodeworker"
+        graph("scale", adapter, "--replicas=4")
+        wait_ready(graph, prefill="3/3", decode="4/4")
+        graph("scale", adapter, "--replicas=2")
+        patch(graph, services={"PrefillWorker": {"replicas": 2}})
+        wait_ready(graph, prefill="2/2", decode="2/2")
+    load.check()
+
+
+def test_every_service_rolled_twice(graph: Kubectl, images: Images) -> None:
+    with under_load(graph, images.penstock, STEADY) as load:
+        for number in ("first", "second"):
+            before = {name for role in ("frontend", "prefill", "decode") for name in pods_of(graph, role)}
+            patch(graph, restart={"id": number})
+            wait_ready(graph)
+            left = before & {n for role in ("frontend", "prefill", "decode") for n in pods_of(graph, role)}
+            assert left == set()
+    load.check()
+
+
+def test_a_bad_flag_stops_the_roll_and_the_old_manifest_brings_it_back(
+    graph: Kubectl, images: Images
+) -> None:
+    bad = manifest(SHIPPED, images)["spec"]["services"]["DecodeWorker"]["extraPodSpec"]
+    args = bad["mainContainer"]["args"]
+    with under_load(graph, images.penstock, STEADY) as load:
+        bad["mainContainer"]["args"] = [*args, "--kv-cache-mib", "1"]  # less than one block of everything
+        patch(graph, services={"DecodeWorker": {"extraPodSpec": bad}})
+
+        def told() -> bool:
+            status = graph.get("dynamographdeployments", "multinode-vllm")["status"]
+            ready = next(found for found in status["conditions"] if found["type"] == "Ready")
+            return status["state"] == "failed" and "kv-cache-mib" in ready["message"]
+
+        eventually(told, "the status tells of the flag", READY_S)
+        bad["mainContainer"]["args"] = args
+        patch(graph, services={"DecodeWorker": {"extraPodSpec": bad}})
+        wait_ready(graph, decode="2/2")
+    load.check()
+
+
+def test_pods_deleted_by_hand_and_the_operator_killed_again_and_again(
+    graph: Kubectl, images: Images
+) -> None:
+    with under_load(graph, images.penstock, STEADY) as load:
+        for number in range(4):
+            operators = graph.items("pods", "-l", "app.kubernetes.io/name=penstock-operator")
+            for found in operators:
+                faults.kill_container(graph, found["metadata"]["name"])
+            patch(graph, services={"PrefillWorker": {"replicas": 3 - number % 2}})
+            for role in ("prefill", "decode"):
+                graph("delete", "pod", pods_of(graph, role)[0], "--wait=false")
+            time.sleep(3)
+        wait_ready(graph, prefill="2/2", decode="2/2")
+    load.check()
+
+
+def test_a_drained_node(graph: Kubectl, images: Images) -> None:
+    with under_load(graph, images.penstock, STEADY) as load:
+        try:
+            options = ["--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=180s"]
+            graph("drain", OTHER, *options, timeout_s=200)
+            wait_ready(graph, prefill="2/2", decode="2/2")
+        finally:
+            graph("uncordon", OTHER)
+        patch(graph, restart={"id": "spread again"})
+        wait_ready(graph)
+    load.check()
+
+
+def test_a_node_frozen_and_then_cut_off(graph: Kubectl, images: Images) -> None:
+    with under_load(graph, images.penstock, STEADY) as load:
+        with faults.frozen(OTHER):
+            time.sleep(10)
+        time.sleep(5)
+        with faults.cut_off(OTHER):
+            time.sleep(10)
+        time.sleep(5)
+    load.check()
+
+
+def test_the_api_server_away(graph: Kubectl, images: Images) -> None:
+    """Nothing changes for those who are connected, and what was asked for meanwhile happens afterwards."""
+    with under_load(graph, images.penstock, STEADY) as load:
+        with faults.frozen("control"):
+            time.sleep(AWAY_S)
+        eventually(lambda: graph.run("get", "nodes").returncode == 0, "the API server answers", 60)
+        patch(graph, services={"PrefillWorker": {"replicas": 3}})
+        wait_ready(graph, prefill="3/3")
+        patch(graph, services={"PrefillWorker": {"replicas": 2}})
+        wait_ready(graph, prefill="2/2")
+    load.check()
