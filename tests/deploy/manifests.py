@@ -105,6 +105,8 @@ def pod_labels(graph: str, role: str) -> dict[str, str]:
     return labels
 
 
+OPERATOR = {"app.kubernetes.io/name": "penstock-operator"}
+
 # Who may connect to what, by the policies for all graphs of a namespace: source, role, port, allowed.
 CONNECTIONS: list[tuple[dict[str, str] | None, str, int, bool]] = [
     (None, "frontend", 8000, True),
@@ -120,4 +122,6 @@ CONNECTIONS: list[tuple[dict[str, str] | None, str, int, bool]] = [
     (pod_labels("mine", "decode"), "follower", 45001, True),
     (None, "follower", 29500, False),
     (pod_labels("mine", "decode"), "frontend", 9999, False),
+    (OPERATOR, "prefill", 9090, True),  # it asks which workers are idle
+    (OPERATOR, "decode", 7000, False),
 ]
