@@ -321,7 +321,7 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     topology_key: Annotated[
         str,
         flag(
-            "Label of nodes within whose value prefill and decode workers are kept together.",
+            "Label of nodes; prefill and decode workers prefer nodes with the same value of it.",
             "PENSTOCK_TOPOLOGY_KEY",
         ),
     ] = "topology.kubernetes.io/zone"
