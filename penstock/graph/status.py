@@ -1,14 +1,14 @@
 """The status that a cluster's operator writes into a DynamoGraphDeployment, in one place.
 
 status:
-  state: pending                    # initializing, pending, successful or failed
+  state: pending                    # pending, successful or failed
   observedGeneration: 3             # the generation that all of this is about
   conditions:                       # by type: `Ready` says whether all replicas serve, and why not
-  - {type: Ready, status: "False", reason: pods_not_ready, message: "...", lastTransitionTime: ...}
+  - {type: Ready, status: "False", reason: some_resources_are_not_ready, message: "...", lastTransitionTime: ...}
   services:                         # by name; `components` in v1beta1
     PrefillWorker:
-      componentKind: Deployment     # what runs it, and under which names
-      componentNames: [multinode-vllm-prefillworker]
+      componentKind: Deployment     # what runs it, and under which name
+      componentName: multinode-vllm-prefillworker
       replicas: 3
       updatedReplicas: 3
       readyReplicas: 2
