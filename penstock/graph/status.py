@@ -4,7 +4,7 @@ status:
   state: pending                    # pending, successful or failed
   observedGeneration: 3             # the generation that all of this is about
   conditions:                       # by type: `Ready` says whether all replicas serve, and why not
-  - {type: Ready, status: "False", reason: some_resources_are_not_ready, message: "...", lastTransitionTime: ...}
+  - {type: Ready, status: "False", reason: some_resources_are_not_ready, message: "...", ...}
   services:                         # by name; `components` in v1beta1
     PrefillWorker:
       componentKind: Deployment     # what runs it, and under which name
