@@ -39,6 +39,9 @@ def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
         **_lifecycle(plan, settings),
         "resources": resources(plan),
         "securityContext": container_security(writes_anywhere=writes_anywhere(plan)),
+        # What a process that failed said last then stands in the pod's status, and from there in the
+        # graph's.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": volume_mounts(plan),
     }
     own = {field: value for field, value in plan.container.items() if field not in _OPERATORS}

@@ -106,8 +106,7 @@ class Controller:
         return next((f"{cache.kind}: {cache.trouble}" for cache in self._reflectors if cache.trouble), "")
 
     async def run(self) -> None:
-        """Work until cancelled. Raises ApiError when the API server cannot even say what it serves, and
-        NotLeading."""
+        """Work until cancelled. Raises ApiError when the API server cannot even say what it serves."""
         served = [kind for kind in OPTIONAL if await self._api.serves(kind)]
         if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
             served.remove(DISRUPTION_BUDGETS_BETA)
@@ -188,8 +187,9 @@ class Controller:
             outcome = "done"
             try:
                 due_s = await reconciler.reconcile(key)
-            except NotLeading:
-                raise
+            except NotLeading:  # this ends with the lease, in a moment
+                outcome = "failed"
+                self._queue.failed(key)
             except ApiError as error:
                 outcome = "failed"
                 pause_s = self._queue.failed(key)

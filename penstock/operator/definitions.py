@@ -23,7 +23,7 @@ from penstock.clock import Clock
 from penstock.errors import ConfigError
 from penstock.graph.crds import with_conversion
 from penstock.kubernetes.api import Api, ApiError, Object, annotations_of, labels_of, name_of
-from penstock.kubernetes.kinds import ADAPTERS, DEFINITIONS, GRAPHS, SECRETS
+from penstock.kubernetes.kinds import ADAPTERS, DEFINITIONS, GRAPHS, SECRETS, SERVICES
 from penstock.operator import names
 from penstock.operator.certificates import (
     Pair,
@@ -106,7 +106,6 @@ class Webhook:
         while True:
             try:
                 await self._look()
-                self._tell("")
             except ApiError as error:
                 self._tell(str(error))
             await self._clock.sleep(CHECK_S if self.has_certificate.is_set() else 1.0)
@@ -148,8 +147,12 @@ class Webhook:
     async def _announce(self, authorities: str) -> None:
         """Have the API server convert graphs here, and so serve all versions of them."""
         live = await self._api.get(DEFINITIONS, str(GRAPHS))
+        if other := await self._other_webhook(live):
+            self._tell(f"the webhook of Service {other} converts them, which is another operator's")
+            return
         wanted = with_conversion(live, self._namespace, self._service, authorities)
         if wanted["spec"] == live["spec"]:
+            self._told = ""
             return
         changes = {
             "metadata": {"resourceVersion": live["metadata"]["resourceVersion"]},
@@ -157,7 +160,25 @@ class Webhook:
         }
         with contextlib.suppress(_Conflict):
             await self._patch(changes)
+            self._told = ""
             log.info("%s is served in all its versions", GRAPHS)
+
+    async def _other_webhook(self, definition: Object) -> str:
+        """The Service of another operator that converts graphs, as NAMESPACE/NAME; empty when there is
+        none."""
+        webhook = (definition["spec"].get("conversion") or {}).get("webhook") or {}
+        service = (webhook.get("clientConfig") or {}).get("service") or {}
+        place = service.get("namespace", ""), service.get("name", "")
+        if not all(place) or place == (self._namespace, self._service):
+            return ""
+        try:
+            await self._api.get(SERVICES, place[1], place[0])
+        except ApiError as error:
+            if error.is_not_found:  # that operator is gone
+                return ""
+            if not error.is_forbidden:
+                raise
+        return "/".join(place)
 
     async def _patch(self, changes: Object) -> None:
         try:

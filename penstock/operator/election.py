@@ -62,8 +62,10 @@ class Election:
         return self._clock.now() - self._renewed_at < self._settings.deadline_s
 
     async def run(self) -> None:
-        """Try to get the lease and keep it. Returns when it was lost: this process should end, since it
-        cannot know what another has done meanwhile."""
+        """Try to get the lease and keep it. Returns when it was lost: whoever acted by it must forget all
+        it knows, since another may have acted meanwhile. Then this can be run again."""
+        self.elected.clear()
+        self._renewed_at = None
         while True:
             began = self._clock.now()
             try:
@@ -78,7 +80,7 @@ class Election:
                     log.info("this operator now acts: lease=%s/%s", *self._place)
                     self.elected.set()
             elif self.elected.is_set() and not self.leads:
-                log.error("this operator lost the lease %s/%s and ends", *self._place)
+                log.error("this operator lost the lease %s/%s and stops acting", *self._place)
                 return
             await self._clock.sleep(self._settings.renew_s)
 

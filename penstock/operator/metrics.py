@@ -40,6 +40,8 @@ class OperatorMetrics:
         )
         for outcome in ("done", "failed", "defect"):
             self._reconciled.labels(outcome)
+        self._graphs: Callable[[], Iterable[str]] = tuple
+        self.registry.register(_Graphs(lambda: self._graphs()))
 
     def queue_from(self, source: Callable[[], int]) -> None:
         self._queue.set_function(source)
@@ -49,7 +51,7 @@ class OperatorMetrics:
 
     def graphs_from(self, source: Callable[[], Iterable[str]]) -> None:
         """`source`: the state of each graph."""
-        self.registry.register(_Graphs(source))
+        self._graphs = source
 
     def reconciled(self, outcome: str, seconds: float) -> None:
         self._reconciled.labels(outcome).inc()

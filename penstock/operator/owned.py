@@ -80,13 +80,9 @@ class OwnedObjects:
 
         Raises ApiError for the first object that the server does not take, NotOurs, NotLeading.
         """
-        actions = []
-        names: set[tuple[Kind, str]] = {(self.kind_of(item), name_of(item)) for item in kept}
-        for item in wanted:
-            kind = self.kind_of(item)
-            names.add((kind, name_of(item)))
-            if action := await self._apply(kind, graph, item):
-                actions.append(action)
+        wanted = list(wanted)
+        actions = await self.apply(graph, wanted)
+        names = {(self.kind_of(item), name_of(item)) for item in (*wanted, *kept)}
         for kind, item in list(self.of(graph)):
             # Volume claims hold people's data: they end with their graph, and not because a line was
             # changed.
@@ -97,6 +93,11 @@ class OwnedObjects:
                 )
                 actions.append(Action("Deleted", kind.name, name_of(item)))
         return actions
+
+    async def apply(self, graph: Object, wanted: Iterable[Object]) -> list[Action]:
+        """Apply `wanted`, and delete nothing. Raises as `converge`."""
+        actions = [await self._apply(self.kind_of(item), graph, item) for item in wanted]
+        return [action for action in actions if action is not None]
 
     async def create_missing(self, graph: Object, item: Object) -> bool:
         """Create an object that others change from then on. Whether it was missing. Raises as

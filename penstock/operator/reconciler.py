@@ -90,7 +90,7 @@ class Reconciler:
         except ConfigError as error:
             await self._recorder.record(graph, "ManifestInvalid", str(error), "Warning")
             await self._tell(graph, self._observed(graph, invalid="; ".join(str(error).splitlines())))
-            return None
+            return await self._renew_links(graph)
         self._rendered[uid_of(graph)] = wanted
         for note in wanted.notes:
             text = f"{note.service}: {note.message}" if note.service else note.message
@@ -113,6 +113,14 @@ class Reconciler:
         await self._tell(graph, self._observed(graph, refused=refused))
         due_s = (next_due_at(links) - self._utc()).total_seconds()
         return min(due_s, _RETRY_REFUSED_S) if refused else due_s
+
+    async def _renew_links(self, graph: Object) -> float | None:
+        """The certificates of what runs go on being renewed while the manifest is wrong."""
+        if self._owned.find(SECRETS, namespace_of(graph), names.link_secret(name_of(graph), "ca")) is None:
+            return None
+        links = self._links(graph)
+        await self._owned.apply(graph, links)
+        return (next_due_at(links) - self._utc()).total_seconds()
 
     def forget(self, uid: str) -> None:
         """The graph is gone."""

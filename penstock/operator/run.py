@@ -13,7 +13,7 @@ import msgspec
 
 from penstock.clock import MonotonicClock
 from penstock.config import OperatorOptions
-from penstock.errors import ConfigError, PenstockError
+from penstock.errors import ConfigError
 from penstock.kubernetes.api import Api, ApiError
 from penstock.kubernetes.client import connect, in_cluster, own_namespace
 from penstock.observability import METRICS_CONTENT_TYPE, setup_logging
@@ -32,12 +32,8 @@ START_S = 120.0
 """For which an operator that starts waits for an API server that does not answer."""
 
 
-class LostLease(PenstockError):
-    """Another operator may act by now, so this one ends; it is started again and stands by."""
-
-
 def run_operator(options: OperatorOptions) -> None:
-    """Manage graphs until a signal. Raises ConfigError when it cannot, LostLease."""
+    """Manage graphs until a signal. Raises ConfigError when it cannot."""
     setup_logging(options.log_level)
     api = connect(options.kubeconfig)
     namespace = options.lease_namespace or own_namespace(options.kubeconfig)
@@ -62,40 +58,37 @@ class _Operator:
             name=options.lease_name,
             identity=f"{self._host}_{secrets.token_hex(4)}",
         )
+        self._clock = clock
         self._election = Election(api, election, clock)
         self._metrics = OperatorMetrics()
         self._metrics.leads_from(lambda: self._election.leads)
-        self._controller = Controller(
-            api,
-            ControllerSettings(namespace=options.watch_namespace),
-            render_settings(options),
-            self._metrics,
-            clock,
-            self._host,
-            leads=lambda: self._election.leads,
-        )
+        self._controller: Controller | None = None  # while it leads
         self._webhook = Webhook(
             api, namespace, options.webhook_service, lambda: self._election.leads, clock
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop`, or the lease is lost."""
+        """Until `stop`. Whoever loses the lease stands by again; the webhook is served all the time."""
         host = self._options.host or ("0.0.0.0" if in_cluster() else "127.0.0.1")
         async with served("--system-port", host, self._options.system_port, self._routes()):
             await self._check_definitions()
             async with asyncio.TaskGroup() as tasks:
-                stopping = tasks.create_task(stop.wait())
-                electing = tasks.create_task(self._election.run())
-                working = [tasks.create_task(self._work())]
+                serving = [tasks.create_task(self._terms())]
                 if self._options.webhook_port != -1:
-                    working.append(tasks.create_task(self._webhook.run()))
-                    working.append(tasks.create_task(self._serve_webhook(host)))
-                await asyncio.wait([stopping, electing], return_when=asyncio.FIRST_COMPLETED)
-                for task in (*working, stopping, electing):
+                    serving.append(tasks.create_task(self._webhook.run()))
+                    serving.append(tasks.create_task(self._serve_webhook(host)))
+                await stop.wait()
+                for task in serving:
                     task.cancel()
-            if not stop.is_set():
-                raise LostLease("the lease was lost")
             await self._election.resign()
+
+    async def _terms(self) -> None:
+        """Stand by until elected, act until the lease is lost, and again."""
+        while True:
+            async with asyncio.TaskGroup() as tasks:
+                acting = tasks.create_task(self._act())
+                await self._election.run()
+                acting.cancel()
 
     async def _check_definitions(self) -> None:
         deadline = time.monotonic() + START_S
@@ -109,15 +102,26 @@ class _Operator:
                 log.warning("the API server does not answer yet: %s", error)
             await asyncio.sleep(1.0)
 
-    async def _work(self) -> None:
-        """Once elected. An API server that is away now is asked again."""
+    async def _act(self) -> None:
+        """Once elected, with nothing known from before. An API server that is away now is asked again."""
         await self._election.elected.wait()
         while True:
+            self._controller = Controller(
+                self._api,
+                ControllerSettings(namespace=self._options.watch_namespace),
+                render_settings(self._options),
+                self._metrics,
+                self._clock,
+                self._host,
+                leads=lambda: self._election.leads,
+            )
             try:
                 await self._controller.run()
             except ApiError as error:
                 log.warning("cannot begin yet: %s", error)
-                await asyncio.sleep(2.0)
+            finally:
+                self._controller = None
+            await asyncio.sleep(2.0)
 
     async def _serve_webhook(self, host: str) -> None:
         await self._webhook.has_certificate.wait()
@@ -132,7 +136,7 @@ class _Operator:
 
         async def health(_: bytes) -> Answer:
             leads = self._election.leads
-            trouble = self._controller.trouble() if leads else ""
+            trouble = self._controller.trouble() if self._controller is not None else ""
             body = {"status": "healthy", "leads": leads, "trouble": trouble}
             return as_json(200, body)
 

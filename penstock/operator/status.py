@@ -78,7 +78,8 @@ def status_of(graph: Object, observed: Observed, now: datetime) -> Object:
     counts = {service.name: _counts(service, observed) for service in observed.services}
     ready, reason, message = _ready(observed, counts)
     stuck = _stuck(observed)
-    if observed.invalid or observed.refused or (stuck and not ready):
+    lacks_api = any(service.missing_api for service in observed.services)
+    if observed.invalid or observed.refused or lacks_api or (stuck and not ready):
         state = "failed"
     else:
         state = "successful" if ready else "pending"

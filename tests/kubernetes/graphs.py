@@ -142,7 +142,7 @@ def run():
             if text != wanted:
                 told["wrong"].append(text)
         except Exception as error:
-            told["errors"].append(f"{time.strftime('%X')} after {time.time() - began:.1f} s: {error!r}")
+            told["errors"].append(f"after {time.time() - began:.1f} s: {error!r}")
         told["longest_s"] = max(told["longest_s"], round(time.time() - began, 2))
         stop.wait(0.2)
 
@@ -156,8 +156,8 @@ for thread in threads:
     thread.join()
 print(json.dumps(told), flush=True)
 """
-"""Clients in a pod, as most are: they reach frontends by the Service. Told to stop, they print what became of
-their requests."""
+"""Clients in a pod, as most are: they reach frontends by the Service. Told to stop, they print what became
+of their requests."""
 
 
 @dataclass

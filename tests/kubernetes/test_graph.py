@@ -18,6 +18,7 @@ from tests.kubernetes.graphs import READY_S, SHIPPED, manifest, under_load, wait
 from tests.kubernetes.kubectl import Kubectl, eventually
 
 AWAY_S = 60.0
+PATCH_S = 60.0
 DEPLOYMENTS = ("prefillworker", "decodeworker", "frontend")
 GRAPH = "dynamographdeployment/multinode-vllm"
 STEADY, OTHER = "node1", "node2"
@@ -50,7 +51,10 @@ def graph(platform: Kubectl, images: Images) -> Iterator[Kubectl]:
 
 
 def patch(kubectl: Kubectl, **spec: object) -> None:
-    kubectl("patch", GRAPH, "--type=merge", "-p", json.dumps({"spec": spec}))
+    """As the document does. While no operator answers, the API server cannot convert versions of graphs,
+    and refuses: then it is tried again, as a person would."""
+    command = ["patch", GRAPH, "--type=merge", "-p", json.dumps({"spec": spec})]
+    eventually(lambda: kubectl(*command), "the patch is taken", PATCH_S, [AssertionError])
 
 
 def pods_of(kubectl: Kubectl, role: str) -> list[str]:
@@ -88,13 +92,19 @@ def test_a_bad_flag_stops_the_roll_and_the_old_manifest_brings_it_back(
     bad = manifest(SHIPPED, images)["spec"]["services"]["DecodeWorker"]["extraPodSpec"]
     args = bad["mainContainer"]["args"]
     with under_load(graph, images.penstock, STEADY) as load:
-        bad["mainContainer"]["args"] = [*args, "--kv-cache-mib", "1"]  # less than one block of everything
+        bad["mainContainer"]["args"] = [
+            *args,
+            "--kv-cache-mib",
+            "1",
+            "--block-size",
+            "1024",
+        ]  # not one block
         patch(graph, services={"DecodeWorker": {"extraPodSpec": bad}})
 
         def told() -> bool:
             status = graph.get("dynamographdeployments", "multinode-vllm")["status"]
             ready = next(found for found in status["conditions"] if found["type"] == "Ready")
-            return status["state"] == "failed" and "kv-cache-mib" in ready["message"]
+            return status["state"] == "failed" and "hold no block" in ready["message"]
 
         eventually(told, "the status tells of the flag", READY_S)
         bad["mainContainer"]["args"] = args

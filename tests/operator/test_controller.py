@@ -358,6 +358,19 @@ async def test_certificates_are_renewed_while_nothing_else_changes(cluster: Clus
     }
 
 
+async def test_certificates_are_renewed_also_while_the_manifest_is_wrong(cluster: Cluster) -> None:
+    async with cluster.operator():
+        await cluster.put(graph())
+        await until(lambda: len(cluster.deployments()) == 3)
+        await cluster.change(services={"Frontend": {"componentType": "worker"}})
+        await until(lambda: cluster.status().get("state") == "failed")
+        await cluster.settled()
+    before = cluster.get(SECRETS, "g-link-worker")["data"]
+    cluster.now += timedelta(days=70)
+    async with cluster.operator():
+        await until(lambda: cluster.get(SECRETS, "g-link-worker")["data"] != before)
+
+
 async def test_no_secret_is_told(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     async with cluster.operator():
