@@ -220,7 +220,12 @@ class Planner:
 
     def _replicas(self, service: Service, spec: ServiceSpec) -> int:
         if spec.scaling_adapter is not None and spec.scaling_adapter.enabled:
-            return self._cluster.adapter_replicas.get(service.name, spec.replicas)
+            replicas = self._cluster.adapter_replicas.get(service.name, spec.replicas)
+            if replicas != spec.replicas:
+                adapter = names.object_name(self._graph.name, service.name)
+                message = f"replicas: what its scaling adapter {adapter} says counts, not the manifest"
+                self._note("AdapterScales", message, service)
+            return replicas
         return spec.replicas
 
     def _nodes(self, service: Service, spec: ServiceSpec, options: FrontendOptions | WorkerOptions) -> int:
