@@ -9,17 +9,29 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.kubernetes import faults
 from tests.kubernetes.conftest import Images
-from tests.kubernetes.graphs import READY_S, SHIPPED, manifest, under_load, wait_gone, wait_ready
+from tests.kubernetes.graphs import (
+    ANSWER,
+    READY_S,
+    SHIPPED,
+    ask,
+    manifest,
+    under_load,
+    wait_gone,
+    wait_ready,
+)
 from tests.kubernetes.kubectl import Kubectl, eventually
 
 AWAY_S = 60.0
 PATCH_S = 60.0
 DEPLOYMENTS = ("prefillworker", "decodeworker", "frontend")
+PLAIN = Path(__file__).parent / "manifests" / "disaggregated.yaml"
 GRAPH = "dynamographdeployment/multinode-vllm"
 STEADY, OTHER = "node1", "node2"
 """The node of clients and frontends, and the one to which things are done: the test cluster's."""
@@ -117,11 +129,11 @@ def test_pods_deleted_by_hand_and_the_operator_killed_again_and_again(
     graph: Kubectl, images: Images
 ) -> None:
     with under_load(graph, images.penstock, STEADY) as load:
-        for number in range(4):
+        for number in range(2):  # each further kill would be answered by a longer pause of the kubelet's
             operators = graph.items("pods", "-l", "app.kubernetes.io/name=penstock-operator")
             for found in operators:
                 faults.kill_container(graph, found["metadata"]["name"])
-            patch(graph, services={"PrefillWorker": {"replicas": 3 - number % 2}})
+            patch(graph, services={"PrefillWorker": {"replicas": 3 - number}})
             for role in ("prefill", "decode"):
                 graph("delete", "pod", pods_of(graph, role)[0], "--wait=false")
             time.sleep(3)
@@ -164,3 +176,32 @@ def test_the_api_server_away(graph: Kubectl, images: Images) -> None:
         patch(graph, services={"PrefillWorker": {"replicas": 2}})
         wait_ready(graph, prefill="2/2")
     load.check()
+
+
+def test_links_whose_secrets_were_deleted(graph: Kubectl, images: Images) -> None:
+    """The operator makes them again. Who runs goes on, and who starts meets those who run."""
+    with under_load(graph, images.penstock, STEADY) as load:
+        secrets = [f"secret/multinode-vllm-link-{side}" for side in ("worker", "frontend", "ca")]
+        for secret in secrets:
+            graph("delete", secret)
+        eventually(lambda: graph.run("get", *secrets).returncode == 0, "they are there again", 30)
+        graph("delete", "pod", *[pods_of(graph, role)[0] for role in ("frontend", "prefill", "decode")])
+        wait_ready(graph)
+    load.check()
+
+
+def test_instances_found_in_etcd(graph: Kubectl, images: Images) -> None:
+    """The same manifest with another annotation."""
+    documents = yaml.safe_load_all(PLAIN.read_text().replace("etcd:3.4", images.etcd))
+    graph.apply(*(found for found in documents if found["metadata"]["name"] == "etcd"))
+    graph.rolled_out("deployment/etcd")
+    found = manifest(SHIPPED, images, **{"penstock.dev/discovery": "etcd://etcd:2379"})
+    found["metadata"]["name"] = "by-etcd"
+    graph.apply(found)
+    try:
+        wait_ready(graph, "by-etcd", prefill="2/2", decode="2/2")
+        with graph.port_forward("service/by-etcd-frontend", 8000) as url:
+            assert ask(url) == ANSWER
+    finally:
+        graph("delete", "dynamographdeployment", "by-etcd", "--wait=false")
+        graph("delete", "deployment,service", "etcd", "--wait=false")
