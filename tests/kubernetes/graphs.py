@@ -179,11 +179,11 @@ class Load:
 
 @contextlib.contextmanager
 def under_load(
-    kubectl: Kubectl, image: str, node: str, graph: str = "multinode-vllm", clients: int = 20
+    kubectl: Kubectl, image: str, node: str, host: str = "multinode-vllm-frontend", clients: int = 20
 ) -> Iterator[Load]:
-    """Clients that ask meanwhile, from a pod on this node."""
+    """Clients that ask `host` meanwhile, from a pod on this node."""
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 50, "stream": True}
-    url = f"http://{graph}-frontend:8000/v1/chat/completions"
+    url = f"http://{host}:8000/v1/chat/completions"
     command = ["python3", "-u", "-c", CLIENT, url, str(clients), json.dumps(body), ANSWER]
     name = f"client-{secrets.token_hex(3)}"
     spec = pod(image, command, node) | {"restartPolicy": "Never"}
