@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ from msgspec import inspect
 T = TypeVar("T")
 
 _SHOWN_CHARS = 60  # of a wrong value in a message
+_type_of = cache(inspect.type_info)  # which takes a hundred times longer than looking at a value
 
 
 def problems(value: Any, expected: type | inspect.Type, path: str) -> Iterator[str]:
@@ -29,7 +31,7 @@ def problems(value: Any, expected: type | inspect.Type, path: str) -> Iterator[s
     A struct's class variable `ACCEPTED` may name further fields that are known but not looked into.
     Nulls count as absent fields, as in Kubernetes.
     """
-    kind = expected if isinstance(expected, inspect.Type) else inspect.type_info(expected)
+    kind = expected if isinstance(expected, inspect.Type) else _type_of(expected)
     match kind:
         case inspect.Metadata():
             yield from problems(value, kind.type, path)
@@ -171,7 +173,7 @@ def field_path(error: str, struct: type) -> str:
     `step.load.rates.step_ms: Expected ...`: msgspec numbers the fields of structs that travel as arrays."""
     problem, _, path = error.rpartition(" - at `")
     names = [struct.__name__.lower()]
-    kind: inspect.Type = inspect.type_info(struct)
+    kind: inspect.Type = _type_of(struct)
     for name, number in re.findall(r"\.(\w+)|\[([\d.]*)\]", path):
         kind = _within_union(kind)
         fields = kind.fields if isinstance(kind, inspect.StructType) else ()

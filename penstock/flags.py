@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,7 +43,8 @@ class Flag(msgspec.Struct, frozen=True):
         return "TEXT"
 
 
-def flags_of(options: type[FrontendOptions | WorkerOptions | OperatorOptions]) -> dict[str, Flag]:
+@cache
+def flags_of(options: type[FrontendOptions | WorkerOptions | OperatorOptions]) -> Mapping[str, Flag]:
     """All flags of an options struct by name, its own before the common ones."""
     described_fields: list[Flag] = []
     common = set(CommonOptions.__struct_fields__)
