@@ -61,6 +61,7 @@ class Observed(msgspec.Struct, frozen=True):
 
     invalid: what is wrong with the manifest, a line each; then nothing was changed in the cluster.
     refused: why the API server did not take an object.
+    awaited: what has to go by itself before an object can be made.
     services: what was rendered; of an invalid manifest what the last valid one had, as far as known.
     workloads, pods: by the name of a service's object.
     """
@@ -70,6 +71,7 @@ class Observed(msgspec.Struct, frozen=True):
     pods: Mapping[str, Sequence[Object]] = {}
     invalid: str = ""
     refused: str = ""
+    awaited: str = ""
 
 
 def status_of(graph: Object, observed: Observed, now: datetime) -> Object:
@@ -157,6 +159,8 @@ def _ready(observed: Observed, counts: Mapping[str, Object]) -> tuple[bool, str,
         return False, INVALID, observed.invalid
     if observed.refused:
         return False, NOT_APPLIED, observed.refused
+    if observed.awaited:
+        return False, NOT_READY, observed.awaited
     missing = [service for service in observed.services if service.missing_api]
     if missing:
         lines = [f"{service.name}: the cluster has no {service.missing_api}" for service in missing]
@@ -175,6 +179,10 @@ def _is_settled(service: RenderedService, observed: Observed, count: Object) -> 
     workload = observed.workloads.get(service.object_name)
     if workload is None:
         return False
+    if service.replicas == 0:
+        # Whether or not the Deployment's controller has come to it yet: there is nothing to wait for.
+        pods = observed.pods.get(service.object_name, ())
+        return count["replicas"] == 0 and all(is_being_deleted(pod) for pod in pods)
     status = workload.get("status") or {}
     return bool(
         status.get("observedGeneration", 0) >= workload["metadata"].get("generation", 0)
