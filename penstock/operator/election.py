@@ -116,6 +116,10 @@ class Election:
         if self._seen is None or self._seen[0] != version:
             self._seen = version, self._clock.now()
         silent_s = self._clock.now() - self._seen[1]
+        if holder not in ("", settings.identity) and self.elected.is_set():
+            # Somebody took it before its time, by hand or by a clock that jumped: that one may act by now.
+            self._renewed_at = None
+            return False
         if holder not in ("", settings.identity) and silent_s < settings.lease_s:
             return False
         return await self._write(spec, lease)

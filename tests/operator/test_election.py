@@ -100,3 +100,16 @@ async def test_of_two_that_write_at_once_one_wins() -> None:
         assert not first.leads
         await clock.advance(3)
         assert first.leads
+
+
+async def test_one_from_whom_the_lease_is_taken_before_its_time_ends_at_the_next_look() -> None:
+    api, clock = KubernetesDouble(), VirtualClock()
+    first = candidate(api, clock, "a")
+    async with running(first) as tasks:
+        await clock.advance(5)
+        assert first.leads
+        await api.patch(LEASES, "lease", {"spec": {"holderIdentity": "b"}}, "ns")
+        await clock.advance(2.5)
+        assert not first.leads
+        assert tasks[0].done()
+        assert (await api.get(LEASES, "lease", "ns"))["spec"]["holderIdentity"] == "b"
