@@ -9,6 +9,7 @@ all others.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 ANSWER_S = 2.0
 _SILENT = -1
 _ASKED_AT_ONCE = 32
+_ANSWER_BYTES_MAX = 1024 * 1024
 
 
 async def mark_busy_pods(api: Api, workload: Object, pods: Sequence[Object]) -> None:
@@ -62,16 +64,19 @@ async def mark_busy_pods(api: Api, workload: Object, pods: Sequence[Object]) -> 
 def _busyness(pod: Object, port: int) -> int:
     """Requests that a worker has, and prompts that it keeps for others; _SILENT: it does not answer."""
     host = (pod.get("status") or {}).get("podIP", "")
-    if not host:
-        return _SILENT
+    return busyness_at(host, port) if host else _SILENT
+
+
+def busyness_at(host: str, port: int) -> int:
+    """The same, of whatever answers there."""
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/health"
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S) as response:
-            return busyness(response.read())
+            return busyness(response.read(_ANSWER_BYTES_MAX))
     except urllib.error.HTTPError as error:  # it is draining or starting, and says so
         with error:
-            return busyness(error.read())
-    except OSError:
+            return busyness(error.read(_ANSWER_BYTES_MAX))
+    except (OSError, http.client.HTTPException):
         return _SILENT
 
 
