@@ -63,13 +63,16 @@ class LogLine(NamedTuple):
     text: str
 
 
+NAMESPACE_ENDS = "NamespaceTerminating"
+
+
 class ApiError(PenstockError):
     """The API server refused a call, or could not be reached.
 
     Args:
         message: one line, without the object that was sent.
         status: HTTP status; 0 when there was no answer.
-        reason: the server's, such as `AlreadyExists`.
+        reason: the server's, such as `AlreadyExists`; NAMESPACE_ENDS where that is the cause.
     """
 
     def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
@@ -93,7 +96,12 @@ class ApiError(PenstockError):
 
     @property
     def is_forbidden(self) -> bool:
-        return self.status in (401, 403)
+        return self.status == 403
+
+    @property
+    def is_of_ending_namespace(self) -> bool:
+        """Nothing can be created any more where all is being deleted."""
+        return self.is_forbidden and self.reason == NAMESPACE_ENDS
 
     @property
     def is_refused(self) -> bool:

@@ -22,7 +22,17 @@ from lightkube.config.kubeconfig import SERVICE_ACCOUNT, KubeConfig, SingleConfi
 from lightkube.core.exceptions import ConfigError as LightkubeConfigError
 
 from penstock.errors import ConfigError
-from penstock.kubernetes.api import ApiError, Change, Kind, Listing, LogLine, Object, name_of, namespace_of
+from penstock.kubernetes.api import (
+    NAMESPACE_ENDS,
+    ApiError,
+    Change,
+    Kind,
+    Listing,
+    LogLine,
+    Object,
+    name_of,
+    namespace_of,
+)
 from penstock.kubernetes.kinds import PODS
 
 CALL_S = 10.0
@@ -117,14 +127,16 @@ class HttpsApi:
         query = {"limit": str(PAGE_ITEMS), "labelSelector": labels}
         while True:
             page = await self._call("GET", _path(kind, namespace), query)
-            # Items of a list do not say what they are; whoever gets one should not need to know from where.
-            items += (
-                {"apiVersion": kind.api_version, "kind": kind.name, **item}
-                for item in page.get("items") or ()
-            )
-            following = page["metadata"].get("continue", "")
+            with _mapped(f"listing {kind}"):
+                for item in page.get("items") or ():
+                    _check(item)
+                    # Items of a list do not say what they are; whoever gets one should not need to know
+                    # from where.
+                    items.append({"apiVersion": kind.api_version, "kind": kind.name, **item})
+                following = page["metadata"].get("continue", "")
+                version = str(page["metadata"]["resourceVersion"])
             if not following:
-                return Listing(items, page["metadata"].get("resourceVersion", ""))
+                return Listing(items, version)
             query["continue"] = following
 
     async def watch(
@@ -155,6 +167,8 @@ class HttpsApi:
                         raise _status_error(message["object"], 500)
                     change = Change(message["type"], message["object"])
                     change.object["metadata"]["resourceVersion"]  # whoever follows goes on from there
+                    if change.type != "BOOKMARK":
+                        _check(change.object)
                     yield change
 
     async def get(self, kind: Kind, name: str, namespace: str = "") -> Object:
@@ -253,6 +267,8 @@ class HttpsApi:
             if not response.is_success:
                 raise _error(response)
             answer: Object = _decode(response.content)
+            if not isinstance(answer, dict):
+                raise TypeError(f"{type(answer).__name__} in place of an object")
             return answer
 
 
@@ -266,6 +282,12 @@ def _path(kind: Kind, namespace: str, name: str = "", subresource: str = "") -> 
         parts += ["namespaces", quote(namespace, safe="")]
     parts += [kind.plural, quote(name, safe=""), subresource]
     return "/".join(part for part in parts if part)
+
+
+def _check(item: Object) -> None:
+    """Whoever gets an object finds in it what every object has. Raises what _mapped maps."""
+    metadata = item["metadata"]
+    metadata["name"], metadata["resourceVersion"]
 
 
 def _given(query: Mapping[str, str]) -> dict[str, str]:
@@ -315,7 +337,7 @@ def _mapped(what: str) -> Iterator[None]:
         raise ApiError(f"{what}: {str(error) or type(error).__name__}") from error
     except LightkubeConfigError as error:
         raise ApiError(f"{what}: {error}") from error
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ApiError(f"{what}: the answer is not of a Kubernetes API server: {error}") from error
 
 
@@ -333,4 +355,10 @@ def _error(response: httpx2.Response) -> ApiError:
 
 def _status_error(status: Mapping[str, Any], code: int) -> ApiError:
     message = " ".join(str(status.get("message", "")).split())
-    return ApiError(message, int(status.get("code") or code), str(status.get("reason", "")))
+    reason = str(status.get("reason", ""))
+    with contextlib.suppress(AttributeError, TypeError):  # a proxy may answer in another shape
+        causes = (status.get("details") or {}).get("causes") or ()
+        if any(cause.get("reason") == NAMESPACE_ENDS for cause in causes):
+            reason = NAMESPACE_ENDS
+    given = status.get("code")
+    return ApiError(message, given if isinstance(given, int) and given else code, reason)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
-from penstock.kubernetes.api import Api, ApiError, Change, Kind, Object, name_of, namespace_of
+from penstock.kubernetes.api import Api, ApiError, Change, Kind, Object, name_of, namespace_of, uid_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Reflector:
         on_change: called for each change, after `items` has it. Must not raise.
         on_synced: called after each whole list.
         trim: what is kept of each object; by default all but `managedFields`, which is half of it.
+        index: what `found` finds an object by.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Reflector:
         on_change: OnChange = lambda before, after: None,
         on_synced: Callable[[], None] = lambda: None,
         trim: Callable[[Object], Object] | None = None,
+        index: Callable[[Object], str] = lambda item: "",
         settings: ReflectorSettings = ReflectorSettings(),  # noqa: B008 - frozen
         clock: Clock | None = None,
     ) -> None:
@@ -76,6 +78,8 @@ class Reflector:
         self._on_change = on_change
         self._on_synced = on_synced
         self._trim = trim or without_managed_fields
+        self._index = index
+        self._found: dict[str, dict[Key, Object]] = {}  # `items` by what `index` says of each
         self._settings = settings
         self._clock = clock or MonotonicClock()
         self._version = ""  # where a watch goes on; empty: list first
@@ -87,6 +91,10 @@ class Reflector:
 
     def get(self, namespace: str, name: str) -> Object | None:
         return self.items.get((namespace, name))
+
+    def found(self, value: str) -> list[Object]:
+        """The objects of which `index` says this value."""
+        return list(self._found.get(value, {}).values())
 
     async def run(self) -> None:
         """Follow the server until cancelled."""
@@ -119,7 +127,7 @@ class Reflector:
         self._failing, self.trouble = False, ""
         current = {(namespace_of(item), name_of(item)): self._trim(item) for item in listed.items}
         for key in [key for key in self.items if key not in current]:
-            self._on_change(self.items.pop(key), None)
+            self._drop(key)
         for key, item in current.items():
             self._put(key, item)
         self._version = listed.resource_version
@@ -143,13 +151,32 @@ class Reflector:
         if change.type != "DELETED":
             self._put(key, self._trim(item))
         elif key in self.items:
-            self._on_change(self.items.pop(key), None)
+            self._drop(key)
 
     def _put(self, key: Key, item: Object) -> None:
         before = self.items.get(key)
+        if before is not None and uid_of(before) != uid_of(item):
+            # Deleted and made again while nobody looked: another object.
+            self._drop(key)
+            before = None
+        if before is not None:
+            self._unindex(key, before)
         self.items[key] = item
+        self._found.setdefault(self._index(item), {})[key] = item
         if before is None or before["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
             self._on_change(before, item)
+
+    def _drop(self, key: Key) -> None:
+        item = self.items.pop(key)
+        self._unindex(key, item)
+        self._on_change(item, None)
+
+    def _unindex(self, key: Key, item: Object) -> None:
+        value = self._index(item)
+        of_value = self._found[value]
+        del of_value[key]
+        if not of_value:
+            del self._found[value]
 
     def _fail(self, error: ApiError) -> None:
         if self._version:

@@ -19,6 +19,7 @@ from tests.kubernetes_contract import ApiContract
 from tests.kubernetes_double import KubernetesDouble
 from tests.kubernetes_http import kubeconfig, served
 
+NAMELESS = b'{"items":[{}],"metadata":{"resourceVersion":"1"}}'
 EVENT = b'{"type":"ADDED","object":{"metadata":{"name":"a","resourceVersion":"7"}}}\n'
 
 
@@ -111,6 +112,43 @@ async def test_what_is_no_watch(tmp_path: Path, answer: bytes, wrong: str) -> No
     seen = await read_watch(tmp_path, answer, hang_up=True)
     assert len(seen) == 1
     assert seen[0].startswith(wrong)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"7",
+        b"<html>",
+        b"\xff",
+        b'{"items":[{}],"metadata":{"resourceVersion":"1"}}',
+    ],
+)
+async def test_an_answer_that_is_none_is_an_error_of_the_api(tmp_path: Path, body: bytes) -> None:
+    """A proxy that answers for the server, with 200."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
+    async with Scripted(answer, hang_up=True) as server:
+        api = await asyncio.to_thread(connect, str(kubeconfig(tmp_path, server)))
+        with pytest.raises(ApiError, match="not of a Kubernetes API server"):
+            await api.list(CONFIG_MAPS, "test")
+        if body not in (b"{}", NAMELESS):
+            with pytest.raises(ApiError, match="not of a Kubernetes API server"):
+                await api.serves(CONFIG_MAPS)
+        await api.close()
+
+
+@pytest.mark.parametrize("body", [b'{"message":"x","code":"y"}', b"[1]", b'{"message":"x","details":7}'])
+async def test_an_error_in_another_shape_keeps_its_status(tmp_path: Path, body: bytes) -> None:
+    answer = b"HTTP/1.1 503 Away\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
+    async with Scripted(answer, hang_up=True) as server:
+        api = await asyncio.to_thread(connect, str(kubeconfig(tmp_path, server)))
+        with pytest.raises(ApiError) as raised:
+            await api.get(CONFIG_MAPS, "a", "test")
+        assert raised.value.status == 503
+        await api.close()
 
 
 async def test_messages_may_come_in_any_pieces(tmp_path: Path) -> None:

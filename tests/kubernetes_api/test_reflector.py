@@ -119,6 +119,37 @@ async def test_forgotten_changes_are_found_by_a_list(followed: Followed) -> None
     assert followed.take_told() == ["-b", "~a", "+c", "synced"]
 
 
+async def test_an_object_that_was_made_again_is_another_one(followed: Followed) -> None:
+    followed.server.disconnect()
+    await followed.clock.advance(5)
+    followed.server.remove(CONFIG_MAPS, "b", NS)
+    followed.server.connect()
+    await followed.put("b")
+    followed.server.compact()
+    await followed.clock.advance(20)
+    assert followed.take_told() == ["-b", "+b", "synced"]
+
+
+async def test_objects_are_found_by_what_they_are_indexed_by() -> None:
+    server, clock = KubernetesDouble(VirtualClock()), VirtualClock()
+    reflector = Reflector(
+        server, CONFIG_MAPS, index=lambda item: item.get("data", {}).get("x", ""), clock=clock
+    )
+    await server.create(CONFIG_MAPS, config(NS, "a", data={"x": "1"}))
+    await server.create(CONFIG_MAPS, config(NS, "b", data={"x": "1"}))
+    running = asyncio.create_task(reflector.run())
+    await clock.advance(1)
+    assert [name_of(item) for item in reflector.found("1")] == ["a", "b"]
+    await server.patch(CONFIG_MAPS, "a", {"data": {"x": "2"}}, NS)
+    await server.delete(CONFIG_MAPS, "b", NS)
+    await clock.advance(1)
+    assert reflector.found("1") == []
+    assert [name_of(item) for item in reflector.found("2")] == ["a"]
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
 async def test_what_has_not_changed_is_not_reported_by_a_list(followed: Followed) -> None:
     followed.server.end_watches()
     await followed.clock.advance(5)
