@@ -139,6 +139,10 @@ class KubernetesDouble(Api):
         """The next call (or the next `times` calls) of `verb` fails, and changes nothing."""
         self._failures += [_Failure(verb, error)] * times
 
+    def serve(self, kind: Kind) -> None:
+        """Serve a kind that was not, as when its definition is installed."""
+        self._unserved.discard((kind.api_version, kind.plural))
+
     def compact(self) -> None:
         """Forget the history: who watches from before must list again."""
         self._forgotten = self._version

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -37,8 +37,8 @@ from penstock.kubernetes.reflector import Key, Reflector
 from penstock.operator import names
 from penstock.operator.events import EventRecorder
 from penstock.operator.metrics import OperatorMetrics
-from penstock.operator.owned import NotLeading, OwnedObjects
-from penstock.operator.reconciler import Caches, Reconciler, keep_status_writers
+from penstock.operator.owned import NotLeading, OwnedObjects, owner_uid
+from penstock.operator.reconciler import Caches, Reconciler, graph_of_pod, keep_status_writers
 from penstock.operator.settings import RenderSettings
 from penstock.operator.work_queue import WorkQueue
 
@@ -57,6 +57,9 @@ ALWAYS_SERVED = (
 OPTIONAL = (INGRESSES, DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA, LEADER_WORKER_SETS)
 
 _OWN_LABEL = f"app.kubernetes.io/managed-by={names.MANAGER}"
+LOOK_FOR_APIS_S = 60.0
+"""Between two looks for optional APIs that were installed meanwhile."""
+
 _SETTLE_S = 0.1
 """Changes come in bursts (a roll changes a Deployment, its pods and their status): one look serves all."""
 
@@ -106,14 +109,15 @@ class Controller:
         return next((f"{cache.kind}: {cache.trouble}" for cache in self._reflectors if cache.trouble), "")
 
     async def run(self) -> None:
-        """Work until cancelled. Raises ApiError when the API server cannot even say what it serves."""
-        served = [kind for kind in OPTIONAL if await self._api.serves(kind)]
-        if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
-            served.remove(DISRUPTION_BUDGETS_BETA)
-        graphs = self._reflector(GRAPHS, "", self._graph_changed, keep_status_writers)
-        pods = self._reflector(PODS, names.DISCOVERED_BY, self._part_changed, _essence_of_pod)
+        """Work until cancelled, or until the cluster serves more than it did: then a new one is to begin.
+        Raises ApiError when the API server cannot even say what it serves."""
+        served = await self._optional_kinds()
+        graphs = self._reflector(GRAPHS, "", self._graph_changed, trim=keep_status_writers)
+        pods = self._reflector(
+            PODS, names.DISCOVERED_BY, self._part_changed, trim=_essence_of_pod, index=graph_of_pod
+        )
         owned = {
-            kind: self._reflector(kind, _OWN_LABEL, self._part_changed)
+            kind: self._reflector(kind, _OWN_LABEL, self._part_changed, index=owner_uid)
             for kind in (*ALWAYS_SERVED, *served)
         }
         self._owned = OwnedObjects(self._api, owned, self._leads)
@@ -134,18 +138,48 @@ class Controller:
             ", ".join(missing) or "nothing",
         )
         async with asyncio.TaskGroup() as tasks:
-            for reflector in self._reflectors:
+            running = [
                 tasks.create_task(reflector.run(), name=f"reflector {reflector.kind}")
+                for reflector in self._reflectors
+            ]
+            looking = tasks.create_task(self._until_more_is_served(served))
             await self._synced.wait()
-            for number in range(self._settings.workers):
+            running += [
                 tasks.create_task(self._work(self._reconciler), name=f"reconciler {number}")
+                for number in range(self._settings.workers)
+            ]
+            await looking
+            for task in running:
+                task.cancel()
+
+    async def _optional_kinds(self) -> list[Kind]:
+        """Those that the cluster serves; of two versions of one kind the newer."""
+        served = [kind for kind in OPTIONAL if await self._api.serves(kind)]
+        if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
+            served.remove(DISRUPTION_BUDGETS_BETA)
+        return served
+
+    async def _until_more_is_served(self, before: Sequence[Kind]) -> None:
+        """Until somebody has installed an API. One that is missing now is not believed to be gone: servers
+        that start serve them one after the other."""
+        while True:
+            await self._clock.sleep(LOOK_FOR_APIS_S)
+            try:
+                served = await self._optional_kinds()
+            except ApiError:
+                continue  # the caches tell of an outage
+            if more := [str(kind) for kind in served if kind not in before]:
+                log.info("the cluster now serves %s: all is listed again", ", ".join(more))
+                return
 
     def _reflector(
         self,
         kind: Kind,
         labels: str,
         on_change: Callable[[Object | None, Object | None], None],
+        *,
         trim: Callable[[Object], Object] | None = None,
+        index: Callable[[Object], str] = lambda item: "",
     ) -> Reflector:
         made = Reflector(
             self._api,
@@ -155,6 +189,7 @@ class Controller:
             on_change=on_change,
             on_synced=self._check_synced,
             trim=trim,
+            index=index,
             clock=self._clock,
         )
         self._reflectors.append(made)

@@ -28,6 +28,10 @@ class NotOurs(PenstockError):
     """An object that a graph needs belongs to somebody else."""
 
 
+class NotGone(PenstockError):
+    """An object of a deleted graph is in the place of one that its successor needs, and will go."""
+
+
 class NotLeading(PenstockError):
     """This operator may not write any more: another one may act by now."""
 
@@ -65,9 +69,8 @@ class OwnedObjects:
     def of(self, graph: Object) -> Iterable[tuple[Kind, Object]]:
         """The objects that this graph controls."""
         for kind, cache in self._caches.items():
-            for item in cache:
-                if _controller(item).get("uid") == uid_of(graph):
-                    yield kind, item
+            for item in cache.found(uid_of(graph)):
+                yield kind, item
 
     def find(self, kind: Kind, namespace: str, name: str) -> Object | None:
         cache = self._caches.get(kind)
@@ -78,7 +81,7 @@ class OwnedObjects:
     ) -> list[Action]:
         """Apply `wanted`, then delete what the graph has besides them and `kept`.
 
-        Raises ApiError for the first object that the server does not take, NotOurs, NotLeading.
+        Raises ApiError for the first object that the server does not take, NotOurs, NotGone, NotLeading.
         """
         wanted = list(wanted)
         actions = await self.apply(graph, wanted)
@@ -104,7 +107,7 @@ class OwnedObjects:
         `converge`."""
         kind = self.kind_of(item)
         namespace = graph["metadata"]["namespace"]
-        live = self.find(kind, namespace, name_of(item))
+        live = await self._live(kind, namespace, name_of(item))
         if live is not None:
             _check_ours(live, graph)
             return False
@@ -120,10 +123,23 @@ class OwnedObjects:
     def kind_of(self, item: Object) -> Kind:
         return self._kinds[(item["apiVersion"], item["kind"])]
 
+    async def _live(self, kind: Kind, namespace: str, name: str) -> Object | None:
+        """What has this name now. Caches hold what has the operator's label; somebody else's object has
+        not, and must be seen before it is written over."""
+        found = self.find(kind, namespace, name)
+        if found is not None:
+            return found
+        try:
+            return await self._api.get(kind, name, namespace)
+        except ApiError as error:
+            if error.is_not_found:
+                return None
+            raise
+
     async def _apply(self, kind: Kind, graph: Object, item: Object) -> Action | None:
         whole = owned(item, graph)
         wish = xxhash.xxh3_64_intdigest(msgspec.json.encode(whole))
-        live = self.find(kind, graph["metadata"]["namespace"], name_of(item))
+        live = await self._live(kind, graph["metadata"]["namespace"], name_of(item))
         if live is not None:
             _check_ours(live, graph)
             if is_being_deleted(live) or self._is_settled(live, wish):
@@ -162,6 +178,11 @@ def owned(item: Object, graph: Object) -> Object:
     return {**item, "metadata": metadata}
 
 
+def owner_uid(item: Object) -> str:
+    """Of the graph that controls this object; empty when none does."""
+    return str(_controller(item).get("uid", ""))
+
+
 def _controller(item: Object) -> Mapping[str, Any]:
     return next(
         (owner for owner in item["metadata"].get("ownerReferences") or () if owner.get("controller")), {}
@@ -169,7 +190,7 @@ def _controller(item: Object) -> Mapping[str, Any]:
 
 
 def _check_ours(live: Object, graph: Object) -> None:
-    """Raises NotOurs."""
+    """Raises NotOurs, NotGone."""
     owner = _controller(live)
     if owner.get("uid") == uid_of(graph):
         return
@@ -177,7 +198,7 @@ def _check_ours(live: Object, graph: Object) -> None:
     if not owner:
         raise NotOurs(f"{what} is there already and belongs to no graph: rename or delete it")
     if owner.get("kind") == graph["kind"] and owner.get("name") == name_of(graph):
-        raise NotOurs(f"{what} is of a deleted graph of this name, and not gone yet")
+        raise NotGone(f"{what} is of a deleted graph of this name, and not gone yet")
     raise NotOurs(f"{what} belongs to {owner.get('kind')} {owner.get('name')}: rename this graph")
 
 

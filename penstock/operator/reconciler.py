@@ -31,7 +31,7 @@ from penstock.operator.desired import desired
 from penstock.operator.events import EventRecorder
 from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
-from penstock.operator.owned import Action, NotOurs, OwnedObjects
+from penstock.operator.owned import Action, NotGone, NotOurs, OwnedObjects
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
 from penstock.operator.status import Observed, status_of
 
@@ -96,7 +96,7 @@ class Reconciler:
             text = f"{note.service}: {note.message}" if note.service else note.message
             await self._recorder.record(graph, note.reason, text)
         links = self._links(graph)
-        refused = ""
+        refused, awaited = "", ""
         try:
             await self._adapters(graph, wanted)
             await self._mark_busy_pods(graph, wanted)
@@ -104,15 +104,19 @@ class Reconciler:
             await self._report(graph, actions)
         except NotOurs as error:
             refused = str(error)
+        except NotGone as error:
+            awaited = str(error)
         except ApiError as error:
+            if error.is_of_ending_namespace:
+                return None  # the graph is deleted next
             if not (error.is_refused or error.is_forbidden):
                 raise
             refused = str(error)
         if refused:
             await self._recorder.record(graph, "NotApplied", refused, "Warning")
-        await self._tell(graph, self._observed(graph, refused=refused))
+        await self._tell(graph, self._observed(graph, refused=refused, awaited=awaited))
         due_s = (next_due_at(links) - self._utc()).total_seconds()
-        return min(due_s, _RETRY_REFUSED_S) if refused else due_s
+        return min(due_s, _RETRY_REFUSED_S) if refused or awaited else due_s
 
     async def _renew_links(self, graph: Object) -> float | None:
         """The certificates of what runs go on being renewed while the manifest is wrong."""
@@ -150,7 +154,9 @@ class Reconciler:
             secret["metadata"]["labels"] = names.common_labels(name, "link")
         return made
 
-    def _observed(self, graph: Object, *, invalid: str = "", refused: str = "") -> Observed:
+    def _observed(
+        self, graph: Object, *, invalid: str = "", refused: str = "", awaited: str = ""
+    ) -> Observed:
         wanted = self._rendered.get(uid_of(graph))
         services = wanted.services if wanted is not None else ()
         workloads = {
@@ -158,19 +164,14 @@ class Reconciler:
             for kind, item in self._owned.of(graph)
             if kind in (DEPLOYMENTS, LEADER_WORKER_SETS)
         }
-        return Observed(services, workloads, self._pods(graph), invalid, refused)
+        return Observed(services, workloads, self._pods(graph), invalid, refused, awaited)
 
     def _pods(self, graph: Object) -> dict[str, list[Object]]:
         """The graph's pods by what selects them."""
         found: dict[str, list[Object]] = {}
-        for pod in self._caches.pods:
-            labels = labels_of(pod)
-            if (
-                labels.get(names.DISCOVERED_BY) == name_of(graph)
-                and namespace_of(pod) == namespace_of(graph)
-                and names.SELECTOR in labels
-            ):
-                found.setdefault(labels[names.SELECTOR], []).append(pod)
+        for pod in self._caches.pods.found(f"{namespace_of(graph)}/{name_of(graph)}"):
+            if selector := labels_of(pod).get(names.SELECTOR):
+                found.setdefault(selector, []).append(pod)
         return found
 
     # --- what is told ------------------------------------------------------------------------------------
@@ -247,6 +248,11 @@ class Reconciler:
 
 _RETRY_REFUSED_S = 60.0
 """What the API server refused is sent again after this long: a quota or a webhook may have changed."""
+
+
+def graph_of_pod(pod: Object) -> str:
+    """Namespace and name of the graph that a pod serves: how the cache of pods finds it."""
+    return f"{namespace_of(pod)}/{labels_of(pod).get(names.DISCOVERED_BY, '')}"
 
 
 def keep_status_writers(graph: Object) -> Object:

@@ -75,17 +75,25 @@ class Cluster:
 
     @asynccontextmanager
     async def operator(self, namespace: str = "") -> AsyncIterator[Controller]:
-        controller = Controller(
-            self.api,
-            ControllerSettings(namespace=namespace),
-            RenderSettings(image="penstock:operator"),
-            OperatorMetrics(),
-            MonotonicClock(),
-            "test-host",
-            leads=lambda: self.leads,
-            utc=lambda: self.now,
-        )
-        running = asyncio.create_task(controller.run())
+        def new() -> Controller:
+            return Controller(
+                self.api,
+                ControllerSettings(namespace=namespace),
+                RenderSettings(image="penstock:operator"),
+                OperatorMetrics(),
+                MonotonicClock(),
+                "test-host",
+                leads=lambda: self.leads,
+                utc=lambda: self.now,
+            )
+
+        async def work(controller: Controller) -> None:
+            while True:
+                await controller.run()
+                controller = new()
+
+        controller = new()
+        running = asyncio.create_task(work(controller))
         try:
             yield controller
         finally:
