@@ -63,6 +63,9 @@ class LogLine(NamedTuple):
     text: str
 
 
+_UNREADABLE = ("failed to convert new object", "failed to create typed patch object")
+"""So begins what older servers say, with status 500, of an applied object with a value of a wrong type."""
+
 NAMESPACE_ENDS = "NamespaceTerminating"
 
 
@@ -72,11 +75,15 @@ class ApiError(PenstockError):
     Args:
         message: one line, without the object that was sent.
         status: HTTP status; 0 when there was no answer.
+        causes: of a refused object, each wrong field and what is wrong with it.
         reason: the server's, such as `AlreadyExists`; NAMESPACE_ENDS where that is the cause.
     """
 
-    def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
+    def __init__(
+        self, message: str, status: int = 0, reason: str = "", causes: tuple[tuple[str, str], ...] = ()
+    ) -> None:
         super().__init__(message)
+        self.causes = causes
         self.status = status
         self.reason = reason
 
@@ -106,7 +113,7 @@ class ApiError(PenstockError):
     @property
     def is_refused(self) -> bool:
         """The server will not take this object, however often it is sent."""
-        return self.status in (400, 422)
+        return self.status in (400, 422) or (self.status == 500 and str(self).startswith(_UNREADABLE))
 
 
 class Api(Protocol):

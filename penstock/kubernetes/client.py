@@ -355,10 +355,11 @@ def _error(response: httpx2.Response) -> ApiError:
 
 def _status_error(status: Mapping[str, Any], code: int) -> ApiError:
     message = " ".join(str(status.get("message", "")).split())
-    reason = str(status.get("reason", ""))
+    reason, causes = str(status.get("reason", "")), []
     with contextlib.suppress(AttributeError, TypeError):  # a proxy may answer in another shape
-        causes = (status.get("details") or {}).get("causes") or ()
-        if any(cause.get("reason") == NAMESPACE_ENDS for cause in causes):
-            reason = NAMESPACE_ENDS
+        for cause in (status.get("details") or {}).get("causes") or ():
+            causes.append((str(cause.get("field", "")), " ".join(str(cause.get("message", "")).split())))
+            if cause.get("reason") == NAMESPACE_ENDS:
+                reason = NAMESPACE_ENDS
     given = status.get("code")
-    return ApiError(message, given if isinstance(given, int) and given else code, reason)
+    return ApiError(message, given if isinstance(given, int) and given else code, reason, tuple(causes))

@@ -20,6 +20,7 @@ from penstock.operator import access, names, networking, relays, storage, worklo
 from penstock.operator.containers import grace_period_s
 from penstock.operator.plan import Planner, ServicePlan, serving_roles
 from penstock.operator.pods import reserved_labels
+from penstock.operator.quantities import wrong_quantities
 from penstock.operator.resources import spared_amounts
 from penstock.operator.settings import (
     INGRESS,
@@ -65,7 +66,7 @@ def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluste
     graph = build_graph(manifest, _overrides(manifest.metadata.annotations), "", _rules(manifest))
     planner = Planner(manifest, graph, document, settings, cluster)
     plans = planner.plans()
-    wrong = list(planner.wrong)
+    wrong = [*planner.wrong, *wrong_quantities(document["spec"])]
     strategies = {plan.name: _tried(wrong, plan.name, _strategy, planner, plan) for plan in plans}
     claims = _tried(wrong, "", storage.volume_claims, manifest)
     _raise(manifest, wrong)

@@ -24,6 +24,15 @@ from penstock.kubernetes.reflector import Reflector
 from penstock.operator.names import MANAGER
 
 
+class Refused(PenstockError):
+    """The API server does not take an object, however often it is sent."""
+
+    def __init__(self, item: Object, error: ApiError) -> None:
+        super().__init__(str(error))
+        self.item = item
+        self.error = error
+
+
 class NotOurs(PenstockError):
     """An object that a graph needs belongs to somebody else."""
 
@@ -81,7 +90,8 @@ class OwnedObjects:
     ) -> list[Action]:
         """Apply `wanted`, then delete what the graph has besides them and `kept`.
 
-        Raises ApiError for the first object that the server does not take, NotOurs, NotGone, NotLeading.
+        Raises Refused for the first object that the server does not take, NotOurs, NotGone, NotLeading, and
+        ApiError when it should be tried again.
         """
         wanted = list(wanted)
         actions = await self.apply(graph, wanted)
@@ -145,7 +155,12 @@ class OwnedObjects:
             if is_being_deleted(live) or self._is_settled(live, wish):
                 return None
         self.check_leads()
-        result = await self._api.apply(kind, whole, MANAGER)
+        try:
+            result = await self._api.apply(kind, whole, MANAGER)
+        except ApiError as error:
+            if (error.is_refused or error.is_forbidden) and not error.is_of_ending_namespace:
+                raise Refused(item, error) from error
+            raise
         self._applied[uid_of(result)] = wish, _state(result)
         if live is None:
             return Action("Created", kind.name, name_of(item))

@@ -31,7 +31,8 @@ from penstock.operator.desired import desired
 from penstock.operator.events import EventRecorder
 from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
-from penstock.operator.owned import Action, NotGone, NotOurs, OwnedObjects
+from penstock.operator.owned import Action, NotGone, NotOurs, OwnedObjects, Refused
+from penstock.operator.refusals import in_words
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
 from penstock.operator.status import Observed, status_of
 
@@ -104,6 +105,8 @@ class Reconciler:
             await self._report(graph, actions)
         except NotOurs as error:
             refused = str(error)
+        except Refused as error:
+            refused = self._in_words(error, graph, wanted)
         except NotGone as error:
             awaited = str(error)
         except ApiError as error:
@@ -173,6 +176,12 @@ class Reconciler:
             if selector := labels_of(pod).get(names.SELECTOR):
                 found.setdefault(selector, []).append(pod)
         return found
+
+    def _in_words(self, refused: Refused, graph: Object, wanted: Desired) -> str:
+        named = {service.object_name: service.name for service in wanted.services}
+        service = named.get(name_of(refused.item), "")
+        given = (graph["spec"].get("services") or {}).get(service) or {}
+        return in_words(refused.error, refused.item, service, given)
 
     # --- what is told ------------------------------------------------------------------------------------
 

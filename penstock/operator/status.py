@@ -196,11 +196,21 @@ def _waits(service: RenderedService, observed: Observed, count: Object) -> str:
     old = count.get("replicas", 0) - count.get("updatedReplicas", 0)
     if old > 0:
         text += f", {old} of an earlier generation"
+    if failure := _failure(observed.workloads.get(service.object_name)):
+        text += f", {failure}"
     troubles = list(_troubles(observed.pods.get(service.object_name, ())))
     told = [f"{name}: {trouble.text}" for name, trouble in troubles[:_TOLD_PODS]]
     if len(troubles) > _TOLD_PODS:
         told.append(f"{len(troubles) - _TOLD_PODS} more pods")
     return " (".join([text, ", ".join(told) + ")"]) if told else text
+
+
+def _failure(workload: Object | None) -> str:
+    """Why the cluster makes no pods: a quota, an account or a priority class that is not there."""
+    for found in ((workload or {}).get("status") or {}).get("conditions") or ():
+        if found["type"] == "ReplicaFailure" and found["status"] == "True":
+            return str(found.get("message") or found.get("reason") or "")
+    return ""
 
 
 def _troubles(pods: Iterable[Object]) -> Iterable[tuple[str, Trouble]]:
