@@ -83,6 +83,7 @@ class Reconciler:
         graph = self._caches.graphs.items.get(key)
         if graph is None or is_being_deleted(graph):
             return None  # what it owns is deleted by the cluster's garbage collector
+        self._owned.check_leads()
         if reason := other_operator(graph):
             await self._recorder.record(graph, "NotOurs", reason, "Warning")
             return None
