@@ -55,6 +55,8 @@ async def change(api: HttpsApi, draw: random.Random) -> None:
             await api.apply(GRAPHS, _variant(name, draw), "kubectl")
         case "scale":
             replicas = {"replicas": draw.randrange(4)}
+            if "PrefillWorker" not in (await api.get(GRAPHS, name, KILLED))["spec"]["services"]:
+                return
             await api.patch(GRAPHS, name, {"spec": {"services": {"PrefillWorker": replicas}}}, KILLED)
         case "relays":
             annotations = {"penstock.dev/log-relays": draw.choice(["true", "false"])}

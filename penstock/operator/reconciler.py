@@ -127,7 +127,10 @@ class Reconciler:
         if self._owned.find(SECRETS, namespace_of(graph), names.link_secret(name_of(graph), "ca")) is None:
             return None
         links = self._links(graph)
-        await self._owned.apply(graph, links)
+        try:
+            await self._owned.apply(graph, links)
+        except (NotOurs, NotGone, Refused):
+            return _RETRY_REFUSED_S
         return (next_due_at(links) - self._utc()).total_seconds()
 
     def forget(self, uid: str) -> None:

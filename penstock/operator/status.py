@@ -98,8 +98,10 @@ def status_of(graph: Object, observed: Observed, now: datetime) -> Object:
         "state": state,
         "observedGeneration": generation,
         "conditions": conditions,
-        "services": {name: count for name, count in counts.items() if count},
-        "ready": _by_role(observed.services, counts),
+        # Nothing is known of the services of an invalid manifest that this operator has not seen valid.
+        # And server-side apply makes a null of an object whose last field goes, which the schema forbids.
+        "services": counts or before.get("services") or {},
+        "ready": _by_role(observed.services, counts) or before.get("ready") or {},
     }
 
 
@@ -137,10 +139,8 @@ def _container_trouble(container: Mapping[str, Any]) -> Trouble | None:
 
 
 def _counts(service: RenderedService, observed: Observed) -> Object:
-    """As Dynamo's status has them; empty while there is no object."""
-    workload = observed.workloads.get(service.object_name)
-    if workload is None:
-        return {}
+    """As Dynamo's status has them."""
+    workload = observed.workloads.get(service.object_name) or {}
     status = workload.get("status") or {}
     ready = status.get("readyReplicas", 0)
     return {

@@ -13,6 +13,7 @@ from penstock.kubernetes.kinds import (
     EVENTS,
     GRAPHS,
     LEADER_WORKER_SETS,
+    SECRETS,
     SERVICES,
     VOLUME_CLAIMS,
 )
@@ -83,6 +84,38 @@ async def test_a_graph_made_again_waits_quietly_for_what_its_predecessor_had(clu
         await cluster.settled()
         new_events = (await cluster.api.list(EVENTS)).items[old_events:]
         assert [item["type"] for item in new_events if item["type"] != "Normal"] == []
+
+
+async def test_a_graph_made_again_with_a_mistake_waits_as_quietly(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with cluster.operator():
+        await cluster.put(graph())
+        await until(lambda: len(cluster.deployments()) == 3)
+        await cluster.settled()
+        left = cluster.get(SECRETS, "g-link-ca")
+        await cluster.api.delete(GRAPHS, "g", NAMESPACE)
+        await cluster.api.create(SECRETS, left)
+        await cluster.settled()
+        await cluster.put(graph(Frontend=None))
+        await until(lambda: cluster.status().get("state") == "failed")
+        await cluster.settled()
+    assert "Traceback" not in caplog.text
+
+
+async def test_an_operator_that_knows_only_a_wrong_manifest_keeps_what_was_told_of_its_services(
+    cluster: Cluster,
+) -> None:
+    async with cluster.operator():
+        await cluster.put(graph())
+        await until(lambda: len(cluster.deployments()) == 3)
+        await cluster.settled()
+    before = cluster.status()
+    await cluster.put(graph(Frontend=None))
+    async with cluster.operator():
+        await until(lambda: cluster.status()["state"] == "failed")
+        after = cluster.status()
+    assert (after["ready"], after["services"]) == (before["ready"], before["services"])
 
 
 async def test_in_a_namespace_that_is_being_deleted_nothing_is_tried_twice_or_told(
