@@ -8,7 +8,6 @@ whose work failed comes back after a pause, which doubles with each further fail
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -79,5 +78,5 @@ class WorkQueue(Generic[Key]):
         finally:
             for task in tasks:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            # Not `await task`: what cancels this coroutine now could not be told from what just ended that.
+            await asyncio.wait(tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from penstock.clock import VirtualClock
+from penstock.clock import MonotonicClock, VirtualClock
 from penstock.operator.work_queue import RETRY_MAX_S, WorkQueue
 
 
@@ -88,3 +88,23 @@ async def test_two_workers_share_the_keys() -> None:
     await clock.advance(0)
     assert {first.result(), second.result()} == {"a", "b"}
     assert len(queue) == 0
+
+
+async def test_a_worker_that_is_cancelled_at_any_moment_ends() -> None:
+    """Also just when it wakes, and looks after what it waited with."""
+    for steps in range(8):
+        queue: WorkQueue[str] = WorkQueue(MonotonicClock())
+        queue.add("later", 60)
+
+        async def work(queue: WorkQueue[str] = queue) -> None:
+            while True:
+                queue.done(await queue.take())
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0.01)
+        queue.done("another")
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        ended, _ = await asyncio.wait([task], timeout=1)
+        assert ended, f"goes on after {steps} steps"
