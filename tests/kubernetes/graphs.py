@@ -64,7 +64,9 @@ def manifest(source: Path, images: Images, **annotations: str) -> dict[str, Any]
     return found
 
 
-def wait_ready(kubectl: Kubectl, name: str = "multinode-vllm", **ready: str) -> None:
+def wait_ready(
+    kubectl: Kubectl, name: str = "multinode-vllm", timeout_s: float = READY_S, **ready: str
+) -> None:
     """Until a graph is ready, with these replicas by role (`prefill="3/3"`)."""
 
     def holds() -> bool:
@@ -77,7 +79,7 @@ def wait_ready(kubectl: Kubectl, name: str = "multinode-vllm", **ready: str) -> 
             and all(counts.get(role) == count for role, count in ready.items())
         )
 
-    eventually(holds, f"the graph {name} is ready {ready or ''}", READY_S, [AssertionError])
+    eventually(holds, f"the graph {name} is ready {ready or ''}", timeout_s, [AssertionError])
 
 
 def wait_gone(kubectl: Kubectl) -> None:
@@ -90,9 +92,11 @@ def wait_gone(kubectl: Kubectl) -> None:
     eventually(lambda: left() == "", "nothing is left of the graphs", GONE_S)
 
 
-def ask(url: str, messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int = 50) -> str:
+def ask(
+    url: str, messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int = 50, model: str = MODEL
+) -> str:
     """An answer, streamed to its end."""
-    body = {"model": MODEL, "messages": messages, "max_tokens": max_tokens, "stream": True}
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     text, finished = "", False

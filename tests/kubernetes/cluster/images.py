@@ -51,8 +51,9 @@ import sys
 
 from penstock.cli import main
 
-sys.argv[0] = "penstock"
-main()
+if __name__ == "__main__":  # vLLM's processes import what started them
+    sys.argv[0] = "penstock"
+    main()
 """
 
 
@@ -136,7 +137,7 @@ def layer(name: str, make: Callable[[Path], None], *made_from: str) -> Layer:
         written = Path(temporary) / "layer.tar"
         with tarfile.open(written, "w", format=tarfile.PAX_FORMAT) as tar:
             for entry in sorted(content.iterdir()):
-                tar.add(entry, entry.name, filter=None if name == "base" else for_everybody)
+                tar.add(entry, entry.name, filter=FILTERS.get(name, for_everybody))
         written.rename(path)
     forget_old(name, LAYERS_KEPT)
     return Layer(path, file_digest(path))
@@ -149,14 +150,24 @@ def forget_old(name: str, kept: int) -> None:
 
 
 def for_everybody(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without times and owners, and readable for any user, whatever the checkout's files are like.
+    """Without times and owners, and readable for any user, whatever the checkout's files are like."""
+    info.mtime = 0
+    return without_owner(info)
 
-    Not for Debian itself, whose modes matter, and whose bytecode is checked against times.
-    """
-    info.mtime = info.uid = info.gid = 0
+
+def without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The same with the times of the files."""
+    info.uid = info.gid = 0
     info.uname = info.gname = ""
     info.mode |= (info.mode & 0o500) >> 3 | (info.mode & 0o500) >> 6
     return info
+
+
+FILTERS: dict[str, Callable[[tarfile.TarInfo], tarfile.TarInfo] | None] = {
+    "base": None,  # Debian's modes matter, and its bytecode is checked against times
+    "vllm": without_owner,  # so is the bytecode that pip made
+}
+"""What becomes of the files of some layers; those of all others are `for_everybody`."""
 
 
 def make_base(target: Path) -> None:
