@@ -65,7 +65,7 @@ def manifest(source: Path, images: Images, **annotations: str) -> dict[str, Any]
 
 
 def wait_ready(
-    kubectl: Kubectl, name: str = "multinode-vllm", timeout_s: float = READY_S, **ready: str
+    kubectl: Kubectl, name: str = "multinode-vllm", timeout_s: float = READY_S, /, **ready: str
 ) -> None:
     """Until a graph is ready, with these replicas by role (`prefill="3/3"`)."""
 
