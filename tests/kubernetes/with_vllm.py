@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ import pytest
 import yaml
 
 from tests.kubernetes.cluster import lifecycle, vllm_image
-from tests.kubernetes.conftest import given_kubeconfig
+from tests.kubernetes.conftest import REPORT, given_kubeconfig
 from tests.kubernetes.graphs import ANSWER, DEPLOY, MESSAGES, ask, wait_gone, wait_ready
 from tests.kubernetes.kubectl import Kubectl
 
 GRAPH = "vllm-cpu"
-MODEL = "tiny"
+MODEL = "models/tiny"  # as the manifest has it: the operator cannot know that it is a folder in the image
 READY_S = 600.0  # two engines that start at once, on two cores
 TRANSFER = re.compile(
     r"KV transfer done: .*transport=vllm-nixl blocks=(\d+) from=(\S+) first_token_ms=([\d.]+)"
@@ -44,12 +45,15 @@ def image(cluster: Kubectl) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture
-def graph(platform: Kubectl, image: str, node_names: list[str]) -> Iterator[Kubectl]:
-    """The shipped graph, ready, with its workers on two nodes."""
+@pytest.fixture(params=[2, 1], ids=["two nodes", "one node"])
+def graph(
+    platform: Kubectl, image: str, node_names: list[str], request: pytest.FixtureRequest
+) -> Iterator[Kubectl]:
+    """The shipped graph, ready, with its two workers on so many nodes."""
+    places = (node_names[0], node_names[request.param - 1])
     found: dict[str, Any] = yaml.safe_load((DEPLOY / "vllm-cpu.yaml").read_text())
     found["metadata"]["annotations"] = {"penstock.dev/image": image}
-    for service, node in zip(("PrefillWorker", "DecodeWorker"), node_names, strict=False):
+    for service, node in zip(("PrefillWorker", "DecodeWorker"), places, strict=True):
         pod = found["spec"]["services"][service]["extraPodSpec"]
         pod["nodeSelector"] = {"kubernetes.io/hostname": node}
     began = time.monotonic()
@@ -58,17 +62,16 @@ def graph(platform: Kubectl, image: str, node_names: list[str]) -> Iterator[Kube
         wait_ready(platform, GRAPH, READY_S, frontend="1/1", prefill="1/1", decode="1/1")
         print(f"ready after {time.monotonic() - began:.0f} s")
         yield platform
-    except AssertionError:
-        print(platform.story())
-        raise
     finally:
+        report = request.node.stash.get(REPORT, None)
+        if report is None or report.failed:
+            print(platform.story())
         platform("delete", "dynamographdeployment", GRAPH, "--ignore-not-found")
         wait_gone(platform)
 
 
-def test_nixl_moves_kv_between_pods_of_two_nodes(graph: Kubectl) -> None:
+def test_nixl_moves_kv_between_pods(graph: Kubectl) -> None:
     prefill, decode = the_pod(graph, "prefill"), the_pod(graph, "decode")
-    assert prefill["spec"]["nodeName"] != decode["spec"]["nodeName"]
 
     with graph.port_forward(f"svc/{GRAPH}-frontend", 8000) as url:
         # The name can only be answered from KV that was moved.
@@ -80,13 +83,14 @@ def test_nixl_moves_kv_between_pods_of_two_nodes(graph: Kubectl) -> None:
 
         for number in range(LONG_PROMPTS):
             ask(url, [{"role": "user", "content": f"{number} is my number. " * 60}], model=MODEL)
+        counted = metric(url, "penstock_transferred_blocks_total")
     moved = transfers(graph, decode)[1:]
     assert len(moved) == LONG_PROMPTS
 
     blocks = sum(transfer[0] for transfer in (*first, *moved))
-    assert metric(graph, decode, "penstock_transferred_blocks_total") == blocks
+    assert counted == blocks
     received = bytes_received(graph, decode, prefill)
-    assert received >= blocks * BLOCK_BYTES
+    assert received >= blocks * BLOCK_BYTES  # also on one node: its pods share no memory
     times = sorted(ms for _, _, ms in moved)
     print(
         f"{blocks} blocks, {received} bytes from {prefill['status']['podIP']} to"
@@ -106,9 +110,12 @@ def transfers(kubectl: Kubectl, decode: dict[str, Any]) -> list[tuple[int, str, 
     return [(int(blocks), source, float(ms)) for blocks, source, ms in TRANSFER.findall(log)]
 
 
-def metric(kubectl: Kubectl, pod: dict[str, Any], name: str) -> float:
-    text = kubectl.exec(pod["metadata"]["name"], "curl", "-s", "http://localhost:9090/metrics")
-    return sum(float(line.split()[-1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
+def metric(url: str, name: str) -> float:
+    """What a frontend counts."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=20) as response:
+        text = response.read().decode()
+    [value] = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
+    return float(value)
 
 
 def bytes_received(kubectl: Kubectl, by: dict[str, Any], sender: dict[str, Any]) -> int:
