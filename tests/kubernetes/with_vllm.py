@@ -53,6 +53,10 @@ def graph(
     places = (node_names[0], node_names[request.param - 1])
     found: dict[str, Any] = yaml.safe_load((DEPLOY / "vllm-cpu.yaml").read_text())
     found["metadata"]["annotations"] = {"penstock.dev/image": image}
+    # On two cores that other work slows down, computing and moving a prompt take about as long: which one a
+    # frontend prefers would be chance.
+    frontend = found["spec"]["services"]["Frontend"]["extraPodSpec"]["mainContainer"]
+    frontend["args"] += ["--disagg", "always"]
     for service, node in zip(("PrefillWorker", "DecodeWorker"), places, strict=True):
         pod = found["spec"]["services"][service]["extraPodSpec"]
         pod["nodeSelector"] = {"kubernetes.io/hostname": node}
