@@ -379,7 +379,7 @@ class ApiContract:
 
     async def test_a_watch_from_long_ago_must_list_again(self, api: Api, namespace: str) -> None:
         with pytest.raises(ApiError) as raised:
-            async for _ in api.watch(CONFIG_MAPS, "1", namespace):
+            async for _ in api.watch(CONFIG_MAPS, "1", namespace, timeout_s=2):
                 pass
         assert raised.value.is_expired
 

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from penstock.kubernetes.api import Api
 from penstock.kubernetes.client import HttpsApi, connect
-from tests.kubernetes.kubectl import Kubectl
+from tests.kubernetes import faults
+from tests.kubernetes.kubectl import Kubectl, eventually
 from tests.kubernetes_contract import ApiContract
 
 
@@ -26,3 +28,14 @@ class TestTheRealServer(ApiContract):
         cluster("create", "namespace", name)
         yield name
         cluster("delete", "namespace", name, "--wait=false")
+
+    @pytest.fixture
+    def forgetful(self, cluster: Kubectl) -> None:
+        """An API server remembers changes since it was started. This one is started anew."""
+        faults.kill("control", "kube-apiserver")
+        eventually(lambda: cluster.run("get", "--raw", "/readyz").stdout == "ok", "it is ready", 60)
+
+    @pytest.mark.own_cluster
+    @pytest.mark.usefixtures("forgetful")
+    async def test_a_watch_from_long_ago_must_list_again(self, api: Api, namespace: str) -> None:
+        await super().test_a_watch_from_long_ago_must_list_again(api, namespace)
