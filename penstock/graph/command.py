@@ -163,8 +163,10 @@ def _parse_words(words: Sequence[str], env: Mapping[str, str]) -> Command:
         return _own_command(ServiceKind(rest[0]), rest[1:], env)
     if name in PROGRAMS:
         return _translated(name, rest, env)
+    if not words:
+        raise ConfigError("there is no command: expected penstock frontend or penstock worker")
     raise ConfigError(
-        f"cannot run {' '.join(words) or 'nothing'!r}: expected penstock frontend, penstock worker,"
+        f"cannot run {' '.join(words)!r}: expected penstock frontend, penstock worker,"
         f" or python3 -m {', '.join([*PROGRAMS][:-1])} or {[*PROGRAMS][-1]}"
     )
 

@@ -6,11 +6,15 @@ last applied here. What was applied is remembered by the object's generation (it
 has none), so that an operator with nothing to do writes nothing. One that has just started remembers
 nothing and applies all once, which changes nothing where nothing differs.
 
-An object of the same name that belongs to somebody else is left alone, and is an error.
+An object of the same name that belongs to somebody else is left alone, and is an error. One that somebody
+changes back again and again is mended MENDS_MAX times, and then once in MENDS_S: two that fight would fill
+the API server's history, and neither would win.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +26,9 @@ from penstock.kubernetes.api import Api, ApiError, Kind, Object, is_being_delete
 from penstock.kubernetes.kinds import VOLUME_CLAIMS
 from penstock.kubernetes.reflector import Reflector
 from penstock.operator.names import MANAGER
+
+MENDS_MAX = 5
+MENDS_S = 60.0
 
 
 class Refused(PenstockError):
@@ -46,7 +53,8 @@ class NotLeading(PenstockError):
 
 
 class Action(msgspec.Struct, frozen=True):
-    """What was done to one object: Created, Updated or Deleted."""
+    """What was done to one object: Created, Updated, Deleted, or Contested: left as somebody made it, for
+    now."""
 
     verb: str
     kind: str
@@ -62,18 +70,28 @@ class OwnedObjects:
     Args:
         caches: what the cluster has, by kind; kinds without one are not served there.
         leads: whether this operator may write now.
+        now: seconds since an arbitrary start.
     """
 
-    def __init__(self, api: Api, caches: Mapping[Kind, Reflector], leads: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        api: Api,
+        caches: Mapping[Kind, Reflector],
+        leads: Callable[[], bool],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._api = api
         self._caches = caches
         self._leads = leads
+        self._now = now
         self._applied: dict[str, _Applied] = {}  # by the object's uid
+        self._mended: dict[str, deque[float]] = {}  # when somebody's change was undone, by the object's uid
         self._kinds = {(kind.api_version, kind.name): kind for kind in caches}
 
     def forget(self, uid: str) -> None:
         """The object is gone."""
         self._applied.pop(uid, None)
+        self._mended.pop(uid, None)
 
     def of(self, graph: Object) -> Iterable[tuple[Kind, Object]]:
         """The objects that this graph controls."""
@@ -154,6 +172,8 @@ class OwnedObjects:
             _check_ours(live, graph)
             if is_being_deleted(live) or self._is_settled(live, wish):
                 return None
+            if self._is_contested(uid_of(live)):
+                return Action("Contested", kind.name, name_of(item))
         self.check_leads()
         try:
             result = await self._api.apply(kind, whole, MANAGER)
@@ -161,17 +181,26 @@ class OwnedObjects:
             if (error.is_refused or error.is_forbidden) and not error.is_of_ending_namespace:
                 raise Refused(item, error) from error
             raise
+        before, _ = self._applied.get(uid_of(result), (0, 0))
         self._applied[uid_of(result)] = wish, _state(result)
         if live is None:
             return Action("Created", kind.name, name_of(item))
-        changed = _state(result) != _state(live)
-        return Action("Updated", kind.name, name_of(item)) if changed else None
+        if _state(result) == _state(live):
+            return None
+        if before == wish:
+            self._mended.setdefault(uid_of(live), deque(maxlen=MENDS_MAX)).append(self._now())
+        return Action("Updated", kind.name, name_of(item))
 
     def _is_settled(self, live: Object, wish: int) -> bool:
         """Whether just this was applied, and nobody has changed the object since. What a cache shows may be
         older than what was applied."""
         applied, state = self._applied.get(uid_of(live), (0, 0))
         return applied == wish and _state(live) <= state
+
+    def _is_contested(self, uid: str) -> bool:
+        """Whether it was mended so often of late that it is left alone for a while."""
+        times = self._mended.get(uid, deque())
+        return len(times) == MENDS_MAX and self._now() - times[-1] < MENDS_S
 
     def check_leads(self) -> None:
         """Raises NotLeading."""

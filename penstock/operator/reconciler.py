@@ -6,6 +6,7 @@ not matter how often this runs, where it was interrupted, or what was missed mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -31,7 +32,7 @@ from penstock.operator.desired import desired
 from penstock.operator.events import EventRecorder
 from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
-from penstock.operator.owned import Action, NotGone, NotOurs, OwnedObjects, Refused
+from penstock.operator.owned import MENDS_S, Action, NotGone, NotOurs, OwnedObjects, Refused
 from penstock.operator.refusals import in_words
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
 from penstock.operator.status import Observed, status_of
@@ -98,12 +99,13 @@ class Reconciler:
             text = f"{note.service}: {note.message}" if note.service else note.message
             await self._recorder.record(graph, note.reason, text)
         links = self._links(graph)
-        refused, awaited = "", ""
+        refused, awaited, awaited_s = "", "", math.inf
         try:
             await self._adapters(graph, wanted)
             await self._mark_busy_pods(graph, wanted)
             actions = await self._owned.converge(graph, [*links, *wanted.objects], wanted.adapters)
-            await self._report(graph, actions)
+            if await self._report(graph, actions):
+                awaited_s = MENDS_S
         except NotOurs as error:
             refused = str(error)
         except Refused as error:
@@ -120,7 +122,7 @@ class Reconciler:
             await self._recorder.record(graph, "NotApplied", refused, "Warning")
         await self._tell(graph, self._observed(graph, refused=refused, awaited=awaited))
         due_s = (next_due_at(links) - self._utc()).total_seconds()
-        return min(due_s, _RETRY_REFUSED_S) if refused or awaited else due_s
+        return min(due_s, _RETRY_REFUSED_S if refused or awaited else awaited_s)
 
     async def _renew_links(self, graph: Object) -> float | None:
         """The certificates of what runs go on being renewed while the manifest is wrong."""
@@ -219,13 +221,21 @@ class Reconciler:
                 self._owned.check_leads()
                 await mark_busy_pods(self._api, live, pods.get(name_of(item), ()))
 
-    async def _report(self, graph: Object, actions: Iterable[Action]) -> None:
-        """One event for all that was created, one for all that was updated, and so on."""
+    async def _report(self, graph: Object, actions: Iterable[Action]) -> bool:
+        """One event for all that was created, one for all that was updated, and so on. Whether something
+        was left as somebody else made it."""
         by_verb: dict[str, list[str]] = {}
         for action in actions:
             by_verb.setdefault(action.verb, []).append(f"{action.kind} {action.name}")
+        contested = ", ".join(by_verb.pop("Contested", ()))
         for verb, objects in by_verb.items():
             await self._recorder.record(graph, verb, ", ".join(objects))
+        if contested:
+            message = (
+                f"{contested}: somebody changes it again and again. It is mended every {MENDS_S:.0f} s"
+            )
+            await self._recorder.record(graph, "Contested", message, "Warning")
+        return bool(contested)
 
     async def _tell(self, graph: Object, observed: Observed) -> None:
         before = graph.get("status") or {}

@@ -25,6 +25,7 @@ from penstock.kubernetes.kinds import (
 )
 from penstock.operator.controller import Controller, ControllerSettings
 from penstock.operator.metrics import OperatorMetrics
+from penstock.operator.owned import MENDS_MAX
 from penstock.operator.reconciler import keep_status_writers, other_operator
 from penstock.operator.settings import RenderSettings
 from tests.kubernetes_double import KubernetesDouble
@@ -274,6 +275,25 @@ async def test_what_somebody_else_changes_or_deletes_is_mended(cluster: Cluster)
                 and cluster.get(SECRETS, "g-link-worker")
             )
         )
+
+
+async def test_who_changes_an_object_again_and_again_is_not_fought_at_any_pace(cluster: Cluster) -> None:
+    async with cluster.operator():
+        await cluster.put(graph())
+        await until(lambda: len(cluster.deployments()) == 3)
+        await cluster.settled()
+        changes = 0
+        while "Contested" not in dict(await cluster.events()):
+            found = cluster.get(DEPLOYMENTS, "g-decodeworker")
+            if found["spec"]["replicas"] == 2:
+                changes += 1
+                await cluster.api.patch(DEPLOYMENTS, "g-decodeworker", {"spec": {"replicas": 1}}, NAMESPACE)
+            await asyncio.sleep(0.05)
+        assert changes == 1 + MENDS_MAX
+        assert "Deployment g-decodeworker" in dict(await cluster.events())["Contested"]
+        before = await cluster.settled()
+        await asyncio.sleep(1)
+        assert len(cluster.api.writes) == before
 
 
 async def test_an_object_of_somebody_else_is_left_alone_and_named(cluster: Cluster) -> None:
