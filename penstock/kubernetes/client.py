@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpcore2  # noqa: F401 - else the first client imports it, while the event loop waits
 import httpx2
 import msgspec
 import yaml
