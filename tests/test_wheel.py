@@ -65,6 +65,6 @@ def test_it_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> No
 def test_what_errors_say_to_install_is_what_the_extras_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    assert project["scripts"] == {"penstock": "penstock.cli:main"}
+    assert project["scripts"] == {"penstock": "penstock.__main__:main"}
     assert " ".join(f"'{requirement}'" for requirement in extras["vllm"]) in INSTALL
     assert extras["etcd"] == ["httpx2>=2.12,<3"]  # process.py says so

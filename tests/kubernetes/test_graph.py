@@ -211,3 +211,14 @@ def test_instances_found_in_etcd(graph: Kubectl, images: Images) -> None:
     finally:
         graph("delete", "dynamographdeployment", "by-etcd", "--wait=false")
         graph("delete", "deployment,service", "etcd", "--wait=false")
+
+
+def test_a_graph_that_is_deleted_while_it_starts_is_gone_at_once(graph: Kubectl, images: Images) -> None:
+    """And not after the grace periods of pods that were not told in time."""
+    found = manifest(SHIPPED, images)
+    found["metadata"]["name"] = "brief"
+    graph.apply(found)
+    selector = ("-l", "app=brief")
+    eventually(lambda: graph.items("pods", *selector), "its pods are there", 30)
+    graph("delete", "dynamographdeployment", "brief")
+    eventually(lambda: graph("get", "pods", *selector, "-o", "name") == "", "its pods are gone", 60)

@@ -49,7 +49,7 @@ LAUNCHER = """\
 #!/usr/bin/python3
 import sys
 
-from penstock.cli import main
+from penstock.__main__ import main
 
 if __name__ == "__main__":  # vLLM's processes import what started them
     sys.argv[0] = "penstock"
