@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import ssl
 import tempfile
@@ -33,6 +32,7 @@ from penstock.operator.certificates import (
     new_authority,
     new_certificate,
 )
+from penstock.operator.secret_data import data_of, pair_of, secret_of
 
 log = logging.getLogger(__name__)
 
@@ -114,14 +114,17 @@ class Webhook:
         secret = await self._secret()
         if self._leads():
             wanted = webhook_secret(secret, self._namespace, self._service, self._utc())
-            if secret is None or wanted["data"] != secret["data"]:
+            if secret is None or wanted["data"] != secret.get("data"):
                 secret = await self._api.apply(SECRETS, wanted, names.MANAGER)
         if secret is None:
             return
-        data = {key: base64.b64decode(value) for key, value in secret["data"].items()}
-        self._load(data)
+        data = data_of(secret)
+        pair = pair_of(data, "tls.crt", "tls.key")
+        if pair is None:  # the leader makes it anew
+            return
+        self._load(pair)
         if self._leads():
-            await self._announce(secret["data"]["ca.crt"])
+            await self._announce(base64.b64encode(data["ca.crt"]).decode())
 
     async def _secret(self) -> Object | None:
         try:
@@ -131,16 +134,16 @@ class Webhook:
                 return None
             raise
 
-    def _load(self, data: dict[str, bytes]) -> None:
+    def _load(self, pair: Pair) -> None:
         """For connections from now on."""
-        if data["tls.crt"] == self._loaded:
+        if pair.certificate == self._loaded:
             return
         with tempfile.TemporaryDirectory() as folder:  # the one way in which `ssl` takes a certificate
             file = Path(folder, "pair.pem")
             file.touch(mode=0o600)
-            file.write_bytes(data["tls.crt"] + data["tls.key"])
+            file.write_bytes(pair.certificate + pair.key)
             self.context.load_cert_chain(file)
-        self._loaded = data["tls.crt"]
+        self._loaded = pair.certificate
         self.has_certificate.set()
         log.info("the conversion webhook has a certificate")
 
@@ -158,10 +161,14 @@ class Webhook:
             "metadata": {"resourceVersion": live["metadata"]["resourceVersion"]},
             "spec": {field: wanted["spec"][field] for field in ("versions", "conversion")},
         }
-        with contextlib.suppress(_Conflict):
-            await self._patch(changes)
-            self._told = ""
-            log.info("%s is served in all its versions", GRAPHS)
+        try:
+            await self._api.patch(DEFINITIONS, str(GRAPHS), changes)
+        except ApiError as error:
+            if not error.is_conflict:  # somebody changed it meanwhile: the next look sees that
+                raise
+            return
+        self._told = ""
+        log.info("%s is served in all its versions", GRAPHS)
 
     async def _other_webhook(self, definition: Object) -> str:
         """The Service of another operator that converts graphs, as NAMESPACE/NAME; empty when there is
@@ -180,36 +187,25 @@ class Webhook:
                 raise
         return "/".join(place)
 
-    async def _patch(self, changes: Object) -> None:
-        try:
-            await self._api.patch(DEFINITIONS, str(GRAPHS), changes)
-        except ApiError as error:
-            if error.is_conflict:
-                raise _Conflict from error
-            raise
-
     def _tell(self, trouble: str) -> None:
         if trouble and trouble != self._told:
             log.warning("other versions of graphs than v1alpha1 may not be served: %s", trouble)
         self._told = trouble
 
 
-class _Conflict(Exception):
-    """Somebody changed the CRD meanwhile: the next look sees it."""
-
-
 def webhook_secret(current: Object | None, namespace: str, service: str, now: datetime) -> Object:
     """The Secret with the webhook's certificate, as it should be now; with the same data where nothing is
     due."""
     host = f"{service}.{namespace}.svc"
-    data = {key: base64.b64decode(text) for key, text in ((current or {}).get("data") or {}).items()}
-    authority = Pair(data.get("ca.crt", b""), data.get("ca.key", b""))
-    if is_due(authority.certificate, now):
+    data = data_of(current)
+    authority = pair_of(data, "ca.crt", "ca.key")
+    if authority is None or is_due(authority.certificate, now):
         # The API server trusts what the CRD says from the next second on, so there is nothing to announce
         # first.
         authority = new_authority(f"{service} webhook", now)
-    pair = Pair(data.get("tls.crt", b""), data.get("tls.key", b""))
-    if is_due(pair.certificate, now) or not is_signed_by(pair.certificate, authority.certificate):
+    pair = pair_of(data, "tls.crt", "tls.key")
+    is_trusted = pair is not None and is_signed_by(pair.certificate, authority.certificate)
+    if pair is None or not is_trusted or is_due(pair.certificate, now):
         pair = new_certificate(authority, host[:64], [host, f"{host}.cluster.local"], now)
     wanted = {
         "ca.crt": bundle([authority.certificate], now),
@@ -217,17 +213,5 @@ def webhook_secret(current: Object | None, namespace: str, service: str, now: da
         "tls.crt": pair.certificate,
         "tls.key": pair.key,
     }
-    return {
-        "apiVersion": SECRETS.api_version,
-        "kind": SECRETS.name,
-        "metadata": {
-            "name": SECRET,
-            "namespace": namespace,
-            "labels": {
-                "app.kubernetes.io/name": "penstock-operator",
-                "app.kubernetes.io/part-of": "penstock",
-            },
-        },
-        "type": "Opaque",
-        "data": {key: base64.b64encode(value).decode() for key, value in wanted.items()},
-    }
+    labels = {"app.kubernetes.io/name": "penstock-operator", "app.kubernetes.io/part-of": "penstock"}
+    return secret_of({"name": SECRET, "namespace": namespace, "labels": labels}, wanted)

@@ -14,12 +14,9 @@ that processes that run go on understanding those that start.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
 
 from penstock.kubernetes.api import Object
 from penstock.operator import names
@@ -33,6 +30,7 @@ from penstock.operator.certificates import (
     new_authority,
     new_certificate,
 )
+from penstock.operator.secret_data import data_of, pair_of, secret_of
 
 _ANNOUNCED = timedelta(days=1)  # kubelets bring a changed Secret into pods within two minutes
 _SECRET_BYTES = 32
@@ -50,7 +48,7 @@ def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> li
     Args:
         current: the Secrets that there are, by name. What is missing or unreadable in them is made anew.
     """
-    own, worker, frontend = (_data(current.get(name)) for name in secret_names(graph))
+    own, worker, frontend = (data_of(current.get(name)) for name in secret_names(graph))
     shared = own.get("secret") or worker.get("secret") or frontend.get("secret")
     shared = shared or secrets.token_hex(_SECRET_BYTES).encode()
     authority, following = _authorities(graph, own, now)
@@ -70,22 +68,26 @@ def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> li
         | _certificate(found, authority, f"{graph} {role}", hosts, trusted, now)
         for found, role, hosts in ((worker, "worker", [names.LINK_SERVER_NAME]), (frontend, "frontend", []))
     ]
-    return [_secret(name, data) for name, data in zip(secret_names(graph), [kept, *mounted], strict=True)]
+    return [
+        secret_of({"name": name}, data)
+        for name, data in zip(secret_names(graph), [kept, *mounted], strict=True)
+    ]
 
 
 def next_due_at(objects: list[Object]) -> datetime:
     """When the next of these certificates is to be renewed."""
-    data = [_data(item) for item in objects]
+    data = [data_of(item) for item in objects]
     times = [due_at(one["tls.crt"]) for one in data if "tls.crt" in one]
-    times += [due_at(one["ca.crt"]) for one in data if "ca.key" in one]
+    # One whose successor was announced is due for no more than to be followed by it.
+    times += [due_at(one["ca.crt"]) for one in data if "ca.key" in one and "next.crt" not in one]
     times += [made_at(one["next.crt"]) + _ANNOUNCED for one in data if "next.crt" in one]
     return min(times)
 
 
 def _authorities(graph: str, data: Mapping[str, bytes], now: datetime) -> tuple[Pair, Pair | None]:
     """The one that signs now, and its successor where one was announced."""
-    authority = _pair(data, "ca.crt", "ca.key")
-    following = _pair(data, "next.crt", "next.key")
+    authority = pair_of(data, "ca.crt", "ca.key")
+    following = pair_of(data, "next.crt", "next.key")
     if authority is None:
         return following or new_authority(f"{graph} link", now), None
     if following is not None and now >= made_at(following.certificate) + _ANNOUNCED:
@@ -99,40 +101,9 @@ def _certificate(
     data: Mapping[str, bytes], authority: Pair, name: str, hosts: list[str], trusted: bytes, now: datetime
 ) -> dict[str, bytes]:
     """A process's certificate: the one it has, unless it is to be renewed or nobody would trust it."""
-    found = _pair(data, "tls.crt", "tls.key")
+    found = pair_of(data, "tls.crt", "tls.key")
     trusts = [b"-----BEGIN" + part for part in trusted.split(b"-----BEGIN")[1:]]
     usable = found is not None and any(is_signed_by(found.certificate, one) for one in trusts)
     if found is None or not usable or is_due(found.certificate, now):
         found = new_certificate(authority, name, hosts, now)
     return {"tls.crt": found.certificate, "tls.key": found.key}
-
-
-def _pair(data: Mapping[str, bytes], certificate: str, key: str) -> Pair | None:
-    """None where it is not there, or no certificate."""
-    if not data.get(certificate) or not data.get(key):
-        return None
-    try:
-        made_at(data[certificate])
-    except ValueError:
-        return None
-    return Pair(data[certificate], data[key])
-
-
-def _data(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
-    found = {}
-    for key, value in ((secret or {}).get("data") or {}).items():
-        try:
-            found[key] = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError):
-            continue
-    return found
-
-
-def _secret(name: str, data: Mapping[str, bytes]) -> Object:
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": name},
-        "type": "Opaque",
-        "data": {key: base64.b64encode(value).decode() for key, value in sorted(data.items())},
-    }

@@ -141,6 +141,19 @@ async def test_what_an_applied_crd_took_away_is_given_back() -> None:
         assert sorted(served(api)) == ["v1alpha1", "v1beta1"]
 
 
+async def test_a_certificate_that_somebody_spoilt_is_made_anew() -> None:
+    api = await with_crds()
+    operator = Operator(api)
+    async with operator.running():
+        await api.patch(SECRETS, SECRET, {"data": {"tls.crt": "%%%", "ca.key": None}}, "ns")
+        await operator.clock.advance(31)
+        found = api.stored(SECRETS, SECRET, "ns")
+        assert found is not None
+        signed, authority = (base64.b64decode(found["data"][key]) for key in ("tls.crt", "ca.crt"))
+        assert is_signed_by(signed, authority)
+        assert conversion(api)["webhook"]["clientConfig"]["caBundle"] == found["data"]["ca.crt"]
+
+
 def test_a_certificate_is_kept_until_it_is_due_and_its_authority_longer() -> None:
     first = webhook_secret(None, "ns", "penstock-operator", NOW)
     assert webhook_secret(first, "ns", "penstock-operator", NOW + timedelta(days=50)) == first

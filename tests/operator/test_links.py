@@ -92,6 +92,13 @@ def test_a_deleted_secret_is_made_again_so_that_running_processes_go_on(
     assert after(mended) == mended
 
 
+def test_while_a_successor_is_announced_its_day_is_the_next_date(fresh: dict[str, Object]) -> None:
+    """And not the one on which its predecessor became due: that is past."""
+    due_days = AUTHORITY_DAYS * 0.67
+    announced = list(after(fresh, days=due_days).values())
+    assert next_due_at(announced) > NOW + timedelta(days=due_days + 0.9)
+
+
 def test_garbage_is_replaced(fresh: dict[str, Object]) -> None:
     fresh["g-link-worker"]["data"]["tls.crt"] = base64.b64encode(b"not a certificate").decode()
     fresh["g-link-frontend"]["data"]["tls.crt"] = "%%%"
