@@ -15,12 +15,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 import msgspec
-import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.address import join_address
 from penstock.errors import ConfigError
-from penstock.http_server import HttpServer
+from penstock.http_server import served
 from penstock.listening import listen
 from penstock.quiet_log import QuietLog
 
@@ -82,28 +81,11 @@ class _Connection(H11Protocol):
 async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[int]:
     """Serve probes meanwhile; the value is the port. Raises ConfigError when it cannot be had. None: the
     usual port, or another where that is taken."""
-    config = uvicorn.Config(
-        _App(health),
-        http=type("_Connection", (_Connection,), {"quiet_log": QuietLog(log)}),
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
+    protocol = type("_Connection", (_Connection,), {"quiet_log": QuietLog(log)})
     with _listen(host, port) as listener:
-        server = HttpServer(config)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(server.serve([listener]), name="probes")
-                log.info("probes on http://%s", join_address(*listener.getsockname()[:2]))
-                try:
-                    yield listener.getsockname()[1]
-                finally:
-                    server.should_exit = True
-        finally:
-            server.drop_all()
+        async with served(_App(health), protocol, listener):
+            log.info("probes on http://%s", join_address(*listener.getsockname()[:2]))
+            yield listener.getsockname()[1]
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

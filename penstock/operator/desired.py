@@ -16,6 +16,7 @@ from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph
 from penstock.graph.manifest import checked_document, manifest_of
 from penstock.graph.versions import in_words_of
 from penstock.kubernetes.api import Object
+from penstock.kubernetes.kinds import ADAPTERS
 from penstock.operator import access, names, networking, relays, storage, workloads
 from penstock.operator.containers import grace_period_s
 from penstock.operator.plan import Planner, ServicePlan, serving_roles
@@ -206,8 +207,8 @@ def _has_adapter(plan: ServicePlan) -> bool:
 
 def _adapter(plan: ServicePlan) -> Object:
     return {
-        "apiVersion": names.GROUP_VERSION,
-        "kind": names.ADAPTER_KIND,
+        "apiVersion": ADAPTERS.api_version,
+        "kind": ADAPTERS.name,
         "metadata": {
             "name": plan.object_name,
             "labels": names.common_labels(plan.graph.name, plan.role),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-GROUP_VERSION = "nvidia.com/v1alpha1"
-ADAPTER_KIND = "DynamoGraphDeploymentScalingAdapter"
 MANAGER = "penstock-operator"
 
 MAIN = "main"

@@ -41,6 +41,10 @@ TAKE_OVER = "penstock.dev/take-over"
 """Annotation by which a user says that another operator is gone."""
 
 
+_RETRY_REFUSED_S = 60.0
+"""What the API server refused is sent again after this long: a quota or a webhook may have changed."""
+
+
 class Caches(msgspec.Struct, frozen=True):
     """What the cluster has, besides the objects that graphs own."""
 
@@ -267,10 +271,6 @@ class Reconciler:
         except ApiError as error:
             if not error.is_not_found:  # deleted meanwhile
                 raise
-
-
-_RETRY_REFUSED_S = 60.0
-"""What the API server refused is sent again after this long: a quota or a webhook may have changed."""
 
 
 def graph_of_pod(pod: Object) -> str:

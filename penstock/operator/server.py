@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
-import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from penstock import http_server
 from penstock.address import join_address
 from penstock.errors import ConfigError
-from penstock.http_server import HttpServer
 from penstock.listening import listen
 from penstock.quiet_log import QuietLog
 
@@ -24,6 +23,9 @@ log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
 """Of a request: a ConversionReview holds all objects of a list, of up to 1.5 MB each."""
+
+
+CONNECTIONS_MAX = 64
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -104,35 +106,17 @@ async def served(
     Raises:
         ConfigError: the port cannot be had.
     """
-    config = uvicorn.Config(
-        _App(routes),
-        http=type("_Protocol", (_Protocol,), {"quiet_log": QuietLog(log)}),
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=64,
-        timeout_graceful_shutdown=1,
-    )
-    config.load()
-    config.ssl = tls
     try:
         listener = listen(host, port)
     except OSError as error:
         raise ConfigError(
             f"{flag}: cannot listen on {join_address(host, port)}: {error.strerror}"
         ) from error
+    protocol = type("_Protocol", (_Protocol,), {"quiet_log": QuietLog(log)})
     with listener:
-        server = HttpServer(config)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(server.serve([listener]), name=f"server {flag}")
-                scheme = "http" if tls is None else "https"
-                log.info("listening on %s://%s", scheme, join_address(*listener.getsockname()[:2]))
-                try:
-                    yield listener.getsockname()[1]
-                finally:
-                    server.should_exit = True
-        finally:
-            server.drop_all()
+        async with http_server.served(
+            _App(routes), protocol, listener, tls=tls, connections_max=CONNECTIONS_MAX
+        ):
+            scheme = "http" if tls is None else "https"
+            log.info("listening on %s://%s", scheme, join_address(*listener.getsockname()[:2]))
+            yield listener.getsockname()[1]

@@ -8,11 +8,17 @@ from typing import Literal
 import msgspec
 
 from penstock.kubernetes.api import Object
+from penstock.kubernetes.kinds import (
+    DISRUPTION_BUDGETS,
+    DISRUPTION_BUDGETS_BETA,
+    INGRESSES,
+    LEADER_WORKER_SETS,
+)
 
-PDB = "PodDisruptionBudget"
-INGRESS = ("networking.k8s.io/v1", "Ingress")
-LEADER_WORKER_SET = ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet")
-BUDGET_VERSIONS = ("policy/v1", "policy/v1beta1")
+PDB = DISRUPTION_BUDGETS.name
+BUDGET_VERSIONS = (DISRUPTION_BUDGETS.api_version, DISRUPTION_BUDGETS_BETA.api_version)
+INGRESS = (INGRESSES.api_version, INGRESSES.name)
+LEADER_WORKER_SET = (LEADER_WORKER_SETS.api_version, LEADER_WORKER_SETS.name)
 
 
 class RenderSettings(msgspec.Struct, frozen=True):
