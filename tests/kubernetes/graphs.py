@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import subprocess
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tests.kubernetes import client
 from tests.kubernetes.cluster.places import CHECKOUT
 from tests.kubernetes.conftest import Images
 from tests.kubernetes.kubectl import Kubectl, eventually
@@ -96,72 +96,14 @@ def ask(
     url: str, messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int = 50, model: str = MODEL
 ) -> str:
     """An answer, streamed to its end."""
+    return client.ask(f"{url}/v1/chat/completions", request_body(messages, max_tokens, model))
+
+
+def request_body(
+    messages: Sequence[dict[str, str]] = MESSAGES, max_tokens: int = 50, model: str = MODEL
+) -> bytes:
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-    text, finished = "", False
-    with urllib.request.urlopen(request, timeout=120) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    raise ValueError(chunk["error"])
-                for choice in chunk["choices"]:
-                    text += choice["delta"].get("content") or ""
-                    finished = finished or choice.get("finish_reason") is not None
-    if not finished:
-        raise ValueError(f"the stream ended early: {text!r}")
-    return text
-
-
-CLIENT = """
-import json, os, sys, threading, time, urllib.request
-
-url, clients, body, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode(), sys.argv[4]
-told = {"answers": 0, "wrong": [], "errors": [], "longest_s": 0.0}
-stop = threading.Event()
-
-def ask():
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    text, finished = "", False
-    with urllib.request.urlopen(request, timeout=120) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    raise ValueError(chunk["error"])
-                for choice in chunk["choices"]:
-                    text += choice["delta"].get("content") or ""
-                    finished = finished or choice.get("finish_reason") is not None
-    if not finished:
-        raise ValueError(f"the stream ended early: {text!r}")
-    return text
-
-def run():
-    while not stop.is_set():
-        began = time.time()
-        try:
-            text = ask()
-            told["answers"] += 1
-            if text != wanted:
-                told["wrong"].append(text)
-        except Exception as error:
-            told["errors"].append(f"after {time.time() - began:.1f} s: {error!r}")
-        told["longest_s"] = max(told["longest_s"], round(time.time() - began, 2))
-        stop.wait(0.2)
-
-threads = [threading.Thread(target=run) for _ in range(clients)]
-for thread in threads:
-    thread.start()
-while not os.path.exists("/tmp/stop"):
-    time.sleep(0.2)
-stop.set()
-for thread in threads:
-    thread.join()
-print(json.dumps(told), flush=True)
-"""
-"""Clients in a pod, as most are: they reach frontends by the Service. Told to stop, they print what became
-of their requests."""
+    return json.dumps(body).encode()
 
 
 @dataclass
@@ -186,9 +128,9 @@ def under_load(
     kubectl: Kubectl, image: str, node: str, host: str = "multinode-vllm-frontend", clients: int = 20
 ) -> Iterator[Load]:
     """Clients that ask `host` meanwhile, from a pod on this node."""
-    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 50, "stream": True}
     url = f"http://{host}:8000/v1/chat/completions"
-    command = ["python3", "-u", "-c", CLIENT, url, str(clients), json.dumps(body), ANSWER]
+    text = Path(client.__file__).read_text()
+    command = ["python3", "-u", "-c", text, url, str(clients), request_body().decode(), ANSWER]
     name = f"client-{secrets.token_hex(3)}"
     spec = pod(image, command, node) | {"restartPolicy": "Never"}
     kubectl.apply(named_pod(name, spec))
@@ -196,7 +138,7 @@ def under_load(
     load = Load()
     try:
         yield load
-        kubectl.exec(name, "touch", "/tmp/stop")
+        kubectl.exec(name, "touch", client.STOP_FILE)
         eventually(
             lambda: kubectl.get("pod", name)["status"]["phase"] == "Succeeded", "the clients end", 150
         )
