@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -85,7 +86,7 @@ def is_signed_by(certificate: bytes, authority: bytes) -> bool:
     try:
         signed = x509.load_pem_x509_certificate(certificate)
         signed.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
-    except Exception:  # noqa: BLE001 - whatever it complains of: InvalidSignature, ValueError, TypeError
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
         return False
     return True
 
