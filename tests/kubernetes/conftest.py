@@ -111,8 +111,7 @@ def images() -> Images:
 def kubectl(cluster: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubectl]:
     """kubectl in a namespace of the test's own. When the test fails, what happened there is printed."""
     slug = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))[:40].strip("-")
-    own = cluster.within(f"{slug}-{secrets.token_hex(3)}")
-    cluster("create", "namespace", own.namespace)
+    own = cluster.new_namespace(f"{slug}-{secrets.token_hex(3)}")
     yield own
     report = request.node.stash.get(REPORT, None)
     if report is not None and report.failed:

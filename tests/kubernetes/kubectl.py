@@ -90,6 +90,18 @@ class Kubectl:
         for name in names:
             self("rollout", "status", name, f"--timeout={timeout_s:.0f}s", timeout_s=timeout_s + 10)
 
+    def new_namespace(self, name: str) -> Kubectl:
+        """kubectl in a new namespace. Waits for its ServiceAccount: a controller makes it a moment later,
+        and until then the API server refuses pods there."""
+        self("create", "namespace", name)
+        own = self.within(name)
+        eventually(
+            lambda: own.run("get", "serviceaccount", "default").returncode == 0,
+            f"namespace {name} has its ServiceAccount",
+            COMMAND_S,
+        )
+        return own
+
     def exec(self, pod: str, *command: str, timeout_s: float = COMMAND_S) -> str:
         return self("exec", pod, "--", *command, timeout_s=timeout_s)
 

@@ -25,7 +25,7 @@ class TestTheRealServer(ApiContract):
     @pytest.fixture
     def namespace(self, cluster: Kubectl) -> Iterator[str]:
         name = f"api-{secrets.token_hex(4)}"
-        cluster("create", "namespace", name)
+        cluster.new_namespace(name)
         yield name
         cluster("delete", "namespace", name, "--wait=false")
 
