@@ -112,11 +112,11 @@ format: $(VENV)/.dev ## let ruff put it in order
 
 check: lint test ## what CI runs
 
-sim: $(VENV)/.serve ## the fault lab: 2,000 seeds of workers, frontends and faults on virtual time
-	$(BIN)/penstock sim --seeds 0..1999 $(ARGS)
+sim: $(VENV)/.dev ## the fault lab: 2,000 seeds of workers, frontends and faults on virtual time
+	$(BIN)/python -m simulator --seeds 0..1999 $(ARGS)
 
-sim-nightly: $(VENV)/.serve ## the same with 100,000 other seeds
-	$(BIN)/penstock sim --seeds 100000..199999 $(ARGS)
+sim-nightly: $(VENV)/.dev ## the same with 100,000 other seeds
+	$(BIN)/python -m simulator --seeds 100000..199999 $(ARGS)
 
 fuzz: $(VENV)/.dev ## guided search for inputs that break something (installs atheris)
 	$(PIP) install --quiet --editable '.[dev,fuzz]'

@@ -19,7 +19,7 @@ from functools import partial
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.policy import Candidate, Query, choose
 from penstock.core.prefix_index import PrefixIndex
-from penstock.structs import Load, Role
+from penstock.shapes import Load, Role
 
 REPEATS = 30
 EVENT_BLOCKS = 512

@@ -23,7 +23,7 @@ from processes import start, stop, wait_ready
 
 from penstock.bench.answers import StreamedAnswer
 from penstock.bench.client import HttpClient
-from penstock.frontend.api_keys import key_line
+from penstock.frontend.http.api_keys import key_line
 
 TIMEOUT_S = 300.0
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from penstock.ports import KvTransfer, Pulled
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 from penstock.transfer.nixl import NixlTransfer
 from penstock.transfer.tcp import TcpTransfer
 

@@ -60,7 +60,7 @@ async def by_async_llm(streams: int, tokens: int) -> float:
 async def by_engine(streams: int, tokens: int) -> float:
     """Microseconds a token."""
     from penstock.engines.vllm.engine import VllmEngine
-    from penstock.structs import Attempt, Sampling
+    from penstock.shapes import Attempt, Sampling
     from tests.engines.vllm.live.running import settings
 
     engine = VllmEngine(settings())

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.structs import (
+from penstock.shapes import (
     Attempt,
     EngineCard,
     EngineStep,

@@ -17,13 +17,13 @@ from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError
-from penstock.instances import Prepare
 from penstock.link.settings import ClientSettings, ServerSettings
-from penstock.observability import Metrics
-from penstock.router import Router
-from penstock.structs import Delta, FinishReason, Request, Role, Sampling
+from penstock.metrics import Metrics
+from penstock.router.instances import Prepare
+from penstock.router.router import Router
+from penstock.shapes import Delta, FinishReason, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
-from penstock.worker import Worker, WorkerSettings
+from penstock.worker.worker import Worker, WorkerSettings
 
 MODEL = "sim"
 WAIT_S = 20.0

@@ -18,7 +18,7 @@ settings.load_profile("penstock")
 @pytest.fixture(autouse=True)
 def files_that_were_renewed_count_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is: they are read at once, and not in a thread that may be late."""
-    monkeypatch.setattr("penstock.renewed.start_thread", lambda run: run())
+    monkeypatch.setattr("penstock.net.renewed.start_thread", lambda run: run())
 
 
 @pytest.fixture(autouse=True)

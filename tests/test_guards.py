@@ -19,9 +19,9 @@ from penstock.errors import RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.session import Session
-from penstock.router import Router
-from penstock.structs import Registration, Role
-from penstock.worker import Worker
+from penstock.router.router import Router
+from penstock.shapes import Registration, Role
+from penstock.worker.worker import Worker
 from tests.cluster import Answer, Cluster, cluster
 
 PROMPT = list(range(1, 100))

@@ -14,7 +14,7 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.progress import ProgressLimits
 from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
-from penstock.structs import Role
+from penstock.shapes import Role
 from tests.cluster import MODEL, WAIT_S, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED

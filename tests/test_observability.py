@@ -9,8 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.errors import ConfigError
-from penstock.observability import LineFormatter, Metrics, setup_logging
-from penstock.structs import Load
+from penstock.logs.setup import LineFormatter, setup_logging
+from penstock.metrics import Metrics
+from penstock.shapes import Load
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,13 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
 from penstock.errors import PenstockError, RequestRejected
 from penstock.link.settings import ClientSettings, ServerSettings
-from penstock.observability import Metrics
-from penstock.router import Router
-from penstock.simulator.directory import Directory, SimDiscovery
-from penstock.simulator.loop import Process, VirtualLoop
-from penstock.simulator.network import Network
-from penstock.structs import Delta, Request, Role, Sampling
-from penstock.worker import Worker, WorkerSettings
+from penstock.metrics import Metrics
+from penstock.router.router import Router
+from penstock.shapes import Delta, Request, Role, Sampling
+from penstock.worker.worker import Worker, WorkerSettings
+from simulator.directory import Directory, SimDiscovery
+from simulator.loop import Process, VirtualLoop
+from simulator.network import Network
 
 MODEL = "sim"
 READY_S = 1.0  # virtual; links are up long before

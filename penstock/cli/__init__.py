@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from penstock.checked import suggestion
-from penstock.cli import key, local, log_relay, serve, sim, talk
+from penstock.cli import key, local, log_relay, serve, talk
 from penstock.errors import ConfigError, PenstockError
 
 # What a command line's parser raises has an ancestor in common with this one. Which it is, and in which
@@ -87,7 +87,6 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     serve.register(app)
     log_relay.register(app)
     key.register(app)
-    sim.register(app)
     if arguments[:1] == ["bench"]:
         from penstock.bench.command import bench
 

@@ -20,7 +20,7 @@ def key(
     ] = False,
 ) -> None:
     """Make an API key. Its line for --api-keys-file goes to standard output, the key to standard error."""
-    from penstock.frontend.api_keys import key_line, new_key
+    from penstock.frontend.http.api_keys import key_line, new_key
 
     if hash_stdin:
         print(key_line(name, sys.stdin.readline().strip()))

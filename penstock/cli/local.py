@@ -54,11 +54,11 @@ def up(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print what instances log.")] = False,
 ) -> None:
     """Run a graph on this machine until Ctrl-C."""
-    from penstock.config import PORT_MAX
     from penstock.graph import Overrides, load_graph
     from penstock.launcher.settings import LauncherSettings
     from penstock.launcher.state import StateFolder, own_command, state_root
     from penstock.launcher.up import run_graph, start_detached
+    from penstock.options.config import PORT_MAX
 
     if port is not None and not 0 <= port <= PORT_MAX:
         raise ConfigError(f"--port: expected an integer from 0 to {PORT_MAX}, got {port}")

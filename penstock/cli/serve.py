@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import typer
 
-from penstock.config import FrontendOptions, OperatorOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.flags import Flag, build_options, flags_of
+from penstock.options.config import FrontendOptions, OperatorOptions, WorkerOptions
+from penstock.options.flags import Flag, build_options, flags_of
 
 Options = TypeVar("Options", FrontendOptions, WorkerOptions, OperatorOptions)
 
@@ -32,13 +32,13 @@ def register(app: typer.Typer) -> None:
 
 
 def _run_frontend(options: FrontendOptions) -> None:
-    from penstock.process import run_frontend
+    from penstock.assembly import run_frontend
 
     run_frontend(options)
 
 
 def _run_worker(options: WorkerOptions) -> None:
-    from penstock.process import run_worker
+    from penstock.assembly import run_worker
 
     run_worker(options)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from penstock.structs import Card, ModelView
+from penstock.shapes import Card, ModelView
 
 
 class Catalog:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable
 import msgspec
 
 from penstock.core.pairing import KvFormat
-from penstock.structs import Card, Load, Role
+from penstock.shapes import Card, Load, Role
 
 STEP_TOKENS = 8192
 """Prompt tokens that an engine is assumed to compute in one step (`max_num_batched_tokens` of vLLM on a

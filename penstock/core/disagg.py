@@ -18,7 +18,7 @@ from enum import StrEnum
 import msgspec
 
 from penstock.core.costs import Costs, Query
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 class Disagg(StrEnum):

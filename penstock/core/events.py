@@ -7,7 +7,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.errors import RequestRejected
-from penstock.structs import Attempt, Delta, Handoff, Output
+from penstock.shapes import Attempt, Delta, Handoff, Output
 
 KILLER = "kills_workers"
 """The code of the error that ends a request for being the cause of workers' deaths."""

@@ -72,7 +72,7 @@ from penstock.core.events import (
 )
 from penstock.core.suspects import Strikes
 from penstock.errors import RequestRejected
-from penstock.structs import Attempt, Delta, FinishReason, Handoff, Output, Request
+from penstock.shapes import Attempt, Delta, FinishReason, Handoff, Output, Request
 
 
 class Phase(Enum):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from penstock.structs import Load
+from penstock.shapes import Load
 
 GAIN = 0.02
 """Weight of the latest attempt in the mean numbers of tokens that they bring."""

@@ -33,7 +33,7 @@ from enum import StrEnum
 import msgspec
 
 from penstock.core.catalog import revision_of, serves
-from penstock.structs import Card, Registration, Role
+from penstock.shapes import Card, Registration, Role
 
 
 class State(StrEnum):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from penstock.structs import Card, Role
+from penstock.shapes import Card, Role
 
 
 class KvFormat(NamedTuple):

@@ -20,7 +20,7 @@ from penstock.core.pairing import kv_format, unpaired
 from penstock.core.policy import Candidate, Decision, Query, Scored, choose
 from penstock.core.prefix_index import PrefixIndex, most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, Handoff, Load, Rates, Request
+from penstock.shapes import Attempt, Card, Handoff, Load, Rates, Request
 
 UNMEASURED = Rates()
 """What a worker reports that has measured nothing yet."""

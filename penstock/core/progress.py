@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import msgspec
 
-from penstock.structs import Load
+from penstock.shapes import Load
 
 
 class ProgressLimits(msgspec.Struct, frozen=True):

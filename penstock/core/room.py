@@ -6,7 +6,7 @@ tenant that sends a lot leaves room for others, and nothing that was let in has 
 
 from __future__ import annotations
 
-from penstock.structs import Request
+from penstock.shapes import Request
 
 TOKEN_BYTES = 44
 """Of a prompt token: an int object, a place in the request's list and one in its lifecycle's."""

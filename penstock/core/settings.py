@@ -7,7 +7,7 @@ import msgspec
 from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.progress import ProgressLimits
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 class RouterSettings(msgspec.Struct, frozen=True):

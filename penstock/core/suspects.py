@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from penstock.structs import Card, Load
+from penstock.shapes import Card, Load
 
 PRIME = 2
 """Strikes that make a prime suspect."""

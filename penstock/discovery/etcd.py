@@ -25,7 +25,7 @@ import msgspec
 from penstock.discovery.etcd_client import EtcdClient, EtcdError, KeyValue, WatchReply
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.discovery.outage import Outage
-from penstock.structs import Registration
+from penstock.shapes import Registration
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ import msgspec
 from penstock.detached import PatientCaller
 from penstock.discovery.outage import Outage
 from penstock.errors import ConfigError
-from penstock.structs import Count, Registration, Word
+from penstock.shapes import Count, Registration, Word
 
 log = logging.getLogger(__name__)
 

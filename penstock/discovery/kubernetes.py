@@ -14,12 +14,12 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 
-from penstock.address import join_address
 from penstock.clock import Clock
 from penstock.kubernetes.api import Api, Object, is_being_deleted, labels_of, name_of, uid_of
 from penstock.kubernetes.kinds import PODS
 from penstock.kubernetes.reflector import Reflector, ReflectorSettings
-from penstock.structs import Registration, Role
+from penstock.net.address import join_address
+from penstock.shapes import Registration, Role
 
 GRAPH_LABEL = "penstock.dev/graph"
 """Of all pods that serve for a graph: its name, which is `--namespace` of its frontends and workers."""

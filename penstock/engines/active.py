@@ -8,7 +8,7 @@ from enum import Enum
 from penstock.core.hashing import last_hash, root_hash
 from penstock.core.pairing import KvFormat, kv_format
 from penstock.engines.batch import Sequence
-from penstock.structs import Attempt, EngineCard, FinishReason, Handoff
+from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff
 
 
 class Phase(Enum):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.structs import Sampling, TokenLogprob
+from penstock.shapes import Sampling, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,7 @@ from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import PenstockError, RemoteError
 from penstock.ports import KvTransfer, Pulled
-from penstock.structs import EngineCard, EngineStep, Load
+from penstock.shapes import EngineCard, EngineStep, Load
 
 log = logging.getLogger("penstock.engine")
 

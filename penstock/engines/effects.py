@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 
 
 class Export(msgspec.Struct):

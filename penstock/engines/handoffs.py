@@ -21,7 +21,7 @@ from penstock.engines.active import ActiveAttempt
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.effects import Export, Retract
 from penstock.engines.settings import SchedulerSettings
-from penstock.structs import EngineCard, Handoff
+from penstock.shapes import EngineCard, Handoff
 
 log = logging.getLogger("penstock.engine")
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from threading import Lock
 
 from penstock.errors import PenstockError
-from penstock.structs import EngineStep, Output
+from penstock.shapes import EngineStep, Output
 
 MAX_STEPS = 64
 """Steps buffered one by one; at 20 ms a step, more than a second in which the event loop did nothing."""

@@ -15,7 +15,7 @@ from penstock.engines.active import ActiveAttempt, Phase, mismatch
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.effects import Pull
 from penstock.ports import Pulled
-from penstock.structs import Attempt, EngineCard, Handoff
+from penstock.shapes import Attempt, EngineCard, Handoff
 
 log = logging.getLogger("penstock.engine")
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 import logging
 from bisect import insort
 
-from penstock.core.step_times import StepTimes
 from penstock.engines.active import ActiveAttempt, Phase, activate, fault
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.block_pool import BlockPool
@@ -43,8 +42,9 @@ from penstock.engines.effects import Effect, Export, Pull
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls
 from penstock.engines.settings import SchedulerSettings
+from penstock.engines.step_times import StepTimes
 from penstock.ports import Pulled
-from penstock.structs import Attempt, EngineCard, EngineStep, FinishReason, Load, Output
+from penstock.shapes import Attempt, EngineCard, EngineStep, FinishReason, Load, Output
 
 log = logging.getLogger("penstock.engine")
 

@@ -12,7 +12,7 @@ from penstock.engines.cycle import Command, EngineCycle
 from penstock.engines.outbox import Outbox
 from penstock.engines.scheduler import Scheduler
 from penstock.errors import PenstockError, RemoteError
-from penstock.structs import Attempt, EngineStep
+from penstock.shapes import Attempt, EngineStep
 
 log = logging.getLogger("penstock.engine")
 

@@ -27,7 +27,7 @@ from penstock.engines.stepping import SteppingEngine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
 from penstock.ports import Engine, KvTransfer
-from penstock.structs import EngineCard, Sampling, TokenLogprob
+from penstock.shapes import EngineCard, Sampling, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""

@@ -30,7 +30,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.shell import EngineShell
 from penstock.errors import RemoteError
 from penstock.ports import KvTransfer
-from penstock.structs import EngineCard
+from penstock.shapes import EngineCard
 
 log = logging.getLogger("penstock.engine")
 

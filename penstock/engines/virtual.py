@@ -16,7 +16,7 @@ from penstock.engines.cycle import Command, EngineCycle, LoadedModel, build_cycl
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.shell import EngineShell
 from penstock.ports import KvTransfer
-from penstock.structs import EngineCard
+from penstock.shapes import EngineCard
 
 
 class VirtualEngine(EngineShell):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from penstock.frontend.detokenize import Detokenizer
 from penstock.frontend.reply import Reply
-from penstock.frontend.stop_strings import StopMatcher
-from penstock.structs import Delta, FinishReason, TokenLogprob
+from penstock.frontend.text.detokenize import Detokenizer
+from penstock.frontend.text.stop_strings import StopMatcher
+from penstock.shapes import Delta, FinishReason, TokenLogprob
 
 LOGPROB_CHARS = 128  # about what one token's log-probabilities add to an answer not yet sent
 

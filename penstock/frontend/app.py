@@ -20,18 +20,18 @@ from starlette.types import Receive, Scope, Send
 
 from penstock import __version__
 from penstock.errors import RequestRejected
-from penstock.frontend.api_keys import ApiKeys
 from penstock.frontend.completer import Completer
-from penstock.frontend.exchange import Bodies, Exchange, Header
 from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind, outcome_of, why
+from penstock.frontend.http.api_keys import ApiKeys
+from penstock.frontend.http.exchange import Bodies, Exchange, Header
 from penstock.frontend.plan import Planner
-from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
-from penstock.observability import METRICS_CONTENT_TYPE, Metrics
+from penstock.frontend.text.preprocess import Preprocessor
+from penstock.logs.quiet_log import QuietLog
+from penstock.metrics import METRICS_CONTENT_TYPE, Metrics
 from penstock.ports import ChatParsers
-from penstock.quiet_log import QuietLog
-from penstock.structs import InstanceView, JsonObject, ModelView
+from penstock.shapes import InstanceView, JsonObject, ModelView
 
 log = logging.getLogger("penstock.frontend")
 

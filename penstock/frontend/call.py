@@ -10,8 +10,8 @@ from functools import partial
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.completer import Completer, Ticket
-from penstock.observability import ModelMetrics
-from penstock.structs import Delta, Request
+from penstock.metrics import ModelMetrics
+from penstock.shapes import Delta, Request
 
 Push = Callable[[Sequence[Answer]], bool]
 """Writes what is new of these answers at once; False when the rest must wait for the client."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from penstock.errors import PenstockError
-from penstock.structs import Delta, InstanceView, ModelView, Request
+from penstock.shapes import Delta, InstanceView, ModelView, Request
 
 
 class Ticket(Protocol):

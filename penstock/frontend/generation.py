@@ -15,7 +15,7 @@ from penstock.errors import ModelReplaced, PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.call import Call, Turn
 from penstock.frontend.completer import Completer
-from penstock.frontend.exchange import CLIENT_GONE, Exchange
+from penstock.frontend.http.exchange import CLIENT_GONE, Exchange
 from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
 from penstock.frontend.plan import Plan, Planner, priority_of
 from penstock.frontend.responses import (
@@ -29,9 +29,9 @@ from penstock.frontend.responses import (
 )
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.sse import DONE, ChunkFormat, error_event
-from penstock.frontend.tokenizing import Caller
-from penstock.observability import FrontendMetrics
-from penstock.structs import ModelView
+from penstock.frontend.text.tokenizing import Caller
+from penstock.metrics import FrontendMetrics
+from penstock.shapes import ModelView
 
 log = logging.getLogger("penstock.frontend")
 

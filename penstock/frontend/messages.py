@@ -15,9 +15,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from penstock.errors import RequestRejected
-from penstock.frontend.json_limits import check_depth
-from penstock.quiet_log import QuietLog
-from penstock.structs import JsonObject
+from penstock.frontend.http.json_limits import check_depth
+from penstock.logs.quiet_log import QuietLog
+from penstock.shapes import JsonObject
 
 log = logging.getLogger("penstock.frontend")
 _quiet_log = QuietLog(log)

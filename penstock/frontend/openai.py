@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
-from penstock.frontend.json_limits import check_depth, check_size
+from penstock.frontend.http.json_limits import check_depth, check_size
 from penstock.frontend.messages import Message, settle
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs
 from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
@@ -32,7 +32,7 @@ from penstock.frontend.unserved import (
     with_refused,
 )
 from penstock.frontend.wording import rejected, wrong_entries
-from penstock.structs import JsonObject
+from penstock.shapes import JsonObject
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16

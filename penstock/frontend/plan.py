@@ -11,10 +11,8 @@ import msgspec
 
 from penstock.errors import RequestRejected
 from penstock.frontend.answer import Answer
-from penstock.frontend.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
 from penstock.frontend.messages import openai_messages
 from penstock.frontend.openai import ChatRequest, CompletionRequest
-from penstock.frontend.preprocess import ModelText, Preprocessor
 from penstock.frontend.reply import Reply
 from penstock.frontend.sampling import (
     check_vocabulary,
@@ -25,10 +23,12 @@ from penstock.frontend.sampling import (
     with_room,
 )
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.stop_strings import StopMatcher
-from penstock.frontend.tokenizing import Caller
+from penstock.frontend.text.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
+from penstock.frontend.text.preprocess import ModelText, Preprocessor
+from penstock.frontend.text.stop_strings import StopMatcher
+from penstock.frontend.text.tokenizing import Caller
 from penstock.ports import CallParser
-from penstock.structs import JsonObject, ModelView, Request, Sampling
+from penstock.shapes import JsonObject, ModelView, Request, Sampling
 
 MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
 """Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this

@@ -7,7 +7,7 @@ from typing import Final
 
 from penstock.frontend.openai import ChatRequest
 from penstock.ports import AnswerParser
-from penstock.structs import FinishReason, Parsed
+from penstock.shapes import FinishReason, Parsed
 
 TOOL_CALLS: Final = "tool_calls"  # OpenAI's finish_reason for an answer that calls tools
 

@@ -9,8 +9,8 @@ import msgspec
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
-from penstock.frontend.logprobs import LogprobFormat
-from penstock.structs import JsonObject, ModelView, Parsed
+from penstock.frontend.text.logprobs import LogprobFormat
+from penstock.shapes import JsonObject, ModelView, Parsed
 
 OWNER = "penstock"
 

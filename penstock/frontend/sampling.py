@@ -11,7 +11,7 @@ import msgspec
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import GenerationRequest
 from penstock.frontend.structured import constraint
-from penstock.structs import ModelView, Sampling, StructuredOutput
+from penstock.shapes import ModelView, Sampling, StructuredOutput
 
 _SEED_BITS = 63  # what every engine takes for a seed: a non-negative int64
 _SEED_MASK = (1 << _SEED_BITS) - 1

@@ -12,10 +12,10 @@ import msgspec
 
 from penstock.errors import PenstockError
 from penstock.frontend.answer import Answer
-from penstock.frontend.logprobs import LogprobFormat
 from penstock.frontend.reply import TOOL_CALLS, Reply
 from penstock.frontend.responses import Envelope, Usage, error_object, finish_name
-from penstock.structs import FinishReason, JsonObject, Parsed, TokenLogprob, ToolCallDelta
+from penstock.frontend.text.logprobs import LogprobFormat
+from penstock.shapes import FinishReason, JsonObject, Parsed, TokenLogprob, ToolCallDelta
 
 DONE = b"data: [DONE]\n\n"
 

@@ -8,9 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
-from penstock.frontend.json_limits import check_depth
+from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.unserved import unsupported
-from penstock.structs import JsonObject, StructuredOutput
+from penstock.shapes import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
 """Of a schema, grammar or list of choices: an engine compiles it before the first token."""

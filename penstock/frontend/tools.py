@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
-from penstock.frontend.json_limits import check_depth
-from penstock.structs import JsonObject
+from penstock.frontend.http.json_limits import check_depth
+from penstock.shapes import JsonObject
 
 MAX_TOOLS: Final = 1024
 MAX_NAME_CHARS: Final = 256

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 import msgspec
 
 from penstock.errors import RequestRejected
-from penstock.structs import JsonObject
+from penstock.shapes import JsonObject
 
 
 class Refused(NamedTuple):

@@ -35,7 +35,7 @@ from penstock.graph.dynamo import (
     meaning_of,
 )
 from penstock.graph.shell import ShellCommand, shell_commands
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 class ServiceKind(StrEnum):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 def _names(words: str) -> frozenset[str]:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.config import FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.flags import build_options, flags_of
 from penstock.graph.command import (
     Command,
     ServiceKind,
@@ -30,7 +28,9 @@ from penstock.graph.manifest import (
     parse_manifest,
 )
 from penstock.graph.versions import in_words_of
-from penstock.structs import Role
+from penstock.options.config import FrontendOptions, WorkerOptions
+from penstock.options.flags import build_options, flags_of
+from penstock.shapes import Role
 
 _NOT_RUN = {"planner": "planners", "epp": "endpoint pickers"}
 _DEFAULT_ENGINE = flags_of(WorkerOptions)["engine"].default

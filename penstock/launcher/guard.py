@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from penstock.config import SUPERVISOR_VARIABLE
+from penstock.options.config import SUPERVISOR_VARIABLE
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 

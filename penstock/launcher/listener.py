@@ -13,7 +13,7 @@ import socket
 
 import msgspec
 
-from penstock.listening import BACKLOG, LOAN_VARIABLE, Loan, listen
+from penstock.net.listening import BACKLOG, LOAN_VARIABLE, Loan, listen
 
 
 class Listener:

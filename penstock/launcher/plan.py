@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions
 from penstock.errors import ConfigError
-from penstock.flags import build_options
 from penstock.graph import Graph, Service
 from penstock.launcher.gpus import VISIBLE_VARIABLE
-from penstock.listening import LOAN_VARIABLE
+from penstock.net.listening import LOAN_VARIABLE
+from penstock.options.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions
+from penstock.options.flags import build_options
 
 _LOOPBACK = "127.0.0.1"
 _GPU_ENGINES = ("vllm",)

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from penstock.config import STATE_VARIABLE
 from penstock.errors import ConfigError
 from penstock.launcher.logs import leads_to
+from penstock.options.config import STATE_VARIABLE
 
 _DEFAULT_ROOT = ".penstock"
 _LOCK_TRIES = 5

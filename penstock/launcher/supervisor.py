@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from penstock.checked import suggestion
-from penstock.config import DiscoveryUrl, discovery_directory
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ConfigError
 from penstock.graph import Graph, ServiceKind
@@ -38,7 +37,8 @@ from penstock.launcher.replica import Replica, ReplicaState, Surroundings
 from penstock.launcher.rolling import RollingRestart
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import AlreadyRunning, StateFolder
-from penstock.structs import Registration
+from penstock.options.config import DiscoveryUrl, discovery_directory
+from penstock.shapes import Registration
 
 PROGRAM = (sys.executable, "-m", "penstock")
 NAME = "penstock"  # of the supervisor's own lines

@@ -7,13 +7,13 @@ import logging
 import random
 import secrets
 
-from penstock.address import split_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError, RemoteError
 from penstock.link import tls
 from penstock.link.session import LinkListener, Session
 from penstock.link.settings import ClientSettings
-from penstock.structs import Attempt
+from penstock.net.address import split_address
+from penstock.shapes import Attempt
 from penstock.wire.handshake import NONCE_BYTES, FrontendHandshake
 from penstock.wire.messages import Cancel, Release
 

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, Protocol, cast
 
-from penstock.address import join_address
 from penstock.errors import ProtocolError
+from penstock.net.address import join_address
 from penstock.wire.frames import FrameDecoder
 
 _HIGH_WATER_BYTES = 256 * 1024

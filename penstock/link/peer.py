@@ -15,7 +15,7 @@ from typing import Protocol
 from penstock.errors import ProtocolError
 from penstock.link.connection import Connection
 from penstock.link.settings import ServerSettings
-from penstock.structs import Attempt, Card, Load
+from penstock.shapes import Attempt, Card, Load
 from penstock.wire import frames
 from penstock.wire.handshake import MAX_HELLO_BYTES, WorkerHandshake
 from penstock.wire.messages import (

@@ -19,7 +19,7 @@ from typing import Final
 
 from penstock.clock import Clock
 from penstock.errors import ConfigError
-from penstock.renewed import Renewed, read_text
+from penstock.net.renewed import Renewed, read_text
 
 MIN_CHARS: Final = 16
 MAX_SECRETS: Final = 8  # a stranger's proof is compared with each

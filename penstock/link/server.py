@@ -7,16 +7,16 @@ import logging
 import secrets
 from collections.abc import Collection
 
-from penstock.address import is_loopback, join_address
 from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError
 from penstock.link import tls
 from penstock.link.connection import Connection
 from penstock.link.peer import LinkHandler, Peer
 from penstock.link.settings import ServerSettings
-from penstock.quiet_log import QuietLog
-from penstock.structs import shortened
-from penstock.tls_acceptor import TlsAcceptor
+from penstock.logs.quiet_log import QuietLog
+from penstock.net.address import is_loopback, join_address
+from penstock.net.tls_acceptor import TlsAcceptor
+from penstock.shapes import shortened
 from penstock.wire import frames
 from penstock.wire.handshake import NONCE_BYTES, PROOF_BYTES
 from penstock.wire.messages import Draining, Goodbye, Welcome

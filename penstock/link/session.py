@@ -15,7 +15,7 @@ from penstock.errors import ProtocolError, RemoteError
 from penstock.link.connection import Connection
 from penstock.link.download import Download
 from penstock.link.settings import ClientSettings
-from penstock.structs import Attempt, Card, Load
+from penstock.shapes import Attempt, Card, Load
 from penstock.wire import frames
 from penstock.wire.handshake import FrontendHandshake
 from penstock.wire.messages import (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from penstock.errors import ConfigError
 from penstock.link.settings import TlsSettings
-from penstock.renewed import Renewed
+from penstock.net.renewed import Renewed
 
 
 def server_context(tls: TlsSettings) -> ssl.SSLContext:

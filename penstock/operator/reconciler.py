@@ -28,12 +28,12 @@ from penstock.kubernetes.api import (
 from penstock.kubernetes.kinds import ADAPTERS, DEPLOYMENTS, GRAPHS, LEADER_WORKER_SETS, SECRETS
 from penstock.kubernetes.reflector import Key, Reflector
 from penstock.operator import names
-from penstock.operator.desired import desired
 from penstock.operator.events import EventRecorder
 from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
 from penstock.operator.owned import MENDS_S, Action, NotGone, NotOurs, OwnedObjects, Refused
-from penstock.operator.refusals import in_words
+from penstock.operator.rendering.desired import desired
+from penstock.operator.rendering.refusals import in_words
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
 from penstock.operator.status import Observed, status_of
 

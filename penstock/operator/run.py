@@ -11,12 +11,13 @@ import time
 
 import msgspec
 
+from penstock.assembly import run
 from penstock.clock import MonotonicClock
-from penstock.config import OperatorOptions
 from penstock.errors import ConfigError
 from penstock.kubernetes.api import Api, ApiError
 from penstock.kubernetes.client import connect, in_cluster, own_namespace
-from penstock.observability import METRICS_CONTENT_TYPE, setup_logging
+from penstock.logs.setup import setup_logging
+from penstock.metrics import METRICS_CONTENT_TYPE
 from penstock.operator.controller import Controller, ControllerSettings
 from penstock.operator.conversion import convert_review
 from penstock.operator.definitions import Webhook, check_definitions
@@ -24,7 +25,7 @@ from penstock.operator.election import Election, ElectionSettings
 from penstock.operator.metrics import OperatorMetrics
 from penstock.operator.server import Answer, Handler, as_json, served
 from penstock.operator.settings import RenderSettings
-from penstock.process import run
+from penstock.options.config import OperatorOptions
 
 log = logging.getLogger("penstock.operator")
 

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from penstock import http_server
-from penstock.address import join_address
 from penstock.errors import ConfigError
-from penstock.listening import listen
-from penstock.quiet_log import QuietLog
+from penstock.logs.quiet_log import QuietLog
+from penstock.net import http_server
+from penstock.net.address import join_address
+from penstock.net.listening import listen
 
 log = logging.getLogger(__name__)
 

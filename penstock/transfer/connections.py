@@ -8,8 +8,8 @@ import threading
 import time
 from collections import OrderedDict
 
-from penstock.address import split_address
 from penstock.errors import ConfigError, RemoteError
+from penstock.net.address import split_address
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from penstock.errors import PenstockError, RemoteError
 from penstock.ports import Pulled
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 from penstock.transfer.connections import Connections
 from penstock.transfer.grants import Grants, Refused
 from penstock.transfer.messages import PROTOCOL, Granted, Held, Read

@@ -26,7 +26,7 @@ from msgspec import Meta
 
 from penstock.checked import field_path
 from penstock.errors import ProtocolError
-from penstock.structs import MAX_POOL_BLOCKS, Count, Name, Text, Total, Word
+from penstock.shapes import MAX_POOL_BLOCKS, Count, Name, Text, Total, Word
 
 PROTOCOL = 1
 """Whoever changes this renames the transports, too: frontends pair workers by their names, see

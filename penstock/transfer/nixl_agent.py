@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.address import is_loopback
 from penstock.errors import ConfigError, PenstockError, RemoteError
+from penstock.net.address import is_loopback
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from penstock.address import join_address
 from penstock.errors import ConfigError, PenstockError
-from penstock.quiet_log import QuietLog
+from penstock.logs.quiet_log import QuietLog
+from penstock.net.address import join_address
 from penstock.transfer.messages import Read
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream

@@ -17,7 +17,7 @@ import msgspec
 from penstock.clock import Clock
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 
 
 class SimTransferSettings(msgspec.Struct, frozen=True):

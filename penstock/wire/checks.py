@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card
+from penstock.shapes import Attempt, Card
 from penstock.wire.messages import Generate, Welcome
 
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")

@@ -26,7 +26,7 @@ import hmac
 from collections.abc import Sequence
 
 from penstock.errors import ProtocolError
-from penstock.structs import Card
+from penstock.shapes import Card
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 
 NONCE_BYTES = 16

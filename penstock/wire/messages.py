@@ -28,7 +28,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from penstock.structs import (
+from penstock.shapes import (
     Attempt,
     BlockHashes,
     Card,

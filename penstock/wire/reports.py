@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, FinishReason, Handoff, Load, Output
+from penstock.shapes import Attempt, Card, FinishReason, Handoff, Load, Output
 from penstock.wire.messages import Bounce, Step
 
 MAX_OPEN = 64 * 1024

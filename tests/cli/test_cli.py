@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 import penstock
-from penstock import process
+from penstock import assembly
 from penstock.cli import local, run, talk
-from penstock.config import FrontendOptions, WorkerOptions
 from penstock.launcher.control import (
     ControlRequest,
     ControlResponse,
@@ -25,10 +24,10 @@ from penstock.launcher.control import (
 )
 from penstock.launcher.replica import ReplicaState, ReplicaStatus
 from penstock.launcher.state import StateFolder
-from penstock.structs import Role
+from penstock.options.config import FrontendOptions, WorkerOptions
+from penstock.shapes import Role
 
 COMMANDS = (
-    "sim",
     "up",
     "status",
     "scale",
@@ -145,8 +144,8 @@ def test_every_wrong_field_of_a_manifest_is_a_line(
 
 def test_flags_reach_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(process, "run_worker", started.append)
-    monkeypatch.setattr(process, "run_frontend", started.append)
+    monkeypatch.setattr(assembly, "run_worker", started.append)
+    monkeypatch.setattr(assembly, "run_frontend", started.append)
     monkeypatch.setenv("DYN_ROUTER_MODE", "random")
     assert run(["worker", "--model", "m", "--role", "decode", "--engine", "vllm", "--", "--seed", "1"]) == 0
     assert run(["frontend", "--http-port", "0", "--expect=prefill"]) == 0

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from penstock.cli import run
-from penstock.frontend.api_keys import ApiKeys
+from penstock.frontend.http.api_keys import ApiKeys
 
 
 @pytest.fixture(name="line_of")

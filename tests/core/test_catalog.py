@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from penstock.core.catalog import Catalog, differences, revision_of, serves
-from penstock.structs import Card, Role
+from penstock.shapes import Card, Role
 
 
 def card(instance_id: str = "a", model: str = "m", role: Role = Role.AGGREGATED, **files: bytes) -> Card:

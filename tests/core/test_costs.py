@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from penstock.core.costs import Candidate, OutputLengths, Query, costs, crowded
 from penstock.core.policy import Path, choose
-from penstock.structs import Load, Rates, Role
+from penstock.shapes import Load, Rates, Role
 
 RATES = Rates(step_ms=10.0, prefill_token_ms=0.05, decode_request_ms=0.1)
 QUERY = Query(prompt_tokens=160, expected_output_tokens=100.0)

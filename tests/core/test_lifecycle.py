@@ -32,7 +32,7 @@ from penstock.core.events import (
 )
 from penstock.core.lifecycle import REST_S, Lifecycle, Phase
 from penstock.errors import RequestRejected
-from penstock.structs import FinishReason, Handoff, Output, Request, Sampling
+from penstock.shapes import FinishReason, Handoff, Output, Request, Sampling
 
 LIMITS = Deadlines(
     queue_s=30,

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from penstock.core.load import LoadBook
-from penstock.structs import Load
+from penstock.shapes import Load
 
 
 def test_an_unknown_instance_is_idle() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
-from penstock.structs import Card, Registration, Role
+from penstock.shapes import Card, Registration, Role
 
 
 def registration(instance_id: str, epoch: int = 1, role: Role = Role.DECODE) -> Registration:

@@ -7,7 +7,7 @@ import pytest
 
 from penstock.core.pairing import KvFormat, kv_format, unpaired, without_pairs
 from penstock.engines.active import mismatch
-from penstock.structs import Attempt, Card, EngineCard, Handoff, Role, Sampling
+from penstock.shapes import Attempt, Card, EngineCard, Handoff, Role, Sampling
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 

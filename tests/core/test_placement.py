@@ -12,7 +12,7 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Card, Handoff, Load, Rates, Request, Role, Sampling
+from penstock.shapes import Attempt, Card, Handoff, Load, Rates, Request, Role, Sampling
 
 TOKENS = list(range(160))
 HASHES = sequence_hashes(TOKENS, 16, root_hash("m"))

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from penstock.core.pairing import KvFormat
 from penstock.core.policy import POLICIES, Candidate, Decision, Disagg, Path, Query, choose
-from penstock.structs import Load, Rates, Role
+from penstock.shapes import Load, Rates, Role
 
 ANY = KvFormat()
 RATES = Rates(step_ms=1.0, prefill_token_ms=0.15, decode_request_ms=0.3, transfer_ms=3.0)

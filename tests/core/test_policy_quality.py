@@ -17,7 +17,7 @@ from penstock.core.hashing import sequence_hashes
 from penstock.core.load import LoadBook
 from penstock.core.policy import Candidate, Query, choose
 from penstock.core.prefix_index import PrefixIndex
-from penstock.structs import Load, Rates, Role
+from penstock.shapes import Load, Rates, Role
 
 BLOCK = 64
 CAPACITY_BLOCKS = 700

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
-from penstock.structs import Load, Rates
+from penstock.shapes import Load, Rates
 
 LIMITS = ProgressLimits()
 MEASURED = 100  # steps

@@ -6,7 +6,7 @@ import random
 
 from penstock.core.admission import AdmissionSettings, Queue
 from penstock.core.room import REQUEST_BYTES, TOKEN_BYTES, Room, waiting_bytes
-from penstock.structs import Request, Sampling, StructuredOutput
+from penstock.shapes import Request, Sampling, StructuredOutput
 
 
 def fill(room: Room, tenant: str, size: int = 10) -> int:

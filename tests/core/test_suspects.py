@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects, alone_from
-from penstock.structs import Card, Load, Role
+from penstock.shapes import Card, Load, Role
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from penstock.operator.desired import desired
+from penstock.operator.rendering.desired import desired
 from penstock.operator.settings import LEADER_WORKER_SET, ClusterFacts, RenderSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.config import OperatorOptions
-from penstock.flags import build_options
+from penstock.options.config import OperatorOptions
+from penstock.options.flags import build_options
 from tests.deploy.manifests import (
     CONNECTIONS,
     DEPLOY,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.observability import Metrics, QueueView
+from penstock.metrics import Metrics, QueueView
 from penstock.operator.metrics import OperatorMetrics
-from penstock.structs import Load
+from penstock.shapes import Load
 from tests.deploy.manifests import DEPLOY, objects, of_kind, pod_labels
 
 # Prometheus' own, or given to a target by scrape.yaml and the PodMonitors.

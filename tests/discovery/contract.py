@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from penstock.ports import Discovery
-from penstock.structs import Registration, Role
+from penstock.shapes import Registration, Role
 
 OpenDiscovery = Callable[[], Discovery]
 CHANGE_S = 5.0  # how long a change may take to be seen

@@ -6,12 +6,12 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from penstock.address import split_address
 from penstock.discovery.kubernetes import KubernetesDiscovery, PodLease
 from penstock.kubernetes.api import Api, Object, uid_of
 from penstock.kubernetes.kinds import PODS
 from penstock.kubernetes.reflector import ReflectorSettings
-from penstock.structs import Registration
+from penstock.net.address import split_address
+from penstock.shapes import Registration
 
 QUICK = ReflectorSettings(watch_s=2, retry_min_s=0.05, retry_max_s=0.5)
 GRAPH = "g"

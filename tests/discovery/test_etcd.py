@@ -19,7 +19,7 @@ from penstock.discovery.etcd import EtcdDiscovery
 from penstock.discovery.etcd_client import OUT_OF_RANGE, EtcdClient, EtcdError, WatchReply
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.errors import ConfigError
-from penstock.structs import Registration
+from penstock.shapes import Registration
 from tests.discovery.contract import DiscoveryContract, Watcher, registration
 from tests.discovery.etcd_server import Etcd, running_cluster, running_etcd
 
@@ -31,7 +31,7 @@ OWNER = """
 import asyncio, sys
 from penstock.discovery.etcd import EtcdDiscovery
 from penstock.discovery.etcd_settings import EtcdSettings
-from penstock.structs import Registration, Role
+from penstock.shapes import Registration, Role
 
 async def main():
     settings = EtcdSettings(endpoints=(sys.argv[1],), namespace=sys.argv[2], lease_s=float(sys.argv[3]))

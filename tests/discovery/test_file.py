@@ -26,7 +26,7 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
-from penstock.structs import Registration, Role
+from penstock.shapes import Registration, Role
 
 async def main():
     discovery = FileDiscovery(Path(sys.argv[1]), FileDiscoverySettings(lease_s=float(sys.argv[2])))

@@ -10,7 +10,7 @@ import pytest
 from penstock.discovery.kubernetes import KubernetesDiscovery, registration_of
 from penstock.kubernetes.api import Object
 from penstock.kubernetes.kinds import PODS
-from penstock.structs import Registration, Role
+from penstock.shapes import Registration, Role
 from tests.discovery.contract import DiscoveryContract, Watcher, registration
 from tests.discovery.pods import GRAPH, QUICK, PodMakingDiscovery, essence, pod, running, tell
 from tests.kubernetes_double import KubernetesDouble

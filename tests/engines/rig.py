@@ -13,7 +13,7 @@ from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.ports import Pulled
-from penstock.structs import Attempt, EngineCard, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Output, Sampling
 
 BLOCK_SIZE = 4
 EOS = 1

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from penstock.clock import MonotonicClock, VirtualClock
 from penstock.ports import Engine
-from penstock.structs import Attempt, EngineStep, Output, Sampling
+from penstock.shapes import Attempt, EngineStep, Output, Sampling
 
 
 def attempt(attempt_id: str, length: int = 100, **sampling: object) -> Attempt:

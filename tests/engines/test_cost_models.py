@@ -5,7 +5,7 @@ import pytest
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.cost_models import ZERO, CostModel, cost_model, cost_models
 from penstock.errors import ConfigError
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 SEQUENCE = Sequence("a", [1] * 10_000, 10_000, Sampling(max_tokens=1))
 

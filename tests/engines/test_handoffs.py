@@ -7,7 +7,7 @@ from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.batch import Sampled
 from penstock.engines.effects import Export
 from penstock.engines.handoffs import RETRACT_RETRY_S
-from penstock.structs import FinishReason
+from penstock.shapes import FinishReason
 from tests.engines.rig import BLOCK_SIZE, CARD, EOS, PROMPT, Rig, prefilled
 
 

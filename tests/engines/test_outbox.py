@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from penstock.engines.outbox import MAX_STEPS, Outbox, merge
 from penstock.errors import RemoteError
-from penstock.structs import EngineStep, FinishReason, Load, Output, TokenLogprob
+from penstock.shapes import EngineStep, FinishReason, Load, Output, TokenLogprob
 
 
 async def test_hands_out_what_a_thread_pushes():

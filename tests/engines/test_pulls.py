@@ -7,7 +7,7 @@ import pytest
 
 from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.pulls import PULL_GRACE_S
-from penstock.structs import FinishReason
+from penstock.shapes import FinishReason
 from tests.engines.rig import BLOCK_SIZE, CARD, PROMPT, Rig, continued, decode, prefilled
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.structs import FinishReason
+from penstock.shapes import FinishReason
 from tests.engines.rig import CARD, Rig, continued
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError
-from penstock.structs import FinishReason
+from penstock.shapes import FinishReason
 from tests.engines.rig import CARD, EOS, PROMPT, VOCAB, Rig, continued, decode, prefilled
 
 

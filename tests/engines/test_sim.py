@@ -12,7 +12,7 @@ from penstock.engines.cost_models import cost_model
 from penstock.engines.sim import SimRunner, SimSettings, load_sim, sim_engine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
-from penstock.structs import FinishReason, Sampling
+from penstock.shapes import FinishReason, Sampling
 from tests.engines.steps_log import attempt, running
 
 ZERO = SimSettings(cost_model="zero", vocab_size=1000)

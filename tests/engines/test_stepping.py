@@ -14,7 +14,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError, RemoteError
 from penstock.ports import Pulled
-from penstock.structs import Attempt, EngineStep, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, EngineStep, FinishReason, Handoff, Output, Sampling
 from tests.engines.rig import CARD, PROMPT, continued, next_token
 
 

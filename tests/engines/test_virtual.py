@@ -8,7 +8,7 @@ from penstock.clock import VirtualClock
 from penstock.engines.cost_models import cost_model
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings, sim_engine
-from penstock.structs import FinishReason
+from penstock.shapes import FinishReason
 from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
 from tests.engines.steps_log import StepsLog, attempt, running
 

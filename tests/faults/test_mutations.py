@@ -30,12 +30,12 @@ from penstock.errors import ProtocolError
 from penstock.link.client import LinkClient
 from penstock.link.connection import Connection
 from penstock.link.session import Session
-from penstock.router import Router
-from penstock.simulator.report import simulate
-from penstock.simulator.scenario import QUIET_EVERY, Options
+from penstock.router.router import Router
 from penstock.wire import frames
 from penstock.wire.reports import Reports
-from penstock.worker import Worker
+from penstock.worker.worker import Worker
+from simulator.report import simulate
+from simulator.scenario import QUIET_EVERY, Options
 
 MOST_SEEDS = 120
 """Within which each must be found; most need one or two, and a change of anything moves them."""

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from penstock.simulator.faults import FAULTS
-from penstock.simulator.report import simulate
-from penstock.simulator.scenario import LARGE_EVERY, Options, draw_scenario
+from simulator.faults import FAULTS
+from simulator.report import simulate
+from simulator.scenario import LARGE_EVERY, Options, draw_scenario
 
 ANY = Options()
 
@@ -47,8 +47,8 @@ def test_a_seed_means_the_same_whatever_ran_before() -> None:
 
 
 _DIGESTS = """
-from penstock.simulator.report import simulate
-from penstock.simulator.scenario import Options
+from simulator.report import simulate
+from simulator.scenario import Options
 print([simulate(seed, Options()).digest for seed in range(5)])
 """
 

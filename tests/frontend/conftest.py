@@ -25,10 +25,10 @@ from tokenizers import (
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.app import create_app
-from penstock.frontend.server import serve
+from penstock.frontend.http.server import serve
 from penstock.frontend.settings import FrontendSettings
-from penstock.observability import Metrics
-from penstock.structs import Delta, FinishReason, InstanceView, Load, ModelView, Request, Role
+from penstock.metrics import Metrics
+from penstock.shapes import Delta, FinishReason, InstanceView, Load, ModelView, Request, Role
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. What is my name? My name is Ottoline.
 You are a helpful assistant. Answer in one short sentence. def main(): return 42

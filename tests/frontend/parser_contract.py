@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.frontend.detokenize import TableDetokenizer, TokenTable
+from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
 
 TOOLS = [{"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}}]
 PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}

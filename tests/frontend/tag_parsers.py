@@ -8,7 +8,7 @@ import re
 from itertools import count
 
 from penstock.errors import ConfigError, RequestRejected
-from penstock.structs import Parsed, StructuredOutput, ToolCallDelta
+from penstock.shapes import Parsed, StructuredOutput, ToolCallDelta
 
 _END = "</think>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)

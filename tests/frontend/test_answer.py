@@ -5,9 +5,9 @@ import json
 import pytest
 
 from penstock.frontend.answer import Answer
-from penstock.frontend.detokenize import TableDetokenizer, TokenTable
-from penstock.frontend.stop_strings import StopMatcher
-from penstock.structs import Delta, FinishReason, TokenLogprob
+from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
+from penstock.frontend.text.stop_strings import StopMatcher
+from penstock.shapes import Delta, FinishReason, TokenLogprob
 
 
 @pytest.fixture(scope="module")

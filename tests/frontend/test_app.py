@@ -8,8 +8,8 @@ import pytest
 
 from penstock import __version__
 from penstock.errors import RequestRejected
-from penstock.frontend.api_keys import key_line
-from penstock.quiet_log import BURST_LINES
+from penstock.frontend.http.api_keys import key_line
+from penstock.logs.quiet_log import BURST_LINES
 
 JSON = {"content-type": "application/json"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}

@@ -9,8 +9,8 @@ import pytest
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.call import Call, Turn
-from penstock.observability import Metrics
-from penstock.structs import Delta, FinishReason, Request, Sampling
+from penstock.metrics import Metrics
+from penstock.shapes import Delta, FinishReason, Request, Sampling
 
 LOST = RequestRejected(503, "lost", code="no_worker")
 

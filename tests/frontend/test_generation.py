@@ -9,7 +9,7 @@ import pytest
 
 from penstock.errors import RemoteError, RequestRejected
 from penstock.frontend.generation import Record
-from penstock.structs import Delta, FinishReason, TokenLogprob
+from penstock.shapes import Delta, FinishReason, TokenLogprob
 
 HI = [{"role": "user", "content": "Hi"}]
 ANSWER = "Hello, 你好 😀!"

@@ -8,7 +8,7 @@ from penstock.errors import RequestRejected
 from penstock.frontend import messages as chat_messages
 from penstock.frontend.messages import TEXT_PARTS, openai_messages, template_messages
 from penstock.frontend.openai import decode_chat
-from penstock.quiet_log import QuietLog
+from penstock.logs.quiet_log import QuietLog
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.errors import ModelReplaced
 from penstock.frontend.generation import MAX_BEGINNINGS
-from penstock.structs import Delta
+from penstock.shapes import Delta
 from tests.frontend.conftest import (
     ScriptedCompleter,
     saying,

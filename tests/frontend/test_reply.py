@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from penstock.structs import Delta, FinishReason
+from penstock.shapes import Delta, FinishReason
 from tests.frontend.tag_parsers import TagParsers
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
-from penstock.structs import Attempt, Card, ModelView, Role
+from penstock.shapes import Attempt, Card, ModelView, Role
 from penstock.wire.checks import check_card
 from penstock.wire.frames import decode_to_worker, encode
 from penstock.wire.messages import Generate

@@ -6,7 +6,7 @@ from penstock.errors import RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.responses import Envelope, Usage
 from penstock.frontend.sse import ChunkFormat, error_event
-from penstock.structs import Delta, FinishReason
+from penstock.shapes import Delta, FinishReason
 
 ENVELOPE = Envelope("id-1", "chunk", 123, 'a "model"', "fp_x")
 SHARED = {

@@ -8,7 +8,7 @@ from penstock.errors import RequestRejected
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.structured import MAX_SPEC_CHARS
-from penstock.structs import StructuredOutput
+from penstock.shapes import StructuredOutput
 
 DEEP = "[" * 65 + "]" * 65
 SCHEMA = {"type": "object", "properties": {"b": {"enum": [None]}, "a": {}}}

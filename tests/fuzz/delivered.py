@@ -10,10 +10,10 @@ import asyncio
 import dataclasses
 from functools import cache
 
-from penstock.simulator import checks
-from penstock.simulator.lab import Lab
-from penstock.simulator.scenario import Options, Scenario, draw_scenario
-from penstock.structs import Role
+from penstock.shapes import Role
+from simulator import checks
+from simulator.lab import Lab
+from simulator.scenario import Options, Scenario, draw_scenario
 
 SEED = 7
 CALLS = 4

@@ -22,21 +22,21 @@ from uvicorn.server import ServerState
 
 from penstock.discovery.file import DirectoryScan, FileDiscoverySettings
 from penstock.errors import ConfigError, ProtocolError, RequestRejected
-from penstock.frontend.api_keys import read_api_keys
 from penstock.frontend.app import App
-from penstock.frontend.connection import connection_class
+from penstock.frontend.http.api_keys import read_api_keys
+from penstock.frontend.http.connection import connection_class
 from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.plan import Planner
-from penstock.frontend.preprocess import Preprocessor
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.tokenizing import Caller
+from penstock.frontend.text.preprocess import Preprocessor
+from penstock.frontend.text.tokenizing import Caller
 from penstock.graph import Overrides, build_graph, parse_manifest
 from penstock.graph.command import parse_command
 from penstock.link.peer import Peer
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings, ServerSettings
-from penstock.observability import Metrics
-from penstock.structs import Card, ModelView, Role
+from penstock.metrics import Metrics
+from penstock.shapes import Card, ModelView, Role
 from penstock.transfer import messages as kv
 from penstock.wire.frames import MAX_FRAME_BYTES, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake

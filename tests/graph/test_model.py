@@ -8,7 +8,7 @@ import yaml
 
 from penstock.errors import ConfigError
 from penstock.graph import Overrides, ServiceKind, build_graph, load_graph, parse_manifest
-from penstock.structs import Role
+from penstock.shapes import Role
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

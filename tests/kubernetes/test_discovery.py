@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from penstock.kubernetes.client import connect
-from penstock.structs import Registration
+from penstock.shapes import Registration
 from tests.discovery.contract import DiscoveryContract
 from tests.discovery.pods import PodMakingDiscovery, essence
 from tests.kubernetes.kubectl import Kubectl

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from penstock.discovery.file import FileDiscovery
 from penstock.launcher.guard import die_with_supervisor
-from penstock.listening import borrow_listener
-from penstock.structs import Registration, Role
+from penstock.net.listening import borrow_listener
+from penstock.shapes import Registration, Role
 
 
 def flag(name: str) -> str:

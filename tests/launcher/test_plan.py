@@ -16,7 +16,7 @@ from penstock.launcher.plan import (
     plan_frontend,
     plan_worker,
 )
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 def worker(

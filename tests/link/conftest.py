@@ -15,7 +15,7 @@ from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.server import LinkServer
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
-from penstock.structs import Attempt, Card, Load, Role, Sampling
+from penstock.shapes import Attempt, Card, Load, Role, Sampling
 from penstock.wire.frames import FrameDecoder, encode
 from penstock.wire.messages import Bounce, Step
 

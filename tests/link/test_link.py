@@ -19,7 +19,7 @@ from penstock.errors import RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
-from penstock.structs import Load, Output
+from penstock.shapes import Load, Output
 from penstock.wire.messages import Bounce, Step
 from tests.faults.lab.proxy import Proxy, Weather
 

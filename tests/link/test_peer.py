@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from penstock.link.peer import Peer
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
-from penstock.structs import Attempt, Load, Output, Sampling
+from penstock.shapes import Attempt, Load, Output, Sampling
 from penstock.wire.frames import LENGTH_BYTES, decode_to_frontend, encode
 from penstock.wire.handshake import FrontendHandshake
 from penstock.wire.messages import (

@@ -10,7 +10,7 @@ import pytest
 from penstock.clock import VirtualClock
 from penstock.errors import ConfigError
 from penstock.link.secret import MAX_FILE_BYTES, LinkSecret
-from penstock.renewed import RECHECK_S
+from penstock.net.renewed import RECHECK_S
 
 OLD, NEW = "old secret of 16+", "new secret of 16+"
 
@@ -61,7 +61,7 @@ async def test_it_is_replaced_under_running_links(
 ) -> None:
     """The four states of the procedure, changed on one side before the other: nobody is ever refused, and
     in the end the old secret opens nothing."""
-    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+    monkeypatch.setattr("penstock.net.renewed.RECHECK_S", 0.0)
     of_worker, of_frontend = tmp_path / "worker", tmp_path / "frontend"
     states = [OLD, f"{OLD}\n{NEW}", f"{NEW}\n{OLD}", NEW]
     for path in (of_worker, of_frontend):

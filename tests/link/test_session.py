@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from penstock.errors import ProtocolError, RemoteError
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings
-from penstock.structs import Card, Load, Role
+from penstock.shapes import Card, Load, Role
 from penstock.wire.frames import decode_to_worker, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import (

@@ -16,7 +16,7 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.link.settings import TlsSettings
 from penstock.link.tls import client_context, server_context
-from penstock.quiet_log import BURST_LINES
+from penstock.logs.quiet_log import BURST_LINES
 
 
 def openssl(*args: str, cwd: Path) -> None:
@@ -194,7 +194,7 @@ async def test_files_may_be_renewed_under_a_running_worker(
     bench: Any, pki: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Certificate and authorities of both: links that are up stay, new ones use what is there then."""
-    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+    monkeypatch.setattr("penstock.net.renewed.RECHECK_S", 0.0)
     install(pki, tmp_path, "worker", "ca")
     tls = files(tmp_path, "own", ca="ca")
     first, second, third = bench.listener(), bench.listener(), bench.listener()
@@ -218,7 +218,7 @@ async def test_files_may_be_renewed_under_a_running_worker(
 async def test_a_renewed_authority_keeps_out_whom_the_old_one_let_in(
     bench: Any, pki: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.renewed.RECHECK_S", 0.0)
+    monkeypatch.setattr("penstock.net.renewed.RECHECK_S", 0.0)
     install(pki, tmp_path, "worker", "ca")
     listener = bench.listener()
     frontend_tls = files(pki, "frontend", ca="ca")

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from penstock.engines.reference.engine import ReferenceSettings, reference_engine
-from penstock.structs import Attempt, Sampling
+from penstock.shapes import Attempt, Sampling
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny"
 SHIPPED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -13,7 +13,7 @@ import yaml
 
 from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.desired import desired
+from penstock.operator.rendering.desired import desired
 from penstock.operator.settings import (
     INGRESS,
     LEADER_WORKER_SET,

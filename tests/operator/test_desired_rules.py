@@ -15,7 +15,7 @@ from penstock.graph.manifest import ServiceSpec
 from penstock.graph.versions import to_v1beta1
 from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.desired import _WITHOUT_EFFECT, desired
+from penstock.operator.rendering.desired import _WITHOUT_EFFECT, desired
 from penstock.operator.settings import LEADER_WORKER_SET, PDB, ClusterFacts, Desired, RenderSettings
 
 SETTINGS = RenderSettings(image="operators:1")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from penstock.operator.merge import merged
+from penstock.operator.rendering.merge import merged
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from penstock.simulator.loop import Process, StandsStill, VirtualLoop
+from simulator.loop import Process, StandsStill, VirtualLoop
 
 
 def test_time_jumps_to_the_next_timer() -> None:

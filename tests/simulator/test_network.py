@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from penstock.simulator.loop import Process, VirtualLoop
-from penstock.simulator.network import WINDOW_BYTES, Network
+from simulator.loop import Process, VirtualLoop
+from simulator.network import WINDOW_BYTES, Network
 
 
 class End(asyncio.Protocol):

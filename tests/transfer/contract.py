@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from penstock.ports import KvTransfer, Pulled
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 
 BLOCKS = 64
 BLOCK_BYTES = 4096

@@ -16,7 +16,7 @@ import sys
 import msgspec
 import numpy as np
 
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 from penstock.transfer.stream import Stream
 
 

@@ -7,7 +7,7 @@ import pytest
 from penstock.clock import VirtualClock
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
-from penstock.structs import Handoff
+from penstock.shapes import Handoff
 from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
 
 SETTINGS = SimTransferSettings(bytes_per_block=1_000_000, gigabytes_per_s=1.0, setup_ms=5.0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ProtocolError
-from penstock.structs import Attempt, Load, Output, Sampling
+from penstock.shapes import Attempt, Load, Output, Sampling
 from penstock.wire.frames import FrameDecoder, decode_to_frontend, decode_to_worker, encode
 from penstock.wire.messages import Asset, Cancel, Generate, Heartbeat, Ping, Refused, Snapshot, Step
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from penstock.errors import ProtocolError
-from penstock.structs import Card, Role
+from penstock.shapes import Card, Role
 from penstock.wire.handshake import MAX_HELLO_BYTES, FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from penstock.errors import ProtocolError
-from penstock.structs import (
+from penstock.shapes import (
     MAX_ASSETS,
     MAX_POOL_BLOCKS,
     MAX_TEXT_CHARS,

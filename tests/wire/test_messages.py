@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from penstock.structs import (
+from penstock.shapes import (
     Attempt,
     Card,
     FinishReason,

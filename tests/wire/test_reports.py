@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from penstock.errors import ProtocolError
-from penstock.structs import (
+from penstock.shapes import (
     Attempt,
     Card,
     FinishReason,

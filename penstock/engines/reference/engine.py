@@ -23,7 +23,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
 from penstock.ports import KvTransfer
-from penstock.structs import EngineCard, Sampling
+from penstock.shapes import EngineCard, Sampling
 
 log = logging.getLogger("penstock.engine")
 

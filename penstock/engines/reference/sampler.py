@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from penstock.engines.batch import Sampled, Sequence
 from penstock.engines.reference.tiles import Floats
-from penstock.structs import Sampling, TokenLogprob
+from penstock.shapes import Sampling, TokenLogprob
 
 _MASK_64 = (1 << 64) - 1
 _MIN_TEMPERATURE = 1e-5  # below it the division could overflow; such a row is as good as greedy

@@ -18,7 +18,7 @@ from __future__ import annotations
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from penstock.structs import Attempt, Sampling
+from penstock.shapes import Attempt, Sampling
 
 _SEED_MASK = (1 << 63) - 1  # torch takes an int64
 

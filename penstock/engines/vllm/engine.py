@@ -36,7 +36,7 @@ from penstock.engines.vllm.outputs import check_tokens, finish_reason, token_log
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
-from penstock.structs import (
+from penstock.shapes import (
     Attempt,
     EngineCard,
     EngineStep,

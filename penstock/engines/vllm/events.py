@@ -19,7 +19,7 @@ from msgspec import Meta
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.structs import MAX_POOL_BLOCKS, BlockSize, Count, TokenIds, Word
+from penstock.shapes import MAX_POOL_BLOCKS, BlockSize, Count, TokenIds, Word
 
 EngineHash = int | Annotated[bytes, Meta(max_length=64)]
 """vLLM's own name for a block; which of the two is a setting of vLLM's."""

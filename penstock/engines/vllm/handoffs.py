@@ -15,7 +15,7 @@ from math import ceil
 import msgspec
 
 from penstock.engines.active import mismatch
-from penstock.structs import Attempt, EngineCard, Handoff, JsonObject
+from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject
 
 MIN_LEFT_S = 1.0
 """A handoff with less life than this is not used: the pull would hardly end in time."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.core.step_times import StepTimes
-from penstock.structs import EngineCard, Load
+from penstock.engines.step_times import StepTimes
+from penstock.shapes import EngineCard, Load
 
 SIGN_S = 0.5
 """Seconds between two steps that count although they computed nothing. vLLM takes hundreds a second while

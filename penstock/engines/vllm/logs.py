@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
-from penstock.log_pipe import unblocked
+from penstock.logs.log_pipe import unblocked
 
 LAST_WORDS_VARIABLE = "PENSTOCK_ENGINE_LAST_WORDS"
 """Environment variable with a file's path."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from penstock.errors import ProtocolError
-from penstock.structs import MAX_LOGPROB, FinishReason, TokenLogprob
+from penstock.shapes import MAX_LOGPROB, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput

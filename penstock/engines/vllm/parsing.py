@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from penstock.engines.vllm.installed import prepare_environment
 from penstock.engines.vllm.logs import hear_parsers, one_line, parser_complaints
 from penstock.errors import ConfigError, RequestRejected
-from penstock.structs import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
+from penstock.shapes import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage

@@ -9,8 +9,8 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from penstock.engines.vllm.forced import REPLAY_ARG
-from penstock.structs import JsonObject, Sampling, StructuredOutput
+from penstock.engines.vllm.inside.forced import REPLAY_ARG
+from penstock.shapes import JsonObject, Sampling, StructuredOutput
 
 GREEDY_BELOW = 1e-5
 """vLLM samples greedily below this temperature."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.structs import Role
+from penstock.shapes import Role
 
 
 class VllmSettings(msgspec.Struct, frozen=True):

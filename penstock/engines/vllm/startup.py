@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from penstock.address import is_loopback
 from penstock.engines.assets import ASSET_NAMES, assets_from
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
-from penstock.engines.vllm.guard import own_engines
 from penstock.engines.vllm.handoffs import engine_id, lease_s
+from penstock.engines.vllm.inside.guard import own_engines
 from penstock.engines.vllm.installed import installed_version, prepare_environment
 from penstock.engines.vllm.logs import last_words, one_line
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError, RemoteError
-from penstock.structs import EngineCard, Role
+from penstock.net.address import is_loopback
+from penstock.shapes import EngineCard, Role
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

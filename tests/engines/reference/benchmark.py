@@ -16,7 +16,7 @@ from conftest import Case, load_model, write_checkpoint
 
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.reference.runner import ReferenceRunner
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 SHIPPED = Case(
     "Qwen3ForCausalLM",

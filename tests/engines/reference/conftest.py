@@ -17,7 +17,7 @@ from penstock.engines.reference.kv import KvPool
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.runner import ReferenceRunner
 from penstock.engines.reference.weights import load_weights
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 _GAINS = {"q_norm": 1.7, "k_norm": 1.7, "q_proj": 2.0, "k_proj": 2.0, "o_proj": 4.0, "embed_tokens": 3.0}
 

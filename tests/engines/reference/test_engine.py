@@ -17,7 +17,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
-from penstock.structs import Attempt, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, FinishReason, Handoff, Output, Sampling
 
 GREEDY = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
 SEEDED = Sampling(

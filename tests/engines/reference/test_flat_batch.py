@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.reference.flat_batch import Cut, flatten
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
 

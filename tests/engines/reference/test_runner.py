@@ -8,7 +8,7 @@ import numpy as np
 
 from penstock.engines.batch import Row
 from penstock.engines.reference.runner import ReferenceRunner
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 
 def test_one_entry_per_row_and_none_without_sample(bench: Any, prompt: list[int]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.engines.batch import Sampled, Sequence
 from penstock.engines.reference.sampler import Sampler, filter_logits, uniform
-from penstock.structs import Sampling
+from penstock.shapes import Sampling
 
 VOCAB = 50
 EOS = 7

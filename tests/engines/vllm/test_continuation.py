@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.engines.vllm.continuation import continuation, folded
-from penstock.structs import Attempt, Handoff, Sampling, StructuredOutput
+from penstock.shapes import Attempt, Handoff, Sampling, StructuredOutput
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 SAMPLED = Sampling(max_tokens=10, seed=7)

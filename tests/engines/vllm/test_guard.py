@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engines.vllm.guard import DIRECTORY_VARIABLE, OWNER_VARIABLE
+from penstock.engines.vllm.inside.guard import DIRECTORY_VARIABLE, OWNER_VARIABLE
 
 WAIT_S = 20.0
 
@@ -20,7 +20,7 @@ import os, resource, time
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-from penstock.engines.vllm.guard import die_with_owner
+from penstock.engines.vllm.inside.guard import die_with_owner
 die_with_owner()
 print("watching", flush=True)
 time.sleep(1000)
@@ -29,7 +29,7 @@ time.sleep(1000)
 # Starts one in a thread that ends at once, as vLLM's are started, and stays.
 WORKER = """
 import pathlib, subprocess, sys, threading, time
-from penstock.engines.vllm.guard import own_engines
+from penstock.engines.vllm.inside.guard import own_engines
 own_engines(pathlib.Path(sys.argv[1]) if sys.argv[1] else None)
 for program in sys.argv[2:]:
     thread = threading.Thread(target=lambda: subprocess.Popen([sys.executable, "-c", program]))
@@ -103,7 +103,7 @@ def test_what_no_worker_started_lives_on(owner: str) -> None:
 
 
 def test_the_worker_itself_is_not_watched() -> None:
-    program = "import os; from penstock.engines.vllm.guard import own_engines; own_engines(None)\n" + ENGINE
+    program = "from penstock.engines.vllm.inside.guard import own_engines; own_engines(None)\n" + ENGINE
     with run(program) as worker:
         assert read_line(worker) == "watching"
         with pytest.raises(subprocess.TimeoutExpired):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.vllm import handoffs
 from penstock.engines.vllm.handoffs import MAX_LEFT_S, MIN_LEFT_S, UsedHandoffs, engine_id, lease_s, pack
-from penstock.structs import Attempt, EngineCard, Handoff, JsonObject, Sampling
+from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject, Sampling
 
 BLOCK_SIZE = 32
 PROMPT = list(range(100))  # three whole blocks and a part

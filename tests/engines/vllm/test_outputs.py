@@ -11,7 +11,7 @@ import pytest
 
 from penstock.engines.vllm.outputs import check_tokens, token_logprobs
 from penstock.errors import ProtocolError
-from penstock.structs import TokenLogprob
+from penstock.shapes import TokenLogprob
 
 
 def lists(values: list[list[float]]) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.config import SUPERVISOR_VARIABLE
+from penstock.options.config import SUPERVISOR_VARIABLE
 from tests.discovery.etcd_server import Etcd
 from tests.faults.lab.http import get
 from tests.faults.lab.proxy import Proxy, Weather

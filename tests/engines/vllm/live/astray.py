@@ -11,7 +11,7 @@ import pytest_asyncio
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from penstock.structs import Attempt, FinishReason, Role, Sampling
+from penstock.shapes import Attempt, FinishReason, Role, Sampling
 from tests.engines.vllm.live.pair import GREEDY, idle, prompt_of
 from tests.engines.vllm.live.running import Running, reached, running, settings
 

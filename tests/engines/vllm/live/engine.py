@@ -17,7 +17,7 @@ import pytest_asyncio
 from penstock.engines.vllm.engine import VllmEngine
 from penstock.engines.vllm.outputs import REASONS
 from penstock.errors import ConfigError, RemoteError
-from penstock.structs import Attempt, FinishReason, Sampling, StructuredOutput
+from penstock.shapes import Attempt, FinishReason, Sampling, StructuredOutput
 from tests.engines.vllm.live.running import ENGINE_ARGS, Running, reached, running, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

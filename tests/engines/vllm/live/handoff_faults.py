@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from penstock.engines.vllm.event_feed import free_ports
 from penstock.engines.vllm.handoffs import lease_s
-from penstock.structs import Attempt, Handoff, Output, Role
+from penstock.shapes import Attempt, Handoff, Output, Role
 from tests.engines.vllm.live.pair import (
     GREEDY,
     blocks_of,

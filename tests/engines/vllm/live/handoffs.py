@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from penstock.structs import Attempt, FinishReason, Handoff, Role, Sampling, StructuredOutput
+from penstock.shapes import Attempt, FinishReason, Handoff, Role, Sampling, StructuredOutput
 from tests.engines.vllm.live.pair import (
     GREEDY,
     blocks_of,

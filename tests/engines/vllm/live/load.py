@@ -8,7 +8,7 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
 from penstock.engines.vllm.load import CoreLoad
-from penstock.structs import EngineCard, Load
+from penstock.shapes import EngineCard, Load
 
 CARD = EngineCard(
     engine="vllm", model="m", block_size=32, total_blocks=200, max_model_len=512, vocab_size=1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from penstock.structs import FinishReason, Sampling
+from penstock.shapes import FinishReason, Sampling
 from tests.engines.vllm.live.running import reached, running, settings
 
 PROMPT = [300 + number * 7919 % 600 for number in range(300)]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from penstock.structs import Attempt, Sampling
+from penstock.shapes import Attempt, Sampling
 from tests.engines.vllm.live.pair import GREEDY, prompt_of
 from tests.engines.vllm.live.running import Running, running, settings
 

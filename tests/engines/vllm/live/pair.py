@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from penstock.structs import Attempt, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, FinishReason, Handoff, Output, Sampling
 from tests.engines.vllm.live.running import Running, reached
 
 BLOCK_SIZE = 32

@@ -9,7 +9,7 @@ import msgspec
 import pytest_asyncio
 
 from penstock.core.pairing import kv_format
-from penstock.structs import Role
+from penstock.shapes import Role
 from tests.engines.vllm.live.pair import computed, decoding, prefilled, prompt_of
 from tests.engines.vllm.live.running import MODEL, Running, running, settings
 

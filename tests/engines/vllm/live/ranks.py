@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from penstock.structs import FinishReason, Role
+from penstock.shapes import FinishReason, Role
 from tests.engines.vllm.live.pair import GREEDY, computed, idle, prefilled, prompt_of, through_both
 from tests.engines.vllm.live.running import ENGINE_ARGS, Running, reached, running, settings
 

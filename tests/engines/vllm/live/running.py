@@ -12,7 +12,7 @@ import msgspec
 from penstock.clock import MonotonicClock
 from penstock.engines.vllm.engine import VllmEngine
 from penstock.engines.vllm.settings import VllmSettings
-from penstock.structs import Attempt, EngineCard, FinishReason, Handoff, Output, Role, Sampling
+from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Output, Role, Sampling
 from tests.engines.steps_log import StepsLog
 
 MODEL = Path(__file__).parents[4] / "models" / "tiny"

@@ -1,0 +1,265 @@
+"""A client's connection: uvicorn's HTTP protocol with the limits that it leaves open.
+
+uvicorn has deadlines for idle connections and none for slow ones. Here a request's head has a deadline
+and a size, whatever else is no body has a size too, connections and pipelined requests have a limit, and
+a closing connection whose client takes nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import httptools
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penstock.errors import ProtocolError, RequestRejected
+from penstock.frontend.http.exchange import ABORT_EXTENSION, WRITE_EXTENSION
+from penstock.frontend.responses import error_object
+from penstock.frontend.settings import FrontendSettings
+from penstock.logs.quiet_log import QuietLog
+from penstock.net.address import join_address
+
+log = logging.getLogger("penstock.frontend")
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Request line and headers; common servers allow 8 to 64 KiB. The same goes for all else that may come
+without a byte of a body between it: blank lines, and after the last chunk of a body its trailers."""
+
+MAX_PIPELINED: Final = 16
+"""Requests that may wait on one connection for the response to the one before. Common clients send none."""
+
+LEAVING_IDLE_S: Final = 5.0
+"""For another request on a connection of a server that leaves its port to a successor. Its client may be
+about to send one, and who sends it into a closing connection may not dare to send it again."""
+
+LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
+
+MAX_LINGERING: Final = 256
+"""Connections beyond the limit that are kept for so long; any more are dropped at once."""
+
+
+class Connection(HttpToolsProtocol):
+    """Adds: a deadline and a limit for the head, a way to abort, errors in OpenAI's shape, and ends
+    that let the client read the answer.
+
+    Closing a socket with unread bytes resets the connection, and the client may lose the response. So what
+    is still coming after an early answer is read and thrown away, for a limited time.
+    """
+
+    settings: FrontendSettings  # set by connection_class, as are the next two
+    quiet_log: QuietLog
+    on_refused: Callable[[RequestRejected], None]
+    leaving = False  # of all connections: each ends with its next answer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._refused = False
+        self._in_request = False  # between the first byte of one and its last
+        self._head_bytes = 0  # since the last byte of a body, or the last end of a request
+        self._abort_timer: asyncio.TimerHandle | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._await_head()
+        if self.leaving:
+            self.leave()
+        if len(self.connections) > self.settings.max_connections + MAX_LINGERING:
+            self.transport.abort()
+        elif len(self.connections) > self.settings.max_connections:
+            self.quiet_log.warning("too many connections: %s is refused", self._client_address())
+            error = RequestRejected(503, "Too many connections.", code="overloaded", retry_after_s=1.0)
+            self._refuse("503 Service Unavailable", error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_complete()
+        self._unset_abort()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._head_bytes += len(data)
+        self._unset_keepalive_if_required()
+        if self._head_timer is None and not self._in_request and self.cycle.response_complete:
+            self._await_head()  # it was idle; what comes may be no request yet
+        self._feed(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    self._stay_with_http_1()
+            except httptools.HttpParserError as error:
+                if self._head_bytes > MAX_HEAD_BYTES:  # it gives up on long URLs by itself
+                    self._refuse_head()
+                    return
+                self.quiet_log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
+                message = "Invalid HTTP request received."
+                self._refuse("400 Bad Request", RequestRejected(400, message, code="invalid_http"))
+                return
+
+    def _stay_with_http_1(self) -> None:
+        """Go on as if the request had asked for no upgrade, as RFC 9110 lets a server do.
+
+        Some clients ask for HTTP/2 with each connection's first request (Java's does). The parser stops
+        there and leaves the body unread, so another one is told what body to expect, and reads on."""
+        framing = [
+            name + b": " + value + b"\r\n"
+            for name, value in self.headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+        retold = _Retold(self)
+        self.parser = httptools.HttpRequestParser(retold)
+        if framing:
+            self.cycle.more_body = True  # its end was reported; nobody has looked at it yet
+            self.cycle.message_event.clear()
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+        retold.silent = False
+
+    def _client_address(self) -> str:
+        return join_address(*self.client) if self.client else "a client"
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) == MAX_PIPELINED:
+            self.transport.abort()
+            raise ProtocolError(f"more than {MAX_PIPELINED} requests without waiting for responses")
+        super().on_message_begin()
+        self._in_request = True
+        self._unset_keepalive_if_required()  # since the end of the one before, in the same bytes
+        extensions = {ABORT_EXTENSION: self.transport.abort, WRITE_EXTENSION: self._write_chunk}
+        cast(dict[str, Any], self.scope)["extensions"] = extensions
+        if self._head_timer is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_complete()
+        super().on_headers_complete()
+        if self.leaving:
+            self.cycle.keep_alive = False
+
+    def leave(self) -> None:
+        """End after the next answer that can say so, or when no request comes for a while. An answer under
+        way has promised to keep the connection, so that its client may already use it again."""
+        self.timeout_keep_alive = LEAVING_IDLE_S  # type: ignore[assignment]
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = False
+        elif not self._in_request:
+            self._await_request()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_request = False
+        self._head_bytes = 0
+        self._unset_abort()
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._await_request()  # its answer did not wait for its body
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._abort_after(self.settings.client_stall_s)
+        elif self.cycle.more_body:
+            self._abort_after(self.settings.body_timeout_s)
+
+    def timeout_keep_alive_handler(self) -> None:
+        # A plain close would wait, without end, for a client that does not take its response.
+        self.transport.abort()
+
+    def _write_chunk(self, body: bytes) -> bool:
+        """What uvicorn's `send` does for a part of a body without a length, at a fraction of its cost."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
+
+    def _refuse(self, status: str, error: RequestRejected) -> None:
+        """Answer what is not even a request, and end the connection."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self.on_refused(error)
+        body = msgspec.json.encode(error_object(error))
+        head = (
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        if self.transport.can_write_eof():  # TLS cannot
+            self.transport.write_eof()
+        self._abort_after(LINGER_S)
+
+    def _refuse_head(self) -> None:
+        message = f"More than {MAX_HEAD_BYTES} bytes of request line and headers, or of trailers."
+        error = RequestRejected(431, message, code="headers_too_large")
+        self._refuse("431 Request Header Fields Too Large", error)
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
+
+    def _await_request(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def _head_complete(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _abort_after(self, seconds: float) -> None:
+        self._unset_abort()
+        self._abort_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _unset_abort(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer = None
+
+
+class _Retold:
+    """A parser's callbacks: the connection's, but for those of a head while it is silent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.silent = True
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+        self._connection = connection
+
+    def on_message_begin(self) -> None:
+        if not self.silent:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self.silent:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.silent:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self.silent:
+            self._connection.on_headers_complete()
+
+
+def connection_class(
+    settings: FrontendSettings, on_refused: Callable[[RequestRejected], None]
+) -> type[asyncio.Protocol]:
+    """The protocol class for uvicorn, which makes the instances itself. `on_refused` is told of what was
+    answered before it was a request."""
+    given = {"settings": settings, "quiet_log": QuietLog(log), "on_refused": staticmethod(on_refused)}
+    return type("Connection", (Connection,), given)

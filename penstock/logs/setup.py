@@ -1,0 +1,95 @@
+"""How a process logs.
+
+Log lines are one line each, `time level component message`, with values as key=value.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+from penstock.errors import ConfigError
+from penstock.logs.log_pipe import unblocked
+
+LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second as a deployment of Dynamo sets it
+_COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+
+
+class LineFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z INFO  router message`; a traceback follows on lines of its own."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        )
+        level = f"{record.levelname:<7}"
+        component = record.name.removeprefix("penstock.")
+        if self._colour:
+            when, component = f"{_DIM}{when}{_RESET}", f"{_DIM}{component}{_RESET}"
+            level = f"{_COLOURS.get(record.levelno, '')}{level}{_RESET}"
+        # A client may choose parts of a message (a model's name): no line breaks from there.
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        line = f"{when} {level} {component} {message}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def setup_logging(
+    level: str | None = None, *, environ: Mapping[str, str] = os.environ, stream: TextIO | None = None
+) -> None:
+    """Send this process's logs to `stream` (default: standard error).
+
+    The level is the flag's, else PENSTOCK_LOG's, else DYN_LOG's, else `info`. A filter list after a comma
+    (`info,penstock.router=debug`) sets single components. Raises ConfigError for an unknown level.
+    """
+    source, wanted = "--log-level", level
+    for name in LEVEL_VARIABLES:
+        if wanted is None and environ.get(name):
+            source, wanted = name, environ[name]
+    root_level, components = _parse_levels(source, wanted or "info")
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(unblocked(stream))
+    handler.setFormatter(LineFormatter(colour=stream.isatty() and "NO_COLOR" not in environ))
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    # Libraries speak up only when something is wrong; the level asked for is Penstock's own.
+    root.setLevel(max(root_level, logging.WARNING))
+    logging.getLogger("penstock").setLevel(root_level)
+    for component, component_level in components.items():
+        logging.getLogger(component).setLevel(component_level)
+
+
+def _parse_levels(source: str, text: str) -> tuple[int, dict[str, int]]:
+    root_level = logging.INFO
+    components = {}
+    for part in text.split(","):
+        component, equals, level_name = part.strip().rpartition("=")
+        level = LEVELS.get(level_name.strip().lower())
+        if level is None:
+            raise ConfigError(f"{source}: unknown level {level_name!r}; one of {', '.join(LEVELS)}")
+        if equals:
+            components[component.strip()] = level
+        else:
+            root_level = level
+    return root_level, components

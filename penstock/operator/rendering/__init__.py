@@ -1,0 +1,1 @@
+"""A graph as the objects that a cluster should have: pure."""

@@ -1,0 +1,71 @@
+"""Flags of the vLLM processes that together are one worker, on several nodes.
+
+The leader's are part of `penstock worker ... --`; the others run `vllm serve --headless`. Each makes its
+own configuration of its flags, and those of one worker must agree: what engines/vllm/startup.py sets for
+the leader stands here for the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from penstock.graph.held import held
+from penstock.options.config import WorkerOptions
+from penstock.shapes import Role
+
+MASTER_PORT = 29500
+
+_LEADER_ADDRESS = held("LWS_LEADER_ADDRESS")
+_RANK = held("LWS_WORKER_INDEX")
+"""Variables that the LeaderWorkerSet's controller sets in every container."""
+
+_MIB = 1024 * 1024
+_AS_THE_LEADER = (
+    *("--scheduling-policy", "priority"),
+    "--enable-prefix-caching",
+    *("--worker-extension-cls", "penstock.engines.vllm.extension.WorkerExtension"),
+    *("--logits-processors", "penstock.engines.vllm.forced:ForcedTokens"),
+)
+
+
+def leader_flags(nodes: int) -> list[str]:
+    """Added to the leader's vLLM flags."""
+    return _group_flags(nodes, "0")
+
+
+def follower_flags(options: WorkerOptions, manifest_flags: Sequence[str], nodes: int) -> list[str]:
+    """After `vllm`. The manifest's flags come last but for the group's, and so win as they do there."""
+    limits = {
+        "--kv-cache-memory-bytes": options.kv_cache_mib and options.kv_cache_mib * _MIB,
+        "--block-size": options.block_size,
+        "--max-model-len": options.max_model_len,
+        "--max-num-seqs": options.max_running,
+        "--max-num-batched-tokens": options.max_batch_tokens,
+    }
+    flags = ["serve", options.model, "--headless", *_AS_THE_LEADER]
+    for flag, value in limits.items():
+        if value is not None:
+            flags += [flag, str(value)]
+    if options.role is not Role.AGGREGATED:
+        flags += ["--kv-transfer-config", json.dumps(_kv_transfer(options.role))]
+    return [*flags, *manifest_flags, *_group_flags(nodes, _RANK)]
+
+
+def _kv_transfer(role: Role) -> dict[str, str]:
+    return {
+        "kv_connector": "PenstockConnector",
+        "kv_connector_module_path": "penstock.engines.vllm.connector",
+        "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+    }
+
+
+def _group_flags(nodes: int, rank: str) -> list[str]:
+    return [
+        *("--distributed-executor-backend", "mp"),
+        *("--nnodes", str(nodes)),
+        *("--node-rank", rank),
+        *("--master-addr", _LEADER_ADDRESS),
+        *("--master-port", str(MASTER_PORT)),
+    ]

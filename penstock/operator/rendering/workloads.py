@@ -1,0 +1,121 @@
+"""What keeps a service's pods running: a Deployment, or a LeaderWorkerSet, and a PodDisruptionBudget."""
+
+from __future__ import annotations
+
+import re
+
+from penstock.errors import ConfigError
+from penstock.kubernetes.api import Object
+from penstock.operator import names
+from penstock.operator.rendering.multinode import follower_template
+from penstock.operator.rendering.plan import ServicePlan
+from penstock.operator.rendering.pods import pod_template
+from penstock.operator.settings import LEADER_WORKER_SET, PDB, RenderSettings
+
+_AMOUNT = re.compile(r"\d+%?", re.ASCII)
+_STRATEGIES: dict[str, tuple[str, str] | None] = {
+    "": ("25%", "25%"),
+    "RollingUpdate": ("25%", "25%"),
+    "RampedSlowRollout": ("1", "0"),
+    "BestEffortControlledRollout": ("0", "20%"),
+    "Recreate": None,
+}
+"""By the annotation's value, as the manifest API has them: maxSurge and maxUnavailable."""
+
+_LEADERS = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
+_REVISIONS_KEPT = 3  # for `kubectl rollout undo`; the manifest is the place to go back to
+
+
+def deployment(
+    plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...], strategy: Object
+) -> Object:
+    """Of a service whose replicas are pods."""
+    spec: Object = {
+        "replicas": plan.replicas,
+        "selector": {"matchLabels": plan.selector()},
+        "strategy": strategy,
+        "progressDeadlineSeconds": settings.progress_deadline_s,
+        "revisionHistoryLimit": _REVISIONS_KEPT,
+        "template": pod_template(plan, settings, roles),
+    }
+    if not plan.is_frontend:
+        spec["minReadySeconds"] = settings.worker_min_ready_s
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(plan), "spec": spec}
+
+
+def leader_worker_set(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...]) -> Object:
+    """Of a service whose replicas are groups of pods, one pod on each node."""
+    version, kind = LEADER_WORKER_SET
+    leader = pod_template(plan, settings, roles)
+    return {
+        "apiVersion": version,
+        "kind": kind,
+        "metadata": metadata(plan),
+        "spec": {
+            "replicas": plan.replicas,
+            "startupPolicy": "LeaderCreated",
+            "rolloutStrategy": {
+                "type": "RollingUpdate",
+                "rollingUpdateConfiguration": {"maxUnavailable": 1, "maxSurge": 0},
+            },
+            "leaderWorkerTemplate": {
+                "size": plan.nodes,
+                # vLLM's processes cannot be replaced one by one.
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": leader,
+                "workerTemplate": follower_template(plan, leader),
+            },
+        },
+    }
+
+
+def disruption_budget(plan: ServicePlan, version: str) -> Object:
+    """Nodes are drained one replica at a time. For services of several replicas only: with one it would
+    block the drain of its node for ever."""
+    leaders = _LEADERS if plan.nodes > 1 else {}
+    return {
+        "apiVersion": version,
+        "kind": PDB,
+        "metadata": metadata(plan),
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": plan.selector() | leaders}},
+    }
+
+
+def metadata(plan: ServicePlan) -> Object:
+    """Of an object of a service."""
+    labels = plan.labels | names.common_labels(plan.graph.name, plan.role) | plan.selector()
+    found: Object = {"name": plan.object_name, "labels": labels}
+    annotations = {
+        name: value
+        for name, value in plan.annotations.items()
+        if not name.startswith(names.OPERATORS_PREFIXES)
+    }
+    return found | ({"annotations": annotations} if annotations else {})
+
+
+def rollout_strategy(kind: str, max_surge: str, max_unavailable: str) -> Object:
+    """A Deployment's strategy, from three annotations.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    if kind not in _STRATEGIES:
+        known = ", ".join(filter(None, _STRATEGIES))
+        raise ConfigError(f"annotation {names.STRATEGY}: expected one of {known}, got {kind!r}")
+    amounts = _STRATEGIES[kind]
+    if amounts is None:
+        return {"type": "Recreate"}
+    surge = _amount(names.MAX_SURGE, max_surge or amounts[0])
+    unavailable = _amount(names.MAX_UNAVAILABLE, max_unavailable or amounts[1])
+    if {surge, unavailable} <= {0, "0%"}:
+        raise ConfigError(f"annotations {names.MAX_SURGE} and {names.MAX_UNAVAILABLE}: both are 0")
+    return {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable},
+    }
+
+
+def _amount(annotation: str, text: str) -> int | str:
+    if not _AMOUNT.fullmatch(text):
+        raise ConfigError(f"annotation {annotation}: expected a number or a percentage, got {text!r}")
+    return text if text.endswith("%") else int(text)

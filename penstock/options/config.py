@@ -1,0 +1,404 @@
+"""What can be set about a frontend or a worker: one struct each, for the CLI, the launcher and manifests.
+
+A field is a flag (`http_port` is `--http-port`) with its type, limits, default and help. A field may also
+name environment variables, the first that is set counts; a flag wins over them. `flags.py` builds the
+structs from text. Anything wrong is a ConfigError that names the flag or variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from penstock.checked import shown
+from penstock.core.deadlines import Deadlines, parse_deadlines
+from penstock.errors import ConfigError
+from penstock.shapes import Role
+
+PORT_MAX = 65535
+Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]
+Count = Annotated[int, Meta(ge=1)]
+DiscoveryKind = Literal["file", "etcd", "kubernetes"]
+
+SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
+STATE_VARIABLE = "PENSTOCK_STATE_DIR"
+SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
+ETCD_PASSWORD_VARIABLE = "PENSTOCK_ETCD_PASSWORD"
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
+_ETCD_MEMBER = re.compile(
+    r"(?P<host>[-\w]{1,63}(\.[-\w]{1,63})*|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?", re.ASCII
+)
+_ETCD_PORT = 2379
+
+
+def flag(help_text: str, *variables: str, protects: bool = False) -> Meta:
+    """A field's help, and the environment variables that may set it. `protects`: it keeps somebody out, so
+    that set to nothing (a secret that was not filled in) it is an error, and not the same as unset."""
+    return Meta(description=help_text, extra={"env": variables, "protects": protects})
+
+
+class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What frontends and workers have in common."""
+
+    namespace: Annotated[
+        str, flag("Only instances of the same namespace meet.", "PENSTOCK_NAMESPACE", "DYN_NAMESPACE")
+    ] = "default"
+    discovery: Annotated[
+        str,
+        flag(
+            "Who exists: file:[DIRECTORY], etcd://HOST:PORT[,...] (etcds:// with TLS) or "
+            "kubernetes:[NAMESPACE].",
+            "PENSTOCK_DISCOVERY",
+        ),
+    ] = "file:"
+    etcd_user: Annotated[
+        str,
+        flag(f"User of etcd, its password in {ETCD_PASSWORD_VARIABLE}.", "PENSTOCK_ETCD_USER"),
+    ] = ""
+    etcd_ca: Annotated[
+        str,
+        flag(
+            "Authorities, PEM, from which etcd's certificates must come; the system's when unset.",
+            "PENSTOCK_ETCD_CA",
+            protects=True,
+        ),
+    ] = ""
+    etcd_cert: Annotated[
+        str, flag("Own certificate for etcd, PEM.", "PENSTOCK_ETCD_CERT", protects=True)
+    ] = ""
+    etcd_key: Annotated[str, flag("Its private key, PEM.", "PENSTOCK_ETCD_KEY", protects=True)] = ""
+    link_secret_file: Annotated[
+        str,
+        flag(
+            f"File with the secret that all workers and frontends share, read again when it changes "
+            f"(or the secret itself in {SECRET_VARIABLE}).",
+            "PENSTOCK_LINK_SECRET_FILE",
+            protects=True,
+        ),
+    ] = ""
+    link_tls_cert: Annotated[
+        str, flag("Own certificate for the link, PEM with its chain.", protects=True)
+    ] = ""
+    link_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
+    link_tls_ca: Annotated[
+        str, flag("Authorities, PEM, from which the other side's certificate must come.", protects=True)
+    ] = ""
+    max_wait_ms: Annotated[
+        float,
+        Meta(gt=0),
+        flag("Longest that a request may wait for a worker, or in one, as predicted, in milliseconds."),
+    ] = 10_000.0
+    drain_s: Annotated[
+        float, Meta(ge=0), flag("Seconds that running requests get to end on SIGTERM.", "PENSTOCK_DRAIN_S")
+    ] = 30.0
+    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ConfigError(
+                f"--namespace: expected letters, digits, -, _ and ., got {shown(self.namespace)}"
+            )
+        _both(self, "link_tls_cert", "link_tls_key")
+        _both(self, "etcd_cert", "etcd_key")
+        url = parse_discovery(self.discovery)
+        if (self.etcd_ca or self.etcd_cert) and url.kind == "etcd" and not url.tls:
+            raise ConfigError(
+                "--discovery: etcd:// is without TLS; with --etcd-ca or --etcd-cert: etcds://"
+            )
+
+
+class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
+    """The flags of `penstock frontend`."""
+
+    http_host: Annotated[
+        str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST", "DYN_HTTP_HOST")
+    ] = "127.0.0.1"
+    http_port: Annotated[
+        Port, flag("Port to listen on; 0 takes a free one.", "PENSTOCK_HTTP_PORT", "DYN_HTTP_PORT")
+    ] = 8000
+    http_tls_cert: Annotated[
+        str, flag("Serve HTTPS with this certificate, PEM with its chain.", protects=True)
+    ] = ""
+    http_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
+    api_key: Annotated[
+        str,
+        flag(
+            "Key that clients may bring; others can see flags, so rather the variable.",
+            "PENSTOCK_API_KEY",
+            protects=True,
+        ),
+    ] = ""
+    api_keys_file: Annotated[
+        str,
+        flag("File with a line of `penstock key` for each key.", "PENSTOCK_API_KEYS_FILE", protects=True),
+    ] = ""
+    max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
+    router_mode: Annotated[
+        Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],
+        flag("How a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),
+    ] = "kv"
+    disagg: Annotated[
+        Literal["auto", "always", "never"], flag("When a prefill worker goes first: auto weighs the costs.")
+    ] = "auto"
+    deadlines: Annotated[
+        str,
+        flag(
+            "Seconds that a phase of a request may take, as in first_token=60,stall=20; phases are queue,"
+            " prefill, transfer, first_token, stall and request.",
+            "PENSTOCK_DEADLINES",
+        ),
+    ] = ""
+    max_itl_ms: Annotated[
+        float,
+        Meta(ge=0),
+        flag("Mean time between tokens, in ms, up to which workers are given more; 0: as many as fit."),
+    ] = 0.0
+    link_tls_server_name: Annotated[
+        str, flag("Name that workers' certificates must carry; the host of their address when empty.")
+    ] = ""
+    expect: Annotated[
+        str, flag("Roles that /health waits for, e.g. prefill,decode; none: whatever can serve.")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        _both(self, "http_tls_cert", "http_tls_key")
+        CommonOptions.__post_init__(self)
+        self.expected_roles  # noqa: B018 - checks it
+        parse_deadlines(self.deadlines, Deadlines())
+
+    @property
+    def expected_roles(self) -> tuple[Role, ...]:
+        """`expect` as roles."""
+        names = [name.strip() for name in self.expect.split(",") if name.strip()]
+        for name in names:
+            if name not in list(Role):
+                raise ConfigError(f"--expect: expected roles of {', '.join(Role)}, got {shown(name)}")
+        return tuple(Role(name) for name in names)
+
+
+class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
+    """The flags of `penstock worker`. What follows `--` goes to the engine as it is."""
+
+    role: Annotated[Role, flag("What this worker does for a request.")] = Role.AGGREGATED
+    engine: Annotated[
+        Literal["reference", "vllm", "sim"],
+        flag("reference runs Qwen3 and Llama on the CPU, vllm is for production, sim only keeps time."),
+    ] = "reference"
+    model: Annotated[
+        str, flag("Model folder; for vllm also a name that it can download, for sim any name.")
+    ]
+    served_model_name: Annotated[str, flag("Name that clients use; the model's own when empty.")] = ""
+    host: Annotated[str, flag("Address that the link listens on.", "PENSTOCK_HOST")] = "127.0.0.1"
+    port: Annotated[Port, flag("Port of the link; 0 takes a free one.")] = 0
+    advertise_host: Annotated[
+        str,
+        flag(
+            "Host under which frontends and workers reach this one; --host when empty.",
+            "PENSTOCK_ADVERTISE_HOST",
+        ),
+    ] = ""
+    advertise_port: Annotated[
+        Port,
+        flag(
+            "Port under which frontends reach the link, where a port mapping changes it; the port that it"
+            " listens on when 0.",
+            "PENSTOCK_ADVERTISE_PORT",
+        ),
+    ] = 0
+    kv_port: Annotated[
+        Port,
+        flag(
+            "Port on which other workers fetch KV from this one; 0 takes a free one. vllm: the first of one"
+            " for each data-parallel rank.",
+            "PENSTOCK_KV_PORT",
+        ),
+    ] = 0
+    kv_advertise_port: Annotated[
+        Port,
+        flag(
+            "Port under which other workers reach --kv-port, where a port mapping changes it; the same when"
+            " 0.",
+            "PENSTOCK_KV_ADVERTISE_PORT",
+        ),
+    ] = 0
+    instance_id: Annotated[
+        str,
+        flag("Name of this instance; made from role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
+    ] = ""
+    system_port: Annotated[
+        Annotated[int, Meta(ge=-1, le=PORT_MAX)] | None,
+        flag(
+            "Port of /live and /health; 0 takes a free one, -1 none. When unset 9090, or a free one.",
+            "PENSTOCK_SYSTEM_PORT",
+            "DYN_SYSTEM_PORT",
+        ),
+    ] = None
+    block_size: Annotated[Count | None, flag("Tokens per KV block; the engine's choice when unset.")] = None
+    kv_cache_mib: Annotated[
+        Count | None, flag("Size of the KV cache, in MiB; the engine's choice when unset.")
+    ] = None
+    max_model_len: Annotated[Count | None, flag("Longest context, in tokens; the model's when unset.")] = (
+        None
+    )
+    max_batch_tokens: Annotated[
+        Count | None, flag("Most tokens in one engine step; the engine's choice when unset.")
+    ] = None
+    max_running: Annotated[
+        Count | None, flag("Most requests in one engine step; the engine's choice when unset.")
+    ] = None
+    max_waiting: Annotated[
+        Count,
+        flag("Requests that may wait here for a step; the next goes to another worker."),
+    ] = 256
+    transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
+    handoff_ttl_s: Annotated[
+        float,
+        Meta(gt=Deadlines().handoff_margin_s),  # what has less left when it is to be pulled is not used
+        flag("Seconds for which a prefill worker keeps KV that nobody has pulled."),
+    ] = 30.0
+    sim_cost_model: Annotated[
+        str, flag("Whose steps the sim engine takes the time of, e.g. qwen3-8b/h200/tp1; zero: none.")
+    ] = ""
+    sim_speedup: Annotated[float, Meta(gt=0), flag("How much faster than time the sim engine runs.")] = 1.0
+    engine_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--model: missing")
+        if self.engine_args and self.engine != "vllm":
+            raise ConfigError(
+                f"{self.engine_args[0]}: the {self.engine} engine takes no arguments after --"
+            )
+        if self.transfer == "tcp" and self.engine == "vllm":
+            raise ConfigError("--transfer: vllm moves its KV over nixl")
+        if self.kv_advertise_port and self.engine == "vllm":
+            raise ConfigError(
+                "--kv-advertise-port: vllm is reached on the port that it listens on (--kv-port)"
+            )
+        if self.transfer == "nixl" and self.engine == "sim":
+            raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
+        CommonOptions.__post_init__(self)
+
+
+class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The flags of `penstock operator`."""
+
+    watch_namespace: Annotated[
+        str, flag("Namespace whose graphs it manages; all when empty.", "PENSTOCK_WATCH_NAMESPACE")
+    ] = ""
+    image: Annotated[
+        str,
+        flag(
+            "Image of graphs whose manifests name none of Penstock's, and of log relays.", "PENSTOCK_IMAGE"
+        ),
+    ] = "penstock:latest"
+    image_pull_policy: Annotated[
+        Literal["", "Always", "IfNotPresent", "Never"],
+        flag(
+            "For images whose manifest gives none; the cluster's choice when empty.",
+            "PENSTOCK_IMAGE_PULL_POLICY",
+        ),
+    ] = ""
+    image_pull_secrets: Annotated[
+        str,
+        flag(
+            "Secrets, comma-separated, that every pod gets to pull images.", "PENSTOCK_IMAGE_PULL_SECRETS"
+        ),
+    ] = ""
+    drain_s: Annotated[
+        float,
+        Meta(ge=0),
+        flag("Seconds that running requests get to end where a manifest does not say.", "PENSTOCK_DRAIN_S"),
+    ] = 180.0
+    topology_key: Annotated[
+        str,
+        flag(
+            "Label of nodes; prefill and decode workers prefer nodes with the same value of it.",
+            "PENSTOCK_TOPOLOGY_KEY",
+        ),
+    ] = "topology.kubernetes.io/zone"
+    lease_namespace: Annotated[
+        str,
+        flag(
+            "Namespace of the lease by which operators agree on who acts; its own when empty.",
+            "POD_NAMESPACE",
+        ),
+    ] = ""
+    lease_name: Annotated[str, flag("Name of that lease.")] = "penstock-operator"
+    host: Annotated[
+        str, flag("Address to listen on; all in a pod and loopback elsewhere when empty.", "PENSTOCK_HOST")
+    ] = ""
+    system_port: Annotated[Port, flag("Port of /live, /health and /metrics; 0 takes a free one.")] = 8081
+    webhook_port: Annotated[
+        Annotated[int, Meta(ge=-1, le=PORT_MAX)],
+        flag("Port on which the API server has graphs of other API versions converted; -1: none."),
+    ] = -1
+    webhook_service: Annotated[
+        str, flag("Service, in --lease-namespace, by which the API server reaches it.")
+    ] = "penstock-operator"
+    kubeconfig: Annotated[
+        str, flag("Of the cluster; that of this pod, $KUBECONFIG or ~/.kube/config when empty.")
+    ] = ""
+    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
+        None
+    )
+
+
+class DiscoveryUrl(msgspec.Struct, frozen=True):
+    """Where discovery is: a directory, etcd's members as `host:port,...`, or a Kubernetes namespace (empty:
+    the default). `tls` is etcd's."""
+
+    kind: DiscoveryKind
+    location: str
+    tls: bool = False
+
+
+def parse_discovery(url: str) -> DiscoveryUrl:
+    """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` (`etcds://`: with TLS) or `kubernetes:[NAMESPACE]`.
+    Raises ConfigError."""
+    kind, colon, location = url.partition(":")
+    if kind in ("etcd", "etcds") and "@" in location:  # no message may show what stands before it
+        raise ConfigError(
+            f"--discovery: a user belongs in --etcd-user and its password in {ETCD_PASSWORD_VARIABLE},"
+            f" not in the address"
+        )
+    if kind in ("etcd", "etcds") and location.startswith("//") and len(location) > len("//"):
+        members = [_etcd_member(member) for member in location.removeprefix("//").rstrip("/").split(",")]
+        return DiscoveryUrl("etcd", ",".join(members), tls=kind == "etcds")
+    if kind == "file" and colon:
+        return DiscoveryUrl("file", location.removeprefix("//"))
+    if kind == "kubernetes":
+        return DiscoveryUrl("kubernetes", location.removeprefix("//"))
+    raise ConfigError(f"--discovery: expected file:, etcd://HOST:PORT or kubernetes:, got {shown(url)}")
+
+
+def _etcd_member(text: str) -> str:
+    """`host:port` of one of etcd's members. Raises ConfigError."""
+    match = _ETCD_MEMBER.fullmatch(text.strip())
+    port = int((match and match["port"]) or _ETCD_PORT)
+    if match is None or not 1 <= port <= PORT_MAX:
+        raise ConfigError(f"--discovery: expected etcd://HOST:PORT[,HOST:PORT...], got {shown(text)}")
+    return f"{match['host']}:{port}"
+
+
+def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str, str]) -> Path:
+    """The directory of a `file:` URL; without one, a place of this user's own on this machine."""
+    if url.location:
+        return Path(url.location).expanduser() / namespace
+    own = Path(environ.get("XDG_RUNTIME_DIR") or "~/.cache").expanduser()
+    return own / "penstock" / "discovery" / namespace
+
+
+def _both(options: CommonOptions, one: str, other: str) -> None:
+    """Two flags that only make sense together."""
+    if bool(getattr(options, one)) != bool(getattr(options, other)):
+        given, missing = (one, other) if getattr(options, one) else (other, one)
+        raise ConfigError(f"--{given.replace('_', '-')}: needs --{missing.replace('_', '-')} too")

@@ -1,0 +1,1 @@
+"""Requests, to workers: by what core/ decides."""

@@ -1,0 +1,448 @@
+"""Which instances there are: follows discovery, keeps a link to each, and loads what its model needs.
+
+The router's other half, and a shell as well: `core/membership.py` says which instances take part. What
+concerns requests goes to a `Listener`. All of it runs on one event loop; every callback finishes without
+awaiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, Protocol
+
+from penstock.clock import Clock
+from penstock.core.catalog import Catalog
+from penstock.core.membership import Connect, Disconnect, Member, Membership, State
+from penstock.core.pairing import without_pairs
+from penstock.core.placement import Placement
+from penstock.core.progress import PatientTime, Progress, ProgressLimits
+from penstock.errors import ConfigError, ProtocolError, RemoteError
+from penstock.link.client import LinkClient
+from penstock.link.settings import ClientSettings
+from penstock.metrics import RouterMetrics
+from penstock.ports import Discovery
+from penstock.router.served_models import ServedModels
+from penstock.shapes import Card, InstanceView, Load, ModelView, Output, Registration, Role
+from penstock.wire.messages import Bounce, Step
+
+log = logging.getLogger("penstock.instances")
+
+WATCH_AGAIN_S = 1.0
+"""Seconds before discovery is watched again after an error of ours ended the watch."""
+
+_P = ParamSpec("_P")
+
+Prepare = Callable[[ModelView], Awaitable[None]]
+"""Gets ready to serve a model; must not raise."""
+
+
+class Listener(Protocol):
+    """Who has requests on these instances."""
+
+    def on_ready(self, instance_id: str) -> None:
+        """An instance takes attempts from now on."""
+
+    def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
+        """An engine step of this instance gave these; its load and its cache are known already."""
+
+    def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
+        """An instance refused an attempt."""
+
+    def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
+        """An instance is gone, with all handoffs and attempts it had; `load` was its last. `died`: its
+        incarnation, if it neither meant to leave nor just fell silent."""
+
+    def on_stuck(self, instance_id: str, reason: str) -> None:
+        """An instance's engine does not advance. Said again and again while that lasts."""
+
+    def on_revision(self, model: str) -> None:
+        """New requests for this model go to another revision of it from now on."""
+
+
+class Instances:
+    """The instances that discovery shows, with what the placement needs to know of them kept up to date.
+
+    `run()` must be running; everything else is called on its event loop.
+    """
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        placement: Placement,
+        link_settings: ClientSettings,
+        metrics: RouterMetrics,
+        clock: Clock,
+        rng: random.Random,
+        listener: Listener,
+        *,
+        frontend_id: str,
+        load_retry_s: float,
+        outage_s: float,
+        progress: ProgressLimits,
+        tick_s: float,
+    ) -> None:
+        self.membership = Membership()
+        self._discovery = discovery
+        self._placement = placement
+        self._link_settings = link_settings
+        self._metrics = metrics
+        self._clock = clock
+        self._rng = rng
+        self._listener = listener
+        self._frontend_id = frontend_id
+        self._load_retry_s = load_retry_s
+        self._progress = progress
+        self._time = PatientTime(clock.now(), tick_s)
+        self._listed = False  # discovery has said who exists
+        self._links: dict[str, _Link] = {}
+        self._catalog = Catalog()
+        self._models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
+        self._unpaired: dict[str, str] = {}  # why, by instance id (core/pairing.py)
+        self._without_pairs: dict[str, str] = {}  # the same, by model
+        self._tasks: asyncio.TaskGroup  # of `run`, as is
+        self._prepare: Prepare
+
+    # --- who is there -----------------------------------------------------------------------------
+
+    def models(self) -> list[ModelView]:
+        """Models that can be served."""
+        return self._models.models()
+
+    def model(self, name: str) -> ModelView:
+        """The model in the revision that new requests get. Raises RequestRejected; see ServedModels."""
+        return self._models.model(name, listed=self._listed)
+
+    def serves(self, name: str, revision: str | None = None) -> bool:
+        """Whether new requests may come for the model, or for this revision of it; see ServedModels."""
+        return self._models.serves(name, revision)
+
+    def views(self) -> list[InstanceView]:
+        """All known instances, for /health."""
+        return [
+            InstanceView(
+                instance_id=instance_id,
+                role=member.registration.role,
+                model=member.model,
+                state=member.state.value,
+                address=member.registration.address,
+                load=self._placement.load(instance_id),
+                reason=member.stuck
+                or self._unpaired.get(instance_id)
+                or self._why_idle(instance_id, member),
+            )
+            for instance_id, member in sorted(self.membership.members.items())
+        ]
+
+    def discovery(self) -> str:
+        """Why there may be instances that are not known here; empty when there are none."""
+        return self._discovery.trouble
+
+    def _why_idle(self, instance_id: str, member: Member) -> str:
+        link = self._links.get(instance_id)
+        if member.state is State.STANDBY and member.card is not None:
+            return self._models.other_revision(member.card)
+        if member.up:
+            return ""
+        return link.client.reason if link is not None else "its registration is senseless"
+
+    def _has_left(self, instance_id: str) -> bool:
+        link = self._links.get(instance_id)
+        return link is None or link.left
+
+    def link(self, instance_id: str) -> LinkClient | None:
+        """The instance's link, up or not; None when the instance is not known."""
+        link = self._links.get(instance_id)
+        return link.client if link is not None else None
+
+    def tick(self) -> None:
+        """See who is there, and whose engines advance."""
+        now = self._clock.now()
+        self._time.look(now)
+        self._models.tick(now)
+        for link in self._links.values():
+            if link.up and link.progress is not None:
+                link.guard(self._judge, link, link.progress)
+
+    def _judge(self, link: _Link, progress: Progress) -> None:
+        member = self.membership.members[link.instance_id]
+        if progress.stuck_s(self._time.seconds):
+            reason = progress.describe(self._time.seconds)
+            if not member.stuck:
+                log.warning("instance quarantined: %s: %s", link.instance_id, reason)
+                link.stuck_at = self._clock.now()
+            self.membership.stuck(link.instance_id, reason)
+            self._elect()
+            self._listener.on_stuck(link.instance_id, reason)
+        elif member.stuck:
+            self.membership.advancing(link.instance_id)
+            self._elect()
+            log.info("instance back: %s after_s=%.1f", link.instance_id, self._clock.now() - link.stuck_at)
+            self._listener.on_ready(link.instance_id)
+        else:
+            return
+        self._metrics.state(link.instance_id, link.role, member.state)
+
+    def _elect(self) -> None:
+        """After any change of a member: see which revision of each model new requests get."""
+        members = self.membership.members.items()
+        before = {instance_id: member.state for instance_id, member in members}
+        replaced = self._models.elect(self._clock.now())
+        for instance_id, member in members:
+            if member.state is not before[instance_id]:
+                self._metrics.state(instance_id, member.registration.role, member.state)
+                if member.card is not None and member.state is State.STANDBY:
+                    # When most workers have become other ones, the rest are there on purpose.
+                    level = logging.INFO if member.card.model in replaced else logging.WARNING
+                    why = self._models.other_revision(member.card)
+                    log.log(level, "instance on standby: %s: %s", instance_id, why)
+        self._pair()
+        for model in replaced:
+            self._listener.on_revision(model)
+
+    def _pair(self) -> None:
+        """See who has no partner to hand prompts to, or to take them from; say where nobody has one."""
+        cards = self.membership.ready_cards()
+        self._unpaired = self._placement.unpaired(cards)
+        self._metrics.unpaired(self._unpaired)
+        before, self._without_pairs = self._without_pairs, without_pairs(cards, self._unpaired)
+        for model, why in self._without_pairs.items():
+            if model not in before:
+                log.warning("prefill workers of %s are not used: %s", model, why)
+        for model in before.keys() - self._without_pairs.keys():
+            left = any(card.model == model and card.role is Role.PREFILL for card in cards)
+            log.info("prefill workers of %s are %s", model, "used again" if left else "gone")
+
+    def advances(self, instance_id: str) -> bool:
+        """Whether its engine gets on with what it has, as far as is known."""
+        member = self.membership.members.get(instance_id)
+        return member is not None and member.up and not member.stuck
+
+    # --- discovery --------------------------------------------------------------------------------
+
+    async def run(self, prepare: Prepare) -> None:
+        """Follow discovery until cancelled. No instance of a model takes part before `prepare` is done
+        with the model."""
+        self._prepare = prepare
+        async with asyncio.TaskGroup() as self._tasks:
+            try:
+                while not await self._follow_discovery():
+                    await self._clock.sleep(WATCH_AGAIN_S)
+            finally:
+                for link in self._links.values():
+                    link.close()
+
+    async def _follow_discovery(self) -> bool:
+        """Until discovery is closed; False when an error of ours ended it before. A new watch begins with
+        the whole set, so nothing is missed."""
+        try:
+            async for current in self._discovery.watch():
+                self._listed = True
+                effects = self.membership.discovered(current)
+                self._elect()
+                self._apply(effects)
+        except Exception:  # a defect in reading or applying one set must not end what is connected
+            log.exception("discovery is watched again, after an error here")
+            return False
+        return True
+
+    def _apply(self, effects: list[Connect | Disconnect]) -> None:
+        for effect in effects:
+            match effect:
+                case Connect(registration):
+                    self._connect(registration)
+                case Disconnect(instance_id):
+                    link = self._links.pop(instance_id, None)
+                    if link is not None:
+                        link.close()
+                        # Now: the next incarnation may be up before this connection has ended.
+                        link.on_down("another process bears its name", orderly=True)
+                    self._placement.down(instance_id)  # what a snapshot that never ended has left
+                    self._metrics.instance_gone(instance_id)
+
+    def _connect(self, registration: Registration) -> None:
+        self._metrics.state(registration.instance_id, registration.role, State.CONNECTING)
+        try:
+            self._links[registration.instance_id] = _Link(self, registration, self._tasks)
+        except ConfigError as error:  # what somebody else registered must not end this process
+            log.error("instance %s cannot be connected: %s", registration.instance_id, error)
+
+    # --- what instances say ---------------------------------------------------------------------------
+
+    def _up(self, link: _Link, card: Card, load: Load) -> None:
+        self.membership.up(link.instance_id, card)
+        self._elect()
+        self._placement.up(card, load)
+        self._models.found(link.instance_id)
+        self._metrics.state(link.instance_id, card.role, State.LOADING)
+        log.info(
+            "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
+            link.instance_id,
+            card.role,
+            card.model,
+            card.engine,
+            self._placement.held_blocks(link.instance_id),
+        )
+        # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
+        if link.incarnation != card.incarnation:
+            link.incarnation, link.progress = card.incarnation, None
+        link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
+        link.progress.observe(load, self._time.seconds)
+        self._judge(link, link.progress)
+
+    async def _load(self, link: _Link, card: Card) -> None:
+        """Fetch what the model needs, then let the instance take part."""
+        if card.role.decodes:  # the others' answers are read with the files of those who decode
+            while not await self._fetch(link, card):
+                await self._clock.sleep(self._load_retry_s)
+            await self._prepare(self._catalog.publish(card))
+        self.membership.loaded(link.instance_id)
+        self._elect()
+        state = self.membership.members[link.instance_id].state
+        self._metrics.state(link.instance_id, card.role, state)
+        if state is not State.STANDBY:
+            log.info("instance ready: %s", link.instance_id)
+        self._listener.on_ready(link.instance_id)
+
+    async def _fetch(self, link: _Link, card: Card) -> bool:
+        try:
+            while wanted := self._catalog.wanted(card):
+                self._catalog.put(wanted[0], await link.client.asset(wanted[0]))
+        except RemoteError as error:
+            log.warning("%s: cannot fetch its model's files: %s", link.instance_id, error)
+            return False
+        return True
+
+    def _draining(self, link: _Link, reason: str) -> None:
+        log.info("instance draining: %s (%s)", link.instance_id, reason)
+        self.membership.draining(link.instance_id)
+        self._elect()
+        self._metrics.state(link.instance_id, link.role, State.DRAINING)
+
+    def _down(self, link: _Link, reason: str, orderly: bool) -> None:
+        instance_id = link.instance_id
+        effects: list[Connect | Disconnect] = []
+        if self._links.get(instance_id) is link:  # else what bears its name now is not this incarnation
+            effects = self.membership.down(instance_id)
+            self._elect()
+            self._metrics.state(instance_id, link.role, State.CONNECTING)
+        load = self._placement.load(instance_id)
+        self._placement.down(instance_id)
+        if orderly:
+            log.info("instance disconnected: %s: %s", instance_id, reason)
+        else:
+            if link.role.decodes:
+                self._models.lost(instance_id, link.model, self._clock.now())
+            log.warning("instance lost: %s: %s", instance_id, reason)
+        died = "" if orderly or link.client.fell_silent or link.client.misled else link.incarnation
+        self._listener.on_lost(instance_id, link.role, reason, load, died)
+        self._apply(effects)
+
+    def _step(self, link: _Link, step: Step) -> None:
+        self._placement.cache_changed(link.instance_id, step.stored, step.removed, step.cleared)
+        self._reported(link, step.seen, step.load)
+        self._listener.on_outputs(link.instance_id, link.role, step.outputs)
+
+    def _reported(self, link: _Link, seen: int, load: Load) -> None:
+        self._placement.reported(link.instance_id, seen, load)
+        assert link.progress is not None, "only a live link reports"
+        link.progress.observe(load, self._time.seconds)
+        self._metrics.load(link.instance_id, load)
+
+
+class _Link:
+    """One instance's link, with the task that keeps it up. Implements LinkListener."""
+
+    def __init__(self, instances: Instances, registration: Registration, tasks: asyncio.TaskGroup) -> None:
+        self.instance_id = registration.instance_id
+        self.role = registration.role
+        self.model = registration.model
+        self.incarnation = ""  # of the process that answered last
+        self._instances = instances
+        self._tasks = tasks
+        self.up = False  # between `on_up` and `on_down`
+        self.left = False  # it said goodbye: this process will not be back
+        self.progress: Progress | None = None  # of its engine, once it has been up
+        self.stuck_at = 0.0  # when its engine was last found stuck
+        self._loading: asyncio.Task[None] | None = None
+        self._closed = False  # no longer wanted; its task hears of it in the next turn only
+        self.client = LinkClient(
+            registration.address,
+            self,
+            instances._link_settings,
+            frontend_id=instances._frontend_id,
+            instance_id=registration.instance_id,
+            epoch=registration.epoch or None,
+            starting=registration.epoch == 0,  # it did not register by itself, once it was ready
+            rng=instances._rng,
+            clock=instances._clock,
+        )
+        self._running = tasks.create_task(self.client.run(), name=f"link {self.instance_id}")
+
+    def close(self) -> None:
+        """Hang up, in the next turn."""
+        self._closed = True
+        self._running.cancel()
+        if self._loading is not None:
+            self._loading.cancel()
+
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        self._check_open()
+        self._instances._placement.snapshot(self.instance_id, hashes, first=first)
+
+    def on_up(self, card: Card, load: Load) -> None:
+        self._check_open()
+        self.up, self.left = True, False
+        self.model = card.model
+        self._instances._up(self, card, load)
+        self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
+
+    async def _load(self, card: Card) -> None:
+        try:
+            await self._instances._load(self, card)
+        except Exception as error:  # a defect met with one worker's model must not end the others' links
+            log.exception("%s: its model cannot be taken, because of an error here", self.instance_id)
+            self.client.cut(f"an error here: {error!r}")
+
+    def guard(self, call: Callable[_P, None], *args: _P.args, **options: _P.kwargs) -> None:
+        """Do something about this instance. What it raises ends this link, and no other."""
+        try:
+            call(*args, **options)
+        except Exception as error:
+            log.exception("%s: the link ends because of an error here", self.instance_id)
+            self.client.cut(f"an error here: {error!r}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProtocolError("discovery has just forgotten this instance")
+
+    # What comes after `on_down`, until the connection has ended, is nobody's any more.
+
+    def on_step(self, step: Step) -> None:
+        if self.up:
+            self._instances._step(self, step)
+
+    def on_heartbeat(self, seen: int, load: Load) -> None:
+        if self.up:
+            self._instances._reported(self, seen, load)
+
+    def on_bounce(self, bounce: Bounce) -> None:
+        if self.up:
+            self._instances._listener.on_bounce(self.instance_id, self.role, bounce)
+
+    def on_draining(self, reason: str) -> None:
+        if self.up:
+            self._instances._draining(self, reason)
+
+    def on_down(self, reason: str, orderly: bool) -> None:
+        """Idempotent: when discovery replaces an instance, this comes before the connection's end."""
+        if not self.up:
+            return
+        self.up = False
+        self.left = orderly
+        if self._loading is not None:
+            self._loading.cancel()
+            self._loading = None
+        self._instances._down(self, reason, orderly)

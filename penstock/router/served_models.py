@@ -1,0 +1,160 @@
+"""Which models clients can ask for, each in one revision (core/catalog.py), and when one is forgotten.
+
+A model outlives its last worker for as long as a request may wait: whoever served it may be back before
+that. When all of its workers have said that they leave, there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.core.catalog import Catalog, differences
+from penstock.core.membership import Membership, State
+from penstock.errors import RequestRejected
+from penstock.shapes import Card, ModelView
+
+log = logging.getLogger("penstock.instances")
+
+SWEEP_S = 1.0
+"""Seconds between looks for models that nobody serves any more."""
+
+MAX_GONE_MODELS = 1024
+"""Names of models that were served once, for which a client hears 503 instead of 404."""
+
+MAX_NAMED_MODELS = 16
+"""Served models that the error for an unknown one names."""
+
+
+@dataclass(slots=True)
+class _Served:
+    """A model in the revision that new requests get."""
+
+    view: ModelView
+    card: Card  # of a worker that has it
+    at: float  # when somebody was last seen to serve it
+
+
+class ServedModels:
+    """Follows a membership. `now` in seconds.
+
+    Args:
+        outage_s: how long a request may wait for a worker.
+        has_left: whether an instance has said goodbye, or has no link.
+    """
+
+    def __init__(
+        self, membership: Membership, catalog: Catalog, outage_s: float, has_left: Callable[[str], bool]
+    ) -> None:
+        self._membership = membership
+        self._catalog = catalog
+        self._outage_s = outage_s
+        self._has_left = has_left
+        self._served: dict[str, _Served] = {}  # by model
+        self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
+        self._lost: dict[str, tuple[str, float]] = {}  # instance -> its model, and when it was lost
+        self._swept_at = 0.0
+
+    def models(self) -> list[ModelView]:
+        """Models that can be served."""
+        servable = self._servable()
+        return [served.view for name, served in self._served.items() if name in servable]
+
+    def model(self, name: str, *, listed: bool) -> ModelView:
+        """The model in the revision that new requests get. `listed`: discovery has said who exists.
+
+        Raises RequestRejected: 404 for a model that no worker serves or served; 503 for one whose first
+        workers are still connecting, whose workers have all said that they leave, or that no worker has
+        served for `outage_s`.
+        """
+        served = self._served.get(name)
+        if served is not None and not self._all_left(name):
+            return served.view
+        if served is not None or name in self._gone:
+            raise RequestRejected(
+                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
+            )
+        members = self._membership.members.values()
+        if not listed or any(member.model in (name, "") for member in members):
+            message = f"The workers of `{name}` are still connecting."
+            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
+        names = ", ".join(f"`{view.name}`" for view in self.models()[:MAX_NAMED_MODELS])
+        message = f"The model `{name}` does not exist; served: {names or 'none'}."
+        raise RequestRejected(404, message, code="model_not_found", field="model")
+
+    def serves(self, name: str, revision: str | None = None) -> bool:
+        """Whether new requests may come for the model, or for this revision of it: it is served, or was so
+        recently enough for requests to wait."""
+        served = self._served.get(name)
+        return served is not None and revision in (None, served.view.revision)
+
+    def other_revision(self, card: Card) -> str:
+        """What keeps new requests from a worker of another revision than the served one."""
+        served = self._served.get(card.model)
+        differing = ", ".join(differences(card, served.card)) if served is not None else ""
+        return f"another revision of {card.model} is served, with other {differing}"
+
+    def elect(self, now: float) -> list[str]:
+        """After any change of a member: see which revision of each model new requests get. Returns the
+        models for which that is another one than before."""
+        replaced = []
+        for model in self._membership.elect():
+            revision = self._membership.served.get(model)
+            before = self._served.get(model)
+            view = self._catalog.view(model, revision) if revision is not None else None
+            if view is None or (before is not None and before.view.revision == revision):
+                continue  # nobody serves it, or the same revision again
+            cards = self._membership.ready(model, view.revision)
+            self._served[model] = _Served(view, next(card for card in cards if card.role.decodes), now)
+            self._gone.pop(model, None)
+            if before is not None:
+                words = "model %s: new requests go to revision %s instead of %s"
+                log.info(words, model, revision, before.view.revision)
+                replaced.append(model)
+        return replaced
+
+    def lost(self, instance_id: str, model: str, now: float) -> None:
+        """An instance that decodes is gone without a word, and may be back."""
+        self._lost[instance_id] = (model, now)
+
+    def found(self, instance_id: str) -> None:
+        """An instance is up, for the first time or again."""
+        self._lost.pop(instance_id, None)
+
+    def tick(self, now: float) -> None:
+        """Let go of models, and of revisions, that nobody has any more."""
+        if now - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now
+        self._lost = {name: lost for name, lost in self._lost.items() if now - lost[1] <= self._outage_s}
+        servable = self._servable()
+        for model, served in list(self._served.items()):
+            if model in servable:
+                served.at = now
+            elif now - served.at > self._outage_s:
+                del self._served[model]
+                self._gone[model] = None
+                log.info("model %s: nobody has served it for %g s", model, self._outage_s)
+        while len(self._gone) > MAX_GONE_MODELS:
+            self._gone.popitem(last=False)
+        members = self._membership.members.values()
+        cards = {(member.card.model, member.revision): member.card for member in members if member.card}
+        cards |= {(name, served.view.revision): served.card for name, served in self._served.items()}
+        self._catalog.keep(cards)
+
+    def _servable(self) -> set[str]:
+        members = self._membership.members.values()
+        return {member.model for member in members if member.servable}
+
+    def _all_left(self, model: str) -> bool:
+        """Whether each worker that could end a request of this model has said that it leaves, so that none
+        of them will be back."""
+        if any(lost_model == model for lost_model, _ in self._lost.values()):
+            return False
+        return all(
+            member.state is State.DRAINING or self._has_left(instance_id)
+            for instance_id, member in self._membership.members.items()
+            if member.model in (model, "") and member.registration.role.decodes
+        )

@@ -1,0 +1,1 @@
+"""A worker: one engine, linked to every frontend."""

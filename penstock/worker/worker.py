@@ -1,0 +1,461 @@
+"""The worker: one engine, its registration, and a link to every frontend.
+
+A shell around an `Engine`: attempts come down the links and go into the engine; each engine step goes up
+as one message per frontend, with that frontend's outputs and everybody's KV events and load. The worker
+is the one place where choosing and reserving meet: it admits or bounces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.clock import Clock, MonotonicClock
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
+from penstock.core.progress import PatientTime, Progress, ProgressLimits
+from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
+from penstock.link.server import LinkServer, Peer
+from penstock.link.settings import ServerSettings
+from penstock.net.address import join_address
+from penstock.ports import Discovery, Engine, Lease
+from penstock.shapes import (
+    Attempt,
+    Card,
+    EngineCard,
+    EngineStep,
+    Handoff,
+    Load,
+    Output,
+    Registration,
+    Role,
+    shortened,
+)
+from penstock.wire import frames
+from penstock.wire.messages import Bounce, Step, Welcome
+
+log = logging.getLogger("penstock.worker")
+
+_PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
+_DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
+_HASHED_AT_ONCE_BYTES = 4 * 1024 * 1024  # of an asset: 10 ms on a slow machine
+_LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What a worker is, and how much it admits."""
+
+    instance_id: str
+    epoch: int
+    """Milliseconds since 1970 at the start: grows with every incarnation."""
+
+    role: Role
+    model: str = ""
+    """Served name; the engine's own when empty."""
+
+    advertise_host: str = ""
+    """The host under which frontends reach the link; the one it listens on when empty."""
+
+    advertise_port: int = 0
+    """The port under which frontends reach the link; the one it listens on when 0."""
+
+    max_wait_ms: float = 10_000.0
+    """An attempt that is predicted to wait longer in the engine is bounced: work for another worker, or for
+    later. Frontends send much less than that ahead; this is for what they cannot know of each other."""
+
+    max_waiting: int = 256
+    """Attempts that may wait in the engine, whatever the prediction: a bound on memory."""
+
+    bounce_retry_s: float = 0.25
+    """Seconds after which a bounced attempt may be offered again."""
+
+    drain_s: float = 30.0
+    """Seconds that a leaving worker gives its attempts and handoffs to end."""
+
+    progress: ProgressLimits = ProgressLimits()
+    """When its engine counts as stuck, for /health and the log. Frontends judge for themselves."""
+
+
+class Worker:
+    """Runs until told to stop, or until its engine dies. Implements the link's LinkHandler."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        discovery: Discovery,
+        settings: WorkerSettings,
+        link_settings: ServerSettings,
+        clock: Clock | None = None,
+    ) -> None:
+        self._engine = engine
+        self._discovery = discovery
+        self._settings = settings
+        self._clock = clock or MonotonicClock()
+        self._host = settings.advertise_host or link_settings.host
+        self._tls = link_settings.tls is not None
+        self._server = LinkServer(link_settings, self, self._clock)
+        self._card: Card | None = None
+        self._lease: Lease | None = None  # once the engine is ready
+        self._assets: dict[str, bytes] = {}  # sha256 -> content
+        self._load = Load()  # as of the engine's latest step
+        self._progress = Progress(settings.progress)
+        self._time = PatientTime(self._clock.now(), _PROGRESS_LOOK_S)
+        self._stuck = ""  # how it stands still, as of the last look
+        self._dead = False
+        self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
+        self._suspects: dict[str, int] = {}  # attempt id -> tokens until it is none any more
+        self._handed: dict[
+            str, tuple[Peer, float]
+        ] = {}  # handoff id -> who got it, and its end; oldest first
+        self._submitted = 0
+        self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
+        engine_card = await self._start_engine(stop)
+        if engine_card is None:
+            return
+        self._card = await self._describe(engine_card)
+        _check_card(self._card)
+        self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
+        await self._server.start()
+        address = join_address(self._host, self._settings.advertise_port or self._server.port)
+        self._lease = lease = await self._discovery.register(self._registration(address))
+        log.info("worker ready: %s", self._summary(address))
+        reason, failed = "stopped", False
+        try:
+            await self._serve(stop, lease)
+        except PenstockError as error:
+            self._dead = True
+            reason, failed = f"engine died: {error}", True
+            log.error("%s", reason)
+            raise
+        finally:
+            await lease.close()
+            await self._server.close(reason, failed=failed)
+
+    async def _start_engine(self, stop: asyncio.Event) -> EngineCard | None:
+        """What the engine is, once it has started; None when `stop` was set before."""
+        starting = asyncio.create_task(self._engine.start(), name="engine start")
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                return starting.result()
+            log.info("told to stop before the engine was ready")
+            return None
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
+
+    def health(self) -> dict[str, Any]:
+        """For /health: `status` is starting (until it is first listed by discovery), healthy, stuck,
+        draining or dead; `engine` says how it is stuck, and `discovery` why it may not be listed now, which
+        takes nothing from those who know it. How busy it is: `attempts` were admitted and have not ended,
+        of these the engine has some `running` and some `waiting`; `held_handoffs` are prompts that it
+        computed and that nobody has pulled yet."""
+        self._look_at_progress()
+        load = self.load()
+        return {
+            "status": self._status(),
+            "instance_id": self._settings.instance_id,
+            "role": self._settings.role,
+            "engine": self._stuck or ("ok" if self._card is not None else "starting"),
+            "attempts": len(self._owners),
+            "running": load.running,
+            "waiting": load.waiting,
+            "held_handoffs": load.held_handoffs,
+            "frontends": len(self._server.peers),
+            "tasks": len(asyncio.all_tasks()),
+            "discovery": (self._lease.trouble or "ok")
+            if self._lease is not None
+            else "waiting for the engine",
+        }
+
+    def _status(self) -> str:
+        if self._dead:
+            return "dead"
+        if self._draining:
+            return "draining"
+        if self._lease is None or not self._lease.registered:
+            return "starting"
+        return "stuck" if self._stuck else "healthy"
+
+    async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:
+        pump = asyncio.create_task(self._pump(), name="engine steps")
+        beat = asyncio.create_task(self._server.run(), name="heartbeats")
+        watch = asyncio.create_task(self._watch(), name="progress")
+        stopping = asyncio.create_task(stop.wait(), name="stop signal")
+        try:
+            done, _ = await asyncio.wait({pump, beat, watch, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if done == {stopping}:
+                await self._drain(lease, pump)
+                await self._engine.stop(grace_s=0.0)
+                await asyncio.wait_for(pump, timeout=_LAST_STEPS_S)
+            for task in done - {stopping}:
+                task.result()
+                raise RemoteError(f"{task.get_name()} ended by itself")
+        finally:
+            for task in (pump, beat, watch, stopping):
+                task.cancel()
+            await asyncio.gather(pump, beat, watch, stopping, return_exceptions=True)
+
+    async def _drain(self, lease: Lease, pump: asyncio.Task[None]) -> None:
+        """Leave without losing anything: no new work, let attempts end and handoffs be pulled."""
+        self._draining = True
+        log.info("draining: attempts=%d handoffs=%d", len(self._owners), self._load.held_handoffs)
+        deadline = self._clock.now() + self._settings.drain_s
+        self._server.drain("stopping")
+        await lease.close()
+        while (self._owners or self._load.held_handoffs) and not pump.done():
+            left_s = deadline - self._clock.now()
+            if left_s <= 0:
+                log.warning(
+                    "drain deadline passed: attempts=%d handoffs=%d are given up",
+                    len(self._owners),
+                    self._load.held_handoffs,
+                )
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left_s, _DRAIN_LOOK_S))
+
+    async def _watch(self) -> None:
+        while True:
+            await self._clock.sleep(_PROGRESS_LOOK_S)
+            self._look_at_progress()
+
+    def _look_at_progress(self) -> None:
+        """Say in the log when the engine begins to stand still, and when it goes on."""
+        now, before = self._time.look(self._clock.now()), self._stuck
+        self._stuck = self._progress.describe(now) if self._progress.stuck_s(now) else ""
+        if self._stuck and not before:
+            log.error("engine stuck: %s", self._stuck)
+        elif before and not self._stuck:
+            log.info("engine goes on: steps=%d", self._load.steps)
+
+    async def _pump(self) -> None:
+        async for step in self._engine.steps():
+            try:
+                self._publish(step)
+            except Exception:
+                # A defect of ours must not end the engine for everybody. Who missed something of this step
+                # could not make sense of the next one: all links begin anew, each with a snapshot.
+                log.exception("a step could not be passed on: all links begin anew")
+                for peer in list(self._server.peers):
+                    peer.connection.cut("an error at the worker, see its log")
+
+    def _publish(self, step: EngineStep) -> None:
+        """One message per frontend: its outputs, everybody's events and load."""
+        arrived = step.load.submitted - self._load.submitted
+        for _ in range(min(arrived, len(self._on_the_way))):
+            self._on_the_way.popleft()
+        self._load = step.load
+        self._progress.observe(self.load(), self._time.look(self._clock.now()))
+        outputs: dict[Peer, list[Output]] = {peer: [] for peer in self._server.peers}
+        for output in step.outputs:
+            owner = self._owners.get(output.attempt_id)
+            if self._suspects:
+                self._acquit(output)
+            if output.finish_reason is not None:
+                self._owners.pop(output.attempt_id, None)
+                if output.error is not None:
+                    output.error = shortened(output.error)
+            if owner in outputs:
+                outputs[owner].append(output)
+                if output.handoff is not None:
+                    self._remember(owner, output.handoff)
+            elif output.handoff is not None:  # its frontend is gone
+                self._engine.release(output.handoff.handoff_id, sent=False)
+        load = self.load()
+        for peer, mine in outputs.items():
+            peer.send(
+                Step(
+                    seen=peer.seen,
+                    load=load,
+                    outputs=mine,
+                    stored=step.stored,
+                    removed=step.removed,
+                    cleared=step.cleared,
+                )
+            )
+        self._changed.set()
+
+    def _acquit(self, output: Output) -> None:
+        """A suspect is none any more once it got on, or is not here."""
+        left = self._suspects.pop(output.attempt_id, 0) - len(output.token_ids)
+        if left > 0 and output.finish_reason is None:
+            self._suspects[output.attempt_id] = left
+
+    def _remember(self, peer: Peer, handoff: Handoff) -> None:
+        """Who got this handoff, for as long as it lives."""
+        now = self._clock.now()
+        while self._handed and next(iter(self._handed.values()))[1] <= now:
+            del self._handed[next(iter(self._handed))]
+        self._handed[handoff.handoff_id] = (peer, now + handoff.ttl_s)
+
+    # --- LinkHandler --------------------------------------------------------------------------------
+
+    def card(self) -> Card:
+        assert self._card is not None  # the server starts after the engine
+        return self._card
+
+    def snapshot(self) -> tuple[Sequence[int], Load]:
+        return self._engine.cached_hashes(), self.load()
+
+    def load(self) -> Load:
+        """The engine's load, and what was submitted since."""
+        if not self._on_the_way and not self._suspects:
+            return self._load
+        return msgspec.structs.replace(
+            self._load,
+            waiting=self._load.waiting + len(self._on_the_way),
+            prefill_tokens=self._load.prefill_tokens + sum(self._on_the_way),
+            suspects=len(self._suspects),
+        )
+
+    def asset(self, sha256: str) -> bytes | None:
+        return self._assets.get(sha256)
+
+    def on_generate(self, peer: Peer, attempt: Attempt) -> None:
+        refusal = self._refusal(attempt)
+        if refusal:
+            retry_after_s = self._settings.bounce_retry_s
+            peer.send(Bounce(attempt_id=attempt.attempt_id, reason=refusal, retry_after_s=retry_after_s))
+            return
+        self._submitted += 1
+        self._on_the_way.append(0 if attempt.handoff is not None else len(attempt.token_ids))
+        self._owners[attempt.attempt_id] = peer
+        if attempt.suspect_tokens:
+            self._suspects[attempt.attempt_id] = attempt.suspect_tokens
+        self._progress.observe(self.load(), self._time.look(self._clock.now()))
+        self._engine.submit(attempt)
+
+    def _refusal(self, attempt: Attempt) -> str:
+        """Why this attempt is not admitted; empty when it is."""
+        if self._draining:
+            return "draining"
+        waiting = self._load.waiting + len(self._on_the_way)
+        if waiting >= self._settings.max_waiting:
+            return f"full: {waiting} attempts are waiting"
+        wait_ms = self._wait_ms(attempt)
+        if wait_ms > self._settings.max_wait_ms:
+            return f"full: wait_ms={wait_ms:.0f} bound_ms={self._settings.max_wait_ms:.0f}"
+        if attempt.attempt_id in self._owners:
+            return "this attempt is here already"
+        return ""
+
+    def _wait_ms(self, attempt: Attempt) -> float:
+        """How long until the engine could begin it, as a frontend would predict it."""
+        card = self.card()
+        query = Query(
+            len(attempt.token_ids),
+            expected_output_tokens=min(EXPECTED_OUTPUT_TOKENS, attempt.sampling.max_tokens),
+        )
+        load = self.load()
+        here = Candidate(
+            card.instance_id,
+            card.role,
+            load,
+            card.block_size,
+            max_running=card.max_running,
+            output_tokens=load.output_tokens,
+        )
+        return costs(query, here).queue_ms
+
+    def on_cancel(self, peer: Peer, attempt_id: str) -> None:
+        if self._owners.get(attempt_id) is peer:
+            self._engine.cancel(attempt_id)
+
+    def on_release(self, peer: Peer, handoff_id: str, sent: bool) -> None:
+        owner, _ = self._handed.get(handoff_id, (None, 0.0))
+        if owner is peer:  # nobody else may say that it is of no use
+            del self._handed[handoff_id]
+            self._engine.release(handoff_id, sent=sent)
+
+    def on_peer_lost(self, peer: Peer) -> None:
+        orphans = [attempt_id for attempt_id, owner in self._owners.items() if owner is peer]
+        if orphans:
+            log.warning("frontend %s is gone: cancelling its %d attempts", peer.frontend_id, len(orphans))
+        for attempt_id in orphans:
+            self._engine.cancel(attempt_id)
+        # Its requests ended with it; whoever it may have sent these to is told the same.
+        for handoff_id in [handoff_id for handoff_id, (owner, _) in self._handed.items() if owner is peer]:
+            self.on_release(peer, handoff_id, sent=True)
+
+    # --- what this worker is --------------------------------------------------------------------------
+
+    async def _describe(self, card: EngineCard) -> Card:
+        names = {name: await _sha256(content) for name, content in card.assets.items()}
+        self._assets = {names[name]: content for name, content in card.assets.items()}
+        return Card(
+            instance_id=self._settings.instance_id,
+            epoch=self._settings.epoch,
+            role=self._settings.role,
+            model=self._settings.model or card.model,
+            engine=card.engine,
+            block_size=card.block_size,
+            total_blocks=card.total_blocks,
+            max_model_len=card.max_model_len,
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            layout=card.layout,
+            transport=card.transport,
+            sampling_defaults=card.sampling_defaults,
+            assets=names,
+            structured_output=card.structured_output,
+            tool_parser=card.tool_parser,
+            reasoning_parser=card.reasoning_parser,
+            max_batch_tokens=card.max_batch_tokens,
+            max_running=card.max_running,
+            weights=card.weights,
+        )
+
+    def _registration(self, address: str) -> Registration:
+        card = self.card()
+        return Registration(
+            instance_id=card.instance_id,
+            epoch=card.epoch,
+            role=card.role,
+            model=card.model,
+            address=address,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            tls=self._tls,
+        )
+
+    def _summary(self, address: str) -> str:
+        card = self.card()
+        return (
+            f"instance={card.instance_id} role={card.role} model={card.model} engine={card.engine!r} "
+            f"address={address} blocks={card.total_blocks}x{card.block_size} "
+            f"transport={card.transport or 'none'}"
+        )
+
+
+def _check_card(card: Card) -> None:
+    """Raises ConfigError for a card that no frontend would take."""
+    try:
+        frames.decode_to_frontend(frames.encode(Welcome(card=card, proof=b""))[frames.LENGTH_BYTES :])
+    except ProtocolError as error:
+        raise ConfigError(f"what the engine says of itself cannot be served: {error}") from error
+
+
+async def _sha256(content: bytes) -> str:
+    """In hex. A part at a time: tokenizers have tens of megabytes, and probes are served meanwhile."""
+    digest = hashlib.sha256()
+    for start in range(0, len(content), _HASHED_AT_ONCE_BYTES):
+        digest.update(content[start : start + _HASHED_AT_ONCE_BYTES])
+        await asyncio.sleep(0)
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""What must be true once nothing is going on any more. Each function returns what is not, in words."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from penstock.core.membership import State
+from penstock.core.prefix_index import PrefixIndex
+
+if TYPE_CHECKING:
+    from simulator.lab import Lab
+    from simulator.parts import SimFrontend, SimWorker
+
+
+def unsettled(lab: Lab) -> list[str]:
+    """Blocks that are held, books that are open, and indexes that differ from the caches."""
+    complaints = [it for worker in lab.live_workers() for it in _busy(worker)]
+    for frontend in lab.live_frontends():
+        complaints += _open_books(lab, frontend)
+        complaints += _wrong_index(lab, frontend)
+    return complaints
+
+
+def unready(lab: Lab) -> list[str]:
+    """Workers that some frontend does not use, and instances that it should have forgotten."""
+    complaints = [f"{lab.restarting} workers are starting again"] if lab.restarting else []
+    there = {worker.instance_id: worker for worker in lab.live_workers() if worker.up}
+    for frontend in lab.live_frontends():
+        members = frontend.router._instances.membership.members
+        complaints += [
+            f"{frontend.name} has {instance_id} as {members[instance_id].state}"
+            if instance_id in members
+            else f"{frontend.name} does not know {instance_id}"
+            for instance_id, worker in there.items()
+            if instance_id not in members
+            or members[instance_id].state is not State.READY
+            or members[instance_id].registration.epoch != worker.epoch
+        ]
+        complaints += [f"{frontend.name} still knows {name}" for name in members if name not in there]
+    return complaints
+
+
+def _busy(worker: SimWorker) -> list[str]:
+    scheduler, shell = worker.engine.scheduler, worker.worker
+    counts = {
+        "used_blocks": scheduler.pool.used_blocks,
+        "held_handoffs": len(scheduler.held),
+        "pulls": len(scheduler.pulls),
+        "attempts": len(scheduler._active),
+        "links of strangers": len(shell._server._door._strangers),
+    }
+    complaints = [f"{worker.instance_id} has {count} {what}" for what, count in counts.items() if count]
+    complaints += _kept(
+        (shell, scheduler, *([worker.transfer] if worker.transfer else [])), {"_assets", "_handed"}
+    )
+    try:
+        scheduler.pool.check()
+    except AssertionError as error:
+        complaints.append(f"{worker.instance_id}: {error}")
+    pool = scheduler.pool
+    cached = {pool.sequence_hash(block) for block in pool._cached.values()}
+    if cached != set(worker.engine.cached_hashes()):
+        complaints.append(f"{worker.instance_id} has {len(cached)} blocks cached and says something else")
+    return complaints
+
+
+def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
+    router = frontend.router
+    placement, instances = router._placement, router._instances
+    parts = [router, router._suspects, *router._queues.values(), instances, instances._models]
+    parts += [placement, placement._book, placement._check]
+    lasting = {"_queues", "_served", "_gone", "_lost", "_without_pairs"} | set(instances.membership.members)
+    complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
+    for instance_id, account in router._placement._book._accounts.items():
+        left = (
+            len(account.on_the_way),
+            len(account.booked),
+            account.uncached_tokens,
+            account.context_tokens,
+        )
+        if any(left):
+            complaints.append(f"{frontend.name} books {left} on {instance_id}")
+    for worker in lab.live_workers():
+        name = worker.instance_id
+        if placement.load(name) != worker.worker.load():
+            complaints.append(
+                f"{frontend.name} has {placement.load(name)} of {name}, not {worker.worker.load()}"
+            )
+    return complaints
+
+
+def _kept(parts: Iterable[object], lasting: set[str]) -> list[str]:
+    """What these still keep of requests that have ended. `lasting`: names and keys that may stay."""
+    found = []
+    for part in parts:
+        for name, kept in vars(part).items():
+            known = isinstance(kept, (dict, set)) and lasting.issuperset(kept)
+            if isinstance(kept, (dict, set, list, deque)) and kept and not known and name not in lasting:
+                found.append(f"{type(part).__name__}.{name} keeps {len(kept)} entries")
+    return found
+
+
+def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
+    index = indexed(frontend.router._placement._index)
+    up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
+    complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
+    for worker in lab.live_workers():
+        if worker.instance_id not in up:
+            continue
+        known = index.get(worker.instance_id)
+        there = set(worker.engine.cached_hashes())
+        if known is None:
+            complaints.append(f"{frontend.name} does not index {worker.instance_id}, which is up")
+        elif known != there:
+            complaints.append(
+                f"{frontend.name} indexes {len(known - there)} blocks that {worker.instance_id} lacks, "
+                f"and lacks {len(there - known)}"
+            )
+    return complaints
+
+
+def indexed(index: PrefixIndex) -> dict[str, set[int]]:
+    """What an index says of each worker."""
+    found: dict[int, set[int]] = {slot: set() for slot in index._slots.values()}
+    for shard in index._shards:
+        for key, bits in shard.items():
+            for slot, keys in found.items():
+                if bits >> slot & 1:
+                    keys.add(key)
+    return {worker: found[slot] for worker, slot in index._slots.items()}

@@ -1,0 +1,337 @@
+"""The sim engine with a memory that can be checked, and with what can go wrong in an engine.
+
+A block's 64 bytes hold its tokens' ids instead of their KV. Before anything is computed on top of blocks,
+they must hold the tokens that they stand for: found in the cache, pulled from elsewhere, or computed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from array import array
+from collections.abc import Callable, Sequence
+
+from penstock.engines.batch import Row, Sampled
+from penstock.engines.block_pool import BlockPool
+from penstock.engines.cost_models import cost_model
+from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
+from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
+from penstock.engines.virtual import VirtualEngine
+from penstock.ports import KvTransfer
+from penstock.shapes import EngineStep, Handoff
+from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
+from simulator.loop import Process
+from simulator.network import Network
+
+TOKEN_BYTES = 4
+BLOCK_TOKENS = POOL_BYTES_PER_BLOCK // TOKEN_BYTES
+"""Most tokens per block."""
+
+CHECK_EVERY = 8
+"""Decode steps of an attempt between two looks at all its blocks; the first look is at its first step."""
+
+LEAKS_EVERY = 8
+"""Turns of an engine between two looks at all its blocks."""
+
+GARBAGE = 0xEE
+"""What a failed transfer leaves behind."""
+
+
+class InjectedFault(Exception):
+    """A step that was made to fail."""
+
+
+class LabClock:
+    """An engine's clock: its process's, but while the engine is wedged no sleep ends."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._wedged = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def now(self) -> float:
+        return self._process.clock.now()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._free.wait()
+
+    @property
+    def wedged(self) -> bool:
+        """Whether no sleep ends."""
+        return self._wedged > 0
+
+    def wedge(self) -> None:
+        self._wedged += 1
+        self._free.clear()
+
+    def unwedge(self) -> None:
+        self._wedged -= 1
+        if not self._wedged:
+            self._free.set()
+
+
+class LabEngine(VirtualEngine):
+    """A sim engine on `clock`.
+
+    Args:
+        wrong: told of KV that is not what it should be.
+        leaked: told of blocks that are held by nobody, or by somebody who does not count.
+        stopping: called before the engine ends what it still has.
+        poison: how many steps in a row an attempt makes fail.
+    """
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        clock: LabClock,
+        transfer: KvTransfer | None,
+        wrong: Callable[[str], None],
+        leaked: Callable[[str], None],
+        stopping: Callable[[], None],
+        poison: Callable[[str], int],
+    ) -> None:
+        costs = cost_model(settings.cost_model)
+        self._leaked = leaked
+        self._stopping = stopping
+        self.poison = poison
+        self._turns = 0
+        self._said: set[int] = set()  # cached, going by the steps that were handed out
+        self._digest = 0  # the exclusive or of these
+        self._until: dict[int, float] = {0: math.inf}  # until when each such digest was true
+        self.failing_steps = 0
+        self._clear_next = False
+        self._wrong = wrong
+        self._block_size = settings.block_size
+        super().__init__(
+            lambda: self._watched(load_sim(settings, None)),
+            lambda batch: costs.step_ms(batch) / 1e3 / settings.speedup,
+            settings.scheduler,
+            clock,
+            transfer,
+        )
+
+    def evict(self) -> None:
+        """Lose all blocks that nobody uses at the moment, as under a storm of other prompts."""
+
+        def storm(now: float) -> None:
+            pool = self.scheduler.pool
+            taken = pool.allocate(pool.available_blocks)
+            assert taken is not None
+            pool.release(taken)
+
+        self._post(storm)
+
+    def clear(self) -> None:
+        """The same, and say it as engines do that drop a whole cache."""
+        self.evict()
+        self._clear_next = True
+
+    async def stop(self, grace_s: float) -> None:
+        """As Engine.stop."""
+        self._stopping()
+        await super().stop(grace_s)
+
+    @property
+    def dead(self) -> bool:
+        """Whether so many steps failed that it makes no more."""
+        return self._cycle is not None and self._cycle._failed_steps >= MAX_FAILED_STEPS
+
+    def broken(self) -> None:
+        """Its next step is the last that may fail."""
+        assert self._cycle is not None, "it has not started"
+        self._cycle._failed_steps = MAX_FAILED_STEPS - 1
+
+    def cached_until(self, digest: int) -> float | None:
+        """Until when what is cached had this exclusive or; None: it never had."""
+        return self._until.get(digest)
+
+    def _hand_out(self, cycle: EngineCycle) -> None:
+        step = cycle.report()
+        if step is not None:
+            self._push(step, cycle)
+        self._turns += 1
+        if self._turns % LEAKS_EVERY == 0:
+            self._look_for_leaks(cycle)
+
+    def _push(self, step: EngineStep, cycle: EngineCycle) -> None:
+        if self._clear_next:
+            self._clear_next = False
+            step.cleared, step.removed = True, []
+            pool = cycle.scheduler.pool
+            step.stored = [pool.sequence_hash(block) for block in pool._cached.values()]
+        if step.stored or step.removed or step.cleared:
+            self._note_cached(step)
+        self._outbox.push(step)
+
+    def _note_cached(self, step: EngineStep) -> None:
+        """Remember what a frontend may take this cache for from now on."""
+        self._until[self._digest] = self._clock.now()
+        before, said = self._digest, self._said
+        if step.cleared:
+            said.clear()
+            before = 0
+        for changed in (said.intersection(step.removed), set(step.stored).difference(said)):
+            for key in changed:
+                before ^= key
+            said ^= changed
+        self._digest = before
+        self._until[before] = math.inf
+
+    def _look_for_leaks(self, cycle: EngineCycle) -> None:
+        """Every reference to a block is an attempt's, a pull's or a handoff's."""
+        scheduler = cycle.scheduler
+        pool = scheduler.pool
+        counts = [0] * pool.total_blocks
+        holders = [active.block_ids for active in scheduler._running]
+        holders += [pull.block_ids for pull in scheduler.pulls._open.values()]
+        holders += [held.block_ids for held in scheduler.held._held.values()]
+        for block_ids in holders:
+            for block in block_ids:
+                counts[block] += 1
+        if counts != pool._references:
+            wrong = [block for block, count in enumerate(counts) if count != pool._references[block]]
+            self._leaked(f"blocks {wrong[:8]} have more or fewer references than holders")
+        if {pool.sequence_hash(block) for block in pool._cached.values()} != self._said:
+            self._leaked("what is cached is not what was said to be")
+
+    def _watched(self, model: LoadedModel) -> LoadedModel:
+        assert isinstance(model.runner, SimRunner)
+        model.runner = _CheckedRunner(self, model.runner, model.pool, self._block_size, self._wrong)
+        return model
+
+
+class _CheckedRunner:
+    """Writes tokens where their KV would be, and looks at those before them."""
+
+    def __init__(
+        self,
+        engine: LabEngine,
+        inner: SimRunner,
+        pool: memoryview,
+        block_size: int,
+        wrong: Callable[[str], None],
+    ) -> None:
+        assert block_size <= BLOCK_TOKENS, f"more than {BLOCK_TOKENS} tokens do not fit in a block"
+        self._engine = engine
+        self._inner = inner
+        self._pool = pool.cast("B")
+        self._block_size = block_size
+        self._wrong = wrong
+        self._next: dict[str, int] = {}  # where an attempt's next row begins, if nothing happens to it
+
+    def run(self, batch: list[Row]) -> list[Sampled | None]:
+        if self._engine.failing_steps:
+            self._engine.failing_steps -= 1
+            raise InjectedFault("this step was made to fail")
+        for row in batch:
+            steps = self._engine.poison(row.sequence.attempt_id)
+            if steps >= MAX_FAILED_STEPS:
+                self._engine.broken()
+            if steps:
+                raise InjectedFault(f"{row.sequence.attempt_id} is poison")
+        if len(self._next) > 4 * len(batch) + 1000:
+            self._next.clear()
+        for row in batch:
+            sequence, start = row.sequence, row.start
+            known = self._next.get(sequence.attempt_id) == start
+            if start and (not known or start % CHECK_EVERY == 0):
+                self._check(row)
+            self._next[sequence.attempt_id] = start + row.count
+            self._write(row)
+        return self._inner.run(batch)
+
+    def _write(self, row: Row) -> None:
+        size, tokens, block_ids = self._block_size, row.sequence.token_ids, row.sequence.block_ids
+        at, end = row.start, row.start + row.count
+        while at < end:
+            upto = min(end, at - at % size + size)
+            data = array("I", tokens[at:upto]).tobytes()
+            place = block_ids[at // size] * POOL_BYTES_PER_BLOCK + at % size * TOKEN_BYTES
+            self._pool[place : place + len(data)] = data
+            at = upto
+
+    def _check(self, row: Row) -> None:
+        size, sequence, pool = self._block_size, row.sequence, self._pool
+        width = size * TOKEN_BYTES
+        there = b"".join(
+            pool[block * POOL_BYTES_PER_BLOCK : block * POOL_BYTES_PER_BLOCK + width]
+            for block in sequence.block_ids[: -(-row.start // size)]
+        )
+        wanted = array("I", sequence.token_ids[: row.start]).tobytes()
+        if there[: len(wanted)] != wanted:
+            self._wrong(f"attempt {sequence.attempt_id} computes on wrong KV before token {row.start}")
+
+
+class LabTransferNetwork(SimNetwork):
+    """Transfers that meet the faults of the network and of the other process."""
+
+    def __init__(self, network: Network, processes: Callable[[str], Process | None]) -> None:
+        super().__init__()
+        self.slower: dict[str, float] = {}  # factors by holder
+        self._network = network
+        self._processes = processes
+
+    def pull_s(self, holder: str, reader: str, seconds: float) -> float:
+        process = self._processes(holder)
+        blocked = self._network.blocked(holder, reader) or self._network.blocked(reader, holder)
+        if blocked or process is None or process.held:
+            return float("inf")
+        return seconds * self.slower.get(holder, 1.0)
+
+
+class LabTransfer(SimTransfer):
+    """Counts what is pulled; a pull that fails leaves garbage where its blocks should be.
+
+    Args:
+        offered, pulled: told of every handoff that may be read, and that was read to its end.
+        wrong: told of blocks that are read or written and belong to nobody.
+    """
+
+    def __init__(
+        self,
+        settings: SimTransferSettings,
+        network: SimNetwork,
+        process: Process,
+        offered: Callable[[str], None],
+        pulled: Callable[[str], None],
+        wrong: Callable[[str], None],
+    ) -> None:
+        super().__init__(settings, network, process.name, process.clock)
+        self.pool: Callable[[], BlockPool]  # of the engine that it is for
+        self._offered = offered
+        self._pulled = pulled
+        self._wrong = wrong
+        self._read: dict[str, Sequence[int]] = {}  # blocks that are being read from here
+
+    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
+        self._offered(handoff_id)
+        return super().export(handoff_id, block_ids)
+
+    def _begin(self, handoff_id: str, reader: SimTransfer) -> Sequence[int] | None:
+        offered = super()._begin(handoff_id, reader)
+        if offered is not None:
+            self._read[handoff_id] = offered
+        return offered
+
+    def _end(self, handoff_id: str) -> None:
+        super()._end(handoff_id)
+        self._held(self._read.pop(handoff_id, ()), f"freed while {handoff_id} is read from them")
+
+    def _held(self, block_ids: Sequence[int], otherwise: str) -> None:
+        free = [block for block in block_ids if not self.pool()._references[block]]
+        if free:
+            self._wrong(f"blocks {free} are {otherwise}")
+
+    async def _transfer(
+        self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
+    ) -> str | None:
+        error = await super()._transfer(handoff, sources, targets, timeout_s)
+        self._held(targets, f"freed while {handoff.handoff_id} is written to them")
+        if error is None:
+            self._pulled(handoff.handoff_id)
+        else:
+            for target in targets:
+                self._row(target)[:] = bytes([GARBAGE]) * len(self._row(target))
+        return error

@@ -1,0 +1,495 @@
+"""What can go wrong. Each fault picks its target and its length, happens, and is over when it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from penstock.engines import byte_tokenizer
+from penstock.engines.cycle import MAX_FAILED_STEPS
+from penstock.shapes import Delta, Role
+from penstock.wire.messages import Cancel, Generate, Ping, Release
+from simulator.engine import InjectedFault
+from simulator.lies import Liar
+from simulator.network import first_message
+from simulator.watch import Seen
+from simulator.workload import draw_calls
+
+if TYPE_CHECKING:
+    from simulator.lab import Lab
+    from simulator.parts import SimFrontend, SimWorker
+
+    WorkerHarm = Callable[[Lab, random.Random, SimWorker], Awaitable[None]]
+    FrontendHarm = Callable[[Lab, random.Random, SimFrontend], Awaitable[None]]
+
+Fault = Callable[["Lab", random.Random], Awaitable[None]]
+
+FAULTS: dict[str, Fault] = {}
+BUSY_SHARE = 0.8
+"""How many faults choose among workers that have something to do, if there are any."""
+
+STEPS_S = 3.0
+"""So long a step that is to fail is waited for."""
+
+DEFECT_SHARE = 0.3
+"""How many of a frontend's requests one mistake meets."""
+
+GENTLE: list[str] = []
+"""Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
+
+
+LEAVES_LINKS = {
+    "wedge",
+    "stale-handoff",
+    "step-failure",
+    "eviction-storm",
+    "transfer-cut",
+    "transfer-slow",
+    "clock-jump",
+    "discovery-away",
+    "discovery-flaps",
+    "hang-ups",
+    "burst",
+    "defect",
+    "scale-up",
+}
+"""Faults because of which no link between a frontend and a worker ends."""
+
+
+def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
+    def add(fault: Fault) -> Fault:
+        FAULTS[name] = fault
+        if gentle:
+            GENTLE.append(name)
+        return fault
+
+    return add
+
+
+def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
+    """One that is up, of these roles if any has them; in gentle scenarios not the untouchable one."""
+    up = [it for it in lab.live_workers() if it.serving and not it.process.held]
+    up = [it for it in up if _may_go(lab, it)]
+    fitting = [it for it in up if it.role in roles] or up
+    busy = [it for it in fitting if it.worker._owners]
+    if busy and rng.random() < BUSY_SHARE:
+        return rng.choice(busy)
+    return rng.choice(fitting) if fitting else None
+
+
+def _frontend(lab: Lab, rng: random.Random) -> SimFrontend | None:
+    there = [it for it in lab.live_frontends() if not it.process.held]
+    return rng.choice(there) if there else None
+
+
+def _worker_fault(name: str, *roles: Role, gentle: bool = False) -> Callable[[WorkerHarm], Fault]:
+    """One of a worker, which `_worker` picks; none when there is nobody to pick."""
+
+    def add(harm: WorkerHarm) -> Fault:
+        @functools.wraps(harm)
+        async def fault(lab: Lab, rng: random.Random) -> None:
+            worker = _worker(lab, rng, *roles)
+            if worker is not None:
+                lab.fault(name, worker.instance_id, lab.flying(worker.instance_id))
+                await harm(lab, rng, worker)
+
+        return _fault(name, gentle)(fault)
+
+    return add
+
+
+def _frontend_fault(name: str, gentle: bool = False) -> Callable[[FrontendHarm], Fault]:
+    """The same of a frontend."""
+
+    def add(harm: FrontendHarm) -> Fault:
+        @functools.wraps(harm)
+        async def fault(lab: Lab, rng: random.Random) -> None:
+            frontend = _frontend(lab, rng)
+            if frontend is not None:
+                lab.fault(name, frontend.name, lab.flying(frontend=frontend.name))
+                await harm(lab, rng, frontend)
+
+        return _fault(name, gentle)(fault)
+
+    return add
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@_worker_fault("crash", gentle=True)
+async def crash(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker is killed, and started again later."""
+    worker.kill()
+    await lab.restart(worker, rng.uniform(0.05, 6.0))
+
+
+@_worker_fault("host-lost", gentle=True)
+async def host_lost(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """The same, and nobody is told: its host is off until the restart."""
+    name = worker.instance_id
+    others = [it.name for it in lab.frontends] + [it for it in lab.workers if it != name]
+    for other in others:
+        lab.network.block(name, other)
+        lab.network.block(other, name)
+    worker.kill()
+    await asyncio.sleep(rng.uniform(0.5, 12.0))
+    for other in others:
+        lab.network.open(name, other)
+        lab.network.open(other, name)
+    await lab.restart(worker, 0.0)
+
+
+@_worker_fault("freeze", gentle=True)
+async def freeze(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker's process stands still, its sockets stay open; later it goes on with everything late."""
+    with lab.suspecting([worker], seen=Seen.AT_ONCE):
+        worker.process.freeze()
+        await asyncio.sleep(rng.uniform(0.2, 12.0))
+        worker.process.thaw()
+
+
+@_frontend_fault("frontend-freeze", gentle=True)
+async def frontend_freeze(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """The same with a frontend: its clients wait that much longer."""
+    frontend.process.freeze()
+    seconds = rng.uniform(0.2, 12.0)
+    lab.frozen_s[frontend.name] += seconds
+    await asyncio.sleep(seconds)
+    lab.watch.forgive(frontend.name)
+    frontend.process.thaw()
+
+
+@_frontend_fault("frontend-crash", gentle=True)
+async def frontend_crash(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A frontend is killed with its clients' requests; the next one may give requests the same names."""
+    place = lab.frontends.index(frontend)
+    frontend.kill()
+    await asyncio.sleep(rng.uniform(0.0, 3.0))
+    lab.start_frontend(place, same_requests=rng.random() < 0.5)
+
+
+@_worker_fault("drain", gentle=True)
+async def drain(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker is told to leave, and its next incarnation follows, as in a rolling restart."""
+    worker.leave()
+    while not worker.exited:
+        await asyncio.sleep(0.1)
+    await lab.restart(worker, rng.uniform(0.05, 2.0))
+
+
+@_fault("replace-model")
+async def replace_model(lab: Lab, rng: random.Random) -> None:
+    """All workers are replaced, one by one, by others with another model under the same name."""
+    lab.version = 1 - lab.version
+    lab.fault("replace-model", f"version {lab.version}", lab.flying())
+    while old := [it for it in lab.live_workers() if it.version != lab.version]:
+        worker = old[0]
+        if worker.serving:
+            if rng.random() < 0.2:
+                worker.kill()
+            else:
+                worker.leave()
+        while not worker.exited and (worker.leaving or not worker.serving):
+            await asyncio.sleep(0.1)
+        if lab.workers[worker.instance_id] is worker and worker.exited:
+            await lab.restart(worker, rng.uniform(0.0, 1.0))
+
+
+@_fault("next-generation", gentle=True)
+async def next_generation(lab: Lab, rng: random.Random) -> None:
+    """Workers are replaced, some at a time, by others with another block size, as in a rolling update."""
+    lab.generation = 1 - lab.generation
+    lab.fault("next-generation", f"generation {lab.generation}", lab.flying())
+    at_once = rng.randint(1, 1 + len(lab.workers) // 4)
+    while old := [it for it in lab.live_workers() if it.generation != lab.generation and _may_go(lab, it)]:
+        leaving = [it for it in old if it.serving][:at_once]
+        for worker in leaving:
+            worker.leave()
+        await asyncio.sleep(0.1)
+        while any(not worker.exited for worker in leaving):
+            await asyncio.sleep(0.1)
+        for worker in leaving:
+            if lab.workers[worker.instance_id] is worker:
+                await lab.restart(worker, rng.uniform(0.0, 1.0))
+
+
+def _may_go(lab: Lab, worker: SimWorker) -> bool:
+    """In gentle scenarios, one stays."""
+    return not (lab.scenario.gentle and worker.instance_id == lab.untouchable)
+
+
+@_fault("scale-down", gentle=True)
+async def scale_down(lab: Lab, rng: random.Random) -> None:
+    """A worker leaves for good, if it is not the last of its kind."""
+    worker = _worker(lab, rng)
+    if worker is None:
+        return
+    alike = [it for it in lab.live_workers() if it.up and it.role.decodes == worker.role.decodes]
+    if len(alike) > 1:
+        lab.fault("scale-down", worker.instance_id, lab.flying(worker.instance_id))
+        worker.leave()
+        while not worker.exited:
+            await asyncio.sleep(0.1)
+
+
+@_fault("scale-up", gentle=True)
+async def scale_up(lab: Lab, rng: random.Random) -> None:
+    """One more worker."""
+    role = rng.choice(list(lab.scenario.roles.values()))
+    worker = lab.add_worker(role)
+    lab.fault("scale-up", worker.instance_id, [])
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+@_worker_fault("wedge", gentle=True)
+async def wedge(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """An engine takes work and makes no step; its worker is well."""
+    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+        worker.clock.wedge()
+        await asyncio.sleep(rng.uniform(0.2, 12.0))
+        worker.clock.unwedge()
+
+
+@_worker_fault("step-failure", gentle=True)
+async def step_failure(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """One step of an engine fails, with the attempts in it."""
+    await _fail_steps(worker, 1)
+
+
+@_worker_fault("engine-death")
+async def engine_death(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """An engine is broken from now on; its worker gives up."""
+    await _fail_steps(worker, MAX_FAILED_STEPS)
+
+
+async def _fail_steps(worker: SimWorker, count: int) -> None:
+    """Its next steps fail, if there are any soon."""
+    worker.engine.failing_steps = count
+    await asyncio.sleep(STEPS_S)
+    worker.engine.failing_steps = 0
+
+
+@_frontend_fault("poison")
+async def poison(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A request that makes every step fail which computes it, or kills the engine."""
+    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    call = draw_calls(rng, 1, 0.0, vocab_size)[0]
+    asked = frontend.ask(replace(call, samplings=call.samplings[:1], hang_up_s=None))
+    steps = rng.choice((1, MAX_FAILED_STEPS))
+    for it in asked:
+        it.poison = True
+        frontend.poison[it.request.request_id] = steps
+    lab.asked += asked
+
+
+@_worker_fault("eviction-storm", gentle=True)
+async def eviction_storm(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker loses all blocks that nobody uses, several times."""
+    for _ in range(rng.randint(1, 6)):
+        if worker.exited:
+            return
+        if rng.random() < 0.3:
+            worker.engine.clear()
+        else:
+            worker.engine.evict()
+        await asyncio.sleep(rng.uniform(0.0, 0.5))
+
+
+@_worker_fault("stale-handoff", Role.DECODE, gentle=True)
+async def stale_handoff(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker that decodes is wedged until handoffs given to it have expired, or nearly."""
+    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+        worker.clock.wedge()
+        await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
+        worker.clock.unwedge()
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+@_fault("partition", gentle=True)
+async def partition(lab: Lab, rng: random.Random) -> None:
+    """Nothing arrives between a frontend and a worker, in one direction or both."""
+    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    if worker is None or frontend is None:
+        return
+    routes = [(worker.instance_id, frontend.name), (frontend.name, worker.instance_id)]
+    routes = rng.choice((routes, routes[:1], routes[1:]))
+    name = " ".join(f"{source}>{target}" for source, target in routes)
+    lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
+    one_way = routes == [(frontend.name, worker.instance_id)]  # noticed by what does not arrive there
+    with lab.suspecting([worker], [frontend], seen=Seen.WHEN_SENT_TO if one_way else Seen.AT_ONCE):
+        for route in routes:
+            lab.network.block(*route)
+        await asyncio.sleep(rng.uniform(0.2, 13.0))
+        for route in routes:
+            lab.network.open(*route)
+
+
+@_fault("reset", gentle=True)
+async def reset(lab: Lab, rng: random.Random) -> None:
+    """A link is cut, and may be opened again at once."""
+    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    if worker is not None and frontend is not None:
+        met = lab.flying(worker.instance_id, frontend.name)
+        lab.fault("reset", f"{frontend.name} {worker.instance_id}", met)
+        lab.network.cut(frontend.name, worker.instance_id)
+
+
+@_worker_fault("delay", gentle=True)
+async def delay(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """What a worker says, or hears, takes longer."""
+    routes = [(worker.instance_id, it.name) for it in lab.frontends]
+    if rng.random() < 0.5:
+        routes += [(target, source) for source, target in routes]
+    for _ in range(rng.randint(1, 3)):
+        for route in routes:
+            lab.network.slower_s[route] = rng.uniform(0.02, 2.0)
+        await asyncio.sleep(rng.uniform(0.2, 4.0))
+    for route in routes:
+        lab.network.slower_s.pop(route, None)
+
+
+@_frontend_fault("slow-reader", gentle=True)
+async def slow_reader(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A frontend reads only a trickle of what workers send."""
+    frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
+    await asyncio.sleep(rng.uniform(0.5, 6.0))
+    frontend.process.read_bytes_per_s = None
+
+
+@_worker_fault("slow-worker")
+async def slow_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker reads only a trickle of what frontends send."""
+    worker.process.read_bytes_per_s = rng.choice((1_000, 5_000, 50_000))
+    await asyncio.sleep(rng.uniform(0.5, 6.0))
+    worker.process.read_bytes_per_s = None
+
+
+@_frontend_fault("duplicate")
+async def duplicate(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
+    kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
+
+    def twice(route: tuple[str, str], data: bytes) -> bytes:
+        doubled = route[0] == frontend.name and rng.random() < 0.3
+        return data + data if doubled and isinstance(first_message(data), kinds) else data
+
+    lab.network.taps.append(twice)
+    await asyncio.sleep(rng.uniform(0.2, 3.0))
+    lab.network.taps.remove(twice)
+
+
+@_worker_fault("transfer-cut", Role.PREFILL, gentle=True)
+async def transfer_cut(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
+    """Workers cannot pull from one of them."""
+    others = [it for it in lab.workers if it != holder.instance_id]
+    for other in others:
+        lab.network.block(other, holder.instance_id)
+    await asyncio.sleep(rng.uniform(0.2, 10.0))
+    for other in others:
+        lab.network.open(other, holder.instance_id)
+
+
+@_worker_fault("transfer-slow", Role.PREFILL, gentle=True)
+async def transfer_slow(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
+    """Pulls from one worker take much longer."""
+    lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
+    await asyncio.sleep(rng.uniform(0.2, 10.0))
+    lab.transfers.slower.pop(holder.instance_id, None)
+
+
+# --- peers that lie, and defects of ours -----------------------------------------------------------
+
+
+LIE_SHARES = (0.02, 0.2, 1.0)
+
+
+@_worker_fault("lying-worker", gentle=True)
+async def lying_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+    """A worker says what no worker may say. The links on which it does end, and nothing else."""
+    await Liar(lab, rng, worker.instance_id, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+
+
+@_frontend_fault("lying-frontend", gentle=True)
+async def lying_frontend(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """The same of a frontend. Only its own requests may fail."""
+    lab.lying.add(frontend.name)
+    await Liar(lab, rng, frontend.name, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+
+
+@_frontend_fault("defect", gentle=True)
+async def defect(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+    """A mistake in the frontend meets some of its requests: these end, the others do not."""
+
+    def fail(delta: Delta) -> None:
+        raise InjectedFault("this request was made to fail")
+
+    for asked in lab.flying(frontend=frontend.name):
+        live = frontend.router._live.get(asked.request.request_id)
+        if live is not None and rng.random() < DEFECT_SHARE:
+            asked.defect = True
+            live.on_delta = fail
+
+
+# --- time, discovery, clients ---------------------------------------------------------------------
+
+
+@_fault("clock-jump")
+async def clock_jump(lab: Lab, rng: random.Random) -> None:
+    """One process's clock jumps forward."""
+    target = rng.choice((_worker(lab, rng), _frontend(lab, rng)))
+    if target is not None:
+        name = target.process.name
+        lab.fault("clock-jump", name, lab.flying(name) or lab.flying(frontend=name))
+        target.process.clock.ahead_s += rng.choice((0.5, 3.0, 30.0, 300.0))
+
+
+@_fault("discovery-away", gentle=True)
+async def discovery_away(lab: Lab, rng: random.Random) -> None:
+    """The directory does not answer; it may have lost everything when it is back."""
+    lab.fault("discovery-away", "directory", lab.flying())
+    lab.directory.away += 1
+    await asyncio.sleep(rng.uniform(0.2, 12.0))
+    if rng.random() < 0.5:
+        lab.directory.lose_everything()
+    lab.directory.away -= 1
+
+
+@_fault("discovery-flaps", gentle=True)
+async def discovery_flaps(lab: Lab, rng: random.Random) -> None:
+    """All registrations are lost, again and again; workers renew them."""
+    lab.fault("discovery-flaps", "directory", lab.flying())
+    for _ in range(rng.randint(1, 4)):
+        lab.directory.lose_everything()
+        await asyncio.sleep(rng.uniform(0.1, 3.0))
+
+
+@_fault("hang-ups", gentle=True)
+async def hang_ups(lab: Lab, rng: random.Random) -> None:
+    """Many clients leave at once."""
+    share = rng.choice((0.3, 0.6, 1.0))
+    leaving = [asked for asked in lab.flying() if rng.random() < share]
+    lab.fault("hang-ups", "clients", leaving)
+    for asked in leaving:
+        frontend = next(it for it in lab.frontends if it.name == asked.frontend)
+        if asked.cancel is not None:
+            frontend.process.soon(asked.cancel)
+
+
+@_fault("burst")
+async def burst(lab: Lab, rng: random.Random) -> None:
+    """Many requests at once."""
+    frontends = lab.live_frontends()
+    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    calls = draw_calls(rng, rng.randint(20, 80), 0.0, vocab_size)
+    for call in calls if frontends else []:
+        lab.asked += rng.choice(frontends).ask(replace(call))
+    lab.fault("burst", "clients", lab.flying())

@@ -1,0 +1,271 @@
+"""What must be true at every moment, looked at again and again while everything goes on.
+
+Much of it may be otherwise for a while, as news travel. So a look gives complaints, and only one that has
+been there for long without a break is a violation. What a fault excuses is not complained of: a process
+that stands still, or a way between two that is closed or slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from penstock.core.deadlines import Awaited
+from penstock.core.lifecycle import Phase
+from penstock.core.membership import State
+from penstock.core.pairing import KvFormat, kv_format
+from simulator.parts import SimFrontend, SimWorker
+
+if TYPE_CHECKING:
+    from penstock.core.lifecycle import Lifecycle
+    from simulator.lab import Lab
+
+LOOK_S = 0.5
+
+INDEX_EVERY = 2
+"""Looks between two at an index."""
+
+ORPHANS_S = 3.0
+"""Within which a worker ends attempts whose frontend is gone."""
+
+KNOWN_S = 5.0
+"""Within which both ends of a link agree about who has an attempt: silence is noticed, delays pass."""
+
+IDLE_S = 1.5
+"""For how long a worker may have nothing to do while requests wait that it could begin."""
+
+REST_S = 15.0
+"""For how long a request may wait outside of the queue: after deaths, or for a place of its own."""
+
+OUTDATED_S = 5.0
+"""For how long a request without tokens may wait for workers of a revision that has been replaced: it rests
+after deaths under it."""
+
+LATE_S = 1.0
+"""By how much a phase's deadline may be missed."""
+
+STATES_S = {State.CONNECTING: 45.0, State.LOADING: 20.0, State.QUARANTINED: KNOWN_S}
+"""For how long a worker that is well may be so at a frontend. A connection that was refused rests for 30 s;
+files that could not be fetched are asked for again after 5 s."""
+
+LEAVE_S = 15.0
+"""How much longer than its attempts and handoffs get a worker may take to leave."""
+
+STALE_S = 5.0
+"""How far an index may lag behind its worker."""
+
+Complaint = tuple[str, float, str]
+"""The invariant, how long it may be broken, and how it is."""
+
+
+class Monitor:
+    """Looks at everything every `LOOK_S`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._since: dict[str, float] = {}  # by what is complained of
+        self._looks = 0
+        self._stale: list[Complaint] = []  # as of the latest look at indexes
+
+    async def look_forever(self) -> None:
+        """Violations end it with the simulation."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._looks += 1
+            now = self._lab.loop.time()
+            since, self._since = self._since, {}
+            for invariant, most_s, what in self._complaints():
+                self._since[what] = first = since.get(what, now)
+                if now - first > most_s:
+                    self._lab.violate(invariant, f"{what}, since {first:.3f}")
+
+    def idle_s(self, frontend: SimFrontend) -> float:
+        """For how long some worker could have begun a request, going by what this frontend knows."""
+        now = self._lab.loop.time()
+        served = frontend.router._instances.membership.served.items()
+        idle = [
+            what
+            for key in served
+            if key in frontend.router._queues
+            for what in self._idle(frontend, *key).values()
+        ]
+        return max((now - self._since.get(what, now) for what in idle), default=0.0)
+
+    def _complaints(self) -> Iterator[Complaint]:
+        workers = [it for it in self._lab.live_workers() if it.serving and not it.stands_still]
+        frontends = [it for it in self._lab.live_frontends() if not it.process.held]
+        for worker in self._lab.live_workers():
+            if worker.leaving and not worker.stands_still:
+                most_s = self._lab.scenario.drain_s + LEAVE_S
+                yield "workers leave", most_s, f"{worker.instance_id}/{worker.epoch} was told to"
+        by_name = {it.name: it for it in frontends}
+        for worker in workers:
+            yield from self._attempts(worker, by_name)
+        for frontend in frontends:
+            yield from self._requests(frontend)
+            yield from self._waiting(frontend)
+            for worker in workers:
+                if self._lab.calm(frontend, worker):
+                    yield from self._state(frontend, worker)
+        if self._looks % INDEX_EVERY == 0:
+            self._stale = [complaint for frontend in frontends for complaint in self._index(frontend)]
+        yield from self._stale
+
+    # --- attempts and requests ----------------------------------------------------------------------------
+
+    def _attempts(self, worker: SimWorker, frontends: dict[str, SimFrontend]) -> Iterator[Complaint]:
+        """Every attempt on a worker is somebody's."""
+        shell = worker.worker
+        peers = set(shell._server.peers)
+        for attempt_id, peer in shell._owners.items():
+            if peer not in peers:
+                yield "orphans end", ORPHANS_S, f"{worker.instance_id} runs {attempt_id} for nobody"
+                continue
+            frontend = frontends.get(peer.frontend_id)
+            if frontend is None or not self._lab.calm(frontend, worker):
+                continue
+            live = frontend.router._live.get(attempt_id.rpartition(".")[0])
+            if live is None or live.lifecycle._attempt_id != attempt_id:
+                what = f"{worker.instance_id} runs {attempt_id}, of which {frontend.name} knows nothing"
+                yield "attempts are wanted", KNOWN_S, what
+
+    def _requests(self, frontend: SimFrontend) -> Iterator[Complaint]:
+        """Every request of a frontend is somewhere, and not for longer than it may be."""
+        now, router, lab = frontend.process.clock.now(), frontend.router, self._lab
+        limits = lab.scenario.deadlines
+        for request_id, live in router._live.items():
+            lifecycle = live.lifecycle
+            awaited: Awaited = lifecycle._awaited
+            waits = 1 if awaited in (Awaited.NEXT_TOKEN, Awaited.WORKER) else 1 + limits.busy_waits
+            if lifecycle.waited_s(now) > waits * limits.of(awaited):
+                what = f"{frontend.name}: {request_id} waits for more than {awaited.value} allows"
+                yield "deadlines are kept", LATE_S, what
+            if lifecycle.phase is Phase.QUEUED:
+                if request_id not in live.queue and self._could_run(frontend, lifecycle):
+                    yield "an end", REST_S, f"{frontend.name}: {request_id} is not in the queue"
+                if self._outdated(frontend, lifecycle):
+                    what = f"{frontend.name}: {request_id} waits for a revision that nobody has"
+                    yield "replaced models", OUTDATED_S, what
+                continue
+            instance_id, _ = lifecycle.places
+            worker = lab.workers.get(instance_id)
+            if (
+                worker is None
+                or not worker.serving
+                or worker.stands_still
+                or not lab.calm(frontend, worker)
+            ):
+                continue
+            attempt_id = lifecycle._attempt_id
+            if attempt_id not in worker.worker._owners:
+                what = f"{frontend.name} waits for {attempt_id}, of which {instance_id} knows nothing"
+                yield "attempts are somewhere", KNOWN_S, what
+
+    def _outdated(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
+        """Whether only another revision of its model is served, for which it could be tokenized anew."""
+        membership, request = frontend.router._instances.membership, lifecycle.request
+        begun = len(lifecycle.token_ids) > len(request.token_ids)
+        other = membership.served.get(request.model, request.revision) != request.revision
+        return not begun and other and not membership.ready(request.model, request.revision)
+
+    def _could_run(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
+        """Whether there is a worker for it."""
+        request = lifecycle.request
+        cards = frontend.router._instances.membership.ready(request.model, request.revision)
+        return any(card.role.decodes and card.instance_id not in lifecycle._avoid for card in cards)
+
+    def _waiting(self, frontend: SimFrontend) -> Iterator[Complaint]:
+        """Nobody waits while workers that could begin at once have nothing to do."""
+        for model, revision in list(frontend.router._queues):
+            for what in self._idle(frontend, model, revision).values():
+                yield "", math.inf, what
+                request_id = frontend.router._queues[model, revision].next()
+                if request_id is not None:
+                    yield "no worker idles", IDLE_S, f"{request_id} waits, and {what}"
+
+    def _idle(self, frontend: SimFrontend, model: str, revision: str) -> dict[str, str]:
+        """Those who could end a request of this revision and have nothing to do, going by what a frontend
+        knows; with words for it. None of those for whom prompts are computed where there is a queue, and
+        none that the first in the queue avoids after an attempt that was lost there."""
+        router, now = frontend.router, frontend.process.clock.now()
+        ready = router._instances.membership.ready(model, revision)
+        idle = []
+        for card in ready:
+            load = router._placement._book.view(card.instance_id)
+            if not (load.running or load.waiting or router._full_until.get(card.instance_id, now) > now):
+                idle.append(card)
+        read = {kv_format(card) for card in ready if card.role.decodes}
+        ahead: dict[KvFormat, bool] = {}  # whether a prefill worker for those who read this is idle
+        for card in ready:
+            kind = kv_format(card)
+            if not card.role.decodes and kind in read:
+                ahead[kind] = ahead.get(kind, False) or card in idle
+        if ahead and not any(ahead.values()):
+            return {}
+        heads = [router._live.get(router._queues[model, revision].next() or "")]
+        avoided = {name for live in heads if live is not None for name in live.lifecycle._avoid}
+        names = [
+            card.instance_id
+            for card in idle
+            if card.role.decodes and ahead.get(kv_format(card), True) and card.instance_id not in avoided
+        ]
+        sent = {name: account.sent for name, account in router._placement._book._accounts.items()}
+        return {
+            name: f"{frontend.name} has had nothing for {name} since no. {sent[name]}" for name in names
+        }
+
+    # --- workers and what is known of them ----------------------------------------------------------------
+
+    def _state(self, frontend: SimFrontend, worker: SimWorker) -> Iterator[Complaint]:
+        """Who is well is used."""
+        member = frontend.router._instances.membership.members.get(worker.instance_id)
+        name = f"{worker.instance_id}/{worker.epoch}"
+        if member is None or member.registration.epoch != worker.epoch:
+            if worker.instance_id in self._lab.directory.entries() and not self._lab.directory.away:
+                yield "workers are found", STATES_S[State.CONNECTING], f"{frontend.name} knows no {name}"
+        elif member.state in STATES_S:
+            what = f"{frontend.name} has {name} as {member.state}"
+            yield "workers are used", STATES_S[member.state], what
+
+    def _index(self, frontend: SimFrontend) -> Iterator[Complaint]:
+        """What a frontend's index has of a worker is what the worker had after one of its latest steps."""
+        members = frontend.router._instances.membership.members
+        digests = digest(frontend)
+        for instance_id, member in members.items():
+            worker = self._lab.workers.get(instance_id)
+            if (
+                not member.up
+                or worker is None
+                or worker.exited
+                or worker.epoch != member.registration.epoch
+            ):
+                continue
+            if instance_id not in digests:
+                self._lab.violate("index", f"{frontend.name} does not index {instance_id}, which is up")
+                return
+            until = worker.engine.cached_until(digests[instance_id])
+            if until is None:
+                self._lab.violate(
+                    "index", f"{frontend.name} indexes what {instance_id} never had: not after any step"
+                )
+                return
+            calm = not worker.process.held and self._lab.calm(frontend, worker)
+            if until < self._lab.loop.time() - STALE_S and calm:
+                yield "index", STALE_S, f"{frontend.name} indexes what {instance_id} had long ago"
+
+
+def digest(frontend: SimFrontend) -> dict[str, int]:
+    """The exclusive or of the blocks that an index has of each worker."""
+    index = frontend.router._placement._index
+    found = dict.fromkeys(index._slots.values(), 0)
+    live = index._live
+    for shard in index._shards:
+        for key, bits in shard.items():
+            bits &= live
+            while bits:
+                low = bits & -bits
+                found[low.bit_length() - 1] ^= key
+                bits ^= low
+    return {worker: found[slot] for worker, slot in index._slots.items()}

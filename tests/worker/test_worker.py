@@ -1,0 +1,365 @@
+"""The worker shell around an engine that says what the test wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from penstock.core.progress import ProgressLimits
+from penstock.discovery.file import FileDiscovery
+from penstock.errors import RemoteError
+from penstock.link.client import LinkClient
+from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.shapes import (
+    Attempt,
+    Card,
+    EngineCard,
+    EngineStep,
+    FinishReason,
+    Handoff,
+    Load,
+    Output,
+    Rates,
+    Role,
+    Sampling,
+)
+from penstock.wire.messages import Bounce, Step
+from penstock.worker.worker import Worker, WorkerSettings
+
+
+class ScriptedEngine:
+    """The Engine port, played by hand: `say` is the next step."""
+
+    def __init__(self) -> None:
+        self.submitted: list[Attempt] = []
+        self.cancelled: list[str] = []
+        self.released: list[str] = []
+        self.hashes: set[int] = {1, 2}
+        self._said: asyncio.Queue[EngineStep | Exception | None] = asyncio.Queue()
+
+    async def start(self) -> EngineCard:
+        return EngineCard("scripted", "m", 16, 100, 1000, 50, assets={"tokenizer.json": b"{}"})
+
+    def submit(self, attempt: Attempt) -> None:
+        self.submitted.append(attempt)
+
+    def cancel(self, attempt_id: str) -> None:
+        self.cancelled.append(attempt_id)
+
+    def release(self, handoff_id: str, *, sent: bool) -> None:
+        self.released.append(handoff_id)
+
+    def cached_hashes(self) -> Sequence[int]:
+        return sorted(self.hashes)
+
+    async def steps(self) -> AsyncIterator[EngineStep]:
+        while (said := await self._said.get()) is not None:
+            if isinstance(said, Exception):
+                raise said
+            self.hashes |= set(said.stored)
+            yield said
+
+    async def stop(self, grace_s: float) -> None:
+        self._said.put_nowait(None)
+
+    def say(self, *outputs: Output, stored: Sequence[int] = (), load: Load | None = None) -> None:
+        load = load or Load(submitted=len(self.submitted))
+        self._said.put_nowait(EngineStep(outputs=list(outputs), stored=list(stored), load=load))
+
+    def die(self) -> None:
+        self._said.put_nowait(RemoteError("out of ideas"))
+
+
+class Frontend:
+    """The other end of the link, which keeps what it hears."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.cards: list[Card] = []
+        self.hashes: list[int] = []
+        self.steps: list[Step] = []
+        self.bounces: list[Bounce] = []
+        self.draining = False
+        self.downs: list[str] = []
+        self.client = LinkClient(address, self, ClientSettings(), frontend_id=name)
+        self.task = asyncio.create_task(self.client.run())
+
+    def on_cached(self, hashes: list[int], *, first: bool) -> None:
+        self.hashes = hashes if first else self.hashes + hashes
+
+    def on_up(self, card: Card, load: Load) -> None:
+        self.cards.append(card)
+
+    def on_step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def on_heartbeat(self, seen: int, load: Load) -> None:
+        pass
+
+    def on_bounce(self, bounce: Bounce) -> None:
+        self.bounces.append(bounce)
+
+    def on_draining(self, reason: str) -> None:
+        self.draining = True
+
+    def on_down(self, reason: str, orderly: bool) -> None:
+        self.downs.append(reason)
+
+    async def hang_up(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+class Stage:
+    """A worker and its frontends."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.engine = ScriptedEngine()
+        self.discovery = FileDiscovery(folder)
+        self.worker = Worker(
+            self.engine,
+            self.discovery,
+            WorkerSettings(instance_id="w", epoch=1, role=Role.DECODE, **settings),  # type: ignore[arg-type]
+            ServerSettings(heartbeat_s=0.05, peer_timeout_s=5),
+        )
+        self.stop = asyncio.Event()
+        self.task = asyncio.create_task(self.worker.run(self.stop))
+        self.frontends: list[Frontend] = []
+
+    async def frontend(self, name: str = "f") -> Frontend:
+        async for found in self.discovery.watch():
+            if found:
+                address = found["w"].address
+                break
+        frontend = Frontend(address, name)
+        self.frontends.append(frontend)
+        await until(lambda: frontend.cards)
+        return frontend
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    stage = Stage(tmp_path, drain_s=1.0, max_waiting=2)
+    yield stage
+    stage.stop.set()
+    await asyncio.gather(stage.task, return_exceptions=True)
+    for frontend in stage.frontends:
+        await frontend.hang_up()
+
+
+def attempt(number: int) -> Attempt:
+    return Attempt(f"a.{number}", "a", [1, 2, 3], 3, Sampling(max_tokens=5))
+
+
+async def test_a_frontend_gets_card_snapshot_and_the_changes_since(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    assert frontend.cards[0].instance_id == "w"
+    assert frontend.hashes == [1, 2]
+    assert await frontend.client.asset(frontend.cards[0].assets["tokenizer.json"]) == b"{}"
+    stage.engine.say(stored=[3])
+    await until(lambda: frontend.steps)
+    assert frontend.steps[0].stored == [3]
+    late = await stage.frontend("late")
+    assert late.hashes == [1, 2, 3]
+
+
+async def test_outputs_go_to_their_frontend_and_events_to_all(stage: Stage) -> None:
+    mine, other = await stage.frontend("f1"), await stage.frontend("f2")
+    mine.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    stage.engine.say(Output("a.1", [7], FinishReason.STOP), stored=[9])
+    await until(lambda: mine.steps and other.steps)
+    assert [output.token_ids for output in mine.steps[0].outputs] == [[7]]
+    assert mine.steps[0].seen == 1
+    assert other.steps[0].outputs == []
+    assert other.steps[0].stored == [9]
+
+
+async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    stage.engine.say(load=Load(submitted=0))
+    stage.engine.say(load=Load(submitted=1, running=1))
+    await until(lambda: len(frontend.steps) == 2)
+    assert (frontend.steps[0].load.waiting, frontend.steps[0].load.prefill_tokens) == (1, 3)
+    assert (frontend.steps[1].load.waiting, frontend.steps[1].load.running) == (0, 1)
+
+
+async def test_everybody_hears_how_many_suspects_are_here(stage: Stage) -> None:
+    frontend, other = await stage.frontend("f1"), await stage.frontend("f2")
+    for number in (1, 2):
+        frontend.client.generate(msgspec.structs.replace(attempt(number), suspect_tokens=3))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    for output in (Output("a.1", [7, 7]), Output("a.1", [7]), Output("a.2", [], FinishReason.ERROR)):
+        stage.engine.say(output, load=Load(submitted=2))
+    await until(lambda: len(other.steps) == 3)
+    assert [step.load.suspects for step in other.steps] == [2, 1, 0]
+
+
+async def test_bounces_when_full_and_twins(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    for number in (1, 1, 2, 3):
+        frontend.client.generate(attempt(number))
+    await until(lambda: len(frontend.bounces) == 2)
+    assert [bounce.attempt_id for bounce in frontend.bounces] == ["a.1", "a.3"]
+    assert "here already" in frontend.bounces[0].reason
+    assert "full" in frontend.bounces[1].reason
+    assert [each.attempt_id for each in stage.engine.submitted] == ["a.1", "a.2"]
+
+
+async def test_bounces_what_would_wait_too_long(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    rates = Rates(prefill_token_ms=0.1)
+    stage.engine.say(load=Load(running=1, prefill_tokens=90_000, submitted=1, rates=rates))
+    await until(lambda: frontend.steps)
+    frontend.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    stage.engine.say(load=Load(running=2, prefill_tokens=120_000, submitted=2, rates=rates))
+    await until(lambda: len(frontend.steps) == 2)
+    frontend.client.generate(attempt(3))
+    await until(lambda: frontend.bounces)
+    (bounce,) = frontend.bounces
+    assert bounce.attempt_id == "a.3"
+    assert bounce.reason.startswith("full: wait_ms=120")
+    assert bounce.reason.endswith("bound_ms=10000")
+    assert bounce.retry_after_s > 0
+
+
+async def test_only_the_owner_cancels(stage: Stage) -> None:
+    mine, other = await stage.frontend("f1"), await stage.frontend("f2")
+    mine.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    other.client.cancel("a.1")
+    other.client.generate(attempt(2))  # what it said before has arrived once this has
+    await until(lambda: len(stage.engine.submitted) == 2)
+    assert stage.engine.cancelled == []
+    mine.client.cancel("a.1")
+    await until(lambda: stage.engine.cancelled == ["a.1"])
+
+
+async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
+    mine, other = await stage.frontend("f1"), await stage.frontend("f2")
+    mine.client.generate(replace(attempt(1), prefill_only=True))
+    await until(lambda: stage.engine.submitted)
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: mine.steps)
+    other.client.release("a.1", sent=False)
+    other.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    assert stage.engine.released == []
+    mine.client.release("a.1", sent=False)
+    await until(lambda: stage.engine.released == ["a.1"])
+
+
+async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    await frontend.hang_up()
+    await until(lambda: stage.engine.cancelled == ["a.1"])
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: stage.engine.released == ["a.1"])
+
+
+async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> None:
+    frontend, other = await stage.frontend(), await stage.frontend("other")
+    for number, peer in ((1, frontend), (2, frontend), (3, other)):
+        peer.client.generate(replace(attempt(number), prefill_only=True))
+        await until(lambda number=number: len(stage.engine.submitted) == number)
+        name = f"a.{number}"
+        handoff = Handoff(name, "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+        stage.engine.say(Output(name, [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: frontend.steps and other.steps)
+    frontend.client.release("a.2", sent=False)
+    await until(lambda: stage.engine.released == ["a.2"])
+    await frontend.hang_up()
+    await until(lambda: stage.engine.released == ["a.2", "a.1"])
+
+
+async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.engine.submitted)
+    assert stage.worker.health()["status"] == "healthy"
+    stage.stop.set()
+    await until(lambda: frontend.draining)
+    assert stage.worker.health()["status"] == "draining"
+    frontend.client.generate(attempt(2))
+    await until(lambda: frontend.bounces)
+    assert frontend.bounces[0].reason == "draining"
+    assert not stage.task.done()
+    stage.engine.say(Output("a.1", [7], FinishReason.STOP))
+    await asyncio.wait_for(stage.task, 10)
+    assert frontend.steps[-1].outputs or frontend.steps[-2].outputs
+
+
+async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) -> None:
+    def busy() -> tuple[int, ...]:
+        health = stage.worker.health()
+        return tuple(health[name] for name in ("attempts", "running", "waiting", "held_handoffs"))
+
+    frontend = await stage.frontend()
+    assert busy() == (0, 0, 0, 0)
+    frontend.client.generate(msgspec.structs.replace(attempt(1), prefill_only=True))
+    frontend.client.generate(attempt(2))
+    await until(lambda: len(stage.engine.submitted) == 2)
+    assert busy() == (2, 0, 2, 0)  # the engine has said nothing of them yet
+    stage.engine.say(load=Load(submitted=2, running=1, waiting=1, steps=1))
+    await until(lambda: busy() == (2, 1, 1, 0))
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    prefilled = Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff)
+    done = Output("a.2", [7], FinishReason.STOP)
+    stage.engine.say(prefilled, done, load=Load(submitted=2, held_handoffs=1, steps=2))
+    await until(lambda: busy() == (0, 0, 0, 1))
+    stage.stop.set()
+    await until(lambda: stage.worker.health()["status"] == "draining")
+    assert busy() == (0, 0, 0, 1)
+    stage.engine.say(load=Load(submitted=2, steps=3))  # it was pulled
+    await asyncio.wait_for(stage.task, 10)
+    assert busy() == (0, 0, 0, 0)
+
+
+async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    stage = Stage(tmp_path, progress=ProgressLimits(stuck_s=0.2, first_s=0.0))
+    assert stage.worker.health()["status"] == "starting"
+    frontend = await stage.frontend()
+    await until(lambda: stage.worker.health()["status"] == "healthy")
+    frontend.client.generate(attempt(1))
+    await until(lambda: stage.worker.health()["status"] == "stuck")
+    assert stage.worker.health()["engine"].startswith("no step for 0.")
+    stage.engine.say(load=Load(submitted=1, running=1, steps=1))
+    await until(lambda: stage.worker.health()["status"] == "healthy")
+    assert "engine stuck: no step for" in caplog.text
+    assert "engine goes on: steps=1" in caplog.text
+    stage.engine.die()
+    with pytest.raises(RemoteError, match="out of ideas"):
+        await asyncio.wait_for(stage.task, 10)
+    assert stage.worker.health()["status"] == "dead"
+    await frontend.hang_up()
+
+
+async def test_a_dead_engine_ends_the_worker_with_its_reason(stage: Stage) -> None:
+    frontend = await stage.frontend()
+    stage.engine.die()
+    with pytest.raises(RemoteError, match="out of ideas"):
+        await asyncio.wait_for(stage.task, 10)
+    await until(lambda: frontend.downs)
+    assert "out of ideas" in frontend.downs[0]
