@@ -517,7 +517,7 @@ async def test_a_tls_handshake_that_does_not_end(serve_script, certificate):
 async def test_silent_tls_connections_count_and_keep_nobody_out(
     serve_script, certificate, monkeypatch, caplog, limit
 ):
-    monkeypatch.setattr("penstock.frontend.server.MAX_LINGERING", 0)
+    monkeypatch.setattr("penstock.frontend.http.server.MAX_LINGERING", 0)
     caplog.set_level("INFO")
     async with (
         serve_script("Hello!", **limit, **certificate) as served,
@@ -537,7 +537,7 @@ async def test_silent_tls_connections_count_and_keep_nobody_out(
 
 
 async def test_no_room_even_for_a_handshake(serve_script, certificate, monkeypatch, caplog):
-    monkeypatch.setattr("penstock.frontend.server.MAX_LINGERING", 0)
+    monkeypatch.setattr("penstock.frontend.http.server.MAX_LINGERING", 0)
     trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
     trusting.check_hostname = False
     async with serve_script("x", max_connections=1, **certificate) as served:
@@ -695,7 +695,7 @@ def lender():
 async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
     serve_script, lender, monkeypatch
 ):
-    monkeypatch.setattr("penstock.frontend.connection.LEAVING_IDLE_S", 3.0)
+    monkeypatch.setattr("penstock.frontend.http.connection.LEAVING_IDLE_S", 3.0)
     ask = CHAT | {"stream": True}
     async with (
         serve_script("old " * 6, step_s=0.05, lent=lender.lend()) as old,

@@ -49,7 +49,7 @@ SLICE = 4096
 
 @pytest.fixture
 def thread(monkeypatch):
-    monkeypatch.setattr("penstock.frontend.tokenizing.SLICE_CHARS", SLICE)
+    monkeypatch.setattr("penstock.frontend.text.tokenizing.SLICE_CHARS", SLICE)
     made = TokenizerThread(FrontendSettings().tokenizing, Metrics().tokenizer)
     yield made
     made.close()
