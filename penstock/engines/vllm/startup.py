@@ -171,8 +171,8 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
     args = AsyncEngineArgs.from_cli_args(arguments)
     args.enable_prefix_caching = True
     args.enable_logging_iteration_details = True  # what each step computed, and how long that took
-    args.worker_extension_cls = "penstock.engines.vllm.extension.WorkerExtension"
-    args.logits_processors = ["penstock.engines.vllm.forced:ForcedTokens"]
+    args.worker_extension_cls = "penstock.engines.vllm.inside.extension.WorkerExtension"
+    args.logits_processors = ["penstock.engines.vllm.inside.forced:ForcedTokens"]
     args.kv_events_config = KVEventsConfig(
         enable_kv_cache_events=True,
         publisher="zmq",
@@ -182,7 +182,7 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
     if settings.role is not Role.AGGREGATED:
         args.kv_transfer_config = KVTransferConfig(
             kv_connector="PenstockConnector",
-            kv_connector_module_path="penstock.engines.vllm.connector",
+            kv_connector_module_path="penstock.engines.vllm.inside.connector",
             kv_role="kv_producer" if settings.role is Role.PREFILL else "kv_consumer",
             engine_id=engine_id(settings.instance_id, settings.epoch),
             kv_load_failure_policy="recompute",

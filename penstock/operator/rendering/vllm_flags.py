@@ -24,8 +24,8 @@ _MIB = 1024 * 1024
 _AS_THE_LEADER = (
     *("--scheduling-policy", "priority"),
     "--enable-prefix-caching",
-    *("--worker-extension-cls", "penstock.engines.vllm.extension.WorkerExtension"),
-    *("--logits-processors", "penstock.engines.vllm.forced:ForcedTokens"),
+    *("--worker-extension-cls", "penstock.engines.vllm.inside.extension.WorkerExtension"),
+    *("--logits-processors", "penstock.engines.vllm.inside.forced:ForcedTokens"),
 )
 
 
@@ -55,7 +55,7 @@ def follower_flags(options: WorkerOptions, manifest_flags: Sequence[str], nodes:
 def _kv_transfer(role: Role) -> dict[str, str]:
     return {
         "kv_connector": "PenstockConnector",
-        "kv_connector_module_path": "penstock.engines.vllm.connector",
+        "kv_connector_module_path": "penstock.engines.vllm.inside.connector",
         "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
         "kv_load_failure_policy": "recompute",
     }
