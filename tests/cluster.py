@@ -24,6 +24,7 @@ from penstock.router.router import Router
 from penstock.shapes import Delta, FinishReason, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker.worker import Worker, WorkerSettings
+from tests.waiting import until
 
 MODEL = "sim"
 WAIT_S = 20.0
@@ -188,14 +189,14 @@ class Cluster:
         return worker
 
     async def wait_ready(self, *instance_ids: str) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while {view.instance_id for view in self.router.instances() if view.state == "ready"} != set(
-                instance_ids
-            ):
-                for worker in self.workers.values():
-                    if worker.task.done():
-                        worker.task.result()
-                await asyncio.sleep(0.01)
+        def are_ready() -> bool:
+            for worker in self.workers.values():
+                if worker.task.done():
+                    worker.task.result()
+            ready = {view.instance_id for view in self.router.instances() if view.state == "ready"}
+            return ready == set(instance_ids)
+
+        await until(are_ready, f"{instance_ids} are ready")
 
     def ask(
         self,
@@ -243,10 +244,7 @@ class Cluster:
 
     async def wait_idle(self) -> None:
         """Nothing runs, waits or is held anywhere."""
-        deadline = asyncio.get_running_loop().time() + WAIT_S
-        while self.busy() and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
-        assert not self.busy()
+        await until(lambda: not self.busy(), lambda: self.router.instances())
         for view in self.router.instances():
             assert view.load.used_blocks == 0, view
 

@@ -4,13 +4,14 @@ fixtures `api` and `namespace` (one in which nothing else happens)."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from penstock.kubernetes.api import Api, ApiError, Change, Kind, Object, is_being_deleted, name_of, uid_of
 from penstock.kubernetes.kinds import CONFIG_MAPS, DEPLOYMENTS, INGRESSES, PODS
+from tests.waiting import until
 
 ANOTHER_UID = "7e6b1c3e-0000-4000-8000-000000000000"
 IN_EACH_NAMESPACE = {"kube-root-ca.crt"}
@@ -55,12 +56,6 @@ def deployment(namespace: str, name: str, replicas: int) -> Object:
     return named(DEPLOYMENTS, namespace, name, spec=spec)
 
 
-async def eventually(holds: Callable[[], Any], what: str) -> None:
-    async with asyncio.timeout(CHANGE_S):
-        while not await holds():
-            await asyncio.sleep(0.1)
-
-
 def version_of(item: Object) -> str:
     return str(item["metadata"]["resourceVersion"])
 
@@ -82,13 +77,7 @@ class Seen:
         ]
 
     async def until(self, *wanted: tuple[str, str]) -> None:
-        async def holds() -> bool:
-            return self.kinds() == list(wanted)
-
-        try:
-            await eventually(holds, "")
-        except TimeoutError:
-            assert self.kinds() == list(wanted)
+        await until(lambda: self.kinds() == list(wanted), lambda: f"{self.kinds()} instead of {wanted}")
 
     async def stop(self) -> None:
         self.ended.cancel()
@@ -338,7 +327,7 @@ class ApiContract:
             names = {name_of(item) for item in (await api.list(CONFIG_MAPS, namespace)).items}
             return names - IN_EACH_NAMESPACE == {"free"}
 
-        await eventually(gone, "the owned object goes")
+        await until(gone, "the owned object goes", look_s=0.1)
 
     # --- watches ------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from penstock.router.router import Router
 from penstock.shapes import Registration, Role
 from penstock.worker.worker import Worker
 from tests.cluster import Answer, Cluster, cluster
+from tests.waiting import until
 
 PROMPT = list(range(1, 100))
 AGGREGATED = {"a0": Role.AGGREGATED, "a1": Role.AGGREGATED}
@@ -34,12 +35,6 @@ class DefectError(Exception):
 
 def defect(*args: Any, **options: Any) -> Any:
     raise DefectError
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(15):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def fails(answer: Answer) -> None:

@@ -15,7 +15,8 @@ from penstock.core.progress import ProgressLimits
 from penstock.core.settings import RouterSettings
 from penstock.errors import RequestRejected
 from penstock.shapes import Role
-from tests.cluster import MODEL, WAIT_S, Cluster, cluster
+from tests.cluster import MODEL, Cluster, cluster
+from tests.waiting import until
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 PROMPT = list(range(100))
@@ -29,9 +30,7 @@ def state(it: Cluster, instance_id: str) -> str:
 
 
 async def until_state(it: Cluster, instance_id: str, wanted: str) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while state(it, instance_id) != wanted:
-            await asyncio.sleep(0.01)
+    await until(lambda: state(it, instance_id) == wanted, f"{instance_id} is {wanted}")
 
 
 async def test_requests_leave_an_engine_that_stands_still_and_it_comes_back(tmp_path: Path) -> None:

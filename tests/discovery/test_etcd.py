@@ -22,6 +22,7 @@ from penstock.errors import ConfigError
 from penstock.shapes import Registration
 from tests.discovery.contract import DiscoveryContract, Watcher, registration
 from tests.discovery.etcd_server import Etcd, running_cluster, running_etcd
+from tests.waiting import until
 
 WAIT_S = 20.0  # for what takes a second or two on an idle machine
 LEASE_S = 2.0
@@ -95,12 +96,6 @@ async def opened() -> AsyncIterator[Open]:
     await asyncio.gather(*(lease.close() for lease in leases))
     for discovery in discoveries:
         await discovery.close()
-
-
-async def until(holds: Callable[[], bool], within_s: float = WAIT_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 def logged(caplog: pytest.LogCaptureFixture, words: str) -> int:

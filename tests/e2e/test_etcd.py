@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.discovery.etcd_server import Etcd, running_etcd
 from tests.e2e.conftest import START_S, Process
+from tests.waiting import wait_until
 
 TOKENS = 60
 CLIENTS = 4
@@ -48,12 +48,12 @@ class Shop:
         ]
 
     def wait(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + START_S
-        while not holds():
+        def holds_while_all_run() -> bool:
             for process in self.processes:
                 assert process.process.poll() is None, f"{process.name}: {process.log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, what
-            time.sleep(0.1)
+            return holds()
+
+        wait_until(holds_while_all_run, what, START_S, look_s=0.1)
 
     def stop(self) -> None:
         for process in self.processes:

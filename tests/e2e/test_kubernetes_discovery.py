@@ -12,6 +12,7 @@ from penstock.kubernetes.kinds import PODS
 from tests.discovery.pods import GRAPH, pod, running, tell
 from tests.e2e.conftest import START_S, Process, free_port
 from tests.kubernetes_http import ApiServer
+from tests.waiting import wait_until
 
 NS = "test"
 IP = "127.0.0.1"
@@ -50,10 +51,7 @@ class Shop:
         self.server.do(tell(self.server.double, NS, name, running(IP, **status)))
 
     def wait(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + START_S
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}\n{self.frontend.log.read_text()[-3000:]}"
-            time.sleep(0.1)
+        wait_until(holds, lambda: f"{what}\n{self.frontend.log.read_text()[-3000:]}", START_S, look_s=0.1)
 
     def wait_ready(self, count: int) -> None:
         self.wait(lambda: self.frontend.ready_workers() == count, f"{count} workers are ready")

@@ -6,9 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from penstock.graph.crds import graph_crd, scaling_adapter_crd
 from penstock.kubernetes.kinds import DEFINITIONS, DEPLOYMENTS, GRAPHS, LEASES
 from tests.e2e.conftest import free_port
 from tests.kubernetes_http import ApiServer
+from tests.waiting import wait_until
 
 WITHIN_S = 30.0
 
@@ -80,13 +80,6 @@ def running(server: ApiServer, log: Path) -> Iterator[Operator]:
         operator.process.wait()
 
 
-def until(holds: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def graph(name: str) -> dict[str, Any]:
     def service(*command: str) -> dict[str, Any]:
         container = {"image": "penstock:1", "command": ["penstock", *command]}
@@ -108,33 +101,33 @@ def has_deployment(server: ApiServer, name: str) -> bool:
 def test_it_acts_tells_of_itself_and_hands_over_at_once(with_crds: ApiServer, tmp_path: Path) -> None:
     server = with_crds
     with running(server, tmp_path / "first.log") as first:
-        until(lambda: first.leads, "the first one leads")
+        wait_until(lambda: first.leads, "the first one leads")
         server.do(server.double.create(GRAPHS, graph("one")))
-        until(lambda: has_deployment(server, "one"), "the graph has its Deployment")
+        wait_until(lambda: has_deployment(server, "one"), "the graph has its Deployment")
         metrics = first.get("/metrics")
         assert "penstock_operator_leads 1.0" in metrics
         assert 'penstock_operator_graphs{state="pending"} 1.0' in metrics
         with running(server, tmp_path / "second.log") as second:
-            until(lambda: second.health().get("status") == "healthy", "the second stands by")
+            wait_until(lambda: second.health().get("status") == "healthy", "the second stands by")
             assert not second.leads
             first.process.send_signal(signal.SIGTERM)
             assert first.process.wait(timeout=10) == 0
             assert server.do(lambda: server.double.stored(LEASES, "penstock-operator", "ops"))["spec"]
-            until(lambda: second.leads, "the second one leads")
+            wait_until(lambda: second.leads, "the second one leads")
             server.do(server.double.create(GRAPHS, graph("two")))
-            until(lambda: has_deployment(server, "two"), "the second one acts")
+            wait_until(lambda: has_deployment(server, "two"), "the second one acts")
 
 
 def test_one_that_loses_its_lease_stands_by_and_acts_again(with_crds: ApiServer, tmp_path: Path) -> None:
     server = with_crds
     with running(server, tmp_path / "log") as operator:
-        until(lambda: operator.leads, "it leads")
+        wait_until(lambda: operator.leads, "it leads")
         server.do(server.double.disconnect)
-        until(lambda: not operator.leads, "it stops acting")
+        wait_until(lambda: not operator.leads, "it stops acting")
         server.do(server.double.connect)
-        until(lambda: operator.leads, "it leads again")
+        wait_until(lambda: operator.leads, "it leads again")
         server.do(server.double.create(GRAPHS, graph("one")))
-        until(lambda: has_deployment(server, "one"), "it acts again")
+        wait_until(lambda: has_deployment(server, "one"), "it acts again")
         assert operator.process.poll() is None
         assert "Traceback" not in operator.log.read_text()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, ROOT, START_S
 from tests.e2e.test_revisions import Clients, Deployment
+from tests.waiting import wait_until
 
 OLD, NEW = ("--block-size", "16"), ("--block-size", "32")
 
@@ -33,13 +33,11 @@ def reasons(deployment: Deployment) -> dict[str, str]:
 
 def wait_until_pulled(deployment: Deployment, *names: str) -> None:
     """These decode workers have pulled KV that was computed elsewhere."""
-    deadline = time.monotonic() + START_S
-    missing = set(names)
-    while missing:
-        assert time.monotonic() < deadline, f"{missing} pulled nothing"
-        logs = {name: (deployment.folder / f"{name}.log").read_text() for name in missing}
-        missing -= {name for name, log in logs.items() if "KV transfer done" in log}
-        time.sleep(0.1)
+    for name in names:
+        log = deployment.folder / f"{name}.log"
+        wait_until(
+            lambda log=log: "KV transfer done" in log.read_text(), f"{name} pulls", START_S, look_s=0.1
+        )
 
 
 def test_no_handoff_is_refused_while_two_block_sizes_serve_side_by_side(deployment: Deployment) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.conftest import ROOT, START_S, Process, free_port
 from tests.faults.lab.proxy import Proxy
+from tests.waiting import wait_until
 
 SHIFTED = """
 import time
@@ -57,10 +58,7 @@ class Site:
         ]
 
     def wait(self, holds: Callable[[], object], what: str, within_s: float = START_S) -> None:
-        deadline = time.monotonic() + within_s
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}\n{self.logs()}"
-            time.sleep(0.05)
+        wait_until(holds, lambda: f"{what}\n{self.logs()}", within_s, look_s=0.05)
 
     def logs(self) -> str:
         return "\n".join(f"--- {it.name}\n{it.log.read_text()[-3000:]}" for it in self.processes)

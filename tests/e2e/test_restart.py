@@ -7,14 +7,16 @@ import collections
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import MODEL, ROOT, Graph, running
+from tests.waiting import until
 
 REQUEST = {
     "model": MODEL,
@@ -90,12 +92,6 @@ class Load:
                 await asyncio.sleep(0.05)
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(120):
-        while not await asyncio.to_thread(holds):
-            await asyncio.sleep(0.1)
-
-
 def frontend(graph: Graph) -> dict:
     [found] = graph.replicas("Frontend")
     return found
@@ -118,11 +114,16 @@ async def test_a_lone_frontend_is_restarted_and_loses_nothing(graph: Graph) -> N
 
 async def test_a_lone_frontend_that_dies_refuses_nobody(graph: Graph) -> None:
     """What it had accepted is gone with it; what comes then waits for the next one."""
+
+    def is_restarted() -> bool:
+        found = frontend(graph)
+        return (found["state"], found["restarts"]) == ("ready", 1)
+
     load = Load(graph.url, rate=10)
     async with load.running():
         await load.more(20)
         os.kill(frontend(graph)["pid"], signal.SIGKILL)
-        await until(lambda: frontend(graph)["state"] == "ready" and frontend(graph)["restarts"] == 1)
+        await until(partial(asyncio.to_thread, is_restarted), within_s=120, look_s=0.1)
         await load.more(20)
     unanswered = [end for end in load.ends if end != ANSWERED]
     assert all(end.startswith(("RemoteProtocolError", "ReadError")) for end in unanswered), load.ends

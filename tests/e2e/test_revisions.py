@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MODEL, ROOT, START_S, Frontend
+from tests.waiting import wait_until
 
 NAMES = ("Alice", "Bob", "Carol", "Dave", "Emma", "Frank")
 
@@ -81,16 +81,19 @@ class Deployment(Frontend):
         return {found["instance_id"]: found["state"] for found in instances}
 
     def wait_for(self, **states: str) -> None:
-        deadline = time.monotonic() + START_S
         seen: dict[str, str] = {}
-        while time.monotonic() < deadline:
+
+        def holds() -> bool:
+            nonlocal seen
             with contextlib.suppress(OSError):
                 seen = self.states()
-                if seen == states:
-                    return
-            time.sleep(0.1)
-        logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
-        raise AssertionError(f"{seen} instead of {states}:\n{logs}")
+            return seen == states
+
+        def instead() -> str:
+            logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
+            return f"{seen} instead of {states}:\n{logs}"
+
+        wait_until(holds, instead, START_S, look_s=0.1)
 
     def close(self) -> None:
         super().close()
@@ -151,10 +154,8 @@ class Clients:
         return fingerprint, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
     def wait_for_more(self, count: int) -> None:
-        wanted, deadline = len(self.answers) + count, time.monotonic() + START_S
-        while len(self.answers) < wanted:
-            assert time.monotonic() < deadline, self.errors[:3]
-            time.sleep(0.05)
+        wanted = len(self.answers) + count
+        wait_until(lambda: len(self.answers) >= wanted, lambda: self.errors[:3], START_S)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MODEL, ROOT, Graph, running
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,7 @@ class Load:
 
     def wait_for_more(self, count: int = 8) -> None:
         target = len(self.answers) + count
-        deadline = time.monotonic() + 60
-        while len(self.answers) < target and not self.errors:
-            assert time.monotonic() < deadline, "no answers"
-            time.sleep(0.05)
+        wait_until(lambda: len(self.answers) >= target or self.errors, "more answers", 60)
 
     def check(self) -> None:
         assert self.errors == []

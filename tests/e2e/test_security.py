@@ -21,6 +21,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, ROOT, START_S, free_port
 from tests.link.test_tls import make_authority, make_certificate
+from tests.waiting import wait_until
 
 LISTENING = "0A"  # a state in /proc/net/tcp
 
@@ -109,13 +110,12 @@ class Deployment:
         return self.ask("POST", "/v1/completions", body, key)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_S
-        while True:
+        def holds() -> bool:
             with contextlib.suppress(OSError):
-                if condition():
-                    return
-            assert time.monotonic() < deadline, self.logs()[-5000:]
-            time.sleep(0.1)
+                return condition()
+            return False
+
+        wait_until(holds, lambda: self.logs()[-5000:], START_S, look_s=0.1)
 
     def ready(self, *names: str) -> bool:
         """Whether these are the instances that are ready."""

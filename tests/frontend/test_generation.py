@@ -10,6 +10,7 @@ import pytest
 from penstock.errors import RemoteError, RequestRejected
 from penstock.frontend.generation import Record
 from penstock.shapes import Delta, FinishReason, TokenLogprob
+from tests.waiting import until
 
 HI = [{"role": "user", "content": "Hi"}]
 ANSWER = "Hello, 你好 😀!"
@@ -391,25 +392,19 @@ async def test_callbacks_may_come_while_submitting(view, byte_level, serve_scrip
 # --- clients that leave ---------------------------------------------------------------------------
 
 
-async def eventually(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels_all_its_choices(serve_script, stream):
     async with serve_script("word " * 400, step_s=0.02) as served:
         task = asyncio.ensure_future(chat(served, n=3, stream=stream))
-        await eventually(lambda: len(served.completer.requests) == 3)
+        await until(lambda: len(served.completer.requests) == 3)
         if stream:
             response = await task
             await anext(aiter(response))
             await response.close()
         else:
             task.cancel()
-        await eventually(lambda: len(served.completer.cancelled) == 3)
-        await eventually(lambda: b'status="499"} 1.0' in served.metrics.render())
+        await until(lambda: len(served.completer.cancelled) == 3)
+        await until(lambda: b'status="499"} 1.0' in served.metrics.render())
         assert b'penstock_inflight_requests{model="tiny"} 0.0' in served.metrics.render()
         assert b'penstock_queued_requests{model="tiny"} 0.0' in served.metrics.render()
 
@@ -488,7 +483,7 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(serve_script):
         await anext(aiter(stream))
         await stream.close()
         labels = b'endpoint="chat_completions",model="tiny",outcome="cancelled",status="499"} 1.0'
-        await eventually(lambda: labels in served.metrics.render())
+        await until(lambda: labels in served.metrics.render())
 
 
 async def test_a_call_that_is_failed_while_its_time_runs_out_ends_once() -> None:

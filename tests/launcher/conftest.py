@@ -4,8 +4,7 @@ import asyncio
 import io
 import os
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from penstock.launcher.logs import Console
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
 from penstock.launcher.supervisor import Supervisor
+from tests.waiting import until
 
 STUB = (sys.executable, str(Path(__file__).with_name("stub.py")))
 QUICK = LauncherSettings(
@@ -75,14 +75,6 @@ def toy_graph(**changes: object) -> Graph:
     return build_graph(parse_manifest(manifest(**changes), "toy.yaml"), Overrides(), "toy.yaml")
 
 
-async def eventually(holds: Callable[[], object], what: str = "") -> None:
-    """Wait until `holds` is true."""
-    deadline = time.monotonic() + EVENTUALLY_S
-    while not holds():
-        assert time.monotonic() < deadline, what or "it never came true"
-        await asyncio.sleep(0.02)
-
-
 def alive(pid: int) -> bool:
     """Whether there is such a process, and not just what is left of it."""
     try:
@@ -114,7 +106,7 @@ class RunningGraph:
         return [replica.status() for replica in fleet.replicas]
 
     async def prints(self, text: str) -> None:
-        await eventually(lambda: text in self.out.getvalue() or self.task.done(), f"never printed {text!r}")
+        await until(lambda: text in self.out.getvalue() or self.task.done(), f"never printed {text!r}")
         assert text in self.out.getvalue()
 
 
@@ -132,7 +124,7 @@ def running(folder: StateFolder):
         with folder.locked():
             graph = RunningGraph(toy_graph(**changes), folder, settings, gpus)
             try:
-                await eventually(lambda: graph.supervisor._replicas() or graph.task.done())
+                await until(lambda: graph.supervisor._replicas() or graph.task.done())
                 yield graph
             finally:
                 if not graph.task.done():

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import QUICK, ask, eventually
+from tests.launcher.conftest import QUICK, ask
+from tests.waiting import until
 
 READY = ReplicaState.READY
 
@@ -51,7 +52,7 @@ async def test_who_connects_to_a_frontend_that_keeps_dying_is_refused(running) -
     async with running(settings, frontend="crash") as graph:
         await graph.prints("frontend-0 exited with code 1")
         [replica] = graph.supervisor._fleets[0].replicas
-        await eventually(lambda: refused(replica.place.listener.port))
+        await until(lambda: refused(replica.place.listener.port))
         assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
 
 
@@ -60,10 +61,10 @@ async def test_a_port_is_refused_once_its_graph_wants_no_frontend(running) -> No
         await graph.prints("Ready: ")
         port = port_of(graph)
         await ask(graph, op="scale", replicas={"Frontend": 0})
-        await eventually(lambda: not graph.replicas("frontend"))
+        await until(lambda: not graph.replicas("frontend"))
         assert refused(port)
         await ask(graph, op="scale", replicas={"Frontend": 1})
-        await eventually(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor._is_ready())
         assert port_of(graph) == port
         await ask(graph, op="down")
         await asyncio.wait_for(graph.task, 15)

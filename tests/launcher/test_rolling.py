@@ -10,7 +10,8 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import alive, ask, eventually
+from tests.launcher.conftest import alive, ask
+from tests.waiting import until
 
 READY = ReplicaState.READY
 
@@ -57,7 +58,7 @@ async def test_a_rolling_restart_ends_where_the_new_one_does_not_start(running) 
         await graph.prints("rolling restart ended: prefill-2 did not start: no such model")
         status = (await ask(graph, op="status")).status
         assert (status.restarting, status.restart_error) == ([], "prefill-2 did not start: no such model")
-        await eventually(lambda: len(graph.replicas("prefill")) == 2)
+        await until(lambda: len(graph.replicas("prefill")) == 2)
         assert {one.pid for one in graph.replicas("prefill")} == before
         with pytest.raises(ConfigError, match=r"^Worker: no such service"):
             await ask(graph, op="restart", services=["Worker"])
@@ -94,26 +95,24 @@ async def test_a_place_that_scale_takes_away_is_not_filled(running) -> None:
         assert prefill(graph) == []
         assert [one.state for one in graph.replicas("decode")] == [READY]
         await ask(graph, op="scale", replicas={"prefill": 1})
-        await eventually(lambda: [state for _, state, _ in prefill(graph)] == [READY])
+        await until(lambda: [state for _, state, _ in prefill(graph)] == [READY])
 
 
 async def test_a_replica_under_replacement_counts_once(running) -> None:
     async with running(gpus=["0", "1", "2"], engine="vllm", STUB_START_S="1") as graph:
         await graph.prints("Ready: ")
         await ask(graph, op="restart", services=["PrefillWorker"])
-        await eventually(lambda: len(prefill(graph)) == 2)
+        await until(lambda: len(prefill(graph)) == 2)
         assert graph.supervisor.scale({"prefill": 1}) == {"PrefillWorker": (1, 1)}
         assert graph.supervisor.scale({"prefill": 2}) == {"PrefillWorker": (1, 2)}
         await graph.prints("rolling restart done")
-        await eventually(lambda: [state for _, state, _ in prefill(graph)] == [READY, READY])
+        await until(lambda: [state for _, state, _ in prefill(graph)] == [READY, READY])
 
         await ask(graph, op="restart", services=["PrefillWorker"])
-        await eventually(lambda: len(prefill(graph)) == 3)
+        await until(lambda: len(prefill(graph)) == 3)
         assert graph.supervisor.scale({"prefill": 0}) == {"PrefillWorker": (2, 0)}
-        await eventually(
-            lambda: not prefill(graph) and graph.out.getvalue().count("rolling restart done") == 2
-        )
+        await until(lambda: not prefill(graph) and graph.out.getvalue().count("rolling restart done") == 2)
         status = (await ask(graph, op="status")).status
         assert (status.restarting, status.restart_error) == ([], "")
         await ask(graph, op="scale", replicas={"prefill": 3})
-        await eventually(lambda: sorted(gpus for *_, gpus in prefill(graph)) == [("0",), ("1",), ("2",)])
+        await until(lambda: sorted(gpus for *_, gpus in prefill(graph)) == [("0",), ("1",), ("2",)])

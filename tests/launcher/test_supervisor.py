@@ -12,7 +12,8 @@ from penstock.errors import ConfigError
 from penstock.launcher.replica import ReplicaState
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
-from tests.launcher.conftest import alive, ask, eventually
+from tests.launcher.conftest import alive, ask
+from tests.waiting import until
 
 
 async def test_a_graph_starts_tells_and_stops_in_order(running) -> None:
@@ -50,7 +51,7 @@ async def test_a_killed_process_is_started_again(running) -> None:
         [before] = graph.replicas("decode")
         os.kill(before.pid, signal.SIGKILL)
         await graph.prints("decode-0 was ended by SIGKILL after")
-        await eventually(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
+        await until(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
         [after] = graph.replicas("decode")
         assert after.pid != before.pid
         assert (after.restarts, after.last_exit) == (1, "was ended by SIGKILL")
@@ -58,7 +59,7 @@ async def test_a_killed_process_is_started_again(running) -> None:
 
 async def test_a_crash_loop_slows_down(running) -> None:
     async with running(STUB="crash") as graph:
-        await eventually(lambda: graph.replicas("prefill")[0].restarts >= 4)
+        await until(lambda: graph.replicas("prefill")[0].restarts >= 4)
         [replica] = graph.replicas("prefill")
         assert replica.last_exit == "exited with code 1"
         assert not graph.supervisor._is_ready()
@@ -98,7 +99,7 @@ async def test_what_a_process_left_behind_goes_with_it(running) -> None:
     async with running(STUB="grandchild") as graph:
         await graph.prints("grandchild ")
         pid = int(graph.out.getvalue().partition("| grandchild ")[2].split()[0])
-        await eventually(lambda: not alive(pid))
+        await until(lambda: not alive(pid))
 
 
 async def test_scaling_up_and_down_newest_first(running) -> None:
@@ -106,7 +107,7 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         await graph.prints("Ready: ")
         answer = await ask(graph, op="scale", replicas={"prefill": 3, "DecodeWorker": 2})
         assert answer.scaled == {"PrefillWorker": (1, 3), "DecodeWorker": (1, 2)}
-        await eventually(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor._is_ready())
         assert [replica.name for replica in graph.replicas("prefill")] == [
             "prefill-0",
             "prefill-1",
@@ -122,10 +123,10 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         }
         await ask(graph, op="scale", replicas={"PrefillWorker": 2})  # the leaving ones keep their names
         assert "prefill-3" in [replica.name for replica in graph.replicas("prefill")]
-        await eventually(lambda: len(graph.replicas("prefill")) == 2)
+        await until(lambda: len(graph.replicas("prefill")) == 2)
         assert "SIGKILL" not in graph.out.getvalue()
         await ask(graph, op="scale", replicas={"Frontend": 2})
-        await eventually(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor._is_ready())
         assert len((await ask(graph, op="status")).status.health) == 2
 
 
@@ -171,7 +172,7 @@ async def test_a_graph_whose_folder_was_deleted_goes_on(running) -> None:
         os.kill(before.pid, signal.SIGKILL)  # its successor needs the secret
         await graph.prints("was deleted, at least in part: made again")
         await graph.prints("decode-0 was ended by SIGKILL after")
-        await eventually(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
+        await until(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
         assert "decode-0" in {path.stem for path in graph.folder.logs.glob("*/*.log")}
         await ask(graph, op="down")
         await asyncio.wait_for(graph.task, 15)

@@ -20,6 +20,7 @@ from penstock.launcher.state import StateFolder, find_state, own_command
 from penstock.launcher.tail import follow_logs
 from penstock.launcher.up import stop_graph
 from tests.launcher.conftest import alive
+from tests.waiting import wait_until
 
 HOST = Path(__file__).with_name("host.py")
 EVENTUALLY_S = 15.0
@@ -36,14 +37,6 @@ spec:
       replicas: 2
       extraPodSpec: {mainContainer: {command: [penstock, worker, --role, decode, --model, m]}}
 """
-
-
-def wait_for(holds: Callable[[], object]) -> object:
-    deadline = time.monotonic() + EVENTUALLY_S
-    while not (value := holds()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-    return value
 
 
 @pytest.fixture
@@ -83,7 +76,7 @@ def ready(folder: StateFolder) -> GraphStatus:
             return None
         return found if found.ready else None
 
-    return wait_for(status)
+    return wait_until(status)
 
 
 def pids(status: GraphStatus) -> list[int]:
@@ -114,7 +107,7 @@ def test_a_terminal_that_closes_says_so_twice_and_kills_nothing(start, folder) -
     ready(folder)
     began = time.monotonic()
     process.send_signal(signal.SIGHUP)
-    wait_for(lambda: b"draining" in (folder.logs / "Worker" / "decode-0.log").read_bytes())
+    wait_until(lambda: b"draining" in (folder.logs / "Worker" / "decode-0.log").read_bytes())
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=EVENTUALLY_S)
     assert process.returncode == 0
@@ -126,7 +119,7 @@ def test_nohup_means_it(start, folder) -> None:
     children = pids(ready(folder))
     process.send_signal(signal.SIGHUP)
     call(folder, ControlRequest(op="scale", replicas={"Worker": 3}))
-    assert set(children) < set(pids(wait_for(lambda: ready(folder))))
+    assert set(children) < set(pids(wait_until(lambda: ready(folder))))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=EVENTUALLY_S)
     assert process.returncode == 0
@@ -138,7 +131,7 @@ def test_children_do_not_outlive_a_killed_supervisor_and_the_next_start_works(st
     assert len(children) == 3
     process.kill()
     process.wait()
-    wait_for(lambda: not any(map(alive, children)))
+    wait_until(lambda: not any(map(alive, children)))
     assert (folder.path / "control.sock").exists()
     with pytest.raises(ConfigError, match=r"^toy is not running$"):
         call(folder, ControlRequest(op="status"))

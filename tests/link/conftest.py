@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
 from penstock.shapes import Attempt, Card, Load, Role, Sampling
 from penstock.wire.frames import FrameDecoder, encode
 from penstock.wire.messages import Bounce, Step
+from tests.waiting import until
 
 
 class FakeWorker:
@@ -172,14 +172,6 @@ class FakeTransport(asyncio.Transport):
 
     def receive(self, message: Any) -> None:
         self.protocol.data_received(encode(message))
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be"
-        await asyncio.sleep(0.002)
 
 
 def attempt(attempt_id: str = "a1", tokens: int = 3) -> Attempt:

@@ -326,7 +326,7 @@ async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -
     ):
         await bench.until(lambda: client.up)
         async with bench.client(server.address, second, "f") as again:
-            await bench.until(lambda: again.up and first.downs, timeout_s=1)
+            await bench.until(lambda: again.up and first.downs, within_s=1)
             await bench.until(lambda: len(worker.lost) == 1)
             assert len(server.peers) == 1
 

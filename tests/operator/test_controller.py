@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,9 +29,9 @@ from penstock.operator.owned import MENDS_MAX
 from penstock.operator.reconciler import keep_status_writers, other_operator
 from penstock.operator.settings import RenderSettings
 from tests.kubernetes_double import KubernetesDouble
+from tests.waiting import until
 
 NAMESPACE = "ns"
-WITHIN_S = 10.0
 DEPLOYMENT_NAMES = ("g-decodeworker", "g-frontend", "g-prefillworker")
 
 
@@ -145,12 +145,6 @@ class Cluster:
             await asyncio.sleep(for_s)
             if len(self.api.writes) == before:
                 return before
-
-
-async def until(holds: Callable[[], object], what: str = "") -> None:
-    async with asyncio.timeout(WITHIN_S):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from penstock.kubernetes.kinds import (
 )
 from penstock.operator.idle import busyness_at
 from tests.kubernetes_double import KubernetesDouble
-from tests.operator.test_controller import NAMESPACE, Cluster, cluster, graph, until
+from tests.operator.test_controller import NAMESPACE, Cluster, cluster, graph
+from tests.waiting import until
 
 __all__ = ["cluster"]
 

@@ -16,7 +16,8 @@ from penstock.kubernetes.api import ApiError, Kind, Object
 from penstock.kubernetes.kinds import DEPLOYMENTS, LEADER_WORKER_SETS
 from penstock.operator.rendering.refusals import in_words
 from tests.kubernetes_double import KubernetesDouble
-from tests.operator.test_controller import DEPLOYMENT_NAMES, NAMESPACE, Cluster, cluster, graph, until
+from tests.operator.test_controller import DEPLOYMENT_NAMES, NAMESPACE, Cluster, cluster, graph
+from tests.waiting import until
 
 __all__ = ["cluster"]
 

@@ -20,6 +20,7 @@ import pytest
 
 from penstock.ports import KvTransfer, Pulled
 from penstock.shapes import Handoff
+from tests.waiting import wait_until
 
 BLOCKS = 64
 BLOCK_BYTES = 4096
@@ -97,13 +98,6 @@ def handoff(transport: str, instance_id: str, handoff_id: str, address: str, par
 
 def changed(given: Handoff, **fields: object) -> Handoff:
     return msgspec.structs.replace(given, **fields)
-
-
-def eventually(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
-    until = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < until, "did not become true"
-        time.sleep(0.01)
 
 
 class HolderProcess:
@@ -298,7 +292,7 @@ class TransferContract:
             given = holder.export("h", list(range(BLOCKS)))
             outcome = reader.begin_pull(given, list(range(BLOCKS)), list(range(BLOCKS)))
             time.sleep(number * 20e-6)
-            eventually(lambda: holder.transfer.retract("h"))
+            wait_until(lambda: holder.transfer.retract("h"))
             holder.pool[:] = 0
             if outcome.result().error is None:
                 np.testing.assert_array_equal(reader.pool, before)
@@ -324,7 +318,7 @@ class TransferContract:
         reader.transfer.pull(holder.export("h1", [1]), [0], [1], SOON_S, raises)
         assert called.wait(SOON_S)
         assert reader.pull(holder.export("h2", [1]), [0], [1]).error is None
-        eventually(lambda: "on_done failed" in caplog.text)  # written after the callback, on its thread
+        wait_until(lambda: "on_done failed" in caplog.text)  # written after the callback, on its thread
 
     def test_many_pulls_at_once(self, holder, workers) -> None:
         reader = workers("reader", max_pulls=4)

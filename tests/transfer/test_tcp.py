@@ -15,6 +15,7 @@ from penstock.errors import ConfigError
 from penstock.transfer.messages import MAX_FRAME_BYTES, PROTOCOL, Granted, Read, frame
 from penstock.transfer.stream import Stream
 from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
+from tests.waiting import wait_until
 
 
 def _load_contract():
@@ -29,10 +30,9 @@ def _load_contract():
 
 
 contract = _load_contract()
-Worker, changed, eventually, handoff = (
+Worker, changed, handoff = (
     contract.Worker,
     contract.changed,
-    contract.eventually,
     contract.handoff,
 )
 
@@ -141,7 +141,7 @@ class TestTcpTransfer(contract.TransferContract):
             stream.send(read, time.monotonic() + 1)
             stream.receive(Granted, time.monotonic() + 1)
             assert not holder.transfer.retract("h")
-            eventually(lambda: holder.transfer.retract("h"), within_s=2.0)
+            wait_until(lambda: holder.transfer.retract("h"), within_s=2.0)
         assert holder.pulled == []
 
     def test_a_reader_that_dies_lets_the_blocks_go_at_once(self, workers) -> None:
@@ -153,7 +153,7 @@ class TestTcpTransfer(contract.TransferContract):
             stream.send(read, time.monotonic() + 1)
             stream.receive(Granted, time.monotonic() + 1)
             assert not holder.transfer.retract("h")
-        eventually(lambda: holder.transfer.retract("h"), within_s=2.0)
+        wait_until(lambda: holder.transfer.retract("h"), within_s=2.0)
         assert holder.pulled == []
 
     def test_a_holder_that_sends_all_but_says_nothing_has_proved_nothing(self, reader) -> None:

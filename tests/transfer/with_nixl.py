@@ -18,6 +18,7 @@ from penstock.transfer.messages import Done, Granted, Memory
 from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
 from penstock.transfer.nixl_agent import Agent
 from penstock.transfer.stream import Stream
+from tests.waiting import wait_until
 
 
 def _load_contract():
@@ -32,7 +33,7 @@ def _load_contract():
 
 
 contract = _load_contract()
-BLOCKS, eventually, holder_process = contract.BLOCKS, contract.eventually, contract.holder_process
+BLOCKS, holder_process = contract.BLOCKS, contract.holder_process
 
 LARGE = 1 << 18  # bytes of a block: 64 of them take many staging buffers
 
@@ -62,7 +63,7 @@ class TestNixlTransfer(contract.TransferContract):
         outcome = reader.begin_pull(holder.export("h", [1]), [0], [1])
         time.sleep(0.1)
         assert not holder.transfer.retract("h")
-        eventually(lambda: holder.transfer.retract("h"), within_s=0.7)
+        wait_until(lambda: holder.transfer.retract("h"), within_s=0.7)
         assert outcome.result().error
         assert holder.pulled == []
 
@@ -130,7 +131,7 @@ class TestReadsThatWereGivenUp:
             stuck = reader.pull(healthy.handoff, every, every, timeout_s=0.3)
             assert "no staging buffer" in stuck.error
             frozen.signal(signal.SIGCONT)
-            eventually(lambda: reader.transfer._staging.stranded() == 0)
+            wait_until(lambda: reader.transfer._staging.stranded() == 0)
             assert (reader.pool == 99).all(), "written after on_done"
         with holder_process("nixl", "none", BLOCKS, LARGE) as another:
             assert reader.pull(another.handoff, every, every).error is None

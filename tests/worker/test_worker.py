@@ -30,6 +30,7 @@ from penstock.shapes import (
 )
 from penstock.wire.messages import Bounce, Step
 from penstock.worker.worker import Worker, WorkerSettings
+from tests.waiting import until
 
 
 class ScriptedEngine:
@@ -139,12 +140,6 @@ class Stage:
         self.frontends.append(frontend)
         await until(lambda: frontend.cards)
         return frontend
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

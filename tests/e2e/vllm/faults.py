@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ import pytest
 from tests.e2e.conftest import Frontend, Graph
 from tests.e2e.vllm.conftest import VLLM_START_S, Expected
 from tests.e2e.vllm.questions import LONG, Answer, Question
+from tests.waiting import wait_until
 
 PARTS = ["worker", "core"]  # Penstock's process, and vLLM's beneath it
 MANY = 10  # tokens after which an answer is well under way
-SOON_S = 30.0  # for what takes a second on an idle machine
 ANSWERED_S = 90.0  # for all the long answers, a dead worker's start beside them included
 
 
@@ -93,13 +93,6 @@ def differs_at(answer: Answer, expected: Answer) -> int | None:
     return next((number for number, (token, wanted) in pairs if token != wanted), None)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = SOON_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.02)
-
-
 def core_of(worker: int) -> int:
     """vLLM's process beneath a worker."""
     children = [
@@ -139,9 +132,10 @@ class Workers:
 
     def wait_replaced(self, lost: int) -> None:
         """Until another worker does this one's work, and nothing is left of it."""
-        wait_until(lambda: lost not in self.pids(""), VLLM_START_S)
+        wait_until(lambda: lost not in self.pids(""), within_s=VLLM_START_S)
         wait_until(
-            lambda: all(replica["state"] == "ready" for replica in self._graph.replicas()), VLLM_START_S
+            lambda: all(replica["state"] == "ready" for replica in self._graph.replicas()),
+            within_s=VLLM_START_S,
         )
         self._graph.wait_healthy(instances=3, timeout_s=VLLM_START_S)
         assert group_of(lost) == []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from penstock.engines.vllm.held import HeldHandoffs
+from tests.waiting import until
 
 INTERVAL_S = 0.02
 
@@ -46,9 +47,7 @@ class Held:
         self.fewer += 1
 
     async def until(self, count: int) -> None:
-        async with asyncio.timeout(5.0):
-            while len(self.handoffs) != count:
-                await asyncio.sleep(0.001)
+        await until(lambda: len(self.handoffs) == count, look_s=0.001)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from penstock.logs.quiet_log import BURST_LINES
 from penstock.net.listening import LentListener, listen
 from penstock.shapes import Delta, FinishReason
 from tests.frontend.conftest import ScriptedCompleter, serving
+from tests.waiting import until
 
 JSON = "host: x\r\ncontent-type: application/json\r\n"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -51,12 +52,6 @@ async def connection(served, receive_bytes=None):
 async def everything(reader, within_s=5.0):
     async with asyncio.timeout(within_s):
         return await reader.read()
-
-
-async def eventually(condition, within_s=5.0):
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 # --- slow and broken connections ------------------------------------------------------------------
@@ -118,7 +113,7 @@ async def test_a_client_that_leaves_in_its_body(served):
     async with connection(served) as (_, writer):
         writer.write(post(CHAT, length=1000))
         await asyncio.sleep(0.05)
-    await eventually(lambda: b'status="499"} 1.0' in served.metrics.render())
+    await until(lambda: b'status="499"} 1.0' in served.metrics.render())
     assert served.completer.requests == []
 
 
@@ -388,7 +383,7 @@ async def test_a_reader_that_stalls_is_dropped(serve_script, byte_level):
         connection(served, receive_bytes=4096) as (_, writer),
     ):
         writer.write(post({**CHAT, "stream": True}))
-        await eventually(lambda: b"penstock_requests_total{" in served.metrics.render())
+        await until(lambda: b"penstock_requests_total{" in served.metrics.render())
         assert b'penstock_inflight_requests{model="tiny"} 0.0' in served.metrics.render()
 
 
@@ -401,8 +396,8 @@ async def test_a_reader_too_far_behind_is_dropped_and_cancelled(serve_script, by
         connection(served, receive_bytes=4096) as (_, writer),
     ):
         writer.write(post({**CHAT, "stream": True}))
-        await eventually(lambda: served.completer.cancelled)
-        await eventually(lambda: b'status="499"} 1.0' in served.metrics.render())
+        await until(lambda: served.completer.cancelled)
+        await until(lambda: b'status="499"} 1.0' in served.metrics.render())
 
 
 @pytest.mark.usefixtures("small_send_buffers")
@@ -547,7 +542,7 @@ async def test_no_room_even_for_a_handshake(serve_script, certificate, monkeypat
         async with connection(served) as (reader, _):
             with contextlib.suppress(ConnectionError):
                 assert await everything(reader) == b""
-        await eventually(lambda: "is dropped before its TLS handshake" in caplog.text)
+        await until(lambda: "is dropped before its TLS handshake" in caplog.text)
         first.close()
 
 
@@ -565,7 +560,7 @@ async def test_what_is_no_tls(serve_script, certificate, caplog, sent, said):
             writer.write(sent)
             with contextlib.suppress(ConnectionError):
                 await everything(reader)
-        await eventually(lambda: said in caplog.text)
+        await until(lambda: said in caplog.text)
         assert caplog.text.count("TLS handshake with") == 1
 
 
@@ -630,7 +625,7 @@ async def test_what_outlasts_the_grace_is_told_so(serve_script):
         body = {**CHAT, "stream": True}
         streamed = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=body))
         whole = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
-        await eventually(lambda: len(served.completer.requests) == 2)
+        await until(lambda: len(served.completer.requests) == 2)
         await asyncio.sleep(0.1)
         began = time.monotonic()
         served.stop.set()
@@ -644,11 +639,11 @@ async def test_what_outlasts_the_grace_is_told_so(serve_script):
 async def test_cancelling_drops_everything(serve_script):
     async with serve_script("word " * 4000, step_s=0.02) as served:
         call = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
-        await eventually(lambda: served.completer.requests)
+        await until(lambda: served.completer.requests)
         served.task.cancel()
         with pytest.raises(httpx.HTTPError):
             await asyncio.wait_for(call, 5)
-        await eventually(lambda: served.completer.cancelled)
+        await until(lambda: served.completer.cancelled)
         await asyncio.wait([served.task])
         assert served.task.cancelled()
 
@@ -703,11 +698,11 @@ async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
         connection(old) as (reader, writer),
         connection(old) as (late_reader, late_writer),
     ):
-        await eventually(lambda: lender.says_ready(0))
+        await until(lambda: lender.says_ready(0))
         writer.write(post(ask))
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         async with serve_script("new", lent=lender.lend()) as new:
-            await eventually(lambda: lender.says_ready(1))
+            await until(lambda: lender.says_ready(1))
             await lender.hand_over(old, 0)
             late_writer.write(post(CHAT))
             for _ in range(10):
@@ -730,7 +725,7 @@ async def test_a_handshake_under_way_is_not_cut_by_a_successor(serve_script, len
     trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
     trusting.check_hostname = False
     async with serve_script("old", lent=lender.lend(), **certificate) as old:
-        await eventually(lambda: lender.says_ready(0))
+        await until(lambda: lender.says_ready(0))
         raw = socket.create_connection((old.host, old.port))
         _, later = await asyncio.open_connection(
             old.host, old.port, ssl=trusting

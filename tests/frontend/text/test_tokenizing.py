@@ -17,6 +17,7 @@ from penstock.frontend.text.tokenizing import Caller, TokenizerThread
 from penstock.frontend.text.words import WordEncoder
 from penstock.metrics import Metrics
 from tests.frontend.tag_parsers import TagParsers
+from tests.waiting import until
 
 KEYS = {"greedy": "greedy-key-of-many-letters", "modest": "modest-key-of-many-letters"}
 
@@ -126,12 +127,6 @@ def ask(served, tenant, prompt, **fields):
     headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
     call = served.http.post("/v1/completions", json=body, headers=headers, timeout=120.0)
     return asyncio.ensure_future(call)
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def metric(served, name):

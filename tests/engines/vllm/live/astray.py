@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from penstock.shapes import Attempt, FinishReason, Role, Sampling
 from tests.engines.vllm.live.pair import GREEDY, idle, prompt_of
 from tests.engines.vllm.live.running import Running, reached, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,7 +44,7 @@ async def free() -> AsyncIterator[Running]:
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def _nothing_stays_behind(free: Running) -> AsyncIterator[None]:
     yield
-    await free.until(lambda: idle(free))
+    await until(lambda: idle(free))
     load = free.log.steps[-1][1].load
     assert (load.prefill_tokens, load.context_tokens) == (0, 0)
 
@@ -76,7 +77,7 @@ async def test_what_goes_astray_late_tells_what_was_cached_once(free: Running) -
 async def test_a_cancel_after_it_began_again_ends_it(free: Running) -> None:
     long = msgspec.structs.replace(REPLAYED, max_tokens=3000)
     free.submit(Attempt("long", "long", PROMPT + GIVEN, len(PROMPT), long))
-    await free.until(lambda: any(output.token_ids for _, output in free.log.outputs("long")))
+    await until(lambda: any(output.token_ids for _, output in free.log.outputs("long")))
     free.engine.cancel("long")
     reached(await free.ended("long"), FinishReason.CANCELLED)
 

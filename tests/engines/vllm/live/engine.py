@@ -19,6 +19,7 @@ from penstock.engines.vllm.outputs import REASONS
 from penstock.errors import ConfigError, RemoteError
 from penstock.shapes import Attempt, FinishReason, Sampling, StructuredOutput
 from tests.engines.vllm.live.running import ENGINE_ARGS, Running, reached, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -140,12 +141,12 @@ async def test_attempts_that_cannot_be_served_end_at_once(one: Running) -> None:
 async def test_a_cancelled_attempt_ends_and_leaves_nothing(one: Running) -> None:
     long = Sampling(max_tokens=3000, temperature=0.0, ignore_eos=True)
     one.submit(Attempt("long", "long", PROMPT, len(PROMPT), long))
-    await one.until(lambda: one.log.outputs("long"))
+    await until(lambda: one.log.outputs("long"))
     one.engine.cancel("long")
     one.engine.cancel("long")
     one.engine.cancel("nobody")
     reached(await one.ended("long"), FinishReason.CANCELLED)
-    await one.until(lambda: one.log.steps[-1][1].load.used_blocks == 0)
+    await until(lambda: one.log.steps[-1][1].load.used_blocks == 0)
     load = one.log.steps[-1][1].load
     assert (load.running, load.waiting, load.prefill_tokens, load.context_tokens) == (0, 0, 0, 0)
 
@@ -159,7 +160,7 @@ async def test_many_at_once(one: Running) -> None:
 async def test_the_mirror_of_the_cache_is_what_vllm_finds_cached(one: Running) -> None:
     prompt = [300 + i for i in range(200)]
     await one.ask("fill", prompt, GREEDY)
-    await one.until(lambda: one.engine._cached(Attempt("", "", prompt, 200, GREEDY), prompt) == 192)
+    await until(lambda: one.engine._cached(Attempt("", "", prompt, 200, GREEDY), prompt) == 192)
     assert (await one.ask("find", prompt, GREEDY)).cached_tokens == 192
 
 
@@ -184,7 +185,7 @@ async def test_a_dead_core_ends_the_steps_with_a_reason(number: signal.Signals) 
     async with running(settings(name=f"dying-{number}")) as dying:
         long = Sampling(max_tokens=3000, temperature=0.0, ignore_eos=True)
         dying.submit(Attempt("long", "long", PROMPT, len(PROMPT), long))
-        await dying.until(lambda: dying.log.outputs("long"))
+        await until(lambda: dying.log.outputs("long"))
         reading = asyncio.create_task(_read_on(dying))
         os.kill(dying.core_pid, number)
         with pytest.raises(RemoteError, match="died"):

@@ -8,7 +8,7 @@ import gc
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVEventBat
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.engines.vllm.event_feed import EventFeed, EventSources, FeedSettings, remove_dead
 from penstock.engines.vllm.events import CacheEvents, Changes
+from tests.waiting import until
 
 BLOCK_SIZE = 4
 WAIT_S = 10.0
@@ -59,12 +60,6 @@ class Follower:
     async def until(self, *numbers: int) -> None:
         """Wait until exactly these blocks are cached."""
         await until(lambda: self.cached == {block(number) for number in numbers})
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -29,6 +29,7 @@ from tests.engines.vllm.live.pair import (
     through_both,
 )
 from tests.engines.vllm.live.running import Running, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -76,7 +77,7 @@ def frozen(engine: Running) -> Iterator[None]:
 
 async def until_killed(engine: Running) -> None:
     os.kill(engine.core_pid, signal.SIGKILL)
-    await engine.until(lambda: engine.engine._failed, SECONDS)
+    await until(lambda: engine.engine._failed, within_s=SECONDS)
 
 
 async def decoded(
@@ -127,12 +128,12 @@ async def test_prefill_engines_that_die_and_come_back_under_the_same_port(decode
     async with prefill_engine(3) as third_life:
         again = await through_both(third_life, decode, "again", prompt, salt="again")
         assert (again.token_ids, again.transferred_blocks) == (alone, 4)
-    await decode.until(lambda: idle(decode), SECONDS)
+    await until(lambda: idle(decode), within_s=SECONDS)
 
 
 async def test_reads_that_come_or_end_too_late(decode: Running) -> None:
     async with prefill_engine(4, TTL_S) as prefill:
-        await prefill.until(lambda: prefill.card.total_blocks == 48)
+        await until(lambda: prefill.card.total_blocks == 48)
         prompt = prompt_of(200, seed=2)
         alone = (await computed(decode, "late", prompt)).token_ids
         met = await through_both(prefill, decode, "meet", prompt, salt="meet")
@@ -145,7 +146,7 @@ async def test_reads_that_come_or_end_too_late(decode: Running) -> None:
         after = await through_both(prefill, decode, "after", prompt, salt="after")
         assert (after.token_ids, after.transferred_blocks) == (alone, blocks_of(200))
         for engine in (prefill, decode):
-            await engine.until(lambda engine=engine: idle(engine), SECONDS)
+            await until(lambda engine=engine: idle(engine), within_s=SECONDS)
 
 
 async def _refused_when_expired(
@@ -153,7 +154,7 @@ async def _refused_when_expired(
 ) -> None:
     first, handoff = await prefilled(prefill, "expired", prompt, salt="expired")
     assert 0 < handoff.ttl_s <= TTL_S
-    await prefill.until(lambda: idle(prefill), LEASE_S + SECONDS)
+    await until(lambda: idle(prefill), within_s=LEASE_S + SECONDS)
     for name in overwrite(prefill, "expired-over"):
         await prefill.ended(name)
     tokens, blocks, _ = await decoded(decode, "expired", prompt, first, handoff, seconds=SECONDS)
@@ -167,7 +168,7 @@ async def _frozen_reader(prefill: Running, decode: Running, prompt: list[int], a
         reading = asyncio.create_task(
             decoded(decode, "reader", prompt, first, handoff, seconds=LEASE_S + 2 * SECONDS)
         )
-        await prefill.until(lambda: idle(prefill), LEASE_S + SECONDS)
+        await until(lambda: idle(prefill), within_s=LEASE_S + SECONDS)
         for name in overwrite(prefill, "reader-over"):
             await prefill.ended(name)
     tokens, blocks, _ = await reading

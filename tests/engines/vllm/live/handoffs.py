@@ -24,6 +24,7 @@ from tests.engines.vllm.live.pair import (
     through_both,
 )
 from tests.engines.vllm.live.running import Running, reached, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -54,7 +55,7 @@ async def _nothing_stays_behind(pair: Pair) -> AsyncIterator[None]:
     """After each test, whatever it was about."""
     yield
     for engine in pair:
-        await engine.until(lambda engine=engine: idle(engine), SECONDS)
+        await until(lambda engine=engine: idle(engine), within_s=SECONDS)
 
 
 # --- the same text --------------------------------------------------------------------------------------
@@ -159,10 +160,10 @@ async def test_kv_is_held_until_it_is_pulled(pair: Pair) -> None:
     prompt = prompt_of(100, seed=4)
     first, handoff = await prefilled(prefill, "held", prompt)
     assert prefill.log.steps[-1][1].load.held_handoffs == 1
-    await prefill.until(lambda: prefill.log.steps[-1][1].load.used_blocks == 4)
+    await until(lambda: prefill.log.steps[-1][1].load.used_blocks == 4)
     decode.submit(decoding("held-d", prompt, first, handoff))
     await decode.ended("held-d")
-    await prefill.until(lambda: idle(prefill), SECONDS)
+    await until(lambda: idle(prefill), within_s=SECONDS)
 
 
 async def test_kv_that_nobody_was_told_of_is_released_at_once(pair: Pair) -> None:
@@ -173,7 +174,7 @@ async def test_kv_that_nobody_was_told_of_is_released_at_once(pair: Pair) -> Non
         prefill.engine.release(f"unsent-{i}", sent=False)
         prefill.engine.release(f"unsent-{i}", sent=False)
     prefill.engine.release("nobody", sent=False)
-    await prefill.until(lambda: idle(prefill), 5.0)
+    await until(lambda: idle(prefill), within_s=5.0)
     assert prefill.log.steps[-1][1].load.held_handoffs == 0
 
 
@@ -199,7 +200,7 @@ async def test_an_output_that_ends_with_its_first_token_holds_nothing(
     output = await prefill.ask(f"ends-{len(bias)}", prompt_of(100), sampling, prefill_only=True)
     reached(output, FinishReason.STOP if bias else FinishReason.LENGTH)
     assert output.handoff is None
-    await prefill.until(lambda: idle(prefill), 5.0)
+    await until(lambda: idle(prefill), within_s=5.0)
 
 
 @pytest.mark.parametrize("delay_ms", [0, 1, 3, 10, 30])
@@ -213,7 +214,7 @@ async def test_a_pull_that_is_cancelled_leaves_nothing(pair: Pair, delay_ms: int
     decode.engine.cancel(f"{name}-d")
     reached(await decode.ended(f"{name}-d"), FinishReason.CANCELLED)
     for engine in pair:
-        await engine.until(lambda engine=engine: idle(engine), SECONDS)
+        await until(lambda engine=engine: idle(engine), within_s=SECONDS)
 
 
 @pytest.mark.parametrize("delay_ms", [0, 5, 10, 20, 40])
@@ -225,7 +226,7 @@ async def test_a_prefill_that_is_cancelled_leaves_nothing(pair: Pair, delay_ms: 
     prefill.engine.cancel(name)
     if (await prefill.ended(name)).finish_reason is FinishReason.PREFILLED:
         prefill.engine.release(name, sent=False)
-    await prefill.until(lambda: idle(prefill), 5.0)
+    await until(lambda: idle(prefill), within_s=5.0)
 
 
 # --- what must not be pulled ----------------------------------------------------------------------------

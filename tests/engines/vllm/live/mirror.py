@@ -12,6 +12,7 @@ import pytest_asyncio
 from penstock.shapes import Attempt, Sampling
 from tests.engines.vllm.live.pair import GREEDY, prompt_of
 from tests.engines.vllm.live.running import Running, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -96,4 +97,4 @@ async def test_a_reset_empties_it(small: Running) -> None:
     assert small.engine.cached_hashes()
     assert await small.engine._core.client.reset_prefix_cache_async()
     await small.ask("short", prompt_of(5), Sampling(max_tokens=1))
-    await small.until(lambda: not small.engine.cached_hashes())
+    await until(lambda: not small.engine.cached_hashes())

@@ -11,6 +11,7 @@ import pytest_asyncio
 from penstock.shapes import FinishReason, Role
 from tests.engines.vllm.live.pair import GREEDY, computed, idle, prefilled, prompt_of, through_both
 from tests.engines.vllm.live.running import ENGINE_ARGS, Running, reached, running, settings
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -41,12 +42,12 @@ async def test_several_ranks_are_one_engine(decode: Running, kind: str) -> None:
         await asyncio.gather(
             *[prefilled(prefill, f"unsent-{i}", prompt) for i, prompt in enumerate(prompts)]
         )
-        await prefill.until(lambda: prefill.log.steps[-1][1].load.used_blocks == 6 * 4)
+        await until(lambda: prefill.log.steps[-1][1].load.used_blocks == 6 * 4)
         assert prefill.log.steps[-1][1].load.held_handoffs == 6
-        await prefill.until(lambda: len(prefill.engine.cached_hashes()) == 6 * 3)
+        await until(lambda: len(prefill.engine.cached_hashes()) == 6 * 3)
         for i in range(6):
             prefill.engine.release(f"unsent-{i}", sent=False)
-        await prefill.until(lambda: idle(prefill), SECONDS)
+        await until(lambda: idle(prefill), within_s=SECONDS)
 
         both = await asyncio.gather(
             *[
@@ -57,7 +58,7 @@ async def test_several_ranks_are_one_engine(decode: Running, kind: str) -> None:
         assert [output.token_ids for output in both] == alone
         assert [output.transferred_blocks for output in both] == [4] * 6
         for engine in (prefill, decode):
-            await engine.until(lambda engine=engine: idle(engine), SECONDS)
+            await until(lambda engine=engine: idle(engine), within_s=SECONDS)
 
         cut = await prefill.ask("whole", prompts[0], GREEDY)
         assert reached(cut, FinishReason.LENGTH).token_ids == alone[0]

@@ -88,13 +88,6 @@ class Running:
                     return _joined(outputs)
                 await asyncio.sleep(0.01)
 
-    async def until(self, condition: object, timeout_s: float = 10.0) -> None:
-        """Wait for a callable to be true."""
-        assert callable(condition)
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                await asyncio.sleep(0.01)
-
     @property
     def core_pid(self) -> int:
         core = self.engine._core
