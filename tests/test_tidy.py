@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -144,12 +145,16 @@ def read(path: Path) -> Source:
     return Source(path, text, tree, list(ast.walk(tree)))
 
 
-SOURCES = [
-    read(path)
-    for folder in ("penstock", "simulator", "tests", "benchmarks", "examples", "models")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-]
-MODULES = [source for source in SOURCES if source.path.is_relative_to(PACKAGE)]
+@cache
+def sources() -> list[Source]:
+    """All Python of the repository. Read on first use, and not by whoever only collects tests."""
+    folders = ("penstock", "simulator", "tests", "benchmarks", "examples", "models")
+    return [read(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def modules() -> list[Source]:
+    """What is in the package."""
+    return [source for source in sources() if source.path.is_relative_to(PACKAGE)]
 
 
 def nothing(found: list[str], rule: str) -> None:
@@ -162,7 +167,7 @@ def structure_page() -> str:
 
 def test_imports_go_down_only() -> None:
     found = []
-    for source in MODULES:
+    for source in modules():
         own = LEVEL.get(source.layer, len(LAYERS))
         for node, module in source.imports():
             root, _, rest = module.partition(".")
@@ -176,16 +181,16 @@ def test_imports_go_down_only() -> None:
 
 def test_every_module_has_a_layer_and_the_root_holds_only_its_own() -> None:
     nothing(
-        [source.at() for source in MODULES if source.layer not in LEVEL and source.layer != "__init__"],
+        [source.at() for source in modules() if source.layer not in LEVEL and source.layer != "__init__"],
         "give each of these a layer",
     )
-    root = {source.layer for source in MODULES if "/" not in source.place}
+    root = {source.layer for source in modules() if "/" not in source.place}
     assert root == ROOT_MODULES, "the package's root holds other modules than ROOT_MODULES"
 
 
 def test_third_parties_are_imported_in_their_places_only() -> None:
     found = []
-    for source in MODULES:
+    for source in modules():
         for node, module in source.imports():
             allowed = KEPT_IN.get(module.split(".")[0])
             if allowed is not None and not source.place.startswith(allowed):
@@ -194,7 +199,7 @@ def test_third_parties_are_imported_in_their_places_only() -> None:
 
 
 def test_core_and_wire_are_pure() -> None:
-    pure = [source for source in MODULES if source.layer in ("core", "wire")]
+    pure = [source for source in modules() if source.layer in ("core", "wire")]
     found = [
         f"{source.at(node)} imports {module}"
         for source in pure
@@ -214,10 +219,10 @@ def test_core_and_wire_are_pure() -> None:
 def test_modules_and_functions_are_short() -> None:
     found = [
         f"{source.at()} has {lines} lines"
-        for source in MODULES
+        for source in modules()
         if (lines := source.text.count("\n")) > MAX_LINES
     ]
-    for source in SOURCES:
+    for source in sources():
         for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -227,13 +232,13 @@ def test_modules_and_functions_are_short() -> None:
 
 
 def test_every_module_has_a_docstring() -> None:
-    nothing([source.at() for source in MODULES if not ast.get_docstring(source.tree)], "no docstring")
+    nothing([source.at() for source in modules() if not ast.get_docstring(source.tree)], "no docstring")
 
 
 def test_every_class_name_means_one_thing() -> None:
     places = {
         (node.name, source.place)
-        for source in MODULES
+        for source in modules()
         for node in source.nodes
         if isinstance(node, ast.ClassDef)
     }
@@ -255,15 +260,15 @@ def test_the_structure_page_names_every_module_once() -> None:
     first_cells = [line.split("|")[1] for line in structure_page().splitlines() if line.startswith("| `")]
     named = Counter(name for cell in first_cells for name in re.findall(r"`([\w/]+\.py)`", cell))
     # An __init__.py that only says what its package is has nothing to find in it.
-    modules = {it.place for it in MODULES if it.path.name != "__init__.py" or len(it.tree.body) > 1}
-    nothing([f"{it} has no row" for it in sorted(modules - named.keys())], "docs/structure.md")
-    nothing([f"{it} does not exist" for it in sorted(named.keys() - modules)], "docs/structure.md")
+    there = {it.place for it in modules() if it.path.name != "__init__.py" or len(it.tree.body) > 1}
+    nothing([f"{it} has no row" for it in sorted(there - named.keys())], "docs/structure.md")
+    nothing([f"{it} does not exist" for it in sorted(named.keys() - there)], "docs/structure.md")
     nothing([f"{it} has {number} rows" for it, number in named.items() if number > 1], "docs/structure.md")
 
 
 def test_no_error_is_swallowed() -> None:
     found = []
-    for source in MODULES:
+    for source in modules():
         for node in source.nodes:
             if not isinstance(node, ast.ExceptHandler):
                 continue
@@ -278,7 +283,7 @@ def test_no_error_is_swallowed() -> None:
 
 def test_nothing_uses_except_star() -> None:
     """What is raised inside `except*` comes wrapped into a group before Python 3.11.4."""
-    found = [it.at(node) for it in MODULES for node in it.nodes if isinstance(node, ast.TryStar)]
+    found = [it.at(node) for it in modules() for node in it.nodes if isinstance(node, ast.TryStar)]
     nothing(found, "except*")
 
 
@@ -286,7 +291,7 @@ def test_nothing_is_left_to_do_and_no_test_is_skipped() -> None:
     banned = re.compile(r"\b(FIXME|TODO|XXX)\b|pytest\.(mark\.)?skip|skipif|importorskip")
     found = [
         f"{source.path.relative_to(ROOT)}:{number} {line.strip()}"
-        for source in SOURCES
+        for source in sources()
         if source.path != Path(__file__)
         for number, line in enumerate(source.text.splitlines(), 1)
         if banned.search(line)
