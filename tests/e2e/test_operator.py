@@ -16,8 +16,8 @@ import pytest
 
 from penstock.graph.crds import graph_crd, scaling_adapter_crd
 from penstock.kubernetes.kinds import DEFINITIONS, DEPLOYMENTS, GRAPHS, LEASES
-from tests.e2e.conftest import free_port
 from tests.kubernetes_http import ApiServer
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 WITHIN_S = 30.0

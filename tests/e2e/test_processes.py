@@ -14,8 +14,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import ROOT, START_S, Process, free_port
+from tests.e2e.conftest import ROOT, START_S, Process
 from tests.faults.lab.proxy import Proxy
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 SHIFTED = """

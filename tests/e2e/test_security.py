@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, START_S, free_port
+from tests.e2e.conftest import MODEL, ROOT, START_S
 from tests.link.test_tls import make_authority, make_certificate
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 LISTENING = "0A"  # a state in /proc/net/tcp

@@ -25,6 +25,7 @@ from penstock.options.config import SUPERVISOR_VARIABLE
 from tests.discovery.etcd_server import Etcd
 from tests.faults.lab.http import get
 from tests.faults.lab.proxy import Proxy, Weather
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 START_S = 90.0  # a busy machine starts many Python processes
@@ -119,7 +120,7 @@ class Graph:
         self._watchers: set[asyncio.Task[None]] = set()
 
     def _frontend(self, index: int, common: Sequence[str]) -> Part:
-        port = _free_port()
+        port = free_port()
         arguments = ["frontend", "--http-port", str(port), "--expect", "prefill,decode"]
         arguments += ["--disagg", "always", *common]
         name = f"frontend-{index}"
@@ -130,7 +131,7 @@ class Graph:
         host, front = f"127.{self.net}.1.{number + 1}", f"127.{self.net}.2.{number + 1}"
         arguments = ["worker", "--role", role, "--instance-id", name, *self._worker_flags]
         arguments += ["--host", host, "--port", str(LINK_PORT), "--advertise-host", front]
-        port = _free_port()
+        port = free_port()
         arguments += ["--system-port", str(port)]
         return Part(name, role, arguments, self._log(name), host=host, front=front, port=port)
 
@@ -354,9 +355,3 @@ def listening(host: str) -> list[int]:
         if address == wanted and fields[3] == _LISTENING:
             ports.append(int(port, 16))
     return ports
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

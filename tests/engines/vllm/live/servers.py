@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from tests.e2e.conftest import free_port
 from tests.engines.vllm.live.conftest import GRAPH, cpu_environment
 from tests.engines.vllm.live.running import ENGINE_ARGS
+from tests.ports import free_port
 
 LIMITS = ("--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20))
 START_S = 180.0  # also on a machine that is busy with something else
