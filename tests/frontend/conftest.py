@@ -273,6 +273,22 @@ def saying(tokenizer, text, **options) -> Script:
 # --- the server -----------------------------------------------------------------------------------
 
 
+class _AsyncioOfUvicorn:
+    """asyncio, but it sleeps shorter."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
+
+
+@pytest.fixture(autouse=True)
+def servers_end_soon(monkeypatch):
+    """uvicorn looks every 100 ms whether it shall end, which hundreds of tests would wait for."""
+    monkeypatch.setattr("uvicorn.server.asyncio", _AsyncioOfUvicorn())
+
+
 @dataclass
 class Served:
     completer: ScriptedCompleter

@@ -92,7 +92,7 @@ async def test_a_connection_whose_answer_came_before_the_body_is_closed_too(serv
 async def test_a_long_answer_after_a_body_that_came_late(serve_script):
     """The connection counted as idle between the two, for no time at all."""
     async with (
-        serve_script("word " * 8, step_s=0.25, keep_alive_s=1) as served,
+        serve_script("word " * 2, step_s=0.25, keep_alive_s=1) as served,
         connection(served) as (reader, writer),
     ):
         content = json.dumps(CHAT).encode()
