@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from penstock.core.membership import State
-from penstock.core.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
     from simulator.lab import Lab
@@ -43,24 +43,24 @@ def unready(lab: Lab) -> list[str]:
 
 
 def _busy(worker: SimWorker) -> list[str]:
-    scheduler, shell = worker.engine.scheduler, worker.worker
-    counts = {
-        "used_blocks": scheduler.pool.used_blocks,
-        "held_handoffs": len(scheduler.held),
-        "pulls": len(scheduler.pulls),
-        "attempts": len(scheduler._active),
-        "links of strangers": len(shell._server._door._strangers),
-    }
-    complaints = [f"{worker.instance_id} has {count} {what}" for what, count in counts.items() if count]
-    complaints += _kept(
-        (shell, scheduler, *([worker.transfer] if worker.transfer else [])), {"_assets", "_handed"}
-    )
+    pool = worker.engine.scheduler.pool
+    shell = asdict(worker.worker.statistics())
+    shell["handshakes"] = shell.pop("link")["handshakes"]
+    del shell["handoffs"]  # which last until they expire
+    parts = [("the worker", shell), ("the scheduler", asdict(worker.engine.scheduler.statistics()))]
+    if worker.transfer is not None:
+        parts.append(("the transfer", asdict(worker.transfer.statistics())))
+    complaints = [
+        f"{worker.instance_id}: {part} has {count} {what}"
+        for part, counts in parts
+        for what, count in counts.items()
+        if count
+    ]
     try:
-        scheduler.pool.check()
+        pool.check()
     except AssertionError as error:
         complaints.append(f"{worker.instance_id}: {error}")
-    pool = scheduler.pool
-    cached = {pool.sequence_hash(block) for block in pool._cached.values()}
+    cached = set(pool.cached_hashes())
     if cached != set(worker.engine.cached_hashes()):
         complaints.append(f"{worker.instance_id} has {len(cached)} blocks cached and says something else")
     return complaints
@@ -73,15 +73,9 @@ def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
     parts += [placement, placement._book, placement._check]
     lasting = {"_queues", "_served", "_gone", "_lost", "_without_pairs"} | set(instances.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
-    for instance_id, account in router._placement._book._accounts.items():
-        left = (
-            len(account.on_the_way),
-            len(account.booked),
-            account.uncached_tokens,
-            account.context_tokens,
-        )
-        if any(left):
-            complaints.append(f"{frontend.name} books {left} on {instance_id}")
+    for instance_id, account in placement._book.statistics().items():
+        if any((account.on_the_way, account.booked, account.uncached_tokens, account.context_tokens)):
+            complaints.append(f"{frontend.name} has {account} of {instance_id}")
     for worker in lab.live_workers():
         name = worker.instance_id
         if placement.load(name) != worker.worker.load():
@@ -103,7 +97,7 @@ def _kept(parts: Iterable[object], lasting: set[str]) -> list[str]:
 
 
 def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
-    index = indexed(frontend.router._placement._index)
+    index = frontend.router._placement._index.blocks()
     up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
     complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
     for worker in lab.live_workers():
@@ -119,14 +113,3 @@ def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
                 f"and lacks {len(there - known)}"
             )
     return complaints
-
-
-def indexed(index: PrefixIndex) -> dict[str, set[int]]:
-    """What an index says of each worker."""
-    found: dict[int, set[int]] = {slot: set() for slot in index._slots.values()}
-    for shard in index._shards:
-        for key, bits in shard.items():
-            for slot, keys in found.items():
-                if bits >> slot & 1:
-                    keys.add(key)
-    return {worker: found[slot] for worker, slot in index._slots.items()}

@@ -136,12 +136,12 @@ class LabEngine(VirtualEngine):
     @property
     def dead(self) -> bool:
         """Whether so many steps failed that it makes no more."""
-        return self._cycle is not None and self._cycle._failed_steps >= MAX_FAILED_STEPS
+        return self._cycle is not None and self._cycle.broken
 
     def broken(self) -> None:
         """Its next step is the last that may fail."""
         assert self._cycle is not None, "it has not started"
-        self._cycle._failed_steps = MAX_FAILED_STEPS - 1
+        self._cycle.failed_steps = MAX_FAILED_STEPS - 1
 
     def cached_until(self, digest: int) -> float | None:
         """Until when what is cached had this exclusive or; None: it never had."""
@@ -159,8 +159,7 @@ class LabEngine(VirtualEngine):
         if self._clear_next:
             self._clear_next = False
             step.cleared, step.removed = True, []
-            pool = cycle.scheduler.pool
-            step.stored = [pool.sequence_hash(block) for block in pool._cached.values()]
+            step.stored = cycle.scheduler.pool.cached_hashes()
         if step.stored or step.removed or step.cleared:
             self._note_cached(step)
         self._outbox.push(step)
@@ -181,19 +180,11 @@ class LabEngine(VirtualEngine):
 
     def _look_for_leaks(self, cycle: EngineCycle) -> None:
         """Every reference to a block is an attempt's, a pull's or a handoff's."""
-        scheduler = cycle.scheduler
-        pool = scheduler.pool
-        counts = [0] * pool.total_blocks
-        holders = [active.block_ids for active in scheduler._running]
-        holders += [pull.block_ids for pull in scheduler.pulls._open.values()]
-        holders += [held.block_ids for held in scheduler.held._held.values()]
-        for block_ids in holders:
-            for block in block_ids:
-                counts[block] += 1
-        if counts != pool._references:
-            wrong = [block for block, count in enumerate(counts) if count != pool._references[block]]
-            self._leaked(f"blocks {wrong[:8]} have more or fewer references than holders")
-        if {pool.sequence_hash(block) for block in pool._cached.values()} != self._said:
+        try:
+            cycle.scheduler.check_references()
+        except AssertionError as error:
+            self._leaked(str(error))
+        if set(cycle.scheduler.pool.cached_hashes()) != self._said:
             self._leaked("what is cached is not what was said to be")
 
     def _watched(self, model: LoadedModel) -> LoadedModel:
@@ -320,7 +311,7 @@ class LabTransfer(SimTransfer):
         self._held(self._read.pop(handoff_id, ()), f"freed while {handoff_id} is read from them")
 
     def _held(self, block_ids: Sequence[int], otherwise: str) -> None:
-        free = [block for block in block_ids if not self.pool()._references[block]]
+        free = [block for block in block_ids if not self.pool().references(block)]
         if free:
             self._wrong(f"blocks {free} are {otherwise}")
 

@@ -75,7 +75,7 @@ def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
     up = [it for it in lab.live_workers() if it.serving and not it.process.held]
     up = [it for it in up if _may_go(lab, it)]
     fitting = [it for it in up if it.role in roles] or up
-    busy = [it for it in fitting if it.worker._owners]
+    busy = [it for it in fitting if it.worker.attempts]
     if busy and rng.random() < BUSY_SHARE:
         return rng.choice(busy)
     return rng.choice(fitting) if fitting else None

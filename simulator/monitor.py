@@ -118,8 +118,8 @@ class Monitor:
     def _attempts(self, worker: SimWorker, frontends: dict[str, SimFrontend]) -> Iterator[Complaint]:
         """Every attempt on a worker is somebody's."""
         shell = worker.worker
-        peers = set(shell._server.peers)
-        for attempt_id, peer in shell._owners.items():
+        peers = set(shell.peers)
+        for attempt_id, peer in shell.attempts.items():
             if peer not in peers:
                 yield "orphans end", ORPHANS_S, f"{worker.instance_id} runs {attempt_id} for nobody"
                 continue
@@ -159,7 +159,7 @@ class Monitor:
             ):
                 continue
             attempt_id = lifecycle._attempt_id
-            if attempt_id not in worker.worker._owners:
+            if attempt_id not in worker.worker.attempts:
                 what = f"{frontend.name} waits for {attempt_id}, of which {instance_id} knows nothing"
                 yield "attempts are somewhere", KNOWN_S, what
 
@@ -211,9 +211,10 @@ class Monitor:
             for card in idle
             if card.role.decodes and ahead.get(kv_format(card), True) and card.instance_id not in avoided
         ]
-        sent = {name: account.sent for name, account in router._placement._book._accounts.items()}
+        books = router._placement._book.statistics()
         return {
-            name: f"{frontend.name} has had nothing for {name} since no. {sent[name]}" for name in names
+            name: f"{frontend.name} has had nothing for {name} since no. {books[name].sent}"
+            for name in names
         }
 
     # --- workers and what is known of them ----------------------------------------------------------------
@@ -232,7 +233,7 @@ class Monitor:
     def _index(self, frontend: SimFrontend) -> Iterator[Complaint]:
         """What a frontend's index has of a worker is what the worker had after one of its latest steps."""
         members = frontend.router._instances.membership.members
-        digests = digest(frontend)
+        digests = frontend.router._placement._index.digests()
         for instance_id, member in members.items():
             worker = self._lab.workers.get(instance_id)
             if (
@@ -254,18 +255,3 @@ class Monitor:
             calm = not worker.process.held and self._lab.calm(frontend, worker)
             if until < self._lab.loop.time() - STALE_S and calm:
                 yield "index", STALE_S, f"{frontend.name} indexes what {instance_id} had long ago"
-
-
-def digest(frontend: SimFrontend) -> dict[str, int]:
-    """The exclusive or of the blocks that an index has of each worker."""
-    index = frontend.router._placement._index
-    found = dict.fromkeys(index._slots.values(), 0)
-    live = index._live
-    for shard in index._shards:
-        for key, bits in shard.items():
-            bits &= live
-            while bits:
-                low = bits & -bits
-                found[low.bit_length() - 1] ^= key
-                bits ^= low
-    return {worker: found[slot] for worker, slot in index._slots.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from penstock.core.catalog import revision_of, serves
+from penstock.core.catalog import serves
 from penstock.core.deadlines import Deadlines
 from penstock.core.events import Event
 from penstock.core.suspects import MAX_DEATHS
@@ -77,13 +77,12 @@ class SimWorker:
     @property
     def serving(self) -> bool:
         """Whether it is up and has said so."""
-        return self.up and hasattr(self, "worker") and self.worker._status() == "healthy"
+        return self.up and hasattr(self, "worker") and self.worker.status == "healthy"
 
     @property
     def revision(self) -> str:
         """Of its model; empty before its engine has started."""
-        card = self.worker._card if hasattr(self, "worker") else None
-        return revision_of(card) if card is not None else ""
+        return self.worker.revision if hasattr(self, "worker") else ""
 
     @property
     def stands_still(self) -> bool:
@@ -100,12 +99,12 @@ class SimWorker:
         self._stop.set()
 
     def _stopping(self) -> None:
-        scheduler = self.engine.scheduler
-        if (scheduler.busy or scheduler.held) and not self.engine.dead:
+        left = self.engine.scheduler.statistics()
+        if (left.attempts or left.held_handoffs) and not self.engine.dead:
             left_s = self._leaves_at - self.process.clock.now()
             if left_s > 0:
-                what = f"{self.instance_id} stops with {len(scheduler._active)} attempts, "
-                what += f"{len(scheduler.held)} handoffs and {left_s:.3f} s to drain"
+                what = f"{self.instance_id} stops with {left.attempts} attempts, "
+                what += f"{left.held_handoffs} handoffs and {left_s:.3f} s to drain"
                 self.lab.violate("drains", what)
 
     def kill(self) -> None:

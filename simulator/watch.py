@@ -142,4 +142,4 @@ class Watch:
 
 
 def _busy(worker: SimWorker) -> bool:
-    return bool(worker.worker._owners)
+    return bool(worker.worker.attempts)

@@ -58,7 +58,7 @@ class Poisonable:
     def run(self, batch: list[Any]) -> list[Any]:
         if any(row.sequence.token_ids[0] == self._token for row in batch):
             if self._dies:
-                self._cycle._failed_steps = MAX_FAILED_STEPS
+                self._cycle.failed_steps = MAX_FAILED_STEPS
             raise ValueError("poison")
         return self._runner.run(batch)
 

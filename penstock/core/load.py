@@ -35,6 +35,17 @@ class _Account:
     output_tokens: float = 0.0  # expected, likewise
 
 
+@dataclass(frozen=True, slots=True)
+class AccountStatistics:
+    """What a frontend adds to the load that one worker reported, and what it has sent there."""
+
+    on_the_way: int  # attempts that were sent and that the reported load does not include yet
+    booked: int  # requests that will decode there once their prefill is done
+    uncached_tokens: int  # prompt tokens of the attempts on the way that the worker has to compute
+    context_tokens: int  # tokens of all these that the worker will have KV for
+    sent: int  # attempts that were sent since the link came up
+
+
 class LoadBook:
     """Every instance's load as one frontend may assume it: what the worker last reported, plus what
     this frontend sent that the report does not include, plus what it has promised to send (a request
@@ -46,6 +57,19 @@ class LoadBook:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
+
+    def statistics(self) -> dict[str, AccountStatistics]:
+        """Counts as of now, by instance."""
+        return {
+            instance_id: AccountStatistics(
+                len(account.on_the_way),
+                len(account.booked),
+                account.uncached_tokens,
+                account.context_tokens,
+                account.sent,
+            )
+            for instance_id, account in self._accounts.items()
+        }
 
     def sent(
         self,

@@ -63,6 +63,31 @@ class PrefixIndex:
         """How many blocks this worker has."""
         return self._held[worker]
 
+    def blocks(self) -> dict[str, set[int]]:
+        """All blocks of each worker. Costs a look at every entry; for tests."""
+        found: dict[str, set[int]] = {worker: set() for worker in self._slots}
+        for shard in self._shards:
+            for key, holders in shard.items():
+                for slot in _bit_numbers(holders & self._live):
+                    owner = self._owners[slot]
+                    assert owner is not None  # it is live
+                    found[owner].add(key)
+        return found
+
+    def digests(self) -> dict[str, int]:
+        """The exclusive or of the blocks of each worker: equal where the blocks are equal. Costs a look at
+        every entry; for tests."""
+        found = dict.fromkeys(self._slots.values(), 0)
+        live = self._live
+        for shard in self._shards:
+            for key, holders in shard.items():
+                holders &= live
+                while holders:
+                    low = holders & -holders
+                    found[low.bit_length() - 1] ^= key
+                    holders ^= low
+        return {worker: found[slot] for worker, slot in self._slots.items()}
+
     def add_worker(self, worker: str) -> None:
         """Begin with a worker, with no blocks. One that is here already is left as it is."""
         if worker not in self._slots:

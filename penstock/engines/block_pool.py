@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock.core.hashing import block_hash, root_hash
 
@@ -70,6 +70,14 @@ class BlockPool:
     def cached_blocks(self) -> int:
         """Blocks that a prompt could hit, referenced or idle."""
         return len(self._cached)
+
+    def cached_hashes(self) -> list[int]:
+        """The sequence hashes of all cached blocks."""
+        return [self._hashes[block] for block in self._cached.values()]
+
+    def references(self, block: int) -> int:
+        """How many sequences, pulls and handoffs use this block."""
+        return self._references[block]
 
     def available_besides(self, block_ids: Sequence[int]) -> int:
         """Blocks that `allocate` could give once `block_ids` were acquired."""
@@ -171,6 +179,17 @@ class BlockPool:
         else:
             self._removed[sequence_hash] = None
         return block
+
+    def check_references(self, holders: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError unless the references are exactly those of these holders, each given as its
+        blocks. Costs O(total_blocks); for tests."""
+        expected = [0] * self.total_blocks
+        for block_ids in holders:
+            for block in block_ids:
+                expected[block] += 1
+        if expected != self._references:
+            wrong = [block for block, count in enumerate(expected) if count != self._references[block]]
+            raise AssertionError(f"blocks {wrong[:8]} have more or fewer references than holders")
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant above holds. Costs O(total_blocks); for tests."""

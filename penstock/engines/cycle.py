@@ -68,7 +68,7 @@ class EngineCycle:
         self._transfer = transfer
         self._now = now
         self._post = post
-        self._failed_steps = 0
+        self.failed_steps = 0  # in a row, until now
         self._stop_at: float | None = None
         self._sign_at: float | None = None
         self._reported = Load()
@@ -83,6 +83,11 @@ class EngineCycle:
     def finished(self) -> bool:
         """Told to stop, and either out of work or out of time."""
         return self._stop_at is not None and (self.scheduler.idle or self._now() >= self._stop_at)
+
+    @property
+    def broken(self) -> bool:
+        """Whether so many steps in a row have failed that the engine was given up."""
+        return self.failed_steps >= MAX_FAILED_STEPS
 
     def stop(self, deadline: float, now: float) -> None:
         """A Command, with the rest bound: be `finished` by the deadline, or before, once out of work."""
@@ -108,12 +113,12 @@ class EngineCycle:
             samples = self._runner.run(batch)
         except Exception as error:  # whatever a model raises, it is this step's attempts that fail
             log.exception("step failed: rows=%d", len(batch))
-            self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise RemoteError(f"{self._failed_steps} steps in a row failed, last: {error!r}") from error
+            self.failed_steps += 1
+            if self.broken:
+                raise RemoteError(f"{self.failed_steps} steps in a row failed, last: {error!r}") from error
             self.scheduler.fail_batch(f"step failed: {error!r}")
         else:
-            self._failed_steps = 0
+            self.failed_steps = 0
             self.scheduler.commit(samples, self._now())
         self._act()
 

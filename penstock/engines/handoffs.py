@@ -14,6 +14,7 @@ Blocks that a reader may still be reading are never released: only the transfer 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from penstock.core.hashing import block_hash, root_hash
@@ -63,6 +64,10 @@ class HeldHandoffs:
     def next_deadline(self) -> float | None:
         """When `due` has something to do; None when nothing is held."""
         return min((held.due for held in self._held.values()), default=None)
+
+    def block_ids(self) -> Iterator[list[int]]:
+        """The blocks that each handoff holds."""
+        return (held.block_ids for held in self._held.values())
 
     def hold(self, active: ActiveAttempt, now: float) -> Export:
         """Keep the blocks of this attempt's computed tokens; their references move here. All its whole

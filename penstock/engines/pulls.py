@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from penstock.engines.active import ActiveAttempt, Phase, mismatch
@@ -61,6 +62,10 @@ class OpenPulls:
         """When `late` has something to do; None when nobody waits for a pull."""
         waited_for = (pull.deadline for pull in self._open.values() if pull.active is not None)
         return min(waited_for, default=None)
+
+    def block_ids(self) -> Iterator[list[int]]:
+        """The blocks that each pull holds."""
+        return (pull.block_ids for pull in self._open.values())
 
     def accept(self, active: ActiveAttempt, attempt: Attempt, now: float) -> Pull | None:
         """Keep the attempt's handoff for its turn, or say why it is of no use: then it is computed.

@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
+from dataclasses import dataclass
+from itertools import chain
 
 from penstock.engines.active import ActiveAttempt, Phase, activate, fault
 from penstock.engines.batch import Row, Sampled
@@ -51,6 +53,21 @@ log = logging.getLogger("penstock.engine")
 RESERVED_SHARE = 1 / 32
 """Of the pool, kept free of new prompts while others run, at one block for each of these: their next
 blocks. Without it an admission and a preemption can follow each other at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    """How much a scheduler keeps at the moment."""
+
+    attempts: int  # attempts that have not ended
+    waiting: int  # of these: attempts that hold no blocks yet
+    running: int  # of these: attempts that the next step may compute; the others wait for a pull
+    rows: int  # rows of a batch that was planned and neither committed nor failed
+    outputs: int  # outputs that the next report will contain
+    effects: int  # requests to the KV transfer that nobody has fetched yet
+    pulls: int  # pulls that have not ended
+    held_handoffs: int  # handoffs that nobody has pulled or released
+    used_blocks: int  # blocks that an attempt, a pull or a handoff holds
 
 
 class Scheduler:
@@ -107,6 +124,26 @@ class Scheduler:
         """When `plan` must be called at the latest, even if nothing happens until then."""
         deadlines = (self.held.next_deadline, self.pulls.next_deadline)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def statistics(self) -> SchedulerStatistics:
+        """Counts as of now."""
+        return SchedulerStatistics(
+            attempts=len(self._active),
+            waiting=len(self._waiting),
+            running=len(self._running),
+            rows=len(self._batch),
+            outputs=len(self._outputs),
+            effects=len(self._effects),
+            pulls=len(self.pulls),
+            held_handoffs=len(self.held),
+            used_blocks=self.pool.used_blocks,
+        )
+
+    def check_references(self) -> None:
+        """Raise AssertionError unless every reference to a block is that of a running attempt, a pull or a
+        held handoff. Costs O(total_blocks); for tests."""
+        running = (active.block_ids for active in self._running)
+        self.pool.check_references(chain(running, self.pulls.block_ids(), self.held.block_ids()))
 
     def load(self) -> Load:
         """The load as of now."""

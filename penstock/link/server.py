@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from penstock.clock import Clock, MonotonicClock
 from penstock.errors import ConfigError
@@ -24,6 +25,14 @@ from penstock.wire.messages import Draining, Goodbye, Welcome
 __all__ = ["LinkHandler", "LinkServer", "Peer"]
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkServerStatistics:
+    """How many connections a worker has."""
+
+    frontends: int  # frontends that were welcomed
+    handshakes: int  # connections that have not proved yet that they are a frontend's
 
 
 class LinkServer:
@@ -89,6 +98,10 @@ class LinkServer:
         """The frontends that were welcomed. Sending to them does not change the collection."""
         return self._door.peers.keys()
 
+    def statistics(self) -> LinkServerStatistics:
+        """Counts as of now."""
+        return LinkServerStatistics(frontends=len(self._door.peers), handshakes=self._door.handshakes)
+
     async def run(self) -> None:
         """Send heartbeats and enforce deadlines, until cancelled."""
         while True:
@@ -139,6 +152,11 @@ class _Door:
         self._settings = settings
         self._log = log
         self._draining: Draining | None = None
+
+    @property
+    def handshakes(self) -> int:
+        """Connections that were not welcomed yet."""
+        return len(self._strangers)
 
     def everyone(self) -> list[Peer]:
         """Strangers and peers."""

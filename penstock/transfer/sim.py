@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 
@@ -47,6 +48,15 @@ class SimNetwork:
         """How long a pull takes that should take so many seconds, from one address to another; for
         simulations in which things go wrong. Infinite: it ends by its timeout."""
         return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SimTransferStatistics:
+    """How much one end of the transfers keeps at the moment."""
+
+    offers: int  # handoffs that a reader may pull from here
+    reads: int  # handoffs that a reader is pulling from here
+    pulls: int  # pulls from elsewhere to here that have not ended
 
 
 class SimTransfer:
@@ -106,6 +116,10 @@ class SimTransfer:
         """As KvTransfer.pull."""
         pull = partial(self._spawn, handoff, list(source_indices), list(block_ids), timeout_s, on_done)
         self._loop.call_soon_threadsafe(pull)
+
+    def statistics(self) -> SimTransferStatistics:
+        """Counts as of now."""
+        return SimTransferStatistics(len(self._offers), len(self._reading), len(self._tasks))
 
     def stop(self) -> None:
         """As KvTransfer.stop: pulls from here and to here fail."""

@@ -14,16 +14,18 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.core.catalog import revision_of
 from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
 from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
-from penstock.link.server import LinkServer, Peer
+from penstock.link.server import LinkServer, LinkServerStatistics, Peer
 from penstock.link.settings import ServerSettings
 from penstock.net.address import join_address
 from penstock.ports import Discovery, Engine, Lease
@@ -84,6 +86,17 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """When its engine counts as stuck, for /health and the log. Frontends judge for themselves."""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """How much a worker keeps at the moment."""
+
+    attempts: int  # attempts that were admitted and have not ended
+    not_in_load: int  # of these: attempts that the engine's latest load does not include yet
+    suspects: int  # of these: attempts of requests that may be killing engines
+    handoffs: int  # handoffs that were given to a frontend and have not expired, used or not
+    link: LinkServerStatistics
+
+
 class Worker:
     """Runs until told to stop, or until its engine dies. Implements the link's LinkHandler."""
 
@@ -112,9 +125,7 @@ class Worker:
         self._dead = False
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
         self._suspects: dict[str, int] = {}  # attempt id -> tokens until it is none any more
-        self._handed: dict[
-            str, tuple[Peer, float]
-        ] = {}  # handoff id -> who got it, and its end; oldest first
+        self._handed: dict[str, tuple[Peer, float]] = {}  # handoff id -> frontend, end; oldest first
         self._submitted = 0
         self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
         self._draining = False
@@ -168,7 +179,7 @@ class Worker:
         self._look_at_progress()
         load = self.load()
         return {
-            "status": self._status(),
+            "status": self.status,
             "instance_id": self._settings.instance_id,
             "role": self._settings.role,
             "engine": self._stuck or ("ok" if self._card is not None else "starting"),
@@ -183,7 +194,9 @@ class Worker:
             else "waiting for the engine",
         }
 
-    def _status(self) -> str:
+    @property
+    def status(self) -> str:
+        """As in `health`, as of the latest look at the engine's progress."""
         if self._dead:
             return "dead"
         if self._draining:
@@ -191,6 +204,31 @@ class Worker:
         if self._lease is None or not self._lease.registered:
             return "starting"
         return "stuck" if self._stuck else "healthy"
+
+    @property
+    def revision(self) -> str:
+        """Of the model that it serves; empty until the engine has started."""
+        return revision_of(self._card) if self._card is not None else ""
+
+    @property
+    def attempts(self) -> Mapping[str, Peer]:
+        """The attempts that were admitted and have not ended, by id, with the frontend that sent each."""
+        return self._owners
+
+    @property
+    def peers(self) -> Collection[Peer]:
+        """The frontends that are connected."""
+        return self._server.peers
+
+    def statistics(self) -> WorkerStatistics:
+        """Counts as of now."""
+        return WorkerStatistics(
+            attempts=len(self._owners),
+            not_in_load=len(self._on_the_way),
+            suspects=len(self._suspects),
+            handoffs=len(self._handed),
+            link=self._server.statistics(),
+        )
 
     async def _serve(self, stop: asyncio.Event, lease: Lease) -> None:
         pump = asyncio.create_task(self._pump(), name="engine steps")

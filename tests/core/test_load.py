@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from penstock.core.load import LoadBook
+from penstock.core.load import AccountStatistics, LoadBook
 from penstock.shapes import Load
 
 
@@ -29,6 +29,17 @@ def test_what_was_sent_counts_until_a_report_includes_it() -> None:
     assert (view.waiting, view.prefill_tokens, view.context_tokens) == (2, 160, 1300)
     book.reported("w", 2, reported)
     assert book.view("w") is reported
+
+
+def test_statistics_are_what_is_added_to_the_report() -> None:
+    book = LoadBook()
+    book.sent("w", 1, uncached_tokens=40, context_tokens=200)
+    book.sent("w", 2, uncached_tokens=60, context_tokens=300)
+    book.book("w", "r1", 500)
+    book.reported("w", 1, Load())
+    assert book.statistics() == {"w": AccountStatistics(1, 1, 60, 800, sent=2)}
+    book.forget("w")
+    assert book.statistics() == {}
 
 
 def test_a_booking_counts_as_waiting_until_released() -> None:

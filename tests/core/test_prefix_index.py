@@ -1,5 +1,8 @@
 """The index against a brute-force oracle, and the cost of forgetting."""
 
+from functools import reduce
+from operator import xor
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -82,6 +85,13 @@ class IndexAgainstOracle(RuleBasedStateMachine):
             assert {w: self.index.held(w) for w in self.index.workers} == {
                 w: len(blocks) for w, blocks in self.cached.items()
             }
+
+    @invariant()
+    def contents_agree(self) -> None:
+        if hasattr(self, "index"):
+            digests = {worker: reduce(xor, blocks, 0) for worker, blocks in self.cached.items()}
+            assert self.index.blocks() == self.cached
+            assert self.index.digests() == digests
 
     def teardown(self) -> None:
         if not hasattr(self, "index"):

@@ -114,6 +114,7 @@ class Rig:
         assert step.load == self.scheduler.load()
         assert step.load.used_blocks == self.scheduler.pool.used_blocks
         self.scheduler.pool.check()
+        self.scheduler.check_references()
 
     def run(self, limit: int = 500) -> None:
         """Turn until there is nothing to compute."""

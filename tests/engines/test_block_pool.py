@@ -48,6 +48,16 @@ def test_a_prompt_finds_what_an_earlier_one_left(pool: BlockPool):
     assert pool.match([3, 4], "", 1) == []  # the same tokens behind another parent
 
 
+def test_references_and_hashes_of_cached_blocks(pool: BlockPool):
+    block_ids = fill(pool, [1, 2, 3, 4])
+    pool.acquire(block_ids[:1])
+    assert [pool.references(block) for block in block_ids] == [2, 1]
+    assert pool.cached_hashes() == hashes([1, 2, 3, 4])
+    pool.check_references([block_ids, block_ids[:1]])
+    with pytest.raises(AssertionError, match="more or fewer references"):
+        pool.check_references([block_ids])
+
+
 def test_a_cache_salt_is_a_cache_of_its_own(pool: BlockPool):
     pool.release(fill(pool, [1, 2], "alice"))
     assert pool.match([1, 2], "bob", 1) == []

@@ -120,11 +120,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert rig.scheduler.idle
             load = rig.scheduler.load()
             assert (load.used_blocks, load.prefill_tokens, load.held_handoffs) == (0, 0, 0)
-            assert rig.cached == {rig.scheduler.pool.sequence_hash(b) for b in cached_blocks(rig)}
-
-
-def cached_blocks(rig: Rig) -> list[int]:
-    return list(rig.scheduler.pool._cached.values())
+            assert rig.cached == set(rig.scheduler.pool.cached_hashes())
 
 
 TestTwoEngines = TwoEngines.TestCase

@@ -3,6 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from penstock.engines.batch import Sampled
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError
 from penstock.shapes import FinishReason
@@ -226,6 +227,36 @@ def test_load_counts_what_is_there():
     load = rig.scheduler.load()
     assert (load.running, load.waiting, load.prefill_tokens) == (1, 1, 20)
     assert (load.context_tokens, load.used_blocks, load.total_blocks, load.steps) == (10, 3, 32, 1)
+
+
+def test_statistics_count_what_is_kept():
+    rig = Rig(max_running=1)
+    rig.submit("a", PROMPT, prefill_only=True)
+    rig.submit("b", [7] * 20)
+    assert (rig.scheduler.statistics().attempts, rig.scheduler.statistics().waiting) == (2, 2)
+    rig.scheduler.plan(rig.now)
+    planned = rig.scheduler.statistics()
+    assert (planned.running, planned.waiting, planned.rows, planned.used_blocks) == (1, 1, 1, 3)
+    rig.scheduler.commit([Sampled(5)], rig.now)
+    ended = rig.scheduler.statistics()
+    assert (ended.attempts, ended.rows, ended.outputs, ended.effects, ended.held_handoffs) == (
+        1,
+        0,
+        1,
+        1,
+        1,
+    )
+    assert ended.pulls == 0
+
+
+def test_a_leaked_reference_is_found():
+    rig = Rig()
+    rig.submit("a", PROMPT)
+    rig.step()
+    rig.scheduler.check_references()
+    assert rig.scheduler.pool.allocate(1) is not None
+    with pytest.raises(AssertionError, match="have more or fewer references than holders"):
+        rig.scheduler.check_references()
 
 
 def test_rates_are_learned_from_the_steps():

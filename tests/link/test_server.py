@@ -100,7 +100,7 @@ async def test_noise_from_many(bench: Any, caplog: Any) -> None:
             stranger.writer.write(rng.randbytes(rng.randrange(1, 2000)))
             await stranger.close()
         await assert_serves(bench, server)
-        await bench.until(lambda: not server._door._strangers)
+        await bench.until(lambda: not server.statistics().handshakes)
     assert len([record for record in caplog.records if "did not begin" in record.message]) <= 10
 
 
@@ -154,7 +154,7 @@ async def test_silent_strangers_do_not_keep_others_out(bench: Any) -> None:
     async with bench.server(bench.worker(), max_handshakes=4) as server:
         silent = [await Stranger.connect(server.address) for _ in range(20)]
         await assert_serves(bench, server)
-        await bench.until(lambda: len(server._door._strangers) <= 4)
+        await bench.until(lambda: server.statistics().handshakes <= 4)
         await silent[0].hung_up()
         for stranger in silent:
             await stranger.close()
@@ -197,7 +197,7 @@ async def test_close_does_not_wait_for_one_that_does_not_read(bench: Any) -> Non
         host, port = server.address.split(":")
         with socket.create_connection((host, int(port))) as deaf:
             deaf.setblocking(False)
-            await bench.until(lambda: server._door._strangers)
+            await bench.until(lambda: server.statistics().handshakes)
             (peer,) = server._door._strangers
             peer.connection.write(bytes(20_000_000))
             started = asyncio.get_running_loop().time()

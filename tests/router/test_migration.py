@@ -153,7 +153,7 @@ async def step_failed(it: Cluster) -> None:
     runner = worker.engine._cycle._runner
     worker.fails_at(next(iter(worker.engine.scheduler._active.values())).token_ids[0])
     async with asyncio.timeout(WAIT_S):
-        while worker.engine._cycle._failed_steps == 0:
+        while worker.engine._cycle.failed_steps == 0:
             await asyncio.sleep(0.001)
     worker.engine._cycle._runner = runner
 

@@ -8,7 +8,7 @@ from penstock.clock import VirtualClock
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
 from penstock.shapes import Handoff
-from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
+from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings, SimTransferStatistics
 
 SETTINGS = SimTransferSettings(bytes_per_block=1_000_000, gigabytes_per_s=1.0, setup_ms=5.0)
 
@@ -66,8 +66,11 @@ async def test_a_pull_moves_its_blocks_at_its_end():
 async def test_a_killed_reader_reads_no_longer():
     pair = Pair()
     pair.pull(pair.offer("a"))
+    assert pair.holder.statistics() == SimTransferStatistics(offers=1, reads=0, pulls=0)
     await pair.clock.advance(0.006)
     assert not pair.holder.retract("a")
+    assert pair.holder.statistics() == SimTransferStatistics(offers=0, reads=1, pulls=0)
+    assert pair.reader.statistics() == SimTransferStatistics(offers=0, reads=0, pulls=1)
     pair.reader.kill()
     assert pair.holder.retract("a")
 

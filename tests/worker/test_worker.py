@@ -14,6 +14,7 @@ from penstock.core.progress import ProgressLimits
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import RemoteError
 from penstock.link.client import LinkClient
+from penstock.link.server import LinkServerStatistics
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.shapes import (
     Attempt,
@@ -29,7 +30,7 @@ from penstock.shapes import (
     Sampling,
 )
 from penstock.wire.messages import Bounce, Step
-from penstock.worker.worker import Worker, WorkerSettings
+from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
 from tests.waiting import until
 
 
@@ -189,6 +190,26 @@ async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Sta
     await until(lambda: len(frontend.steps) == 2)
     assert (frontend.steps[0].load.waiting, frontend.steps[0].load.prefill_tokens) == (1, 3)
     assert (frontend.steps[1].load.waiting, frontend.steps[1].load.running) == (0, 1)
+
+
+async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
+    assert stage.worker.revision == ""
+    frontend = await stage.frontend()
+    assert stage.worker.revision
+    frontend.client.generate(replace(attempt(1), suspect_tokens=3, prefill_only=True))
+    await until(lambda: stage.engine.submitted)
+    link = LinkServerStatistics(frontends=1, handshakes=0)
+    assert stage.worker.statistics() == WorkerStatistics(
+        1, not_in_load=1, suspects=1, handoffs=0, link=link
+    )
+    (peer,) = stage.worker.peers
+    assert dict(stage.worker.attempts) == {"a.1": peer}
+    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
+    await until(lambda: frontend.steps)
+    assert stage.worker.statistics() == WorkerStatistics(
+        0, not_in_load=0, suspects=0, handoffs=1, link=link
+    )
 
 
 async def test_everybody_hears_how_many_suspects_are_here(stage: Stage) -> None:
