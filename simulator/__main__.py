@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from simulator.faults import FAULTS
-from simulator.report import Report, report_of, run_seeds, simulate
+from simulator.report import SimulationReport, report_of, run_seeds, simulate
 from simulator.scenario import Options
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.trace and given.seed is None:
         parser.error("--trace is for one seed; give --seed")
     options = Options(given.workers, given.frontends, kinds)
-    total = Report()
+    total = SimulationReport()
     if given.trace:
         total.add(report_of(simulate(given.seed, options, print), options))
     else:
@@ -76,7 +76,7 @@ def _seeds(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def _print_failures(report: Report) -> None:
+def _print_failures(report: SimulationReport) -> None:
     for failure in report.failures:
         print(f"seed {failure.seed} at {failure.at_s:.3f} s: {failure.invariant}", file=sys.stderr)
         print(f"  {failure.detail}", file=sys.stderr)
@@ -86,7 +86,7 @@ def _print_failures(report: Report) -> None:
         print(f"  again, with every event: {failure.replay}", file=sys.stderr, flush=True)
 
 
-def _print_summary(report: Report) -> None:
+def _print_summary(report: SimulationReport) -> None:
     print(
         f"seeds={report.seeds} violations={len(report.failures)} requests={report.requests} ok={report.ok} "
         f"gone={report.gone} errors={sum(report.errors.values())} virtual_s={report.virtual_s:.0f} "

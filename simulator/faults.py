@@ -7,30 +7,25 @@ import functools
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from penstock.engines import byte_tokenizer
 from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.shapes import Delta, Role
 from penstock.wire.messages import Cancel, Generate, Ping, Release
-from simulator.engine import InjectedFault
+from simulator.checked_engine import InjectedFault
+from simulator.clients import draw_calls
+from simulator.injector import Injector
 from simulator.lies import Liar
 from simulator.network import first_message
+from simulator.processes import SimulatedFrontend, SimulatedWorker
 from simulator.watch import Seen
-from simulator.workload import draw_calls
 
-if TYPE_CHECKING:
-    from simulator.lab import Lab
-    from simulator.parts import SimFrontend, SimWorker
-
-    WorkerHarm = Callable[[Lab, random.Random, SimWorker], Awaitable[None]]
-    FrontendHarm = Callable[[Lab, random.Random, SimFrontend], Awaitable[None]]
-
-Fault = Callable[["Lab", random.Random], Awaitable[None]]
+Fault = Callable[[Injector, random.Random], Awaitable[None]]
+WorkerHarm = Callable[[Injector, random.Random, SimulatedWorker], Awaitable[None]]
+FrontendHarm = Callable[[Injector, random.Random, SimulatedFrontend], Awaitable[None]]
 
 FAULTS: dict[str, Fault] = {}
-BUSY_SHARE = 0.8
-"""How many faults choose among workers that have something to do, if there are any."""
 
 STEPS_S = 3.0
 """So long a step that is to fail is waited for."""
@@ -70,32 +65,16 @@ def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
     return add
 
 
-def _worker(lab: Lab, rng: random.Random, *roles: Role) -> SimWorker | None:
-    """One that is up, of these roles if any has them; in gentle scenarios not the untouchable one."""
-    up = [it for it in lab.live_workers() if it.serving and not it.process.held]
-    up = [it for it in up if _may_go(lab, it)]
-    fitting = [it for it in up if it.role in roles] or up
-    busy = [it for it in fitting if it.worker.attempts]
-    if busy and rng.random() < BUSY_SHARE:
-        return rng.choice(busy)
-    return rng.choice(fitting) if fitting else None
-
-
-def _frontend(lab: Lab, rng: random.Random) -> SimFrontend | None:
-    there = [it for it in lab.live_frontends() if not it.process.held]
-    return rng.choice(there) if there else None
-
-
 def _worker_fault(name: str, *roles: Role, gentle: bool = False) -> Callable[[WorkerHarm], Fault]:
-    """One of a worker, which `_worker` picks; none when there is nobody to pick."""
+    """A fault of one worker, which is picked by chance; nothing happens when there is none to pick."""
 
     def add(harm: WorkerHarm) -> Fault:
         @functools.wraps(harm)
-        async def fault(lab: Lab, rng: random.Random) -> None:
-            worker = _worker(lab, rng, *roles)
+        async def fault(injector: Injector, rng: random.Random) -> None:
+            worker = injector.worker(rng, *roles)
             if worker is not None:
-                lab.fault(name, worker.instance_id, lab.flying(worker.instance_id))
-                await harm(lab, rng, worker)
+                injector.begins(name, worker.instance_id, injector.world.flying(worker.instance_id))
+                await harm(injector, rng, worker)
 
         return _fault(name, gentle)(fault)
 
@@ -103,15 +82,15 @@ def _worker_fault(name: str, *roles: Role, gentle: bool = False) -> Callable[[Wo
 
 
 def _frontend_fault(name: str, gentle: bool = False) -> Callable[[FrontendHarm], Fault]:
-    """The same of a frontend."""
+    """A fault of one frontend, picked likewise."""
 
     def add(harm: FrontendHarm) -> Fault:
         @functools.wraps(harm)
-        async def fault(lab: Lab, rng: random.Random) -> None:
-            frontend = _frontend(lab, rng)
+        async def fault(injector: Injector, rng: random.Random) -> None:
+            frontend = injector.frontend(rng)
             if frontend is not None:
-                lab.fault(name, frontend.name, lab.flying(frontend=frontend.name))
-                await harm(lab, rng, frontend)
+                injector.begins(name, frontend.name, injector.world.flying(frontend=frontend.name))
+                await harm(injector, rng, frontend)
 
         return _fault(name, gentle)(fault)
 
@@ -122,72 +101,76 @@ def _frontend_fault(name: str, gentle: bool = False) -> Callable[[FrontendHarm],
 
 
 @_worker_fault("crash", gentle=True)
-async def crash(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def crash(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker is killed, and started again later."""
     worker.kill()
-    await lab.restart(worker, rng.uniform(0.05, 6.0))
+    await injector.world.restart(worker, rng.uniform(0.05, 6.0))
 
 
 @_worker_fault("host-lost", gentle=True)
-async def host_lost(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def host_lost(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """The same, and nobody is told: its host is off until the restart."""
+    world = injector.world
     name = worker.instance_id
-    others = [it.name for it in lab.frontends] + [it for it in lab.workers if it != name]
+    others = [it.name for it in world.frontends] + [it for it in world.workers if it != name]
     for other in others:
-        lab.network.block(name, other)
-        lab.network.block(other, name)
+        world.network.block(name, other)
+        world.network.block(other, name)
     worker.kill()
     await asyncio.sleep(rng.uniform(0.5, 12.0))
     for other in others:
-        lab.network.open(name, other)
-        lab.network.open(other, name)
-    await lab.restart(worker, 0.0)
+        world.network.open(name, other)
+        world.network.open(other, name)
+    await world.restart(worker, 0.0)
 
 
 @_worker_fault("freeze", gentle=True)
-async def freeze(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def freeze(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker's process stands still, its sockets stay open; later it goes on with everything late."""
-    with lab.suspecting([worker], seen=Seen.AT_ONCE):
+    with injector.watch.suspecting([worker], seen=Seen.AT_ONCE):
         worker.process.freeze()
         await asyncio.sleep(rng.uniform(0.2, 12.0))
         worker.process.thaw()
 
 
 @_frontend_fault("frontend-freeze", gentle=True)
-async def frontend_freeze(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def frontend_freeze(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """The same with a frontend: its clients wait that much longer."""
     frontend.process.freeze()
     seconds = rng.uniform(0.2, 12.0)
-    lab.frozen_s[frontend.name] += seconds
+    injector.frozen_s[frontend.name] += seconds
     await asyncio.sleep(seconds)
-    lab.watch.forgive(frontend.name)
+    injector.watch.forgive(frontend.name)
     frontend.process.thaw()
 
 
 @_frontend_fault("frontend-crash", gentle=True)
-async def frontend_crash(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def frontend_crash(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A frontend is killed with its clients' requests; the next one may give requests the same names."""
-    place = lab.frontends.index(frontend)
+    world = injector.world
+    place = world.frontends.index(frontend)
     frontend.kill()
     await asyncio.sleep(rng.uniform(0.0, 3.0))
-    lab.start_frontend(place, same_requests=rng.random() < 0.5)
+    world.start_frontend(place, same_requests=rng.random() < 0.5)
 
 
 @_worker_fault("drain", gentle=True)
-async def drain(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def drain(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker is told to leave, and its next incarnation follows, as in a rolling restart."""
     worker.leave()
     while not worker.exited:
         await asyncio.sleep(0.1)
-    await lab.restart(worker, rng.uniform(0.05, 2.0))
+    await injector.world.restart(worker, rng.uniform(0.05, 2.0))
 
 
 @_fault("replace-model")
-async def replace_model(lab: Lab, rng: random.Random) -> None:
+async def replace_model(injector: Injector, rng: random.Random) -> None:
     """All workers are replaced, one by one, by others with another model under the same name."""
-    lab.version = 1 - lab.version
-    lab.fault("replace-model", f"version {lab.version}", lab.flying())
-    while old := [it for it in lab.live_workers() if it.version != lab.version]:
+    world = injector.world
+    models = world.models
+    models.newest = 1 - models.newest
+    injector.begins("replace-model", f"version {models.newest}", world.flying())
+    while old := [it for it in world.live_workers() if it.version != models.newest]:
         worker = old[0]
         if worker.serving:
             if rng.random() < 0.2:
@@ -196,17 +179,20 @@ async def replace_model(lab: Lab, rng: random.Random) -> None:
                 worker.leave()
         while not worker.exited and (worker.leaving or not worker.serving):
             await asyncio.sleep(0.1)
-        if lab.workers[worker.instance_id] is worker and worker.exited:
-            await lab.restart(worker, rng.uniform(0.0, 1.0))
+        if world.workers[worker.instance_id] is worker and worker.exited:
+            await world.restart(worker, rng.uniform(0.0, 1.0))
 
 
 @_fault("next-generation", gentle=True)
-async def next_generation(lab: Lab, rng: random.Random) -> None:
+async def next_generation(injector: Injector, rng: random.Random) -> None:
     """Workers are replaced, some at a time, by others with another block size, as in a rolling update."""
-    lab.generation = 1 - lab.generation
-    lab.fault("next-generation", f"generation {lab.generation}", lab.flying())
-    at_once = rng.randint(1, 1 + len(lab.workers) // 4)
-    while old := [it for it in lab.live_workers() if it.generation != lab.generation and _may_go(lab, it)]:
+    world = injector.world
+    world.generation = 1 - world.generation
+    injector.begins("next-generation", f"generation {world.generation}", world.flying())
+    at_once = rng.randint(1, 1 + len(world.workers) // 4)
+    while old := [
+        it for it in world.live_workers() if it.generation != world.generation and injector.may_go(it)
+    ]:
         leaving = [it for it in old if it.serving][:at_once]
         for worker in leaving:
             worker.leave()
@@ -214,62 +200,59 @@ async def next_generation(lab: Lab, rng: random.Random) -> None:
         while any(not worker.exited for worker in leaving):
             await asyncio.sleep(0.1)
         for worker in leaving:
-            if lab.workers[worker.instance_id] is worker:
-                await lab.restart(worker, rng.uniform(0.0, 1.0))
-
-
-def _may_go(lab: Lab, worker: SimWorker) -> bool:
-    """In gentle scenarios, one stays."""
-    return not (lab.scenario.gentle and worker.instance_id == lab.untouchable)
+            if world.workers[worker.instance_id] is worker:
+                await world.restart(worker, rng.uniform(0.0, 1.0))
 
 
 @_fault("scale-down", gentle=True)
-async def scale_down(lab: Lab, rng: random.Random) -> None:
+async def scale_down(injector: Injector, rng: random.Random) -> None:
     """A worker leaves for good, if it is not the last of its kind."""
-    worker = _worker(lab, rng)
+    world = injector.world
+    worker = injector.worker(rng)
     if worker is None:
         return
-    alike = [it for it in lab.live_workers() if it.up and it.role.decodes == worker.role.decodes]
+    alike = [it for it in world.live_workers() if it.up and it.role.decodes == worker.role.decodes]
     if len(alike) > 1:
-        lab.fault("scale-down", worker.instance_id, lab.flying(worker.instance_id))
+        injector.begins("scale-down", worker.instance_id, world.flying(worker.instance_id))
         worker.leave()
         while not worker.exited:
             await asyncio.sleep(0.1)
 
 
 @_fault("scale-up", gentle=True)
-async def scale_up(lab: Lab, rng: random.Random) -> None:
+async def scale_up(injector: Injector, rng: random.Random) -> None:
     """One more worker."""
-    role = rng.choice(list(lab.scenario.roles.values()))
-    worker = lab.add_worker(role)
-    lab.fault("scale-up", worker.instance_id, [])
+    world = injector.world
+    role = rng.choice(list(world.scenario.roles.values()))
+    worker = world.add_worker(role)
+    injector.begins("scale-up", worker.instance_id, [])
 
 
 # --- engines --------------------------------------------------------------------------------------
 
 
 @_worker_fault("wedge", gentle=True)
-async def wedge(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def wedge(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """An engine takes work and makes no step; its worker is well."""
-    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+    with injector.watch.suspecting([worker], seen=Seen.WHEN_BUSY):
         worker.clock.wedge()
         await asyncio.sleep(rng.uniform(0.2, 12.0))
         worker.clock.unwedge()
 
 
 @_worker_fault("step-failure", gentle=True)
-async def step_failure(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def step_failure(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """One step of an engine fails, with the attempts in it."""
     await _fail_steps(worker, 1)
 
 
 @_worker_fault("engine-death")
-async def engine_death(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def engine_death(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """An engine is broken from now on; its worker gives up."""
     await _fail_steps(worker, MAX_FAILED_STEPS)
 
 
-async def _fail_steps(worker: SimWorker, count: int) -> None:
+async def _fail_steps(worker: SimulatedWorker, count: int) -> None:
     """Its next steps fail, if there are any soon."""
     worker.engine.failing_steps = count
     await asyncio.sleep(STEPS_S)
@@ -277,20 +260,19 @@ async def _fail_steps(worker: SimWorker, count: int) -> None:
 
 
 @_frontend_fault("poison")
-async def poison(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def poison(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A request that makes every step fail which computes it, or kills the engine."""
-    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    world = injector.world
+    vocab_size = world.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
     call = draw_calls(rng, 1, 0.0, vocab_size)[0]
-    asked = frontend.ask(replace(call, samplings=call.samplings[:1], hang_up_s=None))
+    asked = world.ask(frontend, replace(call, samplings=call.samplings[:1], hang_up_s=None))
     steps = rng.choice((1, MAX_FAILED_STEPS))
     for it in asked:
-        it.poison = True
-        frontend.poison[it.request.request_id] = steps
-    lab.asked += asked
+        it.poison_steps = steps
 
 
 @_worker_fault("eviction-storm", gentle=True)
-async def eviction_storm(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def eviction_storm(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker loses all blocks that nobody uses, several times."""
     for _ in range(rng.randint(1, 6)):
         if worker.exited:
@@ -303,11 +285,11 @@ async def eviction_storm(lab: Lab, rng: random.Random, worker: SimWorker) -> Non
 
 
 @_worker_fault("stale-handoff", Role.DECODE, gentle=True)
-async def stale_handoff(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def stale_handoff(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker that decodes is wedged until handoffs given to it have expired, or nearly."""
-    with lab.suspecting([worker], seen=Seen.WHEN_BUSY):
+    with injector.watch.suspecting([worker], seen=Seen.WHEN_BUSY):
         worker.clock.wedge()
-        await asyncio.sleep(lab.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
+        await asyncio.sleep(injector.world.scenario.sim.scheduler.handoff_ttl_s * rng.uniform(0.8, 1.3))
         worker.clock.unwedge()
 
 
@@ -315,50 +297,55 @@ async def stale_handoff(lab: Lab, rng: random.Random, worker: SimWorker) -> None
 
 
 @_fault("partition", gentle=True)
-async def partition(lab: Lab, rng: random.Random) -> None:
+async def partition(injector: Injector, rng: random.Random) -> None:
     """Nothing arrives between a frontend and a worker, in one direction or both."""
-    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    world = injector.world
+    worker, frontend = injector.worker(rng), injector.frontend(rng)
     if worker is None or frontend is None:
         return
     routes = [(worker.instance_id, frontend.name), (frontend.name, worker.instance_id)]
     routes = rng.choice((routes, routes[:1], routes[1:]))
     name = " ".join(f"{source}>{target}" for source, target in routes)
-    lab.fault("partition", name, lab.flying(worker.instance_id, frontend.name))
+    injector.begins("partition", name, world.flying(worker.instance_id, frontend.name))
     one_way = routes == [(frontend.name, worker.instance_id)]  # noticed by what does not arrive there
-    with lab.suspecting([worker], [frontend], seen=Seen.WHEN_SENT_TO if one_way else Seen.AT_ONCE):
+    with injector.watch.suspecting(
+        [worker], [frontend], seen=Seen.WHEN_SENT_TO if one_way else Seen.AT_ONCE
+    ):
         for route in routes:
-            lab.network.block(*route)
+            world.network.block(*route)
         await asyncio.sleep(rng.uniform(0.2, 13.0))
         for route in routes:
-            lab.network.open(*route)
+            world.network.open(*route)
 
 
 @_fault("reset", gentle=True)
-async def reset(lab: Lab, rng: random.Random) -> None:
+async def reset(injector: Injector, rng: random.Random) -> None:
     """A link is cut, and may be opened again at once."""
-    worker, frontend = _worker(lab, rng), _frontend(lab, rng)
+    world = injector.world
+    worker, frontend = injector.worker(rng), injector.frontend(rng)
     if worker is not None and frontend is not None:
-        met = lab.flying(worker.instance_id, frontend.name)
-        lab.fault("reset", f"{frontend.name} {worker.instance_id}", met)
-        lab.network.cut(frontend.name, worker.instance_id)
+        met = world.flying(worker.instance_id, frontend.name)
+        injector.begins("reset", f"{frontend.name} {worker.instance_id}", met)
+        world.network.cut(frontend.name, worker.instance_id)
 
 
 @_worker_fault("delay", gentle=True)
-async def delay(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def delay(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """What a worker says, or hears, takes longer."""
-    routes = [(worker.instance_id, it.name) for it in lab.frontends]
+    world = injector.world
+    routes = [(worker.instance_id, it.name) for it in world.frontends]
     if rng.random() < 0.5:
         routes += [(target, source) for source, target in routes]
     for _ in range(rng.randint(1, 3)):
         for route in routes:
-            lab.network.slower_s[route] = rng.uniform(0.02, 2.0)
+            world.network.slower_s[route] = rng.uniform(0.02, 2.0)
         await asyncio.sleep(rng.uniform(0.2, 4.0))
     for route in routes:
-        lab.network.slower_s.pop(route, None)
+        world.network.slower_s.pop(route, None)
 
 
 @_frontend_fault("slow-reader", gentle=True)
-async def slow_reader(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def slow_reader(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A frontend reads only a trickle of what workers send."""
     frontend.process.read_bytes_per_s = rng.choice((2_000, 20_000, 100_000))
     await asyncio.sleep(rng.uniform(0.5, 6.0))
@@ -366,7 +353,7 @@ async def slow_reader(lab: Lab, rng: random.Random, frontend: SimFrontend) -> No
 
 
 @_worker_fault("slow-worker")
-async def slow_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def slow_worker(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker reads only a trickle of what frontends send."""
     worker.process.read_bytes_per_s = rng.choice((1_000, 5_000, 50_000))
     await asyncio.sleep(rng.uniform(0.5, 6.0))
@@ -374,36 +361,39 @@ async def slow_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
 
 
 @_frontend_fault("duplicate")
-async def duplicate(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def duplicate(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
+    world = injector.world
     kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
 
     def twice(route: tuple[str, str], data: bytes) -> bytes:
         doubled = route[0] == frontend.name and rng.random() < 0.3
         return data + data if doubled and isinstance(first_message(data), kinds) else data
 
-    lab.network.taps.append(twice)
+    world.network.taps.append(twice)
     await asyncio.sleep(rng.uniform(0.2, 3.0))
-    lab.network.taps.remove(twice)
+    world.network.taps.remove(twice)
 
 
 @_worker_fault("transfer-cut", Role.PREFILL, gentle=True)
-async def transfer_cut(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
+async def transfer_cut(injector: Injector, rng: random.Random, holder: SimulatedWorker) -> None:
     """Workers cannot pull from one of them."""
-    others = [it for it in lab.workers if it != holder.instance_id]
+    world = injector.world
+    others = [it for it in world.workers if it != holder.instance_id]
     for other in others:
-        lab.network.block(other, holder.instance_id)
+        world.network.block(other, holder.instance_id)
     await asyncio.sleep(rng.uniform(0.2, 10.0))
     for other in others:
-        lab.network.open(other, holder.instance_id)
+        world.network.open(other, holder.instance_id)
 
 
 @_worker_fault("transfer-slow", Role.PREFILL, gentle=True)
-async def transfer_slow(lab: Lab, rng: random.Random, holder: SimWorker) -> None:
+async def transfer_slow(injector: Injector, rng: random.Random, holder: SimulatedWorker) -> None:
     """Pulls from one worker take much longer."""
-    lab.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
+    world = injector.world
+    world.transfers.slower[holder.instance_id] = rng.choice((10.0, 100.0, 1000.0))
     await asyncio.sleep(rng.uniform(0.2, 10.0))
-    lab.transfers.slower.pop(holder.instance_id, None)
+    world.transfers.slower.pop(holder.instance_id, None)
 
 
 # --- peers that lie, and defects of ours -----------------------------------------------------------
@@ -413,26 +403,26 @@ LIE_SHARES = (0.02, 0.2, 1.0)
 
 
 @_worker_fault("lying-worker", gentle=True)
-async def lying_worker(lab: Lab, rng: random.Random, worker: SimWorker) -> None:
+async def lying_worker(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
     """A worker says what no worker may say. The links on which it does end, and nothing else."""
-    await Liar(lab, rng, worker.instance_id, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+    await Liar(injector.world, rng, worker.instance_id, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
 
 
 @_frontend_fault("lying-frontend", gentle=True)
-async def lying_frontend(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def lying_frontend(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """The same of a frontend. Only its own requests may fail."""
-    lab.lying.add(frontend.name)
-    await Liar(lab, rng, frontend.name, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
+    injector.lying.add(frontend.name)
+    await Liar(injector.world, rng, frontend.name, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
 
 
 @_frontend_fault("defect", gentle=True)
-async def defect(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
+async def defect(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A mistake in the frontend meets some of its requests: these end, the others do not."""
 
     def fail(delta: Delta) -> None:
         raise InjectedFault("this request was made to fail")
 
-    for asked in lab.flying(frontend=frontend.name):
+    for asked in injector.world.flying(frontend=frontend.name):
         live = frontend.router._live.get(asked.request.request_id)
         if live is not None and rng.random() < DEFECT_SHARE:
             asked.defect = True
@@ -443,53 +433,58 @@ async def defect(lab: Lab, rng: random.Random, frontend: SimFrontend) -> None:
 
 
 @_fault("clock-jump")
-async def clock_jump(lab: Lab, rng: random.Random) -> None:
+async def clock_jump(injector: Injector, rng: random.Random) -> None:
     """One process's clock jumps forward."""
-    target = rng.choice((_worker(lab, rng), _frontend(lab, rng)))
+    world = injector.world
+    target = rng.choice((injector.worker(rng), injector.frontend(rng)))
     if target is not None:
         name = target.process.name
-        lab.fault("clock-jump", name, lab.flying(name) or lab.flying(frontend=name))
+        injector.begins("clock-jump", name, world.flying(name) or world.flying(frontend=name))
         target.process.clock.ahead_s += rng.choice((0.5, 3.0, 30.0, 300.0))
 
 
 @_fault("discovery-away", gentle=True)
-async def discovery_away(lab: Lab, rng: random.Random) -> None:
+async def discovery_away(injector: Injector, rng: random.Random) -> None:
     """The directory does not answer; it may have lost everything when it is back."""
-    lab.fault("discovery-away", "directory", lab.flying())
-    lab.directory.away += 1
+    world = injector.world
+    injector.begins("discovery-away", "directory", world.flying())
+    world.directory.away += 1
     await asyncio.sleep(rng.uniform(0.2, 12.0))
     if rng.random() < 0.5:
-        lab.directory.lose_everything()
-    lab.directory.away -= 1
+        world.directory.lose_everything()
+    world.directory.away -= 1
 
 
 @_fault("discovery-flaps", gentle=True)
-async def discovery_flaps(lab: Lab, rng: random.Random) -> None:
+async def discovery_flaps(injector: Injector, rng: random.Random) -> None:
     """All registrations are lost, again and again; workers renew them."""
-    lab.fault("discovery-flaps", "directory", lab.flying())
+    world = injector.world
+    injector.begins("discovery-flaps", "directory", world.flying())
     for _ in range(rng.randint(1, 4)):
-        lab.directory.lose_everything()
+        world.directory.lose_everything()
         await asyncio.sleep(rng.uniform(0.1, 3.0))
 
 
 @_fault("hang-ups", gentle=True)
-async def hang_ups(lab: Lab, rng: random.Random) -> None:
+async def hang_ups(injector: Injector, rng: random.Random) -> None:
     """Many clients leave at once."""
+    world = injector.world
     share = rng.choice((0.3, 0.6, 1.0))
-    leaving = [asked for asked in lab.flying() if rng.random() < share]
-    lab.fault("hang-ups", "clients", leaving)
+    leaving = [asked for asked in world.flying() if rng.random() < share]
+    injector.begins("hang-ups", "clients", leaving)
     for asked in leaving:
-        frontend = next(it for it in lab.frontends if it.name == asked.frontend)
+        frontend = next(it for it in world.frontends if it.name == asked.frontend)
         if asked.cancel is not None:
             frontend.process.soon(asked.cancel)
 
 
 @_fault("burst")
-async def burst(lab: Lab, rng: random.Random) -> None:
+async def burst(injector: Injector, rng: random.Random) -> None:
     """Many requests at once."""
-    frontends = lab.live_frontends()
-    vocab_size = lab.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+    world = injector.world
+    frontends = world.live_frontends()
+    vocab_size = world.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
     calls = draw_calls(rng, rng.randint(20, 80), 0.0, vocab_size)
     for call in calls if frontends else []:
-        lab.asked += rng.choice(frontends).ask(replace(call))
-    lab.fault("burst", "clients", lab.flying())
+        world.ask(rng.choice(frontends), replace(call))
+    injector.begins("burst", "clients", world.flying())

@@ -9,17 +9,15 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from penstock.core.prefix_index import most_blocks
 from penstock.shapes import MAX_TEXT_CHARS, Load, Output
 from penstock.wire import frames
-
-if TYPE_CHECKING:
-    from simulator.lab import Lab
-    from simulator.network import End, Route
+from simulator.network import End, Route
+from simulator.world import World
 
 Lie = Callable[[Any], Any]
 """Changes a message, as plain values, or returns other bytes in its place."""
@@ -138,8 +136,8 @@ class Liar:
         share: of its messages that become lies.
     """
 
-    def __init__(self, lab: Lab, rng: random.Random, name: str, share: float) -> None:
-        self._lab = lab
+    def __init__(self, world: World, rng: random.Random, name: str, share: float) -> None:
+        self._world = world
         self._rng = rng
         self._name = name
         self._share = share
@@ -147,20 +145,20 @@ class Liar:
 
     async def tell(self, seconds: float) -> None:
         """Lie for so long, then wait until each lie has ended its connection."""
-        self._lab.network.taps.append(self._tap)
+        self._world.network.taps.append(self._tap)
         await asyncio.sleep(seconds)
-        self._lab.network.taps.remove(self._tap)
+        self._world.network.taps.remove(self._tap)
         for end, route in self._told:
             await self._noticed(end, route)
 
     def _tap(self, route: Route, data: bytes) -> bytes:
-        writer = self._lab.network.writer
+        writer = self._world.network.writer
         if route[0] != self._name or writer is None or self._rng.random() >= self._share:
             return data
         if writer.lied:
             return data  # one lie is enough for a connection
         writer.lied = True
-        self._lab.note("lie", *route)
+        self._world.journal.note("lie", *route)
         self._told.append((writer, route))
         return lie(self._rng, data)
 
@@ -170,14 +168,14 @@ class Liar:
             await asyncio.sleep(LOOK_S)
             calm_s += LOOK_S if self._calm(route) else 0.0
             if calm_s > NOTICED_S:
-                self._lab.violate("liars are cut off", f"{route[1]} still listens to {route[0]}")
+                self._world.journal.violate("liars are cut off", f"{route[1]} still listens to {route[0]}")
                 return
 
     def _calm(self, route: Route) -> bool:
         """Whether both ends run, and what one says arrives at the other."""
-        lab = self._lab
-        worker = lab.workers.get(route[0]) or lab.workers.get(route[1])
-        frontend = next((it for it in lab.frontends if it.name in route), None)
+        world = self._world
+        worker = world.workers.get(route[0]) or world.workers.get(route[1])
+        frontend = next((it for it in world.frontends if it.name in route), None)
         if worker is None or frontend is None or worker.process.held or frontend.process.held:
             return False
-        return lab.calm(frontend, worker)
+        return world.calm(frontend, worker)

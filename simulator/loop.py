@@ -20,10 +20,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
-
-if TYPE_CHECKING:
-    from simulator.network import Network
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
 MAX_CALLBACKS_AT_ONCE = 200_000
 """Callbacks without time passing, after which the simulation is said to be going in circles."""
@@ -34,6 +31,18 @@ _Arguments = TypeVarTuple("_Arguments")
 
 class StandsStill(Exception):
     """Nothing is left that could ever happen, or everything happens and no time passes."""
+
+
+class Connector(Protocol):
+    """What carries the connections of the processes (network.py)."""
+
+    def listen(self, factory: Callable[[], asyncio.Protocol], host: str, port: int) -> Any:
+        """As create_server."""
+
+    async def connect(
+        self, factory: Callable[[], asyncio.Protocol], host: str, port: int
+    ) -> tuple[asyncio.Transport, asyncio.Protocol]:
+        """As create_connection."""
 
 
 class Process:
@@ -128,7 +137,7 @@ class _Future(asyncio.Future[Any]):
 class VirtualLoop(asyncio.BaseEventLoop):
     """See above. `network` is what its connections go over."""
 
-    network: Network
+    network: Connector
 
     def __init__(self, callback_s: float = 0.0) -> None:
         super().__init__()
@@ -213,7 +222,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise StandsStill(f"{self._at_once} callbacks at {self._now:.6f} s; the next is {ready[0]!r}")
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle._cancelled:
+            if handle.cancelled():
                 continue
             process = handle._context.get(_process)  # type: ignore[attr-defined]
             if process is not None and process.held:
@@ -225,7 +234,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _advance(self) -> None:
         timers = self._timers
-        while timers and timers[0][2]._cancelled:
+        while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
         if not timers and not self._ready:
             raise StandsStill("nothing is left that could happen")
@@ -233,7 +242,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self._now = timers[0][0]
         while timers and timers[0][0] <= self._now:
             timer = heapq.heappop(timers)[2]
-            if not timer._cancelled:
+            if not timer.cancelled():
                 self._ready.append(timer)
                 self._at_once = 0
 

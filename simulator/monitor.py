@@ -10,17 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from penstock.core.deadlines import Awaited
-from penstock.core.lifecycle import Phase
+from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.membership import State
 from penstock.core.pairing import KvFormat, kv_format
-from simulator.parts import SimFrontend, SimWorker
-
-if TYPE_CHECKING:
-    from penstock.core.lifecycle import Lifecycle
-    from simulator.lab import Lab
+from simulator.processes import SimulatedFrontend, SimulatedWorker
+from simulator.world import World
 
 LOOK_S = 0.5
 
@@ -63,8 +59,8 @@ Complaint = tuple[str, float, str]
 class Monitor:
     """Looks at everything every `LOOK_S`."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._since: dict[str, float] = {}  # by what is complained of
         self._looks = 0
         self._stale: list[Complaint] = []  # as of the latest look at indexes
@@ -74,16 +70,16 @@ class Monitor:
         while True:
             await asyncio.sleep(LOOK_S)
             self._looks += 1
-            now = self._lab.loop.time()
+            now = self._world.loop.time()
             since, self._since = self._since, {}
             for invariant, most_s, what in self._complaints():
                 self._since[what] = first = since.get(what, now)
                 if now - first > most_s:
-                    self._lab.violate(invariant, f"{what}, since {first:.3f}")
+                    self._world.journal.violate(invariant, f"{what}, since {first:.3f}")
 
-    def idle_s(self, frontend: SimFrontend) -> float:
+    def idle_s(self, frontend: SimulatedFrontend) -> float:
         """For how long some worker could have begun a request, going by what this frontend knows."""
-        now = self._lab.loop.time()
+        now = self._world.loop.time()
         served = frontend.router._instances.membership.served.items()
         idle = [
             what
@@ -94,11 +90,11 @@ class Monitor:
         return max((now - self._since.get(what, now) for what in idle), default=0.0)
 
     def _complaints(self) -> Iterator[Complaint]:
-        workers = [it for it in self._lab.live_workers() if it.serving and not it.stands_still]
-        frontends = [it for it in self._lab.live_frontends() if not it.process.held]
-        for worker in self._lab.live_workers():
+        workers = [it for it in self._world.live_workers() if it.serving and not it.stands_still]
+        frontends = [it for it in self._world.live_frontends() if not it.process.held]
+        for worker in self._world.live_workers():
             if worker.leaving and not worker.stands_still:
-                most_s = self._lab.scenario.drain_s + LEAVE_S
+                most_s = self._world.scenario.drain_s + LEAVE_S
                 yield "workers leave", most_s, f"{worker.instance_id}/{worker.epoch} was told to"
         by_name = {it.name: it for it in frontends}
         for worker in workers:
@@ -107,7 +103,7 @@ class Monitor:
             yield from self._requests(frontend)
             yield from self._waiting(frontend)
             for worker in workers:
-                if self._lab.calm(frontend, worker):
+                if self._world.calm(frontend, worker):
                     yield from self._state(frontend, worker)
         if self._looks % INDEX_EVERY == 0:
             self._stale = [complaint for frontend in frontends for complaint in self._index(frontend)]
@@ -115,7 +111,9 @@ class Monitor:
 
     # --- attempts and requests ----------------------------------------------------------------------------
 
-    def _attempts(self, worker: SimWorker, frontends: dict[str, SimFrontend]) -> Iterator[Complaint]:
+    def _attempts(
+        self, worker: SimulatedWorker, frontends: dict[str, SimulatedFrontend]
+    ) -> Iterator[Complaint]:
         """Every attempt on a worker is somebody's."""
         shell = worker.worker
         peers = set(shell.peers)
@@ -124,17 +122,17 @@ class Monitor:
                 yield "orphans end", ORPHANS_S, f"{worker.instance_id} runs {attempt_id} for nobody"
                 continue
             frontend = frontends.get(peer.frontend_id)
-            if frontend is None or not self._lab.calm(frontend, worker):
+            if frontend is None or not self._world.calm(frontend, worker):
                 continue
             live = frontend.router._live.get(attempt_id.rpartition(".")[0])
             if live is None or live.lifecycle._attempt_id != attempt_id:
                 what = f"{worker.instance_id} runs {attempt_id}, of which {frontend.name} knows nothing"
                 yield "attempts are wanted", KNOWN_S, what
 
-    def _requests(self, frontend: SimFrontend) -> Iterator[Complaint]:
+    def _requests(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """Every request of a frontend is somewhere, and not for longer than it may be."""
-        now, router, lab = frontend.process.clock.now(), frontend.router, self._lab
-        limits = lab.scenario.deadlines
+        now, router, world = frontend.process.clock.now(), frontend.router, self._world
+        limits = world.scenario.deadlines
         for request_id, live in router._live.items():
             lifecycle = live.lifecycle
             awaited: Awaited = lifecycle._awaited
@@ -150,12 +148,12 @@ class Monitor:
                     yield "replaced models", OUTDATED_S, what
                 continue
             instance_id, _ = lifecycle.places
-            worker = lab.workers.get(instance_id)
+            worker = world.workers.get(instance_id)
             if (
                 worker is None
                 or not worker.serving
                 or worker.stands_still
-                or not lab.calm(frontend, worker)
+                or not world.calm(frontend, worker)
             ):
                 continue
             attempt_id = lifecycle._attempt_id
@@ -163,20 +161,20 @@ class Monitor:
                 what = f"{frontend.name} waits for {attempt_id}, of which {instance_id} knows nothing"
                 yield "attempts are somewhere", KNOWN_S, what
 
-    def _outdated(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
+    def _outdated(self, frontend: SimulatedFrontend, lifecycle: Lifecycle) -> bool:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
         membership, request = frontend.router._instances.membership, lifecycle.request
         begun = len(lifecycle.token_ids) > len(request.token_ids)
         other = membership.served.get(request.model, request.revision) != request.revision
         return not begun and other and not membership.ready(request.model, request.revision)
 
-    def _could_run(self, frontend: SimFrontend, lifecycle: Lifecycle) -> bool:
+    def _could_run(self, frontend: SimulatedFrontend, lifecycle: Lifecycle) -> bool:
         """Whether there is a worker for it."""
         request = lifecycle.request
         cards = frontend.router._instances.membership.ready(request.model, request.revision)
         return any(card.role.decodes and card.instance_id not in lifecycle._avoid for card in cards)
 
-    def _waiting(self, frontend: SimFrontend) -> Iterator[Complaint]:
+    def _waiting(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """Nobody waits while workers that could begin at once have nothing to do."""
         for model, revision in list(frontend.router._queues):
             for what in self._idle(frontend, model, revision).values():
@@ -185,7 +183,7 @@ class Monitor:
                 if request_id is not None:
                     yield "no worker idles", IDLE_S, f"{request_id} waits, and {what}"
 
-    def _idle(self, frontend: SimFrontend, model: str, revision: str) -> dict[str, str]:
+    def _idle(self, frontend: SimulatedFrontend, model: str, revision: str) -> dict[str, str]:
         """Those who could end a request of this revision and have nothing to do, going by what a frontend
         knows; with words for it. None of those for whom prompts are computed where there is a queue, and
         none that the first in the queue avoids after an attempt that was lost there."""
@@ -219,23 +217,23 @@ class Monitor:
 
     # --- workers and what is known of them ----------------------------------------------------------------
 
-    def _state(self, frontend: SimFrontend, worker: SimWorker) -> Iterator[Complaint]:
+    def _state(self, frontend: SimulatedFrontend, worker: SimulatedWorker) -> Iterator[Complaint]:
         """Who is well is used."""
         member = frontend.router._instances.membership.members.get(worker.instance_id)
         name = f"{worker.instance_id}/{worker.epoch}"
         if member is None or member.registration.epoch != worker.epoch:
-            if worker.instance_id in self._lab.directory.entries() and not self._lab.directory.away:
+            if worker.instance_id in self._world.directory.entries() and not self._world.directory.away:
                 yield "workers are found", STATES_S[State.CONNECTING], f"{frontend.name} knows no {name}"
         elif member.state in STATES_S:
             what = f"{frontend.name} has {name} as {member.state}"
             yield "workers are used", STATES_S[member.state], what
 
-    def _index(self, frontend: SimFrontend) -> Iterator[Complaint]:
+    def _index(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """What a frontend's index has of a worker is what the worker had after one of its latest steps."""
         members = frontend.router._instances.membership.members
         digests = frontend.router._placement._index.digests()
         for instance_id, member in members.items():
-            worker = self._lab.workers.get(instance_id)
+            worker = self._world.workers.get(instance_id)
             if (
                 not member.up
                 or worker is None
@@ -244,14 +242,16 @@ class Monitor:
             ):
                 continue
             if instance_id not in digests:
-                self._lab.violate("index", f"{frontend.name} does not index {instance_id}, which is up")
+                self._world.journal.violate(
+                    "index", f"{frontend.name} does not index {instance_id}, which is up"
+                )
                 return
             until = worker.engine.cached_until(digests[instance_id])
             if until is None:
-                self._lab.violate(
+                self._world.journal.violate(
                     "index", f"{frontend.name} indexes what {instance_id} never had: not after any step"
                 )
                 return
-            calm = not worker.process.held and self._lab.calm(frontend, worker)
-            if until < self._lab.loop.time() - STALE_S and calm:
+            calm = not worker.process.held and self._world.calm(frontend, worker)
+            if until < self._world.loop.time() - STALE_S and calm:
                 yield "index", STALE_S, f"{frontend.name} indexes what {instance_id} had long ago"

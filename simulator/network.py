@@ -71,7 +71,7 @@ class Network:
         self._latency_s = latency_s
         self._blocked: Counter[Route] = Counter()
         self._stuck: list[End] = []  # ends for which bytes wait until their route is open
-        self._listeners: dict[tuple[str, int], Listener] = {}
+        self._listeners: dict[tuple[str, int], StreamListener] = {}
         self._next_port = 1024
         self._ends: dict[End, None] = {}
         self._context = contextvars.copy_context()
@@ -114,13 +114,15 @@ class Network:
 
     # --- what the event loop calls ------------------------------------------------------------------------
 
-    def listen(self, factory: Callable[[], asyncio.Protocol], host: str, port: int) -> Listener:
+    def listen(self, factory: Callable[[], asyncio.Protocol], host: str, port: int) -> StreamListener:
         if not port:
             self._next_port += 1
             port = self._next_port
         if (host, port) in self._listeners:
             raise OSError(f"{host}:{port} is in use")
-        listener = self._listeners[host, port] = Listener(self, current_process(), factory, host, port)
+        listener = self._listeners[host, port] = StreamListener(
+            self, current_process(), factory, host, port
+        )
         return listener
 
     async def connect(
@@ -172,13 +174,13 @@ class Network:
         """It is closed."""
         self._ends.pop(end, None)
 
-    def unlisten(self, listener: Listener) -> None:
+    def unlisten(self, listener: StreamListener) -> None:
         """It listens no longer."""
         if self._listeners.get(listener.address) is listener:
             del self._listeners[listener.address]
 
 
-class Listener:
+class StreamListener:
     """What `create_server` returns, as far as it is used. It is its own only socket."""
 
     def __init__(

@@ -8,8 +8,10 @@ from multiprocessing import get_context
 
 import msgspec
 
-from simulator.lab import NOT_SERVED, Lab, Outcome
-from simulator.scenario import Options, draw_scenario
+from simulator.clients import NOT_SERVED
+from simulator.draw import draw_scenario
+from simulator.lab import Lab, SimulationOutcome
+from simulator.scenario import Options
 
 CHUNK = 16
 """Seeds that a process gets at once."""
@@ -38,7 +40,7 @@ class FaultReport(msgspec.Struct):
     max_s: float = 0.0  # from a request's start to its end, the longest
 
 
-class Report(msgspec.Struct):
+class SimulationReport(msgspec.Struct):
     """All seeds together. Times are virtual seconds, but for `cpu_s`."""
 
     seeds: int = 0
@@ -52,7 +54,7 @@ class Report(msgspec.Struct):
     faults: dict[str, FaultReport] = {}
     failures: list[Failure] = []
 
-    def add(self, other: Report) -> None:
+    def add(self, other: SimulationReport) -> None:
         """Take the figures of other seeds."""
         for name in ("seeds", "requests", "ok", "gone", "virtual_s", "cpu_s", "callbacks"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -66,12 +68,12 @@ class Report(msgspec.Struct):
             mine.max_s = max(mine.max_s, its.max_s)
 
 
-def simulate(seed: int, options: Options, trace: Callable[[str], None] | None = None) -> Outcome:
+def simulate(seed: int, options: Options, trace: Callable[[str], None] | None = None) -> SimulationOutcome:
     """One seed. `trace` gets every event as a line, as it happens."""
     return Lab(draw_scenario(seed, options), trace).run()
 
 
-def run_seeds(seeds: Sequence[int], options: Options, jobs: int) -> Iterator[Report]:
+def run_seeds(seeds: Sequence[int], options: Options, jobs: int) -> Iterator[SimulationReport]:
     """Reports of a few seeds each, as they are ready, in the order of the seeds."""
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
     if jobs == 1 or len(chunks) == 1:
@@ -82,16 +84,18 @@ def run_seeds(seeds: Sequence[int], options: Options, jobs: int) -> Iterator[Rep
         yield from processes.map(_run, chunks, [options] * len(chunks))
 
 
-def _run(seeds: Iterable[int], options: Options) -> Report:
-    report = Report()
+def _run(seeds: Iterable[int], options: Options) -> SimulationReport:
+    report = SimulationReport()
     for seed in seeds:
         report.add(report_of(simulate(seed, options), options))
     return report
 
 
-def report_of(outcome: Outcome, options: Options) -> Report:
+def report_of(outcome: SimulationOutcome, options: Options) -> SimulationReport:
     """One seed's figures."""
-    report = Report(seeds=1, virtual_s=outcome.virtual_s, cpu_s=outcome.cpu_s, callbacks=outcome.callbacks)
+    report = SimulationReport(
+        seeds=1, virtual_s=outcome.virtual_s, cpu_s=outcome.cpu_s, callbacks=outcome.callbacks
+    )
     for asked in outcome.asked:
         report.requests += 1
         _count(report, asked.ended)
@@ -131,7 +135,7 @@ def replay(seed: int, options: Options) -> str:
     return command + " --trace"
 
 
-def _count(report: Report | FaultReport, ended: str) -> None:
+def _count(report: SimulationReport | FaultReport, ended: str) -> None:
     if ended == "ok":
         report.ok += 1
     elif ended in NOT_SERVED:

@@ -11,17 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from penstock.core.progress import Progress, ProgressLimits
 from penstock.wire.messages import Generate, Hello
 from simulator.network import Route, first_message
-
-if TYPE_CHECKING:
-    from simulator.lab import Lab
-    from simulator.parts import SimWorker
+from simulator.processes import SimulatedFrontend, SimulatedWorker
+from simulator.world import World
 
 LOOK_S = 1.0
 """How much later than its own patience a frontend may find out: ticks, heartbeats and delays."""
@@ -46,7 +43,7 @@ class Seen(Enum):
 class _Suspicion:
     """One fault's: this worker does not answer these frontends."""
 
-    worker: SimWorker
+    worker: SimulatedWorker
     bound_s: float
     since: dict[str, float | None]  # by frontend: when it could know; None: not yet
     late_s: dict[str, float] = field(default_factory=dict)  # by how much news from it came later meanwhile
@@ -56,32 +53,37 @@ class Watch:
     """Sees what frontends send to workers that do not answer. Each fault is watched by itself: where some
     meet, the end of one changes nothing for the others."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._open: list[_Suspicion] = []
         self._disturbing = 0  # faults that end links, going on now
         self._disturbed_until = -math.inf
 
     @contextmanager
     def suspecting(
-        self, workers: Iterable[SimWorker], frontends: Iterable[str], seen: Seen
+        self,
+        workers: Iterable[SimulatedWorker],
+        frontends: Iterable[SimulatedFrontend] | None = None,
+        *,
+        seen: Seen,
     ) -> Iterator[None]:
-        """These workers do not answer these frontends."""
-        names, now = list(frontends), self._lab.loop.time()
+        """These workers do not answer these frontends, all if not given: they must be routed around."""
+        names = [it.name for it in (self._world.frontends if frontends is None else frontends)]
+        now = self._world.loop.time()
         opened = []
         for worker in workers:
             at_once = seen is Seen.AT_ONCE or (seen is Seen.WHEN_BUSY and _busy(worker))
             since: dict[str, float | None] = dict.fromkeys(names, now if at_once else None)
             opened.append(_Suspicion(worker, self._bound_s(worker), since))
         self._open += opened
-        if self._on_write not in self._lab.network.taps:
-            self._lab.network.taps.append(self._on_write)
+        if self._on_write not in self._world.network.taps:
+            self._world.network.taps.append(self._on_write)
         try:
             yield
         finally:
             self._open = [suspicion for suspicion in self._open if suspicion not in opened]
-            if not self._open and self._on_write in self._lab.network.taps:
-                self._lab.network.taps.remove(self._on_write)
+            if not self._open and self._on_write in self._world.network.taps:
+                self._world.network.taps.remove(self._on_write)
 
     @contextmanager
     def disturbed(self) -> Iterator[None]:
@@ -91,20 +93,20 @@ class Watch:
             yield
         finally:
             self._disturbing -= 1
-            self._disturbed_until = self._lab.loop.time() + AFTERMATH_S
+            self._disturbed_until = self._world.loop.time() + AFTERMATH_S
 
     def forgive(self, frontend: str) -> None:
         """This frontend stood still until now: its patience begins again."""
         for suspicion in self._open:
             if suspicion.since.get(frontend) is not None:
-                suspicion.since[frontend] = self._lab.loop.time()
+                suspicion.since[frontend] = self._world.loop.time()
 
     def _on_write(self, route: Route, data: bytes) -> bytes:
         frontend, instance_id = route
         for suspicion in self._open:
             worker = suspicion.worker
             if frontend == worker.instance_id:  # it is the worker that says something, to a frontend
-                slower_s = self._lab.network.slower_s.get(route, 0.0)
+                slower_s = self._world.network.slower_s.get(route, 0.0)
                 suspicion.late_s[route[1]] = max(slower_s, suspicion.late_s.get(route[1], 0.0))
             if worker.instance_id != instance_id or frontend not in suspicion.since or worker.exited:
                 continue
@@ -118,28 +120,28 @@ class Watch:
     def _reconnected(self, suspicion: _Suspicion, frontend: str) -> None:
         """What was known of a worker goes with its link, if it was not this frontend that ended it without
         need; the snapshot says again whether there is work."""
-        if self._disturbing or self._lab.loop.time() < self._disturbed_until:
-            suspicion.since[frontend] = self._lab.loop.time() if _busy(suspicion.worker) else None
+        if self._disturbing or self._world.loop.time() < self._disturbed_until:
+            suspicion.since[frontend] = self._world.loop.time() if _busy(suspicion.worker) else None
 
     def _sent_to(self, suspicion: _Suspicion, frontend: str) -> None:
-        now, since = self._lab.loop.time(), suspicion.since[frontend]
+        now, since = self._world.loop.time(), suspicion.since[frontend]
         if since is None:
             suspicion.since[frontend] = now
         elif now - since > suspicion.bound_s + suspicion.late_s.get(frontend, 0.0):
-            self._lab.violate(
+            self._world.journal.violate(
                 "routed around",
                 f"{frontend} sends to {suspicion.worker.instance_id}, which does not answer since "
                 f"{now - since:.3f} s",
             )
 
-    def _bound_s(self, worker: SimWorker) -> float:
+    def _bound_s(self, worker: SimulatedWorker) -> float:
         """What a frontend's patience with this engine can be, at most."""
-        settings = self._lab.scenario.sim.scheduler
+        settings = self._world.scenario.sim.scheduler
         load = worker.worker.load()
         progress = Progress(ProgressLimits(), settings.max_batch_tokens)
         progress.observe(replace(load, prefill_tokens=settings.max_batch_tokens), 0.0)
         return max(SILENCE_S, progress.patience_s()) + LOOK_S
 
 
-def _busy(worker: SimWorker) -> bool:
+def _busy(worker: SimulatedWorker) -> bool:
     return bool(worker.worker.attempts)

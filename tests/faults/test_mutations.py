@@ -36,8 +36,9 @@ from penstock.router.router import Router
 from penstock.wire import frames
 from penstock.wire.reports import Reports
 from penstock.worker.worker import Worker
+from simulator.draw import QUIET_EVERY
 from simulator.report import simulate
-from simulator.scenario import QUIET_EVERY, Options
+from simulator.scenario import Options
 
 MOST_SEEDS = 120
 """Within which each must be found; most need one or two, and a change of anything moves them."""

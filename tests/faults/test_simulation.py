@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from simulator.draw import LARGE_EVERY, draw_scenario
 from simulator.faults import FAULTS
 from simulator.report import simulate
-from simulator.scenario import LARGE_EVERY, Options, draw_scenario
+from simulator.scenario import Options
 
 ANY = Options()
 

@@ -11,9 +11,10 @@ import dataclasses
 from functools import cache
 
 from penstock.shapes import Role
-from simulator import checks
+from simulator import settled
+from simulator.draw import draw_scenario
 from simulator.lab import Lab
-from simulator.scenario import Options, Scenario, draw_scenario
+from simulator.scenario import Options, Scenario
 
 SEED = 7
 CALLS = 4
@@ -33,40 +34,37 @@ class Delivery(Lab):
     """One delivery of `data` from one process to another."""
 
     def __init__(self, data: bytes, source: str, target: str) -> None:
-        super().__init__(scenario())
+        # What was said may mislead, as long as it harms nobody's process.
+        super().__init__(scenario(), minded={"no crash", "time passes", "served"})
         self._data = data
         self._route = (source, target)
 
-    def violate(self, invariant: str, detail: str) -> None:
-        """What was said may mislead, as long as it harms nobody's process."""
-        if invariant in ("no crash", "time passes", "served"):
-            super().violate(invariant, detail)
-
-    async def _story(self) -> None:
-        self.spawn(self.directory.expire_forever(self.loop))
+    async def story(self) -> None:
+        world = self.world
+        world.spawn(world.directory.expire_forever(self.loop))
         for place in range(self.scenario.frontends):
-            self.start_frontend(place)
+            world.start_frontend(place)
         for instance_id, role in self.scenario.roles.items():
-            self.start_worker(instance_id, role)
-        await self._settle(checks.unready, "workers become ready")
+            world.start_worker(instance_id, role)
+        await self.settle(settled.unready, "workers become ready")
         for call in self.scenario.calls:
-            self._call(call)
-        self.network.taps.append(self._replace)
+            self.call(call)
+        world.network.taps.append(self._replace)
         await asyncio.sleep(AFTERMATH_S)
-        probes = [it for frontend in self.live_frontends() for it in frontend.ask(self.scenario.calls[0])]
+        probes = [it for frontend in world.live_frontends() for it in frontend.ask(self.scenario.calls[0])]
         until = self.loop.time() + SERVED_S
         while not all(probe.ended for probe in probes) and self.loop.time() < until:
             await asyncio.sleep(0.1)
         for probe in probes:
             if probe.ended not in ("ok", "hung up"):
-                self.violate(
+                self.journal.violate(
                     "served", f"{probe.request.request_id}: {probe.ended or 'no end'} {probe.error}"
                 )
 
     def _replace(self, route: tuple[str, str], data: bytes) -> bytes:
         if route != self._route:
             return data
-        self.network.taps.remove(self._replace)
+        self.world.network.taps.remove(self._replace)
         return self._data
 
 

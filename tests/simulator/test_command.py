@@ -7,7 +7,7 @@ import pytest
 from penstock.core.prefix_index import PrefixIndex
 from simulator.__main__ import main
 from simulator.faults import FAULTS
-from simulator.report import Report, replay
+from simulator.report import SimulationReport, replay
 from simulator.scenario import Options
 
 
@@ -68,4 +68,4 @@ def test_what_cannot_be_asked(
 def test_the_command_that_replays() -> None:
     options = Options(workers=5, faults=("crash", "wedge"))
     assert replay(7, options) == "python -m simulator --seed 7 --workers 5 --faults crash,wedge --trace"
-    assert Report().failures == []
+    assert SimulationReport().failures == []

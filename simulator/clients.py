@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from penstock.core.deadlines import Deadlines
+from penstock.core.suspects import MAX_DEATHS
 from penstock.engines.sim import SimRunner, SimSettings, load_sim
 from penstock.errors import ModelReplaced, PenstockError, RequestRejected
 from penstock.frontend.generation import MAX_BEGINNINGS
@@ -16,9 +19,15 @@ from penstock.shapes import Delta, FinishReason, Request, Sampling
 FIRST_TOKEN_ID = 1
 """Token 0 is the EOS."""
 
+NOT_SERVED = {"hung up", "lost with its frontend"}
+"""Ends that say nothing about the workers."""
+
+MOST_DOSES = MAX_DEATHS + Deadlines().max_attempts
+"""Steps that one request may make fail."""
+
 
 @dataclass(slots=True)
-class Call:
+class SimulatedCall:
     """A client's call: one request for each seed."""
 
     at: float
@@ -30,7 +39,7 @@ class Call:
     hang_up_s: float | None = None  # after so long the client has had enough
 
 
-def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: int) -> list[Call]:
+def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: int) -> list[SimulatedCall]:
     """Calls with shared prefixes, of several lengths and kinds, over `duration_s`."""
     prefixes = [_tokens(rng, rng.choice((8, 16, 40, 64, 120)), vocab_size) for _ in range(1 + count // 8)]
     calls = []
@@ -49,7 +58,7 @@ def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: in
         )
         choices = 1 if rng.random() < 0.85 else rng.randint(2, 3)
         calls.append(
-            Call(
+            SimulatedCall(
                 at=rng.uniform(0.0, duration_s),
                 frontend=rng.randrange(1 << 16),
                 token_ids=prompt,
@@ -109,7 +118,8 @@ class Asked:
     error: PenstockError | None = None
     deltas: int = 0
     sends: int = 0  # attempts since its last token
-    poison: bool = False  # whoever computes it fails
+    poison_steps: int = 0  # steps in a row that fail at whoever computes it
+    doses: Counter[str] = field(default_factory=Counter)  # steps that it made fail, by the request's name
     defect: bool = False  # its frontend cannot handle what comes for it
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
@@ -127,7 +137,7 @@ class Asked:
             self.violate("tokens", f"{name} gets {delta.token_ids} instead of {wanted} at {self.got}")
         self.got = upto
         self.sends = 0 if delta.token_ids else self.sends
-        if self.poison:
+        if self.poison_steps:
             self.violate("poison is stopped", f"{name} gets {delta}")
         if delta.cached_tokens is not None:
             if self.deltas:
@@ -156,6 +166,13 @@ class Asked:
         if code == "overloaded":
             self.refused(self.request.request_id, str(error))
         self.end(code or type(error).__name__)
+
+    def poisons(self, request_id: str) -> int:
+        """It is computed under this name. Returns how many steps in a row fail because of it."""
+        self.doses[request_id] += 1
+        if self.doses[request_id] > MOST_DOSES:
+            self.violate("poison is stopped", f"{request_id} fails {self.doses[request_id]} engines")
+        return self.poison_steps
 
     def hang_up(self) -> None:
         """Its client has had enough."""

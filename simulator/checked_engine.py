@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from penstock.engines.batch import Row, Sampled
-from penstock.engines.block_pool import BlockPool
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
 from penstock.engines.virtual import VirtualEngine
 from penstock.ports import KvTransfer
-from penstock.shapes import EngineStep, Handoff
-from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
+from penstock.shapes import EngineStep
 from simulator.loop import Process
-from simulator.network import Network
 
 TOKEN_BYTES = 4
 BLOCK_TOKENS = POOL_BYTES_PER_BLOCK // TOKEN_BYTES
@@ -33,15 +30,12 @@ CHECK_EVERY = 8
 LEAKS_EVERY = 8
 """Turns of an engine between two looks at all its blocks."""
 
-GARBAGE = 0xEE
-"""What a failed transfer leaves behind."""
-
 
 class InjectedFault(Exception):
     """A step that was made to fail."""
 
 
-class LabClock:
+class EngineClock:
     """An engine's clock: its process's, but while the engine is wedged no sleep ends."""
 
     def __init__(self, process: Process) -> None:
@@ -72,12 +66,12 @@ class LabClock:
             self._free.set()
 
 
-class LabEngine(VirtualEngine):
+class CheckedEngine(VirtualEngine):
     """A sim engine on `clock`.
 
     Args:
-        wrong: told of KV that is not what it should be.
-        leaked: told of blocks that are held by nobody, or by somebody who does not count.
+        wrong: called for KV that is not what it should be.
+        leaked: called for blocks that are held by nobody, or by somebody who does not count.
         stopping: called before the engine ends what it still has.
         poison: how many steps in a row an attempt makes fail.
     """
@@ -85,7 +79,7 @@ class LabEngine(VirtualEngine):
     def __init__(
         self,
         settings: SimSettings,
-        clock: LabClock,
+        clock: EngineClock,
         transfer: KvTransfer | None,
         wrong: Callable[[str], None],
         leaked: Callable[[str], None],
@@ -198,7 +192,7 @@ class _CheckedRunner:
 
     def __init__(
         self,
-        engine: LabEngine,
+        engine: CheckedEngine,
         inner: SimRunner,
         pool: memoryview,
         block_size: int,
@@ -253,76 +247,3 @@ class _CheckedRunner:
         wanted = array("I", sequence.token_ids[: row.start]).tobytes()
         if there[: len(wanted)] != wanted:
             self._wrong(f"attempt {sequence.attempt_id} computes on wrong KV before token {row.start}")
-
-
-class LabTransferNetwork(SimNetwork):
-    """Transfers that meet the faults of the network and of the other process."""
-
-    def __init__(self, network: Network, processes: Callable[[str], Process | None]) -> None:
-        super().__init__()
-        self.slower: dict[str, float] = {}  # factors by holder
-        self._network = network
-        self._processes = processes
-
-    def pull_s(self, holder: str, reader: str, seconds: float) -> float:
-        process = self._processes(holder)
-        blocked = self._network.blocked(holder, reader) or self._network.blocked(reader, holder)
-        if blocked or process is None or process.held:
-            return float("inf")
-        return seconds * self.slower.get(holder, 1.0)
-
-
-class LabTransfer(SimTransfer):
-    """Counts what is pulled; a pull that fails leaves garbage where its blocks should be.
-
-    Args:
-        offered, pulled: told of every handoff that may be read, and that was read to its end.
-        wrong: told of blocks that are read or written and belong to nobody.
-    """
-
-    def __init__(
-        self,
-        settings: SimTransferSettings,
-        network: SimNetwork,
-        process: Process,
-        offered: Callable[[str], None],
-        pulled: Callable[[str], None],
-        wrong: Callable[[str], None],
-    ) -> None:
-        super().__init__(settings, network, process.name, process.clock)
-        self.pool: Callable[[], BlockPool]  # of the engine that it is for
-        self._offered = offered
-        self._pulled = pulled
-        self._wrong = wrong
-        self._read: dict[str, Sequence[int]] = {}  # blocks that are being read from here
-
-    def export(self, handoff_id: str, block_ids: Sequence[int]) -> tuple[str, bytes]:
-        self._offered(handoff_id)
-        return super().export(handoff_id, block_ids)
-
-    def _begin(self, handoff_id: str, reader: SimTransfer) -> Sequence[int] | None:
-        offered = super()._begin(handoff_id, reader)
-        if offered is not None:
-            self._read[handoff_id] = offered
-        return offered
-
-    def _end(self, handoff_id: str) -> None:
-        super()._end(handoff_id)
-        self._held(self._read.pop(handoff_id, ()), f"freed while {handoff_id} is read from them")
-
-    def _held(self, block_ids: Sequence[int], otherwise: str) -> None:
-        free = [block for block in block_ids if not self.pool().references(block)]
-        if free:
-            self._wrong(f"blocks {free} are {otherwise}")
-
-    async def _transfer(
-        self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
-    ) -> str | None:
-        error = await super()._transfer(handoff, sources, targets, timeout_s)
-        self._held(targets, f"freed while {handoff.handoff_id} is written to them")
-        if error is None:
-            self._pulled(handoff.handoff_id)
-        else:
-            for target in targets:
-                self._row(target)[:] = bytes([GARBAGE]) * len(self._row(target))
-        return error

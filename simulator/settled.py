@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from penstock.core.membership import State
-
-if TYPE_CHECKING:
-    from simulator.lab import Lab
-    from simulator.parts import SimFrontend, SimWorker
+from simulator.processes import SimulatedFrontend, SimulatedWorker
+from simulator.world import World
 
 
-def unsettled(lab: Lab) -> list[str]:
+def unsettled(world: World) -> list[str]:
     """Blocks that are held, books that are open, and indexes that differ from the caches."""
-    complaints = [it for worker in lab.live_workers() for it in _busy(worker)]
-    for frontend in lab.live_frontends():
-        complaints += _open_books(lab, frontend)
-        complaints += _wrong_index(lab, frontend)
+    complaints = [it for worker in world.live_workers() for it in _busy(worker)]
+    for frontend in world.live_frontends():
+        complaints += _open_books(world, frontend)
+        complaints += _wrong_index(world, frontend)
     return complaints
 
 
-def unready(lab: Lab) -> list[str]:
+def unready(world: World) -> list[str]:
     """Workers that some frontend does not use, and instances that it should have forgotten."""
-    complaints = [f"{lab.restarting} workers are starting again"] if lab.restarting else []
-    there = {worker.instance_id: worker for worker in lab.live_workers() if worker.up}
-    for frontend in lab.live_frontends():
+    complaints = [f"{world.restarting} workers are starting again"] if world.restarting else []
+    there = {worker.instance_id: worker for worker in world.live_workers() if worker.up}
+    for frontend in world.live_frontends():
         members = frontend.router._instances.membership.members
         complaints += [
             f"{frontend.name} has {instance_id} as {members[instance_id].state}"
@@ -42,7 +39,7 @@ def unready(lab: Lab) -> list[str]:
     return complaints
 
 
-def _busy(worker: SimWorker) -> list[str]:
+def _busy(worker: SimulatedWorker) -> list[str]:
     pool = worker.engine.scheduler.pool
     shell = asdict(worker.worker.statistics())
     shell["handshakes"] = shell.pop("link")["handshakes"]
@@ -66,7 +63,7 @@ def _busy(worker: SimWorker) -> list[str]:
     return complaints
 
 
-def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
+def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     router = frontend.router
     placement, instances = router._placement, router._instances
     parts = [router, router._suspects, *router._queues.values(), instances, instances._models]
@@ -76,7 +73,7 @@ def _open_books(lab: Lab, frontend: SimFrontend) -> list[str]:
     for instance_id, account in placement._book.statistics().items():
         if any((account.on_the_way, account.booked, account.uncached_tokens, account.context_tokens)):
             complaints.append(f"{frontend.name} has {account} of {instance_id}")
-    for worker in lab.live_workers():
+    for worker in world.live_workers():
         name = worker.instance_id
         if placement.load(name) != worker.worker.load():
             complaints.append(
@@ -96,11 +93,11 @@ def _kept(parts: Iterable[object], lasting: set[str]) -> list[str]:
     return found
 
 
-def _wrong_index(lab: Lab, frontend: SimFrontend) -> list[str]:
+def _wrong_index(world: World, frontend: SimulatedFrontend) -> list[str]:
     index = frontend.router._placement._index.blocks()
     up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
     complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
-    for worker in lab.live_workers():
+    for worker in world.live_workers():
         if worker.instance_id not in up:
             continue
         known = index.get(worker.instance_id)

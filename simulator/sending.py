@@ -1,0 +1,75 @@
+"""What must be true whenever a frontend sends an attempt, or refuses a request."""
+
+from __future__ import annotations
+
+from penstock.core.catalog import serves
+from penstock.core.deadlines import Deadlines
+from penstock.core.suspects import MAX_DEATHS
+from penstock.router.live import Live
+from penstock.shapes import Attempt, Card, Handoff
+from simulator.monitor import Monitor
+from simulator.processes import SimulatedFrontend
+from simulator.world import World
+
+REFUSED_S = 1.5
+"""A request that is refused although some worker had nothing to do for so long is refused wrongly."""
+
+_LIMITS = Deadlines()
+MOST_SENDS = 1 + _LIMITS.max_attempts + _LIMITS.max_moves + MAX_DEATHS
+"""Attempts of a request without a token between them, bounces left out."""
+
+
+class SendingChecks:
+    """Implements FrontendChecks."""
+
+    def __init__(self, world: World, monitor: Monitor) -> None:
+        self._world = world
+        self._violate = world.journal.violate
+        self._monitor = monitor
+
+    def sending(self, frontend: SimulatedFrontend, live: Live, instance_id: str, attempt: Attempt) -> None:
+        """Whether it may be sent: it was tokenized for this worker's model, its KV is or will be of use, it
+        has not failed too often, and nobody who goes before it waits."""
+        worker = self._world.workers[instance_id]
+        members = frontend.router._instances.membership.members
+        member = members.get(instance_id)
+        decode = members.get(live.lifecycle._decode_id if attempt.prefill_only else instance_id)
+        if attempt.prefill_only or attempt.handoff is not None:
+            made = attempt.handoff or (member.card if member is not None else None)
+            self._check_kv(attempt.attempt_id, made, decode.card if decode is not None else None)
+        revision = live.placed.request.revision
+        same = member is not None and worker.epoch == member.registration.epoch
+        if same and worker.revision and not serves(worker.revision, revision):
+            what = f"{attempt.attempt_id} of {revision} goes to {instance_id} of {worker.revision}"
+            self._violate("revisions", what)
+        asked = frontend.asked[attempt.request_id]
+        asked.sends += 1
+        if asked.sends - live.lifecycle._bounces > MOST_SENDS:
+            self._violate("retries end", f"{attempt.attempt_id} is the {asked.sends}th without a token")
+        call_id, priority = live.placed.request.call_id, live.placed.request.priority
+        if call_id in frontend.sent_calls or not attempt.attempt_id.endswith(".1"):
+            return  # it goes with its call, or back to the head
+        frontend.sent_calls.add(call_id)
+        for other in [it for it in frontend.router._live.values() if it.queue is live.queue]:
+            its = other.placed.request
+            first = its.priority < priority and its.call_id not in frontend.sent_calls
+            if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:
+                self._violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
+
+    def _check_kv(self, attempt_id: str, made: Card | Handoff | None, read: Card | None) -> None:
+        """KV that one worker made, or is to make, is only for workers that read it."""
+        if made is None or read is None:
+            return
+        theirs, ours = ((it.block_size, it.layout, it.transport) for it in (made, read))
+        if theirs != ours:
+            what = f"{attempt_id}: {read.instance_id} would refuse what {made.instance_id} computes"
+            self._violate("handoffs fit", what)
+
+    def refused(self, frontend: SimulatedFrontend, request_id: str, why: str) -> None:
+        """Whether it may be: no worker has had nothing to do for long."""
+        if "reason=full" in why:
+            return  # it came at the same moment as too many others
+        idle_s = self._monitor.idle_s(frontend)
+        if idle_s > REFUSED_S:
+            what = f"some worker had nothing to do for {idle_s:.3f} s"
+            self._violate("no worker idles", f"{frontend.name} refuses {request_id} while {what}")
