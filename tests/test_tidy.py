@@ -297,3 +297,104 @@ def test_nothing_is_left_to_do_and_no_test_is_skipped() -> None:
         if banned.search(line)
     ]
     nothing(found, "do it now; a skipped test hides something")
+
+
+# Private members of others that are used all the same, by file. The list only gets shorter.
+USED_PRIVATE_MEMBERS = {
+    "penstock/engines/vllm/inside/generators.py": {
+        "_bookkeeping_sync",
+        "_sample",
+    },  # replaces parts of vLLM
+    "simulator/loop.py": {"_context", "_run"},  # asyncio offers its event loops nothing else
+    # The simulation looks into the router, which is to offer statistics as others do.
+    "simulator/faults.py": {"_live"},
+    "simulator/monitor.py": {
+        "_attempt_id",
+        "_avoid",
+        "_awaited",
+        "_book",
+        "_full_until",
+        "_instances",
+        "_live",
+        "_placement",
+        "_queues",
+    },
+    "simulator/processes.py": {"_live"},
+    "simulator/sending.py": {"_attempt_number", "_bounces", "_decode_id", "_instances", "_live"},
+    "simulator/settled.py": {
+        "_book",
+        "_check",
+        "_index",
+        "_instances",
+        "_models",
+        "_placement",
+        "_queues",
+        "_suspects",
+    },
+    "simulator/world.py": {"_instance_id", "_live"},
+}
+
+# Documented, whatever their names look like.
+PUBLIC_IN_SPITE_OF_THEIR_NAMES = {"os._exit", "_asdict", "_fields", "_make", "_replace"}
+
+
+def private_members_defined(source: Source) -> set[str]:
+    """What the classes of a module give to their objects: methods, fields, and what is assigned to self."""
+    found = set()
+    for branch in source.nodes:
+        if isinstance(branch, ast.ClassDef):
+            for inner in branch.body:
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                    found.add(inner.name)
+                targets = (
+                    inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]
+                )
+                found.update(target.id for target in targets if isinstance(target, ast.Name))
+        elif (
+            isinstance(branch, ast.Attribute) and isinstance(branch.ctx, ast.Store) and is_own(branch.value)
+        ):
+            found.add(branch.attr)
+    return found
+
+
+def is_own(value: ast.expr) -> bool:
+    """Whether an expression is `self`, `cls` or `super()`."""
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id == "super"
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+def private_members_used(source: Source) -> set[tuple[str, int]]:
+    """Private attributes of objects whose class is in another module, and private names that are imported.
+    Names decide: an attribute that a class of this module has as well is taken for that one."""
+    own, found = private_members_defined(source), set()
+    for branch in source.nodes:
+        if isinstance(branch, ast.Attribute) and not is_own(branch.value) and branch.attr not in own:
+            if not {branch.attr, ast.unparse(branch)} & PUBLIC_IN_SPITE_OF_THEIR_NAMES:
+                found.add((branch.attr, branch.lineno))
+        elif isinstance(branch, ast.ImportFrom) and (branch.module or "").startswith(
+            ("penstock", "simulator")
+        ):
+            found.update((alias.name, branch.lineno) for alias in branch.names)
+    return {(name, line) for name, line in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_nobody_uses_private_members_of_another_module() -> None:
+    used = {
+        source.at(): private_members_used(source)
+        for source in sources()
+        if source.at().startswith(("penstock/", "simulator/"))
+    }
+    wrong = [
+        f"{path}:{line}: {name}"
+        for path, its in used.items()
+        for name, line in sorted(its)
+        if name not in USED_PRIVATE_MEMBERS.get(path, set())
+    ]
+    nothing(wrong, "offer a public attribute, or statistics()")
+    not_used = {
+        path: left
+        for path, names in USED_PRIVATE_MEMBERS.items()
+        if (left := names - {name for name, _ in used.get(path, set())})
+    }
+    assert not_used == {}, "delete these from USED_PRIVATE_MEMBERS"
