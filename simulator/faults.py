@@ -1,4 +1,9 @@
-"""What can go wrong. Each fault picks its target and its length, happens, and is over when it returns."""
+"""What can go wrong. Each fault picks its target and its length, happens, and is over when it returns.
+
+A new fault is one more function here; its docstring is what `python -m simulator --faults list` shows. Its
+decorator gives its name and says whether its target is a worker or a frontend, and whether gentle scenarios
+may have it. If no link ends because of it, its name is in LEAVES_LINKS as well.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +87,7 @@ def _worker_fault(name: str, *roles: Role, gentle: bool = False) -> Callable[[Wo
 
 
 def _frontend_fault(name: str, gentle: bool = False) -> Callable[[FrontendHarm], Fault]:
-    """A fault of one frontend, picked likewise."""
+    """A fault of one frontend, which is picked by chance; nothing happens when there is none to pick."""
 
     def add(harm: FrontendHarm) -> Fault:
         @functools.wraps(harm)
@@ -109,7 +114,7 @@ async def crash(injector: Injector, rng: random.Random, worker: SimulatedWorker)
 
 @_worker_fault("host-lost", gentle=True)
 async def host_lost(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
-    """The same, and nobody is told: its host is off until the restart."""
+    """A worker's host is lost: no connection is closed, nothing answers. Both are started again later."""
     world = injector.world
     name = worker.instance_id
     others = [it.name for it in world.frontends] + [it for it in world.workers if it != name]
@@ -135,7 +140,7 @@ async def freeze(injector: Injector, rng: random.Random, worker: SimulatedWorker
 
 @_frontend_fault("frontend-freeze", gentle=True)
 async def frontend_freeze(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
-    """The same with a frontend: its clients wait that much longer."""
+    """A frontend's process stands still, its sockets stay open; its clients wait that much longer."""
     frontend.process.freeze()
     seconds = rng.uniform(0.2, 12.0)
     injector.frozen_s[frontend.name] += seconds
@@ -410,7 +415,7 @@ async def lying_worker(injector: Injector, rng: random.Random, worker: Simulated
 
 @_frontend_fault("lying-frontend", gentle=True)
 async def lying_frontend(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
-    """The same of a frontend. Only its own requests may fail."""
+    """A frontend says what no frontend may say. Its links end, and only its own requests may fail."""
     injector.lying.add(frontend.name)
     await Liar(injector.world, rng, frontend.name, rng.choice(LIE_SHARES)).tell(rng.uniform(0.2, 6.0))
 
