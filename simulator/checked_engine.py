@@ -71,7 +71,7 @@ class CheckedEngine(VirtualEngine):
 
     Args:
         wrong: called for KV that is not what it should be.
-        leaked: called for blocks that are held by nobody, or by somebody who does not count.
+        leaked: called when a block has more or fewer references than it has holders.
         stopping: called before the engine ends what it still has.
         poison: how many steps in a row an attempt makes fail.
     """
@@ -107,7 +107,7 @@ class CheckedEngine(VirtualEngine):
         )
 
     def evict(self) -> None:
-        """Lose all blocks that nobody uses at the moment, as under a storm of other prompts."""
+        """Lose all blocks that are not in use, as under a storm of other prompts."""
 
         def storm(now: float) -> None:
             pool = self.scheduler.pool
@@ -118,7 +118,7 @@ class CheckedEngine(VirtualEngine):
         self._post(storm)
 
     def clear(self) -> None:
-        """The same, and say it as engines do that drop a whole cache."""
+        """Lose all blocks that are not in use, and report it as engines do that drop a whole cache."""
         self.evict()
         self._clear_next = True
 

@@ -56,7 +56,7 @@ class CheckedTransfer(SimTransfer):
     """Counts what is pulled; a pull that fails leaves garbage where its blocks should be.
 
     Args:
-        wrong: called for blocks that are read or written and belong to nobody.
+        wrong: called when blocks are read or written that have been freed.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class Oracle:
 
 @dataclass(slots=True, eq=False)
 class Asked:
-    """A request on its way, with what was heard of it. `violate` is told of what must never be."""
+    """A request on its way, with what its client got so far. `violate` is called when that is wrong."""
 
     request: Request
     frontend: str
@@ -123,7 +123,7 @@ class Asked:
     defect: bool = False  # its frontend cannot handle what comes for it
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
-    refused: Callable[[str, str], None] = lambda request_id, why: None  # told of an overload
+    refused: Callable[[str, str], None] = lambda request_id, why: None  # called when it is refused
     begin_again: Callable[[Asked], None] = lambda asked: None  # its model was replaced
 
     def on_delta(self, delta: Delta) -> None:

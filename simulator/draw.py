@@ -23,20 +23,20 @@ MODEL = "lab"
 VOCAB_SIZE = 5000
 
 FILES_SHARE = 0.2
-"""How many seeds have workers with a tokenizer, which frontends fetch over the link."""
+"""The share of seeds whose workers have a tokenizer, which frontends fetch over the link."""
 
 QUIET_EVERY = 20
-"""Every so manieth seed has no fault but clients who hang up: nothing may wait for a timeout there."""
+"""One seed in so many has no fault but clients who hang up: nothing may wait for a timeout there."""
 
 POOL_TOKENS = 256
 """What the smallest pools hold: just the longest request."""
 
 LATE_SHARE = 0.2
 LATE_S = 8.0
-"""How many calls come after the others, and how long after at most."""
+"""The share of calls that come after the others, and how long after at most."""
 
 LARGE_EVERY = 50
-"""Every so manieth seed has hundreds of workers, and little time."""
+"""One seed in so many has hundreds of workers, and little time."""
 
 
 def draw_scenario(seed: int, options: Options) -> Scenario:

@@ -33,10 +33,10 @@ FrontendHarm = Callable[[Injector, random.Random, SimulatedFrontend], Awaitable[
 FAULTS: dict[str, Fault] = {}
 
 STEPS_S = 3.0
-"""So long a step that is to fail is waited for."""
+"""How long a fault waits for the step that is to fail."""
 
 DEFECT_SHARE = 0.3
-"""How many of a frontend's requests one mistake meets."""
+"""The share of a frontend's requests that one mistake meets."""
 
 GENTLE: list[str] = []
 """Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
@@ -161,7 +161,7 @@ async def frontend_crash(injector: Injector, rng: random.Random, frontend: Simul
 
 @_worker_fault("drain", gentle=True)
 async def drain(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
-    """A worker is told to leave, and its next incarnation follows, as in a rolling restart."""
+    """A worker gets SIGTERM, and its next incarnation follows, as in a rolling restart."""
     worker.leave()
     while not worker.exited:
         await asyncio.sleep(0.1)
@@ -278,7 +278,7 @@ async def poison(injector: Injector, rng: random.Random, frontend: SimulatedFron
 
 @_worker_fault("eviction-storm", gentle=True)
 async def eviction_storm(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
-    """A worker loses all blocks that nobody uses, several times."""
+    """A worker loses all blocks that are not in use, several times."""
     for _ in range(rng.randint(1, 6)):
         if worker.exited:
             return
@@ -336,7 +336,7 @@ async def reset(injector: Injector, rng: random.Random) -> None:
 
 @_worker_fault("delay", gentle=True)
 async def delay(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
-    """What a worker says, or hears, takes longer."""
+    """What a worker sends takes longer to arrive; with it, perhaps, what it is sent."""
     world = injector.world
     routes = [(worker.instance_id, it.name) for it in world.frontends]
     if rng.random() < 0.5:
@@ -367,7 +367,7 @@ async def slow_worker(injector: Injector, rng: random.Random, worker: SimulatedW
 
 @_frontend_fault("duplicate")
 async def duplicate(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
-    """A frontend says things twice: a Generate costs it the link, anything else changes nothing."""
+    """A frontend sends messages twice: a Generate ends its link, any other changes nothing."""
     world = injector.world
     kinds: tuple[type[Any], ...] = rng.choice(((Cancel, Release, Ping), (Generate,)))
 

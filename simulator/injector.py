@@ -13,7 +13,7 @@ from simulator.watch import Watch
 from simulator.world import World
 
 BUSY_SHARE = 0.8
-"""How many faults choose among workers that have something to do, if there are any."""
+"""The share of faults that choose among workers that have something to do, if there are any."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What a peer can say that no peer may: messages with one value changed, so that only a check notices.
 
-Each lie must end the connection that it was told on, and nothing else.
+Each lie must end the connection on which it was sent, and nothing else.
 """
 
 from __future__ import annotations

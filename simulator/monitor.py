@@ -95,7 +95,11 @@ class Monitor:
         for worker in self._world.live_workers():
             if worker.leaving and not worker.stands_still:
                 most_s = self._world.scenario.drain_s + LEAVE_S
-                yield "workers leave", most_s, f"{worker.instance_id}/{worker.epoch} was told to"
+                yield (
+                    "workers leave",
+                    most_s,
+                    f"{worker.instance_id}/{worker.epoch} has not left after SIGTERM",
+                )
         by_name = {it.name: it for it in frontends}
         for worker in workers:
             yield from self._attempts(worker, by_name)
@@ -114,7 +118,7 @@ class Monitor:
     def _attempts(
         self, worker: SimulatedWorker, frontends: dict[str, SimulatedFrontend]
     ) -> Iterator[Complaint]:
-        """Every attempt on a worker is somebody's."""
+        """Every attempt on a worker belongs to a frontend that waits for it."""
         shell = worker.worker
         peers = set(shell.peers)
         for attempt_id, peer in shell.attempts.items():

@@ -3,7 +3,8 @@
 A stream is TCP as a program sees it: bytes arrive whole and in order, however the pieces are cut; what the
 receiver does not read fills a window, and then the sender's buffer. Streams delay each other in no way, so
 traffic overtakes between links and never within one. While a route is blocked, bytes wait for it, as
-retransmissions do, and ends of streams are not heard of: whoever sends to a closed end later is told.
+retransmissions do, and the end of a stream does not arrive: what is sent to a closed end later
+is answered by a reset.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Network:
 
     Args:
         rng: for delays, and for where streams are cut into pieces.
-        note: told of everything that is delivered, connected and closed.
+        note: called for everything that is delivered, connected and closed.
         latency_s: the shortest and the longest usual delay.
         cut_share: how many deliveries are cut in two.
     """
@@ -315,7 +316,7 @@ class End(asyncio.Transport):
             self._waiting.append(piece)
             self._network.wait_for_route(self)
         elif self._lost:
-            self._tell_peer_reset()  # nobody is here
+            self._tell_peer_reset()  # this end is closed
         else:
             self._received.append(piece)
             self._deliver_soon()
@@ -372,7 +373,7 @@ class End(asyncio.Transport):
             self.made(factory())
 
     def made(self, protocol: asyncio.Protocol) -> None:
-        """From now on there is somebody to deliver to."""
+        """From now on its protocol gets what arrives."""
         self._network.note("connected", *self.route_out)
         self._protocol = protocol
         protocol.connection_made(self)
@@ -385,7 +386,7 @@ class End(asyncio.Transport):
             self._end(ConnectionResetError("reset by the peer"))
 
     def vanish(self) -> None:
-        """Its process is gone, and is told nothing."""
+        """Its process is gone, and gets no call any more."""
         self._drop_unsent()
         self.closing = self._lost = True
         self._network.forget(self)

@@ -115,9 +115,9 @@ class SimulatedWorker:
     def leave(self) -> None:
         """As on SIGTERM."""
         self.leaving = True
-        self.process.soon(self._told_to_leave)
+        self.process.soon(self._on_sigterm)
 
-    def _told_to_leave(self) -> None:
+    def _on_sigterm(self) -> None:
         self._leaves_at = self.process.clock.now() + self._surroundings.scenario.drain_s
         self._stop.set()
 

@@ -19,7 +19,7 @@ from simulator.clients import SimulatedCall
 REPLACED_VOCAB_SIZE = 6000
 
 MIXED_SHARE = 0.25
-"""How many seeds begin with workers of two generations, as in the middle of a roll."""
+"""The share of seeds that begin with workers of two generations, as in the middle of a rolling update."""
 
 BLOCK_SIZES = (4, 8, 16)
 

@@ -29,7 +29,7 @@ class SendingChecks:
 
     def sending(self, frontend: SimulatedFrontend, live: Live, instance_id: str, attempt: Attempt) -> None:
         """Whether it may be sent: it was tokenized for this worker's model, its KV is or will be of use, it
-        has not failed too often, and nobody who goes before it waits."""
+        has not failed too often, and no request that goes before it waits."""
         worker = self._world.workers[instance_id]
         members = frontend.router._instances.membership.members
         member = members.get(instance_id)

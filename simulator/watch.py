@@ -87,7 +87,7 @@ class Watch:
 
     @contextmanager
     def disturbed(self) -> Iterator[None]:
-        """A fault that may end links for which nobody is to blame."""
+        """During a fault that may end links without a mistake of a worker or a frontend."""
         self._disturbing += 1
         try:
             yield
