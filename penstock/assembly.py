@@ -153,7 +153,6 @@ def run_worker(options: WorkerOptions) -> None:
         instance_id=instance_id,
         epoch=epoch,
         role=options.role,
-        model=options.served_model_name,
         advertise_host=options.advertise_host,
         advertise_port=options.advertise_port,
         max_wait_ms=options.max_wait_ms,

@@ -45,6 +45,9 @@ class Engine(Protocol):
     def cached_hashes(self) -> Sequence[int]:
         """Sequence hashes of all cached blocks, consistent with the steps already handed out."""
 
+    def asset(self, sha256: str) -> bytes | None:
+        """A file of the model, by what its card says; None for any other."""
+
     def steps(self) -> AsyncIterator[EngineStep]:
         """One item per engine step, and one when the load changes without a step."""
 

@@ -260,52 +260,60 @@ class EngineStep(msgspec.Struct):
     load: Load = Load()
 
 
-class EngineCard(msgspec.Struct):
+class Answering(msgspec.Struct, frozen=True):
+    """How a model's answers are drawn and read. Workers that only prefill need not know it."""
+
+    # From generation_config.json: temperature, top_p, ...
+    sampling_defaults: Annotated[dict[Word, Number], Meta(max_length=64)] = {}
+    structured_output: bool = False  # whether the engine takes Sampling.structured
+    tool_parser: Word = ""  # name of vLLM's parser for this model's tool calls; empty: none
+    reasoning_parser: Word = ""  # the same for its reasoning
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A model as one worker serves it. Its revision is computed from all of this (core/catalog.py), so all
+    that an answer depends on belongs here, and nothing else."""
+
+    name: Name  # as clients call it; also seeds the block hashes
+    max_model_len: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
+    eos_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []  # in ascending order
+    weights: Word = ""  # fingerprint of the weights; empty: the engine has none
+    # Tokenizer and templates, by file name; the content is fetched with an AssetRequest.
+    assets: Annotated[dict[Word, Sha256], Meta(max_length=MAX_ASSETS)] = {}
+    answering: Answering = Answering()
+
+
+class EngineCard(msgspec.Struct, frozen=True):
     """What an engine is, once started."""
 
-    engine: str  # name and version, e.g. "reference 0.1.0"
-    model: str  # default served name
-    block_size: int
-    total_blocks: int
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int] = []
-    layout: str = ""  # see Handoff.layout
-    transport: str = ""  # name of its KvTransfer; empty when it cannot hand over
-    sampling_defaults: dict[str, float] = {}  # from generation_config.json: temperature, top_p, ...
-    assets: dict[str, bytes] = {}  # tokenizer.json, tokenizer_config.json, ... as files
-    structured_output: bool = False  # whether it takes Sampling.structured
-    tool_parser: str = ""  # name of vLLM's parser for this model's tool calls; empty: none
-    reasoning_parser: str = ""  # the same for its reasoning
-    max_batch_tokens: int = 0  # most tokens of one step; 0: unknown
-    max_running: int = 0  # requests in one step; 0: not known
-    weights: str = ""  # fingerprint of the model's weights; empty: the engine has none
+    name: Word  # with its version, e.g. "reference 0.1.0"
+    model: ModelCard
+    block_size: BlockSize
+    total_blocks: Annotated[int, Meta(ge=1, le=MAX_POOL_BLOCKS)]
+    layout: Word = ""  # see Handoff.layout
+    transport: Word = ""  # name of its KvTransfer; empty when it cannot hand over
+    max_batch_tokens: Count = 0  # most tokens of one step; 0: unknown
+    max_running: Count = 0  # requests in one step; 0: unknown
+
+    def __str__(self) -> str:
+        """For logs."""
+        blocks = f"{self.total_blocks} blocks of {self.block_size} tokens"
+        return f"{self.name}, model {self.model.name}, {blocks}, transport {self.transport or 'none'}"
 
 
-class Card(msgspec.Struct):
+class Card(msgspec.Struct, frozen=True):
     """What a worker tells each frontend of itself on connecting."""
 
     instance_id: Name
     epoch: Total  # milliseconds since 1970 at the worker's start; grows with every incarnation
     role: Role
-    model: Name  # served name; also seeds the block hashes
-    engine: Word
-    block_size: BlockSize
-    total_blocks: Annotated[int, Meta(ge=1, le=MAX_POOL_BLOCKS)]
-    max_model_len: Annotated[int, Meta(ge=1, le=2**31 - 1)]
-    vocab_size: Annotated[int, Meta(ge=1, le=2**32)]
-    eos_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
-    layout: Word = ""
-    transport: Word = ""
-    sampling_defaults: Annotated[dict[Word, Number], Meta(max_length=64)] = {}
-    # By file name; the content is fetched with an AssetRequest.
-    assets: Annotated[dict[Word, Sha256], Meta(max_length=MAX_ASSETS)] = {}
-    structured_output: bool = False  # this and all that follow as in EngineCard
-    tool_parser: Word = ""
-    reasoning_parser: Word = ""
-    max_batch_tokens: Count = 0
-    max_running: Count = 0
-    weights: Word = ""
+    engine: EngineCard
+
+    @property
+    def model(self) -> ModelCard:
+        """What it serves."""
+        return self.engine.model
 
     @property
     def incarnation(self) -> str:
@@ -364,16 +372,9 @@ class Delta(msgspec.Struct):
 class ModelView(msgspec.Struct):
     """One revision of a served model, as the frontend needs it to render, check and tokenize."""
 
-    name: str
-    revision: str  # changes when anything else here does, or the weights (core/catalog.py)
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int]
-    sampling_defaults: dict[str, float]
+    card: ModelCard
+    revision: str  # core/catalog.py
     assets: dict[str, bytes]  # file name -> content
-    structured_output: bool = False  # this and the next two as in EngineCard
-    tool_parser: str = ""
-    reasoning_parser: str = ""
 
 
 class InstanceView(msgspec.Struct):

@@ -92,9 +92,9 @@ _ASKED: list[Lie] = [
 
 _BY_TAG: dict[str, list[Lie]] = {
     "welcome": [
-        lambda it: _put(it, "card", "block_size", 0),
-        lambda it: _put(it, "card", "vocab_size", 0),
-        lambda it: _put(it, "card", "assets", {"../outside": "0" * 64}),
+        lambda it: _put(it, "card", "engine", "block_size", 0),
+        lambda it: _put(it, "card", "engine", "model", "vocab_size", 0),
+        lambda it: _put(it, "card", "engine", "model", "assets", {"../outside": "0" * 64}),
         lambda it: _put(it, "card", "instance_id", "w99"),
     ],
     "snapshot": [lambda it: _put(it, "hashes", [-1])],

@@ -198,10 +198,10 @@ class Monitor:
             load = router._placement._book.view(card.instance_id)
             if not (load.running or load.waiting or router._full_until.get(card.instance_id, now) > now):
                 idle.append(card)
-        read = {kv_format(card) for card in ready if card.role.decodes}
+        read = {kv_format(card.engine) for card in ready if card.role.decodes}
         ahead: dict[KvFormat, bool] = {}  # whether a prefill worker for those who read this is idle
         for card in ready:
-            kind = kv_format(card)
+            kind = kv_format(card.engine)
             if not card.role.decodes and kind in read:
                 ahead[kind] = ahead.get(kind, False) or card in idle
         if ahead and not any(ahead.values()):
@@ -211,7 +211,9 @@ class Monitor:
         names = [
             card.instance_id
             for card in idle
-            if card.role.decodes and ahead.get(kv_format(card), True) and card.instance_id not in avoided
+            if card.role.decodes
+            and ahead.get(kv_format(card.engine), True)
+            and card.instance_id not in avoided
         ]
         books = router._placement._book.statistics()
         return {

@@ -327,7 +327,7 @@ class SimulatedFrontend:
         """Of the model that this frontend takes requests for."""
         sim = self._surroundings.scenario.sim
         try:
-            eos_token_ids = self.router.model(sim.model).eos_token_ids
+            eos_token_ids = self.router.model(sim.model).card.eos_token_ids
         except RequestRejected:  # it knows no worker yet, and clients do not wait for that
             return self._models.newest
         return int(eos_token_ids != list(sim.eos_token_ids))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from penstock.core.catalog import serves
 from penstock.core.deadlines import Deadlines
+from penstock.core.pairing import kv_format
 from penstock.core.suspects import MAX_DEATHS
 from penstock.router.live import Live
-from penstock.shapes import Attempt, Card, Handoff
+from penstock.shapes import Attempt, Card, EngineCard, Handoff
 from simulator.monitor import Monitor
 from simulator.processes import SimulatedFrontend
 from simulator.world import World
@@ -35,8 +36,10 @@ class SendingChecks:
         member = members.get(instance_id)
         decode = members.get(live.lifecycle._decode_id if attempt.prefill_only else instance_id)
         if attempt.prefill_only or attempt.handoff is not None:
-            made = attempt.handoff or (member.card if member is not None else None)
-            self._check_kv(attempt.attempt_id, made, decode.card if decode is not None else None)
+            prefill = attempt.handoff.instance_id if attempt.handoff is not None else instance_id
+            made = attempt.handoff or (member.card.engine if member is not None and member.card else None)
+            read = decode.card if decode is not None else None
+            self._check_kv(attempt.attempt_id, prefill, made, read)
         revision = live.placed.request.revision
         same = member is not None and worker.epoch == member.registration.epoch
         if same and worker.revision and not serves(worker.revision, revision):
@@ -56,13 +59,14 @@ class SendingChecks:
             if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:
                 self._violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
 
-    def _check_kv(self, attempt_id: str, made: Card | Handoff | None, read: Card | None) -> None:
+    def _check_kv(
+        self, attempt_id: str, prefill: str, made: EngineCard | Handoff | None, read: Card | None
+    ) -> None:
         """KV that one worker made, or is to make, is only for workers that read it."""
         if made is None or read is None:
             return
-        theirs, ours = ((it.block_size, it.layout, it.transport) for it in (made, read))
-        if theirs != ours:
-            what = f"{attempt_id}: {read.instance_id} would refuse what {made.instance_id} computes"
+        if kv_format(made) != kv_format(read.engine):
+            what = f"{attempt_id}: {read.instance_id} would refuse what {prefill} computes"
             self._violate("handoffs fit", what)
 
     def refused(self, frontend: SimulatedFrontend, request_id: str, why: str) -> None:

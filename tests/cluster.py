@@ -191,7 +191,7 @@ class Cluster:
     async def wait_ready(self, *instance_ids: str) -> None:
         def are_ready() -> bool:
             for worker in self.workers.values():
-                if worker.task.done():
+                if worker.task.done() and not worker.task.cancelled():  # it failed, and did not just die
                     worker.task.result()
             ready = {view.instance_id for view in self.router.instances() if view.state == "ready"}
             return ready == set(instance_ids)

@@ -169,7 +169,7 @@ async def test_a_model_that_cannot_be_prepared_keeps_one_worker_out(tmp_path: Pa
     prepared: list[str] = []
 
     async def prepare(model: Any) -> None:
-        prepared.append(model.name)
+        prepared.append(model.card.name)
         if len(prepared) == 1:
             raise DefectError
 

@@ -75,7 +75,7 @@ async def test_a_lone_engine_is_left_to_finish(tmp_path: Path) -> None:
         for _ in range(6):  # more often than an attempt may fail
             with it.workers["a0"].stuck():
                 await until_state(it, "a0", "quarantined")
-                assert it.router.model(MODEL).name == MODEL  # new requests may wait for it
+                assert it.router.model(MODEL).card.name == MODEL  # new requests may wait for it
             await until_state(it, "a0", "ready")
         assert len(await answer.tokens()) == 300
         assert "penstock_retries_total 0.0" in it.metrics.render().decode()

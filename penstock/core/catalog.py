@@ -11,8 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
-from penstock.shapes import Card, ModelView
+import msgspec
+from msgspec.structs import asdict, replace
+
+from penstock.shapes import Answering, Card, ModelCard, ModelView
+
+_encoder = msgspec.json.Encoder(order="deterministic")  # equal cards are equal bytes
 
 
 class Catalog:
@@ -28,7 +34,7 @@ class Catalog:
 
     def wanted(self, card: Card) -> list[str]:
         """The sha256 of this card's assets that are not here yet."""
-        return [sha256 for sha256 in card.assets.values() if sha256 not in self._assets]
+        return [sha256 for sha256 in card.model.assets.values() if sha256 not in self._assets]
 
     def put(self, sha256: str, content: bytes) -> None:
         self._assets[sha256] = content
@@ -36,34 +42,24 @@ class Catalog:
     def publish(self, card: Card) -> ModelView:
         """Make the view of the card's model and revision. All its assets must be here (`wanted`)."""
         revision = revision_of(card)
-        view = self._views[card.model, revision] = ModelView(
-            name=card.model,
-            revision=revision,
-            max_model_len=card.max_model_len,
-            vocab_size=card.vocab_size,
-            eos_token_ids=card.eos_token_ids,
-            sampling_defaults=card.sampling_defaults,
-            assets={name: self._assets[sha256] for name, sha256 in card.assets.items()},
-            structured_output=card.structured_output,
-            tool_parser=card.tool_parser,
-            reasoning_parser=card.reasoning_parser,
-        )
+        files = {name: self._assets[sha256] for name, sha256 in card.model.assets.items()}
+        view = self._views[card.model.name, revision] = ModelView(card.model, revision, files)
         return view
 
     def keep(self, cards: Mapping[tuple[str, str], Card]) -> None:
         """Drop all views and files but those of these cards, which are given by model and revision."""
-        files = {sha256 for card in cards.values() for sha256 in card.assets.values()}
+        files = {sha256 for card in cards.values() for sha256 in card.model.assets.values()}
         self._views = {key: view for key, view in self._views.items() if key in cards}
         self._assets = {sha256: content for sha256, content in self._assets.items() if sha256 in files}
 
 
 def revision_of(card: Card) -> str:
     """Names everything about a worker's model that an answer depends on: `model.answering`, each of them 12
-    hex digits. Prefill workers need not be told how answers are drawn and read, and have only the first."""
-    names = [_digest(_model(card))]
+    hex digits. Prefill workers need not know how answers are drawn and read, and have only the first."""
+    digests = [_digest(replace(card.model, answering=Answering()))]
     if card.role.decodes:
-        names.append(_digest(_answering(card)))
-    return ".".join(names)
+        digests.append(_digest(card.model.answering))
+    return ".".join(digests)
 
 
 def serves(worker: str, revision: str) -> bool:
@@ -72,34 +68,17 @@ def serves(worker: str, revision: str) -> bool:
 
 
 def differences(card: Card, other: Card) -> list[str]:
-    """What makes the models of two cards different revisions, by name."""
-    ours, theirs = _model(card), _model(other)
-    if card.role.decodes and other.role.decodes:
-        ours, theirs = ours | _answering(card), theirs | _answering(other)
+    """What makes the models of two cards different revisions, by the names of fields and files."""
+    answering = card.role.decodes and other.role.decodes
+    ours, theirs = _parts(card.model, answering), _parts(other.model, answering)
     return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
-def _digest(parts: dict[str, str]) -> str:
-    text = "\n".join(f"{name}={value}" for name, value in parts.items())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _digest(part: ModelCard | Answering) -> str:
+    return hashlib.sha256(_encoder.encode(part)).hexdigest()[:12]
 
 
-def _model(card: Card) -> dict[str, str]:
-    """What token ids and their KV mean, and which of them fit."""
-    return {
-        **{name: card.assets[name] for name in sorted(card.assets)},
-        "weights": card.weights,
-        "max_model_len": str(card.max_model_len),
-        "vocab_size": str(card.vocab_size),
-        "eos_token_ids": str(sorted(card.eos_token_ids)),
-    }
-
-
-def _answering(card: Card) -> dict[str, str]:
-    """How answers are drawn and read."""
-    return {
-        "sampling_defaults": str(sorted(card.sampling_defaults.items())),
-        "structured_output": str(card.structured_output),
-        "tool_parser": card.tool_parser,
-        "reasoning_parser": card.reasoning_parser,
-    }
+def _parts(model: ModelCard, answering: bool) -> dict[str, Any]:
+    fields = asdict(model)
+    del fields["answering"], fields["assets"]
+    return {**model.assets, **fields, **(asdict(model.answering) if answering else {})}

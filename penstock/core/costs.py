@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable
 import msgspec
 
 from penstock.core.pairing import KvFormat
-from penstock.shapes import Card, Load, Role
+from penstock.shapes import EngineCard, Load, Role
 
 STEP_TOKENS = 8192
 """Prompt tokens that an engine is assumed to compute in one step (`max_num_batched_tokens` of vLLM on a
@@ -163,7 +163,7 @@ def _stay_tokens(query: Query, candidate: Candidate) -> float:
     return max(1.0, candidate.output_tokens or query.expected_output_tokens)
 
 
-def service_ms(card: Card, load: Load, prompt_tokens: int, output_tokens: float) -> float:
+def service_ms(engine: EngineCard, load: Load, prompt_tokens: int, output_tokens: float) -> float:
     """For how long a worker that is always full is busy on account of one more request, at the least, in
     ms.
 
@@ -176,10 +176,10 @@ def service_ms(card: Card, load: Load, prompt_tokens: int, output_tokens: float)
     to a step: it is taken for no more than step_ms / DOUBLING.
     """
     rates, tokens = load.rates, prompt_tokens + output_tokens
-    places = card.max_running or math.inf
+    places = engine.max_running or math.inf
     if load.total_blocks:
-        places = min(places, load.total_blocks * card.block_size / tokens)
-    begun = min(places / max(1.0, output_tokens), (card.max_batch_tokens or STEP_TOKENS) / tokens)
+        places = min(places, load.total_blocks * engine.block_size / tokens)
+    begun = min(places / max(1.0, output_tokens), (engine.max_batch_tokens or STEP_TOKENS) / tokens)
     decode_ms = min(rates.decode_request_ms, rates.step_ms / DOUBLING) * output_tokens
     return rates.prefill_token_ms * prompt_tokens + decode_ms + rates.step_ms / begun
 

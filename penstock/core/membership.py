@@ -110,7 +110,7 @@ class Membership:
         """The link is up and the snapshot is in."""
         member = self.members[instance_id]
         member.card = card
-        member.model = card.model
+        member.model = card.model.name
         member.revision = revision_of(card)
         member.state = State.LOADING
 
@@ -161,11 +161,11 @@ class Membership:
         decoders: dict[str, dict[str, list[Card]]] = {}
         for member, card in loaded:
             if card.role.decodes:
-                decoders.setdefault(card.model, {}).setdefault(member.revision, []).append(card)
+                decoders.setdefault(card.model.name, {}).setdefault(member.revision, []).append(card)
         for model, revisions in decoders.items():
             self.served[model] = max(revisions, key=lambda revision: _claim(revision, revisions[revision]))
         for member, card in loaded:
-            served = self.served.get(card.model)
+            served = self.served.get(card.model.name)
             stands_by = served is not None and not serves(member.revision, served)
             member.state = State.STANDBY if stands_by else State.READY
         return [model for model in before | self.served if before.get(model) != self.served.get(model)]
@@ -177,7 +177,7 @@ class Membership:
             for member in self.members.values()
             if member.loaded
             and member.card is not None
-            and member.card.model == model
+            and member.card.model.name == model
             and serves(member.revision, revision)
         ]
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from penstock.shapes import Card, Role
+from penstock.shapes import Card, EngineCard, Role
 
 
 class KvFormat(NamedTuple):
-    """What must be equal for one worker to read the KV of another. The fields are those of Card, EngineCard
-    and Handoff."""
+    """What must be equal for one worker to read the KV of another. The fields are those of EngineCard and
+    Handoff."""
 
     block_size: int = 0
     layout: str = ""
@@ -27,7 +27,7 @@ class KvFormat(NamedTuple):
 
 
 class SaysFormat(Protocol):
-    """A Card, an EngineCard or a Handoff."""
+    """An EngineCard or a Handoff."""
 
     @property
     def block_size(self) -> int: ...
@@ -53,15 +53,15 @@ def unpaired(cards: Iterable[Card]) -> dict[str, str]:
     """Those of these workers that have no partner among them, and why, by instance id: prefill workers
     whose KV no decode worker reads, and decode workers that read the KV of no prefill worker. Where a model
     has no workers of the other role at all, nobody counts as unpaired."""
-    formats: dict[tuple[str, Role], dict[KvFormat, Card]] = {}
+    formats: dict[tuple[str, Role], dict[KvFormat, EngineCard]] = {}
     cards = list(cards)
     for card in cards:
-        formats.setdefault((card.model, card.role), {}).setdefault(kv_format(card), card)
+        formats.setdefault((card.model.name, card.role), {}).setdefault(kv_format(card.engine), card.engine)
     reasons = {}
     for card in cards:
-        theirs = formats.get((card.model, _PARTNER.get(card.role, card.role)), {})
-        if theirs and kv_format(card) not in theirs:
-            why = min((_difference(card, other) for other in theirs.values()), key=len)
+        theirs = formats.get((card.model.name, _PARTNER.get(card.role, card.role)), {})
+        if theirs and kv_format(card.engine) not in theirs:
+            why = min((_difference(card.engine, other) for other in theirs.values()), key=len)
             reasons[card.instance_id] = f"{_UNPAIRED[card.role]}: {why}"
     return reasons
 
@@ -72,19 +72,19 @@ def without_pairs(cards: Iterable[Card], alone: Mapping[str, str]) -> dict[str, 
     prefills: dict[str, list[str]] = {}
     for card in cards:
         if card.role is Role.PREFILL:
-            prefills.setdefault(card.model, []).append(alone.get(card.instance_id, ""))
+            prefills.setdefault(card.model.name, []).append(alone.get(card.instance_id, ""))
     return {model: reasons[0] for model, reasons in prefills.items() if all(reasons)}
 
 
-def _difference(card: Card, other: Card) -> str:
+def _difference(engine: EngineCard, other: EngineCard) -> str:
     """Why they cannot read each other's KV, in words. The layout is a digest that people cannot read: it
     stands for itself only where nothing else tells the two apart."""
-    for names in (("block_size", "transport", "engine"), ("layout",)):
-        told = [
-            f"{name} is {getattr(card, name)!r}, theirs {getattr(other, name)!r}"
-            for name in names
-            if getattr(card, name) != getattr(other, name)
-        ]
-        if told:
-            return ", ".join(told)
-    return ""
+    compared = {
+        "block_size": (engine.block_size, other.block_size),
+        "transport": (engine.transport, other.transport),
+        "engine": (engine.name, other.name),
+    }
+    told = [
+        f"{name} is {our!r}, theirs {their!r}" for name, (our, their) in compared.items() if our != their
+    ]
+    return ", ".join(told) or f"layout is {engine.layout!r}, theirs {other.layout!r}"

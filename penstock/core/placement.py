@@ -66,9 +66,9 @@ class Placement:
 
     def up(self, card: Card, load: Load) -> None:
         """An instance is connected; what it has cached was told before."""
-        self._block_sizes[card.instance_id] = card.block_size
-        self._most_blocks[card.instance_id] = most_blocks(card.total_blocks)
-        self._models[card.instance_id] = card.model
+        self._block_sizes[card.instance_id] = card.engine.block_size
+        self._most_blocks[card.instance_id] = most_blocks(card.engine.total_blocks)
+        self._models[card.instance_id] = card.model.name
         self._index.add_worker(card.instance_id)
         self._book.reported(card.instance_id, 0, load)
 
@@ -155,26 +155,26 @@ class Placement:
     def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
         overlaps = {
             size: self._index.overlaps(_hashes(placed, tokens, size))
-            for size in {card.block_size for card in cards}
+            for size in {card.engine.block_size for card in cards}
         }
         candidates = []
         for card in cards:
-            overlap = overlaps[card.block_size].get(card.instance_id, 0)
+            overlap = overlaps[card.engine.block_size].get(card.instance_id, 0)
             # An engine computes the last token again at least, and with it that token's block.
-            found = min(overlap, (len(tokens) - 1) // card.block_size)
-            placed.overlap_tokens[card.instance_id] = found * card.block_size
+            found = min(overlap, (len(tokens) - 1) // card.engine.block_size)
+            placed.overlap_tokens[card.instance_id] = found * card.engine.block_size
             prompt_tokens, output_tokens = self._book.mean_tokens(card.instance_id)
             candidates.append(
                 Candidate(
                     instance_id=card.instance_id,
                     role=card.role,
                     load=self._book.view(card.instance_id),
-                    block_size=card.block_size,
+                    block_size=card.engine.block_size,
                     overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
-                    max_running=card.max_running,
+                    max_running=card.engine.max_running,
                     prompt_tokens=prompt_tokens,
                     output_tokens=output_tokens,
-                    kv_format=kv_format(card),
+                    kv_format=kv_format(card.engine),
                 )
             )
         return candidates
@@ -219,17 +219,17 @@ class Placement:
         prompt_tokens = decision.scores[0].uncached_tokens
         whole, prompts, outputs = 0.0, 0.0, 0.0  # requests per ms
         decoders = 0
-        read = {kv_format(card) for card in cards if card.role.decodes}
+        read = {kv_format(card.engine) for card in cards if card.role.decodes}
         for card in cards:
             load = self.load(card.instance_id)
             if load.rates == UNMEASURED:
                 continue
             if card.role.decodes:
                 decoders += 1
-                whole += 1.0 / service_ms(card, load, prompt_tokens, output_tokens)
-                outputs += 1.0 / service_ms(card, load, 1, output_tokens)
-            elif kv_format(card) in read:
-                prompts += 1.0 / service_ms(card, load, prompt_tokens, 1.0)
+                whole += 1.0 / service_ms(card.engine, load, prompt_tokens, output_tokens)
+                outputs += 1.0 / service_ms(card.engine, load, 1, output_tokens)
+            elif kv_format(card.engine) in read:
+                prompts += 1.0 / service_ms(card.engine, load, prompt_tokens, 1.0)
         if not whole:
             return 0.0
         apart = min(prompts, outputs)

@@ -58,7 +58,7 @@ def activate(attempt: Attempt, card: EngineCard, order: int) -> ActiveAttempt:
     sampling = attempt.sampling
     stops = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
-        stops = stops.union(card.eos_token_ids)
+        stops = stops.union(card.model.eos_token_ids)
     return ActiveAttempt(
         attempt_id=attempt.attempt_id,
         token_ids=list(attempt.token_ids),
@@ -83,11 +83,11 @@ def fault(attempt: Attempt, card: EngineCard) -> str | None:
     if attempt.prompt_len >= _longest(card):
         return f"the prompt has {attempt.prompt_len} tokens; at most {_longest(card) - 1} fit"
     low, high = min(attempt.token_ids), max(attempt.token_ids)
-    if low < 0 or high >= card.vocab_size:
-        return f"token id {low if low < 0 else high} is not in the vocabulary of {card.vocab_size}"
+    if low < 0 or high >= card.model.vocab_size:
+        return f"token id {low if low < 0 else high} is not in the vocabulary of {card.model.vocab_size}"
     named = (*attempt.sampling.stop_token_ids, *attempt.sampling.logit_bias)
-    if named and not 0 <= min(named) <= max(named) < card.vocab_size:
-        return f"stop_token_ids or logit_bias: not in the vocabulary of {card.vocab_size}"
+    if named and not 0 <= min(named) <= max(named) < card.model.vocab_size:
+        return f"stop_token_ids or logit_bias: not in the vocabulary of {card.model.vocab_size}"
     if attempt.sampling.max_tokens < 1:
         return f"max_tokens is {attempt.sampling.max_tokens}; at least 1 is needed"
     if attempt.prefill_only and not card.transport:
@@ -107,7 +107,7 @@ def mismatch(handoff: Handoff, attempt: Attempt, card: EngineCard) -> str | None
             return f"{name} is {its!r}, here {own!r}"
     if not 0 < handoff.num_tokens <= len(attempt.token_ids):
         return f"num_tokens is {handoff.num_tokens}, of {len(attempt.token_ids)}"
-    root = root_hash(card.model, attempt.cache_salt)
+    root = root_hash(card.model.name, attempt.cache_salt)
     expected = last_hash(attempt.token_ids[: handoff.num_tokens], card.block_size, root)
     if handoff.last_hash != expected:
         return f"last_hash is {handoff.last_hash:016x}, here {expected:016x}"
@@ -116,4 +116,4 @@ def mismatch(handoff: Handoff, attempt: Attempt, card: EngineCard) -> str | None
 
 def _longest(card: EngineCard) -> int:
     """The most tokens, prompt and output, that the model takes and the pool holds."""
-    return min(card.max_model_len, card.total_blocks * card.block_size)
+    return min(card.model.max_model_len, card.total_blocks * card.block_size)

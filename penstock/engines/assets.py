@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from penstock.errors import ConfigError
@@ -16,6 +18,18 @@ ASSET_NAMES = (
 
 MAX_ASSET_BYTES = 32 * 1024 * 1024
 """Of one file. Tokenizers of 250,000 tokens take 10 to 20 MB; assets are kept in memory on both sides."""
+
+
+class Assets:
+    """Files by name, as a ModelCard lists them, and their content."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        self._contents = {self.digests[name]: content for name, content in files.items()}
+
+    def get(self, sha256: str) -> bytes | None:
+        """The content with this digest, in hex; None when no file has it."""
+        return self._contents.get(sha256)
 
 
 def assets_from(folder: Path | str) -> dict[str, bytes]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import msgspec
+from msgspec.structs import replace
 
+from penstock.engines.assets import Assets
 from penstock.engines.batch import Row, Runner
 from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
@@ -39,6 +41,8 @@ class LoadedModel(msgspec.Struct):
 
     card: EngineCard
     """`transport` and `max_batch_tokens` are filled in by `build_cycle`."""
+
+    assets: Assets
 
     runner: Runner
 
@@ -176,19 +180,13 @@ def build_cycle(
 ) -> EngineCycle:
     """A cycle around a loaded model, its transfer started and its card complete. May block for as long as
     the transfer takes to start; arguments as of EngineCycle."""
-    card = model.card
-    card.max_batch_tokens = settings.max_batch_tokens
-    if transfer is not None:
-        card.transport = transfer.name
+    card = replace(
+        model.card,
+        max_batch_tokens=settings.max_batch_tokens,
+        transport=transfer.name if transfer is not None else "",
+    )
     scheduler = Scheduler(card, settings)
     if transfer is not None:
         transfer.start(model.pool, lambda handoff_id: post(partial(scheduler.pulled, handoff_id)))
-    log.info(
-        "engine ready: %s, model %s, %d blocks of %d tokens, transport %s",
-        card.engine,
-        card.model,
-        card.total_blocks,
-        card.block_size,
-        card.transport or "none",
-    )
+    log.info("engine ready: %s", card)
     return EngineCycle(scheduler, model.runner, transfer, now, post)

@@ -79,7 +79,7 @@ class HeldHandoffs:
         if whole:
             last_hash = self._pool.sequence_hash(block_ids[whole - 1])
         else:
-            last_hash = root_hash(self._card.model, active.cache_salt)
+            last_hash = root_hash(self._card.model.name, active.cache_salt)
         tail = active.token_ids[whole * self._card.block_size : active.computed]
         if tail:
             last_hash = block_hash(tail, last_hash)

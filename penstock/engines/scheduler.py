@@ -83,7 +83,7 @@ class Scheduler:
     ) -> None:
         self.card = card
         self.settings = settings
-        self.pool = BlockPool(card.total_blocks, card.block_size, card.model)
+        self.pool = BlockPool(card.total_blocks, card.block_size, card.model.name)
         self.held = HeldHandoffs(card, settings, self.pool)
         self.pulls = OpenPulls(card, self.pool, settings.pull_timeout_s)
         self.preemptions = 0

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from penstock.engines.assets import Assets
 from penstock.engines.cycle import Command, EngineCycle
 from penstock.engines.outbox import Outbox
 from penstock.engines.scheduler import Scheduler
@@ -23,6 +24,7 @@ class EngineShell(ABC):
     def __init__(self) -> None:
         self._outbox = Outbox()
         self._cycle: EngineCycle | None = None  # until started
+        self._assets = Assets({})
 
     def submit(self, attempt: Attempt) -> None:
         """As Engine.submit, once started."""
@@ -39,6 +41,10 @@ class EngineShell(ABC):
     def cached_hashes(self) -> Sequence[int]:
         """As Engine.cached_hashes; a copy."""
         return self._outbox.cached_hashes()
+
+    def asset(self, sha256: str) -> bytes | None:
+        """As Engine.asset."""
+        return self._assets.get(sha256)
 
     def steps(self) -> AsyncIterator[EngineStep]:
         """As Engine.steps, for one reader. Ends after `stop`; RemoteError when the engine broke."""

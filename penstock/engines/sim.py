@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest
 from penstock import __version__
 from penstock.clock import Clock
 from penstock.engines import byte_tokenizer
-from penstock.engines.assets import assets_from
+from penstock.engines.assets import Assets, assets_from
 from penstock.engines.batch import Row, Sampled, Sequence
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import LoadedModel
@@ -27,7 +27,7 @@ from penstock.engines.stepping import SteppingEngine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
 from penstock.ports import Engine, KvTransfer
-from penstock.shapes import EngineCard, Sampling, TokenLogprob
+from penstock.shapes import EngineCard, ModelCard, Sampling, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""
@@ -164,24 +164,27 @@ def sim_engine(
 
 def load_sim(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
     """A runner that draws tokens, and takes the time for it itself if `duration_s` is given."""
-    assets, vocab_size, token_ids = _tokens(settings)
+    files, vocab_size, token_ids = _tokens(settings)
+    assets = Assets(files)
     settings = msgspec.structs.replace(settings, vocab_size=vocab_size)  # checks EOS ids against it
     card = EngineCard(
-        engine=f"sim {__version__} of {settings.cost_model}",
-        model=settings.model,
+        name=f"sim {__version__} of {settings.cost_model}",
+        model=ModelCard(
+            name=settings.model,
+            # No longer than its blocks can hold: a frontend refuses at once what no worker could take.
+            max_model_len=min(settings.max_model_len, settings.total_blocks * settings.block_size),
+            vocab_size=vocab_size,
+            eos_token_ids=sorted(settings.eos_token_ids),
+            assets=assets.digests,
+        ),
         block_size=settings.block_size,
         total_blocks=settings.total_blocks,
-        # No longer than its blocks can hold: a frontend refuses at once what no worker could take.
-        max_model_len=min(settings.max_model_len, settings.total_blocks * settings.block_size),
-        vocab_size=vocab_size,
-        eos_token_ids=list(settings.eos_token_ids),
         layout=f"sim/{settings.model}/{settings.block_size}",
-        assets=assets,
         max_running=settings.scheduler.max_running,
     )
     shape = (settings.total_blocks, POOL_BYTES_PER_BLOCK)
     pool = memoryview(bytearray(settings.total_blocks * POOL_BYTES_PER_BLOCK)).cast("B", shape)
-    return LoadedModel(card, SimRunner(settings, token_ids, duration_s), pool)
+    return LoadedModel(card, assets, SimRunner(settings, token_ids, duration_s), pool)
 
 
 def _tokens(settings: SimSettings) -> tuple[dict[str, bytes], int, range]:

@@ -85,6 +85,7 @@ class SteppingEngine(EngineShell):
 
     def _build(self) -> EngineCycle:
         model = self._load()
+        self._assets = model.assets
         return build_cycle(model, self._settings, self._transfer, monotonic, self._post)
 
     # --- the compute thread -----------------------------------------------------------------------

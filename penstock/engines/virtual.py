@@ -49,7 +49,9 @@ class VirtualEngine(EngineShell):
     async def start(self) -> EngineCard:
         """As Engine.start."""
         self._outbox.open()
-        self._cycle = build_cycle(self._load(), self._settings, self._transfer, self._clock.now, self._post)
+        model = self._load()
+        self._assets = model.assets
+        self._cycle = build_cycle(model, self._settings, self._transfer, self._clock.now, self._post)
         self._task = asyncio.create_task(self._run(self._cycle), name="penstock-engine")
         return self._cycle.scheduler.card
 

@@ -176,10 +176,10 @@ class GenerationEndpoint:
             await asyncio.sleep(0)  # others first: rendering it takes as long as decoding did
         record.began = time.perf_counter()
         view = self._completer.model(body.model)
-        record.model = view.name
+        record.model = view.card.name
         priority = priority_of(body, record.tenant)
-        self._completer.check(view.name, record.tenant, priority)  # before the work of tokenizing
-        with self._metrics.of(view.name).inflight.track_inprogress():
+        self._completer.check(view.card.name, record.tenant, priority)  # before the work of tokenizing
+        with self._metrics.of(view.card.name).inflight.track_inprogress():
             record.call_id = kind.id_prefix + uuid.uuid4().hex
             async with self._watched(record, exchange):
                 caller = Caller(record.tenant, priority, record.began, self._settings.prepare_timeout_s)
@@ -209,7 +209,7 @@ class GenerationEndpoint:
         record.plan = plan
         record.call = call = Call(
             plan.answers,
-            metrics=self._metrics.of(view.name),
+            metrics=self._metrics.of(view.card.name),
             streaming=bool(body.stream),
             max_unsent_chars=self._settings.max_unsent_chars,
             on_overflow=exchange.abort,
@@ -217,7 +217,7 @@ class GenerationEndpoint:
         )
         created = int(time.time())
         name = kind.chunk_object if body.stream else kind.object
-        envelope = Envelope(record.call_id, name, created, view.name, fingerprint_of(view))
+        envelope = Envelope(record.call_id, name, created, view.card.name, fingerprint_of(view))
         call.start(self._completer, plan.requests)
         if body.stream:
             await _stream(kind, exchange, call, plan, envelope, body.include_usage)

@@ -82,7 +82,7 @@ class Planner:
                 plan.requests.append(
                     Request(
                         request_id=f"{call_id}-{index}",
-                        model=view.name,
+                        model=view.card.name,
                         revision=view.revision,
                         token_ids=prompt,
                         sampling=own,
@@ -114,7 +114,7 @@ class Planner:
                 _check_length(prompt, view)
                 texts.append(prompt)
             else:
-                check_vocabulary("prompt", prompt, view.vocab_size)
+                check_vocabulary("prompt", prompt, view.card.vocab_size)
         special = body.add_special_tokens is not False
         encoded = iter(await self._preprocessor.encode(text, texts, caller, add_special_tokens=special))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
@@ -130,9 +130,11 @@ def priority_of(body: ChatRequest | CompletionRequest, tenant: str) -> int:
 
 
 def _check_length(prompt: str, view: ModelView) -> None:
-    limit = view.max_model_len * MAX_CHARS_PER_TOKEN
+    limit = view.card.max_model_len * MAX_CHARS_PER_TOKEN
     if len(prompt) > limit:
-        raise too_long(view.max_model_len, f"your prompt has {len(prompt)} characters, more than {limit}")
+        raise too_long(
+            view.card.max_model_len, f"your prompt has {len(prompt)} characters, more than {limit}"
+        )
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:
@@ -143,11 +145,12 @@ def _parser(body: ChatRequest | CompletionRequest, text: ModelText, view: ModelV
     """What takes this request's answers apart; None when they are plain text."""
     if not isinstance(body, ChatRequest):
         return None
-    if body.calls_tools and (text.parser is None or not view.tool_parser):
+    tool_parser = view.card.answering.tool_parser
+    if body.calls_tools and (text.parser is None or not tool_parser):
         reason = "no parser for tool calls was named to its workers (--tool-call-parser)"
-        if view.tool_parser:
-            reason = f"this frontend has no vLLM, whose parser {view.tool_parser} that needs"
-        message = f"`{view.name}` cannot call tools: {reason}."
+        if tool_parser:
+            reason = f"this frontend has no vLLM, whose parser {tool_parser} that needs"
+        message = f"`{view.card.name}` cannot call tools: {reason}."
         raise RequestRejected(400, message, code="unsupported_value", field="tools")
     return text.parser.begin(_set_fields(body)) if text.parser is not None else None
 
@@ -183,7 +186,7 @@ def _answer(
         text.detokenizer(prompt, special=special),
         stops=StopMatcher(body.stops, bool(body.include_stop_str_in_output)) if body.stops else None,
         min_tokens=body.min_tokens or 0,
-        stop_tokens=frozenset((*view.eos_token_ids, *(body.stop_token_ids or ()))),
-        eos_tokens=view.eos_token_ids,
+        stop_tokens=frozenset((*view.card.eos_token_ids, *(body.stop_token_ids or ()))),
+        eos_tokens=view.card.eos_token_ids,
         reply=reply,
     )

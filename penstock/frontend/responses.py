@@ -126,11 +126,11 @@ def _body(envelope: Envelope, choices: list[JsonObject], usage: Usage) -> bytes:
 def model_object(model: ModelView, created: int) -> JsonObject:
     """A model as /v1/models shows it."""
     return {
-        "id": model.name,
+        "id": model.card.name,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
-        "max_model_len": model.max_model_len,
+        "max_model_len": model.card.max_model_len,
     }
 
 

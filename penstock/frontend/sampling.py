@@ -30,7 +30,7 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
     _check_tokens("logit_bias", bias, model)
     stop_token_ids = tuple(request.stop_token_ids or ())
     _check_tokens("stop_token_ids", stop_token_ids, model)
-    default = model.sampling_defaults.get
+    default = model.card.answering.sampling_defaults.get
     return Sampling(
         max_tokens=0,
         min_tokens=request.min_tokens or 0,
@@ -53,11 +53,11 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
 
 def _structured(request: GenerationRequest, model: ModelView) -> StructuredOutput | None:
     wanted = constraint(request.response_format, request.structured_outputs)
-    if wanted is not None and not model.structured_output:
+    if wanted is not None and not model.card.answering.structured_output:
         field = "response_format" if request.response_format is not None else "structured_outputs"
         raise RequestRejected(
             400,
-            f"`{field}`: the engine that serves `{model.name}` cannot hold its output to a form.",
+            f"`{field}`: the engine that serves `{model.card.name}` cannot hold its output to a form.",
             code="unsupported_value",
             field=field,
         )
@@ -77,7 +77,7 @@ def with_room(
     Raises RequestRejected(400): code "context_length_exceeded" when the prompt leaves no room for a token;
     naming the field when the context could never hold what is wanted.
     """
-    limit, wanted = model.max_model_len, request.wanted_max_tokens
+    limit, wanted = model.card.max_model_len, request.wanted_max_tokens
     if wanted is not None and wanted > limit:
         field = request.max_tokens_field
         message = f"`{field}` is {wanted}, more than the model's whole context of {limit} tokens."
@@ -108,7 +108,7 @@ def _first(*values: _T | None) -> _T:
 
 
 def _check_tokens(field: str, token_ids: Iterable[int], model: ModelView) -> None:
-    check_vocabulary(field, token_ids, model.vocab_size)
+    check_vocabulary(field, token_ids, model.card.vocab_size)
 
 
 def check_vocabulary(field: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -261,7 +261,7 @@ class Session:
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
         first = self._cached == 0
         self._cached += len(message.hashes)
-        most = min(self._settings.max_snapshot_blocks, most_blocks(self._card.total_blocks))
+        most = min(self._settings.max_snapshot_blocks, most_blocks(self._card.engine.total_blocks))
         if self._cached > most:
             raise ProtocolError(f"snapshot.hashes: more than {most} blocks")
         # Part by part: all of a large cache at once would hold up everyone else's tokens.

@@ -195,7 +195,7 @@ class Instances:
                 self._metrics.state(instance_id, member.registration.role, member.state)
                 if member.card is not None and member.state is State.STANDBY:
                     # When most workers have become other ones, the rest are there on purpose.
-                    level = logging.INFO if member.card.model in replaced else logging.WARNING
+                    level = logging.INFO if member.card.model.name in replaced else logging.WARNING
                     why = self._models.other_revision(member.card)
                     log.log(level, "instance on standby: %s: %s", instance_id, why)
         self._pair()
@@ -212,7 +212,7 @@ class Instances:
             if model not in before:
                 log.warning("prefill workers of %s are not used: %s", model, why)
         for model in before.keys() - self._without_pairs.keys():
-            left = any(card.model == model and card.role is Role.PREFILL for card in cards)
+            left = any(card.model.name == model and card.role is Role.PREFILL for card in cards)
             log.info("prefill workers of %s are %s", model, "used again" if left else "gone")
 
     def advances(self, instance_id: str) -> bool:
@@ -281,14 +281,14 @@ class Instances:
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
             link.instance_id,
             card.role,
-            card.model,
-            card.engine,
+            card.model.name,
+            card.engine.name,
             self._placement.held_blocks(link.instance_id),
         )
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         if link.incarnation != card.incarnation:
             link.incarnation, link.progress = card.incarnation, None
-        link.progress = link.progress or Progress(self._progress, card.max_batch_tokens)
+        link.progress = link.progress or Progress(self._progress, card.engine.max_batch_tokens)
         link.progress.observe(load, self._time.seconds)
         self._judge(link, link.progress)
 
@@ -395,7 +395,7 @@ class _Link:
     def on_up(self, card: Card, load: Load) -> None:
         self._check_open()
         self.up, self.left = True, False
-        self.model = card.model
+        self.model = card.model.name
         self._instances._up(self, card, load)
         self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
 

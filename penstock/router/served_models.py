@@ -80,7 +80,7 @@ class ServedModels:
         if not listed or any(member.model in (name, "") for member in members):
             message = f"The workers of `{name}` are still connecting."
             raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
-        names = ", ".join(f"`{view.name}`" for view in self.models()[:MAX_NAMED_MODELS])
+        names = ", ".join(f"`{view.card.name}`" for view in self.models()[:MAX_NAMED_MODELS])
         message = f"The model `{name}` does not exist; served: {names or 'none'}."
         raise RequestRejected(404, message, code="model_not_found", field="model")
 
@@ -92,9 +92,9 @@ class ServedModels:
 
     def other_revision(self, card: Card) -> str:
         """What keeps new requests from a worker of another revision than the served one."""
-        served = self._served.get(card.model)
+        served = self._served.get(card.model.name)
         differing = ", ".join(differences(card, served.card)) if served is not None else ""
-        return f"another revision of {card.model} is served, with other {differing}"
+        return f"another revision of {card.model.name} is served, with other {differing}"
 
     def elect(self, now: float) -> list[str]:
         """After any change of a member: see which revision of each model new requests get. Returns the
@@ -140,7 +140,9 @@ class ServedModels:
         while len(self._gone) > MAX_GONE_MODELS:
             self._gone.popitem(last=False)
         members = self._membership.members.values()
-        cards = {(member.card.model, member.revision): member.card for member in members if member.card}
+        cards = {
+            (member.card.model.name, member.revision): member.card for member in members if member.card
+        }
         cards |= {(name, served.view.revision): served.card for name, served in self._served.items()}
         self._catalog.keep(cards)
 

@@ -25,18 +25,19 @@ _DEFAULT_RANGES: Final = {
     "repetition_penalty": (1e-3, 100.0),
 }
 """What a model may recommend: requests that leave these out are sent with them, so they are bounded as in
-structs.Sampling."""
+shapes.Sampling."""
 
 
 def check_card(card: Card) -> None:
     """A worker's card: what frontends divide by, allocate for, and hand to requests."""
-    for name in card.assets:
+    for name in card.model.assets:
         if not _PLAIN_NAME.fullmatch(name):
-            raise ProtocolError(f"card.assets: {name[:128]!r} is not the name of a file")
-    for name, value in card.sampling_defaults.items():
+            raise ProtocolError(f"card.engine.model.assets: {name[:128]!r} is not the name of a file")
+    for name, value in card.model.answering.sampling_defaults.items():
         low, high = _DEFAULT_RANGES.get(name, (value, value))
         if not low <= value <= high:
-            raise ProtocolError(f"card.sampling_defaults.{name}: {value:g}, expected {low:g} to {high:g}")
+            field = f"card.engine.model.answering.sampling_defaults.{name}"
+            raise ProtocolError(f"{field}: {value:g}, expected {low:g} to {high:g}")
 
 
 def check_attempt(attempt: Attempt) -> None:

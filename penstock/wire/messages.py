@@ -41,7 +41,7 @@ from penstock.shapes import (
     Word,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_OUTPUTS = 64 * 1024
 """Most attempts of one frontend that one step says something of."""

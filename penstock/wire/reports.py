@@ -74,17 +74,17 @@ class Reports:
             raise ProtocolError(f"load.steps: {load.steps}, after {before.steps}")
         if load.submitted < before.submitted:
             raise ProtocolError(f"load.submitted: {load.submitted}, after {before.submitted}")
-        if not load.used_blocks <= load.total_blocks <= self._card.total_blocks:
+        if not load.used_blocks <= load.total_blocks <= self._card.engine.total_blocks:
             raise ProtocolError(
                 f"load.used_blocks: {load.used_blocks} of {load.total_blocks}, in a pool of "
-                f"{self._card.total_blocks}"
+                f"{self._card.engine.total_blocks}"
             )
         self._seen, self._load = seen, load
 
     def step(self, step: Step) -> None:
         """One engine step."""
         self.load(step.seen, step.load)
-        attempts, vocab_size = self._open, self._card.vocab_size
+        attempts, vocab_size = self._open, self._card.model.vocab_size
         for output in step.outputs:  # once per token: what seldom is there is looked at elsewhere
             attempt = attempts.get(output.attempt_id)
             if attempt is None:
@@ -112,13 +112,15 @@ class Reports:
             if len(it.top) > attempt.logprobs:
                 raise _wrong(output, "logprobs", f"{len(it.top)} alternatives of {attempt.logprobs}")
             largest = max((token_id for token_id, _ in it.top), default=0)
-            if max(it.token_id, largest) >= self._card.vocab_size:
-                raise _wrong(output, "logprobs", f"a token beyond the {self._card.vocab_size} there are")
+            if max(it.token_id, largest) >= self._card.model.vocab_size:
+                raise _wrong(
+                    output, "logprobs", f"a token beyond the {self._card.model.vocab_size} there are"
+                )
 
     def _check_reuse(self, output: Output, attempt: _Open) -> None:
         if (output.cached_tokens or 0) > attempt.tokens:
             raise _wrong(output, "cached_tokens", f"{output.cached_tokens} of {attempt.tokens}")
-        blocks = -(-attempt.tokens // self._card.block_size)
+        blocks = -(-attempt.tokens // self._card.engine.block_size)
         if (output.transferred_blocks or 0) > blocks:
             raise _wrong(output, "transferred_blocks", f"{output.transferred_blocks} of {blocks}")
 
@@ -135,8 +137,10 @@ class Reports:
             raise _wrong(output, "handoff.handoff_id", "it is of another attempt")
         if (handoff.instance_id, handoff.epoch) != (card.instance_id, card.epoch):
             raise _wrong(output, "handoff.instance_id", f"{handoff.instance_id} of epoch {handoff.epoch}")
-        if handoff.block_size != card.block_size:
-            raise _wrong(output, "handoff.block_size", f"{handoff.block_size}, not {card.block_size}")
+        if handoff.block_size != card.engine.block_size:
+            raise _wrong(
+                output, "handoff.block_size", f"{handoff.block_size}, not {card.engine.block_size}"
+            )
         if not 1 <= handoff.num_tokens <= attempt.tokens:
             raise _wrong(output, "handoff.num_tokens", f"{handoff.num_tokens} of {attempt.tokens}")
 

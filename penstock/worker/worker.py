@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import socket
@@ -48,7 +47,6 @@ log = logging.getLogger("penstock.worker")
 
 _PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
 _DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
-_HASHED_AT_ONCE_BYTES = 4 * 1024 * 1024  # of an asset: 10 ms on a slow machine
 _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 
 
@@ -60,9 +58,6 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """Milliseconds since 1970 at the start: grows with every incarnation."""
 
     role: Role
-    model: str = ""
-    """Served name; the engine's own when empty."""
-
     advertise_host: str = ""
     """The host under which frontends reach the link; the one it listens on when empty."""
 
@@ -117,7 +112,6 @@ class Worker:
         self._server = LinkServer(link_settings, self, self._clock)
         self._card: Card | None = None
         self._lease: Lease | None = None  # once the engine is ready
-        self._assets: dict[str, bytes] = {}  # sha256 -> content
         self._load = Load()  # as of the engine's latest step
         self._progress = Progress(settings.progress)
         self._time = PatientTime(self._clock.now(), _PROGRESS_LOOK_S)
@@ -136,9 +130,10 @@ class Worker:
         engine_card = await self._start_engine(stop)
         if engine_card is None:
             return
-        self._card = await self._describe(engine_card)
+        settings = self._settings
+        self._card = Card(settings.instance_id, settings.epoch, settings.role, engine_card)
         _check_card(self._card)
-        self._progress = Progress(self._settings.progress, self._card.max_batch_tokens)
+        self._progress = Progress(self._settings.progress, engine_card.max_batch_tokens)
         await self._server.start()
         address = join_address(self._host, self._settings.advertise_port or self._server.port)
         self._lease = lease = await self._discovery.register(self._registration(address))
@@ -364,7 +359,7 @@ class Worker:
         )
 
     def asset(self, sha256: str) -> bytes | None:
-        return self._assets.get(sha256)
+        return self._engine.asset(sha256)
 
     def on_generate(self, peer: Peer, attempt: Attempt) -> None:
         refusal = self._refusal(attempt)
@@ -406,8 +401,8 @@ class Worker:
             card.instance_id,
             card.role,
             load,
-            card.block_size,
-            max_running=card.max_running,
+            card.engine.block_size,
+            max_running=card.engine.max_running,
             output_tokens=load.output_tokens,
         )
         return costs(query, here).queue_ms
@@ -434,39 +429,13 @@ class Worker:
 
     # --- what this worker is --------------------------------------------------------------------------
 
-    async def _describe(self, card: EngineCard) -> Card:
-        names = {name: await _sha256(content) for name, content in card.assets.items()}
-        self._assets = {names[name]: content for name, content in card.assets.items()}
-        return Card(
-            instance_id=self._settings.instance_id,
-            epoch=self._settings.epoch,
-            role=self._settings.role,
-            model=self._settings.model or card.model,
-            engine=card.engine,
-            block_size=card.block_size,
-            total_blocks=card.total_blocks,
-            max_model_len=card.max_model_len,
-            vocab_size=card.vocab_size,
-            eos_token_ids=card.eos_token_ids,
-            layout=card.layout,
-            transport=card.transport,
-            sampling_defaults=card.sampling_defaults,
-            assets=names,
-            structured_output=card.structured_output,
-            tool_parser=card.tool_parser,
-            reasoning_parser=card.reasoning_parser,
-            max_batch_tokens=card.max_batch_tokens,
-            max_running=card.max_running,
-            weights=card.weights,
-        )
-
     def _registration(self, address: str) -> Registration:
         card = self.card()
         return Registration(
             instance_id=card.instance_id,
             epoch=card.epoch,
             role=card.role,
-            model=card.model,
+            model=card.model.name,
             address=address,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -475,10 +444,11 @@ class Worker:
 
     def _summary(self, address: str) -> str:
         card = self.card()
+        engine = card.engine
         return (
-            f"instance={card.instance_id} role={card.role} model={card.model} engine={card.engine!r} "
-            f"address={address} blocks={card.total_blocks}x{card.block_size} "
-            f"transport={card.transport or 'none'}"
+            f"instance={card.instance_id} role={card.role} model={card.model.name} "
+            f"engine={engine.name!r} address={address} blocks={engine.total_blocks}x{engine.block_size} "
+            f"transport={engine.transport or 'none'}"
         )
 
 
@@ -488,12 +458,3 @@ def _check_card(card: Card) -> None:
         frames.decode_to_frontend(frames.encode(Welcome(card=card, proof=b""))[frames.LENGTH_BYTES :])
     except ProtocolError as error:
         raise ConfigError(f"what the engine says of itself cannot be served: {error}") from error
-
-
-async def _sha256(content: bytes) -> str:
-    """In hex. A part at a time: tokenizers have tens of megabytes, and probes are served meanwhile."""
-    digest = hashlib.sha256()
-    for start in range(0, len(content), _HASHED_AT_ONCE_BYTES):
-        digest.update(content[start : start + _HASHED_AT_ONCE_BYTES])
-        await asyncio.sleep(0)
-    return digest.hexdigest()

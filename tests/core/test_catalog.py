@@ -4,15 +4,16 @@ import hashlib
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 
 from penstock.core.catalog import Catalog, differences, revision_of, serves
 from penstock.shapes import Card, Role
+from tests import cards
+from tests.cards import changed
 
 
 def card(instance_id: str = "a", model: str = "m", role: Role = Role.AGGREGATED, **files: bytes) -> Card:
     assets = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return Card(instance_id, 1, role, model, "e", 16, 10, 100, 50, assets=assets)
+    return cards.card(instance_id, role, model=model, vocab_size=50, max_model_len=100, assets=assets)
 
 
 def put(catalog: Catalog, **files: bytes) -> None:
@@ -21,7 +22,7 @@ def put(catalog: Catalog, **files: bytes) -> None:
 
 
 def keep(catalog: Catalog, *cards: Card) -> None:
-    catalog.keep({(each.model, revision_of(each)): each for each in cards})
+    catalog.keep({(each.model.name, revision_of(each)): each for each in cards})
 
 
 def test_a_model_has_a_view_once_its_files_are_here() -> None:
@@ -95,19 +96,19 @@ def test_files_on_their_way_to_a_card_stay() -> None:
 )
 def test_the_revision_changes_with_all_that_an_answer_depends_on(field: str, value: Any) -> None:
     base = card(tokenizer=b"t")
-    changed = replace(base, **{field: value})
-    assert revision_of(changed) != revision_of(base)
-    assert differences(changed, base) == ["tokenizer" if field == "assets" else field]
+    other = changed(base, **{field: value})
+    assert revision_of(other) != revision_of(base)
+    assert differences(other, base) == ["tokenizer" if field == "assets" else field]
 
 
 @pytest.mark.parametrize("field", ["instance_id", "engine", "layout", "transport"])
 def test_workers_of_a_revision_may_differ_in_what_no_answer_depends_on(field: str) -> None:
     base = card(tokenizer=b"t")
-    assert revision_of(replace(base, **{field: "another"})) == revision_of(base)
+    assert revision_of(changed(base, **{field: "another"})) == revision_of(base)
 
 
 def test_a_prefill_worker_need_not_know_how_answers_are_drawn_and_read() -> None:
-    decode = replace(card(role=Role.DECODE, tokenizer=b"t"), tool_parser="hermes")
+    decode = changed(card(role=Role.DECODE, tokenizer=b"t"), tool_parser="hermes")
     prefill = revision_of(card(role=Role.PREFILL, tokenizer=b"t"))
     assert serves(prefill, revision_of(decode))
     assert not serves(revision_of(decode), prefill)

@@ -2,20 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
 import pytest
 
 from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
 from penstock.shapes import Card, Registration, Role
+from tests.cards import card
 
 
 def registration(instance_id: str, epoch: int = 1, role: Role = Role.DECODE) -> Registration:
     return Registration(instance_id, epoch, role, "m", f"127.0.0.1:{epoch}")
-
-
-def card(instance_id: str, role: Role = Role.DECODE, model: str = "m") -> Card:
-    return Card(instance_id, 1, role, model, "reference", 16, 100, 4096, 1024)
 
 
 REVISION = revision_of(card("any"))
@@ -145,9 +141,7 @@ def join(
 
 
 def versioned(vocabulary: int, instance_id: str = "any", epoch: int = 1, role: Role = Role.DECODE) -> Card:
-    return msgspec.structs.replace(
-        card(instance_id, role), vocab_size=vocabulary, epoch=epoch, instance_id=instance_id
-    )
+    return card(instance_id, role, epoch=epoch, vocab_size=vocabulary)
 
 
 def states(membership: Membership) -> dict[str, State]:
@@ -244,7 +238,7 @@ def pod(instance_id: str, process: str = "uid/0", started_ms: int = 1000, port: 
 
 
 def at(epoch: int) -> Card:
-    return msgspec.structs.replace(card("d0"), epoch=epoch)
+    return card("d0", epoch=epoch)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ import pytest
 
 from penstock.core.pairing import KvFormat, kv_format, unpaired, without_pairs
 from penstock.engines.active import mismatch
-from penstock.shapes import Attempt, Card, EngineCard, Handoff, Role, Sampling
+from penstock.shapes import Attempt, Card, Handoff, Role, Sampling
+from tests import cards
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 
 
 def card(instance_id: str, role: Role, block_size: int = 16, layout: str = "l", **changes: object) -> Card:
-    it = Card(instance_id, 1, role, "m", "e 1", block_size, 100, 4096, 1000, layout=layout, transport="tcp")
-    return msgspec.structs.replace(it, **changes)
+    fields = {"engine": "e 1", "block_size": block_size, "layout": layout, "transport": "tcp", **changes}
+    return cards.card(instance_id, role, **fields)
 
 
 OLD_P, OLD_D, NEW_P, NEW_D = card("p0", P), card("d0", D), card("p1", P, 32), card("d1", D, 32)
@@ -22,7 +23,7 @@ OLD_P, OLD_D, NEW_P, NEW_D = card("p0", P), card("d0", D), card("p1", P, 32), ca
 
 @pytest.mark.parametrize("field", KvFormat._fields)
 def test_engines_refuse_what_differs_in_the_format_of_its_kv_and_frontends_know_it(field: str) -> None:
-    engine = EngineCard("e", "m", 16, 100, 4096, 1000, layout="l", transport="tcp")
+    engine = cards.changed(cards.ENGINE, layout="l", transport="tcp")
     handoff = Handoff("h", "p0", 1, 1, 16, 0, "l", 9.0, "tcp", "h:1")
     attempt = Attempt("a", "r", [1, 2, 3], 3, Sampling(max_tokens=1))
     same = mismatch(handoff, attempt, engine)
@@ -32,12 +33,12 @@ def test_engines_refuse_what_differs_in_the_format_of_its_kv_and_frontends_know_
     other = mismatch(changed, attempt, engine)
     assert other is not None
     assert other.startswith(f"{field} is ")
-    assert kv_format(handoff) == kv_format(engine) == kv_format(OLD_P)
+    assert kv_format(handoff) == kv_format(engine) == kv_format(OLD_P.engine)
     assert kv_format(changed) != kv_format(engine)
 
 
 @pytest.mark.parametrize(
-    ("cards", "alone", "models"),
+    ("workers", "alone", "models"),
     [
         ([], [], []),
         ([OLD_P, OLD_D], [], []),
@@ -53,10 +54,10 @@ def test_engines_refuse_what_differs_in_the_format_of_its_kv_and_frontends_know_
         ([OLD_P, NEW_D, card("p9", P, model="other"), card("d9", D, model="other")], ["p0", "d1"], ["m"]),
     ],
 )
-def test_who_has_no_partner(cards: list[Card], alone: list[str], models: list[str]) -> None:
-    found = unpaired(cards)
+def test_who_has_no_partner(workers: list[Card], alone: list[str], models: list[str]) -> None:
+    found = unpaired(workers)
     assert list(found) == alone
-    assert list(without_pairs(cards, found)) == models
+    assert list(without_pairs(workers, found)) == models
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
 from penstock.shapes import Attempt, Card, Handoff, Load, Rates, Request, Role, Sampling
+from tests import cards
 
 TOKENS = list(range(160))
 HASHES = sequence_hashes(TOKENS, 16, root_hash("m"))
 
 
 def card(instance_id: str, role: Role = Role.DECODE, block_size: int = 16) -> Card:
-    return Card(instance_id, 1, role, "m", "e", block_size, 1000, 4096, 1000)
+    return cards.card(instance_id, role, block_size=block_size, total_blocks=1000)
 
 
 def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placement:

@@ -8,12 +8,9 @@ from hypothesis import strategies as st
 
 from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects, alone_from
 from penstock.shapes import Card, Load, Role
+from tests.cards import card
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
-
-
-def card(instance_id: str, role: Role = DECODE) -> Card:
-    return Card(instance_id, 1, role, "m", "reference", 16, 100, 4096, 1024)
 
 
 CARDS = [card("p0", PREFILL), card("p1", PREFILL), card("d0"), card("d1"), card("d2")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import msgspec
 from xxhash import xxh3_64_intdigest
 
 from penstock.engines.batch import Row, Sampled
@@ -13,20 +12,17 @@ from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.ports import Pulled
-from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, ModelCard, Output, Sampling
 
 BLOCK_SIZE = 4
 EOS = 1
 VOCAB = 50
 
 CARD = EngineCard(
-    engine="test",
-    model="m",
+    name="test",
+    model=ModelCard("m", max_model_len=64, vocab_size=VOCAB, eos_token_ids=[EOS]),
     block_size=BLOCK_SIZE,
     total_blocks=32,
-    max_model_len=64,
-    vocab_size=VOCAB,
-    eos_token_ids=[EOS],
     layout="layout",
     transport="test",
 )
@@ -54,7 +50,7 @@ class Rig:
             epoch=7,
             **{"max_running": 8, "max_batch_tokens": 16, **limits},  # type: ignore[arg-type]
         )
-        self.scheduler = Scheduler(msgspec.structs.replace(card), settings)
+        self.scheduler = Scheduler(card, settings)
         self.kv: list[list[bytes]] = [[b""] * BLOCK_SIZE for _ in range(card.total_blocks)]
         self.now = 100.0
         self.forced: dict[str, int] = {}  # attempt -> token instead of the model's

@@ -8,9 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from penstock.engines.active import fault
-from penstock.shapes import Attempt, EngineCard, Sampling
+from penstock.shapes import Attempt, EngineCard, ModelCard, Sampling
 
-CARD = EngineCard("e", "m", 16, 10, 100, 50)
+CARD = EngineCard("e", ModelCard("m", max_model_len=100, vocab_size=50), 16, 10)
 ATTEMPT = Attempt("a.1", "a", [1, 2, 49], 2, Sampling(4, stop_token_ids=(0, 49), logit_bias={49: 1.0}))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.shapes import FinishReason
+from tests.cards import changed
 from tests.engines.rig import CARD, Rig, continued
 
 
@@ -17,7 +17,7 @@ class TwoEngines(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        small = msgspec.structs.replace(CARD, total_blocks=10, max_model_len=34)
+        small = changed(CARD, total_blocks=10, max_model_len=34)
         self.prefill = Rig("p", card=small, max_running=3, handoff_ttl_s=5.0)
         self.decode = Rig("d", card=small, max_running=4, pull_timeout_s=2.0)
         self.prompts: dict[str, list[int]] = {}

@@ -83,8 +83,8 @@ def test_bad_settings_are_refused(fields: dict[str, object]):
 
 
 def test_no_context_is_longer_than_the_blocks_can_hold():
-    assert load_sim(SimSettings(block_size=16, total_blocks=10), None).card.max_model_len == 160
-    assert load_sim(SimSettings(block_size=16, max_model_len=50), None).card.max_model_len == 50
+    assert load_sim(SimSettings(block_size=16, total_blocks=10), None).card.model.max_model_len == 160
+    assert load_sim(SimSettings(block_size=16, max_model_len=50), None).card.model.max_model_len == 50
 
 
 async def test_an_unknown_cost_model_is_refused():
@@ -146,11 +146,12 @@ async def test_serves_the_files_of_a_folder(tmp_path):
     assert isinstance(engine, VirtualEngine)
     card = await engine.start()
     await engine.stop(0)
-    assert card.assets == {
+    assert {name: engine.asset(sha256) for name, sha256 in card.model.assets.items()} == {
         "tokenizer.json": b"{}",
         "config.json": b'{"vocab_size": 1024, "hidden_size": 7}',
     }
-    assert card.vocab_size == 1024
+    assert engine.asset("0" * 64) is None
+    assert card.model.vocab_size == 1024
     beyond = SimSettings(assets=str(tmp_path), eos_token_ids=(1024,))
     with pytest.raises(ConfigError, match="eos_token_ids must be in the vocabulary of 1024"):
         await sim_engine(beyond, clock=VirtualClock()).start()

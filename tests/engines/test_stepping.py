@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 import pytest
 
+from penstock.engines.assets import Assets
 from penstock.engines.batch import Row, Sampled
 from penstock.engines.cycle import MAX_FAILED_STEPS, LoadedModel
 from penstock.engines.settings import SchedulerSettings
@@ -82,7 +83,7 @@ class Transfer:
 
 def model(runner: Runner) -> LoadedModel:
     pool = memoryview(bytearray(CARD.total_blocks)).cast("B", (CARD.total_blocks, 1))
-    return LoadedModel(msgspec.structs.replace(CARD, transport=""), runner, pool)
+    return LoadedModel(msgspec.structs.replace(CARD, transport=""), Assets({}), runner, pool)
 
 
 class Reader:

@@ -28,7 +28,8 @@ from penstock.frontend.app import create_app
 from penstock.frontend.http.server import serve
 from penstock.frontend.settings import FrontendSettings
 from penstock.metrics import Metrics
-from penstock.shapes import Delta, FinishReason, InstanceView, Load, ModelView, Request, Role
+from penstock.shapes import Delta, FinishReason, InstanceView, Load, ModelCard, ModelView, Request, Role
+from tests.cards import changed
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. What is my name? My name is Ottoline.
 You are a helpful assistant. Answer in one short sentence. def main(): return 42
@@ -123,18 +124,17 @@ def view_of(tokenizer: Tokenizer, *, name="tiny", template=CHATML, **changes) ->
         config["chat_template"] = template
     config.update(changes.pop("config", {}))
     end = tokenizer.token_to_id("<|im_end|>")
-    fields = {
-        "max_model_len": 2048,
-        "vocab_size": tokenizer.get_vocab_size() + 8,  # padded, as real models' are
-        "eos_token_ids": [end] if end is not None else [],
-        "sampling_defaults": {},
-        "assets": {
-            "tokenizer.json": tokenizer.to_str().encode(),
-            "tokenizer_config.json": json.dumps(config).encode(),
-        },
-        "revision": f"{name}-0123456789abcdef",
+    card = ModelCard(
+        name,
+        max_model_len=2048,
+        vocab_size=tokenizer.get_vocab_size() + 8,  # padded, as real models' are
+        eos_token_ids=[end] if end is not None else [],
+    )
+    assets = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
     }
-    return ModelView(name=name, **{**fields, **changes})
+    return changed(ModelView(card, f"{name}-0123456789abcdef", assets), **changes)
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +211,7 @@ class ScriptedCompleter:
         return self.views
 
     def model(self, name: str) -> ModelView:
-        view = next((view for view in self.views if view.name == name), None)
+        view = next((view for view in self.views if view.card.name == name), None)
         if view is None:
             raise RequestRejected(404, f"no `{name}`", code="model_not_found", field="model")
         if not self.serving:

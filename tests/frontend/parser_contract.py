@@ -7,11 +7,11 @@ Subclasses have a fixture `parsers`; of vLLM's, `qwen3` and `hermes` read such a
 
 import json
 
-import msgspec
 import pytest
 
 from penstock.errors import ConfigError
 from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
+from tests.cards import changed
 
 TOOLS = [{"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}}]
 PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -105,7 +105,7 @@ class ParserContract:
 
     def test_a_parser_that_does_not_exist(self, parsers, model):
         with pytest.raises(ConfigError, match="unknown"):
-            parsers.load(msgspec.structs.replace(model, tool_parser="unknown"))
+            parsers.load(changed(model, tool_parser="unknown"))
 
 
 def streamed(parts):

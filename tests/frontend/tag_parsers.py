@@ -17,7 +17,7 @@ _ids = count()
 
 class TagParsers:
     def load(self, model):
-        if "unknown" in (model.tool_parser, model.reasoning_parser):
+        if "unknown" in (model.card.answering.tool_parser, model.card.answering.reasoning_parser):
             raise ConfigError("there is no parser unknown")
         end_id = next(
             token["id"]

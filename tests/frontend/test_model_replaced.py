@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import openai
 import pytest
 
@@ -109,7 +108,7 @@ async def test_a_model_that_is_replaced_again_and_again_ends_a_call_with_503(rep
 
 
 async def test_a_call_that_no_longer_fits_the_new_revision_hears_why(replaced, byte_level) -> None:
-    small = msgspec.structs.replace(view_of(byte_level, revision="new"), max_model_len=4)
+    small = view_of(byte_level, revision="new", max_model_len=4)
     async with serving(replaced(views=[view_of(byte_level, revision="old"), small])) as served:
         with pytest.raises(openai.BadRequestError) as caught:
             await served.client.chat.completions.create(model="tiny", messages=HI)

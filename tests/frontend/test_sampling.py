@@ -3,7 +3,6 @@
 import json
 import random
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,20 +10,14 @@ from hypothesis import strategies as st
 from penstock.errors import RequestRejected
 from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
-from penstock.shapes import Attempt, Card, ModelView, Role
+from penstock.shapes import Answering, Attempt, ModelCard, ModelView
 from penstock.wire.checks import check_card
 from penstock.wire.frames import decode_to_worker, encode
 from penstock.wire.messages import Generate
+from tests.cards import card, changed
 
-MODEL = ModelView(
-    name="m",
-    max_model_len=100,
-    vocab_size=50,
-    eos_token_ids=[0],
-    sampling_defaults={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "unknown": 3},
-    assets={},
-    revision="f",
-)
+DEFAULTS_OF_MODEL = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "unknown": 3}
+MODEL = ModelView(ModelCard("m", 100, 50, [0], answering=Answering(DEFAULTS_OF_MODEL)), "f", {})
 
 
 def chat(**fields):
@@ -128,7 +121,7 @@ def test_choices_draw_apart_and_the_first_with_the_seed_itself(seed):
     assert seeds == [choice_seed(first, choice) for choice in range(8)]
 
 
-WIDE = msgspec.structs.replace(MODEL, vocab_size=2**32, max_model_len=2**31 - 1)
+WIDE = changed(MODEL, vocab_size=2**32, max_model_len=2**31 - 1)
 EDGES = {
     "max_tokens": (1, 2**31 - 100),
     "temperature": (0, 1e-300, 2),
@@ -161,8 +154,8 @@ DEFAULTS = {
 def test_whatever_clients_and_models_may_say_is_taken_by_workers(fields, defaults):
     """A worker cuts off a frontend that sends it anything else."""
     asked = chat(**fields, **({"logprobs": True} if "top_logprobs" in fields else {}))
-    model = msgspec.structs.replace(WIDE, sampling_defaults=defaults)
-    check_card(Card("w", 1, Role.DECODE, "m", "e", 16, 9, 9, 9, sampling_defaults=defaults))
+    model = changed(WIDE, sampling_defaults=defaults)
+    check_card(card(sampling_defaults=defaults))
     sampling = with_room(
         sampling_of(asked, model, first_seed(asked, random.Random(1))), asked, model, 10, 9
     )

@@ -36,16 +36,17 @@ from penstock.link.peer import Peer
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
-from penstock.shapes import Card, ModelView, Role
+from penstock.shapes import ModelView
 from penstock.transfer import messages as kv
 from penstock.wire.frames import MAX_FRAME_BYTES, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import Generate, Snapshot
+from tests.cards import card
 from tests.frontend.conftest import ScriptedCompleter, byte_level_tokenizer, saying, view_of
 from tests.fuzz.delivered import deliver
 from tests.link.conftest import FakeListener, FakeTransport, FakeWorker, attempt
 
-CARD = Card("w1", 1, Role.DECODE, "m", "fake", 16, 100, 1000, 1000)
+CARD = card()
 
 
 @cache
@@ -168,8 +169,8 @@ def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
         )
         assert 0 < len(plan.requests) <= 128
         for request in plan.requests:
-            assert 0 < len(request.token_ids) < _view().max_model_len
-            assert max(request.token_ids) < _view().vocab_size
+            assert 0 < len(request.token_ids) < _view().card.max_model_len
+            assert max(request.token_ids) < _view().card.vocab_size
             sent = attempt()
             sent.token_ids, sent.sampling = request.token_ids, request.sampling
             encode(Generate(seq=1, attempt=sent))

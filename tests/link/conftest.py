@@ -14,9 +14,10 @@ from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.server import LinkServer
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
-from penstock.shapes import Attempt, Card, Load, Role, Sampling
+from penstock.shapes import Attempt, Card, Load, Sampling
 from penstock.wire.frames import FrameDecoder, encode
 from penstock.wire.messages import Bounce, Step
+from tests import cards
 from tests.waiting import until
 
 
@@ -34,7 +35,7 @@ class FakeWorker:
         self.epoch = 1
 
     def card(self) -> Card:
-        return Card("w1", self.epoch, Role.DECODE, "m", "fake", 16, 2_000_000, 1000, 1000)
+        return cards.card(epoch=self.epoch, total_blocks=2_000_000)
 
     def load(self) -> Load:
         return Load(running=self.running)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from penstock.errors import ProtocolError, RemoteError
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings
-from penstock.shapes import Card, Load, Role
+from penstock.shapes import Load
 from penstock.wire.frames import decode_to_worker, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import (
@@ -27,8 +27,9 @@ from penstock.wire.messages import (
     Step,
     Welcome,
 )
+from tests.cards import card
 
-CARD = Card("w1", 1, Role.DECODE, "m", "e", 16, 10, 100, 1000)
+CARD = card(total_blocks=10)
 STEP = Step(seen=0, load=Load())
 
 

@@ -30,6 +30,7 @@ from penstock.shapes import (
     Sampling,
 )
 from penstock.wire.messages import Bounce, Generate, Heartbeat, Release, Step
+from tests.cards import card as card_of
 from tests.cluster import MODEL, Cluster, cluster
 
 PROMPT = list(range(1, 100))
@@ -49,15 +50,7 @@ class Liar:
         self.rates = Rates(1e6, 1e6, 1e6, 1e6, 1e6)  # nobody asks it if there is another
         self.on_attempt: Callable[[Peer, Attempt], None] = lambda peer, attempt: None
         self.hashes: list[int] = []
-        self._card = {
-            "model": MODEL,
-            "role": Role.DECODE,
-            "block_size": 16,
-            "total_blocks": 100,
-            "vocab_size": 1000,
-            "max_model_len": 4096,
-            **card,
-        }
+        self._card = card_of(instance_id, engine="liar", model=MODEL, **card)
         self._server = LinkServer(ServerSettings(heartbeat_s=0.05), self)
 
     @contextlib.asynccontextmanager
@@ -79,7 +72,7 @@ class Liar:
     # What a LinkServer asks.
 
     def card(self) -> Card:
-        return Card(instance_id=self.instance_id, epoch=1, engine="liar", **self._card)
+        return self._card
 
     def snapshot(self) -> tuple[Iterable[int], Load]:
         asyncio.get_running_loop().call_later(0.1, self._welcomed)
@@ -164,13 +157,13 @@ SAID: dict[str, tuple[Callable[[Peer], None], str]] = {
 }
 
 CARDS: dict[str, tuple[dict[str, Any], str]] = {
-    "blocks of no tokens": ({"block_size": 0}, "card.block_size"),
-    "no vocabulary": ({"vocab_size": 0}, "card.vocab_size"),
-    "a file outside": ({"assets": {"../../etc/passwd": "0" * 64}}, "card.assets"),
-    "a file of no hash": ({"assets": {"tokenizer.json": "0" * 63}}, "card.assets"),
+    "blocks of no tokens": ({"block_size": 0}, "card.engine.block_size"),
+    "no vocabulary": ({"vocab_size": 0}, "card.engine.model.vocab_size"),
+    "a file outside": ({"assets": {"../../etc/passwd": "0" * 64}}, "card.engine.model.assets"),
+    "a file of no hash": ({"assets": {"tokenizer.json": "0" * 63}}, "card.engine.model.assets"),
     "a default that no request may have": (
         {"sampling_defaults": {"temperature": -1.0}},
-        "card.sampling_defaults.temperature",
+        "card.engine.model.answering.sampling_defaults.temperature",
     ),
 }
 

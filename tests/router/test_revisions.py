@@ -28,7 +28,7 @@ async def until_states(it: Cluster, **states: str) -> None:
 
 
 def vocabulary(it: Cluster) -> int:
-    return it.router.model(MODEL).vocab_size
+    return it.router.model(MODEL).card.vocab_size
 
 
 async def test_two_workers_that_connect_together_with_different_files_do_not_both_serve(

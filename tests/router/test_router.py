@@ -78,7 +78,7 @@ async def test_a_model_is_served_once_all_is_prepared(tmp_path: Path) -> None:
     asyncio.get_running_loop().call_later(0.3, may_go_on.set)
     async with cluster(tmp_path, {"a0": AGGREGATED}, prepare=prepare) as it:
         assert may_go_on.is_set()  # the worker was not ready before
-        assert [model.name for model in prepared] == [MODEL]
+        assert [model.card.name for model in prepared] == [MODEL]
         assert it.router.model(MODEL) == prepared[0]
 
 
@@ -180,7 +180,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
     settings = RouterSettings(expect=(PREFILL, DECODE), deadlines=Deadlines(queue_s=1.0))
     async with cluster(tmp_path, PAIR, settings) as it:
         assert it.router.healthy() == (True, "")
-        assert [view.name for view in it.router.models()] == [MODEL]
+        assert [view.card.name for view in it.router.models()] == [MODEL]
         with pytest.raises(RequestRejected) as unknown:
             it.router.model("nobody")
         assert unknown.value.status == 404
@@ -206,7 +206,7 @@ async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_ma
             while it.router.instances() and it.router.instances()[0].state == "ready":
                 await asyncio.sleep(0.01)
         assert it.router.models() == []
-        assert it.router.model(MODEL).name == MODEL
+        assert it.router.model(MODEL).card.name == MODEL
         with pytest.raises(RequestRejected, match="no worker"):
             await answer.tokens()
         async with asyncio.timeout(20):
@@ -223,7 +223,7 @@ async def test_a_model_whose_workers_all_left_in_order_is_refused_at_once(
     async with cluster(tmp_path, {"d0": DECODE, "d1": DECODE, **others}, SLOW_TO_GIVE_UP) as it:
         await it.workers["d0"].leave()
         await it.wait_ready("d1", *others)
-        assert it.router.model(MODEL).name == MODEL
+        assert it.router.model(MODEL).card.name == MODEL
         running, _ = it.ask(PROMPT, max_tokens=2000)
         await running.wait_tokens(1)
         leaving = asyncio.create_task(it.workers["d1"].leave())
@@ -236,7 +236,7 @@ async def test_a_model_whose_workers_all_left_in_order_is_refused_at_once(
         assert [error.value.status for error in (draining, left)] == [503, 503]
         it.start("d2", DECODE)
         await it.wait_ready("d2", *others)
-        assert it.router.model(MODEL).name == MODEL
+        assert it.router.model(MODEL).card.name == MODEL
 
 
 async def test_an_attempt_too_long_for_a_frame_is_refused_and_no_workers_fault(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_
     assert unheard.value.retry_after_s
     may_go_on.set()
     await it.wait_ready("a0")
-    assert it.router.model(MODEL).name == MODEL
+    assert it.router.model(MODEL).card.name == MODEL
     await worker.leave()
     routing.cancel()
     await asyncio.gather(routing, return_exceptions=True)

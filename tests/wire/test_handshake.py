@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from penstock.errors import ProtocolError
-from penstock.shapes import Card, Role
 from penstock.wire.handshake import MAX_HELLO_BYTES, FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import PROTOCOL_VERSION, Challenge, Hello, Refused, Welcome
+from tests.cards import card
 
-CARD = Card("w", 1, Role.DECODE, "m", "e", 16, 10, 100, 1000)
+CARD = card()
 NONCE_W, NONCE_F = b"w" * 16, b"f" * 16
 
 
@@ -71,8 +71,8 @@ def test_another_version_is_named_on_both_sides() -> None:
     hello = frontend.answer(newer)  # so that the worker can name it too
     refused = worker.answer(msgspec.structs.replace(hello, protocol=PROTOCOL_VERSION + 1), CARD)
     assert isinstance(refused, Refused)
-    assert "protocol 2 of the frontend is not protocol 1 of the worker" in refused.reason
-    with pytest.raises(ProtocolError, match="protocol 2 of the worker is not protocol 1"):
+    assert "protocol 3 of the frontend is not protocol 2 of the worker" in refused.reason
+    with pytest.raises(ProtocolError, match="protocol 3 of the worker is not protocol 2"):
         frontend.finish(Welcome(card=CARD, proof=b""))
 
 

@@ -14,7 +14,6 @@ from penstock.shapes import (
     MAX_POOL_BLOCKS,
     MAX_TEXT_CHARS,
     Attempt,
-    Card,
     FinishReason,
     Handoff,
     Load,
@@ -46,6 +45,7 @@ from penstock.wire.messages import (
     ToWorker,
     Welcome,
 )
+from tests.cards import card
 
 SHA256 = "ab" * 32
 HANDOFF = Handoff("r.1", "p0", 1, 3, 16, 2**64 - 1, "layout", 30.0, "tcp", "127.0.0.1:1", b"key")
@@ -53,17 +53,11 @@ SAMPLING = Sampling(
     5, 1, 0.5, 0.9, 40, 0.1, 7, 0.2, 0.3, 1.1, logit_bias={5: -1.0}, stop_token_ids=(2, 3), logprobs=4
 )
 ATTEMPT = Attempt("r.2", "r", [1, 2, 3], 2, SAMPLING, handoff=HANDOFF, cache_salt="salt", priority=-1)
-CARD = Card(
+CARD = card(
     "w0",
-    1_700_000_000_000,
     Role.PREFILL,
-    "model",
-    "engine 1",
-    16,
-    100,
-    1000,
-    50,
-    [2],
+    epoch=1_700_000_000_000,
+    eos_token_ids=[2],
     sampling_defaults={"temperature": 0.6},
     assets={"tokenizer.json": SHA256},
 )
@@ -106,16 +100,19 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
         "card.instance_id": NAME,
         "card.epoch": TOTAL,
         "card.role": ("boss",),
-        "card.model": NAME,
-        "card.engine": WORD,
-        "card.block_size": (0, -16, 2**21),
-        "card.total_blocks": (0, MAX_POOL_BLOCKS + 1),
-        "card.max_model_len": (0, 2**31),
-        "card.vocab_size": (0, 2**33),
-        "card.eos_token_ids": (*TOKENS, [1] * 1025),
-        "card.layout": WORD,
-        "card.transport": WORD,
-        "card.sampling_defaults": (
+        "card.engine.model.name": NAME,
+        "card.engine.name": WORD,
+        "card.engine.block_size": (0, -16, 2**21),
+        "card.engine.total_blocks": (0, MAX_POOL_BLOCKS + 1),
+        "card.engine.model.max_model_len": (0, 2**31),
+        "card.engine.model.vocab_size": (0, 2**33),
+        "card.engine.model.weights": WORD,
+        "card.engine.model.answering.tool_parser": WORD,
+        "card.engine.model.answering.reasoning_parser": WORD,
+        "card.engine.model.eos_token_ids": (*TOKENS, [1] * 1025),
+        "card.engine.layout": WORD,
+        "card.engine.transport": WORD,
+        "card.engine.model.answering.sampling_defaults": (
             {"temperature": math.nan},
             {"temperature": -1.0},
             {"top_p": 1.5},
@@ -123,7 +120,7 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
             {"repetition_penalty": 0.0},
             {str(number): 1.0 for number in range(65)},
         ),
-        "card.assets": (
+        "card.engine.model.assets": (
             {"../secret": SHA256},
             {"a/b": SHA256},
             {"..": SHA256},
@@ -132,8 +129,8 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
             {"tokenizer.json": SHA256.upper()},
             {f"{number}": SHA256 for number in range(MAX_ASSETS + 1)},
         ),
-        "card.max_batch_tokens": COUNT,
-        "card.max_running": COUNT,
+        "card.engine.max_batch_tokens": COUNT,
+        "card.engine.max_running": COUNT,
         "proof": (b"p" * 65,),
     },
     Refused: {"reason": TEXT},

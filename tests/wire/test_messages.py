@@ -8,12 +8,10 @@ import pytest
 
 from penstock.shapes import (
     Attempt,
-    Card,
     FinishReason,
     Handoff,
     Load,
     Output,
-    Role,
     Sampling,
     TokenLogprob,
 )
@@ -39,21 +37,10 @@ from penstock.wire.messages import (
     Welcome,
     halves,
 )
+from tests.cards import card
 
 LOAD = Load(1, 2, 3, 4, 5, 6, 7, 8)
-CARD = Card(
-    instance_id="w1",
-    epoch=1_700_000_000_000,
-    role=Role.DECODE,
-    model="m",
-    engine="e",
-    block_size=16,
-    total_blocks=100,
-    max_model_len=4096,
-    vocab_size=1000,
-    eos_token_ids=[2],
-    assets={"tokenizer.json": "ab" * 32},
-)
+CARD = card(epoch=1_700_000_000_000, eos_token_ids=[2], assets={"tokenizer.json": "ab" * 32})
 HANDOFF = Handoff("a1", "w0", 1, 1, 16, 2**63, "l", 9.5, "tcp", "h:1", b"p")
 SAMPLING = Sampling(5, 1, 0.5, 0.9, 40, 0.1, 7, 0.2, 0.3, 1.1, {5: -1.0}, (2, 3), True, 4)
 GOLDEN: list[tuple[ToFrontend | ToWorker, str]] = [
@@ -68,17 +55,15 @@ GOLDEN: list[tuple[ToFrontend | ToWorker, str]] = [
     ),
     (
         Welcome(card=CARD, proof=b"proof"),
-        "83a174a777656c636f6d65a463617264de0014ab696e7374616e63655f6964a27731a565706f6368cf000001"
-        "8bcfe56800a4726f6c65a66465636f6465a56d6f64656ca16da6656e67696e65a165aa626c6f636b5f73697a"
-        "6510ac746f74616c5f626c6f636b7364ad6d61785f6d6f64656c5f6c656ecd1000aa766f6361625f73697a65"
-        "cd03e8ad656f735f746f6b656e5f6964739102a66c61796f7574a0a97472616e73706f7274a0b173616d706c"
-        "696e675f64656661756c747380a661737365747381ae746f6b656e697a65722e6a736f6ed940"
-        + "6162"
-        * 32
-        + "b1737472756374757265645f6f7574707574c2ab746f6f6c5f706172736572a0b0726561736f6e696e675f70"
-        "6172736572"
-        "a0b06d61785f62617463685f746f6b656e7300ab6d61785f72756e6e696e6700a777656967687473a0a570"
-        "726f6f66c40570726f6f66",
+        "83a174a777656c636f6d65a46361726484ab696e7374616e63655f6964a27731a565706f6368cf0000018bcfe568"
+        "00a4726f6c65a66465636f6465a6656e67696e6588a46e616d65a165a56d6f64656c87a46e616d65a16dad6d6178"
+        "5f6d6f64656c5f6c656ecd1000aa766f6361625f73697a65cd03e8ad656f735f746f6b656e5f6964739102a77765"
+        "6967687473a0a661737365747381ae746f6b656e697a65722e6a736f6ed940616261626162616261626162616261"
+        "62616261626162616261626162616261626162616261626162616261626162616261626162616261626162616261"
+        "626162a9616e73776572696e6784b173616d706c696e675f64656661756c747380b1737472756374757265645f6f"
+        "7574707574c2ab746f6f6c5f706172736572a0b0726561736f6e696e675f706172736572a0aa626c6f636b5f7369"
+        "7a6510ac746f74616c5f626c6f636b7364a66c61796f7574a0a97472616e73706f7274a0b06d61785f6261746368"
+        "5f746f6b656e7300ab6d61785f72756e6e696e6700a570726f6f66c40570726f6f66",
     ),
     (
         Refused(reason="no"),

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from penstock.errors import ProtocolError
 from penstock.shapes import (
     Attempt,
-    Card,
     FinishReason,
     Handoff,
     Load,
@@ -21,8 +20,9 @@ from penstock.shapes import (
 )
 from penstock.wire.messages import Bounce, Step
 from penstock.wire.reports import MAX_OPEN, Reports
+from tests.cards import card
 
-CARD = Card("w0", 7, Role.PREFILL, "m", "e", 16, 100, 1000, 50)
+CARD = card("w0", Role.PREFILL, epoch=7, vocab_size=50)
 LOAD = Load(running=1, used_blocks=3, total_blocks=100, steps=10, submitted=5)
 
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from penstock.core.progress import ProgressLimits
 from penstock.discovery.file import FileDiscovery
+from penstock.engines.assets import Assets
 from penstock.errors import RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.server import LinkServerStatistics
@@ -24,6 +25,7 @@ from penstock.shapes import (
     FinishReason,
     Handoff,
     Load,
+    ModelCard,
     Output,
     Rates,
     Role,
@@ -32,6 +34,8 @@ from penstock.shapes import (
 from penstock.wire.messages import Bounce, Step
 from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
 from tests.waiting import until
+
+ASSETS = Assets({"tokenizer.json": b"{}"})
 
 
 class ScriptedEngine:
@@ -45,7 +49,8 @@ class ScriptedEngine:
         self._said: asyncio.Queue[EngineStep | Exception | None] = asyncio.Queue()
 
     async def start(self) -> EngineCard:
-        return EngineCard("scripted", "m", 16, 100, 1000, 50, assets={"tokenizer.json": b"{}"})
+        model = ModelCard("m", max_model_len=1000, vocab_size=50, assets=ASSETS.digests)
+        return EngineCard("scripted", model, block_size=16, total_blocks=100)
 
     def submit(self, attempt: Attempt) -> None:
         self.submitted.append(attempt)
@@ -55,6 +60,9 @@ class ScriptedEngine:
 
     def release(self, handoff_id: str, *, sent: bool) -> None:
         self.released.append(handoff_id)
+
+    def asset(self, sha256: str) -> bytes | None:
+        return ASSETS.get(sha256)
 
     def cached_hashes(self) -> Sequence[int]:
         return sorted(self.hashes)
@@ -161,7 +169,7 @@ async def test_a_frontend_gets_card_snapshot_and_the_changes_since(stage: Stage)
     frontend = await stage.frontend()
     assert frontend.cards[0].instance_id == "w"
     assert frontend.hashes == [1, 2]
-    assert await frontend.client.asset(frontend.cards[0].assets["tokenizer.json"]) == b"{}"
+    assert await frontend.client.asset(frontend.cards[0].model.assets["tokenizer.json"]) == b"{}"
     stage.engine.say(stored=[3])
     await until(lambda: frontend.steps)
     assert frontend.steps[0].stored == [3]

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from penstock import __version__
-from penstock.engines.assets import assets_from
+from penstock.engines.assets import Assets, assets_from
 from penstock.engines.batch import Row, Sequence
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.fingerprint import weights_fingerprint
@@ -23,7 +23,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
 from penstock.ports import KvTransfer
-from penstock.shapes import EngineCard, Sampling
+from penstock.shapes import Answering, EngineCard, ModelCard, Sampling
 
 log = logging.getLogger("penstock.engine")
 
@@ -73,7 +73,7 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         ConfigError: the folder, the model or the settings cannot be served.
     """
     folder = Path(settings.model)
-    assets = assets_from(folder)
+    assets = Assets(assets_from(folder))
     config = read_config(folder)
     total_blocks = settings.kv_cache_bytes // block_bytes(config, settings.block_size)
     max_model_len = _max_model_len(settings, config, total_blocks)
@@ -82,22 +82,24 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
     pool = _pool(config, total_blocks, settings.block_size)
     fingerprint = weights_fingerprint(weight_paths(folder))
     card = EngineCard(
-        engine=f"reference {__version__}",
-        model=settings.served_name or folder.resolve().name,
+        name=f"reference {__version__}",
+        model=ModelCard(
+            name=settings.served_name or folder.resolve().name,
+            max_model_len=max_model_len,
+            vocab_size=config.vocab_size,
+            eos_token_ids=sorted(config.eos_token_ids),
+            weights=fingerprint,
+            assets=assets.digests,
+            answering=Answering(sampling_defaults=config.sampling_defaults),
+        ),
         block_size=settings.block_size,
         total_blocks=total_blocks,
-        max_model_len=max_model_len,
-        vocab_size=config.vocab_size,
-        eos_token_ids=list(config.eos_token_ids),
         layout=kv_layout(config, fingerprint),
-        weights=fingerprint,
-        sampling_defaults=config.sampling_defaults,
-        assets=assets,
         max_running=settings.scheduler.max_running,
     )
     runner = ReferenceRunner(Model(config, weights, pool, max_model_len), config.eos_token_ids)
     _warm_up(runner, pool, settings.block_size)
-    return LoadedModel(card, runner, pool.raw())
+    return LoadedModel(card, assets, runner, pool.raw())
 
 
 def _warm_up(runner: ReferenceRunner, pool: KvPool, block_size: int) -> None:

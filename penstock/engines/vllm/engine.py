@@ -109,7 +109,7 @@ class VllmEngine:
         await core.complete_layout()
         self._load = CoreLoad(core.card, core.ranks)
         self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
-        events = CacheEvents(core.card.model, core.card.block_size, core.card.total_blocks)
+        events = CacheEvents(core.card.model.name, core.card.block_size, core.card.total_blocks)
         self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()
         self._tasks = [
@@ -121,12 +121,8 @@ class VllmEngine:
                 ("signs of life", self._ask_after_cancelling),
             )
         ]
-        card = core.card
-        what = (
-            f"{card.total_blocks} blocks of {card.block_size} tokens, transport {card.transport or 'none'}"
-        )
-        log.info("engine ready: %s, model %s, %s", card.engine, card.model, what)
-        return card
+        log.info("engine ready: %s", core.card)
+        return core.card
 
     def submit(self, attempt: Attempt) -> None:
         """As Engine.submit."""
@@ -137,7 +133,7 @@ class VllmEngine:
         if reason is not None:
             self._push([Output(attempt.attempt_id, finish_reason=FinishReason.ERROR, error=reason)])
         elif len(attempt.token_ids) >= min(
-            attempt.prompt_len + attempt.sampling.max_tokens, self._card.max_model_len
+            attempt.prompt_len + attempt.sampling.max_tokens, self._card.model.max_model_len
         ):
             self._push([Output(attempt.attempt_id, finish_reason=FinishReason.LENGTH)])
         else:
@@ -161,6 +157,10 @@ class VllmEngine:
     def cached_hashes(self) -> Sequence[int]:
         """As Engine.cached_hashes."""
         return self._outbox.cached_hashes()
+
+    def asset(self, sha256: str) -> bytes | None:
+        """As Engine.asset."""
+        return self._core.assets.get(sha256) if self._core is not None else None
 
     def steps(self) -> AsyncIterator[EngineStep]:
         """As Engine.steps, for one reader. RemoteError when vLLM died."""
@@ -267,7 +267,7 @@ class VllmEngine:
     def _cached(self, attempt: Attempt, prompt: list[int]) -> int:
         """About how many of the prompt's tokens vLLM will find in its cache."""
         block_size = self._card.block_size
-        root = root_hash(self._card.model, attempt.cache_salt)
+        root = root_hash(self._card.model.name, attempt.cache_salt)
         blocks = self._outbox.leading_cached(sequence_hashes(prompt, block_size, root))
         return min(blocks, (len(prompt) - 1) // block_size) * block_size
 
@@ -357,7 +357,7 @@ class VllmEngine:
         """What one step gave to one attempt; None when its replay went astray and it begins again."""
         attempt, replay = active.attempt, active.continuation.replay
         token_ids, logprobs = core_output.new_token_ids, None
-        check_tokens(token_ids, self._card.vocab_size)
+        check_tokens(token_ids, self._card.model.vocab_size)
         if attempt.sampling.logprobs is not None and core_output.new_logprobs is not None:
             logprobs = token_logprobs(core_output.new_logprobs, attempt.sampling.logprobs)
         left = len(replay) - active.replayed
@@ -419,7 +419,7 @@ class VllmEngine:
         if not attempt.prefill_only or output.finish_reason is FinishReason.ERROR:
             return
         length = len(attempt.token_ids) + active.given
-        limit = min(attempt.prompt_len + attempt.sampling.max_tokens, self._card.max_model_len)
+        limit = min(attempt.prompt_len + attempt.sampling.max_tokens, self._card.model.max_model_len)
         if output.finish_reason is FinishReason.STOP or length >= limit:
             self._forget_late(core_output)  # it ended here: nobody will read its KV
             return
@@ -435,7 +435,7 @@ class VllmEngine:
         attempt, card = active.attempt, self._card
         # The lease began when the core said so, however long that message lay somewhere.
         ttl_s = max(0.0, self._settings.handoff_ttl_s - max(0.0, monotonic() - self._step_at))
-        root = root_hash(card.model, attempt.cache_salt)
+        root = root_hash(card.model.name, attempt.cache_salt)
         return Handoff(
             handoff_id=attempt.attempt_id,
             instance_id=self._settings.instance_id,

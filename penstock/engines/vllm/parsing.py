@@ -48,9 +48,10 @@ class VllmParsers:
                     Path(folder, name).write_bytes(content)
                 tokenizer = get_tokenizer(folder)
         except Exception as error:  # an import's, the disk's, Hugging Face's or vLLM's own
-            log.exception("the tokenizer of %s cannot be loaded", model.name)
+            log.exception("the tokenizer of %s cannot be loaded", model.card.name)
             raise ConfigError(f"its tokenizer cannot be loaded: {one_line(error)}") from error
-        parser = parser_class(model.tool_parser, model.reasoning_parser, tokenizer)
+        answering = model.card.answering
+        parser = parser_class(answering.tool_parser, answering.reasoning_parser, tokenizer)
         hear_parsers()
         return VllmChatParser(partial(parser, tokenizer, model_config=_model_config(model)), parser)
 
@@ -60,7 +61,7 @@ def _model_config(model: ModelView) -> SimpleNamespace:
     only be made of the whole model."""
     config = json.loads(model.assets.get("config.json", b"{}"))
     return SimpleNamespace(
-        model=model.name,
+        model=model.card.name,
         architecture=next(iter(config.get("architectures") or ()), None),
         hf_config=SimpleNamespace(**config),
         hf_text_config=SimpleNamespace(**config.get("text_config", config)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from penstock.engines.assets import ASSET_NAMES, assets_from
+from penstock.engines.assets import ASSET_NAMES, Assets, assets_from
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
 from penstock.engines.vllm.handoffs import engine_id, lease_s
@@ -25,7 +25,7 @@ from penstock.engines.vllm.logs import last_words, one_line
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError, RemoteError
 from penstock.net.address import is_loopback
-from penstock.shapes import EngineCard, Role
+from penstock.shapes import Answering, EngineCard, ModelCard, Role
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,7 +54,7 @@ OWN_FLAGS = {
 """vLLM flags that are not the user's, and what to do instead."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Core:
     """A started core process, seen from here."""
 
@@ -62,6 +62,7 @@ class Core:
     client: AsyncMPClient
     inputs: InputProcessor
     card: EngineCard
+    assets: Assets
     events: EventSources
 
     @property
@@ -77,7 +78,8 @@ class Core:
             "collective_rpc", "penstock_compared", None, (), None
         )
         parts = [self.card.layout, *sorted({compared for workers in ranks for compared in workers})]
-        self.card.layout = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+        layout = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+        self.card = msgspec.structs.replace(self.card, layout=layout)
 
     async def close(self) -> None:
         """End vLLM's processes, and close what its client has open here. On the event loop."""
@@ -128,7 +130,8 @@ def start_core(settings: VllmSettings) -> Core:
         except Exception as error:
             events.close()
             raise RemoteError(f"vLLM did not start: {words() or one_line(error)}") from error
-    return Core(config, client, inputs, _card(settings, config, inputs, arguments), events)
+    model, assets = _model(settings, config, inputs, arguments)
+    return Core(config, client, inputs, _card(settings, config, model), assets, events)
 
 
 # --- vLLM's configuration -----------------------------------------------------------------------------
@@ -246,35 +249,47 @@ def _listening(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
 # --- what it is -----------------------------------------------------------------------------------------
 
 
-def _card(settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, arguments: Any) -> EngineCard:
-    model, cache = config.model_config, config.cache_config
+def _card(settings: VllmSettings, config: VllmConfig, model: ModelCard) -> EngineCard:
+    cache, scheduler = config.cache_config, config.scheduler_config
+    return EngineCard(
+        name=f"vllm {installed_version()}",
+        model=model,
+        block_size=cache.block_size,
+        total_blocks=cache.num_gpu_blocks,
+        layout=_layout(config, model.weights),
+        transport="" if settings.role is Role.AGGREGATED else TRANSPORT,
+        max_batch_tokens=scheduler.max_num_batched_tokens,
+        max_running=scheduler.max_num_seqs * config.parallel_config.data_parallel_size,
+    )
+
+
+def _model(
+    settings: VllmSettings, config: VllmConfig, inputs: InputProcessor, arguments: Any
+) -> tuple[ModelCard, Assets]:
+    model = config.model_config
     folder = _folder(model)
+    assets = Assets(assets_from(folder))
     files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
-    weights = weights_fingerprint(files)
     sampling_defaults = {
         name: float(value)
         for name, value in model.get_diff_sampling_param().items()
         if name != "max_tokens"
     }
-    return EngineCard(
-        engine=f"vllm {installed_version()}",
-        model=settings.served_name or Path(settings.model).name,
-        block_size=cache.block_size,
-        total_blocks=cache.num_gpu_blocks,
+    card = ModelCard(
+        name=settings.served_name or Path(settings.model).name,
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         eos_token_ids=_eos_token_ids(inputs),
-        layout=_layout(config, weights),
-        weights=weights,
-        transport="" if settings.role is Role.AGGREGATED else TRANSPORT,
-        sampling_defaults=sampling_defaults,
-        assets=assets_from(folder),
-        structured_output=not model.skip_tokenizer_init,
-        tool_parser=arguments.tool_call_parser,
-        reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
-        max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
-        max_running=config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size,
+        weights=weights_fingerprint(files),
+        assets=assets.digests,
+        answering=Answering(
+            sampling_defaults=sampling_defaults,
+            structured_output=not model.skip_tokenizer_init,
+            tool_parser=arguments.tool_call_parser,
+            reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
+        ),
     )
+    return card, assets
 
 
 def _folder(model: Any) -> Path:

@@ -221,14 +221,15 @@ class Preprocessor:
 
 
 def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
-    names = [name for name in (view.tool_parser, view.reasoning_parser) if name]
+    answering = view.card.answering
+    names = [name for name in (answering.tool_parser, answering.reasoning_parser) if name]
     if not names:
         return None
     if parsers is None:
         log.warning(
             "%s needs vLLM's parsers (%s), but vLLM is not installed here: reasoning stays in the content"
             " of answers, and tools are refused",
-            view.name,
+            view.card.name,
             ", ".join(names),
         )
         return None
@@ -236,12 +237,12 @@ def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
 
 
 def _unusable(view: ModelView, reason: str) -> RequestRejected:
-    message = f"The tokenizer of `{view.name}` cannot be used: {reason}"
+    message = f"The tokenizer of `{view.card.name}` cannot be used: {reason}"
     return RequestRejected(500, message, code="unusable_tokenizer")
 
 
 def _not_loaded(view: ModelView, reason: str) -> RequestRejected:
-    message = f"The tokenizer of `{view.name}` could not be loaded: {reason}."
+    message = f"The tokenizer of `{view.card.name}` could not be loaded: {reason}."
     return RequestRejected(503, message, code=NOT_LOADED, retry_after_s=LOAD_RETRY_MIN_S)
 
 

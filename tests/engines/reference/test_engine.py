@@ -185,11 +185,13 @@ async def test_another_attempt_continues_after_a_lost_worker(folder: Path, promp
 def test_the_card(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
     (checkpoint / "generation_config.json").write_text(json.dumps({"top_k": 5, "eos_token_id": [1, 2]}))
-    card = load_model(client_settings(checkpoint)).card
-    assert (card.model, card.block_size, card.vocab_size) == ("model", 4, 128)
-    assert (card.total_blocks, card.max_model_len) == ((1 << 22) // (3 * 2 * 4 * 2 * 32 * 4), 256)
-    assert (card.eos_token_ids, card.sampling_defaults) == ([1, 2], {"top_k": 5.0})
-    assert sorted(card.assets) == ["config.json", "generation_config.json", "tokenizer.json"]
+    loaded = load_model(client_settings(checkpoint))
+    card, model = loaded.card, loaded.card.model
+    assert (model.name, model.vocab_size, model.max_model_len) == ("model", 128, 256)
+    assert (card.block_size, card.total_blocks) == (4, (1 << 22) // (3 * 2 * 4 * 2 * 32 * 4))
+    assert (model.eos_token_ids, model.answering.sampling_defaults) == ([1, 2], {"top_k": 5.0})
+    assert sorted(model.assets) == ["config.json", "generation_config.json", "tokenizer.json"]
+    assert loaded.assets.get(model.assets["tokenizer.json"]) == b"{}"
     assert len(card.layout) == 64
 
 

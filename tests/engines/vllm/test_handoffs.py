@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.vllm import handoffs
 from penstock.engines.vllm.handoffs import MAX_LEFT_S, MIN_LEFT_S, UsedHandoffs, engine_id, lease_s, pack
-from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject, Sampling
+from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject, ModelCard, Sampling
 
 BLOCK_SIZE = 32
 PROMPT = list(range(100))  # three whole blocks and a part
 CARD = EngineCard(
-    engine="vllm",
-    model="m",
+    name="vllm",
+    model=ModelCard("m", max_model_len=512, vocab_size=1000),
     block_size=BLOCK_SIZE,
     total_blocks=64,
-    max_model_len=512,
-    vocab_size=1000,
     layout="layout",
     transport="vllm-nixl",
 )

@@ -44,12 +44,12 @@ async def one() -> AsyncIterator[Running]:
 
 async def test_the_card_says_what_vllm_is(one: Running) -> None:
     card = one.card
-    assert card.engine.startswith("vllm 0.32")
-    assert (card.model, card.block_size, card.vocab_size) == ("tiny", 32, 1024)
-    assert card.eos_token_ids == [0, 2]
+    assert card.name.startswith("vllm 0.32")
+    assert (card.model.name, card.block_size, card.model.vocab_size) == ("tiny", 32, 1024)
+    assert card.model.eos_token_ids == [0, 2]
     assert card.total_blocks == 1024
-    assert card.structured_output
-    assert set(card.assets) >= {"tokenizer.json", "tokenizer_config.json"}
+    assert card.model.answering.structured_output
+    assert set(card.model.assets) >= {"tokenizer.json", "tokenizer_config.json"}
 
 
 async def test_every_way_to_end_has_a_name_here() -> None:

@@ -8,10 +8,10 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
 from penstock.engines.vllm.load import CoreLoad
-from penstock.shapes import EngineCard, Load
+from penstock.shapes import EngineCard, Load, ModelCard
 
 CARD = EngineCard(
-    engine="vllm", model="m", block_size=32, total_blocks=200, max_model_len=512, vocab_size=1000
+    "vllm", ModelCard("m", max_model_len=512, vocab_size=1000), block_size=32, total_blocks=200
 )
 
 

@@ -23,10 +23,10 @@ async def prefill() -> AsyncIterator[Running]:
 async def test_a_model_under_another_path_is_another_format(prefill: Running, tmp_path: Path) -> None:
     """vLLM compares paths, among other things, when one engine first speaks to another."""
     (tmp_path / "other").symlink_to(MODEL)
-    own = settings(Role.DECODE, "d0", model=str(tmp_path / "other"), served_name=prefill.card.model)
+    own = settings(Role.DECODE, "d0", model=str(tmp_path / "other"), served_name=prefill.card.model.name)
     prompt = prompt_of(100)
     async with running(own) as decode:
-        assert decode.card.weights == prefill.card.weights
+        assert decode.card.model.weights == prefill.card.model.weights
         assert kv_format(decode.card) != kv_format(prefill.card)
         alone = await computed(decode, "r", prompt)
         first, handoff = await prefilled(prefill, "r", prompt)
