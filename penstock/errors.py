@@ -2,16 +2,18 @@
 
     PenstockError
     ├── ConfigError       a setting or file is wrong: refuse to start
-    ├── RequestRejected   the client's request cannot be served: becomes one HTTP status
+    ├── RequestRejected   the client's request cannot be served: of one kind of rejection
     │   └── ModelReplaced no worker is left of the model's revision that it was tokenized for
     ├── RemoteError       an instance failed this attempt: another attempt is allowed
     └── ProtocolError     bytes on a link that this version cannot accept
 
 Foreign errors (sockets, msgspec, safetensors, ...) are mapped to these once, at the border where they
-arise. Only `frontend/app.py` turns one into HTTP.
+arise. Only `frontend/http/statuses.py` turns them into HTTP.
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 
 class PenstockError(Exception):
@@ -22,30 +24,49 @@ class ConfigError(PenstockError):
     """A setting, flag or file is wrong. The message is one line and names the field."""
 
 
+class Rejection(StrEnum):
+    """The kinds of rejection. A kind's value is the code of those that have no code of their own."""
+
+    INVALID = "invalid_value"  # the request itself is wrong
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    BODY_TOO_SLOW = "body_too_slow"
+    BODY_TOO_LARGE = "body_too_large"
+    UNSUPPORTED_CONTENT = "unsupported_content"  # a type or an encoding of the body
+    OVERLOADED = "overloaded"  # others' requests leave no room for it
+    HEAD_TOO_LARGE = "headers_too_large"
+    CLIENT_LEFT = "client_left"
+    INTERNAL = "internal_error"
+    WORKERS_FAILED = "workers_failed"  # each attempt at it failed
+    UNAVAILABLE = "unavailable"  # nobody can serve it now
+    TIMED_OUT = "request_timeout"
+
+
 class RequestRejected(PenstockError):
     """A client's request cannot be served, for a reason the client can read.
 
     Args:
-        status: HTTP status (400, 401, 404, 413, 415, 429, 431, 499, 500, 503 or 504).
         message: one sentence for the client.
-        code: machine-readable reason, e.g. `context_length_exceeded`. By default that of a wrong field.
+        kind: of rejection.
+        code: machine-readable reason, e.g. `context_length_exceeded`; by default that of its kind.
         field: the request field at fault, as a path (`messages[0].content`); None when no field is.
         retry_after_s: seconds after which a retry may succeed; None when retrying is pointless.
     """
 
     def __init__(
         self,
-        status: int,
         message: str,
         *,
-        code: str = "invalid_value",
+        kind: Rejection = Rejection.INVALID,
+        code: str = "",
         field: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
         self.message = message
-        self.code = code
+        self.kind = kind
+        self.code = code or kind.value
         self.field = field
         self.retry_after_s = retry_after_s
 
@@ -56,8 +77,8 @@ class ModelReplaced(RequestRejected):
 
     def __init__(self, model: str) -> None:
         super().__init__(
-            503,
             f"`{model}` was replaced by another revision of it before this answer was complete.",
+            kind=Rejection.UNAVAILABLE,
             code="model_replaced",
             retry_after_s=1.0,
         )

@@ -137,8 +137,8 @@ class Discovery(Protocol):
 
 
 class AnswerParser(Protocol):
-    """Takes one answer apart. Either `push`, step by step, or `whole`, once. Raises RequestRejected(500)
-    for an answer that it cannot read."""
+    """Takes one answer apart. Either `push`, step by step, or `whole`, once. Raises
+    RequestRejected(INTERNAL) for an answer that it cannot read."""
 
     def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parsed | None:
         """What the next text, of these tokens, adds; None when nothing yet."""
@@ -167,7 +167,7 @@ class ChatParser(Protocol):
     """Knows how one model writes reasoning and tool calls."""
 
     def begin(self, body: JsonObject) -> CallParser:
-        """Read a chat request, with only those fields that the client set. Raises RequestRejected(400)."""
+        """Read a chat request, with only those fields that the client set. Raises RequestRejected."""
 
 
 class ChatParsers(Protocol):

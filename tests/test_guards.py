@@ -15,7 +15,7 @@ from penstock.core.events import InstanceLost
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.placement import Placement
 from penstock.discovery.file import FileDiscovery
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.session import Session
@@ -40,7 +40,7 @@ def defect(*args: Any, **options: Any) -> Any:
 async def fails(answer: Answer) -> None:
     with pytest.raises(RequestRejected) as refused:
         await answer.tokens()
-    assert (refused.value.status, refused.value.code) == (500, "internal_error")
+    assert (refused.value.kind, refused.value.code) == (Rejection.INTERNAL, "internal_error")
 
 
 def books_are_closed(it: Cluster) -> bool:

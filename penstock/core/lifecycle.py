@@ -71,7 +71,7 @@ from penstock.core.events import (
     TooLong,
 )
 from penstock.core.suspects import Strikes
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import Attempt, Delta, FinishReason, Handoff, Output, Request
 
 
@@ -282,7 +282,7 @@ class Lifecycle:
             return [*self._queue(now), emitted]
         if reason is FinishReason.REJECTED:
             message = output.error or "the engine rejected this request"
-            return self._fail(RequestRejected(400, message, code="rejected_by_engine"))
+            return self._fail(RequestRejected(message, code="rejected_by_engine"))
         if reason is FinishReason.CANCELLED:  # not by this request, which would not listen any more
             effects = self._drop_handoff()
             return [*effects, *self._turned_away("handed back by a leaving worker", now, migrates=True)]
@@ -318,7 +318,7 @@ class Lifecycle:
         if event.attempt_id != self._attempt_id:
             return []
         message = f"The request is too long to be sent to a worker: {event.reason}."
-        return self._fail(RequestRejected(400, message, code="request_too_long"))
+        return self._fail(RequestRejected(message, code="request_too_long"))
 
     def _turned_away(self, reason: str, now: float, *, migrates: bool = False) -> list[Effect]:
         """This worker does not want it, or not any more. Nothing has failed: a rolling restart may do
@@ -328,7 +328,7 @@ class Lifecycle:
         if self._bounces > self._limits.max_bounces:
             return self._fail(
                 RequestRejected(
-                    429, f"every worker is full ({self.trouble})", code="overloaded", retry_after_s=5.0
+                    f"every worker is full ({self.trouble})", kind=Rejection.OVERLOADED, retry_after_s=5.0
                 )
             )
         if migrates:
@@ -375,11 +375,13 @@ class Lifecycle:
         effects = self._drop_handoff()
         if died and strikes.is_cause(self._limits.max_deaths, alone=alone):
             message = f"stopped: {strikes.deaths} workers died computing it ({', '.join(strikes.killed)})"
-            return [*effects, *self._fail(RequestRejected(502, message, code=KILLER))]
+            killer = RequestRejected(message, kind=Rejection.WORKERS_FAILED, code=KILLER)
+            return [*effects, *self._fail(killer)]
         if strikes.failures >= self._limits.max_attempts:
             message = f"{len(strikes.reasons)} attempts failed: {'; '.join(strikes.reasons)}"
-            status = 504 if code else 502
-            return [*effects, *self._fail(RequestRejected(status, message, code=code or "attempts_failed"))]
+            kind = Rejection.TIMED_OUT if code else Rejection.WORKERS_FAILED
+            failed = RequestRejected(message, kind=kind, code=code or "attempts_failed")
+            return [*effects, *self._fail(failed)]
         self._failed = self.trouble
         # Many workers may be dying at once, each noticed by itself. Going on to the next at once would lose
         # this request there too, and make a suspect of it; Retry comes when they are known to be gone.
@@ -408,11 +410,13 @@ class Lifecycle:
             where = f" from {self._instance_id}" if self._instance_id else ""
             message = f"request took longer than {self._limits.request_s:g} s"
             message += f": {self._awaited.missing}{where} for {_seconds(self.waited_s(now))}"
-            return [*self._abandon(), *self._fail(RequestRejected(504, message, code="request_timeout"))]
+            return [*self._abandon(), *self._fail(RequestRejected(message, kind=Rejection.TIMED_OUT))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
             message += f" ({self.trouble or 'they were busy with others'})"
-            return self._fail(RequestRejected(503, message, code="no_worker", retry_after_s=5.0))
+            return self._fail(
+                RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=5.0)
+            )
         started = self._awaited is Awaited.NEXT_TOKEN
         if event.queued and self._busy_waits < self._limits.busy_waits and not started:
             self._busy_waits += 1

@@ -19,11 +19,12 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from penstock import __version__
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.completer import Completer
 from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind, outcome_of, why
 from penstock.frontend.http.api_keys import ApiKeys
 from penstock.frontend.http.exchange import Bodies, Exchange, Header
+from penstock.frontend.http.statuses import status_of
 from penstock.frontend.plan import Planner
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
@@ -98,7 +99,7 @@ class App:
             log.exception("request_id=%s failed", exchange.request_id.decode())
             if exchange.status is not None:
                 raise  # the server drops the connection
-            bug = RequestRejected(500, "Internal error.", code="internal_error")
+            bug = RequestRejected("Internal error.", kind=Rejection.INTERNAL)
             await self._reject(scope, exchange, bug)
 
     def refused(self, error: RequestRejected) -> None:
@@ -136,16 +137,16 @@ class App:
                 endpoint,
                 scope["method"],
                 scope["path"][:MAX_SHOWN_PATH_CHARS],
-                error.status,
-                outcome_of(error.status, error),
+                status_of(error),
+                outcome_of(status_of(error), error),
                 error.code,
                 why(error),
             )
         await exchange.reject(error, headers)
 
     def _count(self, endpoint: str, error: RequestRejected) -> None:
-        outcome = outcome_of(error.status, error)
-        self._metrics.frontend.requests.labels("", endpoint, error.status, outcome).inc()
+        status = status_of(error)
+        self._metrics.frontend.requests.labels("", endpoint, status, outcome_of(status, error)).inc()
 
     # --- endpoints --------------------------------------------------------------------------------
 
@@ -216,9 +217,9 @@ def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
     asked = f"`{scope['method']} {scope['path'][:MAX_SHOWN_PATH_CHARS]}`"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        return RequestRejected(405, f"{asked} is not served; use {allowed}.", code="method_not_allowed")
+        return RequestRejected(f"{asked} is not served; use {allowed}.", kind=Rejection.METHOD_NOT_ALLOWED)
     message = f"Penstock does not serve {asked}; it serves {', '.join(SERVED)}."
-    return RequestRejected(error.status_code, message, code="not_found")
+    return RequestRejected(message, kind=Rejection.NOT_FOUND)
 
 
 class _Endpoint:

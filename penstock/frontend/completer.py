@@ -24,7 +24,7 @@ class Completer(Protocol):
         """The models that can be served now."""
 
     def model(self, name: str) -> ModelView:
-        """Raises RequestRejected: 404 for a model never seen, 503 for one that nobody serves now."""
+        """Raises RequestRejected: NOT_FOUND for a model never seen, UNAVAILABLE while no worker has it."""
 
     def instances(self) -> list[InstanceView]:
         """All known instances."""
@@ -36,7 +36,7 @@ class Completer(Protocol):
         """Why there may be instances that are not known here; empty when there are none."""
 
     def check(self, model: str, tenant: str, priority: int) -> None:
-        """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
+        """Raises RequestRejected(OVERLOADED) when any request would have to wait too long."""
 
     def submit(
         self,

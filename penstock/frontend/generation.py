@@ -11,20 +11,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.errors import ModelReplaced, PenstockError, RequestRejected
+from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.call import Call, Turn
 from penstock.frontend.completer import Completer
-from penstock.frontend.http.exchange import CLIENT_GONE, Exchange
+from penstock.frontend.http.exchange import Exchange
+from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
 from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
 from penstock.frontend.plan import Plan, Planner, priority_of
 from penstock.frontend.responses import (
     Envelope,
     chat_body,
-    code_of,
     completion_body,
     fingerprint_of,
-    status_of,
     usage_of,
 )
 from penstock.frontend.settings import FrontendSettings
@@ -35,7 +34,6 @@ from penstock.shapes import ModelView
 
 log = logging.getLogger("penstock.frontend")
 
-OVERLOADED: Final = 429
 LONG_BODY_BYTES: Final = 1024 * 1024  # decoded in 2 ms, if it is text
 RETRY_AFTER_S: Final = 1.0  # for what passes by itself: a full or a leaving frontend
 
@@ -88,7 +86,7 @@ class Record:
         if self.call is not None:
             self.call.hang_up()
         else:
-            self._abandon(RequestRejected(CLIENT_GONE, "The client left.", code="client_left"))
+            self._abandon(RequestRejected("The client left.", kind=Rejection.CLIENT_LEFT))
 
     def fail(self, error: PenstockError) -> None:
         """Only the first error counts, and none after the end."""
@@ -150,9 +148,9 @@ class GenerationEndpoint:
                 record.error = error
             except TimeoutError:
                 message = f"The request took longer than {self._settings.request_timeout_s:g} s."
-                record.error = record.error or RequestRejected(504, message, code="request_timeout")
+                record.error = record.error or RequestRejected(message, kind=Rejection.TIMED_OUT)
             except Exception:
-                record.error = RequestRejected(500, "Internal error.", code="internal_error")
+                record.error = RequestRejected("Internal error.", kind=Rejection.INTERNAL)
                 raise
             if record.error is not None:
                 await _tell(exchange, record.error)
@@ -168,7 +166,7 @@ class GenerationEndpoint:
             raise _leaving()
         if self._inflight > self._settings.max_inflight:
             raise RequestRejected(
-                OVERLOADED, "Too many requests at a time.", code="overloaded", retry_after_s=RETRY_AFTER_S
+                "Too many requests at a time.", kind=Rejection.OVERLOADED, retry_after_s=RETRY_AFTER_S
             )
         content = await exchange.body()
         body = kind.decode(content)
@@ -247,8 +245,8 @@ class GenerationEndpoint:
         ended = time.perf_counter()
         call, plan = record.call, record.plan
         error = record.error
-        gone = (call is not None and call.gone) or (error is not None and status_of(error) == CLIENT_GONE)
-        status = CLIENT_GONE if gone else exchange.status or 500
+        gone = (call is not None and call.gone) or (error is not None and _left(error))
+        status = CLIENT_LEFT_STATUS if gone else exchange.status or 500
         outcome = outcome_of(status, error)
         self._metrics.requests.labels(record.model, kind.endpoint, status, outcome).inc()
         exchange.accounted = True
@@ -341,20 +339,23 @@ async def _stream(
 async def _tell(exchange: Exchange, error: PenstockError) -> None:
     if exchange.status is not None:
         await exchange.write(error_event(error), more=False)
-    elif status_of(error) != CLIENT_GONE:
+    elif not _left(error):
         await exchange.reject(error)
 
 
 def _leaving() -> RequestRejected:
     return RequestRejected(
-        503, "This server is shutting down.", code="shutting_down", retry_after_s=RETRY_AFTER_S
+        "This server is shutting down.",
+        kind=Rejection.UNAVAILABLE,
+        code="shutting_down",
+        retry_after_s=RETRY_AFTER_S,
     )
 
 
 def outcome_of(status: int, error: PenstockError | None) -> str:
     """How a request ended, for log and metrics: ok, rejected, failed or cancelled. A stream that fails
     after its first token has failed, although its status was 200."""
-    if status == CLIENT_GONE:
+    if status == CLIENT_LEFT_STATUS:
         return "cancelled"
     if error is None and status < 400:
         return "ok"
@@ -365,14 +366,18 @@ def why(error: PenstockError | None, tenant: str = "") -> str:
     """For the log: the field at fault; and of what was turned away for lack of room, or failed, whose it
     was and the reason with its figures. Other messages may repeat what the client said: only for `debug`.
     """
-    if error is None or status_of(error) == CLIENT_GONE:
+    if error is None or _left(error):
         return ""
     field = getattr(error, "field", None)
     param = f" param={field!r}" if field is not None else ""
-    status = status_of(error)
-    if status != OVERLOADED and status < 500 and not log.isEnabledFor(logging.DEBUG):
+    shown = kind_of(error) is Rejection.OVERLOADED or status_of(error) >= 500
+    if not shown and not log.isEnabledFor(logging.DEBUG):
         return param
     return f"{param} tenant={tenant or '-'} error={str(error)!r}"
+
+
+def _left(error: PenstockError) -> bool:
+    return kind_of(error) is Rejection.CLIENT_LEFT
 
 
 def _finish(record: Record, gone: bool) -> str:

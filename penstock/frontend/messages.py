@@ -79,7 +79,7 @@ _NOTHING: Final = (None,) * 4
 
 
 def settle(messages: Sequence[Message]) -> None:
-    """Bring messages into one form, in place. Raises RequestRejected(400) for what is no text."""
+    """Bring messages into one form, in place. Raises RequestRejected for what is no text."""
     for index, message in enumerate(messages):
         rest = message.tool_calls, message.function_call, message.tools, message.audio
         if type(message.content) is not str or rest != _NOTHING:
@@ -93,7 +93,7 @@ def _settle(message: Message, where: str) -> None:
         message.content = message.refusal
     if message.content is None and message.role not in _MAY_BE_EMPTY:
         field = f"{where}.content"
-        raise RequestRejected(400, f"`{field}` must be a string or a list of text parts.", field=field)
+        raise RequestRejected(f"`{field}` must be a string or a list of text parts.", field=field)
     if message.audio is not None:
         raise _no_text(f"{where}.audio", "audio")
     if message.function_call is not None and not message.tool_calls:
@@ -121,7 +121,7 @@ def _text_of(part: ContentPart, where: str) -> str | None:
     text: str | UnsetType | None = getattr(part, name)
     if text is UNSET:
         field = f"{where}.{name}"
-        raise RequestRejected(400, f"Missing required field: `{field}`.", code="missing_field", field=field)
+        raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
     return text
 
 
@@ -130,7 +130,7 @@ def _no_text(field: str, kind: str) -> RequestRejected:
         f"`{field}`: parts of type `{kind}` are not served: no images, audio or files,"
         f" only text ({', '.join(f'`{name}`' for name in TEXT_PARTS)})."
     )
-    return RequestRejected(400, message, field=field)
+    return RequestRejected(message, field=field)
 
 
 def _arguments(function: FunctionCall, where: str) -> JsonObject:

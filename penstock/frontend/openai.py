@@ -191,9 +191,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         kinds = {type(item) for item in self.prompt}
         if len(kinds) > 1:
             raise RequestRejected(
-                400,
-                "A list of prompts must be all strings, all token ids or all token lists.",
-                field="prompt",
+                "A list of prompts must be all strings, all token ids or all token lists.", field="prompt"
             )
         if kinds == {int}:
             return [self.prompt]  # type: ignore[list-item]
@@ -217,7 +215,7 @@ _COMPLETION_DECODER = msgspec.json.Decoder(_COMPLETION)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
-    """Raises RequestRejected(400) naming the field."""
+    """Raises RequestRejected naming the field."""
     request = _decode(body, _CHAT_DECODER, _CHAT)
     _check(request)
     _check_chat(request)
@@ -226,13 +224,13 @@ def decode_chat(body: bytes) -> ChatRequest:
 
 
 def decode_completion(body: bytes) -> CompletionRequest:
-    """Raises RequestRejected(400) naming the field."""
+    """Raises RequestRejected naming the field."""
     request = _decode(body, _COMPLETION_DECODER, _COMPLETION)
     _check(request)
     choices = len(request.prompts) * (request.n or 1)
     if choices > MAX_CHOICES:
         raise RequestRejected(
-            400, f"{choices} choices (n times prompts) are more than {MAX_CHOICES}.", field="prompt"
+            f"{choices} choices (n times prompts) are more than {MAX_CHOICES}.", field="prompt"
         )
     return request
 
@@ -252,7 +250,7 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body]) 
     except msgspec.ValidationError as error:
         raise _rejected(body, error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestRejected(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+        raise RequestRejected(f"The body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _rejected(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> RequestRejected:
@@ -304,7 +302,7 @@ def _check(request: GenerationRequest) -> None:
         _read_nvext(request, request.nvext)
     options = request.stream_options
     if options is not None and not request.stream:
-        raise RequestRejected(400, "`stream_options` needs `stream`.", field="stream_options")
+        raise RequestRejected("`stream_options` needs `stream`.", field="stream_options")
     if options is not None and options.continuous_usage_stats:
         raise unsupported("stream_options.continuous_usage_stats")
     if request.best_of is not None and request.best_of != (request.n or 1):
@@ -331,16 +329,15 @@ def _check_chat(request: ChatRequest) -> None:
     if request.chat_template_args is not None:
         if request.chat_template_kwargs is not None:
             message = "`chat_template_args` and `chat_template_kwargs` are the same; send one of them."
-            raise RequestRejected(400, message, field="chat_template_args")
+            raise RequestRejected(message, field="chat_template_args")
         request.chat_template_kwargs, request.chat_template_args = request.chat_template_args, None
     for name in ("chat_template_kwargs", "documents"):
         if (given := getattr(request, name)) is not None:
             check_depth(given, name)
     if request.top_logprobs and not request.logprobs:
-        raise RequestRejected(400, "`top_logprobs` needs `logprobs`.", field="top_logprobs")
+        raise RequestRejected("`top_logprobs` needs `logprobs`.", field="top_logprobs")
     if request.continue_final_message and request.add_generation_prompt is not False:
         raise RequestRejected(
-            400,
             "`continue_final_message` needs `add_generation_prompt` set to false.",
             field="continue_final_message",
         )

@@ -60,8 +60,8 @@ class Planner:
     async def plan(
         self, call_id: str, body: ChatRequest | CompletionRequest, view: ModelView, caller: Caller
     ) -> Plan:
-        """Render, tokenize and check. Raises RequestRejected: 400 naming the field, 429 when its prompts
-        would have to wait too long for the tokenizer."""
+        """Render, tokenize and check. Raises RequestRejected: INVALID naming the field; OVERLOADED when its
+        prompts would have to wait too long for the tokenizer."""
         sampling = sampling_of(body, view, first_seed(body, self._rng))
         text = await self._preprocessor.text_of(view, caller)
         parser = _parser(body, text, view)
@@ -69,7 +69,7 @@ class Planner:
         tokens = sum(map(len, prompts)) * (body.n or 1)
         if tokens > MAX_CALL_TOKENS:
             message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
-            raise RequestRejected(400, message, field="n")
+            raise RequestRejected(message, field="n")
         age_s = time.perf_counter() - caller.since
         plan = Plan([len(prompt) for prompt in prompts], [], [], [])
         for prompt in prompts:
@@ -119,7 +119,7 @@ class Planner:
         encoded = iter(await self._preprocessor.encode(text, texts, caller, add_special_tokens=special))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         if not all(prompts):
-            raise RequestRejected(400, "A prompt is empty.", field="prompt")
+            raise RequestRejected("A prompt is empty.", field="prompt")
         return prompts
 
 
@@ -151,7 +151,7 @@ def _parser(body: ChatRequest | CompletionRequest, text: ModelText, view: ModelV
         if tool_parser:
             reason = f"this frontend has no vLLM, whose parser {tool_parser} that needs"
         message = f"`{view.card.name}` cannot call tools: {reason}."
-        raise RequestRejected(400, message, code="unsupported_value", field="tools")
+        raise RequestRejected(message, code="unsupported_value", field="tools")
     return text.parser.begin(_set_fields(body)) if text.parser is not None else None
 
 

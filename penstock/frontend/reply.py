@@ -32,7 +32,7 @@ class Reply:
         self._called = False
 
     def add(self, text: str, token_ids: Sequence[int], *, finished: bool) -> None:
-        """Raises RequestRejected(500) when the parser fails."""
+        """Raises RequestRejected(INTERNAL) when the parser fails."""
         self._token_ids += token_ids
         if not self._stream:
             self._texts.append(text)
@@ -48,7 +48,7 @@ class Reply:
         return news
 
     def whole(self) -> Parsed:
-        """An answer that is not streamed. Raises RequestRejected(500) when the parser fails."""
+        """An answer that is not streamed. Raises RequestRejected(INTERNAL) when the parser fails."""
         parsed = self._parser.whole("".join(self._texts), self._token_ids)
         self._called = bool(parsed.tool_calls)
         return parsed

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
-from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.text.logprobs import LogprobFormat
 from penstock.shapes import JsonObject, ModelView, Parsed
@@ -132,24 +130,3 @@ def model_object(model: ModelView, created: int) -> JsonObject:
         "owned_by": OWNER,
         "max_model_len": model.card.max_model_len,
     }
-
-
-def code_of(error: PenstockError) -> str:
-    """The machine-readable reason; `worker_failed` for what came from a worker."""
-    return error.code if isinstance(error, RequestRejected) else "worker_failed"
-
-
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
-
-
-def status_of(error: PenstockError) -> int:
-    """The HTTP status; 502 for what came from a worker."""
-    return error.status if isinstance(error, RequestRejected) else 502
-
-
-def error_object(error: PenstockError) -> JsonObject:
-    """An error in OpenAI's shape."""
-    status = status_of(error)
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    field: Any = getattr(error, "field", None)
-    return {"error": {"message": str(error), "type": kind, "param": field, "code": code_of(error)}}

@@ -23,7 +23,7 @@ def sampling_of(request: GenerationRequest, model: ModelView, seed: int) -> Samp
     """The request's sampling, the same for all its choices but for `seed` and `max_tokens`.
 
     What the client left out comes from the model's generation_config.json, then from OpenAI's defaults.
-    Raises RequestRejected(400) for token ids outside the vocabulary, and for a form of the output that
+    Raises RequestRejected for token ids outside the vocabulary, and for a form of the output that
     its engine cannot hold it to.
     """
     bias = request.logit_bias or {}
@@ -56,7 +56,6 @@ def _structured(request: GenerationRequest, model: ModelView) -> StructuredOutpu
     if wanted is not None and not model.card.answering.structured_output:
         field = "response_format" if request.response_format is not None else "structured_outputs"
         raise RequestRejected(
-            400,
             f"`{field}`: the engine that serves `{model.card.name}` cannot hold its output to a form.",
             code="unsupported_value",
             field=field,
@@ -74,21 +73,19 @@ def with_room(
     """The sampling with `max_tokens` for a prompt of this length: what the client wants, or what is left of
     the context where that is less, as in vLLM. Only the prompt must fit.
 
-    Raises RequestRejected(400): code "context_length_exceeded" when the prompt leaves no room for a token;
+    Raises RequestRejected: code "context_length_exceeded" when the prompt leaves no room for a token;
     naming the field when the context could never hold what is wanted.
     """
     limit, wanted = model.card.max_model_len, request.wanted_max_tokens
     if wanted is not None and wanted > limit:
         field = request.max_tokens_field
         message = f"`{field}` is {wanted}, more than the model's whole context of {limit} tokens."
-        raise RequestRejected(400, message, field=field)
+        raise RequestRejected(message, field=field)
     if prompt_tokens >= limit:
         raise too_long(limit, f"your prompt has {prompt_tokens} tokens, and at least 1 must be generated")
     max_tokens = min(wanted if wanted is not None else default_max_tokens, limit - prompt_tokens)
     if sampling.min_tokens > max_tokens:
-        raise RequestRejected(
-            400, f"`min_tokens` is above the {max_tokens} tokens allowed.", field="min_tokens"
-        )
+        raise RequestRejected(f"`min_tokens` is above the {max_tokens} tokens allowed.", field="min_tokens")
     return msgspec.structs.replace(sampling, max_tokens=max_tokens)
 
 
@@ -112,15 +109,15 @@ def _check_tokens(field: str, token_ids: Iterable[int], model: ModelView) -> Non
 
 
 def check_vocabulary(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    """Raises RequestRejected(400) when a token id is outside of the vocabulary."""
+    """Raises RequestRejected when a token id is outside of the vocabulary."""
     largest = max(token_ids, default=0)
     if largest >= vocab_size:
         raise RequestRejected(
-            400, f"`{field}`: token id {largest} is outside the vocabulary of {vocab_size}.", field=field
+            f"`{field}`: token id {largest} is outside the vocabulary of {vocab_size}.", field=field
         )
 
 
 def too_long(limit: int, however: str) -> RequestRejected:
     """The refusal of what does not fit into a model's context of `limit` tokens."""
     message = f"This model's maximum context length is {limit} tokens. However, {however}."
-    return RequestRejected(400, message, code="context_length_exceeded", field=None)
+    return RequestRejected(message, code="context_length_exceeded", field=None)

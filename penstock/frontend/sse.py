@@ -12,8 +12,9 @@ import msgspec
 
 from penstock.errors import PenstockError
 from penstock.frontend.answer import Answer
+from penstock.frontend.http.statuses import error_object
 from penstock.frontend.reply import TOOL_CALLS, Reply
-from penstock.frontend.responses import Envelope, Usage, error_object, finish_name
+from penstock.frontend.responses import Envelope, Usage, finish_name
 from penstock.frontend.text.logprobs import LogprobFormat
 from penstock.shapes import FinishReason, JsonObject, Parsed, TokenLogprob, ToolCallDelta
 

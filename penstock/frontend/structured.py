@@ -72,13 +72,13 @@ _OPTIONS: Final = ("disable_any_whitespace", "disable_additional_properties", "w
 def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> StructuredOutput | None:
     """What the two fields ask for; None when it is nothing.
 
-    Raises RequestRejected(400) for constraints that exclude each other, or that are too long or too deep.
+    Raises RequestRejected for constraints that exclude each other, or that are too long or too deep.
     """
     if isinstance(format, TextFormat):
         format = None
     if format is not None and outputs is not None:
         message = "`response_format` and `structured_outputs` cannot go together."
-        raise RequestRejected(400, message, field="structured_outputs")
+        raise RequestRejected(message, field="structured_outputs")
     if format is not None:
         return _checked(_of_format(format), "response_format")
     return _checked(_of_outputs(outputs), "structured_outputs") if outputs is not None else None
@@ -106,7 +106,7 @@ def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
     if len(kinds) != 1:
         got = ", ".join(kinds) or "none"
         message = f"`structured_outputs` needs exactly one of {', '.join(given)}; got {got}."
-        raise RequestRejected(400, message, field="structured_outputs")
+        raise RequestRejected(message, field="structured_outputs")
     (kind,) = kinds
     value = given[kind]
     if kind == "json_object":
@@ -118,12 +118,12 @@ def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
 def _checked(output: StructuredOutput, field: str) -> StructuredOutput:
     if len(output.spec) > MAX_SPEC_CHARS:
         message = f"`{field}` has {len(output.spec)} characters, more than {MAX_SPEC_CHARS}."
-        raise RequestRejected(400, message, field=field)
+        raise RequestRejected(message, field=field)
     if output.kind in ("json", "structural_tag"):
         try:
             check_depth(msgspec.json.decode(output.spec), field)
         except (msgspec.DecodeError, RecursionError) as error:  # given as a string
-            raise RequestRejected(400, f"`{field}` is not valid JSON: {error}.", field=field) from None
+            raise RequestRejected(f"`{field}` is not valid JSON: {error}.", field=field) from None
     return output
 
 

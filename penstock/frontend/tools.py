@@ -54,16 +54,15 @@ class NamedTool(msgspec.Struct):
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> None:
-    """Raises RequestRejected(400) for a choice that these tools do not offer, or too deep a schema."""
+    """Raises RequestRejected for a choice that these tools do not offer, or too deep a schema."""
     for index, tool in enumerate(tools or ()):
         check_depth(tool.function.parameters, f"tools[{index}].function.parameters")
     if choice is None or choice == "none":
         return
     if not tools:
-        raise RequestRejected(400, "`tool_choice` needs `tools`.", field="tool_choice")
+        raise RequestRejected("`tool_choice` needs `tools`.", field="tool_choice")
     if isinstance(choice, NamedTool) and choice.function.name not in (tool.function.name for tool in tools):
         raise RequestRejected(
-            400,
             f"`tool_choice` names `{choice.function.name}`, which is not among `tools`.",
             field="tool_choice.function.name",
         )

@@ -192,7 +192,7 @@ OnlyRefused: Final = with_refused(msgspec.Struct)
 
 
 def refuse(request: msgspec.Struct) -> None:
-    """Raises RequestRejected(400) that names the first refused field which asks for something.
+    """Raises RequestRejected that names the first refused field which asks for something.
 
     `request` is of a type that `with_refused` made."""
     values = msgspec.structs.astuple(request)[-len(REFUSED) :]
@@ -211,4 +211,4 @@ def check_refused(given: JsonObject, refused: dict[str, Refused], prefix: str = 
 def unsupported(field: str, what: str = "", instead: str = "") -> RequestRejected:
     """The refusal of a field that would change the answer."""
     message = f"`{field}`{what} is not supported{f': {instead}' if instead else ''}."
-    return RequestRejected(400, message, code="unsupported_value", field=field)
+    return RequestRejected(message, code="unsupported_value", field=field)

@@ -56,20 +56,20 @@ def rejected(
     missing = _MISSING.fullmatch(what)
     if missing:
         path = f"{path}.{missing['name']}" if path else missing["name"]
-        return RequestRejected(400, f"Missing required field: `{path}`.", code="missing_field", field=path)
+        return RequestRejected(f"Missing required field: `{path}`.", code="missing_field", field=path)
     allowed = _allowed(_type_of(kind), path.removeprefix(prefix)) if path else []
     # An entry of an object is shown without its key: name the object.
     path = path.removesuffix("[...]")
     where = f"`{path}`" if path else "the body"
     message = f"{where} {_must(what, allowed)}."
-    return RequestRejected(400, message[:1].upper() + message[1:], field=path or None)
+    return RequestRejected(message[:1].upper() + message[1:], field=path or None)
 
 
 def wrong_entries(field: str, entries: list[str], expected: str) -> RequestRejected:
     """The 400 for an object of which these entries are wrong."""
     named = ", ".join(repr(entry[:_MAX_GOT_CHARS]) for entry in entries[:_MAX_NAMED])
     more = f" and {len(entries) - _MAX_NAMED} more" if len(entries) > _MAX_NAMED else ""
-    return RequestRejected(400, f"`{field}`: {named}{more} {expected}.", field=field)
+    return RequestRejected(f"`{field}`: {named}{more} {expected}.", field=field)
 
 
 def _must(what: str, allowed: list[str]) -> str:

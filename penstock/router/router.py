@@ -26,7 +26,7 @@ from penstock.core.queues import Queues
 from penstock.core.room import waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
-from penstock.errors import ModelReplaced, ProtocolError, RemoteError, RequestRejected
+from penstock.errors import ModelReplaced, ProtocolError, Rejection, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.logs.quiet_log import QuietLog
@@ -111,8 +111,9 @@ class Router:
         return self._instances.models()
 
     def model(self, name: str) -> ModelView:
-        """The model in the revision that new requests get. Raises RequestRejected: 404 for a model never
-        seen, 503 for one that no worker has served for as long as a request may queue."""
+        """The model in the revision that new requests get. Raises RequestRejected: NOT_FOUND
+        for a model never seen, UNAVAILABLE for one that no worker has served for as long as a request may
+        queue."""
         return self._instances.model(name)
 
     def instances(self) -> list[InstanceView]:
@@ -130,8 +131,8 @@ class Router:
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason; or
-        `on_error` is called once. Raises RequestRejected(429) when it would have to wait too long. The
-        choices of a call must be submitted one directly after the other."""
+        `on_error` is called once. Raises RequestRejected(OVERLOADED) when it would have to wait too long.
+        The choices of a call must be submitted one directly after the other."""
         queue = self._queues.of(request.model, request.revision)
         size = waiting_bytes(request)
         if not queue.holds(request.call_id, request.tenant, request.priority):
@@ -156,7 +157,7 @@ class Router:
         ]
 
     def check(self, model: str, tenant: str, priority: int) -> None:
-        """Raises RequestRejected(429) when a request would have to wait too long, whatever it asks."""
+        """Raises RequestRejected(OVERLOADED) when any request would have to wait too long."""
         queue = self._queues.get((model, self.model(model).revision))
         if queue is not None:
             self._check(queue, tenant, priority)
@@ -234,7 +235,7 @@ class Router:
 
     def _rejected(self, refusal: Refusal) -> RequestRejected:
         self._metrics.rejected(refusal.reason)
-        return RequestRejected(429, str(refusal), code="overloaded", retry_after_s=refusal.retry_after_s)
+        return RequestRejected(str(refusal), kind=Rejection.OVERLOADED, retry_after_s=refusal.retry_after_s)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class Router:
         self._resting.pop(request_id, None)
         self._placement.unbook(live.placed)
         self._suspects.note(request_id, 0, ())
-        self._fail(live, RequestRejected(500, "Internal error.", code="internal_error"))
+        self._fail(live, RequestRejected("Internal error.", kind=Rejection.INTERNAL))
 
     def _perform(self, live: Live, effects: list[life.Effect]) -> None:
         for effect in effects:

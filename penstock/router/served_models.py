@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from penstock.core.catalog import Catalog, differences
 from penstock.core.membership import Membership, State
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import Card, ModelView
 
 log = logging.getLogger("penstock.instances")
@@ -22,7 +22,7 @@ SWEEP_S = 1.0
 """Seconds between looks for models that nobody serves any more."""
 
 MAX_GONE_MODELS = 1024
-"""Names of models that were served once, for which a client hears 503 instead of 404."""
+"""Names of models that were served once, which are unavailable to a client instead of unknown."""
 
 MAX_NAMED_MODELS = 16
 """Served models that the error for an unknown one names."""
@@ -65,24 +65,27 @@ class ServedModels:
     def model(self, name: str, *, listed: bool) -> ModelView:
         """The model in the revision that new requests get. `listed`: discovery has said who exists.
 
-        Raises RequestRejected: 404 for a model that no worker serves or served; 503 for one whose first
-        workers are still connecting, whose workers have all said that they leave, or that no worker has
-        served for `outage_s`.
+        Raises RequestRejected: NOT_FOUND for a model that no worker serves or served; UNAVAILABLE for one
+        whose first workers are still connecting, whose workers have all said that they leave, or that no
+        worker has served for `outage_s`.
         """
         served = self._served.get(name)
         if served is not None and not self._all_left(name):
             return served.view
         if served is not None or name in self._gone:
             raise RequestRejected(
-                503, f"No worker serves `{name}` right now.", code="no_worker", retry_after_s=5.0
+                f"No worker serves `{name}` right now.",
+                kind=Rejection.UNAVAILABLE,
+                code="no_worker",
+                retry_after_s=5.0,
             )
         members = self._membership.members.values()
         if not listed or any(member.model in (name, "") for member in members):
             message = f"The workers of `{name}` are still connecting."
-            raise RequestRejected(503, message, code="no_worker", retry_after_s=1.0)
+            raise RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=1.0)
         names = ", ".join(f"`{view.card.name}`" for view in self.models()[:MAX_NAMED_MODELS])
         message = f"The model `{name}` does not exist; served: {names or 'none'}."
-        raise RequestRejected(404, message, code="model_not_found", field="model")
+        raise RequestRejected(message, kind=Rejection.NOT_FOUND, code="model_not_found", field="model")
 
     def serves(self, name: str, revision: str | None = None) -> bool:
         """Whether new requests may come for the model, or for this revision of it: it is served, or was so

@@ -31,7 +31,7 @@ from penstock.core.events import (
     TooLong,
 )
 from penstock.core.lifecycle import REST_S, Lifecycle, Phase
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import FinishReason, Handoff, Output, Request, Sampling
 
 LIMITS = Deadlines(
@@ -82,7 +82,7 @@ def test_an_attempt_too_long_to_be_sent_is_the_requests_own_fault() -> None:
     attempt_id = sent(life.handle(Chosen("d0"), 0.0)).attempt.attempt_id
     assert life.handle(TooLong("r.0", "of another attempt"), 0.0) == []
     (fail,) = life.handle(TooLong(attempt_id, "20 bytes"), 0.0)
-    assert (fail.error.status, fail.error.code) == (400, "request_too_long")
+    assert (fail.error.kind, fail.error.code) == (Rejection.INVALID, "request_too_long")
     assert "20 bytes" in str(fail.error)
     assert life.phase is Phase.DONE
     assert not life.strikes.count
@@ -93,7 +93,7 @@ def test_a_continuation_too_long_to_be_sent_lets_go_of_its_handoff() -> None:
     attempt_id = sent(prefilled(life)).attempt.attempt_id
     release, fail = life.handle(TooLong(attempt_id, "20 bytes"), 1.0)
     assert release == Release("p0", "r.1", sent=True)
-    assert fail.error.status == 400
+    assert fail.error.kind is Rejection.INVALID
 
 
 def test_starts_by_asking_for_a_place() -> None:
@@ -295,7 +295,7 @@ def test_bounces_end_in_429() -> None:
         effects = life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
     (fail,) = effects
     assert isinstance(fail.error, RequestRejected)
-    assert fail.error.status == 429
+    assert fail.error.kind is Rejection.OVERLOADED
     assert fail.error.retry_after_s
 
 
@@ -349,7 +349,7 @@ def test_queue_deadline_names_the_trouble() -> None:
     life.handle(NoCandidate("no decode worker is ready"), 0.0)
     assert life.handle(Tick(), 29.9) == []
     (fail,) = life.handle(Tick(), 30.0)
-    assert fail.error.status == 503
+    assert fail.error.kind is Rejection.UNAVAILABLE
     assert "no decode worker is ready" in fail.error.message
 
 
@@ -375,7 +375,7 @@ def test_who_is_ready_again_is_not_avoided() -> None:
 
 
 def test_only_who_waits_can_be_refused() -> None:
-    refused = Refused(RequestRejected(429, "too long"))
+    refused = Refused(RequestRejected("too long", kind=Rejection.OVERLOADED))
     life = lifecycle()
     assert life.handle(refused, 0.0) == [Fail(refused.error)]
     assert life.phase is Phase.DONE
@@ -428,7 +428,7 @@ def test_late_attempts_end_in_an_error_that_names_each() -> None:
         now = life.deadline
         effects = life.handle(Tick(), now)
     error = effects[-1].error
-    assert (error.status, error.code) == (504, "first_token_timeout")
+    assert (error.kind, error.code) == (Rejection.TIMED_OUT, "first_token_timeout")
     assert str(error) == "3 attempts failed: " + "; ".join(
         f"{instance}: no first token within 120 s" for instance in ("d0", "d1", "d2")
     )
@@ -480,7 +480,7 @@ def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
         effects = life.handle(
             InstanceLost(f"d{number}", "killed", died=f"d{number}@1", alone=number == 2), 1.0
         )
-    assert (effects[-1].error.status, effects[-1].error.code) == (502, KILLER)
+    assert (effects[-1].error.kind, effects[-1].error.code) == (Rejection.WORKERS_FAILED, KILLER)
     assert "3 workers died computing it (d0@1, d1@1, d2@1)" in str(effects[-1].error)
 
 
@@ -508,7 +508,7 @@ def test_request_deadline_bounds_everything() -> None:
         life.handle(Output(attempt.attempt_id, [second]), float(second))
     cancel, fail = life.handle(Tick(), 1000.0)
     assert cancel == Cancel("d0", attempt.attempt_id)
-    assert fail.error.status == 504
+    assert fail.error.kind is Rejection.TIMED_OUT
     assert str(fail.error) == "request took longer than 1000 s: no next token from d0 for 50 s"
 
 

@@ -23,7 +23,7 @@ from tokenizers import (
     trainers,
 )
 
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.frontend.app import create_app
 from penstock.frontend.http.server import serve
 from penstock.frontend.settings import FrontendSettings
@@ -213,9 +213,13 @@ class ScriptedCompleter:
     def model(self, name: str) -> ModelView:
         view = next((view for view in self.views if view.card.name == name), None)
         if view is None:
-            raise RequestRejected(404, f"no `{name}`", code="model_not_found", field="model")
+            raise RequestRejected(
+                f"no `{name}`", kind=Rejection.NOT_FOUND, code="model_not_found", field="model"
+            )
         if not self.serving:
-            raise RequestRejected(503, "nobody serves it", code="no_worker", retry_after_s=5.0)
+            raise RequestRejected(
+                "nobody serves it", kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=5.0
+            )
         return view
 
     def instances(self) -> list[InstanceView]:

@@ -7,7 +7,7 @@ import json
 import re
 from itertools import count
 
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import ConfigError, Rejection, RequestRejected
 from penstock.shapes import Parsed, StructuredOutput, ToolCallDelta
 
 _END = "</think>"
@@ -94,7 +94,7 @@ class TagAnswer:
 
     def _parts(self, text, finished):
         if "unreadable" in text:
-            raise RequestRejected(500, "it says unreadable", code="unparsable_answer")
+            raise RequestRejected("it says unreadable", kind=Rejection.INTERNAL, code="unparsable_answer")
         reasoning = ""
         if self._reasons:
             reasoning, end, text = text.partition(_END)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from penstock import __version__
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.http.api_keys import key_line
 from penstock.logs.quiet_log import BURST_LINES
 
@@ -385,7 +385,7 @@ async def test_who_would_wait_too_long_is_told_before_anything_is_done(serve_scr
     caplog.set_level("INFO", "penstock.frontend")
     async with serve_script("x") as served:
         reason = "Too many (reason=wait wait_ms=12000 bound_ms=10000 place=7)."
-        served.completer.check_error = RequestRejected(429, reason, code="overloaded", retry_after_s=3.0)
+        served.completer.check_error = RequestRejected(reason, kind=Rejection.OVERLOADED, retry_after_s=3.0)
         # Its prompt is not looked at: the same without an error would be a 400.
         body = {**CHAT, "max_tokens": 10**9}
         response = await served.http.post("/v1/chat/completions", json=body)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.call import Call, Turn
 from penstock.metrics import Metrics
 from penstock.shapes import Delta, FinishReason, Request, Sampling
 
-LOST = RequestRejected(503, "lost", code="no_worker")
+LOST = RequestRejected("lost", kind=Rejection.UNAVAILABLE, code="no_worker")
 
 
 class Echo:
@@ -176,7 +176,7 @@ async def test_a_failure_ends_it_once_and_cancels_the_rest(begin, metrics):
     call, tickets, _ = begin(2)
     assert queued(metrics)
     tickets[0].on_error(LOST)
-    tickets[1].on_error(RequestRejected(500, "second"))
+    tickets[1].on_error(RequestRejected("second", kind=Rejection.INTERNAL))
     assert call.error is LOST
     assert tickets[1].cancelled == 1
     assert not queued(metrics)

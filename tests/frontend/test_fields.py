@@ -18,7 +18,7 @@ from openai.types.chat import (
     ChatCompletionUserMessageParam,
 )
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.messages import Message
 from penstock.frontend.openai import (
     ChatRequest,
@@ -69,8 +69,8 @@ def test_a_refused_field_is_named_and_null_or_a_neutral_value_is_absence(endpoin
     for asks in ({"x": 1}, "asks", 7, True not in REFUSED[name].neutral):
         with pytest.raises(RequestRejected) as raised:
             decode(endpoint, **{name: asks})
-        assert (raised.value.status, raised.value.code, raised.value.field) == (
-            400,
+        assert (raised.value.kind, raised.value.code, raised.value.field) == (
+            Rejection.INVALID,
             "unsupported_value",
             name,
         )

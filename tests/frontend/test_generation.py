@@ -7,7 +7,7 @@ from functools import partial
 import openai
 import pytest
 
-from penstock.errors import RemoteError, RequestRejected
+from penstock.errors import Rejection, RemoteError, RequestRejected
 from penstock.frontend.generation import Record
 from penstock.shapes import Delta, FinishReason, TokenLogprob
 from tests.waiting import until
@@ -238,12 +238,12 @@ async def test_completion_logprobs_are_lists(serve_script, byte_level):
     ("error", "status", "raised"),
     [
         (
-            RequestRejected(503, "no worker", code="no_worker", retry_after_s=4.6),
+            RequestRejected("no worker", kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=4.6),
             503,
             openai.InternalServerError,
         ),
-        (RequestRejected(429, "full", code="overloaded", retry_after_s=0.2), 429, openai.RateLimitError),
-        (RequestRejected(504, "late", code="request_timeout"), 504, openai.InternalServerError),
+        (RequestRejected("full", kind=Rejection.OVERLOADED, retry_after_s=0.2), 429, openai.RateLimitError),
+        (RequestRejected("late", kind=Rejection.TIMED_OUT), 504, openai.InternalServerError),
         (RemoteError("broken"), 502, openai.InternalServerError),
     ],
 )
@@ -260,7 +260,7 @@ async def test_a_failure_before_the_first_token_has_its_status(serve_script, str
 
 async def test_a_failure_in_a_stream_is_an_event(serve_script, byte_level):
     ids = byte_level.encode("Hi").ids
-    error = RequestRejected(502, "4 attempts failed", code="attempts_failed")
+    error = RequestRejected("4 attempts failed", kind=Rejection.WORKERS_FAILED, code="attempts_failed")
     async with serve_script(lambda request: [Delta(ids), error]) as served:
         with pytest.raises(openai.APIError, match="4 attempts failed"):
             await collect(await chat(served, stream=True))
@@ -273,7 +273,10 @@ async def test_a_failure_in_a_stream_is_an_event(serve_script, byte_level):
 
 async def test_one_choices_failure_cancels_the_others(serve_script, byte_level, deltas):
     scripts = iter(
-        [[RequestRejected(503, "no", code="no_worker")], deltas(byte_level.encode("a" * 99).ids)]
+        [
+            [RequestRejected("no", kind=Rejection.UNAVAILABLE, code="no_worker")],
+            deltas(byte_level.encode("a" * 99).ids),
+        ]
     )
     async with serve_script(lambda request: next(scripts), step_s=0.01) as served:
         with pytest.raises(openai.InternalServerError):
@@ -282,7 +285,7 @@ async def test_one_choices_failure_cancels_the_others(serve_script, byte_level, 
 
 
 async def test_a_router_that_takes_nothing(served):
-    served.completer.submit_error = RequestRejected(429, "full", code="overloaded", retry_after_s=1.0)
+    served.completer.submit_error = RequestRejected("full", kind=Rejection.OVERLOADED, retry_after_s=1.0)
     with pytest.raises(openai.RateLimitError):
         await chat(served)
     with pytest.raises(openai.RateLimitError):
@@ -381,7 +384,7 @@ async def test_callbacks_may_come_while_submitting(view, byte_level, serve_scrip
         assert cancelled[0] is True  # the answer ends with its stop string
 
         def refuse(request, on_delta, on_error):
-            on_error(RequestRejected(503, "gone", code="no_worker"))
+            on_error(RequestRejected("gone", kind=Rejection.UNAVAILABLE, code="no_worker"))
             return Ticket()
 
         monkeypatch.setattr(served.completer, "submit", refuse)
@@ -453,7 +456,10 @@ async def test_metrics_and_the_log_line(served, caplog):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (RequestRejected(504, "Between two tokens.", code="stall_timeout"), "stall_timeout"),
+        (
+            RequestRejected("Between two tokens.", kind=Rejection.TIMED_OUT, code="stall_timeout"),
+            "stall_timeout",
+        ),
         (RemoteError("its worker said so"), "worker_failed"),
     ],
 )
@@ -495,7 +501,7 @@ async def test_a_call_that_is_failed_while_its_time_runs_out_ends_once() -> None
             try:
                 await asyncio.sleep(5)
             finally:
-                record.fail(RequestRejected(503, "leaving"))
+                record.fail(RequestRejected("leaving", kind=Rejection.UNAVAILABLE))
                 record.hang_up()
 
     with pytest.raises(TimeoutError):

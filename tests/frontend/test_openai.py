@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.openai import MAX_CHOICES, MAX_STOPS, decode_chat, decode_completion
 from penstock.frontend.tools import MAX_TOOLS
 
@@ -22,7 +22,7 @@ def completion(**fields):
 def rejection(decode, **fields):
     with pytest.raises(RequestRejected) as raised:
         decode(**fields)
-    assert raised.value.status == 400
+    assert raised.value.kind is Rejection.INVALID
     return raised.value
 
 
@@ -237,7 +237,7 @@ def test_missing_fields_are_named():
 def test_what_is_no_json_is_refused(body):
     with pytest.raises(RequestRejected) as raised:
         decode_chat(body)
-    assert (raised.value.status, raised.value.code) == (400, "invalid_json")
+    assert (raised.value.kind, raised.value.code) == (Rejection.INVALID, "invalid_json")
 
 
 def test_json_that_is_no_object_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.openai import decode_chat, decode_completion
 from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
 from penstock.shapes import Answering, Attempt, ModelCard, ModelView
@@ -71,7 +71,7 @@ def test_max_tokens_is_what_is_left_of_the_context():
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(fields):
     with pytest.raises(RequestRejected, match=r"100 tokens.*101 tokens") as raised:
         fitted(chat(**fields), 101)
-    assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
+    assert (raised.value.kind, raised.value.code) == (Rejection.INVALID, "context_length_exceeded")
     assert fitted(chat(**fields), 99).max_tokens == 1
 
 

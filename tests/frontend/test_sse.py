@@ -2,7 +2,7 @@
 
 import json
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.answer import Answer
 from penstock.frontend.responses import Envelope, Usage
 from penstock.frontend.sse import ChunkFormat, error_event
@@ -86,7 +86,9 @@ def test_usage_is_null_until_its_own_chunk():
 
 
 def test_an_error_is_an_event():
-    event = parsed(error_event(RequestRejected(502, "no\nluck", code="attempts_failed")))
+    event = parsed(
+        error_event(RequestRejected("no\nluck", kind=Rejection.WORKERS_FAILED, code="attempts_failed"))
+    )
     assert event == {
         "error": {"message": "no\nluck", "type": "server_error", "param": None, "code": "attempts_failed"}
     }

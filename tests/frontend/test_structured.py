@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.structured import MAX_SPEC_CHARS
@@ -86,7 +86,7 @@ def test_what_is_asked_for(structured_of, fields, expected):
 def test_what_makes_no_sense_is_named(structured_of, fields, field):
     with pytest.raises(RequestRejected) as raised:
         structured_of(**fields)
-    assert (raised.value.status, raised.value.field) == (400, field)
+    assert (raised.value.kind, raised.value.field) == (Rejection.INVALID, field)
 
 
 @pytest.mark.parametrize(

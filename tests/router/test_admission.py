@@ -12,7 +12,7 @@ import pytest
 from penstock.core.admission import AdmissionSettings
 from penstock.core.room import waiting_bytes
 from penstock.core.settings import RouterSettings
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import Rates, Request, Role, Sampling
 from tests.cluster import WAIT_S, Answer, Cluster, cluster
 
@@ -120,7 +120,7 @@ async def test_who_would_wait_too_long_hears_so_at_once_with_figures(tmp_path: P
                 refused = error
             assert it.queued < 1000
         assert isinstance(refused, RequestRejected)
-        assert (refused.status, refused.code) == (429, "overloaded")
+        assert (refused.kind, refused.code) == (Rejection.OVERLOADED, "overloaded")
         assert refused.retry_after_s is not None
         assert refused.retry_after_s >= 1
         assert "reason=wait" in refused.message
@@ -147,7 +147,7 @@ async def test_what_waits_is_bounded_in_bytes_and_leaves_room_for_others(tmp_pat
         answers = [it.ask(PROMPT, tenant="greedy")[0] for _ in range(10)]  # half of what is left
         with pytest.raises(RequestRejected, match="reason=full limit=bytes") as raised:
             it.ask(PROMPT, tenant="greedy")
-        assert (raised.value.status, raised.value.code) == (429, "overloaded")
+        assert (raised.value.kind, raised.value.code) == (Rejection.OVERLOADED, "overloaded")
         answers.append(it.ask(PROMPT, tenant="modest")[0])
         running.cancel()
         for answer in answers:
@@ -192,11 +192,11 @@ async def test_the_choices_of_a_call_are_admitted_together(tmp_path: Path) -> No
 
 async def test_deadlines_begin_when_the_frontend_has_the_request(tmp_path: Path) -> None:
     async with cluster(tmp_path, {}, limits()) as it:
-        for age_s, status in ((31.0, 503), (1801.0, 504)):
+        for age_s, kind in ((31.0, Rejection.UNAVAILABLE), (1801.0, Rejection.TIMED_OUT)):
             answer, _ = it.ask(PROMPT, age_s=age_s, revision="of before")
             with pytest.raises(RequestRejected) as raised:
                 await answer.tokens()
-            assert raised.value.status == status
+            assert raised.value.kind is kind
 
 
 async def test_a_worker_that_bounces_is_left_alone_for_a_while(tmp_path: Path) -> None:

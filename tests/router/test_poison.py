@@ -11,7 +11,7 @@ import pytest
 
 from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
-from penstock.errors import RemoteError, RequestRejected
+from penstock.errors import Rejection, RemoteError, RequestRejected
 from penstock.link.settings import ClientSettings
 from penstock.metrics import Metrics
 from penstock.router.router import Router
@@ -58,7 +58,7 @@ async def test_a_killer_is_stopped_at_its_third_worker_and_nobody_with_it(
         poison, _ = it.ask([POISON, *range(60)], max_tokens=TOKENS)
         with pytest.raises(RequestRejected, match="stopped: 3 workers died computing it") as caught:
             await poison.tokens()
-        assert (caught.value.status, caught.value.code) == (502, "kills_workers")
+        assert (caught.value.kind, caught.value.code) == (Rejection.WORKERS_FAILED, "kills_workers")
         for answer, tokens in zip(answers, wanted, strict=True):
             assert await answer.tokens() == tokens
         assert await bury(it) == 3
@@ -109,7 +109,7 @@ async def test_a_request_that_fails_steps_ends_alone(tmp_path: Path) -> None:
         poison, _ = it.ask([POISON, *range(60)], max_tokens=TOKENS)
         with pytest.raises(RequestRejected, match=r"4 attempts failed: w\d: step failed") as caught:
             await poison.tokens()
-        assert (caught.value.status, caught.value.code) == (502, "attempts_failed")
+        assert (caught.value.kind, caught.value.code) == (Rejection.WORKERS_FAILED, "attempts_failed")
         for answer, tokens in zip(answers, wanted, strict=True):
             assert await answer.tokens() == tokens
 

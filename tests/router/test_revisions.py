@@ -10,7 +10,7 @@ import pytest
 
 from penstock.core.deadlines import Deadlines
 from penstock.core.settings import RouterSettings
-from penstock.errors import ModelReplaced, RemoteError, RequestRejected
+from penstock.errors import ModelReplaced, Rejection, RemoteError, RequestRejected
 from penstock.shapes import ModelView, Role
 from tests.cluster import MODEL, QUICK, WAIT_S, Cluster, cluster
 
@@ -61,7 +61,7 @@ async def test_a_stream_ends_with_an_error_when_its_revision_is_gone(tmp_path: P
         await it.workers.pop("a0").die()
         with pytest.raises(ModelReplaced) as caught:
             await answer.tokens()
-        assert (caught.value.status, caught.value.code) == (503, "model_replaced")
+        assert (caught.value.kind, caught.value.code) == (Rejection.UNAVAILABLE, "model_replaced")
         assert vocabulary(it) == NEW["vocab_size"]
         assert len(await it.complete(PROMPT)) == 8
 
@@ -138,7 +138,7 @@ async def test_nothing_is_kept_of_a_model_that_is_gone(tmp_path: Path) -> None:
         assert f'model="{MODEL}"' not in it.metrics.render().decode()
         with pytest.raises(RequestRejected) as caught:
             it.router.model(MODEL)
-        assert caught.value.status == 503
+        assert caught.value.kind is Rejection.UNAVAILABLE
         it.start("a0", AGGREGATED)
         await it.wait_ready("a0")
         assert len(await it.complete(PROMPT)) == 8

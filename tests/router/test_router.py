@@ -12,7 +12,7 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.membership import State
 from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
-from penstock.errors import ProtocolError, RemoteError, RequestRejected
+from penstock.errors import ProtocolError, Rejection, RemoteError, RequestRejected
 from penstock.link.settings import ClientSettings
 from penstock.shapes import (
     Attempt,
@@ -150,7 +150,7 @@ async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
         answer, _ = it.ask(PROMPT, revision="of before")
         with pytest.raises(RequestRejected, match="no worker is ready to decode") as caught:
             await answer.tokens()
-        assert caught.value.status == 503
+        assert caught.value.kind is Rejection.UNAVAILABLE
         assert caught.value.retry_after_s
 
 
@@ -173,7 +173,7 @@ async def test_queue_is_bounded(tmp_path: Path) -> None:
             it.ask(PROMPT, revision="of before")
         with pytest.raises(RequestRejected) as caught:
             it.ask(PROMPT, revision="of before")
-        assert caught.value.status == 429
+        assert caught.value.kind is Rejection.OVERLOADED
 
 
 async def test_models_and_health(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
         assert [view.card.name for view in it.router.models()] == [MODEL]
         with pytest.raises(RequestRejected) as unknown:
             it.router.model("nobody")
-        assert unknown.value.status == 404
+        assert unknown.value.kind is Rejection.NOT_FOUND
         assert unknown.value.message == f"The model `nobody` does not exist; served: `{MODEL}`."
         await it.workers["d0"].leave()
         await it.wait_ready("p0")
@@ -192,7 +192,7 @@ async def test_models_and_health(tmp_path: Path) -> None:
         await it.wait_ready()
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
-        assert known.value.status == 503
+        assert known.value.kind is Rejection.UNAVAILABLE
 
 
 async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_may_come_back(
@@ -233,7 +233,7 @@ async def test_a_model_whose_workers_all_left_in_order_is_refused_at_once(
         await leaving
         with pytest.raises(RequestRejected) as left:
             it.router.model(MODEL)
-        assert [error.value.status for error in (draining, left)] == [503, 503]
+        assert {error.value.kind for error in (draining, left)} == {Rejection.UNAVAILABLE}
         it.start("d2", DECODE)
         await it.wait_ready("d2", *others)
         assert it.router.model(MODEL).card.name == MODEL
@@ -246,7 +246,7 @@ async def test_an_attempt_too_long_for_a_frame_is_refused_and_no_workers_fault(t
         answer, _ = it.ask(list(range(300)) * 40)
         with pytest.raises(RequestRejected, match="too long to be sent to a worker") as caught:
             await answer.tokens()
-        assert (caught.value.status, caught.value.code) == (400, "request_too_long")
+        assert (caught.value.kind, caught.value.code) == (Rejection.INVALID, "request_too_long")
         assert len(await it.complete(PROMPT)) == 8
         await it.wait_idle()
         exposition = it.metrics.render().decode()
@@ -273,7 +273,8 @@ async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_
         with pytest.raises(RequestRejected) as caught:
             it.router.model(name)
         refusals.append(caught.value)
-    assert [error.status for error in (unheard.value, *refusals)] == [503, 503, 404]
+    unavailable, unknown = Rejection.UNAVAILABLE, Rejection.NOT_FOUND
+    assert [error.kind for error in (unheard.value, *refusals)] == [unavailable, unavailable, unknown]
     assert unheard.value.retry_after_s
     may_go_on.set()
     await it.wait_ready("a0")
@@ -378,7 +379,7 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
         )
         with pytest.raises(RequestRejected, match="Internal error") as caught:
             await answer.tokens()
-        assert caught.value.status == 500
+        assert caught.value.kind is Rejection.INTERNAL
         assert len(await other.tokens()) == 40
         await it.wait_idle()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.engines.vllm.installed import prepare_environment
 from penstock.engines.vllm.logs import hear_parsers, one_line, parser_complaints
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import ConfigError, Rejection, RequestRejected
 from penstock.shapes import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
 if TYPE_CHECKING:
@@ -109,16 +109,14 @@ class VllmChatParser:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
-            raise RequestRejected(
-                400, f"Invalid value for `{field}`: {first['msg']}.", code="invalid_value", field=field
-            ) from None
+            raise RequestRejected(f"Invalid value for `{field}`: {first['msg']}.", field=field) from None
         except (VLLMClientError, ValueError) as error:
             parameter = getattr(error, "parameter", None)
-            raise RequestRejected(400, str(error), code="invalid_value", field=parameter) from None
+            raise RequestRejected(str(error), field=parameter) from None
         except Exception as error:  # each parser reads tools and template variables in its own way
             log.exception("a parser cannot take a request")
             message = f"The model's parser cannot take this request: {error!r}."
-            raise RequestRejected(400, message, code="invalid_value") from error
+            raise RequestRejected(message) from error
 
 
 class VllmCallParser:
@@ -225,7 +223,9 @@ class VllmAnswerParser:
             except Exception as error:
                 log.debug("an answer could not be parsed", exc_info=True)
                 raise RequestRejected(
-                    500, f"The model's answer could not be parsed: {error!r}", code="unparsable_answer"
+                    f"The model's answer could not be parsed: {error!r}",
+                    kind=Rejection.INTERNAL,
+                    code="unparsable_answer",
                 ) from error
         if complaints and not self._complained:
             self._complained = True

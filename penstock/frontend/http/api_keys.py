@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from penstock.clock import Clock
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import ConfigError, Rejection, RequestRejected
 from penstock.net.renewed import Renewed, read_text
 
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024  # 40,000 keys, read in some 30 ms
@@ -58,7 +58,7 @@ class ApiKeys:
     def check(self, authorization: bytes | None) -> str:
         """The name of the key in an `Authorization` header; "" when no keys are needed.
 
-        Raises RequestRejected(401) unless it brings a key that is known.
+        Raises RequestRejected(UNAUTHENTICATED) unless it brings a key that is known.
         """
         digests = self._file.get() if self._file is not None else self._fixed
         if not digests:
@@ -66,11 +66,15 @@ class ApiKeys:
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise RequestRejected(
-                401, "An API key is needed: `Authorization: Bearer KEY`.", code="missing_api_key"
+                "An API key is needed: `Authorization: Bearer KEY`.",
+                kind=Rejection.UNAUTHENTICATED,
+                code="missing_api_key",
             )
         name = digests.get(sha256(key.strip()).digest())
         if name is None:
-            raise RequestRejected(401, "The API key is not valid.", code="invalid_api_key")
+            raise RequestRejected(
+                "The API key is not valid.", kind=Rejection.UNAUTHENTICATED, code="invalid_api_key"
+            )
         return name
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Final, cast
 
 import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from penstock.errors import ProtocolError, RequestRejected
+from penstock.errors import ProtocolError, Rejection, RequestRejected
 from penstock.frontend.http.exchange import ABORT_EXTENSION, WRITE_EXTENSION
-from penstock.frontend.responses import error_object
+from penstock.frontend.http.statuses import error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import QuietLog
 from penstock.net.address import join_address
@@ -69,8 +70,10 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         elif len(self.connections) > self.settings.max_connections:
             self.quiet_log.warning("too many connections: %s is refused", self._client_address())
-            error = RequestRejected(503, "Too many connections.", code="overloaded", retry_after_s=1.0)
-            self._refuse("503 Service Unavailable", error)
+            error = RequestRejected(
+                "Too many connections.", kind=Rejection.UNAVAILABLE, code="overloaded", retry_after_s=1.0
+            )
+            self._refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_complete()
@@ -103,7 +106,7 @@ class Connection(HttpToolsProtocol):
                     return
                 self.quiet_log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
                 message = "Invalid HTTP request received."
-                self._refuse("400 Bad Request", RequestRejected(400, message, code="invalid_http"))
+                self._refuse(RequestRejected(message, code="invalid_http"))
                 return
 
     def _stay_with_http_1(self) -> None:
@@ -185,15 +188,16 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
-    def _refuse(self, status: str, error: RequestRejected) -> None:
+    def _refuse(self, error: RequestRejected) -> None:
         """Answer what is not even a request, and end the connection."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self.on_refused(error)
         body = msgspec.json.encode(error_object(error))
+        status = HTTPStatus(status_of(error))
         head = (
-            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
@@ -203,8 +207,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         message = f"More than {MAX_HEAD_BYTES} bytes of request line and headers, or of trailers."
-        error = RequestRejected(431, message, code="headers_too_large")
-        self._refuse("431 Request Header Fields Too Large", error)
+        error = RequestRejected(message, kind=Rejection.HEAD_TOO_LARGE)
+        self._refuse(error)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)

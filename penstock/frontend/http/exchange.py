@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from penstock.errors import PenstockError, RequestRejected
-from penstock.frontend.responses import code_of, error_object, status_of
+from penstock.errors import PenstockError, Rejection, RequestRejected
+from penstock.frontend.http.statuses import code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
@@ -28,7 +28,6 @@ returns False when the client is behind."""
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 UNSUPPORTED_ENCODING = "unsupported_content_encoding"
-CLIENT_GONE = 499  # nginx's status for it; only in metrics and logs
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _JSON_TYPE = re.compile(rb"application/(?:[a-z0-9!#$&^_.+-]+\+)?json", re.IGNORECASE)
@@ -54,7 +53,7 @@ class Bodies:
         self._bytes = 0
 
     def arrived(self, size: int) -> None:
-        """Count bytes. Raises RequestRejected(429) when they are too many."""
+        """Count bytes. Raises RequestRejected(OVERLOADED) when they are too many."""
         self._reading_bytes += size
         self._bytes += size
         if self._reading_bytes > self._max_reading_bytes:
@@ -72,7 +71,7 @@ class Bodies:
 
     def _too_many(self, which: str, limit: int) -> RequestRejected:
         message = f"Too many request bodies at a time: those {which} come to more than {limit} bytes."
-        return RequestRejected(429, message, code="overloaded", retry_after_s=1.0)
+        return RequestRejected(message, kind=Rejection.OVERLOADED, retry_after_s=1.0)
 
 
 class Exchange:
@@ -100,7 +99,7 @@ class Exchange:
         return next((value for key, value in self._scope["headers"] if key == name), None)
 
     def check_host(self) -> None:
-        """Raises RequestRejected(400) for what RFC 9112, 3.2 has a server refuse: proxies differ in which
+        """Raises RequestRejected for what RFC 9112, 3.2 has a server refuse: proxies differ in which
         of two hosts counts, and so in whom they let through to here."""
         hosts = [value for key, value in self._scope["headers"] if key == b"host"]
         if len(hosts) == 1 and _HOST.fullmatch(hosts[0]):
@@ -113,7 +112,7 @@ class Exchange:
             reason = f"the request has {len(hosts)} Host headers"
         else:
             reason = f"`{_shown(hosts[0])}` is no host"
-        raise RequestRejected(400, f"Invalid HTTP request: {reason}.", code="invalid_http")
+        raise RequestRejected(f"Invalid HTTP request: {reason}.", code="invalid_http")
 
     def _check_content(self) -> None:
         # A page of any web site may send forms and plain text here without asking, but no JSON.
@@ -121,18 +120,20 @@ class Exchange:
         if given is None or not _JSON_TYPE.fullmatch(given.partition(b";")[0].strip()):
             was = "has no Content-Type" if given is None else f"has the Content-Type `{_shown(given)}`"
             message = f"The request {was}; send JSON with the header `Content-Type: application/json`."
-            raise RequestRejected(415, message, code="unsupported_content_type")
+            raise RequestRejected(
+                message, kind=Rejection.UNSUPPORTED_CONTENT, code="unsupported_content_type"
+            )
         encoding = self.header(b"content-encoding")
         if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
             message = f"The Content-Encoding `{_shown(encoding)}` is not supported; send the body as it is."
-            raise RequestRejected(415, message, code=UNSUPPORTED_ENCODING)
+            raise RequestRejected(message, kind=Rejection.UNSUPPORTED_CONTENT, code=UNSUPPORTED_ENCODING)
 
     async def body(self) -> bytes:
         """The whole request body, which must be JSON by its header.
 
-        Raises RequestRejected: 415 when it is not, or is compressed, 413 as soon as it is known to be too
-        long, 429 when all bodies together are, 408 when it comes too slowly, 499 when the client leaves
-        instead."""
+        Raises RequestRejected: UNSUPPORTED_CONTENT when it is not, or is compressed, BODY_TOO_LARGE as
+        soon as it is known to be too long, OVERLOADED when all bodies together are; BODY_TOO_SLOW;
+        CLIENT_LEFT."""
         self._check_content()
         limit = self._settings.max_body_bytes
         length = self.header(b"content-length")
@@ -144,7 +145,7 @@ class Exchange:
                 while more:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        raise RequestRejected(CLIENT_GONE, "The client left.", code="client_left")
+                        raise RequestRejected("The client left.", kind=Rejection.CLIENT_LEFT)
                     chunk = message.get("body", b"")
                     size += len(chunk)
                     self._body_bytes = size
@@ -155,7 +156,9 @@ class Exchange:
                     more = message.get("more_body", False)
         except TimeoutError:
             message_text = f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
-            raise RequestRejected(408, message_text, code="request_timeout") from None
+            raise RequestRejected(
+                message_text, kind=Rejection.BODY_TOO_SLOW, code="request_timeout"
+            ) from None
         finally:
             self._bodies.read(size)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -238,4 +241,4 @@ def _shown(value: bytes) -> str:
 
 
 def _too_large(limit: int) -> RequestRejected:
-    return RequestRejected(413, f"The request body is longer than {limit} bytes.", code="body_too_large")
+    return RequestRejected(f"The request body is longer than {limit} bytes.", kind=Rejection.BODY_TOO_LARGE)

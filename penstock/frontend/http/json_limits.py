@@ -25,7 +25,7 @@ of it in engines and in C++, where too deep means the end of a process."""
 
 
 def check_size(body: bytes) -> None:
-    """Raises RequestRejected(400) for a body that would take too long to decode."""
+    """Raises RequestRejected for a body that would take too long to decode."""
     if len(body) <= MAX_CONTAINERS:
         return
     if _within(body.count(b"[") + body.count(b"{"), body.count(b",")) and body.count(b'"') <= MAX_VALUES:
@@ -40,12 +40,12 @@ def check_size(body: bytes) -> None:
 
 
 def check_depth(value: Any, field: str) -> None:
-    """Raises RequestRejected(400) for lists and objects within each other to more than MAX_DEPTH."""
+    """Raises RequestRejected for lists and objects within each other to more than MAX_DEPTH."""
     level, depth = _containers([value]), 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise RequestRejected(400, f"`{field}` is nested to more than {MAX_DEPTH} levels.", field=field)
+            raise RequestRejected(f"`{field}` is nested to more than {MAX_DEPTH} levels.", field=field)
         inside = [outer.values() if isinstance(outer, dict) else outer for outer in level]
         level = _containers(chain.from_iterable(inside))
 
@@ -60,7 +60,6 @@ def _within(containers: int, commas: int) -> bool:
 
 def _too_many() -> RequestRejected:
     return RequestRejected(
-        400,
         f"The body has more than {MAX_VALUES} values, or {MAX_CONTAINERS} objects and lists.",
         code="invalid_json",
     )

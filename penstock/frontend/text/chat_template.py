@@ -81,7 +81,7 @@ class ChatTemplate:
         return cls(sources[_DEFAULT], special_tokens(config), sources.get(_TOOL_USE))
 
     def render(self, request: ChatRequest) -> str:
-        """The prompt. Raises RequestRejected(400) with the template's own words."""
+        """The prompt. Raises RequestRejected with the template's own words."""
         messages = template_messages(request.messages)
         tools = template_tools(request.tools)
         template = self._tools_template if tools else self._template
@@ -104,7 +104,6 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise RequestRejected(
-                400,
                 f"The model's chat template refused the messages: {reason}",
                 code="rejected_by_template",
                 field="messages",
@@ -154,7 +153,6 @@ def _up_to_mark(prompt: str) -> str:
     end = prompt.rfind(_END_MARK.strip())
     if end < 0:
         raise RequestRejected(
-            400,
             "The chat template leaves out the final message; it cannot be continued.",
             code="rejected_by_template",
             field="messages",

@@ -17,7 +17,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from penstock.detached import detached
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
@@ -47,8 +47,8 @@ class ModelText:
     def __init__(self, view: ModelView, cache_bytes: int, parsers: ChatParsers | None = None) -> None:
         """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
 
-        Raises RequestRejected: 500 when the files are unusable, 503 when loading them failed for a reason
-        that may pass.
+        Raises RequestRejected: INTERNAL when the files are unusable, UNAVAILABLE when loading them
+        failed for a reason that may pass.
         """
         if TOKENIZER_FILE not in view.assets:
             raise _unusable(view, f"it came without {TOKENIZER_FILE}")
@@ -197,14 +197,14 @@ class Preprocessor:
         """The prompt of a chat. Its template writes the special tokens itself."""
         if text.template is None:
             raise RequestRejected(
-                400, f"`{request.model}` has no chat template; use /v1/completions.", field="model"
+                f"`{request.model}` has no chat template; use /v1/completions.", field="model"
             )
         return text.template.render(request)
 
     async def encode(
         self, text: ModelText, prompts: Sequence[str], caller: Caller, *, add_special_tokens: bool
     ) -> list[list[int]]:
-        """The ids of a call's prompts. Raises RequestRejected(429) when their turn would come too late."""
+        """The ids of a call's prompts. Raises RequestRejected(OVERLOADED) when they would wait too long."""
         return await text.encode(
             prompts,
             add_special_tokens=add_special_tokens,
@@ -238,12 +238,14 @@ def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
 
 def _unusable(view: ModelView, reason: str) -> RequestRejected:
     message = f"The tokenizer of `{view.card.name}` cannot be used: {reason}"
-    return RequestRejected(500, message, code="unusable_tokenizer")
+    return RequestRejected(message, kind=Rejection.INTERNAL, code="unusable_tokenizer")
 
 
 def _not_loaded(view: ModelView, reason: str) -> RequestRejected:
     message = f"The tokenizer of `{view.card.name}` could not be loaded: {reason}."
-    return RequestRejected(503, message, code=NOT_LOADED, retry_after_s=LOAD_RETRY_MIN_S)
+    return RequestRejected(
+        message, kind=Rejection.UNAVAILABLE, code=NOT_LOADED, retry_after_s=LOAD_RETRY_MIN_S
+    )
 
 
 def _may_pass(error: BaseException) -> bool:

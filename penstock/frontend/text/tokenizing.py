@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from penstock.core.admission import AdmissionSettings
 from penstock.core.tokenizer_queue import SLICE_CHARS, TokenizerQueue
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.text.words import WordEncoder
 from penstock.metrics import TokenizerMetrics
 
@@ -42,14 +42,14 @@ class Caller:
     limit_s: float
 
     async def wait(self, wanted: Awaitable[T]) -> T:
-        """What is wanted. Raises RequestRejected(503) when that is not there in time."""
+        """What is wanted. Raises RequestRejected(UNAVAILABLE) when that is not there in time."""
         try:
             async with asyncio.timeout(self.since + self.limit_s - time.perf_counter()):
                 return await wanted
         except TimeoutError:
             message = f"The prompt was not tokenized within {self.limit_s:g} s."
             raise RequestRejected(
-                503, message, code="tokenizer_timeout", retry_after_s=RETRY_AFTER_S
+                message, kind=Rejection.UNAVAILABLE, code="tokenizer_timeout", retry_after_s=RETRY_AFTER_S
             ) from None
 
 
@@ -97,8 +97,8 @@ class TokenizerThread:
         metrics.queue_from(self._queue.__len__, self._queue.chars, self._queue.wait_ms)
 
     async def encode(self, words: WordEncoder, texts: Sequence[str], caller: Caller) -> list[array[int]]:
-        """Each text's ids. Who is cancelled leaves the queue. Raises RequestRejected(429) when that would
-        take too long."""
+        """Each text's ids. Who is cancelled leaves the queue. Raises RequestRejected(OVERLOADED) when that
+        would take too long."""
         slices = deque(_slices(words, texts))
         done = asyncio.get_running_loop().create_future()
         job = _Job(words, slices, [array("I") for _ in texts], done)
@@ -109,7 +109,7 @@ class TokenizerThread:
             if refusal is not None:
                 self._metrics.rejected(refusal.reason)
                 retry_after_s = refusal.retry_after_s
-                raise RequestRejected(429, str(refusal), code="overloaded", retry_after_s=retry_after_s)
+                raise RequestRejected(str(refusal), kind=Rejection.OVERLOADED, retry_after_s=retry_after_s)
             self._advance()
             await done
         finally:

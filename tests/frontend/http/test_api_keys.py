@@ -5,7 +5,7 @@ import os
 import pytest
 
 from penstock.clock import VirtualClock
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import ConfigError, Rejection, RequestRejected
 from penstock.frontend.http.api_keys import (
     MAX_FILE_BYTES,
     UNNAMED,
@@ -74,7 +74,7 @@ def test_nothing_else_opens(path, header, code):
     write(path, key_line("a", ONE))
     with pytest.raises(RequestRejected) as raised:
         ApiKeys("", str(path)).check(header)
-    assert (raised.value.status, raised.value.code) == (401, code)
+    assert (raised.value.kind, raised.value.code) == (Rejection.UNAUTHENTICATED, code)
 
 
 def test_what_stands_in_the_file_opens_nothing(path):

@@ -5,7 +5,7 @@ import json
 import jinja2
 import pytest
 
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.text.chat_template import ChatTemplate
 
@@ -104,7 +104,7 @@ def test_the_client_may_set_variables_but_not_the_messages():
 def test_what_a_template_cannot_do_is_the_requests_fault(source):
     with pytest.raises(RequestRejected) as raised:
         render(source)
-    assert (raised.value.status, raised.value.field) == (400, "messages")
+    assert (raised.value.kind, raised.value.field) == (Rejection.INVALID, "messages")
     assert raised.value.code == "rejected_by_template"
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from penstock.errors import ConfigError, RequestRejected
+from penstock.errors import ConfigError, Rejection, RequestRejected
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text import preprocess
@@ -156,7 +156,7 @@ async def test_unusable_files_are_the_servers_fault(preprocessor, view_of, byte_
     for _ in range(2):
         with pytest.raises(RequestRejected, match=reason) as raised:
             await preprocessor.text_of(view_of(byte_level, **changes))
-        assert raised.value.status == 500
+        assert raised.value.kind is Rejection.INTERNAL
 
 
 class FailingParsers(TagParsers):
@@ -205,7 +205,7 @@ async def test_a_failure_of_the_machine_is_tried_again_after_a_pause_that_double
         for _ in range(3):  # within the pause nobody tries
             with pytest.raises(RequestRejected, match="could not be loaded") as raised:
                 await preprocessor.text_of(view)
-            assert (raised.value.status, raised.value.code) == (503, "tokenizer_not_loaded")
+            assert (raised.value.kind, raised.value.code) == (Rejection.UNAVAILABLE, "tokenizer_not_loaded")
             assert raised.value.retry_after_s
             clock.now += 0.3 * pause_s
         assert parsers.loads == loads
@@ -220,7 +220,7 @@ async def test_files_that_cannot_be_used_are_tried_again_only_when_the_model_is_
         for call in (preprocessor.publish, preprocessor.text_of):
             with pytest.raises(RequestRejected) as raised:
                 await call(view)
-            assert (raised.value.status, raised.value.code) == (500, "unusable_tokenizer")
+            assert (raised.value.kind, raised.value.code) == (Rejection.INTERNAL, "unusable_tokenizer")
             clock.now += 3600.0
         assert parsers.loads == tried + 1
     await preprocessor.publish(view)
@@ -259,4 +259,4 @@ async def test_a_model_without_a_template_has_no_chat(preprocessor, view_of, byt
     text = await preprocessor.text_of(view_of(byte_level, template=None))
     with pytest.raises(RequestRejected, match="no chat template") as raised:
         preprocessor.chat_prompt(text, chat_of("x"))
-    assert raised.value.status == 400
+    assert raised.value.kind is Rejection.INVALID

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from penstock.engines.vllm.parsing import VllmParsers
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from tests.frontend.conftest import byte_level_tokenizer
 from tests.frontend.conftest import view_of as make_view
 from tests.frontend.parser_contract import TOOLS, ParserContract
@@ -42,7 +42,7 @@ class TestVllmParsers(ParserContract):
         body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
         with pytest.raises(RequestRejected) as raised:
             parsers.load(model).begin(body)
-        assert raised.value.status == 400
+        assert raised.value.kind is Rejection.INVALID
         assert field is None or (raised.value.field or "").startswith(field)
 
     def test_one_parser_will_do(self, parsers, model) -> None:
