@@ -33,7 +33,7 @@ from penstock.link.tls import renewed_client_context
 from penstock.logs.setup import setup_logging
 from penstock.metrics import Metrics
 from penstock.net.address import is_loopback, split_address
-from penstock.net.listening import borrow_listener
+from penstock.net.listening import inherited_listener
 from penstock.options.config import (
     ETCD_PASSWORD_VARIABLE,
     SECRET_VARIABLE,
@@ -119,7 +119,7 @@ def run_frontend(options: FrontendOptions) -> None:
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
     if link_settings.tls is not None:
         renewed_client_context(link_settings.tls)  # files that cannot be used refuse to start
-    lent = borrow_listener(os.environ, os.getpid())
+    inherited = inherited_listener(os.environ)
 
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
@@ -131,7 +131,7 @@ def run_frontend(options: FrontendOptions) -> None:
         async with asyncio.TaskGroup() as tasks:
             app = create_app(router, settings, metrics, _chat_parsers())
             following = tasks.create_task(router.run(app.prepare))
-            await serve(app, settings, stop=stop, grace_s=options.drain_s, lent=lent)
+            await serve(app, settings, stop=stop, grace_s=options.drain_s, inherited=inherited)
             following.cancel()
         await discovery.close()
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from penstock.errors import ConfigError
 from penstock.graph import Service, ServiceKind
+from penstock.launcher.frontend_port import FrontendPort
 from penstock.launcher.gpus import GpuPool
-from penstock.launcher.listener import Listener
 from penstock.launcher.plan import gpus_needed
 
 _PORT_TRIES = 100
@@ -24,7 +24,8 @@ class Place:
     """One replica's share."""
 
     gpus: tuple[str, ...] = ()
-    listener: Listener | None = None
+    port: FrontendPort | None = None
+    for_successor: bool = False  # of a replica that still runs, at another place
 
 
 class Places:
@@ -56,49 +57,51 @@ class Places:
     def take(self, service: Service) -> Place:
         """A place for one more replica. Raises ConfigError: there is none."""
         if service.kind is ServiceKind.FRONTEND:
-            place = Place(listener=self._next_listener())
+            place = Place(port=self._next_port())
         else:
             place = Place(gpus=self._gpus.take(gpus_needed(service)))
-        self._taken.append(place)
+        self._add(place)
         return place
 
     def take_beside(self, place: Place) -> Place | None:
         """A place for the successor of the replica that has this one, while it is there: the same port, or
         as many GPUs. None: there are too few."""
-        if place.listener is not None:
-            beside = Place(listener=place.listener)
-        elif len(place.gpus) <= self._gpus.free:
-            beside = Place(gpus=self._gpus.take(len(place.gpus)))
-        else:
+        if place.port is None and len(place.gpus) > self._gpus.free:
             return None
-        self._taken.append(beside)
+        beside = Place(self._gpus.take(len(place.gpus)), place.port, for_successor=True)
+        self._add(beside)
         return beside
 
     def give_back(self, place: Place) -> None:
         """Nobody has it any more."""
         self._taken.remove(place)
         self._gpus.give_back(place.gpus)
-        if place.listener is not None:
-            place.listener.release(place)
+        if place.port is not None:
+            place.port.release(place)
 
-    def _next_listener(self) -> Listener:
-        taken = {place.listener.port for place in self._taken if place.listener is not None}
+    def _add(self, place: Place) -> None:
+        self._taken.append(place)
+        if place.port is not None:
+            place.port.hold(place)
+
+    def _next_port(self) -> FrontendPort:
+        taken = {place.port.port for place in self._taken if place.port is not None}
         if self._first_port not in taken:
-            listener = self._open_first()
-            self._first_port = listener.port
-            return listener
+            first = self._open_first()
+            self._first_port = first.port
+            return first
         start = self._first_port + 1
         for port in range(start, min(start + _PORT_TRIES, _PORT_MAX + 1)):
             if port not in taken:
                 try:
-                    return Listener(self._host, port)
+                    return FrontendPort(self._host, port)
                 except OSError:
                     continue
         raise ConfigError(f"no free port from {start} on for another frontend")
 
-    def _open_first(self) -> Listener:
+    def _open_first(self) -> FrontendPort:
         try:
-            return Listener(self._host, self._first_port)
+            return FrontendPort(self._host, self._first_port)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
             where = f"port {self._first_port} on {self._host}"

@@ -10,14 +10,14 @@ import msgspec
 from penstock.errors import ConfigError
 from penstock.graph import Graph, Service
 from penstock.launcher.gpus import VISIBLE_VARIABLE
-from penstock.net.listening import LOAN_VARIABLE
+from penstock.net.listening import INHERITED_VARIABLE
 from penstock.options.config import SUPERVISOR_VARIABLE, FrontendOptions, WorkerOptions
 from penstock.options.flags import build_options
 
 _LOOPBACK = "127.0.0.1"
 _GPU_ENGINES = ("vllm",)
 # A fixed port is for a pod of one's own: here many workers share the machine. What was lent is not theirs.
-_DROPPED_VARIABLES = ("DYN_SYSTEM_PORT", "PENSTOCK_SYSTEM_PORT", LOAN_VARIABLE)
+_DROPPED_VARIABLES = ("DYN_SYSTEM_PORT", "PENSTOCK_SYSTEM_PORT", INHERITED_VARIABLE)
 # Processes that each take all cores for their matrix products only get in each other's way.
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 

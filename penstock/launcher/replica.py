@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 
 import msgspec
 
-from penstock.launcher.listener import Lending
+from penstock.launcher.frontend_port import InheritedSockets
 from penstock.launcher.logs import Console, LineSplitter, LogFile
 from penstock.launcher.places import Place
 from penstock.launcher.plan import Launch
@@ -105,6 +105,7 @@ class Replica:
         self._child: Child | None = None
         self._started_at = 0.0
         self._restarts = 0
+        self._was_ready = False
         self._address = ""
         self._last_exit = ""
 
@@ -152,18 +153,14 @@ class Replica:
                 break
             if code == CONFIG_EXIT_CODE:
                 self._tell(f"{self._last_exit}, not starting it again: {self.last_line}")
-                self._release_port()
                 self._become(ReplicaState.FAILED)
                 await self._stop.wait()
                 break
             pause_s = backoff.pause_after(ran_s)
             self._tell(f"{self._last_exit} after {ran_s:.1f} s, starting again in {pause_s:g} s")
-            if pause_s > self._around.settings.refuse_after_s:
-                self._release_port()
             self._become(ReplicaState.WAITING)
             await self._stopped_within(pause_s)
             self._restarts += 1
-        self._release_port()
         self._log.close()
         self._become(ReplicaState.STOPPED)
 
@@ -171,37 +168,27 @@ class Replica:
         """One process from start to exit; the exit code. Raises OSError when it cannot be started."""
         argv = [*self._around.program, *self.launch.argv]
         await self._around.prepare()
-        with self._lent() as lending:
-            env = self.launch.env | (lending.variables if lending else {})
-            child = await start_child(argv, env, lending.descriptors if lending else ())
-            if lending is not None:
-                lending.started()
-            return await self._accompany(child, lending)
+        if self.place.port is None:
+            return await self._accompany(await start_child(argv, self.launch.env), None)
+        with contextlib.closing(InheritedSockets(self.place.port, self._patience_s())) as sockets:
+            child = await start_child(argv, self.launch.env | sockets.variables, sockets.descriptors)
+            sockets.close_theirs()
+            return await self._accompany(child, sockets)
 
-    @contextlib.contextmanager
-    def _lent(self) -> Iterator[Lending | None]:
-        """For the time of one process, the port that it serves."""
-        listener, settings = self.place.listener, self._around.settings
-        if listener is None:
-            yield None
-            return
-        if listener.served_beside(self):
-            patience_s = settings.start_timeout_s  # nobody needs this one before it is ready
-        else:
-            patience_s = settings.accept_after_s if self._restarts else 0.0
-        with contextlib.closing(Lending(listener.hold(self), patience_s)) as lending:
-            try:
-                yield lending
-            finally:
-                listener.serves(self, now=False)
+    def _patience_s(self) -> float:
+        """How long a new frontend process may look for its workers before it accepts connections."""
+        settings = self._around.settings
+        if self.place.for_successor and not self._was_ready:
+            return settings.start_timeout_s  # the replica that it will replace still serves the port
+        return settings.accept_after_s if self._restarts else 0.0
 
-    async def _accompany(self, child: Child, lending: Lending | None) -> int:
+    async def _accompany(self, child: Child, sockets: InheritedSockets | None) -> int:
         self._child = child
         try:
             async with asyncio.TaskGroup() as tasks:
                 output = tasks.create_task(self._copy_output(child))
-                ready = tasks.create_task(self._await_ready(child, lending))
-                stopper = tasks.create_task(self._stop_when_told(child, lending))
+                ready = tasks.create_task(self._await_ready(child, sockets))
+                stopper = tasks.create_task(self._stop_when_told(child))
                 code = await child.wait()
                 ready.cancel()
                 stopper.cancel()
@@ -234,25 +221,22 @@ class Replica:
             if console is not None:
                 console.write(self.launch.name, text)
 
-    async def _await_ready(self, child: Child, lending: Lending | None) -> None:
-        if lending is not None:
-            await lending.ready()
+    async def _await_ready(self, child: Child, sockets: InheritedSockets | None) -> None:
+        if sockets is not None:
+            await sockets.ready()
             self._address = self.launch.url
         else:
             self._address = await self._around.registered(self.launch, child.pid)
         if not self.leaving:
-            if self.place.listener is not None:
-                self.place.listener.serves(self, now=True)
+            self._was_ready = True
             self._tell(f"ready after {time.monotonic() - self._started_at:.1f} s at {self._address}")
             self._become(ReplicaState.READY)
 
-    async def _stop_when_told(self, child: Child, lending: Lending | None) -> None:
+    async def _stop_when_told(self, child: Child) -> None:
         await self._stop.wait()
         self._become(ReplicaState.STOPPING)
-        if lending is not None and self.place.listener is not None:
-            if self.place.listener.served_beside(self):
-                lending.hand_over()
-            self._release_port()
+        if self.place.port is not None:
+            self.place.port.release(self.place)  # without a successor, connections are refused from now on
         child.terminate()
         grace_s = self.launch.drain_s + self._around.settings.kill_margin_s
         try:
@@ -260,10 +244,6 @@ class Replica:
         except TimeoutError:
             self._tell(f"has not ended within {grace_s:g} s of SIGTERM: killed")
         child.kill()
-
-    def _release_port(self) -> None:
-        if self.place.listener is not None:
-            self.place.listener.release(self)
 
     async def _stopped_within(self, seconds: float) -> None:
         try:

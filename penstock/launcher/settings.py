@@ -23,10 +23,6 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     stable_s: float = 30.0
     """A process that ran this long is well: its next restart starts with the shortest pause again."""
 
-    refuse_after_s: float = 2.0
-    """Longest pause before a restart in which connections to a frontend's port wait for it. In a longer one
-    they are refused: it keeps failing."""
-
     accept_after_s: float = 3.0
     """What a frontend that crashed gets to find its workers again before it accepts connections that it can
     only answer with 503."""

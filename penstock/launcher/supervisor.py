@@ -152,8 +152,8 @@ class Supervisor:
     def start(self, fleet: Fleet, place: Place) -> Replica:
         """Start one more replica at this place."""
         service, index = fleet.service, fleet.next_index
-        if place.listener is not None:
-            launch = plan_frontend(self._site, service, index, place.listener.port)
+        if place.port is not None:
+            launch = plan_frontend(self._site, service, index, place.port.port)
         else:
             launch = plan_worker(self._site, service, index, place.gpus)
         path = self._folder.logs / service.name / f"{launch.name}.log"

@@ -311,7 +311,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(completer, *, grace_s=5.0, parsers=None, lent=None, **settings):
+async def serving(completer, *, grace_s=5.0, parsers=None, inherited=None, **settings):
     settings = FrontendSettings(**{"port": 0, **settings})
     metrics, stop = Metrics(), asyncio.Event()
     app = create_app(completer, settings, metrics, parsers)
@@ -323,7 +323,7 @@ async def serving(completer, *, grace_s=5.0, parsers=None, lent=None, **settings
             stop=stop,
             grace_s=grace_s,
             on_listening=lambda *at: listening.set_result(at),
-            lent=lent,
+            inherited=inherited,
         )
     )
     await asyncio.wait([task, listening], return_when=asyncio.FIRST_COMPLETED)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from penstock.discovery.file import FileDiscovery
 from penstock.launcher.guard import die_with_supervisor
-from penstock.net.listening import borrow_listener
+from penstock.net.listening import inherited_listener
 from penstock.shapes import Registration, Role
 
 
@@ -36,12 +36,12 @@ class Health(BaseHTTPRequestHandler):
 
 
 def serve_as_frontend() -> None:
-    lent = borrow_listener(os.environ, os.getpid())
+    inherited = inherited_listener(os.environ)
     server = HTTPServer(("", 0), Health, bind_and_activate=False)
     server.socket.close()
-    server.socket = lent.socket
+    server.socket = inherited.socket
     server.socket.setblocking(True)
-    lent.tell_ready()
+    inherited.report_ready()
     server.serve_forever()
 
 

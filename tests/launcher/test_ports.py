@@ -1,4 +1,4 @@
-"""Frontends' ports: held while processes come and go, refused when nobody will come."""
+"""Frontends' ports: connections wait between two processes, and are refused once no frontend is wanted."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import socket
 import urllib.request
 from urllib.parse import urlsplit
 
-import msgspec
-
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import QUICK, ask
+from tests.launcher.conftest import ask
 from tests.waiting import until
 
 READY = ReplicaState.READY
@@ -36,7 +34,7 @@ def refused(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) != 0
 
 
-async def test_who_connects_while_a_frontend_is_dead_waits_for_the_next(running) -> None:
+async def test_connection_while_the_frontend_is_dead_waits_for_the_next_one(running) -> None:
     async with running() as graph:
         await graph.prints("Ready: ")
         port = port_of(graph)
@@ -47,16 +45,7 @@ async def test_who_connects_while_a_frontend_is_dead_waits_for_the_next(running)
         assert port_of(graph) == port
 
 
-async def test_who_connects_to_a_frontend_that_keeps_dying_is_refused(running) -> None:
-    settings = msgspec.structs.replace(QUICK, restart_max_s=60.0, refuse_after_s=0.3)
-    async with running(settings, frontend="crash") as graph:
-        await graph.prints("frontend-0 exited with code 1")
-        [replica] = graph.supervisor._fleets[0].replicas
-        await until(lambda: refused(replica.place.listener.port))
-        assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
-
-
-async def test_a_port_is_refused_once_its_graph_wants_no_frontend(running) -> None:
+async def test_connection_to_a_graph_scaled_to_no_frontend_is_refused(running) -> None:
     async with running() as graph:
         await graph.prints("Ready: ")
         port = port_of(graph)

@@ -33,9 +33,9 @@ without a byte of a body between it: blank lines, and after the last chunk of a 
 MAX_PIPELINED: Final = 16
 """Requests that may wait on one connection for the response to the one before. Common clients send none."""
 
-LEAVING_IDLE_S: Final = 5.0
-"""For another request on a connection of a server that leaves its port to a successor. Its client may be
-about to send one, and who sends it into a closing connection may not dare to send it again."""
+LEAVING_IDLE_S: Final = 1.0
+"""How long a server that leaves its port keeps an idle connection open. The client may be about to send a
+request, and many clients do not repeat one that they sent into a closing connection."""
 
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 

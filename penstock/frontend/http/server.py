@@ -27,7 +27,7 @@ from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import QuietLog
 from penstock.net.address import join_address
 from penstock.net.http_server import HttpServer
-from penstock.net.listening import BACKLOG, LentListener, listen
+from penstock.net.listening import BACKLOG, InheritedListener, listen
 from penstock.net.renewed import Renewed
 from penstock.net.tls_acceptor import TlsAcceptor
 
@@ -46,18 +46,19 @@ async def serve(
     stop: asyncio.Event,
     grace_s: float = 30.0,
     on_listening: Callable[[str, int], None] | None = None,
-    lent: LentListener | None = None,
+    inherited: InheritedListener | None = None,
 ) -> None:
     """Serve until `stop` is set, then let calls finish for at most `grace_s`, and return.
 
-    `on_listening` is called with the host and port once connections are accepted. A lent listener is served
-    once the app is healthy, or the lender's patience is over; when it has a successor, that one takes what
-    is new, and nothing is refused here. Cancelling this drops everything at once. Raises ConfigError when
-    the address or the certificate cannot be used.
+    `on_listening` is called with the host and port once connections are accepted. With an inherited
+    listener that is once the app is healthy, or when the listener's patience is over. After `stop`, a
+    server with an inherited listener accepts no more connections, and serves the requests that come on
+    those it has. Cancelling this drops everything at once. Raises ConfigError when the address or the
+    certificate cannot be used.
     """
     settings = msgspec.structs.replace(settings, max_connections=_connections(settings))
     server = _Server(_config(app, settings), settings)
-    listener = lent.socket if lent is not None else _listen(settings.host, settings.port)
+    listener = inherited.socket if inherited is not None else _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
 
     def started() -> None:
@@ -69,32 +70,32 @@ async def serve(
     server.on_started = started
     try:
         async with asyncio.TaskGroup() as tasks:
-            if lent is not None:
-                await _until(lambda: app.healthy or stop.is_set(), time.monotonic() + lent.patience_s)
+            if inherited is not None:
+                await _until(lambda: app.healthy or stop.is_set(), time.monotonic() + inherited.patience_s)
             if stop.is_set():
                 return
             tasks.create_task(server.serve([listener]))
-            telling = tasks.create_task(_tell_once_healthy(app, server, lent))
+            reporting = tasks.create_task(_report_once_healthy(app, server, inherited))
             await stop.wait()
-            telling.cancel()
+            reporting.cancel()
             leaving_at = time.monotonic()
-            if lent is not None and lent.has_successor():
-                await server.hand_over(grace_s)
+            if inherited is not None:
+                await server.leave_port(grace_s)
             await app.drain(max(0.0, grace_s - (time.monotonic() - leaving_at)))
             server.should_exit = True
     finally:
         server.drop_all()
         listener.close()
-        if lent is not None:
-            lent.close()
+        if inherited is not None:
+            inherited.close()
         app.close()
         await server.end_handshakes()
 
 
-async def _tell_once_healthy(app: App, server: _Server, lent: LentListener | None) -> None:
-    if lent is not None:
+async def _report_once_healthy(app: App, server: _Server, inherited: InheritedListener | None) -> None:
+    if inherited is not None:
         await _until(lambda: server.started and app.healthy)
-        lent.tell_ready()
+        inherited.report_ready()
 
 
 async def _until(holds: Callable[[], bool], deadline: float = math.inf) -> None:
@@ -144,7 +145,7 @@ def _tls_context(settings: FrontendSettings) -> ssl.SSLContext:
 
 
 class _Server(HttpServer):
-    """With TLS of our own, a word when it has started, and a way to leave the port to another process."""
+    """With TLS of our own, a callback once it has started, and a way to leave its port."""
 
     on_started: Callable[[], None]
 
@@ -167,12 +168,12 @@ class _Server(HttpServer):
             make = partial(_accept, self._tls, self._connection)
             config.http_protocol_class = cast(type[asyncio.Protocol], make)  # it is only called
 
-    async def hand_over(self, grace_s: float) -> None:
+    async def leave_port(self, grace_s: float) -> None:
         """Accept nothing more, and serve the connections there are until they have ended, for at most
         `grace_s`. They end with their next answer, or when no request comes for a while. Those that are not
         through with TLS are among them."""
         connections = cast(set[Connection], self.server_state.connections)
-        log.info("leaving the port to another process, connections=%d", len(connections))
+        log.info("no longer accepting connections, open=%d", len(connections))
         deadline = time.monotonic() + grace_s
         await _until(lambda: self.started)
         for server in self.servers:

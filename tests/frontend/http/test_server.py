@@ -19,7 +19,7 @@ from penstock.frontend.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED
 from penstock.frontend.http.server import _connections
 from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import BURST_LINES
-from penstock.net.listening import LentListener, listen
+from penstock.net.listening import InheritedListener, listen
 from penstock.shapes import Delta, FinishReason
 from tests.frontend.conftest import ScriptedCompleter, serving
 from tests.waiting import until
@@ -648,32 +648,27 @@ async def test_cancelling_drops_everything(serve_script):
         assert served.task.cancelled()
 
 
-# --- a port that another process serves too -------------------------------------------------------
+# --- an inherited port -----------------------------------------------------------------------------
 
 
-class Lender:
-    """Lends one port to several servers, as the launcher does to processes."""
+class Launcher:
+    """Has several servers serve one port, as the launcher has processes do."""
 
     def __init__(self):
         self.listener = listen("127.0.0.1", 0)
         self.channels = []
 
-    def lend(self, patience_s=10.0):
+    def inherited(self, patience_s=10.0):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self.channels.append(ours)
-        return LentListener(self.listener.dup(), theirs, patience_s)
+        return InheritedListener(self.listener.dup(), theirs, patience_s)
 
-    def says_ready(self, number):
+    def was_told_ready(self, number):
         try:
             return self.channels[number].recv(1) == b"1"
         except BlockingIOError:
             return False
-
-    async def hand_over(self, served, number):
-        self.channels[number].shutdown(socket.SHUT_WR)
-        served.stop.set()
-        await asyncio.sleep(0.1)
 
     def close(self):
         self.listener.close()
@@ -682,28 +677,29 @@ class Lender:
 
 
 @pytest.fixture
-def lender():
-    with contextlib.closing(Lender()) as found:
+def launcher():
+    with contextlib.closing(Launcher()) as found:
         yield found
 
 
-async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
-    serve_script, lender, monkeypatch
+async def test_old_server_of_an_inherited_port_ends_its_connections_while_the_new_one_accepts(
+    serve_script, launcher, monkeypatch
 ):
     monkeypatch.setattr("penstock.frontend.http.connection.LEAVING_IDLE_S", 3.0)
     ask = CHAT | {"stream": True}
     async with (
-        serve_script("old " * 6, step_s=0.05, lent=lender.lend()) as old,
+        serve_script("old " * 6, step_s=0.05, inherited=launcher.inherited()) as old,
         connection(old) as (idle_reader, _),
         connection(old) as (reader, writer),
         connection(old) as (late_reader, late_writer),
     ):
-        await until(lambda: lender.says_ready(0))
+        await until(lambda: launcher.was_told_ready(0))
         writer.write(post(ask))
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
-        async with serve_script("new", lent=lender.lend()) as new:
-            await until(lambda: lender.says_ready(1))
-            await lender.hand_over(old, 0)
+        async with serve_script("new", inherited=launcher.inherited()) as new:
+            await until(lambda: launcher.was_told_ready(1))
+            old.stop.set()
+            await asyncio.sleep(0.1)
             late_writer.write(post(CHAT))
             for _ in range(10):
                 async with httpx.AsyncClient(base_url=old.url, trust_env=False) as http:
@@ -721,19 +717,21 @@ async def test_a_successor_takes_what_is_new_and_the_old_one_ends_what_it_has(
             assert not new.task.done()
 
 
-async def test_a_handshake_under_way_is_not_cut_by_a_successor(serve_script, lender, certificate):
+async def test_handshake_under_way_is_not_cut_when_the_server_leaves_its_port(
+    serve_script, launcher, certificate
+):
     trusting = ssl.create_default_context(cafile=certificate["tls_cert"])
     trusting.check_hostname = False
-    async with serve_script("old", lent=lender.lend(), **certificate) as old:
-        await until(lambda: lender.says_ready(0))
+    async with serve_script("old", inherited=launcher.inherited(), **certificate) as old:
+        await until(lambda: launcher.was_told_ready(0))
         raw = socket.create_connection((old.host, old.port))
         _, later = await asyncio.open_connection(
             old.host, old.port, ssl=trusting
         )  # so that one is accepted
         later.close()
         await later.wait_closed()
-        await lender.hand_over(old, 0)
-        await asyncio.sleep(1.5)
+        old.stop.set()
+        await asyncio.sleep(1.6)
         reader, writer = await asyncio.open_connection(sock=raw, ssl=trusting, server_hostname=old.host)
         writer.write(post(CHAT))
         assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
@@ -741,32 +739,24 @@ async def test_a_handshake_under_way_is_not_cut_by_a_successor(serve_script, len
         await asyncio.wait_for(old.task, 10)
 
 
-async def test_a_lent_port_is_served_once_healthy_or_when_patience_ends(view, byte_level, saying, lender):
+async def test_inherited_port_is_served_once_healthy_or_when_patience_ends(
+    view, byte_level, saying, launcher
+):
     completer = ScriptedCompleter([view], saying("late"))
     completer.missing = "decode"
-    app_soon = asyncio.create_task(_first_answer(completer, lender.lend(patience_s=60)))
+    app_soon = asyncio.create_task(_first_answer(completer, launcher.inherited(patience_s=60)))
     await asyncio.sleep(0.3)
     assert not app_soon.done()
     completer.missing = ""
     assert (await asyncio.wait_for(app_soon, 5)).status_code == 200
-    assert lender.says_ready(0)
+    assert launcher.was_told_ready(0)
 
     completer.missing = "decode"
-    answer = await asyncio.wait_for(_first_answer(completer, lender.lend(patience_s=0.2)), 5)
+    answer = await asyncio.wait_for(_first_answer(completer, launcher.inherited(patience_s=0.2)), 5)
     assert (answer.status_code, answer.json()["missing"]) == (503, ["decode"])
-    assert not lender.says_ready(1)
+    assert not launcher.was_told_ready(1)
 
 
-async def _first_answer(completer, lent):
-    async with serving(completer, lent=lent) as served:
+async def _first_answer(completer, inherited):
+    async with serving(completer, inherited=inherited) as served:
         return await served.http.get("/health")
-
-
-async def test_a_lent_port_whose_frontend_leaves_alone_is_answered_with_503(serve_script, lender):
-    async with serve_script("word " * 6, step_s=0.05, lent=lender.lend()) as served:
-        stream = await served.client.chat.completions.create(**CHAT, stream=True)
-        await anext(aiter(stream))
-        served.stop.set()
-        await asyncio.sleep(0.02)
-        assert (await served.http.post("/v1/chat/completions", json=CHAT)).status_code == 503
-        assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "length"
