@@ -23,8 +23,6 @@ from penstock.kubernetes.kinds import (
     DISRUPTION_BUDGETS,
     DISRUPTION_BUDGETS_BETA,
     GRAPHS,
-    INGRESSES,
-    LEADER_WORKER_SETS,
     PODS,
     ROLE_BINDINGS,
     ROLES,
@@ -39,7 +37,7 @@ from penstock.operator.events import EventRecorder
 from penstock.operator.metrics import OperatorMetrics
 from penstock.operator.owned import NotLeading, OwnedObjects, owner_uid
 from penstock.operator.reconciler import Caches, Reconciler, graph_of_pod, keep_status_writers
-from penstock.operator.settings import RenderSettings
+from penstock.operator.settings import OPTIONAL_KINDS, RenderSettings
 from penstock.operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,6 @@ ALWAYS_SERVED = (
     ROLE_BINDINGS,
     ADAPTERS,
 )
-OPTIONAL = (INGRESSES, DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA, LEADER_WORKER_SETS)
 
 _OWN_LABEL = f"app.kubernetes.io/managed-by={names.MANAGER}"
 LOOK_FOR_APIS_S = 60.0
@@ -127,11 +124,11 @@ class Controller:
             self._owned,
             self._recorder,
             self._render,
-            frozenset((kind.api_version, kind.name) for kind in served),
+            frozenset(served),
             self._utc,
         )
         self._metrics.graphs_from(lambda: [_state(graph) for graph in graphs])
-        missing = [str(kind) for kind in OPTIONAL if kind not in served]
+        missing = [str(kind) for kind in OPTIONAL_KINDS if kind not in served]
         log.info(
             "managing graphs of %s: not served by this cluster: %s",
             f"namespace {self._settings.namespace}" if self._settings.namespace else "all namespaces",
@@ -154,7 +151,7 @@ class Controller:
 
     async def _optional_kinds(self) -> list[Kind]:
         """Those that the cluster serves; of two versions of one kind the newer."""
-        served = [kind for kind in OPTIONAL if await self._api.serves(kind)]
+        served = [kind for kind in OPTIONAL_KINDS if await self._api.serves(kind)]
         if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
             served.remove(DISRUPTION_BUDGETS_BETA)
         return served

@@ -17,6 +17,7 @@ from penstock.errors import ConfigError
 from penstock.kubernetes.api import (
     Api,
     ApiError,
+    Kind,
     Object,
     annotations_of,
     is_being_deleted,
@@ -57,7 +58,7 @@ class Reconciler:
     """Brings graphs about.
 
     Args:
-        served: (apiVersion, kind) of the optional APIs that the cluster has.
+        served: the optional kinds of objects that the cluster serves.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Reconciler:
         owned: OwnedObjects,
         recorder: EventRecorder,
         settings: RenderSettings,
-        served: frozenset[tuple[str, str]],
+        served: frozenset[Kind],
         utc: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._api = api

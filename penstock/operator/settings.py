@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from penstock.kubernetes.api import Object
+from penstock.kubernetes.api import Kind, Object
 from penstock.kubernetes.kinds import (
     DISRUPTION_BUDGETS,
     DISRUPTION_BUDGETS_BETA,
@@ -15,10 +15,8 @@ from penstock.kubernetes.kinds import (
     LEADER_WORKER_SETS,
 )
 
-PDB = DISRUPTION_BUDGETS.name
-BUDGET_VERSIONS = (DISRUPTION_BUDGETS.api_version, DISRUPTION_BUDGETS_BETA.api_version)
-INGRESS = (INGRESSES.api_version, INGRESSES.name)
-LEADER_WORKER_SET = (LEADER_WORKER_SETS.api_version, LEADER_WORKER_SETS.name)
+OPTIONAL_KINDS = (INGRESSES, DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA, LEADER_WORKER_SETS)
+"""Kinds that not every cluster serves. Of two versions of a kind the newer comes first."""
 
 
 class RenderSettings(msgspec.Struct, frozen=True):
@@ -60,19 +58,19 @@ class RenderSettings(msgspec.Struct, frozen=True):
 
 
 class ClusterFacts(msgspec.Struct, frozen=True):
-    """What rendering must know of the cluster."""
+    """What rendering must know about the cluster."""
 
-    served: frozenset[tuple[str, str]] = frozenset()
-    """(apiVersion, kind) of the optional APIs that are there; see BUDGET_VERSIONS, INGRESS and
-    LEADER_WORKER_SET."""
+    served: frozenset[Kind] = frozenset()
+    """Those of OPTIONAL_KINDS that the cluster serves."""
 
     adapter_replicas: Mapping[str, int] = {}
     """By service: `spec.replicas` of its scaling adapter, where there is one."""
 
     @property
-    def budget_version(self) -> str:
-        """The newest API of PodDisruptionBudgets; empty when there is none."""
-        return next((version for version in BUDGET_VERSIONS if (version, PDB) in self.served), "")
+    def disruption_budgets(self) -> Kind | None:
+        """The newest version of PodDisruptionBudgets that the cluster serves; None when it serves none."""
+        versions = (DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA)
+        return next((kind for kind in versions if kind in self.served), None)
 
 
 class Note(msgspec.Struct, frozen=True):

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from penstock.kubernetes.kinds import LEADER_WORKER_SETS
 from penstock.operator.rendering.desired import desired
-from penstock.operator.settings import LEADER_WORKER_SET, ClusterFacts, RenderSettings
+from penstock.operator.settings import ClusterFacts, RenderSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -87,7 +88,7 @@ def pods(graph: str) -> dict[str, dict[str, Any]]:
         "metadata": {"name": graph, "namespace": "ns"},
         "spec": {"services": services},
     }
-    facts = ClusterFacts(served=frozenset({LEADER_WORKER_SET}))
+    facts = ClusterFacts(served=frozenset({LEADER_WORKER_SETS}))
     rendered = desired(manifest, RenderSettings(image="i"), facts).objects
     found = {}
     for item in rendered:

@@ -12,26 +12,18 @@ import pytest
 import yaml
 
 from penstock.kubernetes.api import Object
+from penstock.kubernetes.kinds import DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA
 from penstock.operator import names
 from penstock.operator.rendering.desired import desired
-from penstock.operator.settings import (
-    INGRESS,
-    LEADER_WORKER_SET,
-    PDB,
-    ClusterFacts,
-    Desired,
-    RenderSettings,
-)
+from penstock.operator.settings import OPTIONAL_KINDS, ClusterFacts, Desired, RenderSettings
 
 HERE = Path(__file__).parent
 MANIFESTS = HERE / "manifests"
 SHIPPED = HERE.parents[1] / "deploy" / "multinode-vllm.yaml"
 
 SETTINGS = RenderSettings(image="penstock:dev")
-NEW_CLUSTER = ClusterFacts(
-    frozenset({("policy/v1", PDB), ("policy/v1beta1", PDB), INGRESS, LEADER_WORKER_SET})
-)
-OLD_CLUSTER = ClusterFacts(frozenset({("policy/v1beta1", PDB)}))
+NEW_CLUSTER = ClusterFacts(frozenset(OPTIONAL_KINDS))
+OLD_CLUSTER = ClusterFacts(frozenset({DISRUPTION_BUDGETS_BETA}))
 
 
 class Case(NamedTuple):
@@ -165,7 +157,7 @@ def test_nothing_that_was_given_is_changed_and_the_answer_is_always_the_same(nam
 def test_a_budget_never_blocks_the_only_replica(name: str) -> None:
     found = rendered(name)
     several = {service.object_name for service in found.services if service.replicas > 1}
-    assert set(of_kind(found, PDB)) == several
+    assert set(of_kind(found, DISRUPTION_BUDGETS.name)) == several
 
 
 def test_the_documents_selectors_find_what_they_promise() -> None:

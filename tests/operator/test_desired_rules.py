@@ -14,9 +14,10 @@ from penstock.errors import ConfigError
 from penstock.graph.manifest import ServiceSpec
 from penstock.graph.versions import to_v1beta1
 from penstock.kubernetes.api import Object
+from penstock.kubernetes.kinds import DISRUPTION_BUDGETS, LEADER_WORKER_SETS
 from penstock.operator import names
 from penstock.operator.rendering.desired import _WITHOUT_EFFECT, desired
-from penstock.operator.settings import LEADER_WORKER_SET, PDB, ClusterFacts, Desired, RenderSettings
+from penstock.operator.settings import ClusterFacts, Desired, RenderSettings
 
 SETTINGS = RenderSettings(image="operators:1")
 NO_FACTS = ClusterFacts()
@@ -246,11 +247,13 @@ def test_replicas_belong_to_an_adapter_once_it_is_there() -> None:
     assert deployment(first)["spec"]["replicas"] == 2
     (adapter,) = first.adapters
     assert adapter["spec"] == {"replicas": 2, "dgdRef": {"name": "g", "serviceName": "Worker"}}
-    later = render(manifest, ClusterFacts(frozenset({("policy/v1", PDB)}), {"Worker": 7, "Frontend": 9}))
+    later = render(manifest, ClusterFacts(frozenset({DISRUPTION_BUDGETS}), {"Worker": 7, "Frontend": 9}))
     assert deployment(later)["spec"]["replicas"] == 7
     assert deployment(later, "g-frontend")["spec"]["replicas"] == 1  # its adapter is somebody else's
     assert later.services[1].replicas == 7
-    assert [item["apiVersion"] for item in later.objects if item["kind"] == PDB] == ["policy/v1"]
+    assert [item["apiVersion"] for item in later.objects if item["kind"] == "PodDisruptionBudget"] == [
+        "policy/v1"
+    ]
 
 
 # --- resources, probes, placement ---------------------------------------------------------------------
@@ -570,7 +573,7 @@ def test_the_operator_makes_the_links_secrets() -> None:
 def test_the_other_nodes_wait_for_their_leader_to_go(tmp_path: Path) -> None:
     """The script as a shell runs it: it ends soon after the leader no longer answers, and not before."""
     manifest = graph(container(DYNAMO) | {"multinode": {"nodeCount": 2}})
-    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SET})))
+    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SETS})))
     group = next(item for item in found.objects if item["kind"] == "LeaderWorkerSet")
     (follower,) = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"]
     command = follower["lifecycle"]["preStop"]["exec"]["command"]
@@ -591,7 +594,7 @@ def test_the_other_nodes_wait_for_their_leader_to_go(tmp_path: Path) -> None:
 
 def test_only_the_leader_is_found_and_has_the_links_secret() -> None:
     manifest = graph(container([*DYNAMO, "--is-prefill-worker"]) | {"multinode": {"nodeCount": 3}})
-    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SET})))
+    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SETS})))
     group = next(item for item in found.objects if item["kind"] == "LeaderWorkerSet")
     templates = group["spec"]["leaderWorkerTemplate"]
     leader, follower = templates["leaderTemplate"], templates["workerTemplate"]

@@ -15,8 +15,8 @@ from penstock.errors import ConfigError
 from penstock.graph import ClusterRules, Graph, Manifest, Overrides, build_graph
 from penstock.graph.manifest import checked_document, manifest_of
 from penstock.graph.versions import in_words_of
-from penstock.kubernetes.api import Object
-from penstock.kubernetes.kinds import ADAPTERS
+from penstock.kubernetes.api import Kind, Object
+from penstock.kubernetes.kinds import ADAPTERS, DEPLOYMENTS, INGRESSES, LEADER_WORKER_SETS
 from penstock.operator import names
 from penstock.operator.rendering import access, networking, relays, storage, workloads
 from penstock.operator.rendering.containers import grace_period_s
@@ -25,8 +25,6 @@ from penstock.operator.rendering.pods import reserved_labels
 from penstock.operator.rendering.quantities import wrong_quantities
 from penstock.operator.rendering.resources import spared_amounts
 from penstock.operator.settings import (
-    INGRESS,
-    LEADER_WORKER_SET,
     ClusterFacts,
     Desired,
     Note,
@@ -187,19 +185,22 @@ def _service_objects(
         objects.append(workloads.deployment(plan, settings, roles, strategy))
     if plan.is_frontend:
         objects.append(networking.service(plan))
-    if plan.is_frontend and plan.spec.ingress and plan.spec.ingress.enabled and INGRESS in cluster.served:
+    if plan.is_frontend and plan.spec.ingress and plan.spec.ingress.enabled and INGRESSES in cluster.served:
         objects.append(networking.ingress(plan, plan.spec.ingress))
-    if plan.replicas > 1 and cluster.budget_version:
-        objects.append(workloads.disruption_budget(plan, cluster.budget_version))
+    if plan.replicas > 1 and cluster.disruption_budgets:
+        objects.append(workloads.disruption_budget(plan, cluster.disruption_budgets))
     return objects
 
 
 def _missing_api(plan: ServicePlan, cluster: ClusterFacts) -> str:
     """What the cluster must have for this service, and does not."""
-    if plan.nodes > 1 and LEADER_WORKER_SET not in cluster.served:
-        version, kind = LEADER_WORKER_SET
-        return f"{kind} ({version})"
+    if plan.nodes > 1 and LEADER_WORKER_SETS not in cluster.served:
+        return _with_version(LEADER_WORKER_SETS)
     return ""
+
+
+def _with_version(kind: Kind) -> str:
+    return f"{kind.name} ({kind.api_version})"
 
 
 def _has_adapter(plan: ServicePlan) -> bool:
@@ -226,7 +227,7 @@ def _rendered(plan: ServicePlan, cluster: ClusterFacts) -> RenderedService:
         name=plan.name,
         component_type=plan.component_type,
         role=plan.role,
-        kind=LEADER_WORKER_SET[1] if plan.nodes > 1 else "Deployment",
+        kind=(LEADER_WORKER_SETS if plan.nodes > 1 else DEPLOYMENTS).name,
         object_name=plan.object_name,
         replicas=plan.replicas,
         nodes=plan.nodes,
@@ -306,6 +307,5 @@ def _notes_on_apis(plan: ServicePlan, cluster: ClusterFacts) -> Iterable[tuple[s
         yield "FieldIgnored", "ingress.useVirtualService has no effect: an Ingress is made"
     if not plan.is_frontend:
         yield "FieldIgnored", "ingress has no effect: only frontends serve HTTP"
-    elif INGRESS not in cluster.served:
-        version, kind = INGRESS
-        yield "ApiMissing", f"ingress needs {kind} ({version}), which this cluster does not have"
+    elif INGRESSES not in cluster.served:
+        yield "ApiMissing", f"ingress needs {_with_version(INGRESSES)}, which this cluster does not have"

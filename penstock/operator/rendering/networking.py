@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from penstock.graph.manifest import IngressSpec
 from penstock.kubernetes.api import Object
+from penstock.kubernetes.kinds import INGRESSES, SERVICES
 from penstock.operator import names
 from penstock.operator.rendering.plan import ServicePlan
 from penstock.operator.rendering.workloads import metadata
-from penstock.operator.settings import INGRESS
 
 _DEFAULT_SUFFIX = "local"  # of hosts, as the manifest API has it
 
@@ -21,8 +21,8 @@ def service(plan: ServicePlan) -> Object:
         "protocol": "TCP",
     }
     return {
-        "apiVersion": "v1",
-        "kind": "Service",
+        "apiVersion": SERVICES.api_version,
+        "kind": SERVICES.name,
         "metadata": metadata(plan),
         "spec": {"selector": plan.selector(), "ports": [port]},
     }
@@ -30,7 +30,6 @@ def service(plan: ServicePlan) -> Object:
 
 def ingress(plan: ServicePlan, spec: IngressSpec) -> Object:
     """The way in from outside of the cluster, to the Service of the same name."""
-    version, kind = INGRESS
     host = ingress_host(spec)
     backend = {"service": {"name": plan.object_name, "port": {"name": names.HTTP_PORT_NAME}}}
     rule = {"host": host, "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}
@@ -43,7 +42,12 @@ def ingress(plan: ServicePlan, spec: IngressSpec) -> Object:
     about["labels"] = spec.labels | about["labels"]
     if annotations := about.get("annotations", {}) | spec.annotations:
         about["annotations"] = annotations
-    return {"apiVersion": version, "kind": kind, "metadata": about, "spec": rendered}
+    return {
+        "apiVersion": INGRESSES.api_version,
+        "kind": INGRESSES.name,
+        "metadata": about,
+        "spec": rendered,
+    }
 
 
 def ingress_host(spec: IngressSpec) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 from penstock.errors import ConfigError
-from penstock.kubernetes.api import Object
+from penstock.kubernetes.api import Kind, Object
+from penstock.kubernetes.kinds import DEPLOYMENTS, LEADER_WORKER_SETS
 from penstock.operator import names
 from penstock.operator.rendering.multinode import follower_template
 from penstock.operator.rendering.plan import ServicePlan
 from penstock.operator.rendering.pods import pod_template
-from penstock.operator.settings import LEADER_WORKER_SET, PDB, RenderSettings
+from penstock.operator.settings import RenderSettings
 
 _AMOUNT = re.compile(r"\d+%?", re.ASCII)
 _STRATEGIES: dict[str, tuple[str, str] | None] = {
@@ -40,16 +41,20 @@ def deployment(
     }
     if not plan.is_frontend:
         spec["minReadySeconds"] = settings.worker_min_ready_s
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(plan), "spec": spec}
+    return {
+        "apiVersion": DEPLOYMENTS.api_version,
+        "kind": DEPLOYMENTS.name,
+        "metadata": metadata(plan),
+        "spec": spec,
+    }
 
 
 def leader_worker_set(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...]) -> Object:
     """Of a service whose replicas are groups of pods, one pod on each node."""
-    version, kind = LEADER_WORKER_SET
     leader = pod_template(plan, settings, roles)
     return {
-        "apiVersion": version,
-        "kind": kind,
+        "apiVersion": LEADER_WORKER_SETS.api_version,
+        "kind": LEADER_WORKER_SETS.name,
         "metadata": metadata(plan),
         "spec": {
             "replicas": plan.replicas,
@@ -69,13 +74,13 @@ def leader_worker_set(plan: ServicePlan, settings: RenderSettings, roles: tuple[
     }
 
 
-def disruption_budget(plan: ServicePlan, version: str) -> Object:
+def disruption_budget(plan: ServicePlan, kind: Kind) -> Object:
     """Nodes are drained one replica at a time. For services of several replicas only: with one it would
     block the drain of its node for ever."""
     leaders = _LEADERS if plan.nodes > 1 else {}
     return {
-        "apiVersion": version,
-        "kind": PDB,
+        "apiVersion": kind.api_version,
+        "kind": kind.name,
         "metadata": metadata(plan),
         "spec": {"maxUnavailable": 1, "selector": {"matchLabels": plan.selector() | leaders}},
     }
