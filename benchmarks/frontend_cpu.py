@@ -29,7 +29,7 @@ from processes import start, stop, wait_ready
 from tokenizers import Tokenizer
 
 from penstock.bench.answers import StreamedAnswer
-from penstock.bench.client import HttpClient
+from penstock.bench.http_client import HttpClient
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 REQUEST_TIMEOUT_S = 300.0  # of a whole round

@@ -22,7 +22,7 @@ from english import model_folder
 from processes import start, stop, wait_ready
 
 from penstock.bench.answers import StreamedAnswer
-from penstock.bench.client import HttpClient
+from penstock.bench.http_client import HttpClient
 from penstock.frontend.http.api_keys import key_line
 
 TIMEOUT_S = 300.0

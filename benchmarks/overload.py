@@ -29,7 +29,7 @@ from pathlib import Path
 from processes import start, stop, wait_ready
 
 from penstock.bench.answers import StreamedAnswer
-from penstock.bench.client import HttpClient, RequestFailed
+from penstock.bench.http_client import HttpClient, RequestFailed
 
 REQUEST_TIMEOUT_S = 60.0
 PLACES = 32  # requests a worker serves at one time

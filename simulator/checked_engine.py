@@ -11,7 +11,7 @@ import math
 from array import array
 from collections.abc import Callable
 
-from penstock.engines.batch import Row, Sampled
+from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
@@ -206,7 +206,7 @@ class _CheckedRunner:
         self._wrong = wrong
         self._next: dict[str, int] = {}  # where an attempt's next row begins, if nothing happens to it
 
-    def run(self, batch: list[Row]) -> list[Sampled | None]:
+    def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         if self._engine.failing_steps:
             self._engine.failing_steps -= 1
             raise InjectedFault("this step was made to fail")
@@ -227,7 +227,7 @@ class _CheckedRunner:
             self._write(row)
         return self._inner.run(batch)
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: BatchRow) -> None:
         size, tokens, block_ids = self._block_size, row.sequence.token_ids, row.sequence.block_ids
         at, end = row.start, row.start + row.count
         while at < end:
@@ -237,7 +237,7 @@ class _CheckedRunner:
             self._pool[place : place + len(data)] = data
             at = upto
 
-    def _check(self, row: Row) -> None:
+    def _check(self, row: BatchRow) -> None:
         size, sequence, pool = self._block_size, row.sequence, self._pool
         width = size * TOKEN_BYTES
         there = b"".join(

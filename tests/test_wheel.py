@@ -67,4 +67,4 @@ def test_what_errors_say_to_install_is_what_the_extras_name() -> None:
     extras = project["optional-dependencies"]
     assert project["scripts"] == {"penstock": "penstock.__main__:main"}
     assert " ".join(f"'{requirement}'" for requirement in extras["vllm"]) in INSTALL
-    assert extras["etcd"] == ["httpx2>=2.12,<3"]  # process.py says so
+    assert extras["etcd"] == ["httpx2>=2.12,<3"]  # assembly.py says so

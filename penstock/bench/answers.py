@@ -22,7 +22,7 @@ class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
-class Usage(msgspec.Struct):
+class TokenCounts(msgspec.Struct):
     """Token counts of a request, as OpenAI's API gives them."""
 
     prompt_tokens: int = 0
@@ -52,7 +52,7 @@ class _Error(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: Usage | None = None
+    usage: TokenCounts | None = None
     error: _Error | None = None
 
 
@@ -91,7 +91,7 @@ class StreamedAnswer:
         self.first_at: float | None = None
         self.last_at = 0.0
         self.chunks = 0  # that carry text
-        self.usage: Usage | None = None
+        self.usage: TokenCounts | None = None
         self.finish_reason: str | None = None
         self.done = False  # [DONE] has arrived
         self.failure: tuple[str, str] | None = None

@@ -12,13 +12,13 @@ import uvloop
 from rich.console import Console
 
 from penstock.bench.answers import JsonAnswer
-from penstock.bench.client import HttpClient, RequestFailed
+from penstock.bench.conversations import Rate, Shape, arrivals, synthetic
 from penstock.bench.display import progress, report_table
 from penstock.bench.driver import Driver, Limits, Payload
-from penstock.bench.measurements import Measurements, Report, Slo
+from penstock.bench.http_client import HttpClient, RequestFailed
+from penstock.bench.measurements import BenchReport, Measurements, Slo
 from penstock.bench.text import filler
-from penstock.bench.traces import Row, read_trace, replay
-from penstock.bench.workload import Rate, Shape, arrivals, synthetic
+from penstock.bench.traces import TraceRow, read_trace, replay
 from penstock.errors import ConfigError
 
 CALIBRATION_WORDS = (64, 320)
@@ -26,7 +26,7 @@ PREPARE_TIMEOUT_S = 60.0
 """For the few requests before a run: the first may have to wait for a worker to load."""
 
 
-class Plan(msgspec.Struct, frozen=True):
+class BenchOptions(msgspec.Struct, frozen=True):
     """A checked command line."""
 
     url: str
@@ -84,7 +84,7 @@ def bench(
     if duration is None and requests is None and trace is None:
         duration = 30.0
     given_lengths = trace is not None or prompt_tokens is not None
-    plan = Plan(
+    plan = BenchOptions(
         url=url,
         model=model,
         api_key=api_key,
@@ -115,7 +115,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def run(plan: Plan, console: Console) -> Report:
+def run(plan: BenchOptions, console: Console) -> BenchReport:
     """Carry out a plan; when interrupted, report what there is.
 
     Raises ConfigError when the server or the trace cannot be used at all."""
@@ -134,11 +134,11 @@ def run(plan: Plan, console: Console) -> Report:
             runner.run(client.close())
 
 
-def _headers(plan: Plan) -> dict[str, str]:
+def _headers(plan: BenchOptions) -> dict[str, str]:
     return {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
 
 
-async def _prepare(plan: Plan, client: HttpClient) -> tuple[Payload, float]:
+async def _prepare(plan: BenchOptions, client: HttpClient) -> tuple[Payload, float]:
     """What is in every request, and how many words of filler make a token."""
     try:
         async with asyncio.timeout(PREPARE_TIMEOUT_S):
@@ -152,7 +152,7 @@ async def _prepare(plan: Plan, client: HttpClient) -> tuple[Payload, float]:
 
 
 async def _drive(
-    plan: Plan, driver: Driver, rows: list[Row], words_per_token: float, console: Console
+    plan: BenchOptions, driver: Driver, rows: list[TraceRow], words_per_token: float, console: Console
 ) -> None:
     shape = msgspec.structs.replace(plan.shape, words_per_token=words_per_token)
     conversations = synthetic(shape, plan.seed)

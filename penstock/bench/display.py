@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from penstock.bench.driver import Driver, Limits
-from penstock.bench.measurements import Percentiles, Report
+from penstock.bench.measurements import BenchReport, Percentiles
 
 REFRESH_S = 0.5
 """Between two updates of the bar: often enough to follow, and too seldom to disturb the measuring."""
@@ -57,7 +57,7 @@ async def progress(driver: Driver, limits: Limits, rows: int, console: Console) 
             update()
 
 
-def report_table(report: Report) -> Group:
+def report_table(report: BenchReport) -> Group:
     """The report as tables for a terminal."""
     latencies = Table("latency, ms", "mean", "p50", "p90", "p99")
     for name, row in (

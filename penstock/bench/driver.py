@@ -13,10 +13,10 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from penstock.bench.answers import StreamedAnswer, Usage
-from penstock.bench.client import HttpClient, RequestFailed
-from penstock.bench.measurements import Measurements, Outcome, Report
-from penstock.bench.workload import Arrival, Conversation, Turn
+from penstock.bench.answers import StreamedAnswer, TokenCounts
+from penstock.bench.conversations import Arrival, PlannedConversation, PlannedTurn
+from penstock.bench.http_client import HttpClient, RequestFailed
+from penstock.bench.measurements import BenchReport, Measurements, RequestOutcome
 
 LAG_PERIOD_S = 0.05
 """Between two looks at how late the event loop runs."""
@@ -77,13 +77,13 @@ class Driver:
         self._payload = payload
         self._limits = limits
 
-    def report(self) -> Report:
+    def report(self) -> BenchReport:
         """Figures so far; rates are from the start to the latest answer."""
         elapsed_s = time.perf_counter() - self.started_at
         cpu_share = (time.process_time() - self._cpu_s) / max(elapsed_s, 1e-9)
         return self.measurements.report(self.ended_at - self.started_at, cpu_share)
 
-    async def closed(self, conversations: Iterator[Conversation], concurrency: int) -> None:
+    async def closed(self, conversations: Iterator[PlannedConversation], concurrency: int) -> None:
         """Run `concurrency` users until the limits."""
         async with self._run() as users:
             for _ in range(concurrency):
@@ -101,7 +101,7 @@ class Driver:
                     break
                 if self.in_flight >= self._limits.max_in_flight:
                     self.sent += 1
-                    self.measurements.add(Outcome("too many in flight"))
+                    self.measurements.add(RequestOutcome("too many in flight"))
                     continue
                 tasks.create_task(self._converse(arrival.conversation))
 
@@ -135,14 +135,14 @@ class Driver:
             return False
         return limits.duration_s is None or time.perf_counter() < self.started_at + limits.duration_s
 
-    async def _user(self, conversations: Iterator[Conversation]) -> None:
+    async def _user(self, conversations: Iterator[PlannedConversation]) -> None:
         while self._may_send():
             conversation = next(conversations, None)
             if conversation is None:
                 return
             await self._converse(conversation)
 
-    async def _converse(self, conversation: Conversation) -> None:
+    async def _converse(self, conversation: PlannedConversation) -> None:
         messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
         for turn in conversation.turns:
             if not self._may_send():
@@ -160,7 +160,7 @@ class Driver:
             messages.append({"role": "assistant", "content": answer.text})
 
     async def _ask(
-        self, messages: list[dict[str, str]], turn: Turn, *, keep_text: bool
+        self, messages: list[dict[str, str]], turn: PlannedTurn, *, keep_text: bool
     ) -> StreamedAnswer | None:
         """Send one request and record its outcome. None when it failed."""
         body = self._payload.encode(messages, turn.output_tokens)
@@ -174,22 +174,22 @@ class Driver:
         except RequestFailed as error:
             answer.failure = answer.failure or (error.kind, str(error))
         except asyncio.CancelledError:
-            self.measurements.add(Outcome("unfinished"))
+            self.measurements.add(RequestOutcome("unfinished"))
             raise
         self.ended_at = time.perf_counter()
         if not answer.complete:
             kind, message = answer.failure or ("truncated", "the stream ended without a finish_reason")
-            self.measurements.add(Outcome(kind), message)
+            self.measurements.add(RequestOutcome(kind), message)
             return None
         self.measurements.add(_outcome(answer, sent_at, self.ended_at))
         return answer
 
 
-def _outcome(answer: StreamedAnswer, sent_at: float, ended_at: float) -> Outcome:
-    usage = answer.usage or Usage(completion_tokens=answer.chunks)
+def _outcome(answer: StreamedAnswer, sent_at: float, ended_at: float) -> RequestOutcome:
+    usage = answer.usage or TokenCounts(completion_tokens=answer.chunks)
     first_at = answer.first_at if answer.first_at is not None else ended_at  # an answer without text
     after_first = usage.completion_tokens - 1
-    return Outcome(
+    return RequestOutcome(
         ttft_s=first_at - sent_at,
         itl_s=(answer.last_at - first_at) / after_first if answer.chunks > 1 and after_first > 0 else 0.0,
         e2e_s=ended_at - sent_at,

@@ -58,7 +58,7 @@ class Percentiles(msgspec.Struct):
         return cls(*(round(value * 1e3, 3) for value in seconds))
 
 
-class Outcome(msgspec.Struct):
+class RequestOutcome(msgspec.Struct):
     """One request that has ended. Without `error`, the times are set."""
 
     error: str | None = None  # a kind of failure, e.g. `http 429`, `timeout`, `disconnected`
@@ -76,7 +76,7 @@ class Slo(msgspec.Struct, frozen=True):
     ttft_ms: float | None = None
     itl_ms: float | None = None
 
-    def met_by(self, outcome: Outcome) -> bool:
+    def met_by(self, outcome: RequestOutcome) -> bool:
         return (
             outcome.error is None
             and (self.ttft_ms is None or outcome.ttft_s * 1e3 <= self.ttft_ms)
@@ -84,7 +84,7 @@ class Slo(msgspec.Struct, frozen=True):
         )
 
 
-class Report(msgspec.Struct):
+class BenchReport(msgspec.Struct):
     """A run in figures. Rates are per second of the run, from its start to its last answer."""
 
     duration_s: float
@@ -134,7 +134,7 @@ class Measurements:
         self._cached_tokens = 0
         self._prompt_tokens_with_cached = 0
 
-    def add(self, outcome: Outcome, message: str = "") -> None:
+    def add(self, outcome: RequestOutcome, message: str = "") -> None:
         """Take a request that ended; `message` says more about its error."""
         if outcome.error is not None:
             self.failed += 1
@@ -152,13 +152,13 @@ class Measurements:
             self._prompt_tokens_with_cached += outcome.prompt_tokens
         self._good += self._slo.met_by(outcome)
 
-    def report(self, duration_s: float, client_cpu_share: float) -> Report:
+    def report(self, duration_s: float, client_cpu_share: float) -> BenchReport:
         duration_s = max(duration_s, HISTOGRAM_MIN_S)
         total = self.ok + self.failed
         limited = self._slo != Slo()
         with_cached = self._prompt_tokens_with_cached
         lag_ms = self.lag.percentile(99) * 1e3 if self.lag.count else None
-        return Report(
+        return BenchReport(
             duration_s=round(duration_s, 3),
             ok=self.ok,
             failed=self.failed,

@@ -20,8 +20,8 @@ from typing import TextIO
 
 import msgspec
 
+from penstock.bench.conversations import Arrival, PlannedConversation, PlannedTurn, words
 from penstock.bench.text import filler
-from penstock.bench.workload import Arrival, Conversation, Turn, words
 from penstock.errors import ConfigError
 
 BLOCK_TOKENS = 512
@@ -34,7 +34,7 @@ MAX_ROWS = 1_000_000
 """Rows of one trace, which is held in memory: its longest public ones have a tenth of that."""
 
 
-class Row(msgspec.Struct):
+class TraceRow(msgspec.Struct):
     """One request of a trace."""
 
     at_s: float
@@ -50,7 +50,7 @@ class _MooncakeLine(msgspec.Struct):
     hash_ids: list[int] = []
 
 
-def read_trace(path: Path, *, speedup: float = 1.0, seed: int = 0) -> list[Row]:
+def read_trace(path: Path, *, speedup: float = 1.0, seed: int = 0) -> list[TraceRow]:
     """The trace's rows in the order of their arrival, starting at 0 s, `speedup` times as fast.
     The format is recognized by the file's name: `.jsonl` or `.csv`, with or without `.gz`.
 
@@ -59,7 +59,7 @@ def read_trace(path: Path, *, speedup: float = 1.0, seed: int = 0) -> list[Row]:
     name = path.name.removesuffix(".gz")
     if not name.endswith((".jsonl", ".csv")):
         raise ConfigError(f"trace: `{path}` is neither .jsonl nor .csv (nor one of these with .gz)")
-    rows: list[Row] = []
+    rows: list[TraceRow] = []
     try:
         with _open(path) as lines:
             source = _mooncake_rows(lines, seed) if name.endswith(".jsonl") else _azure_rows(lines)
@@ -84,29 +84,29 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8")
 
 
-def _mooncake_rows(lines: TextIO, seed: int) -> Iterator[Row]:
+def _mooncake_rows(lines: TextIO, seed: int) -> Iterator[TraceRow]:
     rng = Random(f"{seed}/jitter")
     decode = msgspec.json.Decoder(_MooncakeLine).decode
     for text in lines:
         line = decode(text)
         at_s = line.timestamp / 1e3 + rng.uniform(0.0, BATCH_S)
-        yield Row(at_s, line.input_length, line.output_length, line.hash_ids)
+        yield TraceRow(at_s, line.input_length, line.output_length, line.hash_ids)
 
 
-def _azure_rows(lines: TextIO) -> Iterator[Row]:
+def _azure_rows(lines: TextIO) -> Iterator[TraceRow]:
     for line in csv.DictReader(lines):
         at_s = datetime.fromisoformat(line["TIMESTAMP"][:26]).timestamp()
-        yield Row(at_s, int(line["ContextTokens"]), int(line["GeneratedTokens"]))
+        yield TraceRow(at_s, int(line["ContextTokens"]), int(line["GeneratedTokens"]))
 
 
-def replay(rows: list[Row], *, words_per_token: float = 1.0, seed: int = 0) -> Iterator[Arrival]:
+def replay(rows: list[TraceRow], *, words_per_token: float = 1.0, seed: int = 0) -> Iterator[Arrival]:
     """The trace's requests as conversations of one turn."""
     for number, row in enumerate(rows):
-        turn = Turn(_prompt(row, number, words_per_token, seed), max(1, row.output_tokens))
-        yield Arrival(row.at_s, Conversation([turn]))
+        turn = PlannedTurn(_prompt(row, number, words_per_token, seed), max(1, row.output_tokens))
+        yield Arrival(row.at_s, PlannedConversation([turn]))
 
 
-def _prompt(row: Row, number: int, words_per_token: float, seed: int) -> str:
+def _prompt(row: TraceRow, number: int, words_per_token: float, seed: int) -> str:
     if not row.hash_ids:
         return filler.__wrapped__(f"{seed}/row {number}", words(row.input_tokens, words_per_token))
     whole = words(BLOCK_TOKENS, words_per_token)

@@ -12,7 +12,7 @@ import typer
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock.launcher.control import GraphStatus
+    from penstock.launcher.control import LocalGraphStatus
     from penstock.launcher.state import StateFolder
 
 GraphOption = Annotated[str, typer.Option("--graph", "-g", metavar="NAME", help="Which, if several run.")]
@@ -145,7 +145,7 @@ def logs(
     graph: GraphOption = "",
 ) -> None:
     """Print what instances logged, also after the graph has stopped."""
-    from penstock.launcher.logs import prefixed
+    from penstock.launcher.output import prefixed
     from penstock.launcher.state import find_state, state_root
     from penstock.launcher.tail import follow_logs, last_lines, select_logs
 
@@ -183,7 +183,7 @@ def _parse_target(target: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def print_status(state: GraphStatus) -> None:
+def print_status(state: LocalGraphStatus) -> None:
     """The status as a table, for people."""
     from rich.console import Console
     from rich.table import Table

@@ -86,7 +86,7 @@ class WatchReply(msgspec.Struct):
     events: list[Event] = []
 
 
-class _Status(msgspec.Struct):
+class _ErrorReply(msgspec.Struct):
     """An error, as a reply or in a stream."""
 
     message: str = ""
@@ -98,7 +98,7 @@ class _Streamed(msgspec.Struct, Generic[Reply]):
     """One message of a stream."""
 
     result: Reply | None = None
-    error: _Status | None = None
+    error: _ErrorReply | None = None
 
 
 class _Token(msgspec.Struct):
@@ -277,7 +277,7 @@ def _watched(line: bytes) -> WatchReply:
 
 def _refusal(status: int, content: bytes) -> EtcdError:
     try:
-        said = msgspec.json.decode(content, type=_Status)
+        said = msgspec.json.decode(content, type=_ErrorReply)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         text = content[:_TEXT_MAX].decode(errors="replace").strip()
         return EtcdError(f"HTTP {status} in place of an answer: {text!r}")

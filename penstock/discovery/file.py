@@ -65,7 +65,7 @@ class FileDiscoverySettings(msgspec.Struct, frozen=True):
         return self.lease_s / 3
 
 
-class _Record(msgspec.Struct, frozen=True):
+class _FileContent(msgspec.Struct, frozen=True):
     """What a file holds. `pid` means something only to processes of the same `pid_space`."""
 
     registration: Registration
@@ -131,7 +131,7 @@ class FileLease:
     ) -> None:
         self._path = directory / _file_name(registration.instance_id)
         self._epoch = registration.epoch
-        self._content = msgspec.json.encode(_Record(registration, pid_space(), os.getpid()))
+        self._content = msgspec.json.encode(_FileContent(registration, pid_space(), os.getpid()))
         self._settings = settings
         self.registered = False
         self.trouble = "not registered yet"
@@ -242,7 +242,7 @@ class _Seen(msgspec.Struct):
     """A file as a watcher knows it."""
 
     stamp: _Stamp
-    record: _Record | None  # None: garbage
+    record: _FileContent | None  # None: garbage
     moved_at: float  # this process's monotonic clock when the stamp was first seen
 
 
@@ -309,10 +309,10 @@ class DirectoryScan:
         # From now on, whatever the mtime says: it is of the clock of the file's server.
         return _Seen(stamp, self._read(entry), now)
 
-    def _read(self, entry: os.DirEntry[str]) -> _Record | None:
+    def _read(self, entry: os.DirEntry[str]) -> _FileContent | None:
         try:
             content = _content_of(Path(entry.path), self._settings.file_bytes_max)
-            record = msgspec.json.decode(content, type=_Record)
+            record = msgspec.json.decode(content, type=_FileContent)
             if entry.name != _file_name(record.registration.instance_id):  # one file for each instance
                 raise _NoRegistration("instance_id: it is not what the file is named after")
         except FileNotFoundError:
@@ -429,6 +429,6 @@ def _process_exists(pid: int) -> bool:
 
 def _epoch_in(content: bytes) -> int:
     try:
-        return msgspec.json.decode(content, type=_Record).registration.epoch
+        return msgspec.json.decode(content, type=_FileContent).registration.epoch
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return -1

@@ -11,7 +11,7 @@ from penstock.engines.batch import Sequence
 from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff
 
 
-class Phase(Enum):
+class AttemptPhase(Enum):
     """Where an attempt is; scheduler.py has the transitions."""
 
     WAITING = "waiting"  # holds no blocks
@@ -31,7 +31,7 @@ class ActiveAttempt(Sequence):
     stop_from: int  # a stop token ends it only from this length on, in tokens
     max_len: int  # prompt and output together, in tokens
 
-    phase: Phase = Phase.WAITING
+    phase: AttemptPhase = AttemptPhase.WAITING
     capacity: int = 0  # tokens that block_ids have room for
     cached_blocks: int = 0  # the first so many of block_ids are in the prefix cache
     cache_at: int = 0  # the value of `computed` from which there is another block to cache

@@ -26,7 +26,7 @@ class Sequence:
     computed: int = 0
 
 
-class Row(msgspec.Struct):
+class BatchRow(msgspec.Struct):
     """One sequence's share of a batch: compute KV for token_ids[start:start+count], at the positions of
     the same numbers. When `sample` is set, draw the next token from the last one's logits (then
     start + count == len(token_ids))."""
@@ -47,5 +47,5 @@ class Sampled(msgspec.Struct):
 class Runner(Protocol):
     """Computes batches. Owns the weights and reads and writes the KV pool."""
 
-    def run(self, batch: list[Row]) -> list[Sampled | None]:
+    def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         """Compute all rows; one entry per row, None where `sample` is not set."""

@@ -18,7 +18,7 @@ from importlib import resources
 
 import msgspec
 
-from penstock.engines.batch import Row
+from penstock.engines.batch import BatchRow
 from penstock.errors import ConfigError
 
 ZERO = "zero"
@@ -35,7 +35,7 @@ class CostModel(msgspec.Struct, frozen=True):
     a1: float = 0.0
     a2: float = 0.0
 
-    def step_ms(self, batch: Sequence[Row]) -> float:
+    def step_ms(self, batch: Sequence[BatchRow]) -> float:
         """How long this batch takes."""
         new_tokens = requests = context_tokens = 0
         attended = 0.0

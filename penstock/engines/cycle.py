@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from penstock.engines.assets import Assets
-from penstock.engines.batch import Row, Runner
+from penstock.engines.batch import BatchRow, Runner
 from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
@@ -97,7 +97,7 @@ class EngineCycle:
         """A Command, with the rest bound: be `finished` by the deadline, or before, once out of work."""
         self._stop_at = deadline
 
-    def begin(self, commands: Iterable[Command]) -> list[Row]:
+    def begin(self, commands: Iterable[Command]) -> list[BatchRow]:
         """Apply commands in order and plan the next batch, for `compute`; empty when there is nothing to
         compute. Starts pulls."""
         for command in commands:
@@ -111,7 +111,7 @@ class EngineCycle:
         self._act()
         return batch
 
-    def compute(self, batch: list[Row]) -> None:
+    def compute(self, batch: list[BatchRow]) -> None:
         """Run a planned batch, and commit or fail it. Raises RemoteError when the engine is broken."""
         try:
             samples = self._runner.run(batch)

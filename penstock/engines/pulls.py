@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from penstock.engines.active import ActiveAttempt, Phase, mismatch
+from penstock.engines.active import ActiveAttempt, AttemptPhase, mismatch
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.effects import Pull
 from penstock.ports import Pulled
@@ -111,7 +111,7 @@ class OpenPulls:
             timeout_s=min(self._timeout_s, left_s),
         )
         if pull.block_ids:
-            active.phase = Phase.PULLING
+            active.phase = AttemptPhase.PULLING
             deadline = now + pull.timeout_s + PULL_GRACE_S
             self._open[active.attempt_id] = _OpenPull(active, handoff, active.block_ids, deadline)
         else:

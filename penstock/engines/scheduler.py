@@ -37,8 +37,8 @@ from bisect import insort
 from dataclasses import dataclass
 from itertools import chain
 
-from penstock.engines.active import ActiveAttempt, Phase, activate, fault
-from penstock.engines.batch import Row, Sampled
+from penstock.engines.active import ActiveAttempt, AttemptPhase, activate, fault
+from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.effects import Effect, Export, Pull
 from penstock.engines.handoffs import HeldHandoffs
@@ -92,7 +92,7 @@ class Scheduler:
         self._waiting: list[ActiveAttempt] = []  # sorted by rank
         self._waiting_tokens = 0  # sum of uncached_tokens over _waiting
         self._running: list[ActiveAttempt] = []
-        self._batch: list[Row] = []
+        self._batch: list[BatchRow] = []
         self._batched: list[ActiveAttempt] = []  # the attempts of _batch
         self._decodes = 0  # rows of _batch that are one decoding attempt's next token
         self._prompt_tokens = 0  # tokens in its other rows
@@ -247,7 +247,7 @@ class Scheduler:
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def plan(self, now: float) -> list[Row]:
+    def plan(self, now: float) -> list[BatchRow]:
         """The next batch, to be committed or failed; empty when there is nothing to compute."""
         assert not self._batch, "the last batch was neither committed nor failed"
         self._planned_at = now
@@ -261,7 +261,7 @@ class Scheduler:
         for active in self._running:
             start = active.computed
             if len(active.token_ids) - start == 1:
-                batch.append(Row(active, start, 1, True))
+                batch.append(BatchRow(active, start, 1, True))
                 batched.append(active)
             else:
                 prompts.append(active)
@@ -307,7 +307,7 @@ class Scheduler:
         """A block for every running attempt whose last is full, the least important giving way."""
         short = [active for active in self._running if len(active.token_ids) > active.capacity]
         for active in sorted(short, key=_rank):
-            while active.phase is Phase.RUNNING:
+            while active.phase is AttemptPhase.RUNNING:
                 block_ids = self.pool.allocate(1)
                 if block_ids is not None:
                     active.block_ids += block_ids
@@ -327,7 +327,7 @@ class Scheduler:
         start, length = active.computed, len(active.token_ids)
         count = min(length - start, budget)
         if count:
-            self._batch.append(Row(active, start, count, start + count == length))
+            self._batch.append(BatchRow(active, start, count, start + count == length))
             self._batched.append(active)
         return count
 
@@ -339,7 +339,7 @@ class Scheduler:
             active = self._waiting[0]
             if not self._admit(active, now):
                 break
-            if active.phase is Phase.RUNNING:
+            if active.phase is AttemptPhase.RUNNING:
                 budget -= self._add_chunk(active, budget)
         return budget
 
@@ -363,12 +363,12 @@ class Scheduler:
         active.cache_at = active.computed + pool.block_size
         if active.handoff is not None:
             self._pull(self.pulls.begin(active, now))
-        if active.phase is not Phase.PULLING:
+        if active.phase is not AttemptPhase.PULLING:
             self._run(active)
         return True
 
     def _run(self, active: ActiveAttempt) -> None:
-        active.phase = Phase.RUNNING
+        active.phase = AttemptPhase.RUNNING
         self._running.append(active)
         if active.reused_tokens is None:
             active.reused_tokens = active.computed
@@ -434,7 +434,7 @@ class Scheduler:
 
     def _requeue(self, active: ActiveAttempt) -> None:
         """Back to waiting, without the blocks, which are somebody else's concern now."""
-        active.phase = Phase.WAITING
+        active.phase = AttemptPhase.WAITING
         active.block_ids = []
         active.capacity = active.cached_blocks = active.cache_at = active.computed = 0
         self._enqueue(active)
@@ -458,16 +458,16 @@ class Scheduler:
         self._outputs.append(output)
         del self._active[active.attempt_id]
         match active.phase:
-            case Phase.WAITING:
+            case AttemptPhase.WAITING:
                 self._dequeue(active)
-            case Phase.PULLING:
+            case AttemptPhase.PULLING:
                 self.pulls.abandon(active.attempt_id)
-            case Phase.RUNNING:
+            case AttemptPhase.RUNNING:
                 self._running.remove(active)
                 self.pool.release(active.block_ids)
                 if not active.prefill_only:
                     self._times.observe_output(len(active.token_ids) - active.prompt_len)
-        active.phase = Phase.ENDED
+        active.phase = AttemptPhase.ENDED
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)

@@ -19,7 +19,7 @@ from penstock import __version__
 from penstock.clock import Clock
 from penstock.engines import byte_tokenizer
 from penstock.engines.assets import Assets, assets_from
-from penstock.engines.batch import Row, Sampled, Sequence
+from penstock.engines.batch import BatchRow, Sampled, Sequence
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.settings import SchedulerSettings
@@ -100,7 +100,7 @@ class SimRunner:
         self,
         settings: SimSettings,
         token_ids: range,
-        duration_s: Callable[[list[Row]], float] | None = None,
+        duration_s: Callable[[list[BatchRow]], float] | None = None,
     ) -> None:
         self._duration_s = duration_s
         self._token_ids = token_ids
@@ -108,7 +108,7 @@ class SimRunner:
         self._eos_below = int(settings.eos_rate * _EOS_SCALE)
         self._logprob = -log(len(token_ids))
 
-    def run(self, batch: list[Row]) -> list[Sampled | None]:
+    def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         """As Runner.run."""
         if self._duration_s is not None:
             time.sleep(self._duration_s(batch))
@@ -154,7 +154,7 @@ def sim_engine(
     """
     costs = cost_model(settings.cost_model)
 
-    def duration_s(batch: list[Row]) -> float:
+    def duration_s(batch: list[BatchRow]) -> float:
         return costs.step_ms(batch) / 1e3 / settings.speedup
 
     if clock is None:
@@ -162,7 +162,7 @@ def sim_engine(
     return VirtualEngine(lambda: load_sim(settings, None), duration_s, settings.scheduler, clock, transfer)
 
 
-def load_sim(settings: SimSettings, duration_s: Callable[[list[Row]], float] | None) -> LoadedModel:
+def load_sim(settings: SimSettings, duration_s: Callable[[list[BatchRow]], float] | None) -> LoadedModel:
     """A runner that draws tokens, and takes the time for it itself if `duration_s` is given."""
     files, vocab_size, token_ids = _tokens(settings)
     assets = Assets(files)

@@ -24,10 +24,10 @@ from threading import Thread
 from time import monotonic
 
 from penstock.detached import detached
-from penstock.engines.batch import Row
+from penstock.engines.base import EngineBase
+from penstock.engines.batch import BatchRow
 from penstock.engines.cycle import Command, EngineCycle, LoadedModel, build_cycle
 from penstock.engines.settings import SchedulerSettings
-from penstock.engines.shell import EngineShell
 from penstock.errors import RemoteError
 from penstock.ports import KvTransfer
 from penstock.shapes import EngineCard
@@ -38,7 +38,7 @@ STOP_MARGIN_S = 10.0
 """How long, after the grace, a step that is being computed may still take before it is left behind."""
 
 
-class SteppingEngine(EngineShell):
+class SteppingEngine(EngineBase):
     """An Engine whose steps are computed by a Runner in one thread.
 
     Args:
@@ -91,7 +91,7 @@ class SteppingEngine(EngineShell):
     # --- the compute thread -----------------------------------------------------------------------
 
     def _run(self, cycle: EngineCycle) -> None:
-        batch: list[Row] = []
+        batch: list[BatchRow] = []
         with self._ending_steps():
             while not cycle.finished:
                 batch = cycle.begin(self._commands(cycle.wake_at, wait=not batch))

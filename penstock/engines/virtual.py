@@ -11,15 +11,15 @@ from collections.abc import Callable
 from functools import partial
 
 from penstock.clock import Clock
-from penstock.engines.batch import Row
+from penstock.engines.base import EngineBase
+from penstock.engines.batch import BatchRow
 from penstock.engines.cycle import Command, EngineCycle, LoadedModel, build_cycle
 from penstock.engines.settings import SchedulerSettings
-from penstock.engines.shell import EngineShell
 from penstock.ports import KvTransfer
 from penstock.shapes import EngineCard
 
 
-class VirtualEngine(EngineShell):
+class VirtualEngine(EngineBase):
     """An Engine whose steps pass on `clock`. Everything happens on one event loop.
 
     Args:
@@ -31,7 +31,7 @@ class VirtualEngine(EngineShell):
     def __init__(
         self,
         load: Callable[[], LoadedModel],
-        duration_s: Callable[[list[Row]], float],
+        duration_s: Callable[[list[BatchRow]], float],
         settings: SchedulerSettings,
         clock: Clock,
         transfer: KvTransfer | None = None,
@@ -70,7 +70,7 @@ class VirtualEngine(EngineShell):
         self._arrived.set()
 
     async def _run(self, cycle: EngineCycle) -> None:
-        batch: list[Row] = []
+        batch: list[BatchRow] = []
         with self._ending_steps():
             while not cycle.finished:
                 if not batch:

@@ -6,7 +6,7 @@
 
 from penstock.graph.command import ServiceKind
 from penstock.graph.manifest import Manifest, checked_manifest, parse_manifest
-from penstock.graph.model import ClusterRules, Graph, Overrides, Service, build_graph, load_graph
+from penstock.graph.services import ClusterRules, Graph, Overrides, Service, build_graph, load_graph
 
 __all__ = [
     "ClusterRules",

@@ -51,14 +51,14 @@ class Variable(msgspec.Struct, frozen=True):
     word: tuple[Part, ...] = ()
 
 
-class Refused(msgspec.Struct, frozen=True):
+class ShellOnly(msgspec.Struct, frozen=True):
     """What only a shell can know. An error, once it is used."""
 
     source: str
     quoted: bool = False
 
 
-Part = Text | Variable | Refused
+Part = Text | Variable | ShellOnly
 Word = tuple[Part, ...]
 Token = str | Word
 
@@ -235,7 +235,7 @@ class _Reader:
                 return parts if len(parts) == 1 else parts[1:]
             if sign in "$`":
                 part = self._expansion(quoted=True)
-                parts.append(Refused(part.source, quoted=True) if isinstance(part, Refused) else part)
+                parts.append(ShellOnly(part.source, quoted=True) if isinstance(part, ShellOnly) else part)
                 continue
             if sign == "\\" and self._text[self._at + 1 : self._at + 2] in ("$", "`", '"', "\\"):
                 self._at += 1
@@ -247,7 +247,7 @@ class _Reader:
     def _expansion(self, quoted: bool) -> Part:
         text, start = self._text, self._at
         if text[start] == "`":
-            return Refused(f"`{self._until('`')}`")
+            return ShellOnly(f"`{self._until('`')}`")
         self._at += 1
         following = text[self._at : self._at + 1]
         if following == "(":
@@ -262,19 +262,19 @@ class _Reader:
             return Variable(following, quoted)
         if following and following in "?$!-":
             self._at += 1
-            return Refused(f"${following}")
+            return ShellOnly(f"${following}")
         if following and following in "'\"" and not quoted:
-            return Refused(f"${following}")
+            return ShellOnly(f"${following}")
         return Text("$", quoted=True)
 
-    def _substitution(self, start: int) -> Refused:
+    def _substitution(self, start: int) -> ShellOnly:
         """`$(...)`, to its closing parenthesis."""
         depth = 0
         for at in range(self._at, len(self._text)):
             depth += {"(": 1, ")": -1}.get(self._text[at], 0)
             if depth == 0:
                 self._at = at + 1
-                return Refused(self._text[start : self._at])
+                return ShellOnly(self._text[start : self._at])
         raise ConfigError("the shell script does not parse: no closing )")
 
     def _braced(self, start: int, quoted: bool) -> Part:
@@ -293,4 +293,4 @@ class _Reader:
             raise ConfigError("the shell script does not parse: no closing }")
         self._at = end + 1
         self._depth -= 1
-        return Refused(self._text[start : self._at])
+        return ShellOnly(self._text[start : self._at])

@@ -21,7 +21,7 @@ import msgspec
 from penstock.errors import ConfigError
 from penstock.graph.script import (
     NAME,
-    Refused,
+    ShellOnly,
     Statement,
     Text,
     Variable,
@@ -250,9 +250,9 @@ class _Shell:
         _refuse_patterns(bare)
         return fields if current is None else [*fields, current]
 
-    def _values(self, part: Variable | Refused) -> list[str]:
+    def _values(self, part: Variable | ShellOnly) -> list[str]:
         """What stands for this part: one text, or all arguments."""
-        if isinstance(part, Refused):
+        if isinstance(part, ShellOnly):
             raise ConfigError(f"the shell script: {part.source} is not run here; write what it comes to")
         if part.name == "@" and not part.operator:
             return self._arguments[1:]

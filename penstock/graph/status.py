@@ -30,13 +30,13 @@ State = Literal["initializing", "pending", "successful", "failed"]
 Replicas = Annotated[int, Meta(ge=0)]
 
 
-class _Status(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+class _StatusPart(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """Base: camelCase names."""
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset()
 
 
-class Condition(_Status, frozen=True):
+class Condition(_StatusPart, frozen=True):
     """One thing that is so, or not, or not known."""
 
     type: str
@@ -47,7 +47,7 @@ class Condition(_Status, frozen=True):
     observed_generation: int | None = None
 
 
-class ServiceStatus(_Status, frozen=True):
+class ServiceStatus(_StatusPart, frozen=True):
     """How many replicas of a service there are, and how many of those do what."""
 
     component_kind: str = ""
@@ -60,7 +60,7 @@ class ServiceStatus(_Status, frozen=True):
     ACCEPTED: ClassVar[frozenset[str]] = frozenset({"componentName", "scheduledReplicas"})
 
 
-class ReadyReplicas(_Status, frozen=True):
+class ReadyReplicas(_StatusPart, frozen=True):
     """Ready replicas of those wanted, as text: `2/3`. A role that the graph does not have is left out."""
 
     prefill: str = ""
@@ -69,7 +69,7 @@ class ReadyReplicas(_Status, frozen=True):
     frontend: str = ""
 
 
-class GraphStatus(_Status, frozen=True):
+class GraphStatus(_StatusPart, frozen=True):
     """What the operator saw of a graph when it last looked."""
 
     state: State | None = None
@@ -81,7 +81,7 @@ class GraphStatus(_Status, frozen=True):
     ACCEPTED: ClassVar[frozenset[str]] = frozenset({"checkpoints", "placement", "restart", "rollingUpdate"})
 
 
-class ScalingAdapterStatus(_Status, frozen=True):
+class ScalingAdapterStatus(_StatusPart, frozen=True):
     """What HPA and KEDA read of a DynamoGraphDeploymentScalingAdapter."""
 
     replicas: Replicas = 0

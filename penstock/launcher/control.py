@@ -41,7 +41,7 @@ class ControlRequest(msgspec.Struct, omit_defaults=True):
     expires_at: float = 0.0  # by this machine's monotonic clock, in seconds; 0: never
 
 
-class ServiceStatus(msgspec.Struct):
+class LocalServiceStatus(msgspec.Struct):
     """One service and its replicas, leaving ones included."""
 
     name: str
@@ -50,14 +50,14 @@ class ServiceStatus(msgspec.Struct):
     replicas: list[ReplicaStatus]
 
 
-class GraphStatus(msgspec.Struct):
+class LocalGraphStatus(msgspec.Struct):
     """A running graph."""
 
     graph: str
     pid: int
     ready: bool  # all replicas are
     uptime_s: float
-    services: list[ServiceStatus]
+    services: list[LocalServiceStatus]
     health: dict[str, dict[str, Any]] = {}  # each frontend's /health by URL
     notes: list[str] = []
     restarting: list[str] = []  # replicas that a rolling restart has yet to replace
@@ -70,7 +70,7 @@ class ControlResponse(msgspec.Struct, omit_defaults=True):
 
     version: int = VERSION
     error: str = ""
-    status: GraphStatus | None = None
+    status: LocalGraphStatus | None = None
     scaled: dict[str, tuple[int, int]] = {}  # service: replicas wanted before and now
     restarting: list[str] = []  # replicas that will be replaced, in order
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.graph import Service
-from penstock.launcher.control import ServiceStatus
+from penstock.launcher.control import LocalServiceStatus
+from penstock.launcher.launches import lowest_free_index
 from penstock.launcher.places import Place
-from penstock.launcher.plan import lowest_free_index
 from penstock.launcher.replica import Replica, ReplicaState
 from penstock.launcher.state import own_command
 
@@ -61,8 +61,8 @@ class Fleet:
         """Whether people mean this service: its name in any case, or its label."""
         return name.lower() in (self.service.name.lower(), self.label)
 
-    def status(self) -> ServiceStatus:
-        return ServiceStatus(
+    def status(self) -> LocalServiceStatus:
+        return LocalServiceStatus(
             name=self.service.name,
             label=self.label,
             wanted=self.count,

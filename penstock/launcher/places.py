@@ -11,7 +11,7 @@ from penstock.errors import ConfigError
 from penstock.graph import Service, ServiceKind
 from penstock.launcher.frontend_port import FrontendPort
 from penstock.launcher.gpus import GpuPool
-from penstock.launcher.plan import gpus_needed
+from penstock.launcher.launches import gpus_needed
 
 _PORT_TRIES = 100
 _PORT_MAX = 65535

@@ -16,9 +16,9 @@ from enum import StrEnum
 import msgspec
 
 from penstock.launcher.frontend_port import InheritedSockets
-from penstock.launcher.logs import Console, LineSplitter, LogFile
+from penstock.launcher.launches import Launch
+from penstock.launcher.output import Console, LineSplitter, LogFile
 from penstock.launcher.places import Place
-from penstock.launcher.plan import Launch
 from penstock.launcher.process import Child, describe_exit, start_child
 from penstock.launcher.settings import LauncherSettings
 

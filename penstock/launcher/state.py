@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from penstock.errors import ConfigError
-from penstock.launcher.logs import leads_to
+from penstock.launcher.output import leads_to
 from penstock.options.config import STATE_VARIABLE
 
 _DEFAULT_ROOT = ".penstock"

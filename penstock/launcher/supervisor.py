@@ -17,14 +17,12 @@ from penstock.launcher.control import (
     ControlRequest,
     ControlResponse,
     ControlSocket,
-    GraphStatus,
+    LocalGraphStatus,
     serving_control,
 )
 from penstock.launcher.fleet import Fleet, ready_lines
 from penstock.launcher.health import fetch_health
-from penstock.launcher.logs import Console, LogFile
-from penstock.launcher.places import Place, Places
-from penstock.launcher.plan import (
+from penstock.launcher.launches import (
     Launch,
     Site,
     check_gpus,
@@ -33,6 +31,8 @@ from penstock.launcher.plan import (
     plan_frontend,
     plan_worker,
 )
+from penstock.launcher.output import Console, LogFile
+from penstock.launcher.places import Place, Places
 from penstock.launcher.replica import Replica, ReplicaState, Surroundings
 from penstock.launcher.rolling import RollingRestart
 from penstock.launcher.settings import LauncherSettings
@@ -356,13 +356,13 @@ class Supervisor:
         known = [fleet.service.name for fleet in self._fleets]
         raise ConfigError(f"{name}: no such service{suggestion(name, known)}; there are {', '.join(known)}")
 
-    async def status(self) -> GraphStatus:
+    async def status(self) -> LocalGraphStatus:
         """Everything, with the frontends' /health asked for now."""
         urls = self._urls()
         answers = await asyncio.gather(
             *(fetch_health(url, self._settings.health_timeout_s) for url in urls)
         )
-        return GraphStatus(
+        return LocalGraphStatus(
             graph=self._graph.name,
             pid=os.getpid(),
             ready=self._is_ready() and not self._stopping.is_set(),

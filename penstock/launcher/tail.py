@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from penstock.checked import suggestion
 from penstock.errors import ConfigError
-from penstock.launcher.logs import LineSplitter
+from penstock.launcher.output import LineSplitter
 from penstock.launcher.state import StateFolder
 
 _BLOCK_BYTES = 64 * 1024

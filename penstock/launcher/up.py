@@ -11,10 +11,10 @@ from pathlib import Path
 
 from penstock.errors import ConfigError, PenstockError
 from penstock.graph import Graph
-from penstock.launcher.control import ControlRequest, GraphStatus, call
+from penstock.launcher.control import ControlRequest, LocalGraphStatus, call
 from penstock.launcher.gpus import visible_gpus
-from penstock.launcher.logs import Console
-from penstock.launcher.plan import gpus_needed, labels
+from penstock.launcher.launches import gpus_needed, labels
+from penstock.launcher.output import Console
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder, own_command
 from penstock.launcher.supervisor import PROGRAM, Supervisor
@@ -69,7 +69,7 @@ async def _run_until_signalled(supervisor: Supervisor) -> None:
     await supervisor.run()
 
 
-def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus:
+def start_detached(folder: StateFolder, arguments: Sequence[str]) -> LocalGraphStatus:
     """Start `penstock up ARGUMENTS` in a session of its own and wait until all of it is ready.
 
     Raises:
@@ -94,7 +94,9 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> GraphStatus
         raise
 
 
-def _until_ready(folder: StateFolder, supervisor: subprocess.Popen[bytes], errors: Path) -> GraphStatus:
+def _until_ready(
+    folder: StateFolder, supervisor: subprocess.Popen[bytes], errors: Path
+) -> LocalGraphStatus:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if supervisor.poll() is not None:
@@ -135,7 +137,7 @@ def follow_restart(folder: StateFolder, names: Sequence[str]) -> Iterator[tuple[
         time.sleep(_POLL_S)
 
 
-def _status_or_none(folder: StateFolder) -> GraphStatus | None:
+def _status_or_none(folder: StateFolder) -> LocalGraphStatus | None:
     try:
         return call(folder, ControlRequest(op="status")).status
     except PenstockError:

@@ -71,7 +71,7 @@ class LinkListener(Protocol):
         after each `on_up`, and then nothing until the next `on_up`."""
 
 
-class Phase(enum.Enum):
+class SessionPhase(enum.Enum):
     """How far a session has come."""
 
     HANDSHAKE = "handshake"
@@ -99,7 +99,7 @@ class Session:
         listener: LinkListener,
     ) -> None:
         self.connection = Connection(self, settings.max_frame_bytes, settings.max_unsent_bytes)
-        self.phase = Phase.HANDSHAKE
+        self.phase = SessionPhase.HANDSHAKE
         self.refused = False  # it ended in a way that only a person can mend
         self.orderly = False  # one side left on purpose, and said so
         self.fell_silent = False  # it was cut because nothing came, or nothing arrived there
@@ -123,7 +123,7 @@ class Session:
     @property
     def live(self) -> bool:
         """Whether attempts can be sent."""
-        return self.phase is Phase.LIVE and self.connection.usable
+        return self.phase is SessionPhase.LIVE and self.connection.usable
 
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt; see LinkClient."""
@@ -160,7 +160,7 @@ class Session:
     def leave(self, reason: str) -> None:
         """Tell the worker, and end once that is sent; `connection.cut` sets the deadline."""
         self.orderly = True
-        if self.phase is not Phase.HANDSHAKE:
+        if self.phase is not SessionPhase.HANDSHAKE:
             self.send(Goodbye(reason=reason))
         self.connection.close("closed here")
 
@@ -171,7 +171,7 @@ class Session:
     def _tick(self, seconds: float) -> None:
         self.connection.tick(seconds)
         settings = self._settings
-        if self.phase is Phase.HANDSHAKE:
+        if self.phase is SessionPhase.HANDSHAKE:
             if self.connection.phase_s > settings.handshake_timeout_s:
                 self.connection.cut(f"no handshake in {settings.handshake_timeout_s:g} s")
             return
@@ -181,7 +181,7 @@ class Session:
         elif self._deaf(seconds):
             self.fell_silent = True
             self.connection.cut(f"nothing that was sent has arrived in {settings.silence_s:g} s")
-        elif self.phase is Phase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
+        elif self.phase is SessionPhase.SNAPSHOT and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"no snapshot in {settings.snapshot_timeout_s:g} s")
         else:
             self.connection.write(_PING)
@@ -213,17 +213,17 @@ class Session:
 
     def received(self, body: memoryview) -> None:
         message = frames.decode_to_frontend(body)
-        if self.phase is Phase.LIVE:
+        if self.phase is SessionPhase.LIVE:
             self._pass_on(message)
-        elif self.phase is Phase.SNAPSHOT:
+        elif self.phase is SessionPhase.SNAPSHOT:
             self._collect(message)
         else:
             self._greet(message)
 
     def ended(self, reason: str) -> None:
-        self.was_live = self.phase is Phase.LIVE
+        self.was_live = self.phase is SessionPhase.LIVE
         self.live_s = self.connection.phase_s if self.was_live else 0.0
-        self.phase = Phase.ENDED
+        self.phase = SessionPhase.ENDED
         for download in self._downloads.values():
             download.fail(reason)
         if self.was_live:
@@ -249,7 +249,7 @@ class Session:
                 f"instead of {self._instance_id!r} of epoch {self._epoch}"
             )
         self._card = card
-        self.phase = Phase.SNAPSHOT
+        self.phase = SessionPhase.SNAPSHOT
         self.connection.phase_s = 0.0
 
     def _collect(self, message: ToFrontend) -> None:
@@ -268,7 +268,7 @@ class Session:
         self._listener.on_cached(message.hashes, first=first)
         if message.last:
             self._reports = Reports(self._card, message.load)
-            self.phase = Phase.LIVE
+            self.phase = SessionPhase.LIVE
             self.connection.phase_s = self._unmoved_s = 0.0
             self._listener.on_up(self._card, message.load)
         else:

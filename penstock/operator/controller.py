@@ -33,7 +33,7 @@ from penstock.kubernetes.kinds import (
 )
 from penstock.kubernetes.reflector import Key, Reflector
 from penstock.operator import names
-from penstock.operator.events import EventRecorder
+from penstock.operator.event_recorder import EventRecorder
 from penstock.operator.metrics import OperatorMetrics
 from penstock.operator.owned import NotLeading, OwnedObjects, owner_uid
 from penstock.operator.reconciler import Caches, Reconciler, graph_of_pod, keep_status_writers

@@ -31,7 +31,7 @@ MENDS_MAX = 5
 MENDS_S = 60.0
 
 
-class Refused(PenstockError):
+class ObjectRefused(PenstockError):
     """The API server does not take an object, however often it is sent."""
 
     def __init__(self, item: Object, error: ApiError) -> None:
@@ -108,8 +108,8 @@ class OwnedObjects:
     ) -> list[Action]:
         """Apply `wanted`, then delete what the graph has besides them and `kept`.
 
-        Raises Refused for the first object that the server does not take, NotOurs, NotGone, NotLeading, and
-        ApiError when it should be tried again.
+        Raises ObjectRefused for the first object that the server does not take, NotOurs, NotGone,
+        NotLeading, and ApiError when the call should be repeated.
         """
         wanted = list(wanted)
         actions = await self.apply(graph, wanted)
@@ -179,7 +179,7 @@ class OwnedObjects:
             result = await self._api.apply(kind, whole, MANAGER)
         except ApiError as error:
             if (error.is_refused or error.is_forbidden) and not error.is_of_ending_namespace:
-                raise Refused(item, error) from error
+                raise ObjectRefused(item, error) from error
             raise
         before, _ = self._applied.get(uid_of(result), (0, 0))
         self._applied[uid_of(result)] = wish, _state(result)

@@ -29,10 +29,10 @@ from penstock.kubernetes.api import (
 from penstock.kubernetes.kinds import ADAPTERS, DEPLOYMENTS, GRAPHS, LEADER_WORKER_SETS, SECRETS
 from penstock.kubernetes.reflector import Key, Reflector
 from penstock.operator import names
-from penstock.operator.events import EventRecorder
+from penstock.operator.event_recorder import EventRecorder
 from penstock.operator.idle import mark_busy_pods, shrinks
 from penstock.operator.links import link_secrets, next_due_at, secret_names
-from penstock.operator.owned import MENDS_S, Action, NotGone, NotOurs, OwnedObjects, Refused
+from penstock.operator.owned import MENDS_S, Action, NotGone, NotOurs, ObjectRefused, OwnedObjects
 from penstock.operator.rendering.desired import desired
 from penstock.operator.rendering.refusals import in_words
 from penstock.operator.settings import ClusterFacts, Desired, RenderedService, RenderSettings
@@ -113,7 +113,7 @@ class Reconciler:
                 awaited_s = MENDS_S
         except NotOurs as error:
             refused = str(error)
-        except Refused as error:
+        except ObjectRefused as error:
             refused = self._in_words(error, graph, wanted)
         except NotGone as error:
             awaited = str(error)
@@ -136,7 +136,7 @@ class Reconciler:
         links = self._links(graph)
         try:
             await self._owned.apply(graph, links)
-        except (NotOurs, NotGone, Refused):
+        except (NotOurs, NotGone, ObjectRefused):
             return _RETRY_REFUSED_S
         return (next_due_at(links) - self._utc()).total_seconds()
 
@@ -188,7 +188,7 @@ class Reconciler:
                 found.setdefault(selector, []).append(pod)
         return found
 
-    def _in_words(self, refused: Refused, graph: Object, wanted: Desired) -> str:
+    def _in_words(self, refused: ObjectRefused, graph: Object, wanted: Desired) -> str:
         named = {service.object_name: service.name for service in wanted.services}
         service = named.get(name_of(refused.item), "")
         given = (graph["spec"].get("services") or {}).get(service) or {}

@@ -23,7 +23,7 @@ from penstock.operator.conversion import convert_review
 from penstock.operator.definitions import Webhook, check_definitions
 from penstock.operator.election import Election, ElectionSettings
 from penstock.operator.metrics import OperatorMetrics
-from penstock.operator.server import Answer, Handler, as_json, served
+from penstock.operator.server import Handler, HttpAnswer, as_json, served
 from penstock.operator.settings import RenderSettings
 from penstock.options.config import OperatorOptions
 
@@ -132,22 +132,22 @@ class _Operator:
             await asyncio.Event().wait()
 
     def _routes(self) -> dict[tuple[str, str], Handler]:
-        async def live(_: bytes) -> Answer:
+        async def live(_: bytes) -> HttpAnswer:
             return as_json(200, {"status": "live"})
 
-        async def health(_: bytes) -> Answer:
+        async def health(_: bytes) -> HttpAnswer:
             leads = self._election.leads
             trouble = self._controller.trouble() if self._controller is not None else ""
             body = {"status": "healthy", "leads": leads, "trouble": trouble}
             return as_json(200, body)
 
-        async def metrics(_: bytes) -> Answer:
-            return Answer(200, self._metrics.render(), METRICS_CONTENT_TYPE)
+        async def metrics(_: bytes) -> HttpAnswer:
+            return HttpAnswer(200, self._metrics.render(), METRICS_CONTENT_TYPE)
 
         return {("GET", "/live"): live, ("GET", "/health"): health, ("GET", "/metrics"): metrics}
 
 
-async def _convert(body: bytes) -> Answer:
+async def _convert(body: bytes) -> HttpAnswer:
     try:
         return as_json(200, convert_review(msgspec.json.decode(body)))
     except (ConfigError, msgspec.DecodeError, AttributeError) as error:

@@ -28,7 +28,7 @@ BODY_BYTES_MAX = 32 * 1024 * 1024
 CONNECTIONS_MAX = 64
 
 
-class Answer(msgspec.Struct, frozen=True):
+class HttpAnswer(msgspec.Struct, frozen=True):
     """An HTTP answer."""
 
     status: int
@@ -36,15 +36,15 @@ class Answer(msgspec.Struct, frozen=True):
     content_type: str = "application/json"
 
 
-Handler = Callable[[bytes], Awaitable[Answer]]
+Handler = Callable[[bytes], Awaitable[HttpAnswer]]
 """Gets a request's body."""
 
 
-def as_json(status: int, body: Any) -> Answer:
-    return Answer(status, msgspec.json.encode(body))
+def as_json(status: int, body: Any) -> HttpAnswer:
+    return HttpAnswer(status, msgspec.json.encode(body))
 
 
-class _App:
+class _RoutedApp:
     """The ASGI application: a handler for each method and path."""
 
     def __init__(self, routes: Mapping[tuple[str, str], Handler]) -> None:
@@ -115,7 +115,7 @@ async def served(
     protocol = type("_Protocol", (_Protocol,), {"quiet_log": QuietLog(log)})
     with listener:
         async with http_server.served(
-            _App(routes), protocol, listener, tls=tls, connections_max=CONNECTIONS_MAX
+            _RoutedApp(routes), protocol, listener, tls=tls, connections_max=CONNECTIONS_MAX
         ):
             scheme = "http" if tls is None else "https"
             log.info("listening on %s://%s", scheme, join_address(*listener.getsockname()[:2]))

@@ -292,7 +292,7 @@ class Instances:
         link.progress.observe(load, self._time.seconds)
         self._judge(link, link.progress)
 
-    async def _load(self, link: _Link, card: Card) -> None:
+    async def _fetch_and_admit(self, link: _Link, card: Card) -> None:
         """Fetch what the model needs, then let the instance take part."""
         if card.role.decodes:  # the others' answers are read with the files of those who decode
             while not await self._fetch(link, card):
@@ -366,7 +366,7 @@ class _Link:
         self.left = False  # it said goodbye: this process will not be back
         self.progress: Progress | None = None  # of its engine, once it has been up
         self.stuck_at = 0.0  # when its engine was last found stuck
-        self._loading: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
         self._closed = False  # no longer wanted; its task hears of it in the next turn only
         self.client = LinkClient(
             registration.address,
@@ -385,8 +385,8 @@ class _Link:
         """Hang up, in the next turn."""
         self._closed = True
         self._running.cancel()
-        if self._loading is not None:
-            self._loading.cancel()
+        if self._fetching is not None:
+            self._fetching.cancel()
 
     def on_cached(self, hashes: list[int], *, first: bool) -> None:
         self._check_open()
@@ -397,11 +397,13 @@ class _Link:
         self.up, self.left = True, False
         self.model = card.model.name
         self._instances._up(self, card, load)
-        self._loading = self._tasks.create_task(self._load(card), name=f"load {self.instance_id}")
+        self._fetching = self._tasks.create_task(
+            self._fetch_and_admit(card), name=f"model of {self.instance_id}"
+        )
 
-    async def _load(self, card: Card) -> None:
+    async def _fetch_and_admit(self, card: Card) -> None:
         try:
-            await self._instances._load(self, card)
+            await self._instances._fetch_and_admit(self, card)
         except Exception as error:  # a defect met with one worker's model must not end the others' links
             log.exception("%s: its model cannot be taken, because of an error here", self.instance_id)
             self.client.cut(f"an error here: {error!r}")
@@ -442,7 +444,7 @@ class _Link:
             return
         self.up = False
         self.left = orderly
-        if self._loading is not None:
-            self._loading.cancel()
-            self._loading = None
+        if self._fetching is not None:
+            self._fetching.cancel()
+            self._fetching = None
         self._instances._down(self, reason, orderly)

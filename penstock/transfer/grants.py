@@ -19,7 +19,7 @@ from penstock.transfer.messages import PROTOCOL, Read
 KEY_BYTES = 16
 
 
-class Refused(RemoteError):
+class ReadRefused(RemoteError):
     """A Read that is not granted, with the reason in words."""
 
 
@@ -56,22 +56,22 @@ class Grants:
         """Start a read; the caller must `end` it. Returns the pool rows in the order asked for.
 
         Raises:
-            Refused: this Read is not for here, or its handoff is unknown, used or retracted.
+            ReadRefused: this Read is not for here, or its handoff is unknown, used or retracted.
         """
         if read.protocol != PROTOCOL:
-            raise Refused(f"speaks protocol {read.protocol}, not {PROTOCOL}")
+            raise ReadRefused(f"speaks protocol {read.protocol}, not {PROTOCOL}")
         if (read.instance_id, read.epoch) != (self._instance_id, self._epoch):
-            raise Refused("that instance is not here, or is an earlier incarnation")
+            raise ReadRefused("that instance is not here, or is an earlier incarnation")
         if read.block_bytes != self._block_bytes:
-            raise Refused(f"blocks have {self._block_bytes} bytes here, {read.block_bytes} there")
+            raise ReadRefused(f"blocks have {self._block_bytes} bytes here, {read.block_bytes} there")
         with self._lock:
             grant = self._open.get(read.handoff_id)
             # One answer for a wrong id and a wrong key: a stranger learns nothing.
             if grant is None or not hmac.compare_digest(grant.key, read.key):
-                raise Refused("no such handoff: pulled, retracted, expired or never made")
+                raise ReadRefused("no such handoff: pulled, retracted, expired or never made")
             count = len(grant.rows)
             if len(read.indices) > count or any(not 0 <= index < count for index in read.indices):
-                raise Refused(f"asks for blocks that are not among the handoff's {count}")
+                raise ReadRefused(f"asks for blocks that are not among the handoff's {count}")
             del self._open[read.handoff_id]
             self._reading.add(read.handoff_id)
         return [grant.rows[index] for index in read.indices]

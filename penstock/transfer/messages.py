@@ -5,10 +5,10 @@
        ...          the bytes: with `tcp` they follow here, one block after another;
                     with `nixl` the reader fetches them one-sided, and then says
     R  Done         that it has them
-    H  Held         no block was let go before its last byte was read
+    H  StillHeld    no block was let go before its last byte was read
 
 A connection carries one such exchange after another. Each message is a frame: its length as 4 bytes,
-big-endian, then msgpack. `Held` is what makes a pull good: bytes alone prove nothing. With `tcp` it
+big-endian, then msgpack. `StillHeld` is what makes a pull good: bytes alone prove nothing. With `tcp` it
 follows from the holder keeping the blocks until its last byte is in the socket; with `nixl`, where a
 holder cannot see what is read, from the grant still standing when `Done` arrives.
 
@@ -70,12 +70,12 @@ class Done(msgspec.Struct, array_like=True, frozen=True):
     """R: has read everything (`nixl`)."""
 
 
-class Held(msgspec.Struct, array_like=True, frozen=True):
+class StillHeld(msgspec.Struct, array_like=True, frozen=True):
     """H: the blocks were held to the end."""
 
 
-Message = Read | Granted | Done | Held
-M = TypeVar("M", Read, Granted, Done, Held)
+Message = Read | Granted | Done | StillHeld
+M = TypeVar("M", Read, Granted, Done, StillHeld)
 
 
 def frame(message: Message) -> bytes:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
-from penstock.transfer.exchange import Exchange, check_pool
+from penstock.transfer.base import KvTransferBase, check_pool
 from penstock.transfer.messages import Done, Granted, Memory
 from penstock.transfer.nixl_agent import Agent, Descriptors
 from penstock.transfer.nixl_staging import Staging
@@ -68,7 +68,7 @@ class NixlTransferSettings(TransferSettings):
             raise ConfigError("transfer: staging_buffers and max_peers must be at least max_pulls")
 
 
-class NixlTransfer(Exchange):
+class NixlTransfer(KvTransferBase):
     """The `KvTransfer` port over NIXL."""
 
     name = "nixl"

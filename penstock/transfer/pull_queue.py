@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pull:
+class QueuedPull:
     """One pull. `run` ends by `deadline` (of `time.monotonic`) and raises nothing."""
 
     run: Callable[[], Pulled]
@@ -33,8 +33,8 @@ class PullQueue:
         lock = threading.Lock()
         self._work = threading.Condition(lock)  # for the pullers: there is a pull, or the end
         self._overdue = threading.Condition(lock)  # for the other: look at the deadlines again
-        self._waiting: deque[Pull] = deque()
-        self._refused: deque[Pull] = deque()
+        self._waiting: deque[QueuedPull] = deque()
+        self._refused: deque[QueuedPull] = deque()
         self._idle = 0
         self._stopping = False
         self._threads = [
@@ -47,7 +47,7 @@ class PullQueue:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pull: Pull) -> None:
+    def submit(self, pull: QueuedPull) -> None:
         """Raises RuntimeError after `stop`."""
         with self._work:
             if self._stopping:
@@ -102,7 +102,7 @@ class PullQueue:
                 _fail(pull, "the transfer was stopped" if stopping else "no puller was free in time")
 
 
-def _fail(pull: Pull, reason: str) -> None:
+def _fail(pull: QueuedPull, reason: str) -> None:
     _report(pull.on_done, Pulled(0, 0, time.monotonic() - pull.submitted, reason))
 
 

@@ -24,7 +24,7 @@ _PAUSE_S = 0.5  # after a failed accept (no file descriptors left): their owners
 Serve = Callable[[Stream, Read], bool]
 
 
-class _Connection:
+class _ReaderConnection:
     """A reader as the server sees it."""
 
     def __init__(self, stream: Stream, peer: str) -> None:
@@ -46,7 +46,7 @@ class Server:
         self._settings = settings
         self._serve = serve
         self._lock = threading.Lock()
-        self._connections: set[_Connection] = set()
+        self._connections: set[_ReaderConnection] = set()
         self._stopping = False
         self._acceptor: threading.Thread | None = None
 
@@ -107,7 +107,7 @@ class Server:
             accepted.close()
             return
         try:
-            connection = _Connection(Stream(accepted), peer)
+            connection = _ReaderConnection(Stream(accepted), peer)
         except ConnectionLost:
             return  # reset before it was looked at
         connection.thread = threading.Thread(
@@ -135,7 +135,7 @@ class Server:
             dropped.thread.join(self._settings.stop_timeout_s)
         return True
 
-    def _converse(self, connection: _Connection) -> None:
+    def _converse(self, connection: _ReaderConnection) -> None:
         try:
             while not self._stopping:
                 self._exchange(connection)
@@ -149,12 +149,12 @@ class Server:
         finally:
             self._forget(connection)
 
-    def _forget(self, connection: _Connection) -> None:
+    def _forget(self, connection: _ReaderConnection) -> None:
         with self._lock:
             self._connections.discard(connection)
         connection.stream.close()
 
-    def _exchange(self, connection: _Connection) -> None:
+    def _exchange(self, connection: _ReaderConnection) -> None:
         settings = self._settings
         patience_s = settings.idle_timeout_s if connection.trusted else settings.request_timeout_s
         read = connection.stream.receive(Read, time.monotonic() + patience_s)

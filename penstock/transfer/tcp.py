@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.transfer.exchange import Exchange
+from penstock.transfer.base import KvTransferBase
 from penstock.transfer.messages import Granted
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import Stream, pool_rows
@@ -20,7 +20,7 @@ class TcpTransferSettings(TransferSettings):
     """The common ones are all it needs."""
 
 
-class TcpTransfer(Exchange):
+class TcpTransfer(KvTransferBase):
     """The `KvTransfer` port over TCP."""
 
     name = "tcp"

@@ -16,8 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from penstock.bench.client import HttpClient
 from penstock.bench.command import bench, calibrate, first_model
+from penstock.bench.http_client import HttpClient
 from penstock.errors import ConfigError
 
 

@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 
-from penstock.bench.client import HttpClient
+from penstock.bench.conversations import (
+    Arrival,
+    PlannedConversation,
+    PlannedTurn,
+    Rate,
+    Shape,
+    arrivals,
+    synthetic,
+)
 from penstock.bench.driver import Driver, Limits, Payload
-from penstock.bench.measurements import Measurements, Report
-from penstock.bench.workload import Arrival, Conversation, Rate, Shape, Turn, arrivals, synthetic
+from penstock.bench.http_client import HttpClient
+from penstock.bench.measurements import BenchReport, Measurements
 
 
-async def run_closed(server: Any, limits: Limits, *, turns: int = 1, concurrency: int = 4) -> Report:
+async def run_closed(server: Any, limits: Limits, *, turns: int = 1, concurrency: int = 4) -> BenchReport:
     client = HttpClient(server.url)
     driver = Driver(client, Payload("tiny"), limits, Measurements())
     await driver.closed(synthetic(Shape(turns=turns, output_tokens=5), 0), concurrency)
@@ -93,7 +101,7 @@ async def test_an_open_loop_ends_with_its_arrivals_or_its_duration(completion_se
         async with completion_server() as server:
             client = HttpClient(server.url)
             driver = Driver(client, Payload("tiny"), limits, Measurements())
-            conversation = Conversation([Turn("hello", 5)])
+            conversation = PlannedConversation([PlannedTurn("hello", 5)])
             await driver.open(Arrival(at_s, conversation) for at_s in (0.0, 0.02, 0.15))
             await client.close()
         assert driver.report().ok == expected
@@ -103,7 +111,7 @@ async def test_too_many_in_flight_are_not_sent(completion_server: Any) -> None:
     async with completion_server(first_s=0.1) as server:
         client = HttpClient(server.url)
         driver = Driver(client, Payload("tiny"), Limits(max_in_flight=2), Measurements())
-        conversation = Conversation([Turn("hello", 5)])
+        conversation = PlannedConversation([PlannedTurn("hello", 5)])
         await driver.open(Arrival(0.001 * number, conversation) for number in range(5))
         await client.close()
     assert driver.report().errors == {"too many in flight": 3}

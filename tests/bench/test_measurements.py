@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from penstock.bench.measurements import Histogram, Measurements, Outcome, Slo
+from penstock.bench.measurements import Histogram, Measurements, RequestOutcome, Slo
 
 
 @given(st.lists(st.floats(1e-5, 1e4), min_size=1, max_size=200), st.sampled_from([1, 50, 90, 99, 100]))
@@ -28,8 +28,8 @@ def test_an_empty_histogram_and_zero() -> None:
     assert histogram.percentile(50) < 2e-6
 
 
-def outcome(ttft_ms: float, itl_ms: float, cached_tokens: int | None = None) -> Outcome:
-    return Outcome(
+def outcome(ttft_ms: float, itl_ms: float, cached_tokens: int | None = None) -> RequestOutcome:
+    return RequestOutcome(
         ttft_s=ttft_ms / 1e3,
         itl_s=itl_ms / 1e3,
         e2e_s=1.0,
@@ -44,8 +44,8 @@ def test_a_report_counts_and_divides() -> None:
     measurements.add(outcome(100, 10, cached_tokens=50))
     measurements.add(outcome(100, 30, cached_tokens=0))
     measurements.add(outcome(300, 10))
-    measurements.add(Outcome("http 429"), "busy")
-    measurements.add(Outcome("http 429"), "still busy")
+    measurements.add(RequestOutcome("http 429"), "busy")
+    measurements.add(RequestOutcome("http 429"), "still busy")
     report = measurements.report(duration_s=2.0, client_cpu_share=0.1)
     assert (report.ok, report.failed, report.errors) == (3, 2, {"http 429": 2})
     assert report.examples == {"http 429": "busy"}

@@ -18,8 +18,8 @@ from penstock.launcher.control import (
     ControlRequest,
     ControlResponse,
     ControlSocket,
-    GraphStatus,
-    ServiceStatus,
+    LocalGraphStatus,
+    LocalServiceStatus,
     serving_control,
 )
 from penstock.launcher.replica import ReplicaState, ReplicaStatus
@@ -168,12 +168,12 @@ def test_status_shows_every_replica(capsys: pytest.CaptureFixture[str]) -> None:
     )
     ready = ReplicaStatus("decode-0", "toy-decode-0", ReplicaState.READY, 7, uptime_s=90.2, address="h:1")
     services = [
-        ServiceStatus("Frontend", "frontend", 0, []),
-        ServiceStatus("PrefillWorker", "prefill", 1, [crashed]),
-        ServiceStatus("DecodeWorker", "decode", 1, [ready]),
+        LocalServiceStatus("Frontend", "frontend", 0, []),
+        LocalServiceStatus("PrefillWorker", "prefill", 1, [crashed]),
+        LocalServiceStatus("DecodeWorker", "decode", 1, [ready]),
     ]
     health = {"http://localhost:8000": {"status": "unreachable", "error": "refused"}}
-    local.print_status(GraphStatus("toy", 42, False, 7300, services, health))
+    local.print_status(LocalGraphStatus("toy", 42, False, 7300, services, health))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "toy: not ready, up 2 h, supervisor pid 42",
@@ -200,7 +200,7 @@ class TwoGraphs:
                 health = {f"http://localhost:{port}": {"status": "healthy"}}
 
                 async def handle(request: ControlRequest, name: str = graph, health: Any = health) -> Any:
-                    return ControlResponse(status=GraphStatus(name, 1, True, 1, [], health))
+                    return ControlResponse(status=LocalGraphStatus(name, 1, True, 1, [], health))
 
                 await stack.enter_async_context(serving_control(ControlSocket(folder, handle)))
             self.started.set()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from penstock.engines.batch import Row, Sampled
+from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
@@ -119,7 +119,7 @@ class Rig:
                 return
         raise AssertionError("it does not end")
 
-    def _compute(self, row: Row) -> Sampled | None:
+    def _compute(self, row: BatchRow) -> Sampled | None:
         """Check the KV that this row attends to, write its own, and draw."""
         sequence = row.sequence
         for position in range(row.start):

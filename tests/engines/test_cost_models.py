@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.cost_models import ZERO, CostModel, cost_model, cost_models
 from penstock.errors import ConfigError
 from penstock.shapes import Sampling
@@ -10,12 +10,12 @@ from penstock.shapes import Sampling
 SEQUENCE = Sequence("a", [1] * 10_000, 10_000, Sampling(max_tokens=1))
 
 
-def prompt(start: int, count: int) -> Row:
-    return Row(SEQUENCE, start, count, False)
+def prompt(start: int, count: int) -> BatchRow:
+    return BatchRow(SEQUENCE, start, count, False)
 
 
-def decoding(context: int) -> Row:
-    return Row(SEQUENCE, context - 1, 1, True)
+def decoding(context: int) -> BatchRow:
+    return BatchRow(SEQUENCE, context - 1, 1, True)
 
 
 COSTS = CostModel(c0=2, c1=0.5, c2=0.01, a0=5, a1=0.1, a2=0.001)

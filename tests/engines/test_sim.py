@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from penstock.clock import MonotonicClock, VirtualClock
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.cost_models import cost_model
 from penstock.engines.sim import SimRunner, SimSettings, load_sim, sim_engine
 from penstock.engines.virtual import VirtualEngine
@@ -18,13 +18,13 @@ from tests.engines.steps_log import attempt, running
 ZERO = SimSettings(cost_model="zero", vocab_size=1000)
 
 
-def row(seed: int = 1, position: int = 0, **sampling: object) -> Row:
+def row(seed: int = 1, position: int = 0, **sampling: object) -> BatchRow:
     sampling = Sampling(max_tokens=100, seed=seed, **sampling)  # type: ignore[arg-type,assignment]
     sequence = Sequence("a", [5] * (3 + position), 3, sampling)  # type: ignore[arg-type]
-    return Row(sequence, 0, 3 + position, True)
+    return BatchRow(sequence, 0, 3 + position, True)
 
 
-def drawn(settings: SimSettings, *rows: Row) -> list[int]:
+def drawn(settings: SimSettings, *rows: BatchRow) -> list[int]:
     samples = SimRunner(settings, range(settings.vocab_size or 0)).run(list(rows))
     return [sample.token_id for sample in samples if sample is not None]
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from penstock.engines.assets import Assets
-from penstock.engines.batch import Row, Sampled
+from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.cycle import MAX_FAILED_STEPS, LoadedModel
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
@@ -22,11 +22,11 @@ from tests.engines.rig import CARD, PROMPT, continued, next_token
 class Runner:
     """The rig's model without its KV; `before` is called in the compute thread ahead of each batch."""
 
-    def __init__(self, before: Callable[[list[Row]], None] = lambda batch: None) -> None:
+    def __init__(self, before: Callable[[list[BatchRow]], None] = lambda batch: None) -> None:
         self.before = before
         self.threads: set[str] = set()
 
-    def run(self, batch: list[Row]) -> list[Sampled | None]:
+    def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         self.threads.add(threading.current_thread().name)
         self.before(batch)
         return [Sampled(next_token(row.sequence.token_ids)) if row.sample else None for row in batch]
@@ -244,7 +244,7 @@ async def test_handoffs_expire_while_nothing_else_happens(start: Start):
 
 
 async def test_a_failed_step_ends_only_its_attempts(start: Start, caplog: pytest.LogCaptureFixture):
-    def fail(batch: list[Row]) -> None:
+    def fail(batch: list[BatchRow]) -> None:
         if any(row.sequence.attempt_id == "bad" for row in batch):
             raise ValueError("bad row")
 
@@ -263,7 +263,7 @@ async def test_a_failed_step_ends_only_its_attempts(start: Start, caplog: pytest
 
 
 async def test_an_engine_that_always_fails_is_given_up(start: Start, caplog: pytest.LogCaptureFixture):
-    def fail(batch: list[Row]) -> None:
+    def fail(batch: list[BatchRow]) -> None:
         raise MemoryError
 
     engine = await start(Runner(fail), max_running=1)

@@ -142,7 +142,7 @@ def to_engine(data: bytes) -> None:
 
 def kv_transfer(data: bytes) -> None:
     """A frame's body, as either end of a KV transfer reads it."""
-    for kind in (kv.Read, kv.Granted, kv.Done, kv.Held):
+    for kind in (kv.Read, kv.Granted, kv.Done, kv.StillHeld):
         with contextlib.suppress(ProtocolError):
             kv.parsed(kind, data)
 

@@ -13,7 +13,7 @@ import pytest
 
 from penstock.graph import Graph, Overrides, build_graph, parse_manifest
 from penstock.launcher.control import ControlRequest, call
-from penstock.launcher.logs import Console
+from penstock.launcher.output import Console
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
 from penstock.launcher.supervisor import Supervisor

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.launcher.control import ControlRequest, GraphStatus, call
+from penstock.launcher.control import ControlRequest, LocalGraphStatus, call
 from penstock.launcher.places import Places
 from penstock.launcher.state import StateFolder, find_state, own_command
 from penstock.launcher.tail import follow_logs
@@ -68,8 +68,8 @@ def start(tmp_path: Path, folder: StateFolder) -> Iterator[Callable[[], subproce
         process.communicate()
 
 
-def ready(folder: StateFolder) -> GraphStatus:
-    def status() -> GraphStatus | None:
+def ready(folder: StateFolder) -> LocalGraphStatus:
+    def status() -> LocalGraphStatus | None:
         try:
             found = call(folder, ControlRequest(op="status")).status
         except ConfigError:
@@ -79,7 +79,7 @@ def ready(folder: StateFolder) -> GraphStatus:
     return wait_until(status)
 
 
-def pids(status: GraphStatus) -> list[int]:
+def pids(status: LocalGraphStatus) -> list[int]:
     return [replica.pid for service in status.services for replica in service.replicas]
 
 

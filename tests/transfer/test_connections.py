@@ -9,7 +9,7 @@ import pytest
 
 from penstock.errors import RemoteError
 from penstock.transfer.connections import Connections
-from penstock.transfer.messages import Held
+from penstock.transfer.messages import StillHeld
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed
 
@@ -109,7 +109,7 @@ def test_closing_cuts_what_is_busy_and_opens_no_more(connections, address) -> No
     closer = threading.Timer(0.1, connections.close)
     closer.start()
     with pytest.raises(ConnectionLost):
-        busy.receive(Held, soon())
+        busy.receive(StillHeld, soon())
     closer.join()
     connections.drop(busy)
     with pytest.raises(ConnectionLost, match="stopped"):

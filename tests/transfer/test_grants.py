@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.transfer.grants import KEY_BYTES, Grants, Refused
+from penstock.transfer.grants import KEY_BYTES, Grants, ReadRefused
 from penstock.transfer.messages import PROTOCOL, Read
 
 TOTAL_BLOCKS, BLOCK_BYTES = 100, 64
@@ -50,7 +50,7 @@ def test_keys_are_never_alike() -> None:
 def test_what_does_not_match_is_refused_and_leaves_the_grant_open(wrong: dict[str, object]) -> None:
     table = grants()
     right = read(table.add("h", [1, 2, 3]), [0])
-    with pytest.raises(Refused):
+    with pytest.raises(ReadRefused):
         table.begin(msgspec.structs.replace(right, **wrong))
     assert table.begin(right) == [1]
 
@@ -60,7 +60,7 @@ def test_a_wrong_key_and_an_unknown_handoff_are_told_alike() -> None:
     table.add("h", [1])
     answers = []
     for handoff_id in ("h", "unknown"):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ReadRefused) as refused:
             table.begin(read(b"x" * KEY_BYTES, [0], handoff_id))
         answers.append(str(refused.value))
     assert answers[0] == answers[1]
@@ -81,7 +81,7 @@ def test_no_row_is_read_after_it_was_let_go(steps: list[str]) -> None:
             assert table.begin(read(key, [0])) == [1]
             state = "reading"
         elif step == "begin":
-            with pytest.raises(Refused):
+            with pytest.raises(ReadRefused):
                 table.begin(read(key, [0]))
         elif step == "end" and state == "reading":
             table.end("h")

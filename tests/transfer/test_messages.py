@@ -11,9 +11,9 @@ from penstock.transfer.messages import (
     MAX_FRAME_BYTES,
     Done,
     Granted,
-    Held,
     Memory,
     Read,
+    StillHeld,
     check_length,
     frame,
     parsed,
@@ -25,7 +25,7 @@ MESSAGES = [
     Granted(refused="used"),
     Granted(memory=Memory("w-0-1-ab", b"\0md", 2**47, 1000, [3, 1])),
     Done(),
-    Held(),
+    StillHeld(),
 ]
 
 
@@ -48,7 +48,7 @@ def test_lengths_that_no_frame_has(length: int) -> None:
         check_length(length)
 
 
-@given(st.binary(max_size=200), st.sampled_from([Read, Granted, Done, Held]))
+@given(st.binary(max_size=200), st.sampled_from([Read, Granted, Done, StillHeld]))
 def test_any_bytes_are_a_message_or_a_protocol_error(body: bytes, kind: type) -> None:
     try:
         assert isinstance(parsed(kind, body), kind)
@@ -79,4 +79,4 @@ def test_values_that_cannot_be_are_refused(kind: type, place: int, lie: object) 
 
 def test_what_is_nested_without_end_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
-        parsed(Held, b"\x91" * 100_000)
+        parsed(StillHeld, b"\x91" * 100_000)

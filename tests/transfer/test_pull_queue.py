@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from penstock.ports import Pulled
-from penstock.transfer.pull_queue import Pull, PullQueue
+from penstock.transfer.pull_queue import PullQueue, QueuedPull
 
 SOON_S = 5.0
 GOOD = Pulled(1, 1, 0.0)
@@ -45,7 +45,7 @@ class Ends:
 
 def submit(queue: PullQueue, run: Callable[[], Pulled], on_done, timeout_s: float = SOON_S) -> None:
     now = time.monotonic()
-    queue.submit(Pull(run, on_done, now, now + timeout_s))
+    queue.submit(QueuedPull(run, on_done, now, now + timeout_s))
 
 
 def test_no_more_run_at_once_than_allowed_and_first_come_is_first_served(queue) -> None:

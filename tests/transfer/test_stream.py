@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import ProtocolError
 from penstock.transfer import stream as stream_module
-from penstock.transfer.messages import Granted, Held
+from penstock.transfer.messages import Granted, StillHeld
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream, pool_rows
 
 SOON_S = 5.0
@@ -43,11 +43,11 @@ def test_messages_and_rows_arrive_in_order(pair) -> None:
     rows = [memoryview(bytearray(b"abc")), memoryview(bytearray(b"defgh"))]
     near.send(Granted(refused="r"), soon(), more=True)
     near.send_rows(rows, soon())
-    near.send(Held(), soon())
+    near.send(StillHeld(), soon())
     received = bytearray(8)
     assert far.receive(Granted, soon()) == Granted(refused="r")
     far.receive_rows([memoryview(received)[:2], memoryview(received)[2:]], soon())
-    assert far.receive(Held, soon()) == Held()
+    assert far.receive(StillHeld, soon()) == StillHeld()
     assert received == b"abcdefgh"
 
 
@@ -87,7 +87,7 @@ def test_a_peer_that_falls_silent_costs_the_deadline(sockets, sent: bytes) -> No
     sockets[0].sendall(sent)
     begun = time.monotonic()
     with pytest.raises(DeadlinePassed):
-        Stream(sockets[1]).receive(Held, begun + 0.2)
+        Stream(sockets[1]).receive(StillHeld, begun + 0.2)
     assert 0.19 < time.monotonic() - begun < 1.5
 
 
@@ -110,7 +110,7 @@ def test_a_peer_that_trickles_does_not_stretch_the_deadline(sockets) -> None:
     thread.start()
     begun = time.monotonic()
     with pytest.raises(DeadlinePassed):
-        Stream(sockets[1]).receive(Held, begun + 0.3)
+        Stream(sockets[1]).receive(StillHeld, begun + 0.3)
     assert time.monotonic() - begun < 1.5
     stop.set()
     thread.join()
@@ -121,7 +121,7 @@ def test_a_closed_a_reset_and_a_cut_connection_are_lost(sockets) -> None:
     sockets[0].sendall(b"\0\0")
     sockets[0].shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectionLost, match="closed"):
-        stream.receive(Held, soon())
+        stream.receive(StillHeld, soon())
     sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sockets[0].close()
     with pytest.raises(ConnectionLost):
@@ -133,14 +133,14 @@ def test_cut_ends_a_call_in_another_thread(pair) -> None:
     timer = threading.Timer(0.1, pair[0].cut)
     timer.start()
     with pytest.raises(ConnectionLost):
-        pair[0].receive(Held, soon())
+        pair[0].receive(StillHeld, soon())
     timer.join()
 
 
 def test_what_is_no_message_is_a_protocol_error(sockets) -> None:
     sockets[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
     with pytest.raises(ProtocolError, match="frame"):
-        Stream(sockets[1]).receive(Held, soon())
+        Stream(sockets[1]).receive(StillHeld, soon())
 
 
 def test_an_idle_connection_is_stale_once_closed_or_spoken_on(pair, sockets) -> None:

@@ -9,13 +9,13 @@ import msgspec
 
 from penstock import __version__
 from penstock.engines.assets import Assets, assets_from
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.reference.checkpoint import weight_paths
-from penstock.engines.reference.config import ModelConfig, read_config
 from penstock.engines.reference.kv import KvPool, block_bytes
 from penstock.engines.reference.model import Model
+from penstock.engines.reference.model_config import ModelConfig, read_config
 from penstock.engines.reference.runner import ReferenceRunner
 from penstock.engines.reference.tiles import positions_agree
 from penstock.engines.reference.weights import Weights, kv_layout, load_weights
@@ -108,7 +108,7 @@ def _warm_up(runner: ReferenceRunner, pool: KvPool, block_size: int) -> None:
     token_ids = [0] * min(block_size, WARM_UP_TOKENS)
     sampling = Sampling(max_tokens=1, temperature=0.0)
     sequence = Sequence("warm-up", token_ids, len(token_ids), sampling, block_ids=[0])
-    runner.run([Row(sequence, 0, len(token_ids), True)])
+    runner.run([BatchRow(sequence, 0, len(token_ids), True)])
     pool.clear([0])
 
 

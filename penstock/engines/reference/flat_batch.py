@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.engines.batch import Row
+from penstock.engines.batch import BatchRow
 from penstock.engines.reference.kv import Integers
 from penstock.engines.reference.tiles import padded_rows
 
@@ -88,11 +88,11 @@ class FlatBatch:
     fresh_blocks: list[int] = field(default_factory=list)
 
 
-def flatten(batch: list[Row], cut: Cut) -> FlatBatch:
+def flatten(batch: list[BatchRow], cut: Cut) -> FlatBatch:
     """Lay out a batch: decoding rows first, by window width, then each prefill."""
     span, block_size = cut.span, cut.block_size
-    decodes: dict[int, list[Row]] = defaultdict(list)
-    prefills: list[Row] = []
+    decodes: dict[int, list[BatchRow]] = defaultdict(list)
+    prefills: list[BatchRow] = []
     for row in batch:
         if row.count == 1:
             decodes[row.start // span].append(row)
@@ -121,7 +121,7 @@ def flatten(batch: list[Row], cut: Cut) -> FlatBatch:
     return flat
 
 
-def _tokens(rows: list[Row], block_size: int) -> FlatBatch:
+def _tokens(rows: list[BatchRow], block_size: int) -> FlatBatch:
     token_ids: list[int] = []
     positions: list[int] = []
     block_ids: list[int] = []
@@ -142,19 +142,19 @@ def _tokens(rows: list[Row], block_size: int) -> FlatBatch:
     )
 
 
-def _window_blocks(row: Row, width: int, block_size: int) -> list[int]:
+def _window_blocks(row: BatchRow, width: int, block_size: int) -> list[int]:
     """The row's blocks that hold tokens; the first one fills up the window, never a stranger's."""
     block_ids = row.sequence.block_ids[: -(-(row.start + row.count) // block_size)]
     return block_ids + block_ids[:1] * (width // block_size - len(block_ids))
 
 
-def _decode_window(rows: list[Row], first: int, width: int, cut: Cut) -> Window:
+def _decode_window(rows: list[BatchRow], first: int, width: int, cut: Cut) -> Window:
     block_ids = np.array([_window_blocks(row, width, cut.block_size) for row in rows])
     offsets = np.array([row.start % cut.span for row in rows])
     return Window(block_ids, [QueryTile(first, first + len(rows), width, offsets)])
 
 
-def _prefill_window(row: Row, first: int, cut: Cut) -> Window:
+def _prefill_window(row: BatchRow, first: int, cut: Cut) -> Window:
     span, end = cut.span, row.start + row.count
     widest = -(-end // span) * span
     tiles = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.engines.reference.config import ModelConfig
+from penstock.engines.reference.model_config import ModelConfig
 from penstock.engines.reference.tiles import Floats
 
 Integers = NDArray[np.int64]

@@ -12,10 +12,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.engines.batch import Row
-from penstock.engines.reference.config import ModelConfig, Rope
+from penstock.engines.batch import BatchRow
 from penstock.engines.reference.flat_batch import Cut, FlatBatch, QueryTile, Window, flatten
 from penstock.engines.reference.kv import Integers, KvPool
+from penstock.engines.reference.model_config import ModelConfig, Rope
 from penstock.engines.reference.tiles import Floats, padded_rows, tiles
 from penstock.engines.reference.weights import LayerWeights, Weights
 
@@ -36,7 +36,7 @@ class Model:
         self._causal = np.triu(np.full((self._cut.span, self._cut.span), -np.inf, np.float32), 1)
         self._scratch = Scratch()
 
-    def logits(self, batch: list[Row]) -> Floats:
+    def logits(self, batch: list[BatchRow]) -> Floats:
         """Compute the KV of all rows, and the logits of those that sample.
 
         Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from penstock.engines.batch import Row, Sampled
+from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.sampler import Sampler
 
@@ -16,7 +16,7 @@ class ReferenceRunner:
         self._model = model
         self._sampler = Sampler(eos_token_ids)
 
-    def run(self, batch: list[Row]) -> list[Sampled | None]:
+    def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         """Compute all rows; one entry per row, None where `sample` is not set."""
         logits = self._model.logits(batch)
         drawn = iter(self._sampler.sample(logits, [row.sequence for row in batch if row.sample]))

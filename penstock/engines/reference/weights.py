@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from penstock.engines.reference.checkpoint import Checkpoint, open_checkpoint
-from penstock.engines.reference.config import ModelConfig
+from penstock.engines.reference.model_config import ModelConfig
 from penstock.engines.reference.tiles import Floats, TiledMatrix
 from penstock.errors import ConfigError
 

@@ -26,10 +26,10 @@ from penstock.engines.active import fault
 from penstock.engines.outbox import Outbox, merge
 from penstock.engines.vllm.continuation import Continuation, continuation, folded
 from penstock.engines.vllm.event_feed import EventFeed
-from penstock.engines.vllm.events import CacheEvents, Changes
 from penstock.engines.vllm.handoffs import UsedHandoffs, pack
-from penstock.engines.vllm.held import HeldHandoffs
+from penstock.engines.vllm.held_handoffs import VllmHeldHandoffs
 from penstock.engines.vllm.installed import check_version
+from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.logs import one_line
 from penstock.engines.vllm.outputs import check_tokens, finish_reason, token_logprobs
@@ -108,7 +108,7 @@ class VllmEngine:
             raise
         await core.complete_layout()
         self._load = CoreLoad(core.card, core.ranks)
-        self._held = HeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
+        self._held = VllmHeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model.name, core.card.block_size, core.card.total_blocks)
         self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.engines.vllm.events import CacheEvents, Changes
+from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from penstock.errors import ProtocolError, RemoteError
 
 log = logging.getLogger("penstock.engine")

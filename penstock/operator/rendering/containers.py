@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.graph.command import unresolved_reference
-from penstock.graph.held import for_kubelet, is_held
 from penstock.graph.manifest import Env
+from penstock.graph.placeholders import for_kubelet, has_placeholder
 from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.rendering.merge import merged
-from penstock.operator.rendering.plan import ServicePlan
 from penstock.operator.rendering.resources import own_resources, resources
 from penstock.operator.rendering.security import container_security, container_security_with
+from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.settings import RenderSettings
 
 _LIVE, _HEALTH = "/live", "/health"
@@ -79,7 +79,7 @@ def environment(plan: ServicePlan) -> list[Object]:
     for raw in own:
         variables[raw["name"]] = _variable(plan, raw["name"], raw)
     for name, value in plan.service.env.items():
-        if name not in variables and not is_held(value):
+        if name not in variables and not has_placeholder(value):
             variables[name] = {"name": name, "value": for_kubelet(value)}
     return list(variables.values())
 

@@ -20,10 +20,10 @@ from penstock.kubernetes.kinds import ADAPTERS, DEPLOYMENTS, INGRESSES, LEADER_W
 from penstock.operator import names
 from penstock.operator.rendering import access, networking, relays, storage, workloads
 from penstock.operator.rendering.containers import grace_period_s
-from penstock.operator.rendering.plan import Planner, ServicePlan, serving_roles
 from penstock.operator.rendering.pods import reserved_labels
 from penstock.operator.rendering.quantities import wrong_quantities
 from penstock.operator.rendering.resources import spared_amounts
+from penstock.operator.rendering.service_plan import ServicePlan, ServicePlanner, serving_roles
 from penstock.operator.settings import (
     ClusterFacts,
     Desired,
@@ -64,7 +64,7 @@ def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluste
     manifest = manifest_of(document, manifest_object["apiVersion"])
     _raise(manifest, _wrong_annotations(manifest))
     graph = build_graph(manifest, _overrides(manifest.metadata.annotations), "", _rules(manifest))
-    planner = Planner(manifest, graph, document, settings, cluster)
+    planner = ServicePlanner(manifest, graph, document, settings, cluster)
     plans = planner.plans()
     wrong = [*planner.wrong, *wrong_quantities(document["spec"])]
     strategies = {plan.name: _tried(wrong, plan.name, _strategy, planner, plan) for plan in plans}
@@ -141,7 +141,7 @@ def _of_graph(manifest: Manifest, annotation: str) -> str:
     return (manifest.metadata.annotations | manifest.spec.annotations).get(annotation, "")
 
 
-def _strategy(planner: Planner, plan: ServicePlan) -> Object:
+def _strategy(planner: ServicePlanner, plan: ServicePlan) -> Object:
     return workloads.rollout_strategy(
         planner.control(plan.name, names.STRATEGY),
         planner.control(plan.name, names.MAX_SURGE),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from penstock.graph.held import for_kubelet
+from penstock.graph.placeholders import for_kubelet
 from penstock.kubernetes.api import Object
 from penstock.operator import names
-from penstock.operator.rendering.plan import ServicePlan
+from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.rendering.vllm_flags import follower_flags
 
 _OF_THE_LEADER = ("livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "ports")

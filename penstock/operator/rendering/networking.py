@@ -6,7 +6,7 @@ from penstock.graph.manifest import IngressSpec
 from penstock.kubernetes.api import Object
 from penstock.kubernetes.kinds import INGRESSES, SERVICES
 from penstock.operator import names
-from penstock.operator.rendering.plan import ServicePlan
+from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.rendering.workloads import metadata
 
 _DEFAULT_SUFFIX = "local"  # of hosts, as the manifest API has it

@@ -14,8 +14,8 @@ from penstock.operator.rendering.containers import (
     writes_anywhere,
 )
 from penstock.operator.rendering.merge import merged
-from penstock.operator.rendering.plan import ServicePlan
 from penstock.operator.rendering.security import pod_security, pod_security_with
+from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.settings import RenderSettings
 from penstock.shapes import Role
 

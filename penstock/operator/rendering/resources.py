@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from penstock.graph.manifest import Amounts
 from penstock.kubernetes.api import Object
-from penstock.operator.rendering.plan import ServicePlan
+from penstock.operator.rendering.service_plan import ServicePlan
 
 _GPU = "nvidia.com/gpu"
 _PLAIN = ("cpu", "memory")

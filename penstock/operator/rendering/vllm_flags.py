@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from penstock.graph.held import held
+from penstock.graph.placeholders import placeholder
 from penstock.options.config import WorkerOptions
 from penstock.shapes import Role
 
 MASTER_PORT = 29500
 
-_LEADER_ADDRESS = held("LWS_LEADER_ADDRESS")
-_RANK = held("LWS_WORKER_INDEX")
+_LEADER_ADDRESS = placeholder("LWS_LEADER_ADDRESS")
+_RANK = placeholder("LWS_WORKER_INDEX")
 """Variables that the LeaderWorkerSet's controller sets in every container."""
 
 _MIB = 1024 * 1024

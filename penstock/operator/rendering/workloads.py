@@ -9,8 +9,8 @@ from penstock.kubernetes.api import Kind, Object
 from penstock.kubernetes.kinds import DEPLOYMENTS, LEADER_WORKER_SETS
 from penstock.operator import names
 from penstock.operator.rendering.multinode import follower_template
-from penstock.operator.rendering.plan import ServicePlan
 from penstock.operator.rendering.pods import pod_template
+from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.settings import RenderSettings
 
 _AMOUNT = re.compile(r"\d+%?", re.ASCII)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from conftest import Case, load_model, write_checkpoint
 
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.reference.runner import ReferenceRunner
 from penstock.shapes import Sampling
 
@@ -65,10 +65,10 @@ def main() -> None:
     for name, sampling in SAMPLINGS.items():
         for size in (1, 8, 32, 64):
             sequences = [sequence(rng, int(rng.integers(250, 350)), at, sampling) for at in range(size)]
-            rows = [Row(one, len(one.token_ids) - 1, 1, True) for one in sequences]
+            rows = [BatchRow(one, len(one.token_ids) - 1, 1, True) for one in sequences]
             print(f"decode {name}, batch {size}: {least_ms(lambda rows=rows: runner.run(rows)):.2f} ms")
     for length in (512, 2048):
-        rows = [Row(sequence(rng, length, 0, SAMPLINGS["greedy"]), 0, length, True)]
+        rows = [BatchRow(sequence(rng, length, 0, SAMPLINGS["greedy"]), 0, length, True)]
         spent_ms = least_ms(lambda rows=rows: runner.run(rows))
         print(f"prefill {length}: {spent_ms:.1f} ms, {length / spent_ms * 1e3:,.0f} tokens/s")
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock.engines.batch import Row, Sequence
-from penstock.engines.reference.config import ModelConfig, read_config
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.reference.kv import KvPool
 from penstock.engines.reference.model import Model
+from penstock.engines.reference.model_config import ModelConfig, read_config
 from penstock.engines.reference.runner import ReferenceRunner
 from penstock.engines.reference.weights import load_weights
 from penstock.shapes import Sampling
@@ -189,7 +189,7 @@ class Bench:
         assert self.next_block <= total
         return Sequence("a", list(token_ids), len(token_ids), sampling, block_ids)
 
-    def run(self, *rows: Row) -> list[int | None]:
+    def run(self, *rows: BatchRow) -> list[int | None]:
         """Run one batch and append what it drew."""
         drawn = ReferenceRunner(self.model, ()).run(list(rows))
         for row, sampled in zip(rows, drawn, strict=True):
@@ -199,13 +199,13 @@ class Bench:
         return [sampled.token_id if sampled else None for sampled in drawn]
 
     @staticmethod
-    def rest(sequence: Sequence, count: int | None = None) -> Row:
+    def rest(sequence: Sequence, count: int | None = None) -> BatchRow:
         """A row for the next `count` tokens without KV, or all of them; it samples when none is left."""
         left = len(sequence.token_ids) - sequence.computed
         count = left if count is None else min(count, left)
-        return Row(sequence, sequence.computed, count, count == left)
+        return BatchRow(sequence, sequence.computed, count, count == left)
 
-    def logits(self, *rows: Row) -> np.ndarray:
+    def logits(self, *rows: BatchRow) -> np.ndarray:
         return self.model.logits(list(rows)).copy()
 
 

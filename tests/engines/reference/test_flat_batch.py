@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.engines.batch import Row, Sequence
+from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.reference.flat_batch import Cut, flatten
 from penstock.shapes import Sampling
 
@@ -14,7 +14,7 @@ GREEDY = Sampling(max_tokens=1, temperature=0.0)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[Row], int]:
+def batches(draw: st.DrawFn) -> tuple[list[BatchRow], int]:
     size = draw(st.sampled_from([1, 4, 16, 48, 128]))
     rows = []
     for number in range(draw(st.integers(1, 12))):
@@ -25,12 +25,12 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], int]:
         block_ids = [number * 1000 + at for at in range(blocks)]
         token_ids = [number * 1000 + at for at in range(length)]
         sequence = Sequence(str(number), token_ids, length, GREEDY, block_ids)
-        rows.append(Row(sequence, start, count, draw(st.booleans()) and start + count == length))
+        rows.append(BatchRow(sequence, start, count, draw(st.booleans()) and start + count == length))
     return rows, size
 
 
 @given(batches())
-def test_every_query_sees_its_own_keys_and_a_width_of_its_own(case: tuple[list[Row], int]) -> None:
+def test_every_query_sees_its_own_keys_and_a_width_of_its_own(case: tuple[list[BatchRow], int]) -> None:
     rows, size = case
     cut = Cut(size, kv_width=64, heads=6)
     flat, span = flatten(rows, cut), cut.span
@@ -61,7 +61,7 @@ def test_every_query_sees_its_own_keys_and_a_width_of_its_own(case: tuple[list[R
 
 
 @given(batches())
-def test_blocks_that_stay_partial_are_cleared_when_first_written(case: tuple[list[Row], int]) -> None:
+def test_blocks_that_stay_partial_are_cleared_when_first_written(case: tuple[list[BatchRow], int]) -> None:
     rows, size = case
     expected = []
     for row in rows:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from penstock.engines.reference.config import read_config
 from penstock.engines.reference.kv import KvPool, block_bytes
+from penstock.engines.reference.model_config import read_config
 
 
 def test_a_block_is_one_row_of_bytes(checkpoint: Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from penstock.engines.batch import Sequence
-from penstock.engines.reference.config import Rope
 from penstock.engines.reference.model import rotations
+from penstock.engines.reference.model_config import Rope
 
 LOGIT_TOLERANCE = 1e-3
 

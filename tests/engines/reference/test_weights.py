@@ -9,7 +9,7 @@ import pytest
 
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.reference.checkpoint import weight_paths
-from penstock.engines.reference.config import read_config
+from penstock.engines.reference.model_config import read_config
 from penstock.engines.reference.weights import kv_layout, load_weights
 from penstock.errors import ConfigError
 

@@ -21,7 +21,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVEventBat
 
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.engines.vllm.event_feed import EventFeed, EventSources, FeedSettings, remove_dead
-from penstock.engines.vllm.events import CacheEvents, Changes
+from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from tests.waiting import until
 
 BLOCK_SIZE = 4

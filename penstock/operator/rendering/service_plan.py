@@ -9,9 +9,9 @@ import msgspec
 
 from penstock.errors import ConfigError
 from penstock.graph.command import ServiceKind
-from penstock.graph.held import for_kubelet, held, shown_held
 from penstock.graph.manifest import Env, Manifest, ServiceSpec
-from penstock.graph.model import Graph, Service
+from penstock.graph.placeholders import for_kubelet, placeholder, with_references
+from penstock.graph.services import Graph, Service
 from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.rendering.vllm_flags import leader_flags
@@ -131,7 +131,7 @@ class ServicePlan(msgspec.Struct, frozen=True):
         return {names.SELECTOR: self.object_name}
 
 
-class Planner:
+class ServicePlanner:
     """Plans all services of a graph, collecting what is wrong and what is worth a note."""
 
     def __init__(
@@ -158,7 +158,7 @@ class Planner:
                 found.append(self._plan(service))
             except ConfigError as error:
                 where = f"spec.services.{service.name}"
-                self.wrong += [f"{where}: {shown_held(line)}" for line in str(error).splitlines()]
+                self.wrong += [f"{where}: {with_references(line)}" for line in str(error).splitlines()]
         return found
 
     def control(self, service: str, name: str) -> str:
@@ -273,10 +273,10 @@ class Planner:
                 flags["http-port"] = str(names.HTTP_PORT)
             return flags
         return flags | {
-            "instance-id": held("POD_NAME"),
+            "instance-id": placeholder("POD_NAME"),
             "host": _ANY_ADDRESS,
             "port": str(names.LINK_PORT),
-            "advertise-host": held("POD_IP"),
+            "advertise-host": placeholder("POD_IP"),
             "kv-port": str(names.KV_PORT),
             "system-port": str(given.system_port or names.SYSTEM_PORT),
         }
@@ -296,7 +296,7 @@ class Planner:
         return given.discovery if parse_discovery(given.discovery).kind == "etcd" else _DEFAULT_DISCOVERY
 
     def _note(self, reason: str, message: str, service: Service) -> None:
-        self.notes.append(Note(reason, shown_held(message), service.name))
+        self.notes.append(Note(reason, with_references(message), service.name))
 
 
 def serving_roles(plans: Iterable[ServicePlan]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.graph import Graph, Service, ServiceKind
 from penstock.launcher.gpus import GpuPool, visible_gpus
-from penstock.launcher.plan import (
+from penstock.launcher.launches import (
     Site,
     check_gpus,
     labels,

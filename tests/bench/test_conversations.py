@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
+from penstock.bench.conversations import Rate, Shape, arrivals, synthetic
 from penstock.bench.text import WORDS, filler
-from penstock.bench.workload import Rate, Shape, arrivals, synthetic
 from penstock.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core_client import AsyncMPClient
 
 
-class HeldHandoffs:
+class VllmHeldHandoffs:
     """Handoffs by id, until their KV is gone.
 
     Args:

@@ -16,9 +16,9 @@ from penstock.errors import PenstockError, RemoteError
 from penstock.ports import Pulled
 from penstock.shapes import Handoff
 from penstock.transfer.connections import Connections
-from penstock.transfer.grants import Grants, Refused
-from penstock.transfer.messages import PROTOCOL, Granted, Held, Read
-from penstock.transfer.pull_queue import Pull, PullQueue
+from penstock.transfer.grants import Grants, ReadRefused
+from penstock.transfer.messages import PROTOCOL, Granted, Read, StillHeld
+from penstock.transfer.pull_queue import PullQueue, QueuedPull
 from penstock.transfer.server import Server
 from penstock.transfer.settings import TIMEOUT_MAX_S, TransferSettings
 from penstock.transfer.stream import ConnectionLost, Stream
@@ -26,7 +26,7 @@ from penstock.transfer.stream import ConnectionLost, Stream
 log = logging.getLogger(__name__)
 
 
-class Exchange(ABC):
+class KvTransferBase(ABC):
     """The `KvTransfer` port, less `_lend` and `_fetch`.
 
     Args:
@@ -77,7 +77,7 @@ class Exchange(ABC):
         now = time.monotonic()
         deadline = now + min(timeout_s, TIMEOUT_MAX_S)
         run = partial(self._run, handoff, indices, rows, now, deadline)
-        self._pulls.submit(Pull(run, on_done, now, deadline))
+        self._pulls.submit(QueuedPull(run, on_done, now, deadline))
 
     def stop(self) -> None:
         """See `KvTransfer.stop`."""
@@ -115,10 +115,10 @@ class Exchange(ABC):
         stream, granted = self._ask(handoff, indices, deadline)
         if granted.refused:
             self._connections.keep(handoff.address, stream)
-            raise Refused(f"refused by the holder: {granted.refused}")
+            raise ReadRefused(f"refused by the holder: {granted.refused}")
         try:
             self._fetch(stream, granted, rows, deadline)
-            stream.receive(Held, deadline)
+            stream.receive(StillHeld, deadline)
         except BaseException:
             self._connections.drop(stream)
             raise
@@ -162,7 +162,7 @@ class Exchange(ABC):
         deadline = time.monotonic() + min(read.timeout_s, self.settings.read_timeout_s)
         try:
             rows = self._grants.begin(read)
-        except Refused as refused:
+        except ReadRefused as refused:
             stream.send(Granted(refused=str(refused)), deadline)
             return False
         try:
@@ -171,7 +171,7 @@ class Exchange(ABC):
         finally:
             self._grants.end(read.handoff_id)
         # Last, so that a reader that knows of its success finds the holder knowing too.
-        stream.send(Held(), deadline)
+        stream.send(StillHeld(), deadline)
         return True
 
     def _pulled(self, handoff_id: str) -> None:

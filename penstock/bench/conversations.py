@@ -13,17 +13,17 @@ from penstock.bench.text import QUESTIONS, filler
 from penstock.errors import ConfigError
 
 
-class Turn(msgspec.Struct, frozen=True):
+class PlannedTurn(msgspec.Struct, frozen=True):
     """What the user says, and how long the answer is."""
 
     text: str
     output_tokens: int
 
 
-class Conversation(msgspec.Struct, frozen=True):
+class PlannedConversation(msgspec.Struct, frozen=True):
     """Turns sent one after the other, each with all that was said before."""
 
-    turns: list[Turn]
+    turns: list[PlannedTurn]
     system: str = ""
 
 
@@ -31,7 +31,7 @@ class Arrival(msgspec.Struct, frozen=True):
     """A conversation and when it starts, in seconds from the start of the run."""
 
     at_s: float
-    conversation: Conversation
+    conversation: PlannedConversation
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -49,24 +49,24 @@ def words(tokens: int, words_per_token: float) -> int:
     return max(1, round(tokens * words_per_token))
 
 
-def synthetic(shape: Shape, seed: int) -> Iterator[Conversation]:
+def synthetic(shape: Shape, seed: int) -> Iterator[PlannedConversation]:
     """Conversations without end, no two alike."""
     system = ""
     if shape.shared_prefix_tokens:
         system = filler(f"{seed}/system", words(shape.shared_prefix_tokens, shape.words_per_token))
     for number in count():
-        yield Conversation([_turn(shape, seed, number, turn) for turn in range(shape.turns)], system)
+        yield PlannedConversation([_turn(shape, seed, number, turn) for turn in range(shape.turns)], system)
 
 
-def _turn(shape: Shape, seed: int, number: int, turn: int) -> Turn:
+def _turn(shape: Shape, seed: int, number: int, turn: int) -> PlannedTurn:
     if shape.prompt_tokens is None:
-        return Turn(QUESTIONS[(number + turn) % len(QUESTIONS)], shape.output_tokens)
+        return PlannedTurn(QUESTIONS[(number + turn) % len(QUESTIONS)], shape.output_tokens)
     # Not through the cache of `filler`: these texts are used once.
     text = filler.__wrapped__(f"{seed}/{number}/{turn}", words(shape.prompt_tokens, shape.words_per_token))
-    return Turn(text, shape.output_tokens)
+    return PlannedTurn(text, shape.output_tokens)
 
 
-def arrivals(conversations: Iterator[Conversation], rate: Rate, seed: int) -> Iterator[Arrival]:
+def arrivals(conversations: Iterator[PlannedConversation], rate: Rate, seed: int) -> Iterator[Arrival]:
     """Conversations at a rate, for an open loop."""
     rng = Random(f"{seed}/arrivals")
     at_s = 0.0

@@ -17,24 +17,24 @@ _NAMED = re.compile(r"\$\(([A-Za-z_][-.\w]*)\)|\$\{([A-Za-z_]\w*)\}|\$([A-Za-z_]
 _ESCAPED = re.compile(rf"\$(?=[$({_OPEN}])")  # what a kubelet would take for more than a dollar sign
 
 
-def held(name: str) -> str:
+def placeholder(name: str) -> str:
     """What stands for a variable's value."""
     return f"{_OPEN}{name}{_CLOSE}"
 
 
-def is_held(text: str) -> bool:
+def has_placeholder(text: str) -> bool:
     """Whether a part of a text is only known to a cluster."""
     return _OPEN in text
 
 
-def shown_held(text: str) -> str:
+def with_references(text: str) -> str:
     """A text as people wrote it, for messages."""
     return _HELD.sub(r"$(\1)", text)
 
 
 def for_kubelet(text: str) -> str:
     """A text as a container's argument: held variables are references, and other dollar signs are not."""
-    return shown_held(_ESCAPED.sub("$$", text))
+    return with_references(_ESCAPED.sub("$$", text))
 
 
 def names_used(words: Iterable[str], known: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from penstock.bench.answers import JsonAnswer, StreamedAnswer
-from penstock.bench.client import HttpClient, RequestFailed
+from penstock.bench.http_client import HttpClient, RequestFailed
 from penstock.errors import ConfigError
 
 BODY = b'{"stream": true, "messages": []}'

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.prefix_index import most_blocks
-from penstock.engines.vllm.events import CacheEvents, Changes
+from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from penstock.errors import ProtocolError
 
 BLOCK_SIZE = 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.engines.reference.config import MAX_CONFIG_BYTES, ModelConfig, Rope, read_config
+from penstock.engines.reference.model_config import MAX_CONFIG_BYTES, ModelConfig, Rope, read_config
 from penstock.errors import ConfigError
 
 LLAMA: dict[str, Any] = {

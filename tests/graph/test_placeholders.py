@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.graph.held import for_kubelet, held, names_used, shown_held
+from penstock.graph.placeholders import for_kubelet, names_used, placeholder, with_references
 
 
 def expanded_by_kubelet(text: str, env: dict[str, str]) -> str:
@@ -25,12 +25,12 @@ def test_a_kubelet_gives_back_what_was_written(text: str) -> None:
 
 @given(st.text(alphabet="$()A x", max_size=6), st.text(alphabet="$()A x", max_size=6))
 def test_a_kubelet_puts_values_where_variables_are_held(before: str, after: str) -> None:
-    text = for_kubelet(f"{before}{held('A')}{after}")
+    text = for_kubelet(f"{before}{placeholder('A')}{after}")
     assert expanded_by_kubelet(text, {"A": "value"}) == f"{before}value{after}"
 
 
 def test_messages_show_references() -> None:
-    assert shown_held(f"--port {held('PORT')}") == "--port $(PORT)"
+    assert with_references(f"--port {placeholder('PORT')}") == "--port $(PORT)"
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ class HttpClient:
         lines = [f"Host: {url.netloc.rpartition('@')[2]}", "Content-Type: application/json"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._head = "\r\n".join(lines)
-        self._idle: list[_Connection] = []
-        self._open: set[_Connection] = set()
+        self._idle: list[_HttpConnection] = []
+        self._open: set[_HttpConnection] = set()
 
     async def request(self, method: str, path: str, body: bytes, receiver: Receiver) -> None:
         """Send one request and return when its answer is complete.
@@ -98,12 +98,12 @@ class HttpClient:
         for connection in closing:
             await connection.closed.wait()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> _HttpConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._forget), self._host, self._port, ssl=self._ssl
+                    lambda: _HttpConnection(self._forget), self._host, self._port, ssl=self._ssl
                 )
         except TimeoutError:
             raise RequestFailed("connect", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
@@ -112,16 +112,16 @@ class HttpClient:
         self._open.add(connection)
         return connection
 
-    def _forget(self, connection: _Connection) -> None:
+    def _forget(self, connection: _HttpConnection) -> None:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
 
 
-class _Connection(asyncio.Protocol):
+class _HttpConnection(asyncio.Protocol):
     """One connection, with one exchange at a time."""
 
-    def __init__(self, on_lost: Callable[[_Connection], None]) -> None:
+    def __init__(self, on_lost: Callable[[_HttpConnection], None]) -> None:
         self.used = False
         self.answered = False  # some of the current exchange's answer has arrived
         self.reusable = False

@@ -18,7 +18,7 @@ from penstock.shapes import Attempt, EngineStep
 log = logging.getLogger("penstock.engine")
 
 
-class EngineShell(ABC):
+class EngineBase(ABC):
     """The part of the Engine port that does not depend on who takes the turns."""
 
     def __init__(self) -> None:

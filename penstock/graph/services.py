@@ -16,7 +16,6 @@ from penstock.graph.command import (
     parse_command,
     unresolved_reference,
 )
-from penstock.graph.held import held, names_used, shown_held
 from penstock.graph.manifest import (
     FRONTEND_TYPES,
     Container,
@@ -27,6 +26,7 @@ from penstock.graph.manifest import (
     in_source,
     parse_manifest,
 )
+from penstock.graph.placeholders import names_used, placeholder, with_references
 from penstock.graph.versions import in_words_of
 from penstock.options.config import FrontendOptions, WorkerOptions
 from penstock.options.flags import build_options, flags_of
@@ -126,8 +126,9 @@ def build_graph(
     """The graph of a checked manifest.
 
     Args:
-        cluster: None where no cluster runs it. With one, variables that it sets are held open (held.py),
-            and a model is served under the name that the manifest gives it, as Dynamo does.
+        cluster: None where no cluster runs it. With one, variables that it sets are held open
+            (placeholders.py), and a model is served under the name that the manifest gives it, as Dynamo
+            does.
 
     Raises:
         ConfigError: one line for each thing that is wrong, `source: path: reason`.
@@ -136,10 +137,10 @@ def build_graph(
     services = builder.services()
     namespace = builder.namespace()
     if builder.wrong:
-        wrong = [in_words_of(manifest.api_version, shown_held(line)) for line in builder.wrong]
+        wrong = [in_words_of(manifest.api_version, with_references(line)) for line in builder.wrong]
         raise ConfigError(in_source(wrong, source))
     name = manifest.metadata.name
-    return Graph(name, namespace or name, services, tuple(map(shown_held, builder.notes)))
+    return Graph(name, namespace or name, services, tuple(map(with_references, builder.notes)))
 
 
 class _Builder:
@@ -200,7 +201,9 @@ class _Builder:
         is_frontend = spec.component_type in FRONTEND_TYPES
         argv = [*container.command, *container.args]
         if self._cluster is not None and (spec.env_from_secret or container.env_from):
-            env |= {used: held(used) for used in names_used(argv, env)}  # some of them may come from there
+            env |= {
+                used: placeholder(used) for used in names_used(argv, env)
+            }  # some of them may come from there
         if is_frontend and (not argv or argv == ["python3"]):
             argv = list(_DEFAULT_FRONTEND)
         elif is_frontend and argv[0] == "-m":  # Dynamo's operator says python3 where a manifest does not
@@ -214,10 +217,14 @@ class _Builder:
 
     def _environment(self, name: str, entries: Iterable[Env]) -> dict[str, str]:
         """Later entries win, and may refer to earlier ones as `$(NAME)`."""
-        env = {variable: held(variable) for variable in self._cluster.variables} if self._cluster else {}
+        env = (
+            {variable: placeholder(variable) for variable in self._cluster.variables}
+            if self._cluster
+            else {}
+        )
         for entry in entries:
             if entry.value_from is not None and self._cluster is not None:
-                env[entry.name] = held(entry.name)
+                env[entry.name] = placeholder(entry.name)
             elif entry.value_from is not None:
                 self.notes.append(
                     f"{name}: {entry.name} is set by the cluster; set it yourself if it is needed"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from penstock.engines.vllm.held import HeldHandoffs
+from penstock.engines.vllm.held_handoffs import VllmHeldHandoffs
 from tests.waiting import until
 
 INTERVAL_S = 0.02
@@ -41,7 +41,7 @@ class Held:
     def __init__(self) -> None:
         self.workers = Workers()
         self.fewer = 0
-        self.handoffs = HeldHandoffs(self.workers, INTERVAL_S, self._on_fewer)  # type: ignore[arg-type]
+        self.handoffs = VllmHeldHandoffs(self.workers, INTERVAL_S, self._on_fewer)  # type: ignore[arg-type]
 
     def _on_fewer(self) -> None:
         self.fewer += 1

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
-from penstock.launcher import logs
-from penstock.launcher.logs import Console, LineSplitter, LogFile, prefixed
+from penstock.launcher import output
+from penstock.launcher.output import Console, LineSplitter, LogFile, prefixed
 from penstock.launcher.state import StateFolder
 from penstock.launcher.tail import last_lines, select_logs
 
@@ -52,7 +52,7 @@ def test_lines_do_not_depend_on_chunks(chunks: list[bytes]) -> None:
 
 
 def test_an_endless_line_is_shown_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_LINE_BYTES_MAX", 4)
+    monkeypatch.setattr(output, "_LINE_BYTES_MAX", 4)
     splitter = LineSplitter()
     assert splitter.feed(b"abcdefghi") == [b"abcd", b"efgh"]
     assert splitter.flush() == [b"i"]
@@ -82,7 +82,7 @@ class Stopped(io.StringIO):
 
 
 def test_a_stopped_terminal_holds_up_nobody_and_is_told_what_it_missed(monkeypatch) -> None:
-    monkeypatch.setattr(logs, "_PENDING_LINES_MAX", 3)
+    monkeypatch.setattr(output, "_PENDING_LINES_MAX", 3)
     out = Stopped()
     console = Console(out, colour=False, width=1)
     console.write("a", "0")
