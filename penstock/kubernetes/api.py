@@ -1,8 +1,8 @@
-"""What Penstock asks of a Kubernetes API server, as a port.
+"""The port to a Kubernetes API server, and its types.
 
-Objects are dicts, as JSON has them: they pass from manifests through here to the server unchanged, fields
-included that this version of Penstock has never heard of. The adapter is `client.py`; tests have a double,
-and hold both to the same contract.
+Objects are dicts, as in JSON. They go from manifests to the server unchanged, including fields that this
+version of Penstock does not know. The adapter is `client.py`. The tests have a double of it, and check both
+against one contract.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Object = dict[str, Any]
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """One kind of objects.
+    """A kind of objects, in one version.
 
     Args:
         group: empty for the core API.
-        plural: what it is called in URLs.
+        plural: the kind's name in URLs.
         namespaced: whether each object is in a namespace.
     """
 
@@ -42,29 +42,29 @@ class Kind(msgspec.Struct, frozen=True):
 
 
 class Listing(NamedTuple):
-    """All objects of a kind at one moment; a watch may go on from its `resource_version`."""
+    """All objects of a kind at one moment. A watch can continue from `resource_version`."""
 
     items: list[Object]
     resource_version: str
 
 
 class Change(NamedTuple):
-    """One message of a watch. `type` is ADDED, MODIFIED, DELETED or BOOKMARK; of a bookmark's object only
-    the resourceVersion means something."""
+    """A message of a watch. `type` is ADDED, MODIFIED, DELETED or BOOKMARK. In a BOOKMARK, only the
+    object's resourceVersion has a meaning."""
 
     type: str
     object: Object
 
 
 class LogLine(NamedTuple):
-    """A line of a container's log, and when it was written, as the node says it (RFC 3339)."""
+    """A line of a container's log, with the time at which the node recorded it (RFC 3339)."""
 
     time: str
     text: str
 
 
 _UNREADABLE = ("failed to convert new object", "failed to create typed patch object")
-"""So begins what older servers say, with status 500, of an applied object with a value of a wrong type."""
+"""Beginnings of the messages with which older servers refuse, with status 500, values of a wrong type."""
 
 NAMESPACE_ENDS = "NamespaceTerminating"
 
@@ -75,8 +75,8 @@ class ApiError(PenstockError):
     Args:
         message: one line, without the object that was sent.
         status: HTTP status; 0 when there was no answer.
-        causes: of a refused object, each wrong field and what is wrong with it.
-        reason: the server's, such as `AlreadyExists`; NAMESPACE_ENDS where that is the cause.
+        causes: the wrong fields of a refused object, each with what is wrong with it.
+        reason: the server's reason, such as `AlreadyExists`; NAMESPACE_ENDS if that is a cause.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class ApiError(PenstockError):
 
     @property
     def is_conflict(self) -> bool:
-        """Somebody else changed or made the object first."""
+        """Another client changed or created the object first."""
         return self.status == 409
 
     @property
     def is_expired(self) -> bool:
-        """The resourceVersion to go on from is too old: list again."""
+        """The resourceVersion of a watch is too old: the caller must list again."""
         return self.status == 410
 
     @property
@@ -107,42 +107,42 @@ class ApiError(PenstockError):
 
     @property
     def is_of_ending_namespace(self) -> bool:
-        """Nothing can be created any more where all is being deleted."""
+        """The namespace is being deleted, so nothing can be created in it."""
         return self.is_forbidden and self.reason == NAMESPACE_ENDS
 
     @property
     def is_refused(self) -> bool:
-        """The server will not take this object, however often it is sent."""
+        """The server refuses this object, and would refuse it again."""
         return self.status in (400, 422) or (self.status == 500 and str(self).startswith(_UNREADABLE))
 
 
 class Api(Protocol):
-    """An API server. Every call raises ApiError. `namespace` is empty for all namespaces, or for a kind
-    that has none; `labels` is a selector such as `app=x,role in (a,b)`."""
+    """An API server. Every call may raise ApiError. An empty `namespace` means all namespaces, or a kind
+    without namespaces. `labels` is a selector such as `app=x,role in (a,b)`."""
 
     async def serves(self, kind: Kind) -> bool:
-        """Whether the server has this kind, in this version."""
+        """Whether the server serves this kind in this version."""
 
     async def list(self, kind: Kind, namespace: str = "", labels: str = "") -> Listing:
-        """All objects, consistent at one moment."""
+        """All objects, as of one moment."""
 
     def watch(
         self, kind: Kind, resource_version: str, namespace: str = "", labels: str = "", timeout_s: int = 300
     ) -> AsyncGenerator[Change, None]:
-        """Changes after `resource_version`, for about `timeout_s`; then the iterator ends. A
-        resourceVersion that is too old raises an ApiError that `is_expired`."""
+        """Yield the changes after `resource_version`, for about `timeout_s`. If the resourceVersion is too
+        old, raises an ApiError that `is_expired`."""
 
     async def get(self, kind: Kind, name: str, namespace: str = "") -> Object: ...
 
     async def create(self, kind: Kind, new: Object) -> Object:
-        """Raises a conflict where the name is taken."""
+        """Create an object. Raises a conflict if the name is taken."""
 
     async def replace(self, kind: Kind, changed: Object) -> Object:
-        """Write the object if nobody has changed it since it was read; else raises a conflict."""
+        """Write the object if it has not changed since it was read; else raises a conflict."""
 
     async def apply(self, kind: Kind, wanted: Object, manager: str, *, subresource: str = "") -> Object:
-        """Server-side apply: `manager` owns the fields in `wanted`, takes them from whoever had them, and
-        gives up those that it applied before and that are no longer there."""
+        """Server-side apply: `manager` becomes the owner of the fields in `wanted`, even if others own
+        them, and gives up the fields that it applied before and that are no longer in `wanted`."""
 
     async def patch(
         self,
@@ -156,8 +156,8 @@ class Api(Protocol):
         """JSON merge patch (RFC 7386)."""
 
     async def delete(self, kind: Kind, name: str, namespace: str = "", *, uid: str = "") -> None:
-        """Delete in the background, with what it owns. An object that is not there is no error; one of
-        another `uid` stays, and raises a conflict."""
+        """Delete an object, and in the background the objects that it owns. A missing object is no error.
+        If the object has another `uid`, raises a conflict and deletes nothing."""
 
     def logs(
         self,
@@ -168,12 +168,12 @@ class Api(Protocol):
         since: str = "",
         tail_lines: int | None = None,
     ) -> AsyncGenerator[LogLine, None]:
-        """What a pod's container has written, and goes on writing, until it ends or the connection does.
+        """Yield the log of a container, and follow it until the container or the connection ends.
 
         Args:
-            container: may be empty where the pod has only one.
-            since: RFC 3339; lines of that second are included, all of them.
-            tail_lines: begin with so many of the lines that are there already; all when None.
+            container: may be empty if the pod has only one.
+            since: RFC 3339; all lines of that second are included.
+            tail_lines: begin with this many of the lines already written; None: with all.
         """
 
     async def close(self) -> None: ...

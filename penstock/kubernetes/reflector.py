@@ -1,11 +1,12 @@
-"""All objects of one kind, kept as the API server has them: a list, then a watch of its changes.
+"""A cache of all objects of one kind, kept up to date: the reflector lists the objects, then watches their
+changes.
 
-A watch that ends goes on from where it was; one that fails begins with a new list, and what that list no
-longer has is reported as gone. So whoever follows a reflector hears of every object's latest state, though
-not of each state in between. While the server is away, the last known objects stay.
+A watch that ends is continued where it ended. After a watch that failed, the objects are listed again, and
+those that are no longer listed are reported as deleted. So the callbacks report the latest state of every
+object, though not each state in between. While the server does not answer, the last known objects stay.
 
-A server that says nothing at all looks like one where nothing happens. Hence a watch is ended every
-`watch_s`, by the server; one that outlives that is given up by the client.
+A server that sends nothing looks like one where nothing changes. So the server ends a watch after
+`watch_s`, and the client gives up a watch that lasts longer.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ Key = tuple[str, str]
 """Namespace and name."""
 
 OnChange = Callable[[Object | None, Object | None], None]
-"""Called with an object before and after: None before for a new one, None after for one that is gone."""
+"""Called with an object before and after a change. Before is None for a new object, after for a deleted
+one."""
 
 
 class ReflectorSettings(msgspec.Struct, frozen=True):
     """Times of a reflector.
 
-    watch_s: how long one watch lasts. The longest that a silent server is taken for a calm one.
+    watch_s: how long one watch lasts; the longest time for which a dead server goes unnoticed.
     lasting_s: a watch that ended sooner counts as failed.
-    retry_min_s, retry_max_s: pause after a failure; doubles with each, and is jittered.
+    retry_min_s, retry_max_s: pause after a failure; it doubles with each failure, and is jittered.
     """
 
     watch_s: int = 60
@@ -47,10 +49,10 @@ class Reflector:
     """The objects of `kind` in `namespace` (empty: in all) that match `labels`.
 
     Args:
-        on_change: called for each change, after `items` has it. Must not raise.
-        on_synced: called after each whole list.
-        trim: what is kept of each object; by default all but `managedFields`, which is half of it.
-        index: what `found` finds an object by.
+        on_change: called for each change, after `items` was updated. Must not raise.
+        on_synced: called after each complete list.
+        trim: reduces an object to what is kept; by default `managedFields`, half of an object, are dropped.
+        index: the value by which `found` finds an object.
     """
 
     def __init__(
@@ -93,11 +95,11 @@ class Reflector:
         return self.items.get((namespace, name))
 
     def found(self, value: str) -> list[Object]:
-        """The objects of which `index` says this value."""
+        """The objects for which `index` returns this value."""
         return list(self._found.get(value, {}).values())
 
     async def run(self) -> None:
-        """Follow the server until cancelled."""
+        """Keep the cache up to date until cancelled."""
         failures = 0
         while True:
             began = self._clock.now()
@@ -111,7 +113,7 @@ class Reflector:
                 ended_well = False
             else:
                 ended_well = True
-            # One that ends at once, again and again, is cut by something in between, or not allowed at all.
+            # A watch that keeps ending at once is cut by a proxy, or is not permitted.
             lasted = self._clock.now() - began >= self._settings.lasting_s
             if ended_well and lasted:
                 failures = 0
@@ -156,7 +158,7 @@ class Reflector:
     def _put(self, key: Key, item: Object) -> None:
         before = self.items.get(key)
         if before is not None and uid_of(before) != uid_of(item):
-            # Deleted and made again while nobody looked: another object.
+            # It was deleted and created again in between: another object.
             self._drop(key)
             before = None
         if before is not None:
@@ -180,15 +182,15 @@ class Reflector:
 
     def _fail(self, error: ApiError) -> None:
         if self._version:
-            # A watch broke. Whether the server is away, the next list will tell.
+            # A watch failed. The next list shows whether the server answers.
             self._version = ""
-            if not error.is_expired:  # else the server has just forgotten changes of some minutes ago
-                log.info("%s: the watch ended, all of them are listed again: %s", self.kind, error)
+            if not error.is_expired:  # else the server has only dropped changes of some minutes ago
+                log.info("%s: the watch failed, listing all objects again: %s", self.kind, error)
             return
         reason = str(error)
         if not self._failing:
             self._failed_at = self._clock.now()
-            meanwhile = "what is known stays" if self.synced else "nothing is known yet"
+            meanwhile = "the last known objects stay" if self.synced else "no object is known yet"
             log.warning("%s: the API server does not answer, %s: reason=%r", self.kind, meanwhile, reason)
         self._failing = True
         self.trouble = reason
@@ -200,6 +202,6 @@ class Reflector:
 
 
 def without_managed_fields(item: Object) -> Object:
-    """The object without the record of who set which field."""
+    """The object without `managedFields`, which record who set which field."""
     item["metadata"].pop("managedFields", None)
     return item

@@ -1,10 +1,10 @@
 """How `penstock status`, `scale`, `restart` and `down` reach a running supervisor.
 
-A unix socket, open to its owner alone. One request and one response per connection, a line of JSON each;
-both carry the protocol's version, and fields are only added.
+The supervisor listens on a Unix socket that only its owner can open. A connection carries one request and
+one response, each a line of JSON. Both carry the protocol's version. New versions only add fields.
 
-A request expires a few seconds before its caller stops waiting for the answer. A supervisor that stood
-still for longer refuses it, so that what was reported as failed is not carried out later.
+A request expires a few seconds before its caller stops waiting for the response. A supervisor that was
+suspended for longer refuses the request. So it never carries out later what the command reported as failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VERSION = 1
 _LINE_BYTES_MAX = 1024 * 1024
 _REQUEST_TIMEOUT_S = 5.0
 _CALL_TIMEOUT_S = 15.0
-_ANSWER_S = 5.0  # of these, for the answer to a request that came just in time
+_ANSWER_S = 5.0  # of the call timeout, for the response to a request that came just before it expired
 
 
 class ControlRequest(msgspec.Struct, omit_defaults=True):
@@ -42,7 +42,7 @@ class ControlRequest(msgspec.Struct, omit_defaults=True):
 
 
 class LocalServiceStatus(msgspec.Struct):
-    """One service and its replicas, leaving ones included."""
+    """One service and its replicas, including those that are stopping."""
 
     name: str
     label: str
@@ -55,18 +55,18 @@ class LocalGraphStatus(msgspec.Struct):
 
     graph: str
     pid: int
-    ready: bool  # all replicas are
+    ready: bool  # whether all replicas are ready
     uptime_s: float
     services: list[LocalServiceStatus]
     health: dict[str, dict[str, Any]] = {}  # each frontend's /health by URL
     notes: list[str] = []
     restarting: list[str] = []  # replicas that a rolling restart has yet to replace
-    replaced: dict[str, str] = {}  # by the last restart: name of a replica, and of its successor
-    restart_error: str = ""  # why the last one ended before its end
+    replaced: dict[str, str] = {}  # the last restart's: name of a replica -> name of its successor
+    restart_error: str = ""  # why the last restart stopped early
 
 
 class ControlResponse(msgspec.Struct, omit_defaults=True):
-    """The answer. `error` is a line for the user, empty when all went well."""
+    """The response. `error` is a line for the user; empty when the request succeeded."""
 
     version: int = VERSION
     error: str = ""
@@ -79,7 +79,7 @@ Handler = Callable[[ControlRequest], Awaitable[ControlResponse]]
 
 
 class ControlSocket:
-    """The listening end, at the folder's socket. Errors of `handle` become responses."""
+    """The supervisor's end. `handle` answers each request; an error that it raises becomes a response."""
 
     def __init__(self, folder: StateFolder, handle: Handler) -> None:
         self._folder = folder
@@ -88,7 +88,7 @@ class ControlSocket:
         self._made: os.stat_result | None = None
 
     async def open(self) -> None:
-        """Listen, in place of an earlier socket. Raises ConfigError: it cannot be made."""
+        """Listen, and replace an earlier socket. Raises ConfigError if the socket cannot be made."""
         path = self._folder.socket
         if self._server is not None:
             self._server.close()
@@ -100,14 +100,14 @@ class ControlSocket:
             raise ConfigError(f"cannot listen at {path}: {error.strerror}") from error
 
     def is_reachable(self) -> bool:
-        """Whether its path still leads to it."""
+        """Whether the socket's path still leads to this socket."""
         try:
             return self._made is not None and os.path.samestat(os.stat(self._folder.socket), self._made)
         except OSError:
             return False
 
     def close(self) -> None:
-        """Stop listening, and remove it."""
+        """Stop listening, and remove the socket's file."""
         reachable = self.is_reachable()
         if self._server is not None:
             self._server.close()
@@ -121,14 +121,14 @@ class ControlSocket:
             writer.write(msgspec.json.encode(await _respond(line, self._handle)) + b"\n")
             await asyncio.wait_for(writer.drain(), _REQUEST_TIMEOUT_S)
         except (OSError, ValueError, TimeoutError):
-            pass  # gone, silent, or a line too long: nobody to tell
+            pass  # the caller is gone or silent, or sent too long a line: no response can reach it
         finally:
             writer.close()
 
 
 @asynccontextmanager
 async def serving_control(control: ControlSocket) -> AsyncIterator[None]:
-    """Listen on this socket, which is gone afterwards."""
+    """Listen on this socket while the block runs, and remove it afterwards."""
     await control.open()
     try:
         yield
@@ -140,9 +140,11 @@ async def _respond(line: bytes, handle: Handler) -> ControlResponse:
     try:
         request = msgspec.json.decode(line, type=ControlRequest)
         if request.version > VERSION:
-            return ControlResponse(error=f"the running supervisor knows version {VERSION} of control only")
+            return ControlResponse(
+                error=f"the running supervisor only knows version {VERSION} of this protocol"
+            )
         if 0 < request.expires_at < time.monotonic():
-            return ControlResponse(error="this came too late: whoever asked is not waiting for it any more")
+            return ControlResponse(error="the request came too late: its sender waits no longer")
         return await handle(request)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return ControlResponse(error=f"not a request: {error}")
@@ -151,11 +153,11 @@ async def _respond(line: bytes, handle: Handler) -> ControlResponse:
 
 
 def call(folder: StateFolder, request: ControlRequest) -> ControlResponse:
-    """Ask a running supervisor. Blocking.
+    """Send a request to a running supervisor, and wait for the response.
 
     Raises:
-        ConfigError: nobody is there, or it refuses.
-        RemoteError: it does not answer, or not in words that this version knows.
+        ConfigError: the graph is not running, or the supervisor refuses the request.
+        RemoteError: the supervisor does not respond, or this version cannot read its response.
     """
     request = msgspec.structs.replace(request, expires_at=time.monotonic() + _CALL_TIMEOUT_S - _ANSWER_S)
     try:
@@ -177,9 +179,7 @@ def call(folder: StateFolder, request: ControlRequest) -> ControlResponse:
     try:
         response = msgspec.json.decode(line, type=ControlResponse)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RemoteError(
-            f"the supervisor of {folder.graph} answered what is no response: {error}"
-        ) from error
+        raise RemoteError(f"the supervisor of {folder.graph} sent an invalid response: {error}") from error
     if response.error:
         raise ConfigError(response.error)
     return response

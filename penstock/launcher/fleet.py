@@ -1,4 +1,4 @@
-"""One service's replicas, and what people are told once a graph is ready."""
+"""The replicas of one service, and the lines that a ready graph prints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from penstock.launcher.state import own_command
 
 @dataclass(slots=True, eq=False)
 class Fleet:
-    """The replicas of a service: those wanted, and those on their way out.
+    """The replicas of a service: those that are wanted, and those that are stopping.
 
-    While one is replaced, it is counted once: either its successor is on trial beside it, or it leaves
+    A replica that is being replaced counts once. Either its successor is on trial beside it, or it stops
     first, and its place is reserved for the successor.
     """
 
@@ -33,22 +33,22 @@ class Fleet:
 
     @property
     def settled(self) -> list[Replica]:
-        """The wanted ones, but for one on trial."""
+        """The wanted replicas, without a successor that is on trial."""
         return [replica for replica in self.wanted if replica is not self.on_trial]
 
     @property
     def count(self) -> int:
-        """How many people want."""
+        """The number of replicas that the user asked for."""
         return len(self.settled) + (self.reserved is not None)
 
     @property
     def newest_first(self) -> list[Replica]:
-        """The settled ones, in the order in which a smaller fleet gives them up."""
+        """The settled replicas, in the order in which scaling down stops them."""
         return sorted(self.settled, key=lambda replica: replica.index, reverse=True)
 
     @property
     def next_index(self) -> int:
-        """The number of the next replica. A leaving one keeps its own."""
+        """The number of the next replica. A replica that is stopping keeps its number."""
         return lowest_free_index(replica.index for replica in self.replicas)
 
     @property
@@ -58,7 +58,7 @@ class Fleet:
         )
 
     def answers_to(self, name: str) -> bool:
-        """Whether people mean this service: its name in any case, or its label."""
+        """Whether `name` is this service's name, in any case, or its label."""
         return name.lower() in (self.service.name.lower(), self.label)
 
     def status(self) -> LocalServiceStatus:
@@ -71,12 +71,12 @@ class Fleet:
 
 
 def ready_lines(urls: Sequence[str], model: str, took_s: float) -> list[str]:
-    """The banner: where the graph is served, and a first request that can be pasted.
+    """The lines that say where the graph is served, with a first request to paste.
 
     Args:
         urls: of the frontends.
-        model: a served name.
-        took_s: from the start until all was healthy.
+        model: the served name of a model.
+        took_s: seconds from the start until all replicas were ready.
     """
     if not urls:
         return [f"Ready after {took_s:.1f} s, without a frontend"]

@@ -1,4 +1,4 @@
-"""Which GPUs this machine has, and who got them."""
+"""The machine's GPUs, and which of them are free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _QUERY_TIMEOUT_S = 10.0
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """The GPUs that this process may hand out: CUDA_VISIBLE_DEVICES when it is set, else all."""
+    """The GPUs that this process may use: those in CUDA_VISIBLE_DEVICES when it is set, else all."""
     if VISIBLE_VARIABLE in environ:
         return [gpu.strip() for gpu in environ[VISIBLE_VARIABLE].split(",") if gpu.strip()]
     try:
@@ -27,7 +27,8 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 class GpuPool:
-    """GPUs, each with at most one replica. Lowest first, so that a restart finds the same ones."""
+    """GPUs, each used by at most one replica. The lowest go first, so that a restart takes the same
+    ones."""
 
     def __init__(self, gpus: Sequence[str]) -> None:
         self._all = tuple(gpus)

@@ -1,4 +1,4 @@
-"""A frontend's /health."""
+"""Fetches a frontend's /health."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BODY_BYTES_MAX = 1024 * 1024
 
 
 async def fetch_health(url: str, timeout_s: float) -> dict[str, Any]:
-    """The JSON of GET /health, whatever its HTTP status; `unreachable` as its status when there is none."""
+    """The JSON of GET /health, whatever the HTTP status. Without an answer, its status is `unreachable`."""
     return await asyncio.to_thread(_fetch, url, timeout_s)
 
 

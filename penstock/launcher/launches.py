@@ -1,4 +1,4 @@
-"""What is started for a replica: words and environment. Pure."""
+"""The command line and the environment of each replica's process. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from penstock.options.flags import build_options
 
 _LOOPBACK = "127.0.0.1"
 _GPU_ENGINES = ("vllm",)
-# A fixed port is for a pod of one's own: here many workers share the machine. What was lent is not theirs.
+# A fixed port suits one worker in a pod; here many workers share the machine. And what this process
+# inherited is not for them.
 _DROPPED_VARIABLES = ("DYN_SYSTEM_PORT", "PENSTOCK_SYSTEM_PORT", INHERITED_VARIABLE)
-# Processes that each take all cores for their matrix products only get in each other's way.
+# Processes that each use all cores for matrix products slow each other down.
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """One replica, ready to start."""
+    """The process of one replica, as it is to be started."""
 
     service: str
     name: str  # "prefill-0"
@@ -36,7 +37,7 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Site(msgspec.Struct, frozen=True):
-    """What all replicas of a running graph share."""
+    """The settings that all replicas of a running graph share."""
 
     graph: Graph
     discovery: Path
@@ -47,7 +48,7 @@ class Site(msgspec.Struct, frozen=True):
 
 
 def labels(graph: Graph) -> dict[str, str]:
-    """What each service's instances are called: by role, with the service's name where two share one."""
+    """The label of each service: its role, and its name as well where two services have the same role."""
     taken = [service.label for service in graph.services]
     return {
         service.name: service.label
@@ -58,15 +59,15 @@ def labels(graph: Graph) -> dict[str, str]:
 
 
 def gpus_needed(service: Service) -> int:
-    """GPUs of one replica; engines that compute on the CPU need none, whatever the manifest reserves."""
+    """The number of GPUs for one replica. Engines on the CPU need none, whatever the manifest reserves."""
     return service.gpus if service.flags.get("engine") in _GPU_ENGINES else 0
 
 
 def check_gpus(graph: Graph, available: int) -> list[str]:
-    """Warnings about GPUs that a graph reserves and does not get.
+    """Warnings about GPUs that the manifest reserves and the graph does not use.
 
     Raises:
-        ConfigError: an engine that cannot run without them would not get them.
+        ConfigError: the machine has too few GPUs for the engines that need them.
     """
     needs = {service.name: service.replicas * gpus_needed(service) for service in graph.services}
     if sum(needs.values()) > available:
@@ -121,7 +122,7 @@ def plan_frontend(site: Site, service: Service, index: int, port: int) -> Launch
 
 
 def _url_host(host: str) -> str:
-    """The host in a URL that reaches, from this machine, who listens on `host`."""
+    """The host of a URL by which this machine reaches a server that listens on `host`."""
     if host in (_LOOPBACK, "0.0.0.0", "::"):
         return "localhost"
     return f"[{host}]" if ":" in host else host
@@ -133,7 +134,7 @@ def manifest_port(service: Service) -> int:
 
 
 def lowest_free_index(taken: Iterable[int]) -> int:
-    """The smallest number that no replica has, be it leaving."""
+    """The smallest number that no replica has, stopping replicas included."""
     used = set(taken)
     return next(index for index in range(len(used) + 1) if index not in used)
 
@@ -147,7 +148,7 @@ def _shared_flags(site: Site) -> dict[str, str]:
 
 
 def _environment(site: Site, service: Service, defaults: Mapping[str, str]) -> dict[str, str]:
-    """This process's own, over the defaults; the manifest's over both."""
+    """The defaults, overridden by this process's environment, overridden by the manifest's."""
     env = {**defaults, **site.environ, **service.env}
     for variable in _DROPPED_VARIABLES:
         env.pop(variable, None)

@@ -1,4 +1,4 @@
-"""Where the output of instances goes: a bounded file each, and the terminal, prefixed."""
+"""Writes the output of processes: each to a log file of limited size, and all to the terminal."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
-_LINE_BYTES_MAX = 32 * 1024  # longer lines are shown in parts
-_PENDING_LINES_MAX = 10_000  # for a terminal that is slower than the instances
+_LINE_BYTES_MAX = 32 * 1024  # a longer line is shown in parts
+_PENDING_LINES_MAX = 10_000  # for a terminal that is slower than the processes
 _COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
 _CLOSE_TIMEOUT_S = 2.0
 
 
 class LogFile:
-    """Appends to a file; at `bytes_max` it becomes PATH.1, in place of the one before. One that somebody
-    deleted is made again."""
+    """Appends to a file. At `bytes_max` the file is renamed to PATH.1, which replaces the older one. A file
+    that was deleted is made again."""
 
     def __init__(self, path: Path, bytes_max: int) -> None:
         self._path = path
         self._bytes_max = bytes_max
         self._file: BinaryIO | None = None
         self._size = 0
-        self.error = ""  # why the latest write was lost; a full disk must not stop what is logged
+        self.error = ""  # why the latest write failed; a full disk must not stop the process that logs
 
     def write(self, chunk: bytes) -> None:
         try:
@@ -52,7 +52,7 @@ class LogFile:
 
 
 def leads_to(path: Path, file: IO[Any]) -> bool:
-    """Whether this path still leads to this open file."""
+    """Whether this path still names this open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
@@ -60,13 +60,13 @@ def leads_to(path: Path, file: IO[Any]) -> bool:
 
 
 def prefixed(name: str, line: str, width: int, colour: str | None = None) -> str:
-    """`prefill-0 | line`, the prefix in a terminal's colour if one is given."""
+    """`prefill-0 | line`, with the prefix in a terminal's colour if one is given."""
     prefix = f"{name:<{width}} |"
     return f"\x1b[{colour}m{prefix}\x1b[0m {line}" if colour else f"{prefix} {line}"
 
 
 class LineSplitter:
-    """Chunks to lines. What follows the last line break waits, up to `_LINE_BYTES_MAX`."""
+    """Splits chunks into lines. An unfinished line waits for its end, up to `_LINE_BYTES_MAX`."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -84,9 +84,10 @@ class LineSplitter:
 
 
 class Console:
-    """Prints lines as `prefill-0 | ...`, from a thread: a stopped terminal holds up nobody.
+    """Prints lines as `prefill-0 | ...` from a thread, so that a stopped terminal blocks no process.
 
-    A terminal that cannot keep up misses lines, and is told how many; the files have them all.
+    When the terminal is too slow, lines are left out, and a line says how many. The log files have all of
+    them.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Console:
         self._thread.start()
 
     def write(self, name: str, line: str) -> None:
-        """Queue one line. Returns at once."""
+        """Queue one line for printing. Never waits."""
         with self._wake:
             if len(self._pending) >= _PENDING_LINES_MAX:
                 self._missed += 1
@@ -113,7 +114,7 @@ class Console:
             self._wake.notify()
 
     def close(self) -> None:
-        """Print what is queued, as long as the terminal takes it."""
+        """Print the queued lines, and wait for at most 2 s."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -133,7 +134,7 @@ class Console:
                 self._stream.write("".join(batch))
                 self._stream.flush()
             except (OSError, ValueError):
-                return  # the terminal is gone (or closed): the files go on
+                return  # the terminal is gone or closed; the log files are still written
             if last:
                 return
 

@@ -1,4 +1,4 @@
-"""What a replica needs of this machine: GPUs for a worker, a port for a frontend."""
+"""Gives each replica what it needs of this machine: GPUs to a worker, a port to a frontend."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _DYING_POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """One replica's share."""
+    """The GPUs or the port of one replica."""
 
     gpus: tuple[str, ...] = ()
     port: FrontendPort | None = None
-    for_successor: bool = False  # of a replica that still runs, at another place
+    for_successor: bool = False  # of a replica that still runs and has a place of its own
 
 
 class Places:
-    """All shares, of all services.
+    """The places of all replicas of all services.
 
     Args:
-        host, port: where the first frontend listens; others take the ports that follow. 0: a free one.
+        host, port: where the first frontend listens; the next ones take the ports after it. 0: a free port.
     """
 
     def __init__(self, gpus: Sequence[str], host: str, port: int) -> None:
@@ -42,8 +42,8 @@ class Places:
         self._taken: list[Place] = []
 
     def check_port(self) -> None:
-        """Raises ConfigError: the first frontend's port is in use, or the host is not this machine's. Asks
-        again for a moment: the frontends of a launcher that was just killed die after it."""
+        """Raises ConfigError if the first frontend's port is in use, or the host is not this machine's.
+        Tries for a second: the frontends of a launcher that was just killed end a moment after it."""
         deadline = time.monotonic() + _DYING_S
         while True:
             try:
@@ -55,7 +55,7 @@ class Places:
             time.sleep(_DYING_POLL_S)
 
     def take(self, service: Service) -> Place:
-        """A place for one more replica. Raises ConfigError: there is none."""
+        """A place for one more replica. Raises ConfigError if no GPU or port is free."""
         if service.kind is ServiceKind.FRONTEND:
             place = Place(port=self._next_port())
         else:
@@ -64,8 +64,8 @@ class Places:
         return place
 
     def take_beside(self, place: Place) -> Place | None:
-        """A place for the successor of the replica that has this one, while it is there: the same port, or
-        as many GPUs. None: there are too few."""
+        """A place for the successor of the replica at `place`, beside it: the same port, or as many GPUs.
+        None if too few GPUs are free."""
         if place.port is None and len(place.gpus) > self._gpus.free:
             return None
         beside = Place(self._gpus.take(len(place.gpus)), place.port, for_successor=True)
@@ -73,7 +73,7 @@ class Places:
         return beside
 
     def give_back(self, place: Place) -> None:
-        """Nobody has it any more."""
+        """Free the GPUs and release the port."""
         self._taken.remove(place)
         self._gpus.give_back(place.gpus)
         if place.port is not None:

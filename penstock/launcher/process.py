@@ -1,4 +1,4 @@
-"""One child process: started in a group of its own, its output as a stream."""
+"""Starts a child process in a process group of its own, and reads its output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _READ_BYTES = 64 * 1024
 
 
 class Child:
-    """A running process. Its output must be read to the end, or it will block on it."""
+    """A running process. Read its output to the end: a process whose output nobody reads blocks."""
 
     def __init__(
         self,
@@ -23,46 +23,47 @@ class Child:
         self._process = process
         self._output = output
         self._transport = transport
-        self._buried = False  # it has ended, and what it left behind was killed
+        self._buried = False  # it has ended, and the processes it left behind were killed
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     async def read(self) -> bytes:
-        """The next output, stdout and stderr as they came; empty at the end."""
+        """The next piece of stdout and stderr, in the order of writing; empty at the end."""
         return await self._output.read(_READ_BYTES)
 
     async def wait(self) -> int:
-        """The exit code; the negative signal number when one ended it."""
+        """The exit code; a negative signal number when a signal ended the process."""
         return await self._process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM to the process alone: it knows best how to end what it started itself."""
+        """Send SIGTERM to the process alone: it ends its own children in order."""
         if self._process.returncode is None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to it and all that it started. Once it has ended, only the first call does something: the
-        number of a group that is gone may soon be another's."""
+        """Send SIGKILL to the process and to all that it started. After the process has ended, only the
+        first call sends anything: the number of its group may be used again."""
         if self._buried:
             return
         self._buried = self._process.returncode is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone; or not ours any more
+        # The group may be gone, or its number may belong to another one.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Stop reading, whoever may still hold the other end."""
+        """Stop reading, even if another process still has the other end open."""
         self._transport.close()
 
 
 async def start_child(
     argv: Sequence[str], env: Mapping[str, str], descriptors: Sequence[int] = ()
 ) -> Child:
-    """Start a program, with these descriptors of ours. Raises OSError when it cannot be started."""
+    """Start a program that inherits `descriptors`. Raises OSError when it cannot be started."""
     read_end, write_end = os.pipe()
     reader = asyncio.StreamReader(limit=_READ_BYTES)
-    # Before the program is there: nothing may fail between its start and the care for it.
+    # Before the program starts: nothing may fail between its start and the return of its `Child`.
     transport = await _connect(reader, read_end, write_end)
     try:
         process = await asyncio.create_subprocess_exec(

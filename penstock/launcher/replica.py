@@ -1,8 +1,8 @@
-"""One replica: its process, restarted whenever it ends, until told to stop.
+"""Runs one replica: its process is started again whenever it ends, until the replica is stopped.
 
 starting --ready--> ready --exit--> waiting --pause over--> starting
 any but failed --stop--> stopping --exit--> stopped
-starting, ready --exit with code 2--> failed            a wrong setting: starting it again is no help
+starting, ready --exit with code 2--> failed            a wrong setting: the next start would fail as well
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from penstock.launcher.places import Place
 from penstock.launcher.process import Child, describe_exit, start_child
 from penstock.launcher.settings import LauncherSettings
 
-CONFIG_EXIT_CODE = 2  # of a Penstock command that refused to start
+CONFIG_EXIT_CODE = 2  # of a Penstock command with a wrong setting
 
-_LAST_OUTPUT_S = 2.0  # for what is still in the pipe of a process that ended
+_LAST_OUTPUT_S = 2.0  # for reading the last output of a process that has ended
 
 
 class ReplicaState(StrEnum):
-    """As in the module's table."""
+    """The states in the table above."""
 
     STARTING = "starting"
     READY = "ready"
@@ -53,7 +53,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
 
 
 class Backoff:
-    """Pauses between restarts: doubling up to a limit, back to the shortest after a stable run."""
+    """Pauses between restarts. They double up to a limit; a stable run resets them to the shortest."""
 
     def __init__(self, settings: LauncherSettings) -> None:
         self._settings = settings
@@ -69,18 +69,19 @@ class Backoff:
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What a replica is given by its supervisor.
+    """What the supervisor gives to each replica.
 
-    program: the words before a launch's own.
-    registered: waits until the worker with this launch and pid is; its address.
-    notice: tells people, one line.
+    program: the command before the arguments of a launch.
+    console: where output is shown besides the log files; None: nowhere.
+    registered: waits until the worker with this launch and pid has registered; returns its address.
+    notice: shows a line to the user.
     changed: called after each change of a replica's state.
-    prepare: called before each start of a process: what it will read is there.
+    prepare: called before each start of a process; restores files that the process will read.
     """
 
     program: Sequence[str]
     settings: LauncherSettings
-    console: Console | None  # None: output goes to the files alone
+    console: Console | None
     registered: Callable[[Launch, int], Awaitable[str]]
     notice: Callable[[str], None]
     changed: Callable[[], None]
@@ -88,7 +89,7 @@ class Surroundings(msgspec.Struct, frozen=True):
 
 
 class Replica:
-    """Runs one launch at its place. `run` once; `stop` and `kill` from anywhere on the same event loop."""
+    """Runs one launch. Call `run` once; `stop` and `kill` may be called any time on the same event loop."""
 
     def __init__(
         self, launch: Launch, index: int, place: Place, log: LogFile, surroundings: Surroundings
@@ -114,11 +115,11 @@ class Replica:
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL when its drain time and the margin are over."""
+        """Send SIGTERM, and SIGKILL once the drain time and a margin are over."""
         self._stop.set()
 
     def kill(self) -> None:
-        """Stop it without more patience."""
+        """Stop it at once, without waiting for running requests."""
         self._stop.set()
         self._force.set()
 
@@ -137,7 +138,7 @@ class Replica:
         )
 
     async def run(self) -> None:
-        """Keep it running until stopped."""
+        """Keep the process running until the replica is stopped."""
         backoff = Backoff(self._around.settings)
         while not self.leaving:
             self._become(ReplicaState.STARTING)
@@ -145,7 +146,7 @@ class Replica:
             try:
                 code = await self._run_once()
                 self._last_exit = describe_exit(code)
-            except OSError as error:  # no memory or no processes left: may pass
+            except OSError as error:  # for example no memory or no process number is left; that may pass
                 code = 1
                 self._last_exit = f"cannot be started ({error.strerror})"
             ran_s = time.monotonic() - self._started_at
@@ -192,7 +193,7 @@ class Replica:
                 code = await child.wait()
                 ready.cancel()
                 stopper.cancel()
-                child.kill()  # what it started and left behind
+                child.kill()  # ends processes that it started and left behind
                 await asyncio.wait({output}, timeout=_LAST_OUTPUT_S)
                 output.cancel()
         finally:

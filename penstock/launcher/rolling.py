@@ -1,7 +1,8 @@
-"""A rolling restart: replicas are replaced one by one, each by one that is ready before the old one leaves.
+"""The rolling restart: replaces replicas one by one. The new replica is ready before the old one stops.
 
-A frontend's successor accepts from the same port. Where there is no GPU for a second worker, the old one
-leaves first, and its place is kept for the new one; the others of its service serve meanwhile.
+A frontend's successor accepts connections from the same port. Where no GPU is free for a second worker, the
+old worker stops first and its place is reserved for the new one. The service's other workers serve
+meanwhile.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from penstock.launcher.replica import Replica, ReplicaState
 
 
 class Fleets(Protocol):
-    """What a restart needs of the supervisor."""
+    """What a rolling restart needs of the supervisor."""
 
     def start(self, fleet: Fleet, place: Place) -> Replica:
-        """Start one more replica of it at this place."""
+        """Start one more replica of this service at this place."""
 
     def place_beside(self, replica: Replica) -> Place | None:
-        """A place for its successor while it still runs; None when there is none."""
+        """A place for the successor of a replica that still runs; None when the machine has none."""
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Wait for a change of some replica that makes this true."""
+        """Wait until `holds` is true; it is called after each change of a replica."""
 
     def notice(self, text: str) -> None:
-        """Tell people."""
+        """Show a line to the user."""
 
 
 class RollingRestart:
-    """One at a time. Everything on one event loop.
+    """At most one restart at a time. All calls are on one event loop.
 
     Args:
         ready_s: seconds that a new replica gets to become ready.
@@ -41,14 +42,15 @@ class RollingRestart:
 
     def __init__(self, fleets: Fleets, ready_s: float) -> None:
         self.left: list[str] = []  # names of the replicas that are still to be replaced
-        self.replaced: dict[str, str] = {}  # by the last restart: a replica's name, and its successor's
-        self.error = ""  # why the last restart ended before its end
+        self.replaced: dict[str, str] = {}  # the last restart's: name of a replica -> name of its successor
+        self.error = ""  # why the last restart stopped early
         self._fleets = fleets
         self._ready_s = ready_s
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, fleets: Sequence[Fleet], tasks: asyncio.TaskGroup) -> list[str]:
-        """Replace all replicas of these, in order; their names. Raises ConfigError during another one."""
+        """Begin to replace all replicas of `fleets`, in order; their names. Raises ConfigError during
+        another restart."""
         if self.left:
             raise ConfigError(f"a restart is under way: {', '.join(self.left)}")
         old = [(fleet, replica) for fleet in fleets for replica in fleet.wanted]
@@ -60,14 +62,14 @@ class RollingRestart:
         return list(self.left)
 
     def cancel(self) -> None:
-        """The graph stops."""
+        """Stop the restart, because the graph stops."""
         if self._task is not None:
             self._task.cancel()
 
     async def _run(self, old: Sequence[tuple[Fleet, Replica]]) -> None:
         try:
             for fleet, replica in old:
-                if not replica.leaving:  # by `scale`, meanwhile
+                if not replica.leaving:  # `scale` may have stopped it meanwhile
                     await self._replace(fleet, replica)
                 self.left.pop(0)
             self._fleets.notice("rolling restart done")
@@ -93,7 +95,7 @@ class RollingRestart:
         if old.leaving:  # `scale` took the place from both
             new.stop()
         elif new.state is not ReplicaState.READY:
-            new.stop()  # the old one stays
+            new.stop()  # the old one keeps running
             raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
         else:
             self.replaced[old.launch.name] = new.launch.name
@@ -113,7 +115,8 @@ class RollingRestart:
             raise ConfigError(f"{new.launch.name} did not start: {new.last_line}")
 
     async def _settle(self, new: Replica, is_moot: Callable[[], bool]) -> None:
-        """Until it is ready, or known not to be, or need not be any more."""
+        """Wait until the new replica is ready or has failed, or `is_moot` says that it is no longer
+        needed."""
         try:
             async with asyncio.timeout(self._ready_s):
                 await self._fleets.until(lambda: new.state is not ReplicaState.STARTING or is_moot())

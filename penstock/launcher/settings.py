@@ -1,4 +1,4 @@
-"""What can be set about a launcher, and its limits."""
+"""The settings and limits of the launcher."""
 
 from __future__ import annotations
 
@@ -6,45 +6,46 @@ import msgspec
 
 
 class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How processes are started, watched, restarted and stopped."""
+    """How the launcher starts, watches, restarts and stops processes."""
 
     http_host: str = "127.0.0.1"
     """Address that frontends listen on."""
 
     http_port: int | None = None
-    """Port of the first frontend, others follow; 0 takes free ones; None: as the manifest says."""
+    """Port of the first frontend; the next ones take the ports after it. 0: free ports. None: the
+    manifest's."""
 
     restart_min_s: float = 0.5
-    """Pause before the first restart; doubles with each one that follows."""
+    """Pause before the first restart; it doubles with each further restart."""
 
     restart_max_s: float = 30.0
-    """Longest pause: short enough that a repaired cause is picked up while one watches."""
+    """Longest pause before a restart: short enough for a user who has repaired the cause and waits."""
 
     stable_s: float = 30.0
-    """A process that ran this long is well: its next restart starts with the shortest pause again."""
+    """After a run of this length, the next restart has the shortest pause again."""
 
     accept_after_s: float = 3.0
-    """What a frontend that crashed gets to find its workers again before it accepts connections that it can
-    only answer with 503."""
+    """How long a restarted frontend may look for its workers before it accepts connections, which it then
+    answers with 503."""
 
     kill_margin_s: float = 5.0
-    """Beyond its own drain time, what a process gets to end after SIGTERM. Then SIGKILL."""
+    """Time that a process gets after SIGTERM, beyond its drain time, before SIGKILL."""
 
     start_timeout_s: float = 900.0
-    """What a replica gets to become ready before a rolling restart is ended for it: a large model may have
-    to be downloaded first."""
+    """Time that a new replica gets to become ready before a rolling restart stops with an error. A large
+    model may have to be downloaded first."""
 
     ready_poll_s: float = 0.1
-    """Between looks at whether a starting process is ready."""
+    """Interval between checks whether a starting process is ready."""
 
     health_timeout_s: float = 2.0
-    """For one GET /health."""
+    """Timeout of one GET /health."""
 
     folder_poll_s: float = 0.5
-    """Between looks at whether somebody deleted the state folder."""
+    """Interval between checks whether the state folder was deleted."""
 
     replicas_max: int = 64
-    """Of one service, on this one machine."""
+    """Most replicas of one service."""
 
     log_file_bytes: int = 16 * 1024 * 1024
-    """Size at which an instance's log file is set aside; one older file is kept."""
+    """Size at which a log file is renamed to NAME.log.1, which replaces the older one."""

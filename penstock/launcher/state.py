@@ -1,12 +1,12 @@
-"""Where a running graph keeps its files: lock, control socket, secret, discovery and logs.
+"""The folder in which a running graph keeps its files: lock, control socket, secret, discovery and logs.
 
 .penstock/                  or PENSTOCK_STATE_DIR
   local/                    one folder per graph, 0700
-    lock                    held (flock) while its supervisor lives; holds its pid
+    lock                    locked (flock) while the supervisor runs; contains its pid
     control.sock            see control.py
-    secret                  of the links between its processes, made anew at each start
-    discovery/NAMESPACE/    who is up, see discovery/file.py
-    logs/SERVICE/NAME.log   output of each instance, and NAME.log.1 before it
+    secret                  of the links between the graph's processes; new at each start
+    discovery/NAMESPACE/    the running workers, see discovery/file.py
+    logs/SERVICE/NAME.log   output of each replica; NAME.log.1 holds the output before
     logs/supervisor.log
 """
 
@@ -47,7 +47,7 @@ class StateFolder:
         self.logs = self.path / "logs"
         self.secret = self.path / "secret"
         self._lock = self.path / "lock"
-        self._held: TextIO | None = None  # the lock's file, while this process has it
+        self._held: TextIO | None = None  # the lock's file, while this process holds the lock
         self._secret_text = ""
 
     @property
@@ -60,10 +60,10 @@ class StateFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the graph, its folder made ready for a start; it is free again when this process dies.
+        """Lock the folder and prepare it for a start. The lock ends with this process at the latest.
 
         Raises:
-            ConfigError: another process holds it, or the folder cannot be written.
+            ConfigError: another process holds the lock, or the folder cannot be written.
         """
         self.prepare()
         self._held = self._take_lock()
@@ -77,15 +77,15 @@ class StateFolder:
             self._held = None
 
     def restore(self) -> bool:
-        """Make again what somebody deleted of this folder while it is held: itself, the lock, the secret.
-        Its processes do the same for their logs and registrations.
+        """Make again what was deleted while the graph runs: the folder, the lock, the secret. The graph's
+        processes do the same for their logs and registrations.
 
         Returns:
             whether anything was missing.
 
         Raises:
-            AlreadyRunning: another process made the folder again, and has the lock.
-            ConfigError: it cannot be written.
+            AlreadyRunning: another process has made the folder again and holds the lock.
+            ConfigError: the folder cannot be written.
         """
         assert self._held is not None
         has_lock, has_secret = leads_to(self._lock, self._held), self.secret.exists()
@@ -101,7 +101,7 @@ class StateFolder:
         return True
 
     def is_running(self) -> bool:
-        """Whether some process holds the lock. Raises ConfigError when that cannot be known."""
+        """Whether a process holds the lock. Raises ConfigError when the lock cannot be tested."""
         try:
             with self._lock.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -120,7 +120,7 @@ class StateFolder:
             for folder in (root, self.path, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
-                folder.chmod(0o700)  # whoever made it
+                folder.chmod(0o700)  # even if another program made it
             ignore = root / ".gitignore"
             if root.name == _DEFAULT_ROOT and not ignore.exists():
                 ignore.write_text("*\n")
@@ -128,7 +128,7 @@ class StateFolder:
             raise self._unwritable(error) from error
 
     def _take_lock(self) -> TextIO:
-        """The lock's file, locked, with this process's id in it. Raises ConfigError."""
+        """Lock the lock's file, and write this process's id into it. Raises ConfigError."""
         try:
             lock = os.fdopen(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         except OSError as error:
@@ -163,18 +163,18 @@ class StateFolder:
         return ConfigError(f"cannot write to {self.path}: {error.strerror}")
 
     def _unlockable(self, error: OSError) -> ConfigError:
-        """Some shared file systems have no locks."""
+        """For file systems without locks, as some shared ones are."""
         return ConfigError(f"cannot lock {self._lock}: {error.strerror}")
 
     def _clear_leftovers(self) -> None:
-        """Remove what a killed supervisor left."""
+        """Remove what a killed supervisor left behind."""
         (self.path / "control.sock").unlink(missing_ok=True)
         shutil.rmtree(self.discovery, ignore_errors=True)
         self.secret.unlink(missing_ok=True)
 
 
 def _lock_exclusively(lock: TextIO) -> bool:
-    """Tried again for a moment, since others take the lock briefly to see whether it is held."""
+    """Tries for a moment, since `is_running` of another process takes the lock briefly."""
     for _ in range(_LOCK_TRIES):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,8 +186,8 @@ def _lock_exclusively(lock: TextIO) -> bool:
 
 
 def own_command() -> str:
-    """How to call this program from here. It may be in an environment that is not on the PATH, while
-    another program of its name is, or not be installed at all."""
+    """The command by which the user can call this program from the working directory. `penstock` may not
+    be on the PATH, may be another program there, or may not be installed at all."""
     script = Path(sys.executable).with_name("penstock")
     if not script.exists():
         return f"{_shorter(sys.executable)} -m penstock"
@@ -197,7 +197,7 @@ def own_command() -> str:
 
 
 def _shorter(path: str) -> str:
-    """A path from the root or from the working directory, whichever is shorter."""
+    """The absolute path, or the path from the working directory, whichever is shorter."""
     return min(os.path.relpath(path), path, key=len)
 
 
@@ -207,7 +207,7 @@ def state_root(environ: Mapping[str, str]) -> Path:
 
 
 def running_states(root: Path) -> list[StateFolder]:
-    """The folders of all graphs whose supervisor lives, by name."""
+    """The folders of all graphs whose supervisor runs, sorted by name."""
     return [folder for folder in _states(root) if folder.is_running()]
 
 
@@ -216,13 +216,13 @@ def _states(root: Path) -> list[StateFolder]:
 
 
 def find_state(root: Path, graph: str = "", *, running: bool = True) -> StateFolder:
-    """The folder of a graph by name, or of the only one there is.
+    """The folder of the graph with this name, or of the only graph.
 
     Args:
-        running: consider only graphs whose supervisor lives; else those only come first.
+        running: consider only graphs whose supervisor runs; else a single running graph is preferred.
 
     Raises:
-        ConfigError: there is none, or there are several and none was named.
+        ConfigError: there is no such graph, or there are several and `graph` names none.
     """
     folders = _states(root)
     living = running_states(root)

@@ -1,4 +1,4 @@
-"""The supervisor: keeps a graph's replicas running, and answers the control socket."""
+"""The supervisor: keeps the replicas of a graph running, and serves the control socket."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from penstock.options.config import DiscoveryUrl, discovery_directory
 from penstock.shapes import Registration
 
 PROGRAM = (sys.executable, "-m", "penstock")
-NAME = "penstock"  # of the supervisor's own lines
+NAME = "penstock"  # the prefix of the supervisor's own lines
 
 
 class Supervisor:
-    """Runs a graph until it is interrupted. The folder must be locked for as long as it runs."""
+    """Runs a graph until it is stopped. The folder must be locked while it runs."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Supervisor:
         show_output: bool = True,
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        """Raises ConfigError when the graph cannot run here: too many replicas, GPUs, ports."""
+        """Raises ConfigError when the graph cannot run here: too many replicas, too few GPUs or ports."""
         self._graph = graph
         self._folder = folder
         self._settings = settings
@@ -93,10 +93,10 @@ class Supervisor:
         self._folder_trouble = ""
 
     async def run(self) -> None:
-        """Start everything, keep it running, stop it in order after `stop`.
+        """Start all replicas, keep them running, and stop them in order after `stop`.
 
         Raises:
-            ConfigError: a process refused to start before the graph was ever ready.
+            ConfigError: a process refused to start before the graph was first ready.
         """
         discovery = FileDiscovery(
             discovery_directory(
@@ -126,20 +126,20 @@ class Supervisor:
             raise ConfigError(self._failure)
 
     def stop(self) -> None:
-        """Stop everything in order, however often this is called."""
+        """Begin to stop all replicas in order. Further calls change nothing."""
         if not self._stopping.is_set():
             self.notice("stopping (again to stop without waiting for requests)")
             self._stopping.set()
 
     def interrupt(self) -> None:
-        """Stop everything in order; the second time, at once."""
+        """Begin to stop all replicas in order; the second call kills them."""
         if self._stopping.is_set():
             for replica in self._replicas():
                 replica.kill()
         self.stop()
 
     def notice(self, text: str) -> None:
-        """A line of the supervisor's own, to terminal and log."""
+        """Write a line of the supervisor's own to the terminal and to its log."""
         self._console.write(NAME, text)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._notices.write(f"{stamp} {text}\n".encode())
@@ -164,7 +164,8 @@ class Supervisor:
         return replica
 
     def _grow(self, more: Mapping[Fleet, int]) -> None:
-        """Start so many more replicas of each, or none. Raises ConfigError: no GPU, no port."""
+        """Start the given numbers of new replicas, or none. Raises ConfigError if GPUs or ports are
+        missing."""
         taken: list[tuple[Fleet, Place]] = []
         try:
             for fleet, count in more.items():
@@ -177,7 +178,7 @@ class Supervisor:
             self.start(fleet, place)
 
     def place_beside(self, replica: Replica) -> Place | None:
-        """A place for its successor while it still runs; None when this machine has none."""
+        """A place for the successor of a replica that still runs; None when this machine has none."""
         return self._places.take_beside(replica.place)
 
     def _start_all(self) -> None:
@@ -196,7 +197,7 @@ class Supervisor:
             self._look()
 
     async def _stop_all(self) -> None:
-        """Frontends first: their running requests still need the workers."""
+        """Stop frontends before workers: their running requests still need the workers."""
         for kind in (ServiceKind.FRONTEND, ServiceKind.WORKER):
             fleets = [fleet for fleet in self._fleets if fleet.service.kind is kind]
             for replica in [replica for fleet in fleets for replica in fleet.replicas]:
@@ -204,13 +205,13 @@ class Supervisor:
             await self.until(partial(_all_gone, fleets))
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Look again whenever some replica has changed."""
+        """Wait until `holds` is true; it is called after each change of a replica."""
         while not holds():
             self._changed.clear()
             await self._changed.wait()
 
     def _wanted_port(self) -> int:
-        """The first frontend's."""
+        """The port of the first frontend."""
         for fleet in self._fleets:
             if fleet.service.kind is ServiceKind.FRONTEND:
                 wanted = self._settings.http_port
@@ -220,14 +221,14 @@ class Supervisor:
     # --- readiness ----------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Some replica changed."""
+        """Called after each change of a replica."""
         self._changed.set()
         failed = [replica for replica in self._replicas() if replica.state is ReplicaState.FAILED]
         if failed and not self._was_ready and not self._failure:
             self._fail(f"{failed[0].launch.name} refused to start: {failed[0].last_line}")
 
     def _fail(self, reason: str) -> None:
-        """Stop, and have `run` raise this."""
+        """Stop the graph, and have `run` raise a ConfigError with this reason."""
         self._failure = reason
         self._stopping.set()
 
@@ -243,7 +244,7 @@ class Supervisor:
 
     def _urls(self) -> list[str]:
         urls = [replica.launch.url for fleet in self._fleets for replica in fleet.wanted]
-        return list(dict.fromkeys(url for url in urls if url))  # two have the same for a while
+        return list(dict.fromkeys(url for url in urls if url))  # a successor's is the same
 
     async def _keep_folder(self) -> None:
         while True:
@@ -251,8 +252,8 @@ class Supervisor:
             await self._restore_folder()
 
     async def _restore_folder(self) -> None:
-        """Make again what somebody deleted of the state folder: without it no command reaches this graph,
-        and none of its processes can be started again."""
+        """Make again what was deleted of the state folder. Without it no command reaches this graph, and
+        its processes cannot be started again."""
         trouble = ""
         async with self._restoring:
             try:
@@ -261,17 +262,17 @@ class Supervisor:
                     await self._control.open()
                     restored = True
                 if restored:
-                    self.notice(f"{self._folder.path} was deleted, at least in part: made again")
+                    self.notice(f"{self._folder.path} was deleted, at least in part; it was made again")
             except AlreadyRunning as error:
-                self._fail(f"{self._folder.path} was deleted, and is another's now: {error}")
+                self._fail(f"{self._folder.path} was deleted, and another launcher uses it now: {error}")
             except ConfigError as error:
-                trouble = f"{error}. Commands do not reach this graph; to stop it: kill {os.getpid()}"
+                trouble = f"{error}. No command reaches this graph; to stop it: kill {os.getpid()}"
         if trouble and trouble != self._folder_trouble:
             self.notice(trouble)
         self._folder_trouble = trouble
 
     async def _until_registered(self, launch: Launch, pid: int) -> str:
-        """Until this worker's process is registered; its address."""
+        """Wait until this worker's process is registered; return its address."""
         while True:
             registration = self._registered.get(launch.instance_id)
             if registration is not None and registration.pid == pid:
@@ -304,7 +305,7 @@ class Supervisor:
             service name: replicas wanted before and now.
 
         Raises:
-            ConfigError: no such service, a number out of range, too few GPUs, or all is stopping.
+            ConfigError: no such service, a number out of range, too few GPUs, or the graph is stopping.
         """
         if self._stopping.is_set():
             raise ConfigError(f"{self._graph.name} is stopping")
@@ -320,7 +321,7 @@ class Supervisor:
         return {fleet.service.name: (before[fleet], wanted[fleet]) for fleet in wanted}
 
     def _shrink(self, fleet: Fleet, count: int) -> None:
-        """Stop so many replicas, the newest first. The first to go is one that waits for its place."""
+        """Stop `count` replicas, the newest first. A reserved place is given up before any of them."""
         if count > 0 and fleet.reserved is not None:
             place, fleet.reserved = fleet.reserved, None
             if not any(replica.place is place for replica in fleet.replicas):
@@ -337,7 +338,7 @@ class Supervisor:
             the replicas' names, in order.
 
         Raises:
-            ConfigError: no such service, all is stopping, or a restart is under way.
+            ConfigError: no such service, the graph is stopping, or a restart is under way.
         """
         if self._stopping.is_set():
             raise ConfigError(f"{self._graph.name} is stopping")
@@ -357,7 +358,7 @@ class Supervisor:
         raise ConfigError(f"{name}: no such service{suggestion(name, known)}; there are {', '.join(known)}")
 
     async def status(self) -> LocalGraphStatus:
-        """Everything, with the frontends' /health asked for now."""
+        """The status of the graph. Fetches each frontend's /health."""
         urls = self._urls()
         answers = await asyncio.gather(
             *(fetch_health(url, self._settings.health_timeout_s) for url in urls)

@@ -1,4 +1,4 @@
-"""Reading the log files of a graph, running or not."""
+"""Reads the log files of a graph, for `penstock logs`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from penstock.launcher.output import LineSplitter
 from penstock.launcher.state import StateFolder
 
 _BLOCK_BYTES = 64 * 1024
-_READ_BYTES_MAX = 16 * 1024 * 1024  # looked through for the last lines of one file
+_READ_BYTES_MAX = 16 * 1024 * 1024  # most bytes of one file that are searched for its last lines
 _POLL_S = 0.2
 
-LogLine = tuple[str, str]  # instance name, line
+LogLine = tuple[str, str]  # replica's name, line
 
 
 def select_logs(folder: StateFolder, names: Sequence[str]) -> dict[str, Path]:
-    """The log files of services, roles or instances; all of them when none is named.
+    """The log files of the named services, roles or replicas; all log files when `names` is empty.
 
     Raises:
-        ConfigError: a name fits nothing.
+        ConfigError: a name matches no log file.
     """
     files = {path.stem: path for path in sorted(folder.logs.glob("*/*.log"))}
     selected = {} if names else dict(files)
@@ -51,7 +51,7 @@ def _fits(wanted: str, name: str, path: Path) -> bool:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, from the one set aside before it too when it is short."""
+    """The last lines of a log file. A short file is preceded by the end of PATH.1, the older one."""
     if count <= 0:
         return []
     lines = _tail(path, count)
@@ -79,7 +79,7 @@ def _tail(path: Path, count: int) -> list[str]:
 
 
 def follow_logs(folder: StateFolder, names: Sequence[str]) -> Iterator[LogLine]:
-    """Lines as they are written, from now on, of instances that come later too; ends with the graph."""
+    """New lines as they are written, also of replicas that start later. Ends when the graph stops."""
     with ExitStack() as opened:
         followed: dict[str, _Followed] = {}
         from_end = True
@@ -98,7 +98,7 @@ def follow_logs(folder: StateFolder, names: Sequence[str]) -> Iterator[LogLine]:
 
 
 class _Followed:
-    """One file, across its rotations."""
+    """A log file that is read on after it was renamed and begun anew."""
 
     def __init__(self, path: Path, *, from_end: bool) -> None:
         self._path = path
@@ -116,7 +116,7 @@ class _Followed:
     def read(self) -> list[str]:
         lines = self._read_on()
         if self._replaced():
-            lines += self._read_on()  # what came between the two looks
+            lines += self._read_on()  # written between the first read and the check
             self._file.close()
             self._file = self._path.open("rb")
             lines += self._read_on()
@@ -129,7 +129,7 @@ class _Followed:
         try:
             return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
         except FileNotFoundError:
-            return False  # between the renaming and the new file
+            return False  # the file was renamed, and the new one does not exist yet
 
 
 def _text(line: bytes) -> str:

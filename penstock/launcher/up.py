@@ -1,4 +1,4 @@
-"""`penstock up`: a supervisor in the foreground, or one that stays when the command returns."""
+"""`penstock up`: runs the supervisor in the foreground, or starts one in the background."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from penstock.launcher.state import StateFolder, own_command
 from penstock.launcher.supervisor import PROGRAM, Supervisor
 
 START_TIMEOUT_S = 900.0  # a large model may have to be downloaded first
-STOP_TIMEOUT_S = 900.0  # drain times are the processes' own; this is for one that cannot be killed
+STOP_TIMEOUT_S = 900.0  # longer than drain times; for a process that cannot be killed
 
 _POLL_S = 0.1
 
@@ -37,7 +37,7 @@ def run_graph(
     """Run a graph until a signal stops it.
 
     Raises:
-        ConfigError: it is running already, or cannot run here.
+        ConfigError: the graph is running already, or cannot run on this machine.
     """
     with folder.locked():
         width = max(len(label) for label in labels(graph).values()) + len("-00")
@@ -62,18 +62,18 @@ async def _run_until_signalled(supervisor: Supervisor) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.interrupt)
-    # A terminal that closes says so twice, by its shell and by the kernel, and wants nothing killed. With
-    # nohup it is not to be heard at all.
+    # A terminal that closes sends SIGHUP twice, by its shell and by the kernel: the second must not kill
+    # anything. Under nohup, SIGHUP stays ignored.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         loop.add_signal_handler(signal.SIGHUP, supervisor.stop)
     await supervisor.run()
 
 
 def start_detached(folder: StateFolder, arguments: Sequence[str]) -> LocalGraphStatus:
-    """Start `penstock up ARGUMENTS` in a session of its own and wait until all of it is ready.
+    """Start `penstock up ARGUMENTS` in a session of its own, and wait until the graph is ready.
 
     Raises:
-        ConfigError: it is running already, or ended before it was ready, for the reason it gave.
+        ConfigError: the graph is running already, or its supervisor ended before it was ready.
     """
     if folder.is_running():
         raise ConfigError(f"{folder.graph} is already running; stop it: {own_command()} down")
@@ -90,7 +90,7 @@ def start_detached(folder: StateFolder, arguments: Sequence[str]) -> LocalGraphS
     try:
         return _until_ready(folder, supervisor, errors)
     except KeyboardInterrupt:
-        supervisor.terminate()  # who gives up waiting does not want it left behind
+        supervisor.terminate()  # a user who stops waiting does not want the graph
         raise
 
 
@@ -105,7 +105,7 @@ def _until_ready(
             )
         status = _status_or_none(folder)
         if status is not None and status.ready and status.pid == supervisor.pid:
-            supervisor.returncode = 0  # it is on its own now: no warning that it still runs
+            supervisor.returncode = 0  # prevents the warning that the process still runs
             return status
         time.sleep(_POLL_S)
     raise ConfigError(
@@ -114,7 +114,7 @@ def _until_ready(
 
 
 def stop_graph(folder: StateFolder) -> None:
-    """Stop a running graph, and wait until it is gone. Raises ConfigError."""
+    """Stop a running graph, and wait until its supervisor has ended. Raises ConfigError."""
     call(folder, ControlRequest(op="down"))
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while folder.is_running():
@@ -124,8 +124,8 @@ def stop_graph(folder: StateFolder) -> None:
 
 
 def follow_restart(folder: StateFolder, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """These replicas' names, each once it has been replaced, with its successor's; empty when it has none.
-    Raises ConfigError when that ends early."""
+    """The names of these replicas, each as soon as it has been replaced, with the name of its successor
+    (empty if it has none). Raises ConfigError when the restart stops early."""
     left = list(names)
     while left:
         status = call(folder, ControlRequest(op="status")).status
@@ -141,7 +141,7 @@ def _status_or_none(folder: StateFolder) -> LocalGraphStatus | None:
     try:
         return call(folder, ControlRequest(op="status")).status
     except PenstockError:
-        return None  # not listening yet
+        return None  # the supervisor does not listen yet
 
 
 def _last_words(path: Path) -> str:

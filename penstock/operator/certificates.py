@@ -1,6 +1,6 @@
-"""Certificates that the operator makes: an authority for each graph, and what that signs.
+"""Makes certificate authorities and certificates. Keys are P-256 (ECDSA).
 
-Keys are P-256 (ECDSA). Nothing here is sent anywhere or logged.
+Nothing here is sent or logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 90
-_SKEW = timedelta(hours=1)  # of the clocks of those who check
+_SKEW = timedelta(hours=1)  # tolerated error of the clocks of processes that check a certificate
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -40,7 +40,8 @@ def new_authority(name: str, now: datetime) -> Pair:
 
 
 def new_certificate(authority: Pair, name: str, hosts: Sequence[str], now: datetime) -> Pair:
-    """One signed by `authority`. With `hosts` it is for a server of these names, without for a client."""
+    """A certificate signed by `authority`: for a server with these host names, or for a client if `hosts`
+    is empty."""
     issuer = x509.load_pem_x509_certificate(authority.certificate)
     issuer_key = serialization.load_pem_private_key(authority.key, None)
     assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
@@ -62,12 +63,14 @@ def new_certificate(authority: Pair, name: str, hosts: Sequence[str], now: datet
 
 
 def is_due(certificate: bytes, now: datetime) -> bool:
-    """Whether a third of its life or less is left, or it cannot be read."""
+    """Whether a certificate should be renewed: a third of its lifetime or less is left, or it is
+    unreadable."""
     return now >= due_at(certificate)
 
 
 def due_at(certificate: bytes) -> datetime:
-    """When it should be renewed: two thirds into its life. Long ago for what is no certificate."""
+    """When a certificate should be renewed: after two thirds of its lifetime. Long ago if it is
+    unreadable."""
     try:
         found = x509.load_pem_x509_certificate(certificate)
     except ValueError:
@@ -77,12 +80,12 @@ def due_at(certificate: bytes) -> datetime:
 
 
 def made_at(certificate: bytes) -> datetime:
-    """When it became valid. Raises ValueError for what is no certificate."""
+    """When a certificate was made. Raises ValueError if it is unreadable."""
     return x509.load_pem_x509_certificate(certificate).not_valid_before_utc + _SKEW
 
 
 def is_signed_by(certificate: bytes, authority: bytes) -> bool:
-    """Whether `authority` signed it. False for what are no certificates."""
+    """Whether `authority` signed the certificate. False if one of them is unreadable."""
     try:
         signed = x509.load_pem_x509_certificate(certificate)
         signed.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
@@ -92,7 +95,7 @@ def is_signed_by(certificate: bytes, authority: bytes) -> bool:
 
 
 def bundle(certificates: Iterable[bytes], now: datetime) -> bytes:
-    """Those certificates that are still valid, each once, the first ones first."""
+    """The certificates that are still valid, each once, in the given order."""
     kept: dict[bytes, None] = {}
     for text in certificates:
         try:

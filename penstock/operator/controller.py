@@ -1,8 +1,8 @@
-"""The operator's loop: caches of what the cluster has, a queue of graphs to look at, and workers on that
-queue.
+"""The operator's loop: caches of the cluster's objects, a queue of graphs, and tasks that reconcile the
+queued graphs.
 
-A change of a graph, or of anything that belongs to it, puts the graph's key into the queue; that is all a
-change is used for. Only the operator that holds the lease has caches and works.
+A change of a graph, or of an object that belongs to it, only puts the graph's key into the queue. Only the
+operator that holds the lease has caches and reconciles.
 """
 
 from __future__ import annotations
@@ -55,17 +55,18 @@ ALWAYS_SERVED = (
 
 _OWN_LABEL = f"app.kubernetes.io/managed-by={names.MANAGER}"
 LOOK_FOR_APIS_S = 60.0
-"""Between two looks for optional APIs that were installed meanwhile."""
+"""Interval between checks whether optional kinds have been installed."""
 
 _SETTLE_S = 0.1
-"""Changes come in bursts (a roll changes a Deployment, its pods and their status): one look serves all."""
+"""Delay before a changed graph is reconciled. Changes come in bursts: a roll changes a Deployment, its pods
+and their status. One reconciliation handles them all."""
 
 
 class ControllerSettings(msgspec.Struct, frozen=True):
-    """How the operator works.
+    """The settings of a controller.
 
-    namespace: the one whose graphs are managed; empty: all.
-    workers: graphs worked on at once.
+    namespace: the namespace whose graphs are managed; empty: all.
+    workers: the number of graphs that are reconciled at the same time.
     """
 
     namespace: str = ""
@@ -73,7 +74,7 @@ class ControllerSettings(msgspec.Struct, frozen=True):
 
 
 class Controller:
-    """Works on graphs, as long as `leads` says that it may."""
+    """Reconciles graphs while `leads` returns True."""
 
     def __init__(
         self,
@@ -102,12 +103,12 @@ class Controller:
         metrics.queue_from(lambda: len(self._queue))
 
     def trouble(self) -> str:
-        """Why what it knows may be out of date; empty when it is not."""
+        """Why a cache may be out of date; empty when all are up to date."""
         return next((f"{cache.kind}: {cache.trouble}" for cache in self._reflectors if cache.trouble), "")
 
     async def run(self) -> None:
-        """Work until cancelled, or until the cluster serves more than it did: then a new one is to begin.
-        Raises ApiError when the API server cannot even say what it serves."""
+        """Work until cancelled, or until the cluster serves further optional kinds; then the caller starts
+        a new controller. Raises ApiError if the API server does not say which kinds it serves."""
         served = await self._optional_kinds()
         graphs = self._reflector(GRAPHS, "", self._graph_changed, trim=keep_status_writers)
         pods = self._reflector(
@@ -150,23 +151,23 @@ class Controller:
                 task.cancel()
 
     async def _optional_kinds(self) -> list[Kind]:
-        """Those that the cluster serves; of two versions of one kind the newer."""
+        """The optional kinds that the cluster serves; of two versions of a kind only the newer."""
         served = [kind for kind in OPTIONAL_KINDS if await self._api.serves(kind)]
         if DISRUPTION_BUDGETS in served and DISRUPTION_BUDGETS_BETA in served:
             served.remove(DISRUPTION_BUDGETS_BETA)
         return served
 
     async def _until_more_is_served(self, before: Sequence[Kind]) -> None:
-        """Until somebody has installed an API. One that is missing now is not believed to be gone: servers
-        that start serve them one after the other."""
+        """Wait until a further optional kind is served. A kind that is missing now is not taken for
+        removed: a starting API server begins to serve kinds one after the other."""
         while True:
             await self._clock.sleep(LOOK_FOR_APIS_S)
             try:
                 served = await self._optional_kinds()
             except ApiError:
-                continue  # the caches tell of an outage
+                continue  # the caches log an outage
             if more := [str(kind) for kind in served if kind not in before]:
-                log.info("the cluster now serves %s: all is listed again", ", ".join(more))
+                log.info("the cluster now serves %s: listing all objects again", ", ".join(more))
                 return
 
     def _reflector(
@@ -219,19 +220,19 @@ class Controller:
             outcome = "done"
             try:
                 due_s = await reconciler.reconcile(key)
-            except NotLeading:  # this ends with the lease, in a moment
+            except NotLeading:  # the lease is lost; this controller is cancelled in a moment
                 outcome = "failed"
                 self._queue.failed(key)
             except ApiError as error:
                 outcome = "failed"
                 pause_s = self._queue.failed(key)
-                # A conflict is a cache that is behind by a moment; an outage is told by the caches.
+                # A conflict means that a cache is a moment behind. The caches log an outage.
                 level = logging.DEBUG if error.is_conflict or error.status == 0 else logging.WARNING
-                log.log(level, "%s/%s: again in %.1f s: %s", *key, pause_s, error)
-            except Exception:  # the task's top: a mistake of ours on one graph must not stop the others
+                log.log(level, "%s/%s: failed, next try in %.1f s: %s", *key, pause_s, error)
+            except Exception:  # a bug met with one graph must not stop the work on others
                 outcome = "defect"
                 pause_s = self._queue.failed(key)
-                log.exception("%s/%s: an error here; again in %.1f s", *key, pause_s)
+                log.exception("%s/%s: an error in the operator, next try in %.1f s", *key, pause_s)
             else:
                 self._queue.done(key)
                 if due_s is not None:
@@ -240,7 +241,7 @@ class Controller:
 
 
 def _essence_of_pod(pod: Object) -> Object:
-    """Of a pod what status needs: most of it is its spec, many times the same."""
+    """The parts of a pod that the status needs. The spec, which is most of a pod, is left out."""
     metadata = pod["metadata"]
     kept = ("name", "namespace", "uid", "labels", "annotations", "resourceVersion", "deletionTimestamp")
     return {

@@ -1,9 +1,10 @@
-"""What an API server asks of a conversion webhook, and the answer: a ConversionReview in, one out.
+"""Answers the requests of an API server to the conversion webhook: a ConversionReview in, a
+ConversionReview out.
 
-The server asks whenever an object is read or written in another version than the one it is stored in. It
-takes an answer only if the objects come back in order, with nothing of their metadata changed but labels
-and annotations. If one object cannot be converted, none is: the server then fails the request with the
-message.
+The server calls the webhook whenever an object is read or written in another version than it is stored in.
+It accepts the answer only if the objects are in the same order, and of their metadata only labels and
+annotations have changed. If one object cannot be converted, none is: the server then fails the client's
+request with the webhook's message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def convert_review(review: dict[str, Any]) -> dict[str, Any]:
     """Answer a ConversionReview.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the request is not a ConversionReview.
     """
     request = review.get("request")
     if review.get("kind") != "ConversionReview" or not isinstance(request, dict):
@@ -57,7 +58,7 @@ def _converted(found: Any, wanted: str) -> dict[str, Any]:
     name = metadata.get("name", "") if isinstance(metadata, dict) else ""
     convert = _CONVERSIONS.get((str(version), wanted))
     if convert is None:
-        raise ConfigError(f"{name}: there is no way from {version} to {wanted}")
+        raise ConfigError(f"{name}: no conversion from {version} to {wanted} exists")
     try:
         return convert(found)
     except ConfigError as error:

@@ -1,10 +1,10 @@
-"""The CRDs of a cluster: whether they are Penstock's to manage, and the webhook that converts versions of
-graphs.
+"""Checks that the CRDs of the cluster are Penstock's, and sets up the webhook that converts graphs between
+their versions.
 
-A cluster stores graphs in one version, v1alpha1. Those who write or read them in another go through the
-webhook, which every operator serves, leading or not. The one that leads makes the webhook's certificate,
-renews it, and tells the API server of it in the CRD. An operator that may not change CRDs (one of a single
-namespace) leaves all that alone; then only v1alpha1 is served.
+A cluster stores graphs as v1alpha1. The API server calls the webhook for clients that write or read another
+version. Every operator serves the webhook, leading or not. The leading operator makes and renews the
+webhook's certificate, and writes its authority into the CRD. An operator that may not change CRDs, such as
+one for a single namespace, does not do this; then only v1alpha1 is served.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ log = logging.getLogger(__name__)
 
 SECRET = "penstock-operator-webhook"
 CHECK_S = 30.0
-"""Between two looks at the certificate and the CRD."""
+"""Interval between checks of the certificate and the CRD."""
 
 
 async def check_definitions(api: Api) -> None:
-    """Raises ConfigError: a CRD is missing, or is of another product's release, whose operator would manage
+    """Raises ConfigError if a CRD is missing, or belongs to another product, whose operator would manage
     the same graphs."""
     for kind in (GRAPHS, ADAPTERS):
         try:
             problem = definition_problem(await api.get(DEFINITIONS, str(kind)))
         except ApiError as error:
-            if error.is_forbidden:  # one that manages a single namespace need not read CRDs
+            if error.is_forbidden:  # an operator for a single namespace need not read CRDs
                 continue
             if not error.is_not_found:
                 raise
@@ -58,7 +58,7 @@ async def check_definitions(api: Api) -> None:
 
 
 def definition_problem(definition: Object) -> str:
-    """Why this CRD is not Penstock's to manage; empty when it is."""
+    """Why Penstock must not manage this CRD; empty if it may."""
     if labels_of(definition).get("app.kubernetes.io/part-of") == "penstock":
         return ""
     annotations = annotations_of(definition)
@@ -74,10 +74,10 @@ def definition_problem(definition: Object) -> str:
 
 
 class Webhook:
-    """The webhook's certificate, for the server and for the CRD.
+    """Keeps the webhook's certificate, in the server and in the CRD.
 
     Args:
-        namespace, service: how the API server reaches the webhook.
+        namespace, service: the Service by which the API server reaches the webhook.
         leads: whether this operator may write now.
     """
 
@@ -99,10 +99,10 @@ class Webhook:
         self._clock = clock
         self._utc = utc
         self._loaded = b""
-        self._told = ""
+        self._warned = ""
 
     async def run(self) -> None:
-        """Keep certificate and CRD as they should be, until cancelled."""
+        """Keep the certificate and the CRD up to date until cancelled."""
         while True:
             try:
                 await self._look()
@@ -120,7 +120,7 @@ class Webhook:
             return
         data = data_of(secret)
         pair = pair_of(data, "tls.crt", "tls.key")
-        if pair is None:  # the leader makes it anew
+        if pair is None:  # the leader will make it anew
             return
         self._load(pair)
         if self._leads():
@@ -135,10 +135,10 @@ class Webhook:
             raise
 
     def _load(self, pair: Pair) -> None:
-        """For connections from now on."""
+        """Use this certificate for new connections."""
         if pair.certificate == self._loaded:
             return
-        with tempfile.TemporaryDirectory() as folder:  # the one way in which `ssl` takes a certificate
+        with tempfile.TemporaryDirectory() as folder:  # `ssl` reads certificates from files only
             file = Path(folder, "pair.pem")
             file.touch(mode=0o600)
             file.write_bytes(pair.certificate + pair.key)
@@ -148,14 +148,14 @@ class Webhook:
         log.info("the conversion webhook has a certificate")
 
     async def _announce(self, authorities: str) -> None:
-        """Have the API server convert graphs here, and so serve all versions of them."""
+        """Have the API server use this webhook, so that it serves all versions of graphs."""
         live = await self._api.get(DEFINITIONS, str(GRAPHS))
         if other := await self._other_webhook(live):
-            self._tell(f"the webhook of Service {other} converts them, which is another operator's")
+            self._tell(f"Service {other}, which belongs to another operator, converts them")
             return
         wanted = with_conversion(live, self._namespace, self._service, authorities)
         if wanted["spec"] == live["spec"]:
-            self._told = ""
+            self._warned = ""
             return
         changes = {
             "metadata": {"resourceVersion": live["metadata"]["resourceVersion"]},
@@ -164,14 +164,14 @@ class Webhook:
         try:
             await self._api.patch(DEFINITIONS, str(GRAPHS), changes)
         except ApiError as error:
-            if not error.is_conflict:  # somebody changed it meanwhile: the next look sees that
+            if not error.is_conflict:  # it was changed meanwhile; the next check will see the change
                 raise
             return
-        self._told = ""
+        self._warned = ""
         log.info("%s is served in all its versions", GRAPHS)
 
     async def _other_webhook(self, definition: Object) -> str:
-        """The Service of another operator that converts graphs, as NAMESPACE/NAME; empty when there is
+        """The Service of another operator that converts graphs, as NAMESPACE/NAME; empty if there is
         none."""
         webhook = (definition["spec"].get("conversion") or {}).get("webhook") or {}
         service = (webhook.get("clientConfig") or {}).get("service") or {}
@@ -188,20 +188,20 @@ class Webhook:
         return "/".join(place)
 
     def _tell(self, trouble: str) -> None:
-        if trouble and trouble != self._told:
+        if trouble and trouble != self._warned:
             log.warning("other versions of graphs than v1alpha1 may not be served: %s", trouble)
-        self._told = trouble
+        self._warned = trouble
 
 
 def webhook_secret(current: Object | None, namespace: str, service: str, now: datetime) -> Object:
-    """The Secret with the webhook's certificate, as it should be now; with the same data where nothing is
+    """The Secret with the webhook's certificate, as it should be now. Its data is unchanged if nothing is
     due."""
     host = f"{service}.{namespace}.svc"
     data = data_of(current)
     authority = pair_of(data, "ca.crt", "ca.key")
     if authority is None or is_due(authority.certificate, now):
-        # The API server trusts what the CRD says from the next second on, so there is nothing to announce
-        # first.
+        # The API server trusts the authority in the CRD within a second. So a new authority needs no
+        # announcement.
         authority = new_authority(f"{service} webhook", now)
     pair = pair_of(data, "tls.crt", "tls.key")
     is_trusted = pair is not None and is_signed_by(pair.certificate, authority.certificate)

@@ -1,11 +1,12 @@
-"""One operator at a time, by a Lease of the API server.
+"""Elects one operator at a time, by a Lease of the API server.
 
-Whoever holds the lease renews it every `renew_s`; who has not managed to for `deadline_s` no longer acts,
-and another may take it once it has seen no renewal for `lease_s`, measured by its own clock: clocks of
-different machines are never compared. As deadline_s < lease_s, no two act at once; `leads` is asked before
-every write.
+The holder of the lease renews it every `renew_s`. A holder that could not renew it for `deadline_s` stops
+acting. Another operator may take the lease once it has seen no renewal for `lease_s`. Each measures by its
+own clock; clocks of different machines are never compared. As deadline_s < lease_s, no two operators act at
+once: each checks `leads` before every write.
 
-The protocol is client-go's (k8s.io/client-go/tools/leaderelection), so Leases look as elsewhere.
+The protocol is that of client-go (k8s.io/client-go/tools/leaderelection), so the Lease has the usual
+fields.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class ElectionSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The lease, and its times in seconds."""
+    """The lease, with times in seconds."""
 
     namespace: str
     name: str
-    identity: str  # of this process, among all that may ever try
+    identity: str  # of this process; unique among all that ever try
     lease_s: float = 15.0
     deadline_s: float = 10.0
     renew_s: float = 2.0
 
 
 class Election:
-    """This process's part in the election."""
+    """The election, as one process takes part in it."""
 
     def __init__(
         self,
@@ -52,7 +53,9 @@ class Election:
         self._clock = clock
         self._utc = utc
         self._renewed_at: float | None = None  # when this process last wrote the lease as its holder
-        self._seen: tuple[str, float] | None = None  # the lease's resourceVersion, and when it was new
+        self._seen: tuple[str, float] | None = (
+            None  # the lease's resourceVersion, and when it was first seen
+        )
 
     @property
     def leads(self) -> bool:
@@ -62,8 +65,8 @@ class Election:
         return self._clock.now() - self._renewed_at < self._settings.deadline_s
 
     async def run(self) -> None:
-        """Try to get the lease and keep it. Returns when it was lost: whoever acted by it must forget all
-        it knows, since another may have acted meanwhile. Then this can be run again."""
+        """Try to get the lease and to keep it. Returns when the lease is lost. The caller must then drop
+        its caches, since another operator may act, and may call this again."""
         self.elected.clear()
         self._renewed_at = None
         while True:
@@ -85,7 +88,7 @@ class Election:
             await self._clock.sleep(self._settings.renew_s)
 
     async def resign(self) -> None:
-        """Let another one begin at once."""
+        """Give the lease back, so that another operator need not wait for its end."""
         if not self.leads:
             return
         self._renewed_at = None
@@ -102,7 +105,7 @@ class Election:
         return self._settings.namespace, self._settings.name
 
     async def _hold(self) -> bool:
-        """Renew the lease, or take it where it is free. Whether this process holds it now."""
+        """Renew the lease, or take it if it is free. Returns whether this process holds it now."""
         settings = self._settings
         try:
             lease = await self._api.get(LEASES, settings.name, settings.namespace)
@@ -117,7 +120,8 @@ class Election:
             self._seen = version, self._clock.now()
         silent_s = self._clock.now() - self._seen[1]
         if holder not in ("", settings.identity) and self.elected.is_set():
-            # Somebody took it before its time, by hand or by a clock that jumped: that one may act by now.
+            # Another process took the lease too early, by hand or because its clock jumped. It may act
+            # already.
             self._renewed_at = None
             return False
         if holder not in ("", settings.identity) and silent_s < settings.lease_s:
@@ -144,7 +148,7 @@ class Election:
             else:
                 await self._api.replace(LEASES, {**lease, "spec": spec})
         except ApiError as error:
-            if error.is_conflict:  # another one was faster
+            if error.is_conflict:  # another process was faster
                 return False
             raise
         return True

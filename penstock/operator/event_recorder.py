@@ -1,4 +1,4 @@
-"""Events: what `kubectl describe` shows of what the operator did to a graph, and why.
+"""Writes events: `kubectl describe` shows them, and they say what the operator did to a graph, and why.
 
 The same event is written once an hour at most, so that a graph that fails every minute does not fill etcd.
 """
@@ -32,21 +32,21 @@ class EventRecorder:
         self._api = api
         self._host = host
         self._utc = utc
-        self._told: OrderedDict[tuple[str, str, str], datetime] = OrderedDict()
+        self._recorded: OrderedDict[tuple[str, str, str], datetime] = OrderedDict()
 
     async def record(
         self, graph: Object, reason: str, message: str, kind: Literal["Normal", "Warning"] = "Normal"
     ) -> None:
-        """Tell of something. An event that cannot be written is logged, and no error: it is no part of the
-        work."""
+        """Write an event and a log line. A failure to write the event is logged and not raised, so that it
+        does not stop the reconciliation."""
         now = self._utc()
         key = uid_of(graph), reason, message
-        if key in self._told and now - self._told[key] < REPEAT_AFTER:
+        if key in self._recorded and now - self._recorded[key] < REPEAT_AFTER:
             return
-        self._told[key] = now
-        self._told.move_to_end(key)
-        if len(self._told) > _REMEMBERED_MAX:
-            self._told.popitem(last=False)
+        self._recorded[key] = now
+        self._recorded.move_to_end(key)
+        if len(self._recorded) > _REMEMBERED_MAX:
+            self._recorded.popitem(last=False)
         level = logging.WARNING if kind == "Warning" else logging.INFO
         log.log(level, "%s/%s: %s: %s", namespace_of(graph), name_of(graph), reason, message)
         try:

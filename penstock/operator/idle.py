@@ -1,9 +1,8 @@
-"""Idle workers go first when a service shrinks.
+"""Makes Kubernetes remove idle workers first when a service shrinks.
 
-Which pods a smaller Deployment gives up is its controller's choice; it takes those of the lowest
-`pod-deletion-cost` first (Kubernetes 1.22 and newer). So right before a Deployment shrinks, each of its
-pods is asked how busy it is, and marked with the answer. One that does not answer is marked to go before
-all others.
+The Deployment controller chooses which pods to remove, and prefers those with the lowest
+`pod-deletion-cost` (Kubernetes 1.22 and newer). So right before a Deployment shrinks, the operator fetches
+the load of each of its pods, and sets that as the cost. A pod that does not answer gets the lowest cost.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _ANSWER_BYTES_MAX = 1024 * 1024
 
 
 async def mark_busy_pods(api: Api, workload: Object, pods: Sequence[Object]) -> None:
-    """Mark the pods of a Deployment that is about to shrink. Pods that cannot be marked are logged: what
-    they do is finished elsewhere all the same when they leave."""
+    """Set the deletion cost of the pods of a Deployment that is about to shrink. A failure is logged and
+    ignored: if a busy pod is removed, its requests are continued elsewhere."""
     port = _system_port(workload)
     if port is None:
         return
@@ -62,18 +61,20 @@ async def mark_busy_pods(api: Api, workload: Object, pods: Sequence[Object]) -> 
 
 
 def _busyness(pod: Object, port: int) -> int:
-    """Requests that a worker has, and prompts that it keeps for others; _SILENT: it does not answer."""
+    """The worker's attempts and handoffs together; _SILENT if it does not answer."""
     host = (pod.get("status") or {}).get("podIP", "")
     return busyness_at(host, port) if host else _SILENT
 
 
 def busyness_at(host: str, port: int) -> int:
-    """The same, of whatever answers there."""
+    """The attempts and handoffs of the worker at this address; _SILENT if it does not answer."""
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/health"
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S) as response:
             return busyness(response.read(_ANSWER_BYTES_MAX))
-    except urllib.error.HTTPError as error:  # it is draining or starting, and says so
+    except (
+        urllib.error.HTTPError
+    ) as error:  # a worker that is draining or starting answers with an error status
         with error:
             return busyness(error.read(_ANSWER_BYTES_MAX))
     except (OSError, http.client.HTTPException):
@@ -81,16 +82,16 @@ def busyness_at(host: str, port: int) -> int:
 
 
 def busyness(health: bytes) -> int:
-    """The same, from the body of a worker's /health."""
+    """The attempts and handoffs in the body of a worker's /health; _SILENT if it is invalid."""
     try:
-        told = msgspec.json.decode(health, type=dict[str, Any])
-        return sum(int(told.get(name, 0)) for name in ("attempts", "held_handoffs"))
+        counts = msgspec.json.decode(health, type=dict[str, Any])
+        return sum(int(counts.get(name, 0)) for name in ("attempts", "held_handoffs"))
     except (msgspec.DecodeError, TypeError, ValueError):
         return _SILENT
 
 
 def shrinks(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a Deployment is to have fewer replicas than it has."""
+    """Whether `wanted` has fewer replicas than `before`."""
     return int(wanted["spec"].get("replicas", 1)) < int(before["spec"].get("replicas", 1))
 
 

@@ -1,15 +1,16 @@
-"""What the processes of one graph need to know each other: a shared secret, and certificates (TLS, mutual).
+"""The Secrets by which the processes of a graph trust each other: a shared secret, and certificates for
+mutual TLS.
 
 Three Secrets for each graph:
 
-    GRAPH-link-ca        the authority and its key; no pod mounts it
-    GRAPH-link-worker    the secret, a server's certificate, and whom to trust
-    GRAPH-link-frontend  the secret, a client's certificate, and whom to trust
+    GRAPH-link-ca        the certificate authority and its key; no pod mounts this
+    GRAPH-link-worker    the shared secret, a server certificate, and the trusted authorities
+    GRAPH-link-frontend  the shared secret, a client certificate, and the trusted authorities
 
-Processes read the mounted files again when they change, so nothing restarts when a certificate is renewed.
-An authority is replaced in two steps: its successor is first trusted by all, for a day, before it signs
-anything. What was lost (somebody deleted a Secret) is made again from the other two where they have it, so
-that processes that run go on understanding those that start.
+Processes read the mounted files again when they change, so a renewed certificate needs no restart. An
+authority is replaced in two steps: for a day all processes trust its successor, before the successor signs
+anything. A Secret that was deleted is made again, as far as possible from the other two, so that running
+processes and new ones still trust each other.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _SECRET_BYTES = 32
 
 
 def secret_names(graph: str) -> tuple[str, str, str]:
-    """Of the authority, the workers and the frontends."""
+    """The names of the Secrets of the authority, the workers and the frontends."""
     authority, worker, frontend = (names.link_secret(graph, side) for side in ("ca", "worker", "frontend"))
     return authority, worker, frontend
 
 
 def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> list[Object]:
-    """The three Secrets as they should be now; equal to `current` where nothing is due.
+    """The three Secrets as they should be now. They equal `current` if nothing is due.
 
     Args:
-        current: the Secrets that there are, by name. What is missing or unreadable in them is made anew.
+        current: the existing Secrets, by name. Missing or unreadable parts are made anew.
     """
     own, worker, frontend = (data_of(current.get(name)) for name in secret_names(graph))
     shared = own.get("secret") or worker.get("secret") or frontend.get("secret")
@@ -75,17 +76,17 @@ def link_secrets(graph: str, current: Mapping[str, Object], now: datetime) -> li
 
 
 def next_due_at(objects: list[Object]) -> datetime:
-    """When the next of these certificates is to be renewed."""
+    """The time at which the next of these certificates must be renewed."""
     data = [data_of(item) for item in objects]
     times = [due_at(one["tls.crt"]) for one in data if "tls.crt" in one]
-    # One whose successor was announced is due for no more than to be followed by it.
+    # An authority whose successor was announced needs no renewal: the successor replaces it.
     times += [due_at(one["ca.crt"]) for one in data if "ca.key" in one and "next.crt" not in one]
     times += [made_at(one["next.crt"]) + _ANNOUNCED for one in data if "next.crt" in one]
     return min(times)
 
 
 def _authorities(graph: str, data: Mapping[str, bytes], now: datetime) -> tuple[Pair, Pair | None]:
-    """The one that signs now, and its successor where one was announced."""
+    """The authority that signs now, and its announced successor, if any."""
     authority = pair_of(data, "ca.crt", "ca.key")
     following = pair_of(data, "next.crt", "next.key")
     if authority is None:
@@ -100,7 +101,7 @@ def _authorities(graph: str, data: Mapping[str, bytes], now: datetime) -> tuple[
 def _certificate(
     data: Mapping[str, bytes], authority: Pair, name: str, hosts: list[str], trusted: bytes, now: datetime
 ) -> dict[str, bytes]:
-    """A process's certificate: the one it has, unless it is to be renewed or nobody would trust it."""
+    """A process's certificate: the present one, unless it is due or no trusted authority signed it."""
     found = pair_of(data, "tls.crt", "tls.key")
     trusts = [b"-----BEGIN" + part for part in trusted.split(b"-----BEGIN")[1:]]
     usable = found is not None and any(is_signed_by(found.certificate, one) for one in trusts)

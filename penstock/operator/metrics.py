@@ -1,4 +1,4 @@
-"""What Prometheus can ask of the operator."""
+"""The operator's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATES = ("pending", "successful", "failed")
 
 
 class OperatorMetrics:
-    """One operator's metrics, in a registry of their own."""
+    """The metrics of one operator, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -50,7 +50,7 @@ class OperatorMetrics:
         self._leads.set_function(lambda: float(source()))
 
     def graphs_from(self, source: Callable[[], Iterable[str]]) -> None:
-        """`source`: the state of each graph."""
+        """Set the source of the graphs' states."""
         self._graphs = source
 
     def reconciled(self, outcome: str, seconds: float) -> None:
@@ -58,12 +58,12 @@ class OperatorMetrics:
         self._seconds.observe(seconds)
 
     def render(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _Graphs(Collector):
-    """How many graphs are in which state, counted when asked."""
+    """The number of graphs in each state, counted at each scrape."""
 
     def __init__(self, source: Callable[[], Iterable[str]]) -> None:
         self._source = source

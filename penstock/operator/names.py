@@ -26,14 +26,15 @@ USER = "penstock"
 HOME = "/home/penstock"
 LINK_FOLDER = "/etc/penstock/link"
 LINK_VOLUME, HOME_VOLUME, TEMPORARY_VOLUME = "penstock-link", "penstock-home", "penstock-tmp"
-"""Not names that people give to volumes of their own."""
+"""Names of volumes that users will hardly give to their own."""
 
 LINK_SERVER_NAME = "worker.penstock.internal"
-"""The name in the workers' certificates: their addresses change."""
+"""The host name in the workers' certificates. Their addresses change, so certificates do not contain
+them."""
 
 SELECTOR = "nvidia.com/selector"
 DISCOVERED_BY = "penstock.dev/graph"
-"""On pods of serving processes only: frontends find workers by it."""
+"""Label of pods that serve, and of no other pods: frontends find workers by it."""
 
 GRAPH_NAME = "nvidia.com/dynamo-graph-deployment-name"
 
@@ -49,7 +50,8 @@ MAX_UNAVAILABLE = "nvidia.com/deployment-rolling-update-max-unavailable"
 ENABLE_METRICS = "nvidia.com/enable-metrics"
 RESTARTED = "nvidia.com/restartAt"
 OPERATORS_PREFIXES = ("penstock.dev/", "nvidia.com/")
-"""Annotations that speak to the operator. Pods do not get them: to change one would restart the pods."""
+"""Prefixes of annotations for the operator. Pods do not get them: a change of one would restart the
+pods."""
 
 
 def object_name(graph: str, service: str) -> str:

@@ -1,14 +1,13 @@
-"""A graph's objects made to be as wanted: applied where they differ, deleted where they are no longer
-wanted.
+"""Applies the objects that a graph should have, and deletes those that it should no longer have.
 
-An object is applied when what is wanted has changed, or when somebody else changed its spec since it was
-last applied here. What was applied is remembered by the object's generation (its resourceVersion where it
-has none), so that an operator with nothing to do writes nothing. One that has just started remembers
-nothing and applies all once, which changes nothing where nothing differs.
+An object is applied when its wanted state has changed, or when another program has changed its spec since
+the operator applied it. The operator remembers what it applied, with the object's generation (its
+resourceVersion if it has none). So an operator with nothing to do writes nothing. After its start it
+remembers nothing, and applies each object once; that changes only objects that differ.
 
-An object of the same name that belongs to somebody else is left alone, and is an error. One that somebody
-changes back again and again is mended MENDS_MAX times, and then once in MENDS_S: two that fight would fill
-the API server's history, and neither would win.
+An object of the same name that belongs to something else is left alone, and is an error. If another program
+keeps changing an object back, the operator corrects it MENDS_MAX times, and then once in MENDS_S. Otherwise
+the two would fill the API server's history.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MENDS_S = 60.0
 
 
 class ObjectRefused(PenstockError):
-    """The API server does not take an object, however often it is sent."""
+    """The API server refuses an object, and would refuse it again."""
 
     def __init__(self, item: Object, error: ApiError) -> None:
         super().__init__(str(error))
@@ -41,34 +40,34 @@ class ObjectRefused(PenstockError):
 
 
 class NotOurs(PenstockError):
-    """An object that a graph needs belongs to somebody else."""
+    """An object with the name that a graph needs belongs to something else."""
 
 
 class NotGone(PenstockError):
-    """An object of a deleted graph is in the place of one that its successor needs, and will go."""
+    """An object of a deleted graph has the name that a new graph needs. It will be deleted soon."""
 
 
 class NotLeading(PenstockError):
-    """This operator may not write any more: another one may act by now."""
+    """This operator may not write: another one may act already."""
 
 
 class Action(msgspec.Struct, frozen=True):
-    """What was done to one object: Created, Updated, Deleted, or Contested: left as somebody made it, for
-    now."""
+    """What the operator did to an object: Created, Updated, Deleted; or Contested, if it left another
+    program's change for now."""
 
     verb: str
     kind: str
     name: str
 
 
-_Applied = tuple[int, int]  # a hash of what was wanted, and which state of the object that led to
+_Applied = tuple[int, int]  # hash of the wanted object, and the state of the object after applying it
 
 
 class OwnedObjects:
-    """Objects of all graphs.
+    """The objects of all graphs.
 
     Args:
-        caches: what the cluster has, by kind; kinds without one are not served there.
+        caches: the cluster's objects, by kind. The cluster does not serve kinds without a cache.
         leads: whether this operator may write now.
         now: seconds since an arbitrary start.
     """
@@ -85,11 +84,13 @@ class OwnedObjects:
         self._leads = leads
         self._now = now
         self._applied: dict[str, _Applied] = {}  # by the object's uid
-        self._mended: dict[str, deque[float]] = {}  # when somebody's change was undone, by the object's uid
+        self._mended: dict[
+            str, deque[float]
+        ] = {}  # when changes of other programs were undone, by the object's uid
         self._kinds = {(kind.api_version, kind.name): kind for kind in caches}
 
     def forget(self, uid: str) -> None:
-        """The object is gone."""
+        """Forget an object that was deleted."""
         self._applied.pop(uid, None)
         self._mended.pop(uid, None)
 
@@ -106,7 +107,7 @@ class OwnedObjects:
     async def converge(
         self, graph: Object, wanted: Iterable[Object], kept: Iterable[Object] = ()
     ) -> list[Action]:
-        """Apply `wanted`, then delete what the graph has besides them and `kept`.
+        """Apply `wanted`, then delete the graph's other objects, except those in `kept`.
 
         Raises ObjectRefused for the first object that the server does not take, NotOurs, NotGone,
         NotLeading, and ApiError when the call should be repeated.
@@ -115,8 +116,8 @@ class OwnedObjects:
         actions = await self.apply(graph, wanted)
         names = {(self.kind_of(item), name_of(item)) for item in (*wanted, *kept)}
         for kind, item in list(self.of(graph)):
-            # Volume claims hold people's data: they end with their graph, and not because a line was
-            # changed.
+            # Volume claims hold users' data: they are deleted with their graph, and not because a line of
+            # the manifest was changed.
             if (kind, name_of(item)) not in names and kind != VOLUME_CLAIMS and not is_being_deleted(item):
                 self.check_leads()
                 await self._api.delete(
@@ -126,13 +127,13 @@ class OwnedObjects:
         return actions
 
     async def apply(self, graph: Object, wanted: Iterable[Object]) -> list[Action]:
-        """Apply `wanted`, and delete nothing. Raises as `converge`."""
+        """Apply `wanted`, and delete nothing. Raises the same errors as `converge`."""
         actions = [await self._apply(self.kind_of(item), graph, item) for item in wanted]
         return [action for action in actions if action is not None]
 
     async def create_missing(self, graph: Object, item: Object) -> bool:
-        """Create an object that others change from then on. Whether it was missing. Raises as
-        `converge`."""
+        """Create an object that other programs change from then on. Returns whether it was missing. Raises
+        the same errors as `converge`."""
         kind = self.kind_of(item)
         namespace = graph["metadata"]["namespace"]
         live = await self._live(kind, namespace, name_of(item))
@@ -152,8 +153,8 @@ class OwnedObjects:
         return self._kinds[(item["apiVersion"], item["kind"])]
 
     async def _live(self, kind: Kind, namespace: str, name: str) -> Object | None:
-        """What has this name now. Caches hold what has the operator's label; somebody else's object has
-        not, and must be seen before it is written over."""
+        """The object that has this name now. The caches hold only objects with the operator's label. An
+        object without it must be seen as well, before it would be overwritten."""
         found = self.find(kind, namespace, name)
         if found is not None:
             return found
@@ -192,13 +193,13 @@ class OwnedObjects:
         return Action("Updated", kind.name, name_of(item))
 
     def _is_settled(self, live: Object, wish: int) -> bool:
-        """Whether just this was applied, and nobody has changed the object since. What a cache shows may be
-        older than what was applied."""
+        """Whether exactly this was applied, and the object has not changed since. The cached object may be
+        older than the applied one."""
         applied, state = self._applied.get(uid_of(live), (0, 0))
         return applied == wish and _state(live) <= state
 
     def _is_contested(self, uid: str) -> bool:
-        """Whether it was mended so often of late that it is left alone for a while."""
+        """Whether the object was corrected so often lately that it is left alone for a while."""
         times = self._mended.get(uid, deque())
         return len(times) == MENDS_MAX and self._now() - times[-1] < MENDS_S
 
@@ -209,7 +210,7 @@ class OwnedObjects:
 
 
 def owned(item: Object, graph: Object) -> Object:
-    """The object in the graph's namespace, and to be deleted with the graph."""
+    """The object with the graph's namespace, and with the graph as its owner."""
     owner = {
         "apiVersion": graph["apiVersion"],
         "kind": graph["kind"],
@@ -223,7 +224,7 @@ def owned(item: Object, graph: Object) -> Object:
 
 
 def owner_uid(item: Object) -> str:
-    """Of the graph that controls this object; empty when none does."""
+    """The uid of the graph that controls this object; empty if none does."""
     return str(_controller(item).get("uid", ""))
 
 
@@ -240,13 +241,14 @@ def _check_ours(live: Object, graph: Object) -> None:
         return
     what = f"{live['kind']} {name_of(live)}"
     if not owner:
-        raise NotOurs(f"{what} is there already and belongs to no graph: rename or delete it")
+        raise NotOurs(f"{what} exists already and belongs to no graph: rename or delete it")
     if owner.get("kind") == graph["kind"] and owner.get("name") == name_of(graph):
-        raise NotGone(f"{what} is of a deleted graph of this name, and not gone yet")
+        raise NotGone(f"{what} belongs to a deleted graph of this name, and still exists")
     raise NotOurs(f"{what} belongs to {owner.get('kind')} {owner.get('name')}: rename this graph")
 
 
 def _state(item: Object) -> int:
-    """Grows with each change of the spec, and not of the status where the two are told apart."""
+    """A number that grows with each change of the spec, but not of the status if the object has a
+    generation."""
     metadata = item["metadata"]
     return int(metadata.get("generation") or metadata["resourceVersion"])

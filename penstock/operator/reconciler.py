@@ -1,7 +1,7 @@
-"""One graph made to be what its manifest says: rendered, applied, and told of in its status.
+"""Brings one graph's objects in line with its manifest: renders them, applies them, and writes the status.
 
-Level-based: everything is decided from what the cluster has now, and nothing from what happened. So it does
-not matter how often this runs, where it was interrupted, or what was missed meanwhile.
+It is level-based: all decisions follow from the cluster's present state, and none from events. So it may
+run any number of times, may be interrupted anywhere, and may miss events.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from penstock.operator.settings import ClusterFacts, Desired, RenderedService, R
 from penstock.operator.status import Observed, status_of
 
 TAKE_OVER = "penstock.dev/take-over"
-"""Annotation by which a user says that another operator is gone."""
-
+"""Annotation by which a user states that the other operator was removed."""
 
 _RETRY_REFUSED_S = 60.0
-"""What the API server refused is sent again after this long: a quota or a webhook may have changed."""
+"""Pause before an object that the API server refused is sent again: a quota or a webhook may have
+changed."""
 
 
 class Caches(msgspec.Struct, frozen=True):
-    """What the cluster has, besides the objects that graphs own."""
+    """The caches of objects that no graph owns."""
 
     graphs: Reflector
     adapters: Reflector
@@ -55,7 +55,7 @@ class Caches(msgspec.Struct, frozen=True):
 
 
 class Reconciler:
-    """Brings graphs about.
+    """Reconciles graphs.
 
     Args:
         served: the optional kinds of objects that the cluster serves.
@@ -78,17 +78,19 @@ class Reconciler:
         self._settings = settings
         self._served = served
         self._utc = utc
-        self._rendered: dict[str, Desired] = {}  # by the graph's uid: the last valid manifest's
+        self._rendered: dict[
+            str, Desired
+        ] = {}  # by the graph's uid: what its last valid manifest renders to
 
     async def reconcile(self, key: Key) -> float | None:
-        """Do what is to be done for one graph now. Seconds after which something is due although nothing
-        has changed; None: nothing is.
+        """Reconcile one graph. Returns the seconds after which it is due again although nothing has
+        changed; None if it is not.
 
-        Raises ApiError when it should be tried again, NotLeading when another operator may act.
+        Raises ApiError when the call should be repeated, NotLeading when another operator may act.
         """
         graph = self._caches.graphs.items.get(key)
         if graph is None or is_being_deleted(graph):
-            return None  # what it owns is deleted by the cluster's garbage collector
+            return None  # the cluster's garbage collector deletes the objects that it owns
         self._owned.check_leads()
         if reason := other_operator(graph):
             await self._recorder.record(graph, "NotOurs", reason, "Warning")
@@ -119,7 +121,7 @@ class Reconciler:
             awaited = str(error)
         except ApiError as error:
             if error.is_of_ending_namespace:
-                return None  # the graph is deleted next
+                return None  # the graph will be deleted with its namespace
             if not (error.is_refused or error.is_forbidden):
                 raise
             refused = str(error)
@@ -130,7 +132,7 @@ class Reconciler:
         return min(due_s, _RETRY_REFUSED_S if refused or awaited else awaited_s)
 
     async def _renew_links(self, graph: Object) -> float | None:
-        """The certificates of what runs go on being renewed while the manifest is wrong."""
+        """Renew the certificates of a graph with an invalid manifest, for the pods that it already has."""
         if self._owned.find(SECRETS, namespace_of(graph), names.link_secret(name_of(graph), "ca")) is None:
             return None
         links = self._links(graph)
@@ -141,7 +143,7 @@ class Reconciler:
         return (next_due_at(links) - self._utc()).total_seconds()
 
     def forget(self, uid: str) -> None:
-        """The graph is gone."""
+        """Forget a graph that was deleted."""
         self._rendered.pop(uid, None)
 
     # --- what the cluster has ----------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Reconciler:
         return Observed(services, workloads, self._pods(graph), invalid, refused, awaited)
 
     def _pods(self, graph: Object) -> dict[str, list[Object]]:
-        """The graph's pods by what selects them."""
+        """The graph's pods, by the value of their selector label."""
         found: dict[str, list[Object]] = {}
         for pod in self._caches.pods.found(f"{namespace_of(graph)}/{name_of(graph)}"):
             if selector := labels_of(pod).get(names.SELECTOR):
@@ -194,10 +196,11 @@ class Reconciler:
         given = (graph["spec"].get("services") or {}).get(service) or {}
         return in_words(refused.error, refused.item, service, given)
 
-    # --- what is told ------------------------------------------------------------------------------------
+    # --- status, events, marks
+    # -----------------------------------------------------------------------------
 
     async def _adapters(self, graph: Object, wanted: Desired) -> None:
-        """The scaling adapters: made where they are missing, their status kept."""
+        """Create missing scaling adapters, and update the status of all."""
         services = {service.object_name: service for service in wanted.services}
         for adapter in wanted.adapters:
             if await self._owned.create_missing(graph, adapter):
@@ -227,8 +230,8 @@ class Reconciler:
                 await mark_busy_pods(self._api, live, pods.get(name_of(item), ()))
 
     async def _report(self, graph: Object, actions: Iterable[Action]) -> bool:
-        """One event for all that was created, one for all that was updated, and so on. Whether something
-        was left as somebody else made it."""
+        """Record one event for all created objects, one for all updated objects, and so on. Returns whether
+        a contested object was left as it is."""
         by_verb: dict[str, list[str]] = {}
         for action in actions:
             by_verb.setdefault(action.verb, []).append(f"{action.kind} {action.name}")
@@ -237,7 +240,7 @@ class Reconciler:
             await self._recorder.record(graph, verb, ", ".join(objects))
         if contested:
             message = (
-                f"{contested}: somebody changes it again and again. It is mended every {MENDS_S:.0f} s"
+                f"{contested}: something else keeps changing it. It is corrected every {MENDS_S:.0f} s"
             )
             await self._recorder.record(graph, "Contested", message, "Warning")
         return bool(contested)
@@ -275,12 +278,12 @@ class Reconciler:
 
 
 def graph_of_pod(pod: Object) -> str:
-    """Namespace and name of the graph that a pod serves: how the cache of pods finds it."""
+    """Namespace and name of the graph that a pod serves: the key of the index of pods."""
     return f"{namespace_of(pod)}/{labels_of(pod).get(names.DISCOVERED_BY, '')}"
 
 
 def keep_status_writers(graph: Object) -> Object:
-    """A graph as it is cached: of its `managedFields`, which are long, only those of the status."""
+    """A graph as it is cached. Of its long `managedFields`, only the entries of the status are kept."""
     metadata = graph["metadata"]
     metadata["managedFields"] = [
         {"manager": entry.get("manager", ""), "time": entry.get("time", "")}
@@ -291,7 +294,7 @@ def keep_status_writers(graph: Object) -> Object:
 
 
 def other_operator(graph: Object) -> str:
-    """Who else manages this graph, and what to do; empty when nobody does."""
+    """Names the other operator that manages this graph, and what to do; empty if there is none."""
     if annotations_of(graph).get(TAKE_OVER) == "true":
         return ""
     writers = [(entry["manager"], entry["time"]) for entry in graph["metadata"]["managedFields"]]

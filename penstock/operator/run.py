@@ -1,4 +1,4 @@
-"""The operator's process: options in, a running operator out."""
+"""The operator's process, made from its options."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from penstock.options.config import OperatorOptions
 log = logging.getLogger("penstock.operator")
 
 START_S = 120.0
-"""For which an operator that starts waits for an API server that does not answer."""
+"""How long a starting operator waits for an API server that does not answer."""
 
 
 def run_operator(options: OperatorOptions) -> None:
-    """Manage graphs until a signal. Raises ConfigError when it cannot."""
+    """Manage graphs until a signal. Raises ConfigError if the operator cannot start."""
     setup_logging(options.log_level)
     api = connect(options.kubeconfig)
     namespace = options.lease_namespace or own_namespace(options.kubeconfig)
@@ -63,13 +63,14 @@ class _Operator:
         self._election = Election(api, election, clock)
         self._metrics = OperatorMetrics()
         self._metrics.leads_from(lambda: self._election.leads)
-        self._controller: Controller | None = None  # while it leads
+        self._controller: Controller | None = None  # set while this operator leads
         self._webhook = Webhook(
             api, namespace, options.webhook_service, lambda: self._election.leads, clock
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop`. Whoever loses the lease stands by again; the webhook is served all the time."""
+        """Run until `stop`. Without the lease, the operator stands by; it serves the webhook all the
+        time."""
         host = self._options.host or ("0.0.0.0" if in_cluster() else "127.0.0.1")
         async with served("--system-port", host, self._options.system_port, self._routes()):
             await self._check_definitions()
@@ -84,7 +85,7 @@ class _Operator:
             await self._election.resign()
 
     async def _terms(self) -> None:
-        """Stand by until elected, act until the lease is lost, and again."""
+        """Repeatedly: stand by until elected, then act until the lease is lost."""
         while True:
             async with asyncio.TaskGroup() as tasks:
                 acting = tasks.create_task(self._act())
@@ -104,7 +105,7 @@ class _Operator:
             await asyncio.sleep(1.0)
 
     async def _act(self) -> None:
-        """Once elected, with nothing known from before. An API server that is away now is asked again."""
+        """Act once elected, with empty caches. If the API server does not answer, try again."""
         await self._election.elected.wait()
         while True:
             self._controller = Controller(
@@ -119,7 +120,7 @@ class _Operator:
             try:
                 await self._controller.run()
             except ApiError as error:
-                log.warning("cannot begin yet: %s", error)
+                log.warning("cannot start managing graphs yet: %s", error)
             finally:
                 self._controller = None
             await asyncio.sleep(2.0)
@@ -155,7 +156,7 @@ async def _convert(body: bytes) -> HttpAnswer:
 
 
 def render_settings(options: OperatorOptions) -> RenderSettings:
-    """What of the options shows in the objects of graphs."""
+    """The options that affect the objects of graphs."""
     secrets_named = [name.strip() for name in options.image_pull_secrets.split(",")]
     return RenderSettings(
         image=options.image,

@@ -1,4 +1,4 @@
-"""Secrets as the operator reads and writes them. What people can write into one may be anything."""
+"""Reads and writes the data of Secrets. Users can edit Secrets, so their data may be invalid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penstock.operator.certificates import Pair, made_at
 
 
 def data_of(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """The values of a Secret, without those that are not base64. Empty where there is no Secret."""
+    """The values of a Secret, without those that are not base64. Empty for None."""
     found = {}
     for key, value in ((secret or {}).get("data") or {}).items():
         try:
@@ -24,8 +24,8 @@ def data_of(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
 
 
 def pair_of(data: Mapping[str, bytes], certificate: str, key: str) -> Pair | None:
-    """The certificate and the private key under these names. None where they are not there, or no
-    certificate."""
+    """The certificate and the private key under these names. None if one is missing, or the certificate is
+    unreadable."""
     if not data.get(certificate) or not data.get(key):
         return None
     try:

@@ -1,5 +1,4 @@
-"""What the operator answers over HTTP: /live, /health and /metrics; and over HTTPS the conversion
-webhook."""
+"""The operator's HTTP server: /live, /health and /metrics, and over HTTPS the conversion webhook."""
 
 from __future__ import annotations
 
@@ -22,14 +21,13 @@ from penstock.net.listening import listen
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
-"""Of a request: a ConversionReview holds all objects of a list, of up to 1.5 MB each."""
-
+"""Largest body of a request. A ConversionReview holds all objects of a list, of up to 1.5 MB each."""
 
 CONNECTIONS_MAX = 64
 
 
 class HttpAnswer(msgspec.Struct, frozen=True):
-    """An HTTP answer."""
+    """The answer to an HTTP request."""
 
     status: int
     body: bytes
@@ -37,7 +35,7 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 
 
 Handler = Callable[[bytes], Awaitable[HttpAnswer]]
-"""Gets a request's body."""
+"""Answers a request, given its body."""
 
 
 def as_json(status: int, body: Any) -> HttpAnswer:
@@ -64,7 +62,7 @@ class _RoutedApp:
 
 
 async def _body(receive: Any) -> bytes | None:
-    """None: too long."""
+    """The request's body; None if it is too long."""
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -80,7 +78,7 @@ async def _body(receive: Any) -> bytes | None:
 
 
 class _Protocol(H11Protocol):
-    """With a log that strangers cannot fill."""
+    """uvicorn's protocol, with a log that strangers cannot fill."""
 
     quiet_log: QuietLog
 
@@ -97,14 +95,14 @@ async def served(
     routes: Mapping[tuple[str, str], Handler],
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """Answer meanwhile; the value is the port.
+    """Serve while the block runs. Yields the port.
 
     Args:
-        flag: that set the port, for errors.
-        tls: serve HTTPS with what this context holds; it may be loaded with another certificate meanwhile.
+        flag: the flag that set the port, for error messages.
+        tls: serve HTTPS with the certificate in this context, which may be replaced while serving.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port is not available.
     """
     try:
         listener = listen(host, port)

@@ -1,4 +1,4 @@
-"""What rendering is told besides the manifest, and what it answers."""
+"""The input of rendering, besides the manifest, and its output."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ OPTIONAL_KINDS = (INGRESSES, DISRUPTION_BUDGETS, DISRUPTION_BUDGETS_BETA, LEADER
 
 
 class RenderSettings(msgspec.Struct, frozen=True):
-    """The operator's settings that show in objects."""
+    """The operator's settings that affect the objects of graphs."""
 
     image: str
-    """For containers whose command was Dynamo's, those without an image, and log relays."""
+    """Image for containers whose command was Dynamo's, for those without an image, and for log relays."""
 
     image_pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = ""
-    """Where the manifest gives none; empty: the cluster's default."""
+    """Used where the manifest sets no pull policy. Empty: the cluster's default."""
 
     image_pull_secrets: tuple[str, ...] = ()
-    """Added to every pod, for the operator's image."""
+    """Pull secrets for the operator's image, added to every pod."""
 
     drain_s: float = 180.0
-    """Seconds that running requests get to end, where the manifest does not say: longer than nearly all
-    generations. A pod that has none ends at once."""
+    """Time in which running requests may end when a pod stops, in seconds; used where the manifest does not
+    set it. Longer than nearly all generations take. A pod without requests stops at once."""
 
     grace_slack_s: float = 15.0
-    """Between the end of a drain and the kubelet's SIGKILL, in seconds: closing links and the engine."""
+    """Time from the end of a drain to the kubelet's SIGKILL, in seconds, for closing links and engine."""
 
     pre_stop_s: int = 5
     """Between a frontend's removal from its Service and its SIGTERM, in seconds: kube-proxy on each node
@@ -74,7 +74,7 @@ class ClusterFacts(msgspec.Struct, frozen=True):
 
 
 class Note(msgspec.Struct, frozen=True):
-    """Something that its user should know of a graph that runs."""
+    """Something that the user of a running graph should know."""
 
     reason: str  # CamelCase, for events and conditions
     message: str  # one line
@@ -82,7 +82,7 @@ class Note(msgspec.Struct, frozen=True):
 
 
 class RenderedService(msgspec.Struct, frozen=True):
-    """What status needs to know of a service."""
+    """A rendered service, as far as the status needs to know it."""
 
     name: str  # its key in the manifest
     component_type: str
@@ -91,18 +91,18 @@ class RenderedService(msgspec.Struct, frozen=True):
     object_name: str
     replicas: int
     nodes: int = 1  # pods of one replica
-    missing_api: str = ""  # what the cluster lacks, so that the object is not among `objects`
+    missing_api: str = ""  # the kind that the cluster does not serve; then the object is not in `objects`
 
 
 class Desired(msgspec.Struct, frozen=True):
-    """What a graph should have. Objects are without ownerReferences: the reconciler adds them."""
+    """The objects that a graph should have. The reconciler adds their ownerReferences."""
 
     objects: tuple[Object, ...]
-    """To be applied, in this order."""
+    """Objects to apply, in this order."""
 
     adapters: tuple[Object, ...]
-    """Scaling adapters. To be created where they are missing, and else left alone but for their labels:
-    their `spec.replicas` belongs to whoever scales."""
+    """Scaling adapters. Missing ones are created; existing ones are left alone except for their labels,
+    since the user or an autoscaler sets their `spec.replicas`."""
 
     services: tuple[RenderedService, ...]
     notes: tuple[Note, ...]

@@ -1,7 +1,7 @@
-"""What a graph's status says. Pure: of what was wanted and what the cluster shows of it.
+"""Computes the status of a graph from its rendered services and the cluster's objects. Pure.
 
-    state                pending, successful, or failed: somebody has to change something
-    observedGeneration   of the graph's spec that all this is about
+    state                pending, successful, or failed: the user has to change something
+    observedGeneration   the generation of the graph's spec that the status describes
     conditions           Ready; Progressing, which is False when a roll cannot go on
     services             by service: kind and name of its object, and its replica counts
     ready                by role, "2/2": for the columns of `kubectl get dgd`
@@ -42,28 +42,28 @@ _HOPELESS = frozenset(
         "StartError",
     ]
 )
-"""Reasons for which a container waits and that do not go away by themselves, or not soon."""
+"""Reasons why a container waits that do not pass by themselves, or not soon."""
 
 _STARTING = frozenset({"ContainerCreating", "PodInitializing"})
 _MESSAGE_MAX = 1000
-_TOLD_PODS = 3  # of a service; the others mostly have the same trouble
+_TOLD_PODS = 3  # pods of a service whose trouble is reported; the others mostly have the same
 
 
 class Trouble(msgspec.Struct, frozen=True):
     """Why a pod is not ready."""
 
     text: str
-    is_hopeless: bool = False  # until somebody changes something
+    is_hopeless: bool = False  # whether it lasts until the user changes something
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What became of a graph's spec.
+    """The result of reconciling a graph.
 
-    invalid: what is wrong with the manifest, a line each; then nothing was changed in the cluster.
-    refused: why the API server did not take an object.
-    awaited: what has to go by itself before an object can be made.
-    services: what was rendered; of an invalid manifest what the last valid one had, as far as known.
-    workloads, pods: by the name of a service's object.
+    services: the rendered services; for an invalid manifest those of the last valid one, if known.
+    workloads, pods: the cluster's, by the name of a service's object.
+    invalid: what is wrong with the manifest; then nothing was changed in the cluster.
+    refused: why the API server refused an object.
+    awaited: the object that must be deleted before one of its name can be created.
     """
 
     services: Sequence[RenderedService] = ()
@@ -75,7 +75,7 @@ class Observed(msgspec.Struct, frozen=True):
 
 
 def status_of(graph: Object, observed: Observed, now: datetime) -> Object:
-    """The whole status. Equal to what the graph has where nothing changed, times included."""
+    """The whole status. If nothing changed, it equals the graph's present status, times included."""
     before = graph.get("status") or {}
     counts = {service.name: _counts(service, observed) for service in observed.services}
     ready, reason, message = _ready(observed, counts)
@@ -98,15 +98,15 @@ def status_of(graph: Object, observed: Observed, now: datetime) -> Object:
         "state": state,
         "observedGeneration": generation,
         "conditions": conditions,
-        # Nothing is known of the services of an invalid manifest that this operator has not seen valid.
-        # And server-side apply makes a null of an object whose last field goes, which the schema forbids.
+        # The services of an invalid manifest are unknown if this operator has not seen a valid one. And
+        # server-side apply turns an object that loses its last field into null, which the schema forbids.
         "services": counts or before.get("services") or {},
         "ready": _by_role(observed.services, counts) or before.get("ready") or {},
     }
 
 
 def trouble_of(pod: Object) -> Trouble | None:
-    """Why this pod is not ready; None when it is."""
+    """Why this pod is not ready; None if it is ready."""
     status = pod.get("status") or {}
     conditions = {found["type"]: found for found in status.get("conditions") or ()}
     if conditions.get("Ready", {}).get("status") == "True":
@@ -214,14 +214,14 @@ def _failure(workload: Object | None) -> str:
 
 
 def _troubles(pods: Iterable[Object]) -> Iterable[tuple[str, Trouble]]:
-    """The pods that are not ready, the hopeless ones first."""
+    """The pods that are not ready, with the reasons; the hopeless ones first."""
     found = [(name_of(pod), trouble_of(pod)) for pod in pods if not is_being_deleted(pod)]
     troubles = [(name, trouble) for name, trouble in found if trouble is not None]
     return sorted(troubles, key=lambda pair: (not pair[1].is_hopeless, pair[0]))
 
 
 def _stuck(observed: Observed) -> str:
-    """Why a roll cannot go on; empty when it can."""
+    """Why a roll cannot go on; empty if it can."""
     reasons = []
     for service in observed.services:
         workload = observed.workloads.get(service.object_name)
@@ -237,7 +237,7 @@ def _stuck(observed: Observed) -> str:
         ]
         if hopeless:
             serving = _serving(observed.pods[service.object_name])
-            reasons.append(f"{hopeless[0]}; {serving} of its pods serve on" if serving else hopeless[0])
+            reasons.append(f"{hopeless[0]}; {serving} of its pods still serve" if serving else hopeless[0])
     return "; ".join(reasons)
 
 
@@ -246,7 +246,7 @@ def _serving(pods: Iterable[Object]) -> int:
 
 
 def _by_role(services: Iterable[RenderedService], counts: Mapping[str, Object]) -> dict[str, str]:
-    """Ready and wanted replicas of each role, over all its services."""
+    """Ready and wanted replicas of each role, summed over its services."""
     sums: dict[str, list[int]] = {}
     for service in services:
         both = sums.setdefault(service.role, [0, 0])
@@ -258,7 +258,7 @@ def _by_role(services: Iterable[RenderedService], counts: Mapping[str, Object]) 
 def _condition(
     kind: str, holds: bool, reason: str, message: str, before: Object, generation: int, now: datetime
 ) -> Object:
-    """With the time of its last change, as it was where it has not changed."""
+    """A condition. Its transition time is kept if its status has not changed."""
     status = "True" if holds else "False"
     since = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     for found in before.get("conditions") or ():

@@ -1,8 +1,8 @@
-"""Keys that wait to be worked on: each once, however often it was added, and never two at a time of the
-same.
+"""A queue of keys. A key that is added several times is queued once, and is never worked on twice at a
+time.
 
-A key that is added while it is worked on is worked on again afterwards, so that no change is missed. One
-whose work failed comes back after a pause, which doubles with each further failure.
+A key that is added while it is worked on is worked on again afterwards, so that no change is missed. A key
+whose work failed is queued again after a pause, which doubles with each further failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RETRY_MAX_S = 60.0
 
 
 class WorkQueue(Generic[Key]):
-    """Keys and the times from which each may be taken."""
+    """Keys, each with the time from which it may be taken."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -31,17 +31,18 @@ class WorkQueue(Generic[Key]):
         self._added = asyncio.Event()
 
     def __len__(self) -> int:
-        """Keys that wait, be it for a time to come."""
+        """The number of queued keys, due or not."""
         return len(self._due)
 
     def add(self, key: Key, after_s: float = 0.0) -> None:
-        """Work on it, `after_s` from now at the latest."""
+        """Queue a key. It is due after `after_s` seconds, or earlier if it was queued before."""
         at = self._clock.now() + after_s
         self._due[key] = min(at, self._due.get(key, at))
         self._added.set()
 
     async def take(self) -> Key:
-        """The key that has been due for longest. The caller then says `done` or `failed`."""
+        """Wait for a key that is due, and take the one that has been due for longest. The caller must then
+        call `done` or `failed`."""
         while True:
             free = [(at, key) for key, at in self._due.items() if key not in self._taken]
             at, key = min(free, key=lambda pair: pair[0]) if free else (None, None)
@@ -53,13 +54,13 @@ class WorkQueue(Generic[Key]):
             await self._wait(at)
 
     def done(self, key: Key) -> None:
-        """Nothing more is to be done, unless it was added meanwhile."""
+        """End the work on a key. If it was added meanwhile, it stays queued."""
         self._taken.discard(key)
         self._failures.pop(key, None)
         self._added.set()
 
     def failed(self, key: Key) -> float:
-        """It is due again after a pause; how long, in seconds."""
+        """End the work on a key, and queue it again after a pause. Returns the pause in seconds."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         pause_s = min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(failures - 1, 16)) * random.uniform(0.75, 1.0)
         self._taken.discard(key)
@@ -67,7 +68,7 @@ class WorkQueue(Generic[Key]):
         return pause_s
 
     async def _wait(self, until: float | None) -> None:
-        """Until something was added, done, or that time has come."""
+        """Wait until a key was added or done, or until the time `until`."""
         waiting = asyncio.create_task(self._added.wait())
         sleeping = None
         if until is not None:
@@ -78,5 +79,6 @@ class WorkQueue(Generic[Key]):
         finally:
             for task in tasks:
                 task.cancel()
-            # Not `await task`: what cancels this coroutine now could not be told from what just ended that.
+            # Not `await task`: it would raise CancelledError, whether this coroutine or the task was
+            # cancelled.
             await asyncio.wait(tasks)

@@ -1,7 +1,8 @@
-"""All of a pull but how its bytes move: `tcp` and `nixl` add that.
+"""The base class of the transports `tcp` and `nixl`: one pull, on both sides, except for moving the bytes.
 
-The reader, on a thread of the pull queue, asks for blocks, fetches them, and hears that they were held.
-The holder, on that connection's thread, grants the read, lends the blocks, and lets go of them.
+The reader asks for blocks, fetches them, and waits for the holder's confirmation that it kept them; it does
+so on a thread of the pull queue. The holder grants the read, has the blocks read, and ends the grant; it
+does so on the connection's thread.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class KvTransferBase(ABC):
-    """The `KvTransfer` port, less `_lend` and `_fetch`.
+    """The `KvTransfer` port, without moving the bytes: subclasses implement `_lend` and `_fetch`.
 
     Args:
-        instance_id, epoch: of the worker whose pool this serves; handoffs name them.
+        instance_id, epoch: of the worker whose KV pool this serves; its handoffs contain them.
     """
 
     name: str
@@ -45,7 +46,7 @@ class KvTransferBase(ABC):
         self._pulls = PullQueue(settings.max_pulls, settings.max_waiting_pulls)
 
     def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
-        """See `KvTransfer.start`. Raises ConfigError when the port cannot be had."""
+        """See `KvTransfer.start`. Raises ConfigError when the port is not available."""
         check_pool(pool)
         self.total_blocks, self.block_bytes = pool.shape or (0, 0)
         self._flat = pool.cast("B")
@@ -88,11 +89,12 @@ class KvTransferBase(ABC):
 
     @abstractmethod
     def _lend(self, stream: Stream, rows: list[int], deadline: float) -> None:
-        """Holder: grant a read of these pool rows, and return once they have been read."""
+        """The holder's part: send the grant for these pool rows, and return once they have been read."""
 
     @abstractmethod
     def _fetch(self, stream: Stream, granted: Granted, rows: list[int], deadline: float) -> None:
-        """Reader: bring what was granted into these pool rows. Nothing is written after the return."""
+        """The reader's part: copy the granted blocks to these pool rows. Writes nothing after it
+        returns."""
 
     def _run(
         self, handoff: Handoff, indices: list[int], rows: list[int], started: float, deadline: float
@@ -103,7 +105,7 @@ class KvTransferBase(ABC):
         except PenstockError as failed:
             error = str(failed)
         except Exception as failed:
-            # The top of a pull: a defect here must still become the one answer its caller waits for.
+            # A bug must not end this thread, nor leave the caller without the result that it waits for.
             log.exception("transfer: pulling %s failed", handoff.handoff_id)
             error = f"internal error: {failed!r}"
         blocks = 0 if error else len(rows)
@@ -125,21 +127,22 @@ class KvTransferBase(ABC):
         self._connections.keep(handoff.address, stream)
 
     def _ask(self, handoff: Handoff, indices: list[int], deadline: float) -> tuple[Stream, Granted]:
-        """Send the Read, over a connection kept from an earlier pull if there is one.
+        """Send the Read over a connection kept from an earlier pull if there is one, and receive the grant.
 
-        Such a one may have been closed by the holder just now; then the Read goes once more, over a new
-        one. Should the first have arrived all the same, the second is refused: granted once.
+        The holder may just have closed a kept connection; then the Read is sent again over a new one. If
+        the first Read arrived nevertheless, the holder refuses the second, since it grants each handoff
+        once.
         """
         stream = self._connections.reuse(handoff.address)
         if stream is not None:
             try:
-                return stream, self._question(stream, handoff, indices, deadline)
+                return stream, self._request(stream, handoff, indices, deadline)
             except ConnectionLost:
                 pass
         stream = self._connections.open(handoff.address, deadline)
-        return stream, self._question(stream, handoff, indices, deadline)
+        return stream, self._request(stream, handoff, indices, deadline)
 
-    def _question(self, stream: Stream, handoff: Handoff, indices: list[int], deadline: float) -> Granted:
+    def _request(self, stream: Stream, handoff: Handoff, indices: list[int], deadline: float) -> Granted:
         read = Read(
             PROTOCOL,
             handoff.handoff_id,
@@ -158,7 +161,7 @@ class KvTransferBase(ABC):
             raise
 
     def _serve(self, stream: Stream, read: Read) -> bool:
-        """Holder: one exchange. Whether the Read was granted."""
+        """The holder's part of one pull. Returns whether the Read was granted."""
         deadline = time.monotonic() + min(read.timeout_s, self.settings.read_timeout_s)
         try:
             rows = self._grants.begin(read)
@@ -170,7 +173,7 @@ class KvTransferBase(ABC):
             self._pulled(read.handoff_id)
         finally:
             self._grants.end(read.handoff_id)
-        # Last, so that a reader that knows of its success finds the holder knowing too.
+        # Sent last, so that the holder has recorded the pull before the reader reports its success.
         stream.send(StillHeld(), deadline)
         return True
 
@@ -178,11 +181,11 @@ class KvTransferBase(ABC):
         try:
             self._on_pulled(handoff_id)
         except Exception:
-            # The engine's defect: its reader has the blocks all the same.
+            # A bug of the engine: the reader has the blocks nevertheless.
             log.exception("transfer: on_pulled failed for %s", handoff_id)
 
 
 def check_pool(pool: memoryview) -> None:
-    """Raises ValueError for memory that is not what `KvTransfer.start` asks for."""
+    """Raises ValueError if the pool is not as `KvTransfer.start` requires."""
     if pool.readonly or pool.ndim != 2 or pool.format != "B" or not pool.c_contiguous:
         raise ValueError("a pool is writable, C-contiguous, of format 'B' and two dimensions")

@@ -1,4 +1,4 @@
-"""The reader's connections, kept open between pulls so that each costs one round trip."""
+"""The reader's TCP connections. They are kept open between pulls, so that a pull costs one round trip."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 
 
 class Connections:
-    """Idle and busy connections to holders. Thread-safe."""
+    """The connections to holders, idle and busy. Thread-safe."""
 
     def __init__(self, settings: TransferSettings) -> None:
         self._settings = settings
-        # The holder closes at idle_timeout_s; half of it leaves no race worth having.
+        # The holder closes idle connections after idle_timeout_s. Half of it avoids using one that is being
+        # closed.
         self._useful_s = settings.idle_timeout_s / 2
         self._lock = threading.Lock()
         self._idle: OrderedDict[Stream, tuple[str, float]] = OrderedDict()  # address, since; oldest first
@@ -27,7 +28,7 @@ class Connections:
         self._closed = False
 
     def reuse(self, address: str) -> Stream | None:
-        """An open connection to this holder, the one used last."""
+        """The idle connection to this holder that was used last; None if there is none."""
         with self._lock:
             found = next((s for s in reversed(self._idle) if self._idle[s][0] == address), None)
             if found is None:
@@ -43,7 +44,7 @@ class Connections:
         """A new connection.
 
         Raises:
-            RemoteError: there is no such holder, or it did not answer in time.
+            RemoteError: nothing listens at the address, or the holder did not answer in time.
         """
         host, port = _host_and_port(address)
         left_s = min(deadline - time.monotonic(), self._settings.connect_timeout_s)
@@ -63,7 +64,7 @@ class Connections:
         raise ConnectionLost("the transfer was stopped")
 
     def keep(self, address: str, stream: Stream) -> None:
-        """A connection's exchange went to its end: keep it for the next."""
+        """Keep a connection, whose exchange is complete, for the next pull."""
         useless = []
         with self._lock:
             self._busy.discard(stream)
@@ -72,25 +73,25 @@ class Connections:
             else:
                 now = time.monotonic()
                 self._idle[stream] = (address, now)
-                # Those of holders that come back are reused in time; those of the dead go here.
+                # Connections to holders that are gone are not reused; they are removed here.
                 while len(self._idle) > self._settings.max_idle_connections or self._outdated(now):
                     useless.append(self._idle.popitem(last=False)[0])
         for old in useless:
             old.close()
 
     def _outdated(self, now: float) -> bool:
-        """Whether the connection that was used longest ago will not be used again."""
+        """Whether the connection that was used longest ago is too old to be used again."""
         _, since = next(iter(self._idle.values()))
         return now - since >= self._useful_s
 
     def drop(self, stream: Stream) -> None:
-        """A connection's exchange broke off: nobody knows what its next bytes mean."""
+        """Close a connection whose exchange was interrupted: the meaning of its next bytes is unknown."""
         with self._lock:
             self._busy.discard(stream)
         stream.close()
 
     def close(self) -> None:
-        """Close what is idle and cut what is busy; from here on none is opened."""
+        """Close the idle connections and end the busy ones. None is opened afterwards."""
         with self._lock:
             self._closed = True
             for stream in self._busy:

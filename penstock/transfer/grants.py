@@ -1,8 +1,8 @@
-"""The handoffs that may be pulled from here. Pure but for the lock and the keys.
+"""The handoffs that readers may pull from this worker. Pure except for the lock and the keys.
 
-A grant is open from `add`, being read from `begin` to `end`, and then gone; `retract` takes an open one
-away. One that was begun is never open again, so a handoff is pulled at most once, and blocks that
-`retract` let go are never read.
+A grant is open from `add` on, is being read from `begin` to `end`, and is then gone. `retract` removes an
+open grant. A grant that was begun is never open again. So a handoff is pulled at most once, and blocks are
+never read after `retract` has released them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEY_BYTES = 16
 
 
 class ReadRefused(RemoteError):
-    """A Read that is not granted, with the reason in words."""
+    """The holder does not grant a Read; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class _Grant:
 
 
 class Grants:
-    """One holder's grants. Bounded by its engine, which holds pool blocks for each. Thread-safe."""
+    """The grants of one holder. Their number is limited by its pool blocks. Thread-safe."""
 
     def __init__(self, instance_id: str, epoch: int, total_blocks: int, block_bytes: int) -> None:
         self._instance_id = instance_id
@@ -42,7 +42,7 @@ class Grants:
         self._reading: set[str] = set()
 
     def add(self, handoff_id: str, rows: Sequence[int]) -> bytes:
-        """Let one reader have these pool rows. Returns its key."""
+        """Allow one reader to read these pool rows. Returns the key that the reader must show."""
         if any(not 0 <= row < self._total_blocks for row in rows):
             raise ValueError(f"handoff {handoff_id}: a block outside the pool of {self._total_blocks}")
         key = secrets.token_bytes(KEY_BYTES)
@@ -56,7 +56,7 @@ class Grants:
         """Start a read; the caller must `end` it. Returns the pool rows in the order asked for.
 
         Raises:
-            ReadRefused: this Read is not for here, or its handoff is unknown, used or retracted.
+            ReadRefused: the Read is for another instance, or its handoff is unknown, used or retracted.
         """
         if read.protocol != PROTOCOL:
             raise ReadRefused(f"speaks protocol {read.protocol}, not {PROTOCOL}")
@@ -66,7 +66,7 @@ class Grants:
             raise ReadRefused(f"blocks have {self._block_bytes} bytes here, {read.block_bytes} there")
         with self._lock:
             grant = self._open.get(read.handoff_id)
-            # One answer for a wrong id and a wrong key: a stranger learns nothing.
+            # The same answer for a wrong id and a wrong key, so that a stranger learns nothing.
             if grant is None or not hmac.compare_digest(grant.key, read.key):
                 raise ReadRefused("no such handoff: pulled, retracted, expired or never made")
             count = len(grant.rows)
@@ -77,12 +77,12 @@ class Grants:
         return [grant.rows[index] for index in read.indices]
 
     def end(self, handoff_id: str) -> None:
-        """A begun read is over, well or badly: its rows are not looked at any more."""
+        """Record that a read which was begun has ended or failed: its rows are no longer read."""
         with self._lock:
             self._reading.discard(handoff_id)
 
     def retract(self, handoff_id: str) -> bool:
-        """Close an open grant. False while it is being read."""
+        """Remove an open grant. Returns False while the handoff is being read."""
         with self._lock:
             self._open.pop(handoff_id, None)
             return handoff_id not in self._reading

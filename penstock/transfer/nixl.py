@@ -1,15 +1,15 @@
 """KV transfer through NIXL: RDMA between hosts that have it, copies between processes on one host.
 
-`messages.py` is the protocol: the holder's answer says where the blocks are, the reader fetches them with
-one-sided reads, and a second question tells it whether they were still held. That conversation goes over
-a TCP connection of its own instead of NIXL's notifications: those have to be polled for on both sides,
-which costs either idle CPU or latency, and cannot say that the other end has died.
+The protocol is in `messages.py`. The holder's answer says where the blocks are, the reader reads them from
+the holder's memory, and at the end the holder confirms that it still kept them. These messages go over a
+TCP connection of their own. NIXL's notifications would have to be polled on both sides, which costs either
+CPU time while idle or latency, and they cannot report that the other end has died.
 
-The metadata of an agent lets its owner's whole pool be read, so a key guards against mistakes and
-strangers, not against a worker of the same deployment.
+With an agent's metadata, a peer can read the whole pool of the agent's worker. So the key guards against
+mistakes and strangers, but not against another worker of the same deployment.
 
-Where UCX finds neither shared memory nor RDMA it emulates reads over TCP; `tcp` is several times faster
-then. `UCX_TLS` and the other variables of UCX apply.
+Where UCX finds neither shared memory nor RDMA, it emulates reads over TCP; then `tcp` is several times
+faster. `UCX_TLS` and the other variables of UCX apply.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from penstock.transfer.stream import DeadlinePassed, Stream
 
 log = logging.getLogger(__name__)
 
-_POLL_MIN_S = 20e-6  # between looks at a read: a small one takes as long
+_POLL_MIN_S = 20e-6  # between checks whether a read has ended: a small read takes as long
 _POLL_MAX_S = 1e-3
 
 # Agents with reads that may still write: neither they nor their staging may be freed before the process is.
@@ -44,20 +44,22 @@ _undead: list[tuple[Agent, Staging]] = []
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NixlTransferSettings(TransferSettings):
-    """What NIXL needs besides."""
+    """The common settings, and those of NIXL."""
 
     progress_interval_s: float = 0.01
-    """Longest sleep of NIXL's progress thread. Events wake it; this is for those that UCX misses. At
-    1 ms it costs 2 % of a core when idle, at 10 ms 0.4 %."""
+    """Longest sleep of NIXL's progress thread. Events wake the thread; this limit covers events that UCX
+    misses. When idle, 1 ms costs 2 % of a core, 10 ms costs 0.4 %."""
 
     staging_buffers: int = 16
-    """Buffers that reads go to: one for each pull under way, the rest for reads given up on."""
+    """Number of buffers that reads write to: one for each pull under way, the others for abandoned
+    reads."""
 
     staging_bytes: int = 2 * 1024 * 1024
-    """Of each buffer, at least one block. Small enough to stay in a core's cache until it is copied."""
+    """Size of each buffer, at least one block. Small enough to stay in a core's cache until it is
+    copied."""
 
     max_peers: int = 1024
-    """Holders whose agents are kept loaded; the one unused longest is forgotten."""
+    """Most holders whose agents are kept loaded. The one unused longest is unloaded."""
 
     def __post_init__(self) -> None:
         TransferSettings.__post_init__(self)
@@ -79,7 +81,7 @@ class NixlTransfer(KvTransferBase):
         self._agent: Agent | None = None
 
     def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
-        """See `KvTransfer.start`. Raises ConfigError when NIXL or the port cannot be had."""
+        """See `KvTransfer.start`. Raises ConfigError when NIXL or the port is not available."""
         check_pool(pool)
         settings = self._nixl_settings
         self._pool: NDArray[np.uint8] = np.asarray(pool)
@@ -99,7 +101,7 @@ class NixlTransfer(KvTransferBase):
             return
         stranded = self._staging.stranded()
         if stranded:
-            log.warning("transfer: %d given-up reads have not ended; keeping their memory", stranded)
+            log.warning("transfer: %d abandoned reads have not ended; keeping their memory", stranded)
             _undead.append((self._agent, self._staging))
         else:
             self._agent.close()
@@ -124,7 +126,7 @@ class NixlTransfer(KvTransferBase):
         stream.send(Done(), deadline)
 
     def _copy_all(self, memory: Memory, rows: list[int], deadline: float) -> None:
-        """Read and copy a buffer's worth of rows at a time. The peer was entered for this."""
+        """Read and copy the rows, one buffer at a time. The caller has entered the peer."""
         staging = self._staging
         try:
             buffer = staging.take(deadline)
@@ -142,7 +144,7 @@ class NixlTransfer(KvTransferBase):
             staging.strand(buffer, lambda: self._has_ended(read, memory.agent))
             raise
         except BaseException as error:
-            # A read that failed has ended: UCX fails all that is under way to an endpoint, then drops it.
+            # A failed read has ended: UCX fails all reads from an endpoint, and then drops the endpoint.
             staging.give_back(buffer)
             self._peers.leave(memory.agent, failed=isinstance(error, RemoteError))
             raise
@@ -165,7 +167,7 @@ class NixlTransfer(KvTransferBase):
             pause_s = min(2 * pause_s, _POLL_MAX_S)
 
     def _has_ended(self, read: int, peer: str) -> bool:
-        """Whether a read that was given up is over. Its peer is in use until then."""
+        """Whether an abandoned read has ended. Its peer stays in use until then."""
         assert self._agent is not None
         try:
             ended = self._agent.is_done(read)
@@ -179,14 +181,15 @@ class NixlTransfer(KvTransferBase):
 
 @dataclass(slots=True)
 class _Peer:
-    reads: int = 0  # pulls and given-up reads that use it
+    reads: int = 0  # pulls and abandoned reads that use the peer
     failed: bool = False
 
 
 class _Peers:
-    """The holders' agents that are loaded here. Thread-safe.
+    """The holders' agents that are loaded in this process. Thread-safe.
 
-    One that failed, or is the least recently used of too many, is forgotten, but never under a read.
+    A peer that failed is unloaded, and so is the least recently used one of too many, but never while a
+    read uses it.
     """
 
     def __init__(self, agent: Agent, max_peers: int) -> None:
@@ -196,7 +199,7 @@ class _Peers:
         self._peers: OrderedDict[str, _Peer] = OrderedDict()  # by agent name, used last at the end
 
     def enter(self, name: str, metadata: bytes) -> None:
-        """Load this peer unless it is, and keep it until `leave`. Raises RemoteError."""
+        """Load this peer unless it is loaded, and keep it loaded until `leave`. Raises RemoteError."""
         with self._lock:
             peer = self._peers.get(name)
             if peer is None:
@@ -207,7 +210,7 @@ class _Peers:
             self._peers.move_to_end(name)
 
     def leave(self, name: str, *, failed: bool = False) -> None:
-        """One use of it is over; `failed`: load it anew next time."""
+        """End one use of a peer. If it has `failed`, it is loaded anew the next time."""
         with self._lock:
             peer = self._peers[name]
             peer.reads -= 1

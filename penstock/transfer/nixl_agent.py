@@ -1,7 +1,7 @@
-"""One NIXL agent: the only place that knows NIXL's own interface, and maps its errors.
+"""A NIXL agent. This module alone uses NIXL's interface, and translates its errors.
 
-NIXL's Python wrapper makes agents whose progress thread spins on a core for as long as it lives, so the
-binding below it is used, where that thread can be told to sleep. Written against NIXL 1.5.1.
+NIXL's Python wrapper makes agents whose progress thread uses a whole core. So this uses the binding below
+the wrapper, in which the thread's sleep can be set. Written for NIXL 1.5.1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from penstock.net.address import is_loopback
 
 log = logging.getLogger(__name__)
 
-# The extra `penstock-llm[nixl]` does it too, but pip then brings torch, which NIXL names and does not need.
+# The extra `penstock-llm[nixl]` installs it as well, but with torch, which NIXL requires and does not need.
 _INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1"
 _PLUGIN = "UCX"
 _LOOPBACK_DEVICE = "lo"
@@ -34,10 +34,10 @@ class Agent:
     """A named NIXL agent over UCX. Thread-safe.
 
     Args:
-        name: unique among all agents that ever meet, incarnations included.
-        progress_interval_s: longest that its thread sleeps; events wake it earlier.
-        host: where this process may listen. UCX would listen on every network device; for a loopback
-            address it is kept to that one, unless `UCX_NET_DEVICES` says otherwise.
+        name: unique among all agents that may ever read from each other, incarnations included.
+        progress_interval_s: longest sleep of the agent's thread; events wake it earlier.
+        host: where this process may listen. UCX would listen on every network device; with a loopback
+            address it is restricted to the loopback device, unless `UCX_NET_DEVICES` is set.
 
     Raises:
         ConfigError: NIXL is not installed, or finds no transport.
@@ -60,10 +60,10 @@ class Agent:
         log.info("transfer: NIXL agent %s over %s, transports: %s", name, _PLUGIN, transports)
 
     def register(self, memory: NDArray[np.uint8]) -> None:
-        """Pin memory, for peers to read from or for own reads to write to, until `close`.
+        """Pin memory until `close`, so that peers can read from it or own reads can write to it.
 
         Raises:
-            ConfigError: it cannot be pinned (a limit of locked memory, perhaps).
+            ConfigError: the memory cannot be pinned, for example because of a limit of locked memory.
         """
         with self._mapped(ConfigError, f"cannot register {memory.nbytes} bytes of memory"):
             region = [(memory.ctypes.data, memory.nbytes, _HOST_MEMORY, "")]
@@ -72,12 +72,13 @@ class Agent:
         self._registered.append(descriptors)
 
     def metadata(self) -> bytes:
-        """What a peer needs to read from here; complete once all memory is registered."""
+        """The data that a peer needs to read from this agent. Complete once all memory is registered."""
         with self._mapped(ConfigError, "has no metadata"):
             return bytes(self._agent.getLocalMD())
 
     def add_peer(self, name: str, metadata: bytes) -> None:
-        """Make a peer's memory readable. Raises RemoteError for metadata that is not that peer's."""
+        """Load a peer, so that its memory can be read. Raises RemoteError if the metadata is not this
+        peer's."""
         with self._mapped(RemoteError, "cannot load the holder's metadata"):
             found = self._agent.loadRemoteMD(metadata)
         if (found.decode() if isinstance(found, bytes) else found) != name:
@@ -85,12 +86,12 @@ class Agent:
             raise RemoteError(f"NIXL: the holder's metadata is not that of {name[:60]!r}")
 
     def remove_peer(self, name: str) -> None:
-        """Forget a peer. A read from it that is under way would go on unseen: there must be none."""
+        """Unload a peer. No read from it may be under way: the read would go on unnoticed."""
         with self._mapped(RemoteError, "cannot forget a peer"):
             self._agent.invalidateRemoteMD(name)
 
     def post(self, peer: str, own: Descriptors, theirs: Descriptors) -> int:
-        """Start reading a peer's memory. Returns the read, to be looked after with `is_done`."""
+        """Start reading a peer's memory. Returns the read; call `is_done` until it has ended."""
         with self._mapped(RemoteError, "cannot read from the holder"):
             own_list = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, own)
             their_list = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, theirs)
@@ -103,10 +104,10 @@ class Agent:
         return int(read)
 
     def is_done(self, read: int) -> bool:
-        """Whether a read has ended; then it is forgotten.
+        """Whether a read has ended. The read is released once it has.
 
         Raises:
-            RemoteError: it has failed, and is forgotten.
+            RemoteError: the read has failed, and was released.
         """
         try:
             with self._mapped(RemoteError, "reading from the holder failed"):
@@ -135,7 +136,8 @@ class Agent:
 
     @contextmanager
     def _mapped(self, kind: type[PenstockError], what: str) -> Iterator[None]:
-        """NIXL's exceptions have no common base but their module; pybind11 adds RuntimeError."""
+        """Translate NIXL's exceptions. Their module is all they have in common; pybind11 adds
+        RuntimeError."""
         try:
             yield
         except PenstockError:

@@ -1,10 +1,10 @@
-"""The buffers that one-sided reads go to, before what they brought is copied into the pool.
+"""The buffers that NIXL's reads write to. From a buffer, the blocks are copied into the KV pool.
 
-Why not straight into the pool: a posted read cannot be taken back. UCX neither cancels it nor, once its
-peer is forgotten, stops it: a holder that was frozen and wakes a minute later still has its bytes written
-here (seen with UCX over TCP in NIXL 1.5.1, where releasing the read, and forgetting the peer, changed
-nothing). Into the pool they would fall on blocks that belong to another request by then. A buffer whose
-read was given up is left alone until that read has ended; the copy costs a tenth of a second a GiB.
+Reads do not write to the pool directly, because a posted read cannot be cancelled. UCX does not stop it,
+even after its peer was unloaded: when a holder that was frozen resumes a minute later, its bytes are still
+written here. (Seen with UCX over TCP in NIXL 1.5.1, where neither releasing the read nor unloading the peer
+changed this.) In the pool, they would overwrite blocks that belong to another request by then. A buffer
+whose read was abandoned is not used until that read has ended. The copy costs a tenth of a second per GiB.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from penstock.errors import RemoteError
 from penstock.transfer.stream import DeadlinePassed
 
-_STRANDED_POLL_S = 0.05  # between looks at given-up reads by a pull that waits for their buffers
+_STRANDED_POLL_S = 0.05  # between checks for ended reads, by a pull that waits for a buffer
 
 IsOver = Callable[[], bool]
 
 
 class Staging:
-    """Equal buffers of some rows each. Thread-safe.
+    """Buffers of equal size. Thread-safe.
 
     `memory` has shape (buffers, rows, block_bytes); a buffer is an index into its first axis.
     """
@@ -37,10 +37,10 @@ class Staging:
         self._stranded: dict[int, IsOver] = {}
 
     def take(self, deadline: float) -> int:
-        """A buffer that nothing writes to; `give_back` or `strand` it.
+        """Take a buffer that nothing writes to. The caller must `give_back` or `strand` it.
 
         Raises:
-            DeadlinePassed: all were in use or stranded for so long.
+            DeadlinePassed: all buffers were in use or stranded until the deadline.
         """
         with self._changed:
             while not self._free:
@@ -54,18 +54,19 @@ class Staging:
             return self._free.pop()
 
     def give_back(self, buffer: int) -> None:
-        """Its reads have ended."""
+        """Return a buffer whose reads have ended."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify()
 
     def strand(self, buffer: int, is_over: IsOver) -> None:
-        """Its read was given up; nobody has it until `is_over` answers True or raises RemoteError."""
+        """Return a buffer whose read was abandoned. It is not used until `is_over` returns True or raises
+        RemoteError."""
         with self._changed:
             self._stranded[buffer] = is_over
 
     def stranded(self) -> int:
-        """Buffers whose given-up reads may still write."""
+        """The number of buffers that abandoned reads may still write to."""
         with self._changed:
             self._reclaim()
             return len(self._stranded)
@@ -81,4 +82,4 @@ def _has_ended(is_over: IsOver) -> bool:
     try:
         return is_over()
     except RemoteError:
-        return True  # failed for good: nothing comes of it any more
+        return True  # the read has failed and writes nothing more

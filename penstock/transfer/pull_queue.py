@@ -1,4 +1,4 @@
-"""The threads that pull, and the pulls that wait for one of them, each to its own deadline."""
+"""The reader's threads, and the pulls that wait for a free thread, each with a deadline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueuedPull:
-    """One pull. `run` ends by `deadline` (of `time.monotonic`) and raises nothing."""
+    """One pull. `run` returns before `deadline` (of `time.monotonic`) and never raises."""
 
     run: Callable[[], Pulled]
     on_done: Callable[[Pulled], None]
@@ -25,14 +25,16 @@ class QueuedPull:
 
 
 class PullQueue:
-    """First come, first served by `max_pulls` threads; one more thread ends those that waited too long
-    or found the queue full, so that every `on_done` comes in time and from a thread of this object."""
+    """Runs pulls in order of arrival on `max_pulls` threads. Another thread fails the pulls that waited too
+    long or found the queue full. So every `on_done` is called in time, and by a thread of this object."""
 
     def __init__(self, max_pulls: int, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         lock = threading.Lock()
-        self._work = threading.Condition(lock)  # for the pullers: there is a pull, or the end
-        self._overdue = threading.Condition(lock)  # for the other: look at the deadlines again
+        self._work = threading.Condition(lock)  # notifies the pulling threads of a pull, or of the stop
+        self._overdue = threading.Condition(
+            lock
+        )  # notifies the expiring thread that the next deadline may have changed
         self._waiting: deque[QueuedPull] = deque()
         self._refused: deque[QueuedPull] = deque()
         self._idle = 0
@@ -107,7 +109,7 @@ def _fail(pull: QueuedPull, reason: str) -> None:
 
 
 def _report(on_done: Callable[[Pulled], None], pulled: Pulled) -> None:
-    """Call back. What the callee raises is its defect and must not end the calling thread."""
+    """Call `on_done`. An exception that it raises is logged, and does not end the calling thread."""
     try:
         on_done(pulled)
     except Exception:

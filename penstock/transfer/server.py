@@ -1,4 +1,4 @@
-"""The holder's port: one thread that accepts, one for each reader, both bounded."""
+"""The holder's TCP server: one thread accepts connections, and one thread serves each connection."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from penstock.transfer.stream import ConnectionLost, DeadlinePassed, Stream
 log = QuietLog(logging.getLogger(__name__))
 
 _BACKLOG = 128
-_PAUSE_S = 0.5  # after a failed accept (no file descriptors left): their owners need time
+_PAUSE_S = 0.5  # after a failed accept, for example without file descriptors: some may be closed meanwhile
 
 Serve = Callable[[Stream, Read], bool]
 
 
 class _ReaderConnection:
-    """A reader as the server sees it."""
+    """A reader's connection."""
 
     def __init__(self, stream: Stream, peer: str) -> None:
         self.stream = stream
         self.peer = peer
         self.thread: threading.Thread | None = None
-        self.trusted = False  # has shown a valid key
-        self.busy = False  # between a Read and its answer's end
+        self.trusted = False  # whether the reader has shown a valid key
+        self.busy = False  # from a Read to the end of its answer
         self.idle_since = time.monotonic()
 
 
 class Server:
-    """Listens, and calls `serve(stream, read)` for each Read, on that connection's thread.
+    """Listens, and calls `serve(stream, read)` for each Read on the connection's thread.
 
-    `serve` answers whether the Read was granted; a PenstockError from it ends the connection.
+    `serve` returns whether the Read was granted. If it raises PenstockError, the connection is closed.
     """
 
     def __init__(self, settings: TransferSettings, serve: Serve) -> None:
@@ -51,10 +51,10 @@ class Server:
         self._acceptor: threading.Thread | None = None
 
     def start(self) -> str:
-        """Listen. Returns the address that readers dial.
+        """Listen. Returns the address that readers connect to.
 
         Raises:
-            ConfigError: the port cannot be had.
+            ConfigError: the port is not available.
         """
         host, port = self._settings.host, self._settings.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -70,7 +70,7 @@ class Server:
         return join_address(self._settings.dialled_host, self._settings.advertise_port or listening)
 
     def stop(self) -> None:
-        """Cut all connections and join their threads."""
+        """Close all connections, and wait for their threads."""
         if self._acceptor is None or self._stopping:
             return
         self._stopping = True
@@ -122,7 +122,8 @@ class Server:
             self._forget(connection)
 
     def _make_room(self) -> bool:
-        """Whether one more connection may come in, if need be for the one least likely to be missed."""
+        """Whether one more connection may be accepted. If there are too many, closes the idle one that is
+        least useful: untrusted connections first, then the one idle longest."""
         with self._lock:
             if len(self._connections) < self._settings.max_connections:
                 return True
@@ -144,7 +145,7 @@ class Server:
         except PenstockError as error:
             log.info("transfer: closed the connection of %s: %s", connection.peer, error)
         except Exception:
-            # The top of this thread: a defect costs its connection, not the process's other readers.
+            # A bug ends this connection only, not those of other readers.
             log.exception("transfer: serving %s failed", connection.peer)
         finally:
             self._forget(connection)

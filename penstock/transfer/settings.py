@@ -1,4 +1,4 @@
-"""What can be set about moving KV, and the limits of everything in it that could grow or wait."""
+"""The settings and limits of the KV transfer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from penstock.errors import ConfigError
 
-TIMEOUT_MAX_S = 3600.0  # far beyond any transfer, and what every operating system's timers can count
+TIMEOUT_MAX_S = 3600.0  # far longer than any transfer, and in the range of every system's timers
 _MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSettings:
-    """What every transport that listens on a TCP port has."""
+    """The settings of every transport that listens on a TCP port."""
 
     host: str = "127.0.0.1"
     """IP address of the interface to listen on."""
@@ -22,40 +22,40 @@ class TransferSettings:
     """TCP port; 0 lets the system choose."""
 
     advertise_host: str = ""
-    """IP address that readers dial. Empty: `host`, which then must not be a wildcard. No names: looking
-    one up has no deadline, and a pull does."""
+    """IP address that readers connect to. Empty: `host`, which then must not be a wildcard. Not a name: a
+    pull has a deadline, and looking up a name has none."""
 
     advertise_port: int = 0
-    """TCP port that readers dial, where a port mapping changes it. 0: the one listened on."""
+    """TCP port that readers connect to, if a port mapping changes it. 0: the port listened on."""
 
     max_connections: int = 64
-    """Readers connected at once, one thread each. One more drops the connection that has been idle
-    longest, those that never showed a valid key first."""
+    """Most connected readers, with one thread each. When one more connects, the
+    connection that has been idle longest is closed; connections that never showed a valid key go first."""
 
     max_pulls: int = 8
-    """Pulls under way at once, one thread each."""
+    """Most pulls under way at once, with one thread each."""
 
     max_waiting_pulls: int = 256
-    """Pulls waiting for one of those threads. Any more fail at once."""
+    """Most pulls that wait for a thread. Further pulls fail at once."""
 
     max_idle_connections: int = 64
-    """Connections kept open towards holders for the next pull; the one unused longest is closed."""
+    """Most idle connections to holders that are kept for later pulls. The one unused longest is closed."""
 
     connect_timeout_s: float = 5.0
-    """For TCP to be established; a pull's own deadline may be nearer."""
+    """Timeout of connecting. The deadline of a pull may be earlier."""
 
     request_timeout_s: float = 5.0
-    """For a new connection's first request to be here, whole."""
+    """Timeout for the whole first request of a new connection."""
 
     idle_timeout_s: float = 60.0
-    """For the next request on a connection that has shown a valid key."""
+    """Timeout for the next request on a connection that has shown a valid key."""
 
     read_timeout_s: float = 60.0
-    """Longest that one read may keep its blocks here, whatever the reader asks for. A reader that dies
-    unseen or stops taking bytes holds them this long."""
+    """Longest time for which a read may keep blocks, even if the reader asks for more. A reader that stops
+    taking bytes, or dies unnoticed, keeps them for this long."""
 
     stop_timeout_s: float = 5.0
-    """For each thread to end once everything it could wait for is closed."""
+    """Timeout for each thread to end, after all that it could wait for was closed."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -78,11 +78,13 @@ class TransferSettings:
                 raise ConfigError(f"transfer: {name} must be 0 to {_MAX_PORT}")
         _ip_address("host", self.host)
         if _ip_address("advertise_host", self.dialled_host).is_unspecified:
-            raise ConfigError(f"transfer: with host {self.host}, set advertise_host to what readers dial")
+            raise ConfigError(
+                f"transfer: with host {self.host}, set advertise_host to the address for readers"
+            )
 
     @property
     def dialled_host(self) -> str:
-        """The IP address in this holder's handoffs."""
+        """The IP address that this holder's handoffs contain."""
         return self.advertise_host or self.host
 
 

@@ -1,8 +1,9 @@
-"""A KvTransfer between pools of one process, which takes the time of a real one: for sim engines.
+"""The simulated KV transfer, for simulated engines: it moves blocks between pools of one process, and takes
+the time that a transfer between machines would take.
 
-A holder sends to its readers one after the other, so the pulls of a busy prefill worker queue up as they do
-on a real network card. Everything else is the port's: offers are for one reader, and can be withdrawn
-until a reader has begun. Bytes move at the end of a pull, all at once.
+A holder sends to its readers one after the other. So the pulls from a busy prefill worker queue up, as they
+do at a real network card. As the port demands, an offer is for one reader, and can be withdrawn until the
+reader has begun. All bytes of a pull are copied at its end.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from penstock.shapes import Handoff
 
 
 class SimTransferSettings(msgspec.Struct, frozen=True):
-    """The network that is simulated."""
+    """The simulated network."""
 
     bytes_per_block: int = 4 * 1024 * 1024
-    """Of KV: 16 tokens of a 32B model at 256 KiB a token."""
+    """Size of a KV block: 16 tokens of a 32B model, at 256 KiB a token."""
 
     gigabytes_per_s: float = 40.0
-    """What one holder sends; 40 is what one 400 Gb/s InfiniBand port gives in practice."""
+    """Bandwidth of one holder; a 400 Gb/s InfiniBand port gives 40 in practice."""
 
     setup_ms: float = 1.0
-    """Before the first byte of each pull, in ms; 0.5 to 2 over RDMA."""
+    """Time before the first byte of each pull, in ms; 0.5 to 2 over RDMA."""
 
     def __post_init__(self) -> None:
         if self.bytes_per_block <= 0 or not self.gigabytes_per_s > 0 or self.setup_ms < 0:
@@ -39,14 +40,14 @@ class SimTransferSettings(msgspec.Struct, frozen=True):
 
 
 class SimNetwork:
-    """Where the transfers of one simulation find each other, by address."""
+    """The transfers of one simulation, by address."""
 
     def __init__(self) -> None:
         self.holders: dict[str, SimTransfer] = {}
 
     def pull_s(self, holder: str, reader: str, seconds: float) -> float:
-        """How long a pull takes that should take so many seconds, from one address to another; for
-        simulations in which things go wrong. Infinite: it ends by its timeout."""
+        """The duration of a pull from `holder` to `reader` that takes `seconds` on a good network.
+        Simulations of faults override this; with infinity, the pull ends by its timeout."""
         return seconds
 
 
@@ -60,11 +61,11 @@ class SimTransferStatistics:
 
 
 class SimTransfer:
-    """One worker's end. To be made on the event loop, where pulls pass and callbacks come.
+    """The transfer of one worker. Make it on the event loop that will run pulls and callbacks.
 
     Args:
         address: unique in `network`.
-        clock: the clock that pulls pass on.
+        clock: the clock on which pulls take their time.
     """
 
     name = "sim"
@@ -81,8 +82,8 @@ class SimTransfer:
         self._row_bytes = 0
         self._lock = Lock()  # guards the next two: engines call from their threads
         self._offers: dict[str, Sequence[int]] = {}  # block ids by handoff id
-        self._reading: dict[str, SimTransfer] = {}  # who reads, by handoff id
-        self._sends_until = 0.0  # the end of the last pull from here, so far
+        self._reading: dict[str, SimTransfer] = {}  # the reader, by handoff id
+        self._sends_until = 0.0  # when the last pull from this holder, of those so far, will end
         self._on_pulled: Callable[[str], None] = _ignore
         self._tasks: set[asyncio.Task[str | None]] = set()
 
@@ -127,7 +128,7 @@ class SimTransfer:
         self._loop.call_soon_threadsafe(self._cancel)
 
     def kill(self) -> None:
-        """End as with its process, which is told nothing: holders give up what it was reading."""
+        """End as if the process had died: nothing is reported here, and holders end what it was reading."""
         self._network.holders.pop(self._address, None)
         for holder in self._network.holders.values():
             for handoff_id in [it for it, reader in holder._reading.items() if reader is self]:
@@ -161,10 +162,10 @@ class SimTransfer:
     async def _transfer(
         self, handoff: Handoff, sources: list[int], targets: list[int], timeout_s: float
     ) -> str | None:
-        """Why it failed, or None."""
+        """Run a pull. Returns why it failed, or None."""
         holder = self._network.holders.get(handoff.address)
         if holder is None:
-            return f"nobody at {handoff.address}"
+            return f"no holder at {handoff.address}"
         offered = holder._begin(handoff.handoff_id, self)
         if offered is None:
             return f"{handoff.address} does not offer {handoff.handoff_id}"
@@ -183,10 +184,10 @@ class SimTransfer:
         holder._on_pulled(handoff.handoff_id)
         return None
 
-    # --- what a reader does to its holder -----------------------------------------------------------
+    # --- called by the reader -----------------------------------------------------------------------
 
     def _begin(self, handoff_id: str, reader: SimTransfer) -> Sequence[int] | None:
-        """The blocks that are offered to one reader, who has begun now."""
+        """Begin a read: the offered blocks, or None if there is no such offer."""
         with self._lock:
             offered = self._offers.pop(handoff_id, None)
             if offered is not None:
@@ -201,7 +202,8 @@ class SimTransfer:
         return self._pool[block_id * self._row_bytes : (block_id + 1) * self._row_bytes]
 
     def _send_s(self, size_bytes: int) -> float:
-        """How long from now until this much has been sent, after what is being sent already."""
+        """Seconds from now until this many bytes have been sent, after those that are being sent
+        already."""
         now = self._clock.now()
         sends_s = size_bytes / (self._settings.gigabytes_per_s * 1e9)
         self._sends_until = max(now + self._settings.setup_ms / 1e3, self._sends_until) + sends_s
@@ -209,4 +211,4 @@ class SimTransfer:
 
 
 def _ignore(handoff_id: str) -> None:
-    """Until `start` there is nothing to be pulled."""
+    """The callback before `start`, when nothing can be pulled."""

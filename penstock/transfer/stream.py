@@ -1,7 +1,7 @@
-"""A TCP connection with deadlines, that moves messages and pool rows.
+"""A TCP connection with deadlines, for messages and pool rows.
 
-The socket blocks, with the time left set as its timeout before each call: one system call then moves
-megabytes (MSG_WAITALL), where a polled socket wakes for every segment and takes twice as long.
+The socket blocks, and before each call its timeout is set to the time that is left. So one system call
+moves megabytes (MSG_WAITALL). A non-blocking socket would wake for every segment and take twice as long.
 Deadlines are of `time.monotonic`.
 """
 
@@ -15,27 +15,27 @@ from collections.abc import Callable, Iterator
 from penstock.errors import RemoteError
 from penstock.transfer.messages import LENGTH_BYTES, M, Message, check_length, frame, parsed
 
-_WINDOW_BYTES = 4 * 1024 * 1024  # per system call: a deadline is looked at in between
+_WINDOW_BYTES = 4 * 1024 * 1024  # per system call: the deadline is checked in between
 _WINDOW_VIEWS = 1024  # IOV_MAX of Linux and macOS
 _MORE = getattr(socket, "MSG_MORE", 0)  # Linux: wait for the bytes that follow before sending a segment
 
 
 class ConnectionLost(RemoteError):
-    """The other end closed the connection, or it broke."""
+    """The other end closed the connection, or the connection failed."""
 
 
 class DeadlinePassed(RemoteError):
-    """The other end took too long."""
+    """The other end did not answer before the deadline."""
 
 
 class Stream:
-    """One connection. Used by one thread at a time, except for `cut`.
+    """One connection. Only `cut` may be called while another thread uses it.
 
     Args:
-        connected: a TCP socket, from here on the stream's; closed if this fails.
+        connected: a TCP socket, which the stream owns from now on. It is closed if this raises.
 
     Raises:
-        ConnectionLost: it has been reset already.
+        ConnectionLost: the connection has been reset already.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -48,29 +48,29 @@ class Stream:
             raise _lost(error) from error
 
     def send(self, message: Message, deadline: float, *, more: bool = False) -> None:
-        """Send a message; with `more`, along with what is sent next."""
+        """Send a message. With `more`, it may wait to share a segment with the bytes that are sent next."""
         self._send_all([memoryview(frame(message))], deadline, _MORE if more else 0)
 
     def receive(self, kind: type[M], deadline: float) -> M:
-        """The next message, which must be a `kind`.
+        """Receive the next message, which must be of this kind.
 
         Raises:
-            ProtocolError: it is something else.
+            ProtocolError: it is of another kind, or invalid.
         """
         length = int.from_bytes(self._receive_bytes(LENGTH_BYTES, deadline), "big")
         check_length(length)
         return parsed(kind, self._receive_bytes(length, deadline))
 
     def send_rows(self, rows: list[memoryview], deadline: float) -> None:
-        """Send memory as it is, along with the message that follows."""
+        """Send these rows. They may wait to share a segment with the message that follows."""
         self._send_all(rows, deadline, _MORE)
 
     def receive_rows(self, rows: list[memoryview], deadline: float) -> None:
-        """Fill memory from the connection."""
+        """Fill these rows from the connection."""
         self._move(self._receive_some, socket.SO_RCVTIMEO, rows, deadline)
 
     def is_stale(self) -> bool:
-        """Whether an idle connection was closed by the other end, or has bytes nobody asked for."""
+        """Whether an idle connection was closed by the other end, or has received unexpected bytes."""
         try:
             self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -80,11 +80,11 @@ class Stream:
         return True
 
     def cut(self) -> None:
-        """End the connection under the thread that uses it; its call ends with ConnectionLost."""
+        """End the connection while another thread uses it. That thread's call raises ConnectionLost."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # it has ended by itself
+            return  # the connection has already ended
 
     def close(self) -> None:
         self._socket.close()
@@ -109,7 +109,8 @@ class Stream:
         views: list[memoryview],
         deadline: float,
     ) -> None:
-        """Have `call` move all the views; `timeout` is the socket option that bounds it."""
+        """Call `call` until it has moved all views. `timeout` is the socket option that sets its
+        timeout."""
         for window in _windows(views):
             while window:
                 left_us = int((deadline - time.monotonic()) * 1e6)
@@ -120,7 +121,7 @@ class Stream:
                     self._socket.setsockopt(socket.SOL_SOCKET, timeout, timeval)
                     moved = call(window)
                 except BlockingIOError:
-                    continue  # the time is over
+                    continue  # the timeout has passed
                 except OSError as error:
                     raise _lost(error) from error
                 if moved == 0:
@@ -133,7 +134,7 @@ def _lost(error: OSError) -> ConnectionLost:
 
 
 def pool_rows(flat: memoryview, block_bytes: int, block_ids: list[int]) -> list[memoryview]:
-    """Views of these blocks, in this order; neighbours in memory that follow each other share one."""
+    """Views of these blocks, in this order. Consecutive blocks that are adjacent in memory share a view."""
     views = []
     start = 0
     for end in range(1, len(block_ids) + 1):
@@ -145,7 +146,7 @@ def pool_rows(flat: memoryview, block_bytes: int, block_ids: list[int]) -> list[
 
 
 def _windows(views: list[memoryview]) -> Iterator[list[memoryview]]:
-    """The views in order, as much at a time as one system call is to move."""
+    """Group the views, in order, by the amount that one system call moves."""
     window: list[memoryview] = []
     size = 0
     for view in views:
@@ -158,7 +159,7 @@ def _windows(views: list[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _behind(views: list[memoryview], moved: int) -> list[memoryview]:
-    """What is left of the views after their first `moved` bytes."""
+    """The views without their first `moved` bytes."""
     for index, view in enumerate(views):
         if moved < len(view):
             return [view[moved:], *views[index + 1 :]]

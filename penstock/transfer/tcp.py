@@ -1,8 +1,8 @@
-"""KV transfer over plain TCP: `messages.py` is the protocol, with the blocks' bytes after `Granted`.
+"""KV transfer over plain TCP. The protocol is in `messages.py`; the blocks' bytes follow `Granted`.
 
-The holder hands its pool's memory to the socket and the reader lets the socket fill its own pool's, so
-no byte is copied in user space, and a system call moves many blocks. The blocks are kept until the last
-byte is in the holder's socket: from then on it is the kernel that has them.
+The holder passes its pool's memory to the socket, and the reader has the socket fill its own pool's memory.
+So no byte is copied in user space, and one system call moves many blocks. The holder keeps the blocks until
+the last byte is in its socket; from then on the kernel has a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from penstock.transfer.stream import Stream, pool_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcpTransferSettings(TransferSettings):
-    """The common ones are all it needs."""
+    """TCP needs no further settings."""
 
 
 class TcpTransfer(KvTransferBase):

@@ -178,7 +178,7 @@ async def test_an_outage_of_the_api_server(
         server.connect()
         await watcher.until("w-0")
         assert watching.trouble == ""
-    assert "pods: the API server does not answer, what is known stays" in caplog.text
+    assert "pods: the API server does not answer, the last known objects stay" in caplog.text
     assert "pods: the API server answers again: outage_s=" in caplog.text
     assert all(lease.registered and not lease.trouble for lease in leases)
 

@@ -119,5 +119,5 @@ def test_pods_are_found_and_an_outage_of_the_api_server_takes_nothing_away(shop:
     shop.workers["w-1"] = shop.start_worker("w-1")
     shop.wait_ready(1)
     assert shop.ask() == "length"
-    assert "pods: the API server does not answer, what is known stays" in log
+    assert "pods: the API server does not answer, the last known objects stay" in log
     assert "pods: the API server answers again" in log

@@ -169,7 +169,7 @@ async def test_an_outage(followed: Followed, caplog: pytest.LogCaptureFixture) -
     assert followed.reflector.trouble == ""
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "what is known stays" in warnings[0].getMessage()
+    assert "the last known objects stay" in warnings[0].getMessage()
     assert "answers again: outage_s=1" in caplog.text
     await followed.put("c")
     await followed.clock.advance(1)

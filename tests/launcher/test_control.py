@@ -56,12 +56,12 @@ async def test_garbage_is_answered(folder: StateFolder, line: bytes) -> None:
 
 async def test_a_newer_version_is_told(folder: StateFolder) -> None:
     answer = await asyncio.to_thread(raw, folder, b'{"op": "status", "version": 2, "further": 1}\n')
-    assert b"knows version 1 of control only" in answer
+    assert b"only knows version 1 of this protocol" in answer
 
 
 async def test_a_request_that_was_read_too_late_is_not_carried_out(folder: StateFolder) -> None:
     late = b'{"op": "scale", "replicas": {"A": 3}, "expires_at": %.3f}\n' % (time.monotonic() - 0.001)
-    assert b"this came too late" in await asyncio.to_thread(raw, folder, late)
+    assert b"the request came too late" in await asyncio.to_thread(raw, folder, late)
 
 
 async def test_a_caller_that_leaves_harms_nothing(folder: StateFolder) -> None:
@@ -91,7 +91,7 @@ async def test_an_answer_that_is_none(tmp_path: Path) -> None:
         writer.close()
 
     server = await asyncio.start_unix_server(answer, folder.socket)
-    with pytest.raises(RemoteError, match="answered what is no response"):
+    with pytest.raises(RemoteError, match="sent an invalid response"):
         await asyncio.to_thread(call, folder, ControlRequest(op="status"))
     server.close()
     await server.wait_closed()

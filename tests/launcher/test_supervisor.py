@@ -170,7 +170,7 @@ async def test_a_graph_whose_folder_was_deleted_goes_on(running) -> None:
         delete(graph.folder.path.parent)
         [before] = graph.replicas("decode")
         os.kill(before.pid, signal.SIGKILL)  # its successor needs the secret
-        await graph.prints("was deleted, at least in part: made again")
+        await graph.prints("was deleted, at least in part; it was made again")
         await graph.prints("decode-0 was ended by SIGKILL after")
         await until(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
         assert "decode-0" in {path.stem for path in graph.folder.logs.glob("*/*.log")}
@@ -182,7 +182,7 @@ async def test_a_deleted_socket_is_made_again(running) -> None:
     async with running() as graph:
         await graph.prints("Ready: ")
         os.unlink(graph.folder.socket)
-        await graph.prints("was deleted, at least in part: made again")
+        await graph.prints("was deleted, at least in part; it was made again")
         assert (await ask(graph, op="status")).status.ready
 
 
@@ -192,7 +192,9 @@ async def test_a_graph_whose_folder_is_anothers_stops_in_order(running) -> None:
         delete(graph.folder.path)
         with (
             StateFolder(graph.folder.path.parent, "toy").locked(),
-            pytest.raises(ConfigError, match="was deleted, and is another's now: toy is already running"),
+            pytest.raises(
+                ConfigError, match="was deleted, and another launcher uses it now: toy is already running"
+            ),
         ):
             await asyncio.wait_for(graph.task, 15)
         assert not graph.supervisor._replicas()

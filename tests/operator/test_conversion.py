@@ -48,7 +48,7 @@ def test_objects_come_back_in_order_with_their_metadata() -> None:
         (review(V1BETA1, graph("g", services=[])), "g: spec.services: expected an object, got []"),
         (
             review("nvidia.com/v2", graph("g")),
-            "good: there is no way from nvidia.com/v1alpha1 to nvidia.com/v2",
+            "good: no conversion from nvidia.com/v1alpha1 to nvidia.com/v2 exists",
         ),
         (review(V1BETA1, {"kind": "Pod"}), "only DynamoGraphDeployments are converted, not 'Pod'"),
         (review(V1BETA1, None), "only DynamoGraphDeployments are converted, not None"),

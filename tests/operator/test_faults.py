@@ -58,7 +58,7 @@ async def test_an_object_without_our_labels_is_not_taken_over_and_outlives_the_g
         await cluster.put(mine)
         await until(lambda: cluster.status().get("state") == "failed")
         name = theirs["metadata"]["name"]
-        assert f"{kind.name} {name} is there already" in cluster.condition("Ready")["message"]
+        assert f"{kind.name} {name} exists already" in cluster.condition("Ready")["message"]
         assert cluster.get(kind, name) == before
         await cluster.api.delete(GRAPHS, "g", NAMESPACE)
         await cluster.settled()
@@ -79,7 +79,7 @@ async def test_a_graph_made_again_waits_quietly_for_what_its_predecessor_had(clu
         await until(lambda: cluster.status().get("state"))
         await cluster.settled()
         assert cluster.status()["state"] == "pending"
-        assert "Deployment g-decodeworker is of a deleted graph" in cluster.condition("Ready")["message"]
+        assert "Deployment g-decodeworker belongs to a deleted graph" in cluster.condition("Ready")["message"]
         cluster.api.remove(DEPLOYMENTS, "g-decodeworker", NAMESPACE)
         await until(lambda: len(cluster.deployments()) == 3)
         await cluster.settled()

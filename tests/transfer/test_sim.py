@@ -136,7 +136,7 @@ async def test_a_holder_that_stops_fails_its_readers():
     late = pair.offer("b")
     pair.pull(late)
     await pair.clock.advance(1.0)
-    assert pair.errors == ["p stopped", "nobody at p"]
+    assert pair.errors == ["p stopped", "no holder at p"]
 
 
 async def test_a_reader_that_stops_ends_its_pulls():
