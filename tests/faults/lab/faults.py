@@ -21,10 +21,10 @@ from tests.faults.lab.proxy import Weather
 Happening = Callable[[Graph], Awaitable[None]]
 
 ALL = "queued prefill transfer decode"
-NO_SEAM = "the answer without a seam; the stall shown"
-STALL = "a stall as long as that, then the answer goes on without a seam"
+UNBROKEN = "the unbroken answer, after the wait shown"
+STALL = "a pause as long as that, then the rest of the answer"
 OVERDUE = frozenset({"429 overloaded"})
-CUT = "its connections end; another frontend answers who asks again"
+CUT = "its connections end; clients that ask again get the answer from another frontend"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ FAULTS: list[Fault] = []
 
 
 def fault(
-    name: str, promise: str = NO_SEAM, phases: str = ALL, quick: str = "", **options: Any
+    name: str, promise: str = UNBROKEN, phases: str = ALL, quick: str = "", **options: Any
 ) -> Callable[[Happening], Happening]:
     """Enter a fault into the catalogue."""
 
@@ -58,7 +58,7 @@ def fault(
     return enter
 
 
-@fault("nothing", "for comparison: the same bursts in peace", reference=True)
+@fault("nothing", "for comparison: the same bursts without a fault", reference=True)
 async def nothing(graph: Graph) -> None:
     await asyncio.sleep(0.0)
 
@@ -171,7 +171,7 @@ async def freeze_frontend_short(graph: Graph) -> None:
 
 @fault(
     "a frontend frozen for 20 s",
-    STALL + "; who comes next may be turned away: 429",
+    STALL + "; new requests may get 429",
     "prefill decode",
     errors=OVERDUE,
     lasts_s=20,
@@ -198,7 +198,7 @@ async def drain_decode(graph: Graph) -> None:
     await drain(graph, await graph.busiest("decode"))
 
 
-@fault("SIGTERM to a frontend", "the answer without a seam; new requests go to another", quick="decode")
+@fault("SIGTERM to a frontend", "the unbroken answer; new requests go to another frontend", quick="decode")
 async def drain_frontend(graph: Graph) -> None:
     await drain(graph, graph.frontends[0])
 
@@ -497,12 +497,15 @@ async def garbage_http(graph: Graph) -> None:
 
 
 @fault(
-    "64 clients that hang up", "others notice nothing; the work of who left ends", "queued decode", "decode"
+    "64 clients that hang up",
+    "other clients notice nothing; the work for clients that left ends",
+    "queued decode",
+    "decode",
 )
 async def hang_up(graph: Graph) -> None:
     await strangers.hang_up(graph.urls, 64)
 
 
-@fault("16 clients that do not read", "others notice nothing", "decode", lasts_s=4)
+@fault("16 clients that do not read", "other clients notice nothing", "decode", lasts_s=4)
 async def slow_readers(graph: Graph) -> None:
     await strangers.do_not_read(graph.urls, 16, 4.0)
