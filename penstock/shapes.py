@@ -205,7 +205,6 @@ class Attempt(msgspec.Struct):
     handoff: Handoff | None = None
     cache_salt: Word = ""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0  # lower goes first
-    suspect_tokens: Count = 0  # it may be what killed workers, until it has given so many; 0: it is not
 
 
 class Output(msgspec.Struct, array_like=True):
@@ -246,7 +245,6 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     steps: Total = 0  # turns that the engine took: that it grows while there is work is its sign of life
     rates: Rates = Rates()
     submitted: Total = 0  # attempts submitted to the engine so far that this load includes
-    suspects: Count = 0  # attempts that may be what killed other workers (core/suspects.py)
     output_tokens: MeanTokens = 0.0  # of an output that ended here, on average; 0: none has
 
 

@@ -14,6 +14,7 @@ from penstock.core.suspects import MAX_DEATHS
 from penstock.engines.sim import SimRunner, SimSettings, load_sim
 from penstock.errors import ModelReplaced, PenstockError, RequestRejected
 from penstock.frontend.generation import MAX_BEGINNINGS
+from penstock.router.router import Ticket
 from penstock.shapes import Delta, FinishReason, Request, Sampling
 
 FIRST_TOKEN_ID = 1
@@ -121,6 +122,7 @@ class Asked:
     poison_steps: int = 0  # steps in a row that fail at whoever computes it
     doses: Counter[str] = field(default_factory=Counter)  # steps that it made fail, by the request's name
     defect: bool = False  # its frontend cannot handle what comes for it
+    ticket: Ticket | None = None  # once it is submitted
     cancel: Callable[[], None] | None = None
     failures: Callable[[], int] = lambda: 0  # attempts that were lost so far
     refused: Callable[[str, str], None] = lambda request_id, why: None  # called when it is refused

@@ -428,10 +428,9 @@ async def defect(injector: Injector, rng: random.Random, frontend: SimulatedFron
         raise InjectedFault("this request was made to fail")
 
     for asked in injector.world.flying(frontend=frontend.name):
-        live = frontend.router._live.get(asked.request.request_id)
-        if live is not None and rng.random() < DEFECT_SHARE:
+        if asked.ticket is not None and rng.random() < DEFECT_SHARE:
             asked.defect = True
-            live.on_delta = fail
+            asked.ticket.on_delta = fail
 
 
 # --- time, discovery, clients ---------------------------------------------------------------------

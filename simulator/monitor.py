@@ -80,11 +80,11 @@ class Monitor:
     def idle_s(self, frontend: SimulatedFrontend) -> float:
         """For how long some worker could have begun a request, going by what this frontend knows."""
         now = self._world.loop.time()
-        served = frontend.router._instances.membership.served.items()
+        served = frontend.router.membership.served.items()
         idle = [
             what
             for key in served
-            if key in frontend.router._queues
+            if key in frontend.router.dispatcher.queues
             for what in self._idle(frontend, *key).values()
         ]
         return max((now - self._since.get(what, now) for what in idle), default=0.0)
@@ -128,8 +128,8 @@ class Monitor:
             frontend = frontends.get(peer.frontend_id)
             if frontend is None or not self._world.calm(frontend, worker):
                 continue
-            live = frontend.router._live.get(attempt_id.rpartition(".")[0])
-            if live is None or live.lifecycle._attempt_id != attempt_id:
+            record = frontend.router.dispatcher.attempts.get(attempt_id)
+            if record is None or record.life.attempt_id != attempt_id:
                 what = f"{worker.instance_id} runs {attempt_id}, of which {frontend.name} knows nothing"
                 yield "attempts are wanted", KNOWN_S, what
 
@@ -137,21 +137,21 @@ class Monitor:
         """Every request of a frontend is somewhere, and not for longer than it may be."""
         now, router, world = frontend.process.clock.now(), frontend.router, self._world
         limits = world.scenario.deadlines
-        for request_id, live in router._live.items():
-            lifecycle = live.lifecycle
-            awaited: Awaited = lifecycle._awaited
+        for request_id, record in router.dispatcher.records.items():
+            life = record.life
+            awaited: Awaited = life.awaited
             waits = 1 if awaited in (Awaited.NEXT_TOKEN, Awaited.WORKER) else 1 + limits.busy_waits
-            if lifecycle.waited_s(now) > waits * limits.of(awaited):
+            if life.waited_s(now) > waits * limits.of(awaited):
                 what = f"{frontend.name}: {request_id} waits for more than {awaited.value} allows"
                 yield "deadlines are kept", LATE_S, what
-            if lifecycle.phase is Phase.QUEUED:
-                if request_id not in live.queue and self._could_run(frontend, lifecycle):
+            if life.phase is Phase.QUEUED:
+                if request_id not in record.queue and self._could_run(frontend, life):
                     yield "an end", REST_S, f"{frontend.name}: {request_id} is not in the queue"
-                if self._outdated(frontend, lifecycle):
+                if self._outdated(frontend, life):
                     what = f"{frontend.name}: {request_id} waits for a revision that nobody has"
                     yield "replaced models", OUTDATED_S, what
                 continue
-            instance_id, _ = lifecycle.places
+            instance_id = life.instance_id
             worker = world.workers.get(instance_id)
             if (
                 worker is None
@@ -160,30 +160,30 @@ class Monitor:
                 or not world.calm(frontend, worker)
             ):
                 continue
-            attempt_id = lifecycle._attempt_id
+            attempt_id = life.attempt_id
             if attempt_id not in worker.worker.attempts:
                 what = f"{frontend.name} waits for {attempt_id}, of which {instance_id} knows nothing"
                 yield "attempts are somewhere", KNOWN_S, what
 
-    def _outdated(self, frontend: SimulatedFrontend, lifecycle: Lifecycle) -> bool:
+    def _outdated(self, frontend: SimulatedFrontend, life: Lifecycle) -> bool:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
-        membership, request = frontend.router._instances.membership, lifecycle.request
-        begun = len(lifecycle.token_ids) > len(request.token_ids)
+        membership, request = frontend.router.membership, life.request
+        begun = len(life.token_ids) > len(request.token_ids)
         other = membership.served.get(request.model, request.revision) != request.revision
         return not begun and other and not membership.ready(request.model, request.revision)
 
-    def _could_run(self, frontend: SimulatedFrontend, lifecycle: Lifecycle) -> bool:
+    def _could_run(self, frontend: SimulatedFrontend, life: Lifecycle) -> bool:
         """Whether there is a worker for it."""
-        request = lifecycle.request
-        cards = frontend.router._instances.membership.ready(request.model, request.revision)
-        return any(card.role.decodes and card.instance_id not in lifecycle._avoid for card in cards)
+        request = life.request
+        cards = frontend.router.membership.ready(request.model, request.revision)
+        return any(card.role.decodes and card.instance_id not in life.avoided for card in cards)
 
     def _waiting(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """Nobody waits while workers that could begin at once have nothing to do."""
-        for model, revision in list(frontend.router._queues):
+        for model, revision in list(frontend.router.dispatcher.queues):
             for what in self._idle(frontend, model, revision).values():
                 yield "", math.inf, what
-                request_id = frontend.router._queues[model, revision].next()
+                request_id = frontend.router.dispatcher.queues[model, revision].next()
                 if request_id is not None:
                     yield "no worker idles", IDLE_S, f"{request_id} waits, and {what}"
 
@@ -192,11 +192,12 @@ class Monitor:
         knows; with words for it. None of those for whom prompts are computed where there is a queue, and
         none that the first in the queue avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
-        ready = router._instances.membership.ready(model, revision)
+        ready = router.membership.ready(model, revision)
         idle = []
         for card in ready:
-            load = router._placement._book.view(card.instance_id)
-            if not (load.running or load.waiting or router._full_until.get(card.instance_id, now) > now):
+            load = router.placement.loads.view(card.instance_id)
+            full = router.dispatcher.full_until.get(card.instance_id, now) > now
+            if not (load.running or load.waiting or full):
                 idle.append(card)
         read = {kv_format(card.engine) for card in ready if card.role.decodes}
         ahead: dict[KvFormat, bool] = {}  # whether a prefill worker for those who read this is idle
@@ -206,8 +207,8 @@ class Monitor:
                 ahead[kind] = ahead.get(kind, False) or card in idle
         if ahead and not any(ahead.values()):
             return {}
-        heads = [router._live.get(router._queues[model, revision].next() or "")]
-        avoided = {name for live in heads if live is not None for name in live.lifecycle._avoid}
+        heads = [router.dispatcher.records.get(router.dispatcher.queues[model, revision].next() or "")]
+        avoided = {name for record in heads if record is not None for name in record.life.avoided}
         names = [
             card.instance_id
             for card in idle
@@ -215,7 +216,7 @@ class Monitor:
             and ahead.get(kv_format(card.engine), True)
             and card.instance_id not in avoided
         ]
-        books = router._placement._book.statistics()
+        books = router.placement.loads.statistics()
         return {
             name: f"{frontend.name} has had nothing for {name} since no. {books[name].sent}"
             for name in names
@@ -225,7 +226,7 @@ class Monitor:
 
     def _state(self, frontend: SimulatedFrontend, worker: SimulatedWorker) -> Iterator[Complaint]:
         """Who is well is used."""
-        member = frontend.router._instances.membership.members.get(worker.instance_id)
+        member = frontend.router.membership.members.get(worker.instance_id)
         name = f"{worker.instance_id}/{worker.epoch}"
         if member is None or member.registration.epoch != worker.epoch:
             if worker.instance_id in self._world.directory.entries() and not self._world.directory.away:
@@ -236,8 +237,8 @@ class Monitor:
 
     def _index(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """What a frontend's index has of a worker is what the worker had after one of its latest steps."""
-        members = frontend.router._instances.membership.members
-        digests = frontend.router._placement._index.digests()
+        members = frontend.router.membership.members
+        digests = frontend.router.placement.index.digests()
         for instance_id, member in members.items():
             worker = self._world.workers.get(instance_id)
             if (

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 from msgspec.structs import replace
 
-from penstock.core.events import Event
+from penstock.core.dispatcher import RequestRecord
 from penstock.errors import PenstockError, RequestRejected
 from penstock.metrics import Metrics
-from penstock.router.live import Live
 from penstock.router.router import Router
 from penstock.shapes import Attempt, ModelView, Request, Role
 from penstock.worker.worker import Worker, WorkerSettings
@@ -219,7 +218,9 @@ class Models:
 class FrontendChecks(Protocol):
     """Looks at what a frontend does, in the moment in which it does it."""
 
-    def sending(self, frontend: SimulatedFrontend, live: Live, instance_id: str, attempt: Attempt) -> None:
+    def sending(
+        self, frontend: SimulatedFrontend, record: RequestRecord, instance_id: str, attempt: Attempt
+    ) -> None:
         """It is about to send this attempt."""
 
     def refused(self, frontend: SimulatedFrontend, request_id: str, why: str) -> None:
@@ -229,13 +230,15 @@ class FrontendChecks(Protocol):
 class _ObservedRouter(Router):
     """Calls `sending` with every attempt before it is sent."""
 
-    def __init__(self, sending: Callable[[Live, str, Attempt], None], *args: Any, **options: Any) -> None:
+    def __init__(
+        self, sending: Callable[[RequestRecord, str, Attempt], None], *args: Any, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._sending = sending
 
-    def _send(self, live: Live, instance_id: str, attempt: Attempt) -> Event | None:
-        self._sending(live, instance_id, attempt)
-        return super()._send(live, instance_id, attempt)
+    def send(self, record: RequestRecord, instance_id: str, attempt: Attempt) -> None:
+        self._sending(record, instance_id, attempt)
+        super().send(record, instance_id, attempt)
 
 
 class SimulatedFrontend:
@@ -354,7 +357,8 @@ class SimulatedFrontend:
                 ticket.cancel()
 
         asked.cancel = cancel
-        asked.failures = lambda: ticket._live.lifecycle.strikes.lost
+        asked.ticket = ticket
+        asked.failures = lambda: ticket.record.life.strikes.lost
         if hang_up_s is not None:
             self.process.soon(loop.call_later, hang_up_s, asked.hang_up)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from penstock.core.catalog import serves
 from penstock.core.deadlines import Deadlines
+from penstock.core.dispatcher import RequestRecord
 from penstock.core.pairing import kv_format
 from penstock.core.suspects import MAX_DEATHS
-from penstock.router.live import Live
 from penstock.shapes import Attempt, Card, EngineCard, Handoff
 from simulator.monitor import Monitor
 from simulator.processes import SimulatedFrontend
@@ -28,35 +28,38 @@ class SendingChecks:
         self._violate = world.journal.violate
         self._monitor = monitor
 
-    def sending(self, frontend: SimulatedFrontend, live: Live, instance_id: str, attempt: Attempt) -> None:
+    def sending(
+        self, frontend: SimulatedFrontend, record: RequestRecord, instance_id: str, attempt: Attempt
+    ) -> None:
         """Whether it may be sent: it was tokenized for this worker's model, its KV is or will be of use, it
         has not failed too often, and no request that goes before it waits."""
         worker = self._world.workers[instance_id]
-        members = frontend.router._instances.membership.members
+        members = frontend.router.membership.members
         member = members.get(instance_id)
-        decode = members.get(live.lifecycle._decode_id if attempt.prefill_only else instance_id)
+        decode = members.get(record.life.decode_id if attempt.prefill_only else instance_id)
         if attempt.prefill_only or attempt.handoff is not None:
             prefill = attempt.handoff.instance_id if attempt.handoff is not None else instance_id
             made = attempt.handoff or (member.card.engine if member is not None and member.card else None)
             read = decode.card if decode is not None else None
             self._check_kv(attempt.attempt_id, prefill, made, read)
-        revision = live.placed.request.revision
+        life, request = record.life, record.life.request
+        revision = request.revision
         same = member is not None and worker.epoch == member.registration.epoch
         if same and worker.revision and not serves(worker.revision, revision):
             what = f"{attempt.attempt_id} of {revision} goes to {instance_id} of {worker.revision}"
             self._violate("revisions", what)
         asked = frontend.asked[attempt.request_id]
         asked.sends += 1
-        if asked.sends - live.lifecycle._bounces > MOST_SENDS:
+        if asked.sends - life.bounces > MOST_SENDS:
             self._violate("retries end", f"{attempt.attempt_id} is the {asked.sends}th without a token")
-        call_id, priority = live.placed.request.call_id, live.placed.request.priority
+        call_id, priority = request.call_id, request.priority
         if call_id in frontend.sent_calls or not attempt.attempt_id.endswith(".1"):
             return  # it goes with its call, or back to the head
         frontend.sent_calls.add(call_id)
-        for other in [it for it in frontend.router._live.values() if it.queue is live.queue]:
-            its = other.placed.request
+        for other in [it for it in frontend.router.dispatcher.records.values() if it.queue is record.queue]:
+            its = other.life.request
             first = its.priority < priority and its.call_id not in frontend.sent_calls
-            if (first or other.lifecycle._attempt_number > 0) and its.request_id in other.queue:
+            if (first or other.life.attempts > 0) and its.request_id in other.queue:
                 self._violate("the order of the queue", f"{attempt.attempt_id} passes {its.request_id}")
 
     def _check_kv(

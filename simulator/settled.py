@@ -25,7 +25,7 @@ def unready(world: World) -> list[str]:
     complaints = [f"{world.restarting} workers are starting again"] if world.restarting else []
     there = {worker.instance_id: worker for worker in world.live_workers() if worker.up}
     for frontend in world.live_frontends():
-        members = frontend.router._instances.membership.members
+        members = frontend.router.membership.members
         complaints += [
             f"{frontend.name} has {instance_id} as {members[instance_id].state}"
             if instance_id in members
@@ -65,12 +65,12 @@ def _busy(worker: SimulatedWorker) -> list[str]:
 
 def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     router = frontend.router
-    placement, instances = router._placement, router._instances
-    parts = [router, router._suspects, *router._queues.values(), instances, instances._models]
-    parts += [placement, placement._book, placement._check]
-    lasting = {"_queues", "_served", "_gone", "_lost", "_without_pairs"} | set(instances.membership.members)
+    placement, instances, dispatcher = router.placement, router.fleet, router.dispatcher
+    parts = [router, dispatcher, dispatcher.suspects, *dispatcher.queues.values()]
+    parts += [instances, instances.served_models, placement, placement.loads, placement.overlap_check]
+    lasting = {"queues", "_served", "_gone", "_lost", "_without_pairs"} | set(router.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
-    for instance_id, account in placement._book.statistics().items():
+    for instance_id, account in placement.loads.statistics().items():
         if any((account.on_the_way, account.booked, account.uncached_tokens, account.context_tokens)):
             complaints.append(f"{frontend.name} has {account} of {instance_id}")
     for worker in world.live_workers():
@@ -94,8 +94,8 @@ def _kept(parts: Iterable[object], lasting: set[str]) -> list[str]:
 
 
 def _wrong_index(world: World, frontend: SimulatedFrontend) -> list[str]:
-    index = frontend.router._placement._index.blocks()
-    up = {name for name, member in frontend.router._instances.membership.members.items() if member.up}
+    index = frontend.router.placement.index.blocks()
+    up = {name for name, member in frontend.router.membership.members.items() if member.up}
     complaints = [f"{frontend.name} indexes {name}, which is not up" for name in sorted(set(index) - up)]
     for worker in world.live_workers():
         if worker.instance_id not in up:

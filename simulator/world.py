@@ -143,9 +143,9 @@ class World:
     def flying(self, instance_id: str | None = None, frontend: str | None = None) -> list[Asked]:
         """Requests that have not ended: of one worker, of one frontend, or all."""
         where = {
-            live.lifecycle.request.request_id: live.lifecycle._instance_id
+            request_id: record.life.instance_id
             for it in self.live_frontends()
-            for live in it.router._live.values()
+            for request_id, record in it.router.dispatcher.records.items()
         }
         return [
             asked

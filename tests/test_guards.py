@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from penstock.core import lifecycle
+from penstock.core.dispatcher import Dispatcher
 from penstock.core.events import InstanceLost
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.placement import Placement
@@ -37,27 +38,28 @@ def defect(*args: Any, **options: Any) -> Any:
     raise DefectError
 
 
-async def fails(answer: Answer) -> None:
+async def fails(ask: Callable[[], Answer]) -> None:
+    """At once, or later."""
     with pytest.raises(RequestRejected) as refused:
-        await answer.tokens()
+        await ask().tokens()
     assert (refused.value.kind, refused.value.code) == (Rejection.INTERNAL, "internal_error")
 
 
 def books_are_closed(it: Cluster) -> bool:
-    router = it.router
-    accounts = router._placement._book._accounts.values()
-    waiting = sum(map(len, router._queues.values()))
-    return not (router._live or router._resting or waiting or any(account.booked for account in accounts))
+    dispatcher = it.router.dispatcher
+    booked = any(account.booked for account in it.router.placement.loads.statistics().values())
+    waiting = sum(map(len, dispatcher.queues.values()))
+    return not (dispatcher.records or dispatcher.attempts or waiting or booked)
 
 
 def only_for(patch: pytest.MonkeyPatch, owner: Any, name: str, request_id: str) -> list[int]:
-    """This method of a lifecycle, or one that gets a `_Live` or a `Placed`, fails for one request."""
+    """This method of a lifecycle, or one that gets a record or a `Placed`, fails for one request."""
     real = getattr(owner, name)
     failed: list[int] = []
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
         for it in (self, *args):
-            request = getattr(it, "request", None) or getattr(getattr(it, "placed", None), "request", None)
+            request = getattr(it, "request", None) or getattr(getattr(it, "life", None), "request", None)
             if request is not None and request.request_id == request_id:
                 failed.append(1)
                 raise DefectError
@@ -68,13 +70,14 @@ def only_for(patch: pytest.MonkeyPatch, owner: Any, name: str, request_id: str) 
 
 
 PLACES = [
-    (Lifecycle, "handle"),
+    (Lifecycle, "on_output"),
+    (Lifecycle, "place"),
     (Lifecycle, "_send"),
-    (Lifecycle, "_choose"),
     (Lifecycle, "_emit"),
-    (Router, "_choose"),
-    (Router, "_send"),
-    (Router, "_file"),
+    (Dispatcher, "place"),
+    (Dispatcher, "output"),
+    (Dispatcher, "sent"),
+    (Router, "send"),
     (Placement, "choose"),
     (Placement, "sent"),
     (Placement, "cached"),
@@ -89,8 +92,7 @@ async def test_a_request_that_meets_a_defect_ends_alone(
         others = [it.ask(PROMPT, max_tokens=50, seed=seed)[0] for seed in range(4)]
         number = next(it.ids) + 1
         failed = only_for(monkeypatch, owner, name, f"r{number}")
-        broken, _ = it.ask(PROMPT)
-        await fails(broken)
+        await fails(lambda: it.ask(PROMPT)[0])
         assert failed
         for answer in others:
             assert len(await answer.tokens()) == 50
@@ -112,8 +114,8 @@ async def test_a_defect_of_one_request_when_its_worker_is_lost(
             await asyncio.sleep(0.1)
             only_for(monkeypatch, Lifecycle, "_on_instance_lost", "r1")
             monkeypatch.setitem(lifecycle._HANDLERS, InstanceLost, Lifecycle._on_instance_lost)
-            it.router._instances.link("a0").cut("cut by the test")  # type: ignore[union-attr]
-            await fails(asked[1])
+            it.router.fleet.link("a0").cut("cut by the test")  # type: ignore[union-attr]
+            await fails(lambda: asked[1])
         for answer in (asked[0], *asked[2:]):
             assert len(await answer.tokens()) == 20
 
@@ -138,7 +140,7 @@ async def test_a_link_that_meets_a_defect_ends_and_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, owner: Any, name: str
 ) -> None:
     async with cluster(tmp_path, AGGREGATED) as it:
-        (one, other) = (it.router._instances.link(name) for name in AGGREGATED)
+        (one, other) = (it.router.fleet.link(name) for name in AGGREGATED)
         assert one is not None
         assert other is not None
         mended = getattr(owner, name)
@@ -148,7 +150,7 @@ async def test_a_link_that_meets_a_defect_ends_and_begins_anew(
         await until(lambda: "DefectError" in caplog.text)
         monkeypatch.setattr(owner, name, mended)
         if name == "ended":  # nobody was told of its end
-            it.router._instances._links["a0"].on_down("told by the test", orderly=False)
+            it.router.fleet._links["a0"].on_down("told by the test", orderly=False)
         await it.wait_ready(*AGGREGATED)
         assert len(await it.complete(PROMPT)) == 8
 
@@ -160,7 +162,7 @@ async def test_a_link_whose_keeper_meets_a_defect_is_kept_on(
         with monkeypatch.context() as patch:
             patch.setattr(LinkClient, "_connect", defect)
             for name in AGGREGATED:
-                it.router._instances.link(name).cut("cut by the test")  # type: ignore[union-attr]
+                it.router.fleet.link(name).cut("cut by the test")  # type: ignore[union-attr]
             await until(lambda: caplog.text.count("DefectError") >= 2)
         await it.wait_ready(*AGGREGATED)
 
@@ -228,9 +230,8 @@ async def test_what_cannot_be_encoded_costs_its_reader_alone(tmp_path: Path) -> 
 
 async def test_a_prompt_that_cannot_be_encoded_is_that_requests_end(tmp_path: Path) -> None:
     async with cluster(tmp_path, AGGREGATED) as it:
-        answer, _ = it.ask([2**70, *PROMPT])
         with pytest.raises(RequestRejected) as refused:
-            await answer.tokens()
+            it.ask([2**70, *PROMPT])
         assert refused.value.code == "internal_error"
         with contextlib.suppress(RequestRejected):
             assert len(await it.complete(PROMPT)) == 8

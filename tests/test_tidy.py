@@ -306,32 +306,6 @@ USED_PRIVATE_MEMBERS = {
         "_sample",
     },  # replaces parts of vLLM
     "simulator/loop.py": {"_context", "_run"},  # asyncio offers its event loops nothing else
-    # The simulation looks into the router, which is to offer statistics as others do.
-    "simulator/faults.py": {"_live"},
-    "simulator/monitor.py": {
-        "_attempt_id",
-        "_avoid",
-        "_awaited",
-        "_book",
-        "_full_until",
-        "_instances",
-        "_live",
-        "_placement",
-        "_queues",
-    },
-    "simulator/processes.py": {"_live"},
-    "simulator/sending.py": {"_attempt_number", "_bounces", "_decode_id", "_instances", "_live"},
-    "simulator/settled.py": {
-        "_book",
-        "_check",
-        "_index",
-        "_instances",
-        "_models",
-        "_placement",
-        "_queues",
-        "_suspects",
-    },
-    "simulator/world.py": {"_instance_id", "_live"},
 }
 
 # Documented, whatever their names look like.

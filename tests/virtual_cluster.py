@@ -99,7 +99,7 @@ class Frontend:
 
     async def idle(self) -> None:
         """Wait until nothing of it is under way."""
-        while self.router._live:
+        while self.router.dispatcher.records:
             await asyncio.sleep(0.05)
 
     async def open_loop(

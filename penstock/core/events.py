@@ -1,13 +1,12 @@
-"""What can happen to a request, and what is then to be done: the words between its state machine
-(lifecycle.py) and whoever carries it out.
-"""
+"""What can happen to one request that is being served, and what is then to be done about it."""
 
 from __future__ import annotations
 
 import msgspec
 
+from penstock.core.policy import Decision
 from penstock.errors import RequestRejected
-from penstock.shapes import Attempt, Delta, Handoff, Output
+from penstock.shapes import Attempt, Delta, Output
 
 KILLER = "kills_workers"
 """The code of the error that ends a request for being the cause of workers' deaths."""
@@ -16,37 +15,8 @@ KILLER = "kills_workers"
 # --- events -------------------------------------------------------------------------------------
 
 
-class Chosen(msgspec.Struct):
-    """The router's answer to Choose. `prefill` is None when no prefill worker is to go first. `local`: nor
-    does the decode worker read KV that is held for it: it computes all of the prompt."""
-
-    decode: str
-    prefill: str | None = None
-    local: bool = False
-
-
-class NoCandidate(msgspec.Struct):
-    """The router's answer to Choose when no instance can take the request now."""
-
-    reason: str
-
-
-class Held(msgspec.Struct):
-    """The router's answer to Choose when instances could take the request, but its turn has not come."""
-
-
-class Refused(msgspec.Struct):
-    """A queued request must not wait any longer."""
-
-    error: RequestRejected
-
-
-class Retry(msgspec.Struct):
-    """Something changed: a queued request may ask again."""
-
-
 class Bounced(msgspec.Struct):
-    """`unsent`: it got no further than its link, which is full."""
+    """A worker refused the attempt. `unsent`: it did not leave, because the link is full."""
 
     attempt_id: str
     reason: str
@@ -54,44 +24,41 @@ class Bounced(msgspec.Struct):
 
 
 class TooLong(msgspec.Struct):
-    """An attempt that cannot be sent to any instance, because it is longer than a frame of the link."""
+    """The attempt cannot be sent to any instance, because it is longer than a frame of the link."""
 
     attempt_id: str
     reason: str
 
 
 class InstanceLost(msgspec.Struct):
-    """An instance is gone with all it had; attempts there are lost and handoffs void. `died`: what seems to
-    have died (`Registration.incarnation`), unless it just left or fell silent. `alone`: no other request
-    with as many deaths was on it."""
+    """An instance is gone with all it had; attempts there are lost and handoffs void.
+
+    `died`: the incarnation that seems to have died, unless the instance left or fell silent. `shared`: it
+    had work of other frontends. `alone`: no other request of this frontend on it had seen as many deaths.
+    """
 
     instance_id: str
     reason: str
     died: str = ""
+    shared: bool = False
     alone: bool = False
 
 
-class InstanceReady(msgspec.Struct):
-    """An instance takes attempts, anew or again: another process with that name, one that goes on."""
-
-    instance_id: str
-
-
 class InstanceStuck(msgspec.Struct):
-    """An instance stands still, and there are others. It may go on, but better not wait for that."""
+    """The engine of an instance does not advance, and other instances could serve the request."""
 
     instance_id: str
     reason: str
 
 
 class Tick(msgspec.Struct):
-    """Time has passed. `queued`: the instance that has it advances, and has others waiting."""
+    """Time has passed. `queued`: the instance that has the attempt advances, and has others waiting."""
 
     queued: bool = False
 
 
 class ClientGone(msgspec.Struct):
-    """Nobody wants the rest. `complete`: the answer ends here, at a stop string."""
+    """The client does not want the rest. `complete`: because the answer ends here, at a stop string."""
 
     complete: bool = False
 
@@ -99,54 +66,46 @@ class ClientGone(msgspec.Struct):
 # --- effects ------------------------------------------------------------------------------------
 
 
-class Choose(msgspec.Struct):
-    """Ask the router. `handoff`: the prompt's KV is ready for pulling, only a decode worker that reads it
-    is needed. `failed`: why the attempt before it failed, if one just did."""
+class NoteChoice(msgspec.Struct):
+    """For metrics and the log: where the next attempt goes and why, how long the request waited for that in
+    the queue, and why the attempt before it failed, if it did."""
 
-    avoid: frozenset[str]
-    handoff: Handoff | None = None
-    failed: str = ""
+    decision: Decision
+    waited_s: float
+    failed: str
+    avoided: frozenset[str]
 
 
-class Send(msgspec.Struct):
+class SendAttempt(msgspec.Struct):
     instance_id: str
     attempt: Attempt
 
 
-class Cancel(msgspec.Struct):
+class CancelAttempt(msgspec.Struct):
     instance_id: str
     attempt_id: str
 
 
-class Release(msgspec.Struct):
-    """Let go of KV. `sent`: a decode worker knows of it, and may be reading."""
+class ReleaseKv(msgspec.Struct):
+    """Let a prefill worker free the KV that it holds. `sent`: a decode worker knows of the handoff, and may
+    be reading."""
 
     instance_id: str
     handoff_id: str
     sent: bool = False
 
 
-class Emit(msgspec.Struct):
+class DeliverOutput(msgspec.Struct):
+    """Give the client new output. Always the last effect: the client may answer with ClientGone at once."""
+
     delta: Delta
 
 
-class Fail(msgspec.Struct):
+class FailRequest(msgspec.Struct):
+    """Tell the client that the request has failed."""
+
     error: RequestRejected
 
 
-Event = (
-    Chosen
-    | NoCandidate
-    | Held
-    | Refused
-    | Retry
-    | Bounced
-    | TooLong
-    | InstanceLost
-    | InstanceReady
-    | InstanceStuck
-    | Tick
-    | ClientGone
-    | Output
-)
-Effect = Choose | Send | Cancel | Release | Emit | Fail
+Event = Bounced | TooLong | InstanceLost | InstanceStuck | Tick | ClientGone | Output
+Effect = NoteChoice | SendAttempt | CancelAttempt | ReleaseKv | DeliverOutput | FailRequest

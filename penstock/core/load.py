@@ -130,6 +130,11 @@ class LoadBook:
         account = self._accounts.get(instance_id)
         return account.load if account is not None else Load()
 
+    def requests(self, instance_id: str) -> int:
+        """How many attempts it has: those that it last reported, and those on their way to it."""
+        account = self._accounts.get(instance_id)
+        return account.load.running + account.load.waiting + len(account.on_the_way) if account else 0
+
     def view(self, instance_id: str) -> Load:
         """The load to decide with. What is on its way or booked counts as waiting."""
         account = self._accounts.get(instance_id)

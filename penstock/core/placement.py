@@ -46,9 +46,9 @@ class Placement:
         self._disagg = disagg
         self._max_itl_ms = max_itl_ms
         self._rng = rng
-        self._index = PrefixIndex()
-        self._book = LoadBook()
-        self._check = OverlapCheck()
+        self.index = PrefixIndex()
+        self.loads = LoadBook()
+        self.overlap_check = OverlapCheck()
         self._block_sizes: dict[str, int] = {}  # of the connected instances
         self._most_blocks: dict[str, int] = {}  # that each of them may have cached
         self._models: dict[str, str] = {}  # theirs
@@ -60,30 +60,30 @@ class Placement:
     def snapshot(self, instance_id: str, hashes: Sequence[int], *, first: bool) -> None:
         """A part of what an instance that is being connected has cached; the first part begins anew."""
         if first:
-            self._index.add_worker(instance_id)
-            self._index.cleared(instance_id)
-        self._index.stored(instance_id, hashes)
+            self.index.add_worker(instance_id)
+            self.index.cleared(instance_id)
+        self.index.stored(instance_id, hashes)
 
     def up(self, card: Card, load: Load) -> None:
         """An instance is connected; what it has cached was told before."""
         self._block_sizes[card.instance_id] = card.engine.block_size
         self._most_blocks[card.instance_id] = most_blocks(card.engine.total_blocks)
         self._models[card.instance_id] = card.model.name
-        self._index.add_worker(card.instance_id)
-        self._book.reported(card.instance_id, 0, load)
+        self.index.add_worker(card.instance_id)
+        self.loads.reported(card.instance_id, 0, load)
 
     def held_blocks(self, instance_id: str) -> int:
         """How many blocks an instance has cached, as far as is known. KeyError for one not told of."""
-        return self._index.held(instance_id)
+        return self.index.held(instance_id)
 
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""
         self._block_sizes.pop(instance_id, None)
         self._most_blocks.pop(instance_id, None)
         self._models.pop(instance_id, None)
-        self._index.remove_worker(instance_id)
-        self._book.forget(instance_id)
-        self._check.forget(instance_id)
+        self.index.remove_worker(instance_id)
+        self.loads.forget(instance_id)
+        self.overlap_check.forget(instance_id)
 
     def cache_changed(
         self, instance_id: str, stored: Sequence[int], removed: Sequence[int], cleared: bool
@@ -91,29 +91,33 @@ class Placement:
         """One step's KV events. Raises ProtocolError when they do not fit to those before, or to the
         instance's pool: the index has lost its worth then, and only a new snapshot restores it."""
         if cleared:
-            self._index.cleared(instance_id)
+            self.index.cleared(instance_id)
         if removed:
-            gone = self._index.removed(instance_id, removed)
+            gone = self.index.removed(instance_id, removed)
             if gone < len(removed):
                 unknown = len(removed) - gone
                 raise ProtocolError(f"step.removed: {unknown} blocks that were not stored, or twice")
         if stored:
-            self._index.stored(instance_id, stored)
-            held, most = self._index.held(instance_id), self._most_blocks[instance_id]
+            self.index.stored(instance_id, stored)
+            held, most = self.index.held(instance_id), self._most_blocks[instance_id]
             if held > most:
                 raise ProtocolError(f"step.stored: {held} blocks are cached, where {most} can be")
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """Its load, which includes every attempt up to `seen`."""
-        self._book.reported(instance_id, seen, load)
+        self.loads.reported(instance_id, seen, load)
 
     def tick(self) -> None:
         """Forget a little more of what instances left behind; an event does as much by itself."""
-        self._index.sweep()
+        self.index.sweep()
 
     def load(self, instance_id: str) -> Load:
         """The load that the instance itself last reported."""
-        return self._book.reported_load(instance_id)
+        return self.loads.reported_load(instance_id)
+
+    def requests(self, instance_id: str) -> int:
+        """How many attempts it has, whoever sent them: as last reported, and on their way."""
+        return self.loads.requests(instance_id)
 
     def unpaired(self, cards: Sequence[Card]) -> dict[str, str]:
         """As in core/pairing.py; nobody where no prefill worker is to be used."""
@@ -150,11 +154,11 @@ class Placement:
         """The decode worker of a disaggregated request is booked until `sent`, `unbook` or `ended`."""
         if decision.prefill is not None:
             placed.booked_on = decision.decode
-            self._book.book(decision.decode, placed.request.request_id, len(tokens))
+            self.loads.book(decision.decode, placed.request.request_id, len(tokens))
 
     def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
         overlaps = {
-            size: self._index.overlaps(_hashes(placed, tokens, size))
+            size: self.index.overlaps(_hashes(placed, tokens, size))
             for size in {card.engine.block_size for card in cards}
         }
         candidates = []
@@ -163,14 +167,14 @@ class Placement:
             # An engine computes the last token again at least, and with it that token's block.
             found = min(overlap, (len(tokens) - 1) // card.engine.block_size)
             placed.overlap_tokens[card.instance_id] = found * card.engine.block_size
-            prompt_tokens, output_tokens = self._book.mean_tokens(card.instance_id)
+            prompt_tokens, output_tokens = self.loads.mean_tokens(card.instance_id)
             candidates.append(
                 Candidate(
                     instance_id=card.instance_id,
                     role=card.role,
-                    load=self._book.view(card.instance_id),
+                    load=self.loads.view(card.instance_id),
                     block_size=card.engine.block_size,
-                    overlap_blocks=overlap if self._check.trusted(card.instance_id) else 0,
+                    overlap_blocks=overlap if self.overlap_check.trusted(card.instance_id) else 0,
                     max_running=card.engine.max_running,
                     prompt_tokens=prompt_tokens,
                     output_tokens=output_tokens,
@@ -185,7 +189,7 @@ class Placement:
         overlap = min(placed.overlap_tokens.get(instance_id, 0), tokens - 1)
         have = overlap if attempt.handoff is None else max(overlap, attempt.handoff.num_tokens)
         output_tokens = self.expected_output_tokens(placed.request)
-        self._book.sent(instance_id, seq, max(1, tokens - have), tokens, output_tokens)
+        self.loads.sent(instance_id, seq, max(1, tokens - have), tokens, output_tokens)
         if placed.booked_on == instance_id:
             self.unbook(placed)
         placed.runs_on = instance_id
@@ -241,7 +245,7 @@ class Placement:
     def unbook(self, placed: Placed) -> None:
         """No instance is promised to it any more."""
         if placed.booked_on:
-            self._book.release(placed.booked_on, placed.request.request_id)
+            self.loads.release(placed.booked_on, placed.request.request_id)
             placed.booked_on = ""
 
     def cached(
@@ -258,10 +262,10 @@ class Placement:
         if (
             cached_tokens > predicted
         ):  # of a burst with one prefix, the first one's blocks may have come since
-            overlap = self._index.overlaps(placed.hashes.get(size, ())).get(instance_id, 0)
+            overlap = self.index.overlaps(placed.hashes.get(size, ())).get(instance_id, 0)
             known = max(predicted, min(cached_tokens, overlap * size))
-        verdict = self._check.observe(
-            instance_id, known, cached_tokens, size, held_blocks=self._index.held(instance_id)
+        verdict = self.overlap_check.observe(
+            instance_id, known, cached_tokens, size, held_blocks=self.index.held(instance_id)
         )
         return predicted, verdict
 

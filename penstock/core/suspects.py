@@ -1,9 +1,9 @@
-"""Who may be killing engines.
+"""Which requests may be killing engines.
 
 Theory. Some requests kill the engine that computes them. Retried without thought, one takes down every
-worker; and all who shared an engine with it lose as many attempts as it does, so counting attempts alone
+worker; and all that shared an engine with it lose as many attempts as it does, so counting attempts alone
 would fail them with it. Nobody can tell them apart after one death. But the cause is in every death, and
-the others need not be: whoever lost attempts is a suspect, and suspects are kept apart.
+the others need not be: every request that lost attempts is a suspect, and suspects are kept apart.
 
     strikes  where the next attempt may run
     -------  ------------------------------------------------------------------------------------
@@ -14,11 +14,11 @@ the others need not be: whoever lost attempts is a suspect, and suspects are kep
 
 So the second death leaves a few prime suspects, the third has one of them at most, and that is the cause:
 it is stopped, and named. Progress beyond the point where the attempts were lost acquits; it must be
-longer with every death, so that one that kills late is found as well.
+longer with every death, so that a request that kills late is found as well.
 
-Other frontends' requests are beside one's own. So the attempts of a request that saw `PRIME` deaths say
-that, and a worker says with its load how many of those it has. Frontends keep theirs away from each
-other's, and know whether another one was there when a worker died.
+A frontend knows nothing of the requests that other frontends have on a worker but their number. When there
+were any on one of the workers that died, the cause may be among them: a request is stopped then only after
+`MAX_DEATHS`.
 
 Strikes are attempts lost in any way (deaths, errors, deadlines, standing still): what kills an engine may
 also hang it, or fail its batch. Only deaths make a request the cause of one.
@@ -26,12 +26,11 @@ also hang it, or fail its batch. Only deaths make a request the cause of one.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from penstock.shapes import Card, Load
+from penstock.shapes import Card
 
 PRIME = 2
 """Strikes that make a prime suspect."""
@@ -39,11 +38,6 @@ PRIME = 2
 HOLD_S = 5.0
 """How long a prime suspect waits for a place of its own. When hundreds of requests lost two attempts each
 (two machines failed under load), there are not so many places; then the next death divides them."""
-
-CONFIRM_S = 1.0
-"""How long a request waits after its second death, and each that follows: a worker that only lost its link
-is connected again by then. Each waits for up to as long again, at random: of two frontends' suspects, the
-second one is to see where the first one went."""
 
 ACQUIT_TOKENS = 8
 """Progress that acquits of a strike; doubles with each of the first deaths."""
@@ -58,12 +52,13 @@ too many suspects for the places."""
 
 @dataclass(slots=True)
 class Strikes:
-    """One request's record: what its attempts came to since it last made progress."""
+    """What happened to one request's attempts since it last made progress."""
 
     count: int = 0
     failures: int = 0  # attempts that ended badly while their instance lived on, or was only silent
     moves: int = 0  # attempts taken away from an instance that stood still
     deaths: int = 0  # of the instance under an attempt
+    shared: bool = False  # one of those instances had work of other frontends
     acquitted_at: int = 0  # tokens of prompt and output that are progress
     reasons: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)  # incarnations that died under it
@@ -90,10 +85,6 @@ class Strikes:
         self.moves += 1
         self._strike(f"{instance_id}: {reason}", tokens)
 
-    def suspect_tokens(self, tokens: int) -> int:
-        """How many more would acquit a request with so many, if workers should know of it; else 0."""
-        return max(1, self.acquitted_at - tokens) if self.deaths >= PRIME else 0
-
     def survived(self, connected: Collection[str]) -> None:
         """These incarnations are connected: those among them that seemed to be dead had only lost their
         link."""
@@ -104,13 +95,14 @@ class Strikes:
     def acquit(self) -> None:
         """It made progress."""
         self.count = self.failures = self.moves = self.deaths = 0
+        self.shared = False
         self.reasons.clear()
         self.killed.clear()
 
     def is_cause(self, max_deaths: int, *, alone: bool) -> bool:
-        """Whether it is stopped as the cause of the deaths. `alone`: no other request with as many deaths
-        was on the instance that died last."""
-        return self.deaths >= (max_deaths if alone else MAX_DEATHS)
+        """Whether it is stopped as the cause of the deaths. `alone`: no other request of this frontend with
+        as many deaths was on the instance that died last."""
+        return self.deaths >= (max_deaths if alone and not self.shared else MAX_DEATHS)
 
     def _strike(self, reason: str, tokens: int) -> None:
         self.count += 1
@@ -120,15 +112,18 @@ class Strikes:
 
 
 class Suspects:
-    """Who has strikes, and which instances have them or will. Counted as they come and go: after a death
-    there may be a thousand, and each of them asks for a place."""
+    """Which requests have strikes, and which instances have those requests or will. They are
+    counted as they come and go: after a death there may be a thousand, and each of them needs a place."""
 
     def __init__(self) -> None:
-        self._noted: dict[str, tuple[bool, Collection[str]]] = {}  # by request id: whether prime, and where
+        self._noted: dict[str, tuple[bool, set[str]]] = {}  # by request id: whether prime, and where
         self._any: Counter[str] = Counter()  # on each instance; only where there are some
         self._prime: Counter[str] = Counter()
 
-    def note(self, request_id: str, strikes: int, instances: Collection[str]) -> None:
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._noted
+
+    def note(self, request_id: str, strikes: int, *instances: str) -> None:
         """A request has so many strikes now, and these instances have it or will; empty names are none."""
         before = self._noted.pop(request_id, None)
         if before is not None:
@@ -138,31 +133,16 @@ class Suspects:
             self._noted[request_id] = noted = strikes >= PRIME, places
             self._count(*noted, 1)
 
-    def apart(
-        self,
-        request_id: str,
-        strikes: int,
-        cards: list[Card],
-        told: Mapping[str, int] | None = None,
-        *,
-        held: bool = False,
-    ) -> list[Card]:
-        """Those of `cards` where this request may run, which is nowhere now; none that decodes: it has to
-        wait.
-
-        Args:
-            told: how many suspects instances say they have, whoever sent them; only prime ones need it.
-            held: it has waited for `HOLD_S` already.
-        """
-        self.note(request_id, 0, ())
+    def apart(self, strikes: int, cards: list[Card], *, held: bool = False) -> list[Card]:
+        """Those of `cards` where a request with so many strikes may run, which has no instance now; none
+        that decodes: it has to wait. `held`: it has waited for `HOLD_S` already."""
         if strikes == 0:
             return (_without(cards, self._prime) or cards) if self._prime else cards
         if strikes < PRIME:
             return _fewest(cards, self._any)
-        prime = self._prime | Counter(told)
-        return _without(cards, prime) or (_fewest(cards, prime) if held else [])
+        return _without(cards, self._prime) or (_fewest(cards, self._prime) if held else [])
 
-    def _count(self, prime: bool, instances: Collection[str], change: int) -> None:
+    def _count(self, prime: bool, instances: set[str], change: int) -> None:
         for counts in (self._any, self._prime) if prime else (self._any,):
             for instance_id in instances:
                 counts[instance_id] += change
@@ -170,19 +150,11 @@ class Suspects:
                     del counts[instance_id]
 
 
-def alone_from(deaths: Collection[int], load: Load) -> float:
-    """A request with so many deaths, or more, is the only one with as many on an instance that died.
-
-    Args:
-        deaths: before, of each of this frontend's requests that were on it.
-        load: what it said last, with what other frontends had there.
-    """
+def alone_from(deaths: Collection[int]) -> int:
+    """How many deaths a request must have seen to be the only one with as many on an instance that died.
+    `deaths`: before, of each of this frontend's requests that were on it."""
     second = sorted(deaths, reverse=True)[1:2]
-    least = second[0] + 1 if second else 0
-    if load.suspects > sum(number >= PRIME for number in deaths):
-        return math.inf
-    # Of other frontends' requests, all that is known is that they are not prime suspects.
-    return max(least, PRIME) if load.running + load.waiting > len(deaths) else least
+    return second[0] + 1 if second else 0
 
 
 def _without(cards: list[Card], counts: Mapping[str, int]) -> list[Card]:

@@ -114,7 +114,7 @@ class App:
     @property
     def healthy(self) -> bool:
         """Whether every role that is needed is there."""
-        return self._completer.healthy()[0]
+        return not self._completer.missing()
 
     async def drain(self, grace_s: float) -> None:
         """/health turns 503, new calls are refused, calls under way may finish for `grace_s`."""
@@ -171,12 +171,12 @@ class App:
         await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
 
     async def _health(self, exchange: Exchange, scope: Scope) -> None:
-        healthy, missing = self._completer.healthy()
-        healthy = healthy and not self._generation.draining
+        missing = self._completer.missing()
+        healthy = not missing and not self._generation.draining
         status = "healthy" if healthy else "unhealthy"
         answer = {
             "status": status,
-            "missing": [role.strip() for role in missing.split(",") if role.strip()],
+            "missing": missing,
             "draining": self._generation.draining,
             "discovery": self._completer.discovery() or "ok",
             "instances": [_instance_object(instance) for instance in self._completer.instances()],

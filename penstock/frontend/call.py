@@ -92,8 +92,6 @@ class Call:
                 return
             ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
             self._tickets[answer.index] = ticket
-            if self.ended or answer.finish_reason is not None:  # it came before the ticket did
-                ticket.cancel(complete=answer.finish_reason is not None)
 
     def push_with(self, push: Push) -> None:
         """From now on give `push` what is new while somebody waits in `changed`, which then returns only

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from penstock.errors import PenstockError
-from penstock.shapes import Delta, InstanceView, ModelView, Request
+from penstock.shapes import Delta, InstanceView, ModelView, Request, Role
 
 
 class Ticket(Protocol):
@@ -29,8 +29,8 @@ class Completer(Protocol):
     def instances(self) -> list[InstanceView]:
         """All known instances."""
 
-    def healthy(self) -> tuple[bool, str]:
-        """Whether every role that is needed is there; else which are missing, comma-separated."""
+    def missing(self) -> Sequence[Role]:
+        """The roles that are needed and that no connected instance has."""
 
     def discovery(self) -> str:
         """Why there may be instances that are not known here; empty when there are none."""
@@ -47,7 +47,7 @@ class Completer(Protocol):
         """Serve a request.
 
         Callbacks come from the event loop, one `on_delta` per engine step, the last with a
-        finish_reason; or one `on_error` instead of it. They may come before this returns.
-        Raises RequestRejected when the request cannot even be queued. The requests of one `call_id` must
-        come one directly after the other.
+        finish_reason; or one `on_error` instead of it. None comes before this has returned.
+        Raises RequestRejected when the request cannot be queued, or cannot be served. The requests of one
+        `call_id` must come one directly after the other.
         """

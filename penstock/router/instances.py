@@ -51,9 +51,9 @@ class Listener(Protocol):
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
-    def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
-        """An instance is gone, with all handoffs and attempts it had; `load` was its last. `died`: its
-        incarnation, if it neither meant to leave nor just fell silent."""
+    def on_lost(self, instance_id: str, role: Role, reason: str, requests: int, died: str) -> None:
+        """An instance is gone, with all handoffs and attempts it had. `requests`: how many attempts those
+        were, whoever sent them. `died`: its incarnation, if it neither meant to leave nor fell silent."""
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """An instance's engine does not advance. Said again and again while that lasts."""
@@ -99,7 +99,7 @@ class Instances:
         self._listed = False  # discovery has said who exists
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
-        self._models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
+        self.served_models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
         self._unpaired: dict[str, str] = {}  # why, by instance id (core/pairing.py)
         self._without_pairs: dict[str, str] = {}  # the same, by model
         self._tasks: asyncio.TaskGroup  # of `run`, as is
@@ -109,15 +109,15 @@ class Instances:
 
     def models(self) -> list[ModelView]:
         """Models that can be served."""
-        return self._models.models()
+        return self.served_models.models()
 
     def model(self, name: str) -> ModelView:
         """The model in the revision that new requests get. Raises RequestRejected; see ServedModels."""
-        return self._models.model(name, listed=self._listed)
+        return self.served_models.model(name, listed=self._listed)
 
     def serves(self, name: str, revision: str | None = None) -> bool:
         """Whether new requests may come for the model, or for this revision of it; see ServedModels."""
-        return self._models.serves(name, revision)
+        return self.served_models.serves(name, revision)
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""
@@ -143,7 +143,7 @@ class Instances:
     def _why_idle(self, instance_id: str, member: Member) -> str:
         link = self._links.get(instance_id)
         if member.state is State.STANDBY and member.card is not None:
-            return self._models.other_revision(member.card)
+            return self.served_models.other_revision(member.card)
         if member.up:
             return ""
         return link.client.reason if link is not None else "its registration is senseless"
@@ -161,7 +161,7 @@ class Instances:
         """See who is there, and whose engines advance."""
         now = self._clock.now()
         self._time.look(now)
-        self._models.tick(now)
+        self.served_models.tick(now)
         for link in self._links.values():
             if link.up and link.progress is not None:
                 link.guard(self._judge, link, link.progress)
@@ -189,14 +189,14 @@ class Instances:
         """After any change of a member: see which revision of each model new requests get."""
         members = self.membership.members.items()
         before = {instance_id: member.state for instance_id, member in members}
-        replaced = self._models.elect(self._clock.now())
+        replaced = self.served_models.elect(self._clock.now())
         for instance_id, member in members:
             if member.state is not before[instance_id]:
                 self._metrics.state(instance_id, member.registration.role, member.state)
                 if member.card is not None and member.state is State.STANDBY:
                     # When most workers have become other ones, the rest are there on purpose.
                     level = logging.INFO if member.card.model.name in replaced else logging.WARNING
-                    why = self._models.other_revision(member.card)
+                    why = self.served_models.other_revision(member.card)
                     log.log(level, "instance on standby: %s: %s", instance_id, why)
         self._pair()
         for model in replaced:
@@ -214,11 +214,6 @@ class Instances:
         for model in before.keys() - self._without_pairs.keys():
             left = any(card.model.name == model and card.role is Role.PREFILL for card in cards)
             log.info("prefill workers of %s are %s", model, "used again" if left else "gone")
-
-    def advances(self, instance_id: str) -> bool:
-        """Whether its engine gets on with what it has, as far as is known."""
-        member = self.membership.members.get(instance_id)
-        return member is not None and member.up and not member.stuck
 
     # --- discovery --------------------------------------------------------------------------------
 
@@ -275,7 +270,7 @@ class Instances:
         self.membership.up(link.instance_id, card)
         self._elect()
         self._placement.up(card, load)
-        self._models.found(link.instance_id)
+        self.served_models.found(link.instance_id)
         self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
@@ -328,16 +323,16 @@ class Instances:
             effects = self.membership.down(instance_id)
             self._elect()
             self._metrics.state(instance_id, link.role, State.CONNECTING)
-        load = self._placement.load(instance_id)
+        requests = self._placement.requests(instance_id)
         self._placement.down(instance_id)
         if orderly:
             log.info("instance disconnected: %s: %s", instance_id, reason)
         else:
             if link.role.decodes:
-                self._models.lost(instance_id, link.model, self._clock.now())
+                self.served_models.lost(instance_id, link.model, self._clock.now())
             log.warning("instance lost: %s: %s", instance_id, reason)
         died = "" if orderly or link.client.fell_silent or link.client.misled else link.incarnation
-        self._listener.on_lost(instance_id, link.role, reason, load, died)
+        self._listener.on_lost(instance_id, link.role, reason, requests, died)
         self._apply(effects)
 
     def _step(self, link: _Link, step: Step) -> None:

@@ -1,9 +1,8 @@
 """The router: serves requests over all instances that discovery shows.
 
-A shell. It decides nothing itself: `instances.py` keeps a link to every instance and says which take part,
-`core/admission.py` whose turn it is, `core/policy.py` which instance gets the request, and
-`core/lifecycle.py` what happens to it next. All of it runs on one event loop; every callback below finishes
-without awaiting.
+A shell. `instances.py` keeps a link to every instance and says which take part; `core/dispatcher.py`
+decides what happens to requests. This module takes each event to the dispatcher, and carries out and counts
+the effects that it returns. All of it runs on one event loop; no callback below awaits.
 """
 
 from __future__ import annotations
@@ -11,49 +10,64 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from penstock.clock import Clock, MonotonicClock
-from penstock.core import events as life
-from penstock.core.admission import Queue, Refusal, work_tokens
-from penstock.core.lifecycle import Lifecycle, Phase
-from penstock.core.membership import decoders
-from penstock.core.placement import Placed, Placement, explain
-from penstock.core.policy import Decision, Path
-from penstock.core.progress import PatientTime
-from penstock.core.queues import Queues
-from penstock.core.room import waiting_bytes
+from penstock.core.admission import Refusal
+from penstock.core.dispatcher import Dispatcher, RequestRecord
+from penstock.core.events import (
+    KILLER,
+    Bounced,
+    CancelAttempt,
+    ClientGone,
+    DeliverOutput,
+    Effect,
+    Event,
+    FailRequest,
+    InstanceLost,
+    NoteChoice,
+    ReleaseKv,
+    SendAttempt,
+    TooLong,
+)
+from penstock.core.lifecycle import Phase
+from penstock.core.placement import Placement, explain
 from penstock.core.settings import RouterSettings
-from penstock.core.suspects import CONFIRM_S, HOLD_S, PRIME, Suspects, alone_from
-from penstock.errors import ModelReplaced, ProtocolError, Rejection, RemoteError, RequestRejected
+from penstock.errors import PenstockError, ProtocolError, Rejection, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.logs.quiet_log import QuietLog
 from penstock.metrics import QueueView, RouterMetrics
 from penstock.ports import Discovery
 from penstock.router.instances import Instances, Prepare
-from penstock.router.live import Live, OnDelta, OnError
-from penstock.shapes import Attempt, Card, InstanceView, Load, ModelView, Output, Request, Role
+from penstock.shapes import Attempt, Delta, InstanceView, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
 quiet = QuietLog(log)
 
+OnDelta = Callable[[Delta], None]
+OnError = Callable[[PenstockError], None]
+
 
 class Ticket:
-    """A submitted request, for whoever may want to end it early."""
+    """A submitted request, for its client, who may want to end it early."""
 
-    __slots__ = ("_live", "_router")
+    __slots__ = ("_router", "broken", "error", "on_delta", "on_error", "record")
 
-    def __init__(self, router: Router, live: Live) -> None:
+    def __init__(self, router: Router, on_delta: OnDelta, on_error: OnError) -> None:
+        self.on_delta = on_delta
+        self.on_error = on_error
+        self.record: RequestRecord
+        self.error: RequestRejected | None = None  # that ended it
+        self.broken = False  # by an error in this process
         self._router = router
-        self._live = live
 
     def cancel(self, *, complete: bool = False) -> None:
-        """Nobody wants the rest: no further callbacks, and the engine stops. `complete`: because the answer
-        ends here, not because its reader left. Idempotent."""
-        self._router._event(self._live, life.ClientGone(complete))
+        """The client does not want the rest: no more callbacks, and the engine stops. `complete`: because
+        the answer ends here, not because its reader left. Idempotent."""
+        self._router.handle(self.record, ClientGone(complete))
 
 
 class Router:
@@ -76,17 +90,16 @@ class Router:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
-        self._rng = rng or random.Random()
-        self._placement = Placement(
-            settings.policy, settings.disagg, self._rng, settings.admission.max_itl_ms
-        )
-        self._instances = Instances(
+        rng = rng or random.Random()
+        self.placement = Placement(settings.policy, settings.disagg, rng, settings.admission.max_itl_ms)
+        # The instances, each with its link.
+        self.fleet = Instances(
             discovery,
-            self._placement,
+            self.placement,
             link_settings,
             metrics,
             self._clock,
-            self._rng,
+            rng,
             self,
             frontend_id=frontend_id,
             load_retry_s=settings.load_retry_s,
@@ -94,78 +107,75 @@ class Router:
             progress=settings.progress,
             tick_s=settings.tick_s,
         )
-        self._live: dict[str, Live] = {}
-        self._attempts: dict[str, Live] = {}  # by the id of each attempt of these that was sent
-        self._queues = Queues(settings.admission, self._rng)
-        self._resting: dict[str, Live] = {}  # requests that must not ask for a worker before the next tick
-        self._full_until: dict[str, float] = {}  # instances that refused an attempt
-        self._looked_at = 0.0
-        self._patient = PatientTime(self._clock.now(), settings.tick_s)
+        self.membership = self.fleet.membership
+        self.dispatcher = Dispatcher(settings, self.membership, self.placement, rng, self._clock.now())
         metrics.queues_from(self.queues)
-        self._suspects = Suspects()
 
     # --- for the frontend -------------------------------------------------------------------------
 
     def models(self) -> list[ModelView]:
         """Models that some ready instance serves."""
-        return self._instances.models()
+        return self.fleet.models()
 
     def model(self, name: str) -> ModelView:
         """The model in the revision that new requests get. Raises RequestRejected: NOT_FOUND
         for a model never seen, UNAVAILABLE for one that no worker has served for as long as a request may
         queue."""
-        return self._instances.model(name)
+        return self.fleet.model(name)
 
     def instances(self) -> list[InstanceView]:
         """All known instances, for /health."""
-        return self._instances.views()
+        return self.fleet.views()
 
-    def healthy(self) -> tuple[bool, str]:
-        """Whether every role the graph needs is connected; else which is missing."""
-        missing = self._instances.membership.missing(self._settings.expect)
-        return not missing, ", ".join(missing)
+    def missing(self) -> Sequence[Role]:
+        """The roles that the graph needs and no connected instance has."""
+        return self.membership.missing(self._settings.expect)
 
     def discovery(self) -> str:
         """Why there may be instances that are not known here; empty when there are none."""
-        return self._instances.discovery()
+        return self.fleet.discovery()
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
         """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason; or
-        `on_error` is called once. Raises RequestRejected(OVERLOADED) when it would have to wait too long.
-        The choices of a call must be submitted one directly after the other."""
-        queue = self._queues.of(request.model, request.revision)
-        size = waiting_bytes(request)
-        if not queue.holds(request.call_id, request.tenant, request.priority):
-            self._check(queue, request.tenant, request.priority, size)
-        lifecycle = Lifecycle(request, self._settings.deadlines, self._clock.now() - request.age_s)
-        live = Live(lifecycle, on_delta, on_error, Placed(request), queue)
-        names = request.request_id, request.call_id, request.tenant
-        queue.enter(*names, request.priority, self._work(live), self._patience(), size)
-        self._live[request.request_id] = live
-        self._event(live, life.Retry())
-        refusal = queue.hopeless(request.request_id)
+        `on_error` is called once. Neither is called before this has returned. Raises RequestRejected when
+        the request would have to wait too long, or cannot be served at all. The choices of a call must be
+        submitted one directly after the other."""
+        record = self.dispatcher.submit(request, Ticket(self, on_delta, self._not_yet), self._clock.now())
+        if isinstance(record, Refusal):
+            raise self._overloaded(record)
+        ticket: Ticket = record.client
+        ticket.record = record
+        self._do(record, self.dispatcher.place)
+        refusal = self.dispatcher.hopeless(record)
         if refusal is not None:
-            self._event(live, life.Refused(self._rejected(refusal)))
-        return Ticket(self, live)
+            ticket.cancel()
+            raise self._overloaded(refusal)
+        if ticket.error is not None:
+            raise ticket.error
+        ticket.on_error = on_error
+        return ticket
 
     def queues(self) -> list[QueueView]:
         """What waits here for the revision of each model that new requests get, for /metrics."""
         return [
             QueueView(model, len(queue), queue.saturation_ms())
-            for (model, revision), queue in self._queues.items()
-            if self._instances.serves(model, revision)
+            for (model, revision), queue in self.dispatcher.queues.items()
+            if self.fleet.serves(model, revision)
         ]
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         """Raises RequestRejected(OVERLOADED) when any request would have to wait too long."""
-        queue = self._queues.get((model, self.model(model).revision))
-        if queue is not None:
-            self._check(queue, tenant, priority)
-
-    def _check(self, queue: Queue, tenant: str, priority: int, size: int = 0) -> None:
-        refusal = queue.refusal(tenant, priority, self._patience(), size=size)
+        revision = self.model(model).revision
+        refusal = self.dispatcher.refusal(model, revision, tenant, priority, self._clock.now())
         if refusal is not None:
-            raise self._rejected(refusal)
+            raise self._overloaded(refusal)
+
+    def _overloaded(self, refusal: Refusal) -> RequestRejected:
+        self._metrics.rejected(refusal.reason)
+        return RequestRejected(str(refusal), kind=Rejection.OVERLOADED, retry_after_s=refusal.retry_after_s)
+
+    def _not_yet(self, error: PenstockError) -> None:
+        """The `on_error` of a request that is being submitted: `submit` raises the error."""
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -174,7 +184,7 @@ class Router:
         before `prepare` is done with the model."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick_forever())
-            await self._instances.run(prepare or _ready)
+            await self.fleet.run(prepare or _ready)
 
     async def _tick_forever(self) -> None:
         while True:
@@ -185,305 +195,166 @@ class Router:
                 quiet.exception("a tick was not finished")
 
     def _tick(self) -> None:
-        self._instances.tick()
+        self.fleet.tick()
         now = self._clock.now()
-        for live in [live for live in self._live.values() if live.lifecycle.deadline <= now]:
-            self._event(live, life.Tick(queued=self._waits_in_a_queue(live)))
-        resting, self._resting = self._resting, {}
-        for request_id, live in resting.items():
-            self._event(live, life.Retry())
-            if live.lifecycle.phase is Phase.QUEUED and request_id not in live.queue:
-                self._resting[request_id] = live
-        self._look(now)
-        self._placement.tick()
+        for record in self.dispatcher.due(now):
+            self._do(record, self.dispatcher.tick)
+        self._place(self.dispatcher.turns(now))
+        self.placement.tick()
         self._forget_models()
-
-    def _waits_in_a_queue(self, live: Live) -> bool:
-        """Whether its instance gets on with its work, and has more than it can do at once."""
-        instance_id, _ = live.lifecycle.places
-        return self._instances.advances(instance_id) and self._placement.load(instance_id).waiting > 0
-
-    # --- the queues -------------------------------------------------------------------------------
 
     def _forget_models(self) -> None:
         """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
-        for model, revision in [key for key in self._queues if not self._instances.serves(*key)]:
-            if any(live.queue is self._queues[model, revision] for live in self._live.values()):
+        for model, revision in self.dispatcher.unused_queues():
+            if self.fleet.serves(model, revision):
                 continue
-            del self._queues[model, revision]
-            if not self._instances.serves(model):
-                self._placement.forget_model(model)
+            del self.dispatcher.queues[model, revision]
+            if not self.fleet.serves(model):
+                self.placement.forget_model(model)
                 self._metrics.model_gone(model)
-
-    def _look(self, now: float) -> None:
-        """Let those go whose turn has come."""
-        self._looked_at = now
-        for queue in list(self._queues.values()):
-            while (request_id := queue.next()) is not None:
-                self._event(self._live[request_id], life.Retry())
-                if queue.next() == request_id:
-                    break
-
-    def _patience(self) -> float:
-        """Time as queues measure it: while this process stood still, no worker was slow."""
-        return self._patient.look(self._clock.now())
-
-    def _work(self, live: Live) -> float:
-        """What is left of it, in tokens (core/admission.py)."""
-        expected = self._placement.expected_output_tokens(live.placed.request) - live.given
-        return work_tokens(len(live.lifecycle.token_ids), max(0.0, expected))
-
-    def _rejected(self, refusal: Refusal) -> RequestRejected:
-        self._metrics.rejected(refusal.reason)
-        return RequestRejected(str(refusal), kind=Rejection.OVERLOADED, retry_after_s=refusal.retry_after_s)
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _event(self, live: Live, event: life.Event) -> None:
+    def handle(self, record: RequestRecord, event: Event) -> None:
+        """Something has happened to a request."""
+        self._do(record, self.dispatcher.handle, event)
+
+    def _place(self, records: Iterable[RequestRecord]) -> None:
+        for record in records:
+            self._do(record, self.dispatcher.place)
+
+    def _do(self, record: RequestRecord, step: Callable[..., list[Effect]], *args: Event) -> None:
+        """Take one step of one request."""
         try:
-            self._perform(live, live.lifecycle.handle(event, self._clock.now()))
+            self._perform(record, step(record, *args, self._clock.now()))
         except Exception:  # noqa: BLE001 logged; a defect met with one request ends that one alone
-            self._break(live)
+            self._break(record)
 
-    def _break(self, live: Live) -> None:
+    def _break(self, record: RequestRecord) -> None:
         """End a request that met an error of ours, whatever state that left it in."""
-        request_id = live.placed.request.request_id
-        log.exception("request %s ends because of an error here", request_id)
-        if live.broken:
+        ticket: Ticket = record.client
+        log.exception("request %s ends because of an error here", record.request_id)
+        if ticket.broken:
             return
-        live.broken = True
-        self._event(live, life.ClientGone())
-        self._forget(live, request_id)
-        self._resting.pop(request_id, None)
-        self._placement.unbook(live.placed)
-        self._suspects.note(request_id, 0, ())
-        self._fail(live, RequestRejected("Internal error.", kind=Rejection.INTERNAL))
+        ticket.broken = True
+        self.handle(record, ClientGone())
+        self.dispatcher.drop(record)
+        self._fail(record, RequestRejected("Internal error.", kind=Rejection.INTERNAL))
 
-    def _perform(self, live: Live, effects: list[life.Effect]) -> None:
+    def _perform(self, record: RequestRecord, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case life.Emit():  # comes with every token: a pattern that binds costs more
-                    if live.filed is not Phase.DONE:  # what came before it may have ended in an error
-                        live.on_delta(effect.delta)
-                case life.Choose() as wanted:
-                    self._event(live, self._choose(live, wanted))
-                case life.Send(instance_id, attempt):
-                    unsent = self._send(live, instance_id, attempt)
-                    if unsent is not None:
-                        self._event(live, unsent)
-                        self._file(live)  # it may rest in the phase that it was filed in before
-                case life.Cancel(instance_id, attempt_id):
+                case DeliverOutput():  # comes with every token: a pattern that binds costs more
+                    if record.life.phase is not Phase.DONE or effect.delta.finish_reason is not None:
+                        record.client.on_delta(effect.delta)  # else what came before it has failed
+                case SendAttempt(instance_id, attempt):
+                    self.send(record, instance_id, attempt)
+                case CancelAttempt(instance_id, attempt_id):
                     self._tell(instance_id, partial(LinkClient.cancel, attempt_id=attempt_id))
-                case life.Release(instance_id, handoff_id, sent):
+                case ReleaseKv(instance_id, handoff_id, sent):
                     self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=sent))
-                case life.Fail(error):
-                    self._fail(live, error)
-        if live.filed is not live.lifecycle.phase:
-            self._file(live)
-        if live.suspect or live.lifecycle.strikes.count:
-            self._note(live)
+                case NoteChoice():
+                    self._note(record, effect)
+                case FailRequest(error):
+                    self._fail(record, error)
 
-    def _note(self, live: Live) -> None:
-        """Keep the suspects up to date."""
-        lifecycle = live.lifecycle
-        live.suspect = lifecycle.strikes.count > 0 and lifecycle.phase is not Phase.DONE
-        self._suspects.note(
-            lifecycle.request.request_id, lifecycle.strikes.count if live.suspect else 0, lifecycle.places
-        )
-
-    def _fail(self, live: Live, error: RequestRejected) -> None:
-        if error.code == life.KILLER:
-            strikes, request = live.lifecycle.strikes, live.placed.request
-            what = f"{strikes.describe()} prompt_tokens={len(request.token_ids)}"
-            log.error("request %s kills workers, and is stopped: %s", request.request_id, what)
-        try:
-            live.on_error(error)
-        except Exception:  # its own defect; there is nothing left to end
-            log.exception("request %s: its error could not be delivered", live.placed.request.request_id)
-
-    def _file(self, live: Live) -> None:
-        """Keep the books by phase."""
-        live.filed = live.lifecycle.phase
-        request_id = live.lifecycle.request.request_id
-        if live.lifecycle.phase is Phase.QUEUED:
-            self._placement.unbook(live.placed)
-            if request_id not in live.queue:
-                self._resting[request_id] = live
-        if live.lifecycle.phase is Phase.DONE and request_id in self._live:
-            self._forget(live, request_id)
-            self._placement.ended(live.placed, live.given if live.lifecycle.complete else None)
-
-    def _forget(self, live: Live, request_id: str) -> None:
-        """Nothing more comes of it."""
-        self._live.pop(request_id, None)
-        for attempt_id in live.attempt_ids:
-            self._attempts.pop(attempt_id, None)
-        live.queue.leave(request_id)
-
-    def _choose(
-        self, live: Live, wanted: life.Choose
-    ) -> life.Chosen | life.NoCandidate | life.Held | life.Refused:
-        queue, now, request = live.queue, self._patience(), live.lifecycle.request
-        request_id = request.request_id
-        if failed := wanted.failed:
-            self._metrics.retried()
-            log.info("request %s: trying again after %d tokens: %s", request_id, live.given, failed)
-        everybody = self._instances.membership.ready(request.model, request.revision)
-        workers = decoders(everybody)
-        if not workers and self._instances.membership.replaced(request.model, request.revision):
-            return self._without_its_revision(live)
-        if request_id not in queue:  # it was sent before
-            queue.back(request_id, self._work(live), now, waiting_bytes(request))
-        if not queue.turn(request_id):
-            return life.Held()
-        ready = [card for card in everybody if card.instance_id not in wanted.avoid]
-        apart = self._keep_apart(live, ready)
-        decision = self._decide(live, wanted, apart)
-        if not live.lifecycle.strikes.count and len(apart) < len(ready) and not live.fits(decision):
-            apart, decision = ready, self._decide(live, wanted, ready)  # rather beside a suspect than not
-        if ready and decoders(apart) < workers and not live.fits(decision):
-            return self._rest(live)
-        if decision is None:
-            if decoders(ready):
-                queue.hold(request_id, now)
-                return life.Held()
-            if not workers:
-                queue.nobody()
-            return life.NoCandidate(f"no worker is ready to decode for {request.model}")
-        if not queue.may_go(request_id, decision.wait_ms, workers, now, crowded=decision.crowded):
-            if not queue.knows_pace:
-                work = self._work(live)
-                queue.guess(self._placement.service_ms(request, decision, everybody) / work, work)
-            return life.Held()
-        self._placement.book(live.placed, decision, live.lifecycle.token_ids)
-        self._metrics.waited(queue.take(request_id, now))
-        self._metrics.decided(self._settings.policy, decision.path)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s", explain(request_id, decision, wanted.avoid))
-        return life.Chosen(decision.decode, decision.prefill, decision.path is not Path.REMOTE)
-
-    def _rest(self, live: Live) -> life.Held:
-        """Others may go where it must not: it waits without standing in their way."""
-        live.queue.leave(live.lifecycle.request.request_id)
-        self._resting[live.lifecycle.request.request_id] = live
-        return life.Held()
-
-    def _without_its_revision(self, live: Live) -> life.Held | life.Refused:
-        """It waits for workers of its revision that may return, if it has tokens already. Otherwise it had
-        better be tokenized for the revision that is served."""
-        request = live.lifecycle.request
-        if not live.given or not self._instances.membership.may_return(request.model, request.revision):
-            return life.Refused(ModelReplaced(request.model))
-        return self._rest(live)
-
-    def _decide(self, live: Live, wanted: life.Choose, cards: list[Card]) -> Decision | None:
-        now = self._clock.now()
-        cards = [card for card in cards if self._full_until.get(card.instance_id, now) <= now]
-        return self._placement.choose(live.placed, live.lifecycle.token_ids, cards, wanted.handoff)
-
-    def _keep_apart(self, live: Live, cards: list[Card]) -> list[Card]:
-        """Where it may run, for all that is known of who kills engines."""
-        strikes, request_id = live.lifecycle.strikes, live.placed.request.request_id
-        waited_s = live.lifecycle.waited_s(self._clock.now())
-        if strikes.deaths >= PRIME and waited_s < live.confirm_s:
-            return []
-        if strikes.count < PRIME:
-            return self._suspects.apart(request_id, strikes.count, cards)
-        told = {card.instance_id: self._placement.load(card.instance_id).suspects for card in cards}
-        return self._suspects.apart(request_id, strikes.count, cards, told, held=waited_s >= HOLD_S)
-
-    def _send(self, live: Live, instance_id: str, attempt: Attempt) -> life.Event | None:
-        """Send and book an attempt. Returns what became of it if it could not be sent."""
-        link = self._instances.link(instance_id)
+    def send(self, record: RequestRecord, instance_id: str, attempt: Attempt) -> None:
+        """Send an attempt of a request."""
+        link = self.fleet.link(instance_id)
         if link is None:
-            return life.InstanceLost(instance_id, "no longer known")
+            self.handle(record, InstanceLost(instance_id, "no longer known"))
+            return
         try:
             seq = link.generate(attempt)
         except ProtocolError as error:
-            return life.TooLong(attempt.attempt_id, str(error))
+            self.handle(record, TooLong(attempt.attempt_id, str(error)))
         except RemoteError as error:  # its link is full, or just broke: nothing was lost there
-            self._full_until[instance_id] = self._clock.now() + self._settings.tick_s
-            return life.Bounced(attempt.attempt_id, str(error), unsent=True)
-        live.attempt_ids.append(attempt.attempt_id)
-        self._attempts[attempt.attempt_id] = live
-        self._placement.sent(live.placed, instance_id, seq, attempt)
-        return None
+            self.handle(record, Bounced(attempt.attempt_id, str(error), unsent=True))
+        else:
+            self.dispatcher.sent(record, instance_id, seq, attempt)
 
     def _tell(self, instance_id: str, message: Callable[[LinkClient], None]) -> None:
         """Say something that loses its meaning when the instance is gone."""
-        link = self._instances.link(instance_id)
+        link = self.fleet.link(instance_id)
         if link is not None and link.up:
             message(link)
+
+    def _note(self, record: RequestRecord, choice: NoteChoice) -> None:
+        request_id, decision = record.request_id, choice.decision
+        if choice.failed:
+            self._metrics.retried()
+            log.info(
+                "request %s: trying again after %d tokens: %s",
+                request_id,
+                record.life.output_tokens,
+                choice.failed,
+            )
+        self._metrics.waited(choice.waited_s)
+        self._metrics.decided(self._settings.policy, decision.path)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", explain(request_id, decision, choice.avoided))
+
+    def _fail(self, record: RequestRecord, error: RequestRejected) -> None:
+        ticket: Ticket = record.client
+        ticket.error = error
+        if error.code == KILLER:
+            what = f"{record.life.strikes.describe()} prompt_tokens={len(record.life.request.token_ids)}"
+            log.error("request %s kills workers, and is stopped: %s", record.request_id, what)
+        try:
+            ticket.on_error(error)
+        except Exception:  # its own defect; there is nothing left to end
+            log.exception("request %s: its error could not be delivered", record.request_id)
 
     # --- what instances say: implements Listener ---------------------------------------------------------
 
     def on_ready(self, instance_id: str) -> None:
-        for live in [live for live in self._live.values() if live.lifecycle.avoids(instance_id)]:
-            self._event(live, life.InstanceReady(instance_id))
-        self._look(self._clock.now())
+        self.dispatcher.ready(instance_id)
+        self._place(self.dispatcher.turns(self._clock.now()))
 
     def on_outputs(self, instance_id: str, role: Role, outputs: list[Output]) -> None:
-        now = self._clock.now()
+        now, find = self._clock.now(), self.dispatcher.attempts.get
         for output in outputs:
-            live = self._attempts.get(output.attempt_id)
-            if live is not None:
+            record = find(output.attempt_id)
+            if record is not None:
                 try:
                     if output.cached_tokens is not None:
-                        self._compare(live, instance_id, output)
+                        self._compare(record, instance_id, output)
                     if output.finish_reason is not None:
                         self._metrics.attempt_ended(role, output.finish_reason)
-                    self._perform(live, live.lifecycle.handle(output, now))
-                except Exception:  # noqa: BLE001 as in `_event`, without a call for each token
-                    self._break(live)
+                    self._perform(record, self.dispatcher.output(record, output, now))
+                except Exception:  # noqa: BLE001 as in `_do`, without a call for each token
+                    self._break(record)
             elif output.handoff is not None:  # its request ended meanwhile
                 handoff_id = output.handoff.handoff_id
                 self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=False))
-        if now - self._looked_at >= self._settings.look_s:
-            self._look(now)
+        self._place(self.dispatcher.turns_after_report(now))
 
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         self._metrics.bounced(role)
-        self._full_until[instance_id] = self._clock.now() + bounce.retry_after_s
-        live = self._attempts.get(bounce.attempt_id)
-        if live is not None:
-            self._event(live, life.Bounced(bounce.attempt_id, bounce.reason))
+        self.dispatcher.refused(instance_id, self._clock.now() + bounce.retry_after_s)
+        record = self.dispatcher.attempts.get(bounce.attempt_id)
+        if record is not None:
+            self.handle(record, Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, role: Role, reason: str, load: Load, died: str) -> None:
-        self._full_until.pop(instance_id, None)
-        lives = [live for live in self._live.values() if live.lifecycle.concerns(instance_id)]
-        on_it = [live for live in lives if live.lifecycle.places[0] == instance_id]
-        connected = self._instances.membership.incarnations()
-        for live in on_it:
-            self._metrics.attempt_ended(role, "lost")
-            live.lifecycle.strikes.survived(connected)
-            live.confirm_s = CONFIRM_S * self._rng.uniform(1.0, 2.0)
-        least = alone_from([live.lifecycle.strikes.deaths for live in on_it], load)
-        for live in lives:
-            alone = live.lifecycle.strikes.deaths >= least
-            self._event(live, life.InstanceLost(instance_id, reason, died, alone))
+    def on_lost(self, instance_id: str, role: Role, reason: str, requests: int, died: str) -> None:
+        for record, event in self.dispatcher.lost(instance_id, reason, requests, died):
+            if record.life.instance_id == instance_id:
+                self._metrics.attempt_ended(role, "lost")
+            self.handle(record, event)
 
     def on_stuck(self, instance_id: str, reason: str) -> None:
-        """Whoever can be served elsewhere goes there; for the others, waiting is all that is left. What is
-        still prefilled elsewhere must not be sent here afterwards, and is placed anew by then."""
-        ready = self._instances.membership.ready
-        for live in list(self._live.values()):
-            places, request = live.lifecycle.places, live.placed.request
-            if instance_id in places and (
-                places[0] != instance_id or decoders(ready(request.model, request.revision))
-            ):
-                self._event(live, life.InstanceStuck(instance_id, reason))
+        for record, event in self.dispatcher.stuck(instance_id, reason):
+            self.handle(record, event)
 
     def on_revision(self, model: str) -> None:
-        for live in list(self._live.values()):
-            if live.lifecycle.phase is Phase.QUEUED and live.lifecycle.request.model == model:
-                self._event(live, life.Retry())
+        self._place(self.dispatcher.of_model(model))
 
-    def _compare(self, live: Live, instance_id: str, output: Output) -> None:
+    def _compare(self, record: RequestRecord, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""
         assert output.cached_tokens is not None
         if output.transferred_blocks:
             self._metrics.transferred(output.transferred_blocks)
-        found = self._placement.cached(live.placed, instance_id, output.cached_tokens)
+        found = self.placement.cached(record.placed, instance_id, output.cached_tokens)
         if found is None:
             return
         predicted, verdict = found

@@ -87,7 +87,6 @@ class WorkerStatistics:
 
     attempts: int  # attempts that were admitted and have not ended
     not_in_load: int  # of these: attempts that the engine's latest load does not include yet
-    suspects: int  # of these: attempts of requests that may be killing engines
     handoffs: int  # handoffs that were given to a frontend and have not expired, used or not
     link: LinkServerStatistics
 
@@ -118,7 +117,6 @@ class Worker:
         self._stuck = ""  # how it stands still, as of the last look
         self._dead = False
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
-        self._suspects: dict[str, int] = {}  # attempt id -> tokens until it is none any more
         self._handed: dict[str, tuple[Peer, float]] = {}  # handoff id -> frontend, end; oldest first
         self._submitted = 0
         self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
@@ -220,7 +218,6 @@ class Worker:
         return WorkerStatistics(
             attempts=len(self._owners),
             not_in_load=len(self._on_the_way),
-            suspects=len(self._suspects),
             handoffs=len(self._handed),
             link=self._server.statistics(),
         )
@@ -299,8 +296,6 @@ class Worker:
         outputs: dict[Peer, list[Output]] = {peer: [] for peer in self._server.peers}
         for output in step.outputs:
             owner = self._owners.get(output.attempt_id)
-            if self._suspects:
-                self._acquit(output)
             if output.finish_reason is not None:
                 self._owners.pop(output.attempt_id, None)
                 if output.error is not None:
@@ -325,12 +320,6 @@ class Worker:
             )
         self._changed.set()
 
-    def _acquit(self, output: Output) -> None:
-        """A suspect is none any more once it got on, or is not here."""
-        left = self._suspects.pop(output.attempt_id, 0) - len(output.token_ids)
-        if left > 0 and output.finish_reason is None:
-            self._suspects[output.attempt_id] = left
-
     def _remember(self, peer: Peer, handoff: Handoff) -> None:
         """Who got this handoff, for as long as it lives."""
         now = self._clock.now()
@@ -349,13 +338,12 @@ class Worker:
 
     def load(self) -> Load:
         """The engine's load, and what was submitted since."""
-        if not self._on_the_way and not self._suspects:
+        if not self._on_the_way:
             return self._load
         return msgspec.structs.replace(
             self._load,
             waiting=self._load.waiting + len(self._on_the_way),
             prefill_tokens=self._load.prefill_tokens + sum(self._on_the_way),
-            suspects=len(self._suspects),
         )
 
     def asset(self, sha256: str) -> bytes | None:
@@ -370,8 +358,6 @@ class Worker:
         self._submitted += 1
         self._on_the_way.append(0 if attempt.handoff is not None else len(attempt.token_ids))
         self._owners[attempt.attempt_id] = peer
-        if attempt.suspect_tokens:
-            self._suspects[attempt.attempt_id] = attempt.suspect_tokens
         self._progress.observe(self.load(), self._time.look(self._clock.now()))
         self._engine.submit(attempt)
 

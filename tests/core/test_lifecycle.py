@@ -11,22 +11,15 @@ from penstock.core.deadlines import Deadlines
 from penstock.core.events import (
     KILLER,
     Bounced,
-    Cancel,
-    Choose,
-    Chosen,
+    CancelAttempt,
     ClientGone,
+    DeliverOutput,
     Effect,
-    Emit,
-    Fail,
-    Held,
+    FailRequest,
     InstanceLost,
-    InstanceReady,
     InstanceStuck,
-    NoCandidate,
-    Refused,
-    Release,
-    Retry,
-    Send,
+    ReleaseKv,
+    SendAttempt,
     Tick,
     TooLong,
 )
@@ -55,18 +48,27 @@ def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Ha
     return Handoff(attempt_id, instance_id, 1, len(PROMPT), 4, 99, "layout", ttl_s, "tcp", "127.0.0.1:1")
 
 
-def sent(effects: list[Effect]) -> Send:
-    (send,) = (effect for effect in effects if isinstance(effect, Send))
+def sent(effects: list[Effect]) -> SendAttempt:
+    (send,) = (effect for effect in effects if isinstance(effect, SendAttempt))
     return send
 
 
+def waits(life: Lifecycle, *avoided: str, failed: str = "") -> bool:
+    """Whether the next attempt may be placed now, elsewhere than on these, after this failure."""
+    assert life.avoided == {*avoided}
+    assert life.take_failure() == failed
+    return life.phase is Phase.QUEUED
+
+
 def emitted(effects: list[Effect]) -> list[int]:
-    return [token for effect in effects if isinstance(effect, Emit) for token in effect.delta.token_ids]
+    return [
+        token for effect in effects if isinstance(effect, DeliverOutput) for token in effect.delta.token_ids
+    ]
 
 
 def prefilled(life: Lifecycle, token: int = 10, ttl_s: float = 30.0, now: float = 1.0) -> list[Effect]:
     """Place on p0 with d0 to decode, and let the prefill worker answer."""
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     output = Output(
         attempt.attempt_id,
         [token],
@@ -79,7 +81,7 @@ def prefilled(life: Lifecycle, token: int = 10, ttl_s: float = 30.0, now: float 
 
 def test_an_attempt_too_long_to_be_sent_is_the_requests_own_fault() -> None:
     life = lifecycle()
-    attempt_id = sent(life.handle(Chosen("d0"), 0.0)).attempt.attempt_id
+    attempt_id = sent(life.place("d0", None, 0.0)).attempt.attempt_id
     assert life.handle(TooLong("r.0", "of another attempt"), 0.0) == []
     (fail,) = life.handle(TooLong(attempt_id, "20 bytes"), 0.0)
     assert (fail.error.kind, fail.error.code) == (Rejection.INVALID, "request_too_long")
@@ -92,20 +94,20 @@ def test_a_continuation_too_long_to_be_sent_lets_go_of_its_handoff() -> None:
     life = lifecycle()
     attempt_id = sent(prefilled(life)).attempt.attempt_id
     release, fail = life.handle(TooLong(attempt_id, "20 bytes"), 1.0)
-    assert release == Release("p0", "r.1", sent=True)
+    assert release == ReleaseKv("p0", "r.1", sent=True)
     assert fail.error.kind is Rejection.INVALID
 
 
-def test_starts_by_asking_for_a_place() -> None:
+def test_a_new_request_waits_for_a_place_until_its_queue_deadline() -> None:
     life = lifecycle()
-    assert life.handle(Retry(), 0.0) == [Choose(frozenset())]
-    assert life.phase is Phase.QUEUED
+    assert waits(life)
+    assert life.rests_until < 0.0
     assert life.deadline == 30.0
 
 
 def test_local_request_runs_to_its_end() -> None:
     life = lifecycle()
-    send = sent(life.handle(Chosen("d0"), 0.0))
+    send = sent(life.place("d0", None, 0.0))
     assert send.instance_id == "d0"
     assert not send.attempt.prefill_only
     assert send.attempt.token_ids == PROMPT
@@ -113,7 +115,7 @@ def test_local_request_runs_to_its_end() -> None:
     assert life.deadline == 61.0
     last = life.handle(Output(send.attempt.attempt_id, [11], FinishReason.STOP), 2.0)
     assert last == [
-        Emit(msgspec.convert({"token_ids": [11], "finish_reason": "stop"}, type(last[0].delta)))
+        DeliverOutput(msgspec.convert({"token_ids": [11], "finish_reason": "stop"}, type(last[0].delta)))
     ]
     assert life.phase is Phase.DONE
 
@@ -122,7 +124,7 @@ def test_prefill_token_is_emitted_and_decode_continues_with_the_handoff() -> Non
     life = lifecycle()
     effects = prefilled(life, token=10)
     assert emitted(effects) == [10]
-    assert isinstance(effects[-1], Emit)
+    assert isinstance(effects[-1], DeliverOutput)
     send = sent(effects)
     assert send.instance_id == "d0"
     assert send.attempt.token_ids == [*PROMPT, 10]
@@ -134,7 +136,7 @@ def test_prefill_token_is_emitted_and_decode_continues_with_the_handoff() -> Non
 
 def test_first_token_that_ends_the_request_needs_no_decode_worker() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     effects = life.handle(Output(attempt.attempt_id, [10], FinishReason.LENGTH), 1.0)
     assert emitted(effects) == [10]
     assert life.phase is Phase.DONE
@@ -144,10 +146,9 @@ def test_lost_decode_worker_continues_from_the_tokens_so_far() -> None:
     life = lifecycle()
     first = sent(prefilled(life, token=10)).attempt
     life.handle(Output(first.attempt_id, [11, 12]), 2.0)
-    assert life.handle(InstanceLost("d0", "link down"), 3.0) == [
-        Choose(frozenset({"d0"}), failed="d0: link down")
-    ]
-    again = sent(life.handle(Chosen("d1"), 3.0)).attempt
+    assert life.handle(InstanceLost("d0", "link down"), 3.0) == []
+    assert waits(life, "d0", failed="d0: link down")
+    again = sent(life.place("d1", None, 3.0)).attempt
     assert again.token_ids == [*PROMPT, 10, 11, 12]
     assert again.prompt_len == len(PROMPT)
     assert again.handoff is None
@@ -157,58 +158,59 @@ def test_lost_decode_worker_continues_from_the_tokens_so_far() -> None:
 
 def test_output_of_a_forgotten_attempt_is_dropped_and_its_kv_released() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     life.handle(InstanceLost("p0", "silent"), 1.0)
     late = Output(attempt.attempt_id, [9], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
-    assert life.handle(late, 2.0) == [Release("p0", attempt.attempt_id)]
+    assert life.handle(late, 2.0) == [ReleaseKv("p0", attempt.attempt_id)]
     assert life.token_ids == PROMPT
 
 
 def test_lost_decode_worker_during_prefill_is_replaced_when_the_handoff_comes() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     assert life.handle(InstanceLost("d0", "gone"), 0.5) == []
     output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
-    effects = life.handle(output, 1.0)
-    assert Choose(frozenset(), output.handoff) in effects
-    send = sent(life.handle(Chosen("d1"), 1.0))
+    assert emitted(life.handle(output, 1.0)) == [10]
+    assert waits(life)
+    assert life.handoff == output.handoff
+    send = sent(life.place("d1", None, 1.0))
     assert send.instance_id == "d1"
     assert send.attempt.handoff is not None
 
 
 def test_handoff_loses_life_while_it_waits_here() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     life.handle(InstanceLost("d0", "gone"), 0.5)
     offered = handoff(attempt.attempt_id, ttl_s=10.0)
     life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
-    send = sent(life.handle(Chosen("d1"), 5.0))
+    send = sent(life.place("d1", None, 5.0))
     assert send.attempt.handoff is not None
     assert send.attempt.handoff.ttl_s == pytest.approx(6.0)
 
 
 def test_handoff_too_old_is_released_not_used() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     life.handle(InstanceLost("d0", "gone"), 0.5)
     offered = handoff(attempt.attempt_id, ttl_s=10.0)
     life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
-    effects = life.handle(Chosen("d1"), 10.5)
-    assert effects[0] == Release("p0", attempt.attempt_id)
+    effects = life.place("d1", None, 10.5)
+    assert effects[0] == ReleaseKv("p0", attempt.attempt_id)
     assert sent(effects).attempt.handoff is None
 
 
-@pytest.mark.parametrize("chosen", [Chosen("d1", local=True), Chosen("d1", "p1")])
+@pytest.mark.parametrize("prefill", [None, "p1"])
 def test_a_handoff_that_nobody_can_use_is_released_when_another_worker_computes_the_prompt(
-    chosen: Chosen,
+    prefill: str | None,
 ) -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     life.handle(InstanceLost("d0", "gone"), 0.5)
     offered = handoff(attempt.attempt_id)
     life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
-    effects = life.handle(chosen, 2.0)
-    assert effects[0] == Release("p0", attempt.attempt_id)
+    effects = life.place("d1", prefill, 2.0, local=prefill is None)
+    assert effects[0] == ReleaseKv("p0", attempt.attempt_id)
     assert sent(effects).attempt.handoff is None
     assert sent(effects).attempt.token_ids == [*PROMPT, 10]
 
@@ -216,11 +218,10 @@ def test_a_handoff_that_nobody_can_use_is_released_when_another_worker_computes_
 def test_bounced_decode_keeps_the_handoff_for_the_next_one() -> None:
     life = lifecycle()
     send = sent(prefilled(life))
-    effects = life.handle(Bounced(send.attempt.attempt_id, "full"), 2.0)
-    (choose,) = effects
-    assert choose == Choose(frozenset(), choose.handoff)
-    assert choose.handoff is not None  # who is full, is so for all: the router's affair
-    again = sent(life.handle(Chosen("d1"), 2.0)).attempt
+    assert life.handle(Bounced(send.attempt.attempt_id, "full"), 2.0) == []
+    assert waits(life)  # a full worker is full for all requests, which is no concern of this one
+    assert life.handoff is not None
+    again = sent(life.place("d1", None, 2.0)).attempt
     assert again.handoff is not None
     assert again.handoff.ttl_s == pytest.approx(29.0)
 
@@ -229,18 +230,19 @@ def test_lost_decode_attempt_releases_the_handoff_it_may_not_have_pulled() -> No
     life = lifecycle()
     prefilled(life)
     effects = life.handle(InstanceLost("d0", "killed"), 2.0)
-    assert effects == [Release("p0", "r.1", sent=True), Choose(frozenset({"d0"}), failed="d0: killed")]
+    assert effects == [ReleaseKv("p0", "r.1", sent=True)]
+    assert waits(life, "d0", failed="d0: killed")
 
 
 def test_failing_everywhere_ends_with_the_last_reason() -> None:
     life = lifecycle()
     for number, instance in enumerate(("d0", "d1", "d2"), start=1):
-        attempt = sent(life.handle(Chosen(instance), 0.0)).attempt
+        attempt = sent(life.place(instance, None, 0.0)).attempt
         effects = life.handle(
             Output(attempt.attempt_id, [], FinishReason.ERROR, error=f"boom {number}"), 1.0
         )
     (fail,) = effects
-    assert isinstance(fail, Fail)
+    assert isinstance(fail, FailRequest)
     assert "boom 3" in str(fail.error)
     assert "d2" in str(fail.error)
     assert life.phase is Phase.DONE
@@ -248,50 +250,42 @@ def test_failing_everywhere_ends_with_the_last_reason() -> None:
 
 def test_workers_that_die_together_do_not_use_up_the_attempts() -> None:
     life = lifecycle()
-    life.handle(Chosen("d0"), 0.0)
-    (choose,) = life.handle(InstanceLost("d0", "reset"), 1.0)
-    assert isinstance(choose, Choose)
-    life.handle(Chosen("d1"), 1.0)
+    life.place("d0", None, 0.0)
+    assert life.handle(InstanceLost("d0", "reset"), 1.0) == []
+    assert waits(life, "d0", failed="d0: reset")
+    assert life.rests_until < 1.0  # the next attempt follows at once
+    life.place("d1", None, 1.0)
     assert life.handle(InstanceLost("d1", "reset"), 1.0) == []
-    assert life.phase is Phase.QUEUED
-    (choose,) = life.handle(Retry(), 1.1)
-    assert isinstance(choose, Choose)
-    assert choose.failed == "d1: reset"
-    assert life.handle(Retry(), 1.2) == [Choose(frozenset({"d0", "d1"}))]
+    assert waits(life, "d0", "d1", failed="d1: reset")
+    assert life.rests_until == 1.0  # the next attempt follows later than that
 
 
 def test_a_request_rests_after_a_death_and_longer_after_more() -> None:
     life = lifecycle()
     now = 0.0
     for deaths, rest_s in ((1, 0.0), (2, REST_S)):
-        life.handle(Chosen(f"d{deaths}"), now)
+        life.place(f"d{deaths}", None, now)
         assert life.handle(InstanceLost(f"d{deaths}", "reset", died=f"d{deaths}@1"), now) == []
-        if rest_s:
-            assert life.handle(Retry(), now + rest_s - 0.01) == []
+        assert life.rests_until == now + rest_s
+        assert life.take_failure() == f"d{deaths}: reset"
         now += rest_s
-        (choose,) = life.handle(Retry(), now)
-        assert isinstance(choose, Choose)
-        assert choose.failed == f"d{deaths}: reset"
 
 
 def test_leaving_workers_may_hand_a_request_back_more_often_than_it_may_fail() -> None:
     life = lifecycle()
     assert LIMITS.max_bounces > LIMITS.max_attempts
     for number in range(LIMITS.max_bounces):
-        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        attempt = sent(life.place(f"d{number}", None, 0.0)).attempt
         life.handle(Output(attempt.attempt_id, [number]), 1.0)
-        effects = life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)
-        (choose,) = effects
-        assert isinstance(choose, Choose)
-        assert f"d{number}" in choose.avoid
-        assert "leaving" in choose.failed
+        assert life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0) == []
+        assert waits(life, f"d{number}", failed=f"d{number}: handed back by a leaving worker")
     assert life.token_ids == [*PROMPT, *range(LIMITS.max_bounces)]
 
 
-def test_bounces_end_in_429() -> None:
+def test_bounces_without_end_are_an_overload() -> None:
     life = lifecycle()
     for _ in range(LIMITS.max_bounces + 1):
-        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        attempt = sent(life.place("d0", None, 0.0)).attempt
         effects = life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
     (fail,) = effects
     assert isinstance(fail.error, RequestRejected)
@@ -302,9 +296,9 @@ def test_bounces_end_in_429() -> None:
 def test_a_bounce_of_long_ago_is_forgotten_once_it_gets_on() -> None:
     life = lifecycle()
     for number in range(3 * LIMITS.max_bounces):
-        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        attempt = sent(life.place("d0", None, 0.0)).attempt
         life.handle(Bounced(attempt.attempt_id, "full"), 0.0)
-        attempt = sent(life.handle(Chosen("d1"), 0.0)).attempt
+        attempt = sent(life.place("d1", None, 0.0)).attempt
         assert emitted(life.handle(Output(attempt.attempt_id, [number]), 1.0)) == [number]
         life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)  # d1 leaves
     assert life.phase is Phase.QUEUED
@@ -317,36 +311,35 @@ def test_a_prefill_alone_does_not_end_a_row_of_bounces() -> None:
     for now in range(LIMITS.max_bounces + 1):
         effects = prefilled(life, now=float(now), ttl_s=0.0)
         effects = life.handle(Bounced(sent(effects).attempt.attempt_id, "full"), float(now))
-    assert isinstance(effects[-1], Fail)
+    assert isinstance(effects[-1], FailRequest)
 
 
 def test_who_gets_on_avoids_nobody_any_more() -> None:
     """Workers that it left are restarted under their names; else all would gather on the last ones."""
     life = lifecycle()
     for number in range(3):
-        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        attempt = sent(life.place(f"d{number}", None, 0.0)).attempt
         life.handle(Output(attempt.attempt_id, [number]), 1.0)
-        effects = life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)
-        assert effects[-1].avoid == {f"d{number}"}
+        life.handle(Output(attempt.attempt_id, [], FinishReason.CANCELLED), 1.0)
+        assert life.avoided == {f"d{number}"}
 
 
 def test_a_suspect_goes_on_avoiding_until_it_is_acquitted() -> None:
     life = lifecycle()
     for number in range(2):
-        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        attempt = sent(life.place(f"d{number}", None, 0.0)).attempt
         life.handle(Output(attempt.attempt_id, [number]), 1.0)
         life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 1.0)
-    (again,) = life.handle(Retry(), 2.0)
-    assert again.avoid == {"d0", "d1"}
-    attempt = sent(life.handle(Chosen("d2"), 2.0)).attempt
+    assert life.avoided == {"d0", "d1"}
+    attempt = sent(life.place("d2", None, 2.0)).attempt
     life.handle(Output(attempt.attempt_id, list(range(16))), 3.0)
-    (choose,) = life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 3.0)
-    assert choose.avoid == {"d2"}
+    life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 3.0)
+    assert life.avoided == {"d2"}
 
 
 def test_queue_deadline_names_the_trouble() -> None:
     life = lifecycle()
-    life.handle(NoCandidate("no decode worker is ready"), 0.0)
+    life.unplaced("no decode worker is ready")
     assert life.handle(Tick(), 29.9) == []
     (fail,) = life.handle(Tick(), 30.0)
     assert fail.error.kind is Rejection.UNAVAILABLE
@@ -355,43 +348,32 @@ def test_queue_deadline_names_the_trouble() -> None:
 
 def test_avoided_instances_are_forgiven_when_nobody_else_is_there() -> None:
     life = lifecycle()
-    sent(life.handle(Chosen("d0"), 0.0))
+    sent(life.place("d0", None, 0.0))
     life.handle(InstanceLost("d0", "killed"), 0.0)
-    life.handle(Held(), 0.0)  # there are others, and they are busy
-    assert life.handle(Retry(), 0.1) == [Choose(frozenset({"d0"}))]
-    life.handle(NoCandidate("all avoided"), 0.1)
-    assert life.handle(Retry(), 0.2) == [Choose(frozenset())]
+    assert life.avoided == {"d0"}
+    life.unplaced("all avoided")
+    assert waits(life, failed="d0: killed")
 
 
-def test_who_is_ready_again_is_not_avoided() -> None:
-    """It may be another process with that name, and have nothing to do."""
+def test_a_queued_request_that_fails_releases_the_kv_that_is_held_for_it() -> None:
     life = lifecycle()
-    for instance in ("d0", "d1"):
-        sent(life.handle(Chosen(instance), 0.0))
-        life.handle(InstanceLost(instance, "killed", died=f"{instance}@1"), 0.0)
-    assert life.handle(InstanceReady("d0"), 1.0) == []
-    (choose,) = life.handle(Retry(), 2.0)
-    assert choose.avoid == {"d1"}
-
-
-def test_only_who_waits_can_be_refused() -> None:
-    refused = Refused(RequestRejected("too long", kind=Rejection.OVERLOADED))
-    life = lifecycle()
-    assert life.handle(refused, 0.0) == [Fail(refused.error)]
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
+    life.handle(InstanceLost("d0", "gone"), 0.5)
+    offered = handoff(attempt.attempt_id)
+    life.handle(Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=offered), 1.0)
+    error = RequestRejected("replaced", kind=Rejection.UNAVAILABLE)
+    assert life.fail(error) == [ReleaseKv("p0", attempt.attempt_id), FailRequest(error)]
     assert life.phase is Phase.DONE
-    life = lifecycle()
-    sent(life.handle(Chosen("d0"), 0.0))
-    assert life.handle(refused, 0.0) == []
-    assert life.phase is Phase.DECODE
 
 
 def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    attempt = sent(life.place("d0", None, 0.0)).attempt
     life.handle(Output(attempt.attempt_id, [10]), 1.0)
     effects = life.handle(Tick(), 61.0)
     late = "d0: no next token within 60 s"
-    assert effects == [Cancel("d0", attempt.attempt_id), Choose(frozenset({"d0"}), failed=late)]
+    assert effects == [CancelAttempt("d0", attempt.attempt_id)]
+    assert waits(life, "d0", failed=late)
 
 
 @pytest.mark.parametrize(
@@ -408,23 +390,23 @@ def test_every_phase_has_its_own_deadline_and_says_so(remote: bool, tokens: int,
     if remote and tokens:
         prefilled(life, now=0.0)
     else:
-        attempt = sent(life.handle(Chosen("d0", "p0" if remote else None), 0.0)).attempt
+        attempt = sent(life.place("d0", "p0" if remote else None, 0.0)).attempt
         if tokens:
             life.handle(Output(attempt.attempt_id, [10]), 0.0)
     seconds = float(late.split()[-2])
     assert life.deadline == seconds
     assert life.handle(Tick(), seconds - 0.1) == []
     effects = life.handle(Tick(), seconds)
-    assert isinstance(effects[0], Cancel)
+    assert isinstance(effects[0], CancelAttempt)
     assert life.trouble == late
-    assert effects[-1] == Choose(frozenset({late[:2]}), failed=late)
+    assert waits(life, late[:2], failed=late)
 
 
 def test_late_attempts_end_in_an_error_that_names_each() -> None:
     life = lifecycle()
     now = 0.0
     for instance in ("d0", "d1", "d2"):
-        life.handle(Chosen(instance), now)
+        life.place(instance, None, now)
         now = life.deadline
         effects = life.handle(Tick(), now)
     error = effects[-1].error
@@ -436,30 +418,29 @@ def test_late_attempts_end_in_an_error_that_names_each() -> None:
 
 def test_a_request_in_a_queue_that_moves_is_not_taken_for_lost() -> None:
     life = lifecycle()
-    life.handle(Chosen("d0"), 0.0)
+    life.place("d0", None, 0.0)
     for again in range(1, LIMITS.busy_waits + 1):
         assert life.handle(Tick(queued=True), 120.0 * again) == []
         assert life.deadline == 120.0 * (again + 1)
-    assert isinstance(life.handle(Tick(queued=True), life.deadline)[0], Cancel)
+    assert isinstance(life.handle(Tick(queued=True), life.deadline)[0], CancelAttempt)
     assert life.trouble == "d0: no first token for 600 s, in a queue that moved"  # not: within 120
 
 
 def test_one_that_has_begun_does_not_wait_for_others() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    attempt = sent(life.place("d0", None, 0.0)).attempt
     life.handle(Output(attempt.attempt_id, [10]), 1.0)
-    assert life.handle(Tick(queued=True), 61.0)[0] == Cancel("d0", attempt.attempt_id)
+    assert life.handle(Tick(queued=True), 61.0)[0] == CancelAttempt("d0", attempt.attempt_id)
 
 
 def test_standing_still_moves_a_request_so_often_and_never_fails_it() -> None:
     life = lifecycle()
     for number in range(LIMITS.max_moves):
-        attempt = sent(life.handle(Chosen(f"d{number}"), 0.0)).attempt
+        attempt = sent(life.place(f"d{number}", None, 0.0)).attempt
         effects = life.handle(InstanceStuck(f"d{number}", "no step for 3 s"), 3.0)
-        assert effects[0] == Cancel(f"d{number}", attempt.attempt_id)
-        if number:
-            assert isinstance(effects[-1], Choose)
-    life.handle(Chosen("d9"), 4.0)
+        assert effects[0] == CancelAttempt(f"d{number}", attempt.attempt_id)
+        assert life.phase is Phase.QUEUED
+    life.place("d9", None, 4.0)
     assert life.handle(InstanceStuck("d9", "no step for 3 s"), 7.0) == []
     assert life.phase is Phase.DECODE
     assert life.strikes.failures == 0
@@ -467,16 +448,17 @@ def test_standing_still_moves_a_request_so_often_and_never_fails_it() -> None:
 
 def test_standing_still_elsewhere_only_changes_who_decodes() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0", "p0"), 0.0)).attempt
+    attempt = sent(life.place("d0", "p0", 0.0)).attempt
     assert life.handle(InstanceStuck("d0", "no step"), 1.0) == []
     output = Output(attempt.attempt_id, [10], FinishReason.PREFILLED, handoff=handoff(attempt.attempt_id))
-    assert Choose(frozenset(), output.handoff) in life.handle(output, 2.0)
+    assert emitted(life.handle(output, 2.0)) == [10]
+    assert waits(life)
 
 
 def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
     life = lifecycle()
     for number in range(3):
-        life.handle(Chosen(f"d{number}"), 0.0)
+        life.place(f"d{number}", None, 0.0)
         effects = life.handle(
             InstanceLost(f"d{number}", "killed", died=f"d{number}@1", alone=number == 2), 1.0
         )
@@ -487,7 +469,7 @@ def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
 def test_deaths_with_others_around_do_not() -> None:
     life = lifecycle()
     for number in range(4):
-        life.handle(Chosen(f"d{number}"), 0.0)
+        life.place(f"d{number}", None, 0.0)
         life.handle(InstanceLost(f"d{number}", "killed", died=f"d{number}@1"), 1.0)
     assert life.phase is Phase.QUEUED
 
@@ -495,7 +477,7 @@ def test_deaths_with_others_around_do_not() -> None:
 def test_progress_between_them_forgives_failures() -> None:
     life = lifecycle()
     for number in range(3 * LIMITS.max_attempts):
-        attempt = sent(life.handle(Chosen(f"d{number % 3}"), 0.0)).attempt
+        attempt = sent(life.place(f"d{number % 3}", None, 0.0)).attempt
         life.handle(Output(attempt.attempt_id, list(range(16))), 1.0)
         life.handle(Output(attempt.attempt_id, [], FinishReason.ERROR, error="boom"), 2.0)
         assert life.phase is Phase.QUEUED
@@ -503,11 +485,11 @@ def test_progress_between_them_forgives_failures() -> None:
 
 def test_request_deadline_bounds_everything() -> None:
     life = lifecycle()
-    attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    attempt = sent(life.place("d0", None, 0.0)).attempt
     for second in range(0, 1000, 50):
         life.handle(Output(attempt.attempt_id, [second]), float(second))
     cancel, fail = life.handle(Tick(), 1000.0)
-    assert cancel == Cancel("d0", attempt.attempt_id)
+    assert cancel == CancelAttempt("d0", attempt.attempt_id)
     assert fail.error.kind is Rejection.TIMED_OUT
     assert str(fail.error) == "request took longer than 1000 s: no next token from d0 for 50 s"
 
@@ -516,8 +498,8 @@ def test_client_gone_cancels_and_releases() -> None:
     life = lifecycle()
     send = sent(prefilled(life))
     assert life.handle(ClientGone(), 2.0) == [
-        Cancel("d0", send.attempt.attempt_id),
-        Release("p0", "r.1", sent=True),
+        CancelAttempt("d0", send.attempt.attempt_id),
+        ReleaseKv("p0", "r.1", sent=True),
     ]
     assert life.handle(ClientGone(), 3.0) == []
     assert life.handle(Tick(), 1e6) == []
@@ -532,7 +514,7 @@ def test_an_output_is_complete_unless_something_cut_it_short() -> None:
         (ClientGone(complete=True), True),
     ):
         life = lifecycle()
-        attempt = sent(life.handle(Chosen("d0"), 0.0)).attempt
+        attempt = sent(life.place("d0", None, 0.0)).attempt
         life.handle(Output(attempt.attempt_id, [10]), 1.0)
         assert not life.complete
         life.handle(end if isinstance(end, ClientGone) else Output(attempt.attempt_id, [], end), 2.0)
@@ -542,11 +524,11 @@ def test_an_output_is_complete_unless_something_cut_it_short() -> None:
 
 def test_cached_tokens_are_those_of_the_first_attempt() -> None:
     life = lifecycle()
-    first = sent(life.handle(Chosen("d0"), 0.0)).attempt
+    first = sent(life.place("d0", None, 0.0)).attempt
     effects = life.handle(Output(first.attempt_id, [10], cached_tokens=4), 1.0)
     assert effects[0].delta.cached_tokens == 4
     life.handle(InstanceLost("d0", "gone"), 2.0)
-    second = sent(life.handle(Chosen("d1"), 2.0)).attempt
+    second = sent(life.place("d1", None, 2.0)).attempt
     effects = life.handle(Output(second.attempt_id, [11], cached_tokens=0), 3.0)
     assert effects[0].delta.cached_tokens is None
 
@@ -561,34 +543,30 @@ class Story:
         self.life = lifecycle()
         self.now = 0.0
         self.next_token = 100
-        self.running: dict[str, Send] = {}  # what workers believe they run
+        self.running: dict[str, SendAttempt] = {}  # what workers believe they run
         self.held: set[str] = set()  # handoffs that prefill workers hold
         self.used: set[str] = set()
         self.emitted: list[int] = []
         self.ended = 0
         self.gone = False
-        self.waiting = True
-        self.perform(self.life.handle(Retry(), 0.0))
 
     def perform(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Choose():
-                    self.waiting = True
-                case Send(_, attempt):
+                case SendAttempt(_, attempt):
                     assert self.life.phase in (Phase.PREFILL, Phase.DECODE)
                     assert attempt.token_ids == [*PROMPT, *self.emitted] or self.emission_follows(attempt)
                     self.running[attempt.attempt_id] = effect
                     if attempt.handoff is not None:
                         assert attempt.handoff.ttl_s >= LIMITS.handoff_margin_s
-                case Cancel(_, attempt_id):
+                case CancelAttempt(_, attempt_id):
                     self.running.pop(attempt_id, None)
-                case Release(_, handoff_id):
+                case ReleaseKv(_, handoff_id):
                     self.held.discard(handoff_id)
-                case Emit(delta):
+                case DeliverOutput(delta):
                     self.emitted += delta.token_ids
                     self.ended += delta.finish_reason is not None
-                case Fail():
+                case FailRequest():
                     self.ended += 1
         assert self.life.token_ids == [*PROMPT, *self.emitted]
         assert self.ended == (self.life.phase is Phase.DONE and not self.gone)
@@ -600,11 +578,10 @@ class Story:
         self.now += 0.5
         sends = list(self.running.values())
         send = sends[pick % len(sends)] if sends else None
-        if action == "choose" and self.waiting and self.life.phase is Phase.QUEUED:
-            self.waiting = False
+        if action == "place" and self.life.phase is Phase.QUEUED:
             prefill = f"p{pick % 3}" if pick % 2 else None
             local = prefill is None and (pick % 5 == 0 or not self.handed())
-            self.perform(self.life.handle(Chosen(f"d{pick % 3}", prefill, local), self.now))
+            self.perform(self.life.place(f"d{pick % 3}", prefill, self.now, local=local))
         elif action == "lose":
             instance = f"{'pd'[pick % 2]}{pick % 3}"
             gone = [key for key, value in self.running.items() if value.instance_id == instance]
@@ -616,16 +593,14 @@ class Story:
             self.perform(self.life.handle(Bounced(send.attempt.attempt_id, "full"), self.now))
         elif action in ("token", "finish", "error", "cancelled") and send is not None:
             self.answer(action, send)
-        elif action == "retry":
-            self.perform(self.life.handle(Retry(), self.now))
         elif action == "tick":
             self.now += 50.0
             self.perform(self.life.handle(Tick(), self.now))
 
     def handed(self) -> bool:
-        return self.life._handoff is not None
+        return self.life.handoff is not None
 
-    def answer(self, action: str, send: Send) -> None:
+    def answer(self, action: str, send: SendAttempt) -> None:
         attempt = send.attempt
         self.next_token += 1
         output = Output(attempt.attempt_id, [self.next_token])
@@ -649,8 +624,8 @@ class Story:
 
 ACTIONS = st.sampled_from(
     [
-        "choose",
-        "choose",
+        "place",
+        "place",
         "token",
         "token",
         "finish",
@@ -659,7 +634,6 @@ ACTIONS = st.sampled_from(
         "lose",
         "bounce",
         "tick",
-        "retry",
     ]
 )
 
@@ -677,4 +651,4 @@ def test_any_history_ends_once_and_leaks_nothing(history: list[tuple[str, int]])
     # whatever they still hold is held for one of those: late outputs release it.
     for attempt_id in current:
         late = Output(attempt_id, [1], FinishReason.PREFILLED, handoff=handoff(attempt_id))
-        assert story.life.handle(late, story.now) == [Release("p0", attempt_id)]
+        assert story.life.handle(late, story.now) == [ReleaseKv("p0", attempt_id)]

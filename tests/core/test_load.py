@@ -82,3 +82,14 @@ def test_the_view_is_the_report_plus_what_it_has_not_seen(events: list[tuple[boo
     assert view.prefill_tokens == sum(missing)
     assert view.context_tokens == 2 * sum(missing)
     assert view.waiting == len(missing) + (7 if any(not is_sent for is_sent, _ in events) else 0)
+
+
+def test_the_attempts_of_an_instance_are_those_reported_and_those_on_their_way() -> None:
+    book = LoadBook()
+    assert book.requests("w") == 0
+    for seq in (1, 2):
+        book.sent("w", seq, 100, 100)
+    book.book("w", "r", 50)  # promised, and not sent
+    assert book.requests("w") == 2
+    book.reported("w", 1, Load(running=3, waiting=4))
+    assert book.requests("w") == 8

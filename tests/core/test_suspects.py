@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects, alone_from
-from penstock.shapes import Card, Load, Role
+from penstock.shapes import Card, Role
 from tests.cards import card
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
@@ -24,12 +24,12 @@ def suspects(*others: tuple[int, tuple[str, ...]]) -> Suspects:
     """With requests of so many strikes on these instances."""
     it = Suspects()
     for number, (strikes, instances) in enumerate(others):
-        it.note(f"o{number}", strikes, instances)
+        it.note(f"o{number}", strikes, *instances)
     return it
 
 
 def may_run(it: Suspects, strikes: int, cards: list[Card] = CARDS, *, held: bool = False) -> list[str]:
-    return [card.instance_id for card in it.apart("r", strikes, cards, held=held)]
+    return [card.instance_id for card in it.apart(strikes, cards, held=held)]
 
 
 def test_without_suspects_everywhere() -> None:
@@ -58,36 +58,21 @@ def test_one_that_decodes_where_it_was_booked_counts_once() -> None:
 def test_prime_suspects_wait_for_a_place_of_their_own() -> None:
     others = suspects((2, ("p0", "d0")), (3, ("", "d1")), (1, ("", "d2")))
     assert may_run(others, 2) == ["p1", "d2"]
-    others.note("o3", 2, ("", "d2"))
+    others.note("o3", 2, "", "d2")
     assert may_run(others, 2) == []
-    others.note("o4", 2, ("", "d2"))
+    others.note("o4", 2, "", "d2")
     assert may_run(others, 2, held=True) == ["d0", "d1", "p1"]
 
 
-def test_prime_suspects_keep_away_from_those_of_other_frontends() -> None:
+def test_a_request_alone_with_as_many_deaths_can_be_the_cause() -> None:
+    assert alone_from([2]) == 0
+    assert alone_from([2, 1, 0]) == 2
+    assert alone_from([2, 2, 0]) == 3
+
+
+def test_asking_where_a_suspect_may_run_changes_nothing() -> None:
     others = suspects((2, ("", "d0")))
-    told = {"p0": 1, "p1": 0, "d0": 1, "d1": 1, "d2": 0}
-    assert names(others.apart("r", 2, CARDS, told)) == ["p1", "d2"]
-    told["d2"] = 2
-    assert names(others.apart("r", 2, CARDS, told)) == []
-    assert names(others.apart("r", 2, CARDS, told, held=True)) == ["d0", "d1", "p1"]
-
-
-def test_who_alone_can_be_the_cause() -> None:
-    assert alone_from([2], Load(running=1)) == 0
-    assert alone_from([2, 1, 0], Load(running=2, waiting=1)) == 2
-    assert alone_from([2, 2, 0], Load(running=3)) == 3
-    # Beside others' requests, of which none saw two deaths; then, of which one may have.
-    assert alone_from([2], Load(running=9)) == 2
-    assert alone_from([1], Load(running=9)) == 2
-    assert alone_from([2, 0], Load(running=9, suspects=1)) == 2
-    assert alone_from([2, 0], Load(running=9, suspects=2)) > 100
-
-
-def test_a_suspect_does_not_stand_in_its_own_way() -> None:
-    others = suspects()
-    others.note("r", 2, ("", "d0"))
-    assert may_run(others, 2) == names(CARDS)
+    assert may_run(others, 2) == may_run(others, 2) == ["p0", "p1", "d1", "d2"]
 
 
 @given(
@@ -100,14 +85,18 @@ def test_a_suspect_does_not_stand_in_its_own_way() -> None:
 def test_the_counts_are_those_of_whoever_was_noted_last(notes: list[tuple[int, int, str, str]]) -> None:
     it, last = Suspects(), {}
     for request, strikes, prefill, decode in notes:
-        it.note(f"r{request}", strikes, (prefill, decode))
+        it.note(f"r{request}", strikes, prefill, decode)
         last[request] = (strikes, {prefill, decode} - {""})
     some, prime = Counter[str](), Counter[str]()
     for strikes, places in last.values():
         some.update(places if strikes else ())
         prime.update(places if strikes >= PRIME else ())
-    assert (it._any, it._prime) == (some, prime)
-    assert it._noted.keys() == {f"r{request}" for request, (strikes, _) in last.items() if strikes}
+    cards = [card(name) for name in "abc"]
+    least = min(some[name] for name in "abc")
+    assert names(it.apart(1, cards)) == [name for name in "abc" if some[name] == least]
+    assert names(it.apart(2, cards)) == [name for name in "abc" if not prime[name]]
+    for request, (strikes, _) in last.items():
+        assert (f"r{request}" in it) is bool(strikes)
 
 
 def test_progress_acquits_and_must_be_longer_after_each_death() -> None:
@@ -120,7 +109,7 @@ def test_progress_acquits_and_must_be_longer_after_each_death() -> None:
     assert strikes.acquitted_at == 200 + 4 * ACQUIT_TOKENS
 
 
-def test_three_deaths_make_a_cause_if_nobody_else_can_be_it() -> None:
+def test_three_deaths_make_a_cause_if_no_other_request_can_be_it() -> None:
     strikes = Strikes()
     for number in range(1, MAX_DEATHS + 1):
         strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
@@ -128,14 +117,13 @@ def test_three_deaths_make_a_cause_if_nobody_else_can_be_it() -> None:
         assert strikes.is_cause(3, alone=False) is (number >= MAX_DEATHS)
 
 
-def test_workers_are_told_of_prime_suspects_and_what_acquits_them() -> None:
-    strikes = Strikes()
-    for number, tokens in ((1, 0), (2, 4 * ACQUIT_TOKENS)):
+def test_deaths_beside_work_of_other_frontends_make_a_cause_only_at_the_limit() -> None:
+    strikes = Strikes(shared=True)
+    for number in range(1, MAX_DEATHS + 1):
         strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
-        assert strikes.suspect_tokens(10) == tokens
-    assert strikes.suspect_tokens(15) == 4 * ACQUIT_TOKENS - 5
+        assert strikes.is_cause(3, alone=True) is (number >= MAX_DEATHS)
     strikes.acquit()
-    assert strikes.suspect_tokens(50) == 0
+    assert not strikes.shared
 
 
 def test_whoever_is_connected_again_had_not_died() -> None:
@@ -181,7 +169,7 @@ def _place_all(
     while poison not in places and lost:
         name = lost.pop(0)
         others = suspects(*((records[other].count, ("", place)) for other, place in places.items()))
-        may = others.apart(name, records[name].count, alive, held=False)
+        may = others.apart(records[name].count, alive)
         if may:
             places[name] = rng.choice(may).instance_id
         else:

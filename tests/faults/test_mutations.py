@@ -16,7 +16,8 @@ import pytest
 
 from penstock.core import lifecycle, membership
 from penstock.core.admission import Queue
-from penstock.core.lifecycle import Phase
+from penstock.core.dispatcher import Dispatcher
+from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.load import LoadBook
 from penstock.core.membership import Membership
 from penstock.core.pairing import KvFormat
@@ -58,16 +59,16 @@ def cancels_are_not_sent(patch: pytest.MonkeyPatch) -> None:
 
 
 def late_outputs_are_taken(patch: pytest.MonkeyPatch) -> None:
-    real = lifecycle.Lifecycle._on_output
+    real = Lifecycle.on_output
 
     def on_output(self: Any, output: Any, now: float) -> Any:
-        return real(self, msgspec.structs.replace(output, attempt_id=self._attempt_id), now)
+        return real(self, msgspec.structs.replace(output, attempt_id=self.attempt_id), now)
 
-    patch.setitem(lifecycle._HANDLERS, lifecycle.Output, on_output)
+    patch.setattr(Lifecycle, "on_output", on_output)
 
 
 def the_next_attempt_forgets_what_was_generated(patch: pytest.MonkeyPatch) -> None:
-    real = lifecycle.Lifecycle._send
+    real = Lifecycle._send
 
     def send(self: Any, *args: Any, **options: Any) -> Any:
         effect = real(self, *args, **options)
@@ -77,7 +78,7 @@ def the_next_attempt_forgets_what_was_generated(patch: pytest.MonkeyPatch) -> No
             attempt=msgspec.structs.replace(attempt, token_ids=attempt.token_ids[: attempt.prompt_len]),
         )
 
-    patch.setattr(lifecycle.Lifecycle, "_send", send)
+    patch.setattr(Lifecycle, "_send", send)
 
 
 def a_lost_request_is_never_asked_for_again(patch: pytest.MonkeyPatch) -> None:
@@ -216,10 +217,10 @@ def stuck_workers_are_connected_anew(patch: pytest.MonkeyPatch) -> None:
 
     def on_stuck(self: Any, instance_id: str, reason: str) -> None:
         real(self, instance_id, reason)
-        link = self._instances.link(instance_id)
+        link = self.fleet.link(instance_id)
         if link is not None and link.up:
             link._session.connection.cut("its engine is stuck")
-            self._instances._links[instance_id].progress = None
+            self.fleet._links[instance_id].progress = None
 
     patch.setattr(Router, "on_stuck", on_stuck)
 
@@ -257,7 +258,7 @@ def some_attempts_are_lost_on_arrival(patch: pytest.MonkeyPatch) -> None:
 
 
 def attempts_that_are_given_up_run_on(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle.Lifecycle, "_abandon", lambda self: setattr(self, "_attempt_id", "") or [])
+    patch.setattr(Lifecycle, "_abandon", lambda self: setattr(self, "attempt_id", "") or [])
 
 
 def requests_wait_beside_idle_workers(patch: pytest.MonkeyPatch) -> None:
@@ -274,7 +275,7 @@ def requests_wait_beside_idle_workers(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_stall_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
-    real = lifecycle.Lifecycle._on_tick
+    real = Lifecycle._on_tick
 
     def on_tick(self: Any, event: Any, now: float) -> Any:
         late = self.phase is Phase.QUEUED or now >= self._request_deadline
@@ -339,22 +340,23 @@ def failures_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_a_full_worker_said_is_kept(patch: pytest.MonkeyPatch) -> None:
-    real = Router.on_lost
+    real = Dispatcher.lost
 
-    def on_lost(self: Any, instance_id: str, *args: Any) -> None:
-        before = dict(self._full_until)
-        real(self, instance_id, *args)
-        self._full_until = before
+    def lost(self: Any, instance_id: str, *args: Any) -> Any:
+        before = dict(self.full_until)
+        events = real(self, instance_id, *args)
+        self.full_until = before
+        return events
 
-    patch.setattr(Router, "on_lost", on_lost)
+    patch.setattr(Dispatcher, "lost", lost)
 
 
 def suspects_are_never_forgotten(patch: pytest.MonkeyPatch) -> None:
     real = Suspects.note
 
-    def note(self: Any, request_id: str, strikes: int, instances: Any) -> None:
+    def note(self: Any, request_id: str, strikes: int, *instances: str) -> None:
         if strikes:
-            real(self, request_id, strikes, instances)
+            real(self, request_id, strikes, *instances)
 
     patch.setattr(Suspects, "note", note)
 
@@ -371,7 +373,7 @@ def evictions_are_indexed_late(patch: pytest.MonkeyPatch) -> None:
 
     def tick(self: Any) -> None:
         real_tick(self)
-        index = self._index
+        index = self.index
         ticks[id(index)] = ticks.get(id(index), 0) + 1
         if ticks[id(index)] % 100 == 0:
             for worker, hashes in late.pop(id(index), []):
@@ -464,12 +466,12 @@ def prompts_are_prefilled_for_workers_that_would_refuse_them(patch: pytest.Monke
 
 
 def held_kv_is_sent_to_whoever_decodes(patch: pytest.MonkeyPatch) -> None:
-    real = lifecycle.Lifecycle._on_chosen
+    real = Lifecycle.place
 
-    def on_chosen(self: Any, event: Any, now: float) -> Any:
-        return real(self, msgspec.structs.replace(event, local=False), now)
+    def place(self: Any, decode: str, prefill: Any, now: float, *, local: bool) -> Any:
+        return real(self, decode, prefill, now, local=False)
 
-    patch.setitem(lifecycle._HANDLERS, lifecycle.Chosen, on_chosen)
+    patch.setattr(Lifecycle, "place", place)
 
 
 def liars_are_not_cut_off(patch: pytest.MonkeyPatch) -> None:
@@ -510,7 +512,7 @@ def messages_are_not_looked_at_as_a_whole(patch: pytest.MonkeyPatch) -> None:
 def a_defect_ends_more_than_its_request(patch: pytest.MonkeyPatch) -> None:
     """It is the link's on which the request met it."""
 
-    def reraise(self: Any, live: Any) -> None:
+    def reraise(self: Any, record: Any) -> None:
         error = sys.exc_info()[1]
         assert error is not None
         raise error
@@ -520,7 +522,7 @@ def a_defect_ends_more_than_its_request(patch: pytest.MonkeyPatch) -> None:
 
 def a_defect_ends_only_the_attempt(patch: pytest.MonkeyPatch) -> None:
     """Its client waits on."""
-    patch.setattr(Router, "_break", lambda self, live: None)
+    patch.setattr(Router, "_break", lambda self, record: None)
 
 
 BREAKS: dict[Break, Options] = {

@@ -201,7 +201,7 @@ class ScriptedCompleter:
     step_s: float = 0.0
     requests: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
-    missing: str = ""
+    absent: list[Role] = field(default_factory=list)
     serving: bool = True
     submit_error: RequestRejected | None = None
     check_error: RequestRejected | None = None
@@ -225,8 +225,8 @@ class ScriptedCompleter:
     def instances(self) -> list[InstanceView]:
         return [InstanceView("w-1", Role.AGGREGATED, "tiny", "ready", "127.0.0.1:1", Load(running=2))]
 
-    def healthy(self) -> tuple[bool, str]:
-        return not self.missing, self.missing
+    def missing(self) -> list[Role]:
+        return self.absent
 
     def discovery(self) -> str:
         return ""

@@ -10,6 +10,7 @@ from penstock import __version__
 from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.http.api_keys import key_line
 from penstock.logs.quiet_log import BURST_LINES
+from penstock.shapes import Role
 
 JSON = {"content-type": "application/json"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -43,7 +44,7 @@ async def test_health_says_what_is_missing(served):
     assert body["instances"][0]["role"] == "aggregated"
     assert body["instances"][0]["load"]["running"] == 2
     assert body["instances"][0]["load"]["rates"]["step_ms"] == 1.0
-    served.completer.missing = "prefill, decode"
+    served.completer.absent = [Role.PREFILL, Role.DECODE]
     response = await served.http.get("/health")
     assert response.status_code == 503
     assert (response.json()["status"], response.json()["missing"]) == ("unhealthy", ["prefill", "decode"])

@@ -79,7 +79,9 @@ async def test_a_graph_made_again_waits_quietly_for_what_its_predecessor_had(clu
         await until(lambda: cluster.status().get("state"))
         await cluster.settled()
         assert cluster.status()["state"] == "pending"
-        assert "Deployment g-decodeworker belongs to a deleted graph" in cluster.condition("Ready")["message"]
+        assert (
+            "Deployment g-decodeworker belongs to a deleted graph" in cluster.condition("Ready")["message"]
+        )
         cluster.api.remove(DEPLOYMENTS, "g-decodeworker", NAMESPACE)
         await until(lambda: len(cluster.deployments()) == 3)
         await cluster.settled()

@@ -21,7 +21,12 @@ SETTINGS = RouterSettings(tick_s=0.02, progress=ProgressLimits(stuck_s=0.3, firs
 
 
 def link_of(it: Cluster, instance_id: str) -> Any:
-    return it.router._instances._links[instance_id]
+    return it.router.fleet._links[instance_id]
+
+
+def avoids(it: Cluster, instance_id: str) -> bool:
+    """Whether any request avoids this instance."""
+    return any(instance_id in record.life.avoided for record in it.router.dispatcher.records.values())
 
 
 def state(it: Cluster, instance_id: str) -> str:
@@ -70,7 +75,7 @@ async def test_an_instance_is_forgotten_in_the_turn_in_which_its_link_comes_up(t
     """Discovery's word comes first, and the link's task hears of it in its next turn only."""
     async with cluster(tmp_path, {"a0": AGGREGATED}, SETTINGS, SLOW) as it:
         link, worker = link_of(it, "a0"), it.workers.pop("a0")
-        card = it.router._instances.membership.members["a0"].card
+        card = it.router.membership.members["a0"].card
         await worker.die()
         await until_state(it, "a0", "connecting")
         link.close()
@@ -88,11 +93,13 @@ async def test_requests_go_back_to_an_instance_that_is_ready_again(tmp_path: Pat
         with it.workers["a1"].stuck():
             await it.workers.pop("a0").die()
             async with asyncio.timeout(WAIT_S):
-                while not any("a0" in live.lifecycle._avoid for live in it.router._live.values()):
+                while not any(
+                    "a0" in record.life.avoided for record in it.router.dispatcher.records.values()
+                ):
                     await asyncio.sleep(0.001)
             it.start("a0", AGGREGATED, **SLOW)
             await until_state(it, "a0", "ready")
-            assert not any("a0" in live.lifecycle._avoid for live in it.router._live.values())
+            assert not avoids(it, "a0")
             for answer in answers:
                 assert len(await answer.tokens()) == 100
         await until_state(it, "a1", "ready")
@@ -105,7 +112,7 @@ async def test_an_engine_that_stands_still_does_so_after_a_reset_of_its_link(tmp
             await answer.wait_tokens(2)
         with it.workers["a0"].stuck():
             await until_state(it, "a0", "quarantined")
-            link_of(it, "a0").client._session.connection.cut("cut by the test")
+            link_of(it, "a0").client.cut("cut by the test")
             await until_state(it, "a0", "connecting")
             await until_state(it, "a0", "ready", "quarantined")
             assert state(it, "a0") == "quarantined"
@@ -121,6 +128,6 @@ async def test_a_reset_link_does_not_put_a_healthy_engine_under_suspicion(
     async with cluster(tmp_path, {"a0": AGGREGATED}, SETTINGS, SLOW) as it:
         answer, _ = it.ask(PROMPT, max_tokens=100)
         await answer.wait_tokens(3)
-        link_of(it, "a0").client._session.connection.cut("cut by the test")
+        link_of(it, "a0").client.cut("cut by the test")
         assert len(await answer.tokens()) == 100
         assert not [record for record in caplog.records if "quarantined" in record.getMessage()]

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 from pathlib import Path
 
 import pytest
 
 from penstock.core.settings import RouterSettings
-from penstock.discovery.file import FileDiscovery
 from penstock.errors import Rejection, RemoteError, RequestRejected
-from penstock.link.settings import ClientSettings
-from penstock.metrics import Metrics
-from penstock.router.router import Router
-from penstock.shapes import Request, Role, Sampling
-from tests.cluster import MODEL, WAIT_S, Answer, Cluster, cluster
+from penstock.shapes import Role
+from tests.cluster import Answer, Cluster, cluster
 
 PREFILL, DECODE, AGGREGATED = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 POISON = 999
@@ -68,36 +62,6 @@ async def test_a_killer_is_stopped_at_its_third_worker_and_nobody_with_it(
         it.workers = {name: worker for name, worker in it.workers.items() if not worker.task.done()}
 
 
-async def test_a_killer_is_found_among_requests_of_another_frontend(tmp_path: Path) -> None:
-    long = 500  # so that they are there until the end
-    wanted = await expected(tmp_path / "calm", long)
-    async with cluster(tmp_path / "hurt", {f"w{n}": AGGREGATED for n in range(5)}, QUICK, SLOW) as it:
-        for worker in it.workers.values():
-            worker.dies_of(POISON)
-        discovery = FileDiscovery(it.folder, it.discovery_settings)
-        rng, metrics = random.Random(1), Metrics().router
-        other = Router(discovery, QUICK, ClientSettings(), metrics, frontend_id="other", rng=rng)
-        async with asyncio.TaskGroup() as tasks:
-            routing = tasks.create_task(other.run())
-            async with asyncio.timeout(WAIT_S):
-                while sum(view.state == "ready" for view in other.instances()) < len(it.workers):
-                    await asyncio.sleep(0.01)
-            answers = bystanders(it, long)
-            await answers[0].wait_tokens(3)
-            poison = Answer()
-            request = Request(
-                "poison", MODEL, it.revision, [POISON, *range(60)], Sampling(max_tokens=TOKENS)
-            )
-            other.submit(request, poison.on_delta, poison.on_error)
-            with pytest.raises(RequestRejected, match=r"stopped: [34] workers died computing it"):
-                await poison.tokens()
-            for answer, tokens in zip(answers, wanted, strict=True):
-                assert await answer.tokens() == tokens
-            routing.cancel()
-        assert await bury(it) in (3, 4)  # 4: two frontends chose the same place in the same moment
-        it.workers = {name: worker for name, worker in it.workers.items() if not worker.task.done()}
-
-
 async def test_a_request_that_fails_steps_ends_alone(tmp_path: Path) -> None:
     wanted = await expected(tmp_path / "calm")
     workers = {f"w{number}": AGGREGATED for number in range(4)}
@@ -112,18 +76,3 @@ async def test_a_request_that_fails_steps_ends_alone(tmp_path: Path) -> None:
         assert (caught.value.kind, caught.value.code) == (Rejection.WORKERS_FAILED, "attempts_failed")
         for answer, tokens in zip(answers, wanted, strict=True):
             assert await answer.tokens() == tokens
-
-
-async def test_many_deaths_do_not_end_a_request_that_gets_on(tmp_path: Path) -> None:
-    async with cluster(tmp_path / "calm", {"a0": AGGREGATED}) as calm:
-        wanted = await calm.complete([7, 8, 9], max_tokens=2000)
-    async with cluster(tmp_path / "hurt", {"w0": AGGREGATED}, QUICK, FAST) as it:
-        answer, _ = it.ask([7, 8, 9], max_tokens=2000)
-        for number in range(6):  # more than may die, and than may fail
-            await answer.wait_tokens(300 * (number + 1))
-            victim = it.workers.pop(f"w{number}")
-            it.start(f"w{number + 1}", AGGREGATED, **FAST)
-            victim.dies_of(7)
-            with pytest.raises(RemoteError, match="poison"):
-                await asyncio.wait_for(victim.task, 20)
-        assert await answer.tokens() == wanted

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
-from penstock.core.membership import State
 from penstock.core.settings import RouterSettings
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import ProtocolError, Rejection, RemoteError, RequestRejected
-from penstock.link.settings import ClientSettings
+from penstock.link.client import LinkClient
 from penstock.shapes import (
     Attempt,
     Delta,
     FinishReason,
-    Load,
     ModelView,
     Registration,
     Request,
@@ -144,42 +141,10 @@ async def test_full_workers_bounce_and_the_request_waits_its_turn(tmp_path: Path
             assert len(await answer.tokens()) == 10
 
 
-async def test_prefill_only_graph_rejects_with_503(tmp_path: Path) -> None:
-    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(queue_s=0.2))
-    async with cluster(tmp_path, {"p0": PREFILL}, settings) as it:
-        answer, _ = it.ask(PROMPT, revision="of before")
-        with pytest.raises(RequestRejected, match="no worker is ready to decode") as caught:
-            await answer.tokens()
-        assert caught.value.kind is Rejection.UNAVAILABLE
-        assert caught.value.retry_after_s
-
-
-async def test_queued_request_goes_to_the_worker_that_comes(tmp_path: Path) -> None:
-    async with cluster(tmp_path, PAIR) as it:
-        revision = it.revision
-        await it.workers["d0"].leave()
-        await it.wait_ready("p0")
-        answer, _ = it.ask(PROMPT, revision=revision)
-        await asyncio.sleep(0.1)
-        it.start("d0", DECODE)
-        assert len(await answer.tokens()) == 8
-
-
-async def test_queue_is_bounded(tmp_path: Path) -> None:
-    async with cluster(
-        tmp_path, {"p0": PREFILL}, RouterSettings(admission=AdmissionSettings(max_queued=6))
-    ) as it:
-        for _ in range(3):
-            it.ask(PROMPT, revision="of before")
-        with pytest.raises(RequestRejected) as caught:
-            it.ask(PROMPT, revision="of before")
-        assert caught.value.kind is Rejection.OVERLOADED
-
-
 async def test_models_and_health(tmp_path: Path) -> None:
     settings = RouterSettings(expect=(PREFILL, DECODE), deadlines=Deadlines(queue_s=1.0))
     async with cluster(tmp_path, PAIR, settings) as it:
-        assert it.router.healthy() == (True, "")
+        assert it.router.missing() == []
         assert [view.card.name for view in it.router.models()] == [MODEL]
         with pytest.raises(RequestRejected) as unknown:
             it.router.model("nobody")
@@ -187,12 +152,23 @@ async def test_models_and_health(tmp_path: Path) -> None:
         assert unknown.value.message == f"The model `nobody` does not exist; served: `{MODEL}`."
         await it.workers["d0"].leave()
         await it.wait_ready("p0")
-        assert it.router.healthy() == (False, "decode")
+        assert it.router.missing() == [DECODE]
         await it.workers["p0"].leave()
         await it.wait_ready()
         with pytest.raises(RequestRejected) as known:
             it.router.model(MODEL)
         assert known.value.kind is Rejection.UNAVAILABLE
+
+
+async def refusal(it: Cluster) -> str:
+    """What clients that ask for the model read, once they are refused."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                it.router.model(MODEL)
+            except RequestRejected as error:
+                return str(error)
+            await asyncio.sleep(0.01)
 
 
 async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_may_come_back(
@@ -209,11 +185,7 @@ async def test_a_model_whose_worker_was_lost_takes_requests_for_as_long_as_it_ma
         assert it.router.model(MODEL).card.name == MODEL
         with pytest.raises(RequestRejected, match="no worker"):
             await answer.tokens()
-        async with asyncio.timeout(20):
-            while it.router._instances.serves(MODEL) or it.router._instances._models._lost:
-                await asyncio.sleep(0.01)
-        with pytest.raises(RequestRejected, match="No worker serves"):
-            it.router.model(MODEL)
+        assert await refusal(it) == f"No worker serves `{MODEL}` right now."
 
 
 @pytest.mark.parametrize("others", [{}, {"p0": PREFILL}], ids=["nobody is left", "no decoder is left"])
@@ -237,21 +209,6 @@ async def test_a_model_whose_workers_all_left_in_order_is_refused_at_once(
         it.start("d2", DECODE)
         await it.wait_ready("d2", *others)
         assert it.router.model(MODEL).card.name == MODEL
-
-
-async def test_an_attempt_too_long_for_a_frame_is_refused_and_no_workers_fault(tmp_path: Path) -> None:
-    async with cluster(tmp_path, PAIR, ALWAYS, sim={"max_model_len": 100_000}) as it:
-        for link in it.router._instances._links.values():
-            link.client._session._settings = ClientSettings(max_frame_bytes=20_000)
-        answer, _ = it.ask(list(range(300)) * 40)
-        with pytest.raises(RequestRejected, match="too long to be sent to a worker") as caught:
-            await answer.tokens()
-        assert (caught.value.kind, caught.value.code) == (Rejection.INVALID, "request_too_long")
-        assert len(await it.complete(PROMPT)) == 8
-        await it.wait_idle()
-        exposition = it.metrics.render().decode()
-    assert "penstock_retries_total 0.0" in exposition
-    assert 'outcome="lost"' not in exposition
 
 
 async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_path: Path) -> None:
@@ -282,22 +239,6 @@ async def test_a_model_whose_workers_are_still_connecting_is_no_unknown_one(tmp_
     await worker.leave()
     routing.cancel()
     await asyncio.gather(routing, return_exceptions=True)
-
-
-async def test_links_that_are_cut_make_no_request_a_killer(tmp_path: Path) -> None:
-    roles = {"a0": AGGREGATED, "a1": AGGREGATED}
-    async with cluster(tmp_path, roles, sim={**SLOW, "speedup": 0.2}) as it:
-        answer, _ = it.ask(list(range(900)), max_tokens=20)
-        cuts = 0
-        while cuts < 3:  # before its first token
-            await it.wait_ready("a0", "a1")
-            (live,) = it.router._live.values()
-            place, _ = live.lifecycle.places
-            if place:
-                it.router._instances.link(place)._session.connection.cut("cut by the test")
-                cuts += 1
-            await asyncio.sleep(0.01)
-        assert len(await answer.tokens()) == 20
 
 
 async def test_a_senseless_registration_harms_nobody(tmp_path: Path) -> None:
@@ -335,35 +276,6 @@ async def test_every_policy_serves(tmp_path: Path, policy: str) -> None:
         await it.wait_idle()
 
 
-async def test_only_whole_outputs_tell_how_long_outputs_are(tmp_path: Path) -> None:
-    async with cluster(tmp_path, {"a0": AGGREGATED}, sim=SLOW) as it:
-        lengths = it.router._placement._lengths
-        for complete in (False, True):
-            answer, ticket = it.ask(PROMPT, max_tokens=4000)
-            await answer.wait_tokens(3)
-            ticket.cancel(complete=complete)  # a stop string; else its reader left
-            assert (lengths.mean((MODEL, "")) is not None) is complete
-        await it.wait_idle()
-
-
-async def test_a_request_that_waits_again_is_booked_nowhere(tmp_path: Path) -> None:
-    async with cluster(tmp_path, PAIR, ALWAYS, sim=SLOW) as it:
-        with it.workers["p0"].stuck():
-            answers = [it.ask([seed, *PROMPT], seed=seed)[0] for seed in range(6)]
-            async with asyncio.timeout(20):
-                while not it.router._placement._book._accounts["d0"].booked:
-                    await asyncio.sleep(0.01)
-            # The decode worker is away as well, so that all of them have to wait.
-            it.router._instances.membership.draining("d0")
-            it.router.on_lost("p0", PREFILL, "cut", Load(), "")
-            assert it.queued or it.router._resting
-            account = it.router._placement._book._accounts["d0"]
-            assert (account.booked, account.context_tokens) == ({}, 0)
-            it.router._instances.membership.members["d0"].state = State.READY
-        for answer in answers:
-            assert len(await answer.tokens()) == 8
-
-
 async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path: Path) -> None:
     async with cluster(tmp_path, {"a0": AGGREGATED}, sim=SLOW) as it:
         other, _ = it.ask(PROMPT, max_tokens=40)
@@ -384,44 +296,60 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
         await it.wait_idle()
 
 
-async def test_no_output_comes_after_an_error(tmp_path: Path) -> None:
-    """A prefill worker gives a first token, but the decode worker cannot be sent to, and that was it."""
-    settings = RouterSettings(disagg="always", tick_s=0.02, deadlines=Deadlines(max_attempts=1))
-    async with cluster(tmp_path, PAIR, settings, sim=SLOW) as it:
-        link = it.router._instances.link("d0")
-        assert link is not None
+async def test_no_output_comes_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill worker gives a first token, and the attempt for the decode worker is too long."""
+    generate = LinkClient.generate
 
-        def fails(attempt: Attempt) -> int:
-            raise ProtocolError("too much of it")
+    def fails(self: LinkClient, attempt: Attempt) -> int:
+        if attempt.prefill_only:
+            return generate(self, attempt)
+        raise ProtocolError("too much of it")
 
-        link._session.generate = fails  # type: ignore[union-attr, method-assign]
+    monkeypatch.setattr(LinkClient, "generate", fails)
+    async with cluster(tmp_path, PAIR, ALWAYS, sim=SLOW) as it:
         answer, _ = it.ask(PROMPT)
-        with pytest.raises(RequestRejected, match="too much"):
+        with pytest.raises(
+            RequestRejected, match="too long to be sent to a worker: too much of it"
+        ) as caught:
             await answer.tokens()
+        assert (caught.value.kind, caught.value.code) == (Rejection.INVALID, "request_too_long")
         await asyncio.sleep(0)
         assert answer.deltas == []
+        await it.wait_idle()
+        exposition = it.metrics.render().decode()
+    assert "penstock_retries_total 0.0" in exposition
+    assert 'outcome="lost"' not in exposition
 
 
-async def test_a_full_link_is_waited_for(tmp_path: Path) -> None:
-    """More often than an attempt may fail, or a worker refuse: nothing was lost there. It has not left the
-    queue, whose deadline goes on."""
-    settings = RouterSettings(tick_s=0.02, deadlines=Deadlines(max_attempts=1, max_bounces=0))
-    async with cluster(tmp_path, {"a0": AGGREGATED}, settings) as it:
-        link = it.router._instances.link("a0")
-        assert link is not None
-        tries = []
+async def test_a_request_that_fails_while_it_is_submitted_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: LinkClient, attempt: Attempt) -> int:
+        raise ProtocolError("too much of it")
 
-        def fails(attempt: Attempt) -> int:
-            tries.append(attempt)
-            raise RemoteError("too much waits")
+    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
+        answer = Answer()
+        request = Request("r", MODEL, it.revision, PROMPT, Sampling(max_tokens=8))
+        with monkeypatch.context() as patch:
+            patch.setattr(LinkClient, "generate", fails)
+            with pytest.raises(RequestRejected, match="too long to be sent"):
+                it.router.submit(request, answer.on_delta, answer.on_error)
+        assert not answer.done.is_set()
+        assert len(await it.complete(PROMPT)) == 8
 
-        link._session.generate = fails  # type: ignore[union-attr, method-assign]
-        answer, _ = it.ask(PROMPT)
-        lifecycle = it.router._live["r0"].lifecycle
-        deadline = lifecycle.deadline
-        async with asyncio.timeout(20):
-            while len(tries) < 3:
-                await asyncio.sleep(0.01)
-        assert lifecycle.deadline == deadline
-        del link._session.generate  # type: ignore[union-attr]
+
+async def test_a_full_link_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Attempt] = []
+
+    def fails(self: LinkClient, attempt: Attempt) -> int:
+        tries.append(attempt)
+        raise RemoteError("too much waits")
+
+    async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
+        with monkeypatch.context() as patch:
+            patch.setattr(LinkClient, "generate", fails)
+            answer, _ = it.ask(PROMPT)
+            async with asyncio.timeout(20):
+                while len(tries) < 3:
+                    await asyncio.sleep(0.01)
         assert len(await answer.tokens()) == 8

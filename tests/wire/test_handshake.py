@@ -67,12 +67,13 @@ def test_a_worker_takes_any_of_its_secrets_and_proves_the_same(
 def test_another_version_is_named_on_both_sides() -> None:
     worker = WorkerHandshake(["s"], NONCE_W)
     frontend = FrontendHandshake("s", NONCE_F, "f1")
-    newer = msgspec.structs.replace(worker.challenge(), protocol=PROTOCOL_VERSION + 1)
+    ours, theirs = PROTOCOL_VERSION, PROTOCOL_VERSION + 1
+    newer = msgspec.structs.replace(worker.challenge(), protocol=theirs)
     hello = frontend.answer(newer)  # so that the worker can name it too
-    refused = worker.answer(msgspec.structs.replace(hello, protocol=PROTOCOL_VERSION + 1), CARD)
+    refused = worker.answer(msgspec.structs.replace(hello, protocol=theirs), CARD)
     assert isinstance(refused, Refused)
-    assert "protocol 3 of the frontend is not protocol 2 of the worker" in refused.reason
-    with pytest.raises(ProtocolError, match="protocol 3 of the worker is not protocol 2"):
+    assert f"protocol {theirs} of the frontend is not protocol {ours} of the worker" in refused.reason
+    with pytest.raises(ProtocolError, match=f"protocol {theirs} of the worker is not protocol {ours}"):
         frontend.finish(Welcome(card=CARD, proof=b""))
 
 

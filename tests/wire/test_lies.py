@@ -148,7 +148,6 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
                 "used_blocks",
                 "total_blocks",
                 "held_handoffs",
-                "suspects",
             )
         },
         **{f"load.{name}": TOTAL for name in ("context_tokens", "steps", "submitted")},
@@ -183,7 +182,6 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
         "attempt.prompt_len": (0, 4, *COUNT),
         "attempt.cache_salt": WORD,
         "attempt.priority": (2**31, -(2**31) - 1),
-        "attempt.suspect_tokens": COUNT,
         "attempt.handoff.num_tokens": (0, 4, *COUNT),
         "attempt.handoff.ttl_s": (-1.0, math.nan, math.inf),
         "attempt.sampling.max_tokens": COUNT,
