@@ -66,7 +66,8 @@ def _busy(worker: SimulatedWorker) -> list[str]:
 def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     router = frontend.router
     placement, instances, dispatcher = router.placement, router.fleet, router.dispatcher
-    parts = [router, dispatcher, dispatcher.suspects, *dispatcher.queues.values()]
+    queues = list(dispatcher.queues.values())
+    parts = [router, dispatcher, dispatcher.suspects, *queues, *(queue.waiting for queue in queues)]
     parts += [instances, instances.served_models, placement, placement.loads, placement.overlap_check]
     lasting = {"queues", "_served", "_gone", "_lost", "_without_pairs"} | set(router.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]

@@ -33,10 +33,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
-from penstock.core.admission import Queue, Refusal, work_tokens
+from penstock.core.admission import AdmissionQueue, AdmissionQueues, waiting_bytes, work_tokens
 from penstock.core.events import (
     Bounced,
     DeliverOutput,
@@ -52,10 +53,9 @@ from penstock.core.membership import Membership, decoders
 from penstock.core.placement import Placed, Placement
 from penstock.core.policy import Decision, Path
 from penstock.core.progress import PatientTime
-from penstock.core.queues import Queues
-from penstock.core.room import waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import HOLD_S, Suspects, alone_from
+from penstock.core.wait_prediction import Refusal
 from penstock.errors import ModelReplaced
 from penstock.shapes import Attempt, Card, Output, Request
 
@@ -66,7 +66,7 @@ class RequestRecord:
 
     life: Lifecycle
     placed: Placed  # placement's part of it
-    queue: Queue  # of its model's revision
+    queue: AdmissionQueue  # of its model's revision
     client: Any  # of whoever submitted it; the dispatcher only keeps it
     resting: bool = False  # it is QUEUED, and not in the queue
 
@@ -92,7 +92,7 @@ class Dispatcher:
     ) -> None:
         self.records: dict[str, RequestRecord] = {}  # by request id
         self.attempts: dict[str, RequestRecord] = {}  # by the id of each attempt of those that was sent
-        self.queues = Queues(settings.admission, rng)
+        self.queues = AdmissionQueues(settings.admission, rng)
         self.suspects = Suspects()
         self.full_until: dict[str, float] = {}  # instances that refused an attempt
         self._settings = settings
@@ -110,14 +110,14 @@ class Dispatcher:
         queue = self.queues.of(request.model, request.revision)
         size = waiting_bytes(request)
         patience = self._patient.look(now)
-        if not queue.holds(request.call_id, request.tenant, request.priority):
-            refusal = queue.refusal(request.tenant, request.priority, patience, size=size)
-            if refusal is not None:
-                return refusal
+        refusal = queue.refusal(
+            request.tenant, request.priority, patience, call_id=request.call_id, size=size
+        )
+        if refusal is not None:
+            return refusal
         life = Lifecycle(request, self._settings.deadlines, now - request.age_s)
         record = RequestRecord(life, Placed(request), queue, client)
-        names = request.request_id, request.call_id, request.tenant
-        queue.enter(*names, request.priority, self._work(record), patience, size)
+        queue.enter(request, self._work(record), patience)
         self.records[request.request_id] = record
         return record
 
@@ -287,34 +287,31 @@ class Dispatcher:
         patience = self._patient.look(now)
         if record.resting:  # it was sent before
             record.resting = False
-            queue.back(record.request_id, self._work(record), patience, waiting_bytes(request))
-        if not queue.turn(record.request_id):
+            queue.requeue(request, self._work(record), patience)
+        if queue.next() != record.request_id:
             return []
         ready = [card for card in everybody if card.instance_id not in life.avoided]
         apart, decision = self._choose(record, ready, now)
         if ready and decoders(apart) < workers and not record.fits(decision):
             return self._rest(record)
         if decision is None:
-            if decoders(ready):
-                queue.hold(record.request_id, patience)
-                return []
-            if not workers:
-                queue.nobody()
-            life.unplaced(f"no worker is ready to decode for {request.model}")
+            able = decoders(ready)
+            if able or not workers:
+                queue.hold(record.request_id, workers, patience)
+            if not able:
+                life.unplaced(f"no worker is ready to decode for {request.model}")
             return []
-        if not queue.may_go(
-            record.request_id, decision.wait_ms, workers, patience, crowded=decision.crowded
-        ):
-            if not queue.knows_pace:
-                work = self._work(record)
-                queue.guess(self._placement.service_ms(request, decision, everybody) / work, work)
+        waited_s = queue.dispatch(
+            record.request_id,
+            decision.wait_ms,
+            workers,
+            patience,
+            crowded=decision.crowded,
+            service_ms=partial(self._placement.service_ms, request, decision, everybody),
+        )
+        if waited_s is None:
             return []
-        return self._go(record, decision, now)
-
-    def _go(self, record: RequestRecord, decision: Decision, now: float) -> list[Effect]:
-        life = record.life
         self._placement.book(record.placed, decision, life.token_ids)
-        waited_s = record.queue.take(record.request_id, self._patient.seconds)
         note = NoteChoice(decision, waited_s, life.take_failure(), frozenset(life.avoided))
         local = decision.path is not Path.REMOTE
         return [note, *life.place(decision.decode, decision.prefill, now, local=local)]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
-from penstock.core.admission import AdmissionSettings
+from penstock.core.tokenizer_queue import TokenizerLimits
 
 
 class FrontendSettings(msgspec.Struct, frozen=True):
@@ -86,15 +84,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     """Text not seen before that is tokenized at once, of all calls in one turn of the event loop: some 2 ms
     of work. What is more waits for a thread, as it would hold up everybody's tokens."""
 
-    tokenizing: AdmissionSettings = AdmissionSettings(
-        max_wait_ms=10_000.0,
-        dispatch_wait_ms=0.0,
-        max_queued=math.inf,
-        max_queued_work=64 * 1024 * 1024,
-    )
-    """How long such texts may wait for that thread (core/tokenizer_queue.py), and how many characters,
-    however few or many calls they are of. Each character is there up to four times (messages, prompt,
-    segments, slices), at 1 to 4 bytes, whichever its widest needs: 256 MiB for ASCII, and 1 GiB at most."""
+    tokenizing: TokenizerLimits = TokenizerLimits()
+    """For such texts, which wait for that thread."""
 
     prepare_timeout_s: float = 30.0
     """From a request's last byte until its prompts are token ids: its tokenizer's loading, its turn, and

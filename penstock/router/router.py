@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from penstock.clock import Clock, MonotonicClock
-from penstock.core.admission import Refusal
 from penstock.core.dispatcher import Dispatcher, RequestRecord
 from penstock.core.events import (
     KILLER,
@@ -34,6 +33,7 @@ from penstock.core.events import (
 from penstock.core.lifecycle import Phase
 from penstock.core.placement import Placement, explain
 from penstock.core.settings import RouterSettings
+from penstock.core.wait_prediction import Refusal
 from penstock.errors import PenstockError, ProtocolError, Rejection, RemoteError, RequestRejected
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings

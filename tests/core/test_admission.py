@@ -1,4 +1,4 @@
-"""Order, shares, predictions and the end of everything that waits, without a router."""
+"""What waits for a worker: order, refusals, bounds, and the end of every request, without a router."""
 
 from __future__ import annotations
 
@@ -9,18 +9,50 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.admission import AdmissionSettings, Queue
+from penstock.core.admission import (
+    REQUEST_BYTES,
+    TOKEN_BYTES,
+    AdmissionQueue,
+    AdmissionQueues,
+    AdmissionSettings,
+    MemoryBudget,
+    waiting_bytes,
+)
+from penstock.shapes import Request, Sampling, StructuredOutput
 
 BUSY_MS = 1000.0  # at the workers: beyond the gate
 TOKEN_MS = 1.0
 
 
-def queue(**changes: object) -> Queue:
-    return Queue(AdmissionSettings(**changes), random.Random(1))  # type: ignore[arg-type]
+def queue(**changes: object) -> AdmissionQueue:
+    settings = AdmissionSettings(**changes)  # type: ignore[arg-type]
+    return AdmissionQueues(settings, random.Random(1)).of("model", "revision")
+
+
+def dispatch(
+    it: AdmissionQueue,
+    request_id: str,
+    wait_ms: float,
+    workers: int = 1,
+    now: float = 0.0,
+    *,
+    crowded: bool = False,
+) -> bool:
+    """Whether the request was sent."""
+    sent = it.dispatch(
+        request_id, wait_ms, workers, now, crowded=crowded, service_ms=lambda: 100 * TOKEN_MS
+    )
+    return sent is not None
+
+
+def request(request_id: str, tenant: str = "", priority: int = 0, *, call_id: str = "") -> Request:
+    sampling = Sampling(max_tokens=8)
+    fields = {"tenant": tenant, "priority": priority, "call_id": call_id}
+    return Request(request_id, "model", "revision", [1], sampling, **fields)  # type: ignore[arg-type]
 
 
 def enter(
-    it: Queue,
+    it: AdmissionQueue,
     request_id: str,
     tenant: str = "",
     priority: int = 0,
@@ -29,22 +61,22 @@ def enter(
     call_id: str = "",
     now: float = 0.0,
 ) -> None:
-    it.enter(request_id, call_id, tenant, priority, work, now)
+    it.enter(request(request_id, tenant, priority, call_id=call_id), work, now)
 
 
-def offer(it: Queue, wait_ms: float, now: float = 0.0) -> str | None:
+def requeue(it: AdmissionQueue, request_id: str, now: float = 0.0) -> None:
+    it.requeue(request(request_id), 1.0, now)
+
+
+def offer(it: AdmissionQueue, wait_ms: float, now: float = 0.0) -> str | None:
     """What a router does at a look: the head tries. Returns who went."""
     request_id = it.next()
     if request_id is None:
         return None
-    if not it.may_go(request_id, wait_ms, 1, now):
-        it.guess(TOKEN_MS, 100.0)
-        return None
-    it.take(request_id, now)
-    return request_id
+    return request_id if dispatch(it, request_id, wait_ms, now=now) else None
 
 
-def drain(it: Queue, now: float = 0.0) -> list[str]:
+def drain(it: AdmissionQueue, now: float = 0.0) -> list[str]:
     gone = []
     while (request_id := offer(it, 0.0, now)) is not None:
         gone.append(request_id)
@@ -54,83 +86,53 @@ def drain(it: Queue, now: float = 0.0) -> list[str]:
 # --- order ----------------------------------------------------------------------------------------
 
 
-def test_the_only_one_goes_at_once_and_the_next_waits_its_turn() -> None:
+def test_only_request_is_sent_at_once_and_the_next_waits_until_a_worker_can_begin_it() -> None:
     it = queue()
     enter(it, "a")
-    assert it.turn("a")
-    assert it.may_go("a", 250.0, 2, 0.0)
-    assert it.take("a", 0.0) == 0.0
+    assert it.next() == "a"
+    assert dispatch(it, "a", 250.0, 2)
     enter(it, "b")
-    assert not it.may_go("b", 250.1, 2, 0.0)
+    assert not dispatch(it, "b", 250.1, 2)
     enter(it, "c")
-    assert not it.turn("c")
-    assert not it.may_go("b", 0.0, 2, 0.5, crowded=True)
+    assert it.next() == "b"
+    assert not dispatch(it, "b", 0.0, 2, 0.5, crowded=True)
     assert drain(it, 1.0) == ["b", "c"]
     assert len(it) == 0
     assert it.next() is None
 
 
-def test_lower_priorities_first_then_arrival() -> None:
+def test_seconds_waited_are_returned_when_a_request_is_sent() -> None:
+    it = queue()
+    enter(it, "a", now=1.0)
+    assert it.dispatch("a", 0.0, 1, 3.5, crowded=False, service_ms=float) == 2.5
+
+
+def test_requests_go_by_priority_and_then_by_arrival() -> None:
     it = queue()
     for request_id, priority in (("a", 1), ("b", 0), ("c", -1), ("d", 0), ("e", 1)):
         enter(it, request_id, priority=priority)
     assert drain(it) == ["c", "b", "d", "a", "e"]
 
 
-def test_who_comes_back_goes_before_all_and_is_never_refused() -> None:
+def test_requests_that_came_back_go_first_and_are_never_refused() -> None:
     it = queue(max_queued=2, max_wait_ms=100.0)
     enter(it, "a", priority=-(2**31))
     enter(it, "b")
-    it.back("lost", 1.0, 0.0)
-    it.back("bounced", 1.0, 0.0)
+    requeue(it, "lost")
+    requeue(it, "bounced")
     assert it.refusal("", 0, 0.0) is not None
     assert drain(it) == ["lost", "bounced", "a", "b"]
 
 
-def test_who_comes_back_does_not_wait_for_the_gate() -> None:
+def test_requests_that_came_back_are_sent_to_crowded_workers() -> None:
     it = queue()
     enter(it, "new")
-    it.back("lost", 1.0, 0.0)
-    assert it.may_go("lost", 5_000.0, 1, 0.0, crowded=True)
-    it.take("lost", 0.0)
-    assert not it.may_go("new", 5_000.0, 1, 0.0)
+    requeue(it, "lost")
+    assert dispatch(it, "lost", 5_000.0, crowded=True)
+    assert not dispatch(it, "new", 5_000.0)
 
 
-def test_tenants_take_turns_by_work() -> None:
-    it = queue()
-    for number in range(20):
-        enter(it, f"greedy{number}", "greedy")
-    for number in range(3):
-        enter(it, f"modest{number}", "modest", work=200.0)
-    order = drain(it)
-    # Two of the greedy ones for each of the modest ones, which are twice as long.
-    assert [order.index(f"modest{number}") for number in range(3)] == [1, 4, 7]
-
-
-def test_nothing_is_saved_up_by_not_asking() -> None:
-    it = queue()
-    for number in range(10):
-        enter(it, f"a{number}", "a")
-    for _ in range(6):
-        offer(it, 0.0)
-    for number in range(10):
-        enter(it, f"b{number}", "b")
-    turns = Counter(request_id[0] for request_id in drain(it)[:8])
-    assert turns == {"a": 4, "b": 4}
-
-
-def test_what_was_never_served_costs_nothing() -> None:
-    it = queue()
-    enter(it, "other", "b")
-    for number in range(50):
-        enter(it, f"a{number}", "a")
-    for number in range(49):
-        it.leave(f"a{number}")
-    enter(it, "late", "b")
-    assert drain(it) == ["other", "a49", "late"]
-
-
-def test_the_choices_of_a_call_go_together() -> None:
+def test_choices_of_a_call_are_sent_together() -> None:
     it = queue()
     enter(it, "x")
     for number in range(3):
@@ -150,14 +152,19 @@ def test_the_choices_of_a_call_go_together() -> None:
 # --- predictions ----------------------------------------------------------------------------------
 
 
-def fill(it: Queue, count: int, tenant: str = "", *, now: float = 0.0) -> None:
+def fill(it: AdmissionQueue, count: int, tenant: str = "", *, now: float = 0.0) -> None:
     """So many wait, the workers being busy."""
     for number in range(count):
         enter(it, f"{tenant}{number}", tenant, now=now)
         offer(it, BUSY_MS, now)
 
 
-def test_a_newcomer_is_refused_when_those_before_it_take_too_long() -> None:
+def predict(it: AdmissionQueue, tenant: str, priority: int, now: float) -> tuple[float, int]:
+    """A newcomer's wait in ms, and how many calls would be sent before it."""
+    return it.prediction.newcomer(tenant, priority, now)
+
+
+def test_newcomer_is_refused_when_requests_before_it_take_too_long() -> None:
     it = queue(max_wait_ms=10_000.0)
     refusals = []
     for number in range(100):
@@ -176,7 +183,7 @@ def test_a_newcomer_is_refused_when_those_before_it_take_too_long() -> None:
     assert it.saturation_ms() == 8100.0
 
 
-def test_who_ranks_better_is_let_in_all_the_same() -> None:
+def test_newcomer_that_goes_before_those_waiting_is_let_in() -> None:
     it = queue(max_wait_ms=5_000.0)
     fill(it, 40, "greedy")
     assert it.refusal("greedy", 0, 0.0) is not None
@@ -185,7 +192,7 @@ def test_who_ranks_better_is_let_in_all_the_same() -> None:
     assert it.refusal("modest", 1, 0.0) is not None
 
 
-def test_the_pace_is_learned() -> None:
+def test_saturation_follows_the_measured_pace() -> None:
     it = queue(max_wait_ms=1e9)
     fill(it, 300)
     now = 0.0
@@ -196,7 +203,7 @@ def test_the_pace_is_learned() -> None:
     assert it.saturation_ms() == pytest.approx(BUSY_MS + 100 * 500, rel=0.1)
 
 
-def test_a_tenant_that_others_overtake_learns_that_too() -> None:
+def test_predicted_wait_counts_the_tenants_that_keep_overtaking() -> None:
     """`b` comes now and then and always goes first; `a` gets every second turn only."""
     it = queue(max_wait_ms=1e9)
     fill(it, 100, "a")
@@ -214,12 +221,12 @@ def test_a_tenant_that_others_overtake_learns_that_too() -> None:
         if gone["a"] >= 60:
             break
     assert gone["a"] == gone["b"] == 60
-    wait_ms, place = it._predict("a", 0, now)
+    wait_ms, place = predict(it, "a", 0, now)
     assert place == 40
-    assert wait_ms == pytest.approx(it._head_ms + 40 * 200.0, rel=0.1)
+    assert wait_ms == pytest.approx(it.prediction.head_ms + 40 * 200.0, rel=0.1)
 
 
-def test_a_line_is_slowed_down_by_what_keeps_coming_before_it() -> None:
+def test_predicted_wait_counts_the_better_priorities_that_keep_coming() -> None:
     it = queue(max_wait_ms=8000.0)
     fill(it, 1)
     now = 0.0
@@ -233,38 +240,38 @@ def test_a_line_is_slowed_down_by_what_keeps_coming_before_it() -> None:
     it.leave("0")
     enter(it, "again", now=now)
     offer(it, BUSY_MS, now)
-    wait_ms, place = it._predict("", 0, now)
+    wait_ms, place = predict(it, "", 0, now)
     assert place == 1
     # The pace is that of the times in which something waited: all of them.
     assert wait_ms == pytest.approx(BUSY_MS + 200.0 / (1.0 - 0.99), rel=0.2)
-    assert it._predict("", -1, now)[0] == BUSY_MS
+    assert predict(it, "", -1, now)[0] == BUSY_MS
     now += 60.0
-    assert it._predict("", 0, now)[0] < BUSY_MS + 300.0  # forgotten
+    assert predict(it, "", 0, now)[0] < BUSY_MS + 300.0  # forgotten
 
 
-def test_alone_and_without_hope() -> None:
+def test_only_request_is_refused_when_the_wait_at_the_workers_is_too_long() -> None:
     it = queue(max_wait_ms=1000.0)
     enter(it, "a")
-    assert not it.may_go("a", 900.0, 1, 0.0)
+    assert not dispatch(it, "a", 900.0)
     refusal = it.hopeless("a")
     assert refusal is not None
     assert (refusal.reason, refusal.wait_ms) == ("wait", 900.0)
     it.leave("a")
     assert it.refusal("", 0, 0.0) is None  # the last that was known of the workers does not stick
     enter(it, "b")
-    assert it.may_go("b", 10.0, 1, 0.0)
+    assert dispatch(it, "b", 10.0)
 
 
-def test_the_gate_is_no_wider_than_the_longest_wait() -> None:
+def test_request_is_not_sent_to_wait_longer_at_a_worker_than_the_bound() -> None:
     it = queue(max_wait_ms=100.0)
     enter(it, "a")
-    assert not it.may_go("a", 101.0, 1, 0.0)
+    assert not dispatch(it, "a", 101.0)
 
 
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def crowd(it: Queue, tenant: str, priority: int = 0) -> int:
+def crowd(it: AdmissionQueue, tenant: str, priority: int = 0) -> int:
     """Let calls in until one is refused for want of room."""
     count = 0
     while (refusal := it.refusal(tenant, priority, 0.0)) is None:
@@ -274,7 +281,7 @@ def crowd(it: Queue, tenant: str, priority: int = 0) -> int:
     return count
 
 
-def test_a_full_queue_has_room_for_others() -> None:
+def test_queue_that_a_tenant_filled_has_places_for_others() -> None:
     """Each gets half of what is left, and one with many priorities two thirds of the whole."""
     it = queue(max_queued=1200)
     assert crowd(it, "a") == 600
@@ -288,14 +295,14 @@ def test_a_full_queue_has_room_for_others() -> None:
     assert it.refusal("b", 0, 0.0) is None
 
 
-def test_who_came_back_takes_no_room_from_newcomers_without_a_key() -> None:
+def test_requests_that_came_back_take_no_places_from_newcomers_without_a_key() -> None:
     it = queue(max_queued=1200)
     for number in range(700):
-        it.back(f"{number}", 1.0, 0.0)
+        requeue(it, f"{number}")
     assert crowd(it, "") == crowd(it, "other") * 2 == 250
 
 
-def test_an_outage_is_no_measure_of_the_pace() -> None:
+def test_time_without_workers_does_not_change_the_pace() -> None:
     it = queue(max_wait_ms=1e9)
     for number in range(60):
         enter(it, f"{number}")
@@ -304,38 +311,47 @@ def test_an_outage_is_no_measure_of_the_pace() -> None:
         now += 0.01
         offer(it, BUSY_MS, now)
         assert offer(it, 0.0, now) is not None
-    before = it.pace
-    it.nobody()
+    before = it.prediction.pace.ms_per_unit
+    it.hold("20", 0, now)
     now += 20.0
     for _ in range(20):
         assert offer(it, BUSY_MS, now) is None
         now += 0.01
         assert offer(it, 0.0, now) is not None
-    assert it.pace <= before
+    assert it.prediction.pace.ms_per_unit <= before
 
 
-def test_the_choices_of_a_call_are_let_in_with_the_first() -> None:
-    it = queue()
-    assert not it.holds("call", "t", 0)
+def test_choices_of_a_call_are_let_in_with_the_first_whatever_waits() -> None:
+    it = queue(max_queued=2)
+
+    def refused(call_id: str) -> bool:
+        return it.refusal("t", 0, 0.0, call_id=call_id) is not None
+
+    enter(it, "before", "t")
+    assert refused("call")
+    offer(it, 0.0)
     enter(it, "call-0", "t", call_id="call")
-    assert it.holds("call", "t", 0)
-    assert not it.holds("", "t", 0)
+    assert not refused("call")
+    assert refused("")
+    assert it.refusal("t", 1, 0.0, call_id="call") is None, "a flow of its own"
     offer(it, 0.0)
-    assert it.holds("call", "t", 0)
     enter(it, "next", "t")
+    assert not refused("call")
+    assert refused("another")
     offer(it, 0.0)
-    assert not it.holds("call", "t", 0)
+    enter(it, "last", "t")
+    assert refused("call")
 
 
-def test_the_last_place_is_taken_and_no_more() -> None:
+def test_full_queue_lets_only_requests_in_that_came_back() -> None:
     it = queue(max_queued=20)
     for number in range(20):
         assert it.refusal(f"t{number}", 0, 0.0) is None
         enter(it, f"{number}", f"t{number}")
     assert it.refusal("other", -1, 0.0) is not None
-    it.back("lost", 1.0, 0.0)
+    requeue(it, "lost")
     assert len(drain(it)) == 21
-    assert it._waiting == 0
+    assert it.waiting.entries == 0
 
 
 # --- whatever happens -----------------------------------------------------------------------------
@@ -383,7 +399,7 @@ class Router:
         elif action == "back":
             self.asked += 1
             self.since[f"{self.asked}"] = self.now
-            self.queue.back(f"{self.asked}", work, self.now)
+            self.queue.requeue(request(f"{self.asked}"), work, self.now)
         self.check()
 
     def ask(self, tenant: str, priority: int, work: float, choices: int) -> None:
@@ -401,10 +417,15 @@ class Router:
         assert all(count == 1 for count in self.ended.values())
         assert all(request_id in self.queue for request_id in self.since)
         assert len(self.queue) <= len(self.since)
-        work = sum(line.work for line in self.queue._lines.values())
-        calls = {id(call): call for call in self.queue._calls.values()}
-        assert work == pytest.approx(sum(call.work for call in calls.values()), abs=1e-6)
-        assert sum(line.calls for line in self.queue._lines.values()) == len(calls) == self.queue._waiting
+        waiting = self.queue.waiting
+        calls = {
+            id(waiting[request_id]): waiting[request_id]
+            for request_id in self.since
+            if request_id in waiting
+        }
+        assert waiting.work == pytest.approx(sum(call.work for call in calls.values()), abs=1e-6)
+        assert sum(len(call.members) for call in calls.values()) == len(self.queue)
+        assert waiting.entries == len(calls)
 
 
 @settings(max_examples=200, deadline=None)
@@ -419,60 +440,83 @@ def test_every_request_ends_exactly_once(
     while (went := offer(router.queue, 0.0, router.now)) is not None:
         router.end(went)
     assert not router.since
-    assert not router.queue._lines
+    assert not any(vars(router.queue.waiting).values())
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.dictionaries(st.sampled_from("abcde"), st.lists(st.floats(1, 100), min_size=1), min_size=2),
-    st.randoms(use_true_random=False),
-)
-def test_shares_are_fair_while_there_is_something_to_share(
-    works: dict[str, list[float]], rng: random.Random
-) -> None:
-    """Between two tenants that both wait all the time, the work served never differs by more than their
-    two largest calls together (Goyal and others, theorem 1)."""
-    it = queue(max_wait_ms=1e9)
-    arrivals = [(tenant, work) for tenant, calls in works.items() for work in calls]
-    rng.shuffle(arrivals)
-    left: Counter[str] = Counter()
-    cost = {}
-    for number, (tenant, work) in enumerate(arrivals):
-        cost[f"{tenant}{number}"] = work
-        left[tenant] += 1
-        enter(it, f"{tenant}{number}", tenant, work=work)
-    served = dict.fromkeys(works, 0.0)
-    while all(left.values()):
-        went = offer(it, 0.0)
-        assert went is not None
-        served[went[0]] += cost[went]
-        left[went[0]] -= 1
-        for one in works:
-            for other in works:
-                assert served[one] - served[other] <= max(works[one]) + max(works[other]) + 1e-6
+# --- memory ---------------------------------------------------------------------------------------
 
 
-def test_no_tenant_starves_however_many_the_others_send() -> None:
-    it = queue(max_wait_ms=1e9)
-    enter(it, "patient", "p", work=500.0)
-    waited = 0
-    for number in range(1000):
-        enter(it, f"g{number}", "g")
-        if offer(it, 0.0) == "patient":
-            break
-        waited += 1
-    assert waited <= 1
+def spend(budget: MemoryBudget, tenant: str, size: int = 10) -> int:
+    """Add requests until no more fit. Returns how many bytes this tenant got."""
+    taken = 0
+    while budget.fits(tenant, size):
+        budget.add(tenant, size)
+        taken += size
+    return taken
 
 
-def test_parts_keep_their_place_and_are_paid_one_by_one() -> None:
-    it = queue()
-    enter(it, "a0", "a", work=300.0)
-    enter(it, "a1", "a", work=100.0)
-    enter(it, "b0", "b", work=100.0)
-    it.take_part("a0", 100.0, 0.0)
-    assert it.work == 400.0
-    assert it.next() == "b0"
-    it.take("b0", 0.0)
-    it.take_part("a0", 100.0, 0.0)
-    assert drain(it) == ["a0", "a1"]
-    assert it.work == 0.0
+def test_each_tenant_gets_half_of_the_memory_that_is_left() -> None:
+    budget = MemoryBudget(1200)
+    assert [spend(budget, tenant) for tenant in "abc"] == [600, 300, 150]
+    assert budget.used == 1050
+
+
+def test_memory_of_requests_that_left_is_free() -> None:
+    budget = MemoryBudget(1200)
+    spend(budget, "a")
+    budget.add("a", -600)
+    assert budget.used == 0
+    assert spend(budget, "b") == 600
+
+
+def test_request_of_any_size_may_wait_alone() -> None:
+    budget = MemoryBudget(100)
+    assert budget.fits("a", 1000)
+    budget.add("a", 1000)
+    assert not budget.fits("b", 1)
+
+
+def test_request_takes_memory_for_its_tokens_and_its_schema() -> None:
+    spec = StructuredOutput("json", "x" * 5000)
+    plain = Request("r", "m", "v", [1] * 1000, Sampling(max_tokens=8))
+    shaped = Request("r", "m", "v", [1] * 1000, Sampling(max_tokens=8, structured=spec))
+    assert waiting_bytes(plain) == REQUEST_BYTES + 1000 * TOKEN_BYTES
+    assert waiting_bytes(shaped) == waiting_bytes(plain) + 5000
+
+
+SIZE = waiting_bytes(request("r"))
+
+
+def test_queues_of_all_models_share_the_memory() -> None:
+    queues = AdmissionQueues(AdmissionSettings(max_queued_bytes=SIZE * 5 // 2), random.Random(1))
+    first, second = queues.of("first", ""), queues.of("second", "")
+    enter(first, "a", "t")
+    assert second.refusal("t", 0, 0.0, size=SIZE // 2) is None
+    refused = second.refusal("t", 0, 0.0, size=SIZE // 2 + 1)
+    assert refused is not None
+    assert (refused.reason, refused.limit) == ("full", "bytes")
+    assert "reason=full limit=bytes" in str(refused)
+    assert second.refusal("other", 0, 0.0, size=SIZE) is None
+    first.leave("a")
+    assert second.refusal("t", 0, 0.0, size=SIZE) is None
+
+
+def test_memory_is_free_again_however_a_request_leaves() -> None:
+    budget = MemoryBudget(100 * SIZE)
+    it = AdmissionQueue(AdmissionSettings(), random.Random(1), budget)
+    for number in range(3):
+        enter(it, f"call-{number}", "t", call_id="call")
+    enter(it, "single", "t")
+    requeue(it, "lost")
+    assert budget.used == 5 * SIZE
+    assert dispatch(it, "lost", 0.0)
+    assert budget.used == 4 * SIZE
+    it.leave("call-1")
+    assert budget.used == 3 * SIZE
+    assert dispatch(it, "call-0", 0.0)  # the whole call is sent
+    assert budget.used == 1 * SIZE
+    it.leave("call-2")
+    it.leave("single")
+    it.leave("single")
+    assert budget.used == 0
+    assert spend(budget, "t", SIZE) == 50 * SIZE

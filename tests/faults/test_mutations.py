@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from penstock.core import lifecycle, membership
-from penstock.core.admission import Queue
+from penstock.core.admission import AdmissionQueue
 from penstock.core.dispatcher import Dispatcher
+from penstock.core.fair_queue import FairQueue
 from penstock.core.lifecycle import Lifecycle, Phase
 from penstock.core.load import LoadBook
 from penstock.core.membership import Membership
@@ -262,16 +263,18 @@ def attempts_that_are_given_up_run_on(patch: pytest.MonkeyPatch) -> None:
 
 
 def requests_wait_beside_idle_workers(patch: pytest.MonkeyPatch) -> None:
-    real = Queue.may_go
+    real = AdmissionQueue.dispatch
 
-    def may_go(self: Any, request_id: str, *args: Any, **options: Any) -> bool:
-        call, now = self._calls.get(request_id), args[3]
-        if call is not None and now - call.since < 4.0:
-            self.hold(request_id, now)
-            return False
-        return real(self, request_id, *args, **options)
+    def dispatch(
+        self: Any, request_id: str, wait_ms: float, workers: int, now: float, **options: Any
+    ) -> float | None:
+        entered, _ = self._entered.get(request_id, (-4.0, 0))
+        if now - entered < 4.0:
+            self.hold(request_id, workers, now)
+            return None
+        return real(self, request_id, wait_ms, workers, now, **options)
 
-    patch.setattr(Queue, "may_go", may_go)
+    patch.setattr(AdmissionQueue, "dispatch", dispatch)
 
 
 def a_stall_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
@@ -309,20 +312,20 @@ def leaving_workers_do_not_drain(patch: pytest.MonkeyPatch) -> None:
 
 
 def priorities_are_turned_round(patch: pytest.MonkeyPatch) -> None:
-    real = Queue._first
+    real = FairQueue.first
 
     def first(self: Any) -> Any:
-        lines, self._lines = self._lines, {-it: line for it, line in self._lines.items()}
+        flows, self._flows = self._flows, {-it: of for it, of in self._flows.items()}
         try:
             return real(self)
         finally:
-            self._lines = lines
+            self._flows = flows
 
-    patch.setattr(Queue, "_first", first)
+    patch.setattr(FairQueue, "first", first)
 
 
 def those_who_come_back_go_last(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("penstock.core.admission._BACK", 2**31)
+    patch.setattr("penstock.core.admission.RETURNED_PRIORITY", 2**31)
 
 
 def nobody_is_the_cause(patch: pytest.MonkeyPatch) -> None:

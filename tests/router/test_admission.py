@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.core.admission import AdmissionSettings
-from penstock.core.room import waiting_bytes
+from penstock.core.admission import AdmissionSettings, waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import Rates, Request, Role, Sampling

@@ -12,7 +12,8 @@ from random import Random
 
 import pytest
 
-from penstock.core.admission import ACCEPT_SHARE, AdmissionSettings
+from penstock.core.admission import AdmissionSettings
+from penstock.core.wait_prediction import ACCEPT_SHARE
 from tests.virtual_cluster import Asked, Frontend, VirtualCluster, refused, served
 
 BOUND_S = AdmissionSettings().max_wait_ms / 1e3

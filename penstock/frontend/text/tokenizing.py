@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from penstock.core.admission import AdmissionSettings
-from penstock.core.tokenizer_queue import SLICE_CHARS, TokenizerQueue
+from penstock.core.tokenizer_queue import SLICE_CHARS, TokenizerLimits, TokenizerQueue
 from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.text.words import WordEncoder
 from penstock.metrics import TokenizerMetrics
@@ -86,15 +85,17 @@ class _Job:
 
 
 class TokenizerThread:
-    """Long texts to token ids, within the bounds of the settings."""
+    """Long texts to token ids, within limits."""
 
-    def __init__(self, settings: AdmissionSettings, metrics: TokenizerMetrics) -> None:
+    def __init__(self, limits: TokenizerLimits, metrics: TokenizerMetrics) -> None:
         self._metrics = metrics
-        self._queue = TokenizerQueue(settings, random.Random())
+        self._queue = TokenizerQueue(limits, random.Random())
         self._jobs: dict[str, _Job] = {}
         self._numbers = itertools.count()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        metrics.queue_from(self._queue.__len__, self._queue.chars, self._queue.wait_ms)
+        metrics.queue_from(
+            self._queue.__len__, self._queue.chars, lambda: self._queue.wait_ms(time.perf_counter())
+        )
 
     async def encode(self, words: WordEncoder, texts: Sequence[str], caller: Caller) -> list[array[int]]:
         """Each text's ids. Who is cancelled leaves the queue. Raises RequestRejected(OVERLOADED) when that
@@ -125,7 +126,7 @@ class TokenizerThread:
     def _advance(self) -> None:
         """Begin the next slice if the thread is free."""
         now = time.perf_counter()
-        job_id = self._queue.next(now)
+        job_id = self._queue.next()
         if job_id is None:
             return
         job = self._jobs[job_id]
