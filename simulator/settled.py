@@ -66,10 +66,12 @@ def _busy(worker: SimulatedWorker) -> list[str]:
 def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     router = frontend.router
     placement, instances, dispatcher = router.placement, router.fleet, router.dispatcher
-    queues = list(dispatcher.queues.values())
-    parts = [router, dispatcher, dispatcher.suspects, *queues, *(queue.waiting for queue in queues)]
-    parts += [instances, instances.served_models, placement, placement.loads, placement.overlap_check]
-    lasting = {"queues", "_served", "_gone", "_lost", "_without_pairs"} | set(router.membership.members)
+    parts = [router, dispatcher, dispatcher.suspects, instances, instances.served_models]
+    for queue in dispatcher.queues.values():
+        parts += [queue, queue.waiting, queue.prediction]
+    parts += [placement, placement.loads, placement.overlap_check]
+    lasting = {"queues", "_recent", "_served", "_gone", "_lost", "_without_pairs"}
+    lasting |= set(router.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
     for instance_id, account in placement.loads.statistics().items():
         if any((account.on_the_way, account.booked, account.uncached_tokens, account.context_tokens)):

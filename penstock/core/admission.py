@@ -204,8 +204,8 @@ class AdmissionQueue:
             wait_ms: the least time in which one of the workers could begin it.
             workers: how many there are that can end it.
             crowded: whether each of them has as many requests as it should have, whatever waits.
-            service_ms: how long a worker is thought to take for it: the pace until one is measured. 0 if no
-                worker has measured anything. Then `wait_ms` is a guess too, and no reason to refuse.
+            service_ms: how long a worker is thought to take for it: the pace until one is measured;
+                0 if no worker has measured anything yet.
         """
         if request_id in self._following:
             del self._following[request_id]
@@ -215,9 +215,10 @@ class AdmissionQueue:
         prediction.servers = max(1, workers)
         if not self.fits(request_id, wait_ms, crowded):
             self._measure(entry.flow, now)
-            pace, work = prediction.pace, entry.members[request_id]
-            if not (pace.known or pace.guess(service_ms(), work)):
-                prediction.head_ms = 0.0
+            if not prediction.pace.known:
+                prediction.pace.guess(service_ms(), entry.members[request_id])
+            if not prediction.pace.known:
+                prediction.head_ms = 0.0  # what workers say of their wait is a guess too
             return None
         waited_s = now - self._entered[request_id][0]
         work = entry.work

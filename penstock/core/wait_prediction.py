@@ -2,15 +2,14 @@
 
     wait_ms = head_ms + max(pace * work_ahead / (1 - share_before), own_pace * own_work)
 
-- `head_ms`: how long the first entry has yet to wait for whoever serves it, as measured there.
-- `pace`, ms per unit of work: the time in which entries waited, by the work that was served in that time.
-  So it holds whatever limits the servers: prompts, decoding, memory, or what others send them.
-- `work_ahead`, in units of work: what is served before the newcomer if nothing else comes
-  (core/fair_queue.py).
-- `share_before`, 0 to 1: the part of the servers' time that lately went to entries of better priority, as
-  more of them will come before the newcomer is served: `pace` times their work per second.
-- `own_pace`, `own_work`: the same pace, measured for the newcomer's flow (its tenant and priority) alone,
-  and the work of that flow that waits. It shows what other tenants' later entries take away.
+- `head_ms`: how long the servers have yet to work before they can begin what is first, as they say.
+- `pace`, ms per unit of work: time in which something waited, divided by the work that was served in it.
+  So it shows whatever limits the servers: prompts, decoding, memory, or what other queues send them.
+- `work_ahead`: the work that is served before the newcomer if nothing else comes (core/fair_queue.py).
+- `share_before`, 0 to 1: the part of the servers' time that was lately spent on better priorities, whose
+  newcomers will go first too. It is `pace` times their work per second.
+- `own_pace`, `own_work`: the pace of the newcomer's flow (tenant and priority) alone, and the work of it
+  that waits. The work that other tenants send meanwhile makes this pace slower.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ACCEPT_SHARE = 0.8
 this margin, few of those let in wait for longer than the bound."""
 
 LARGEST_SHARE = 0.99
-"""Upper limit of `share_before`: entries of better priority may stop coming at any time."""
+"""Upper limit of `share_before`: better priorities may stop coming at any time."""
 
 MAX_RETRY_S = 60.0
 """Longest Retry-After, before it is spread: no prediction reaches further."""
@@ -88,14 +87,12 @@ class Pace:
         self._counts += 1
         self.known = self.known or self._counts >= PRIOR_COUNTS
 
-    def guess(self, ms: float, work: float) -> bool:
-        """A pace for the time until it is measured, as if PRIOR_COUNTS times so much work had taken so
-        long. Returns whether that says anything, which 0 ms does not."""
+    def guess(self, ms: float, work: float) -> None:
+        """Until it is measured: so much work takes so long. 0 ms: there is nothing to guess from."""
         if ms > 0.0:
             self._ms += PRIOR_COUNTS * ms
             self._work += PRIOR_COUNTS * work
             self.known = True
-        return self.known
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -74,7 +74,7 @@ BURSTS = {
 
 
 @pytest.mark.parametrize("name", BURSTS)
-def test_a_burst_that_ends_within_the_bound_is_served(name: str) -> None:
+def test_burst_that_ends_within_the_bound_is_served(name: str) -> None:
     burst = BURSTS[name]
     assert max(it.ttft_s for it in burst.serve(UNBOUNDED_MS)) < ACCEPT_SHARE * BOUND_S
     assert not refused(burst.serve(BOUND_S * 1e3))
@@ -91,7 +91,7 @@ LONGER_BURSTS = {
 
 
 @pytest.mark.parametrize("name", LONGER_BURSTS)
-def test_of_a_longer_burst_about_those_are_refused_that_would_wait_longer(name: str) -> None:
+def test_longer_burst_is_cut_about_where_waits_exceed_the_bound(name: str) -> None:
     burst = LONGER_BURSTS[name]
     waits = [it.ttft_s for it in served(burst.serve(UNBOUNDED_MS))]
     in_time = sum(wait < ACCEPT_SHARE * BOUND_S for wait in waits)
@@ -100,13 +100,13 @@ def test_of_a_longer_burst_about_those_are_refused_that_would_wait_longer(name: 
     assert max(it.ttft_s for it in let_in) < 1.2 * BOUND_S
 
 
-def test_nobody_is_refused_while_nobody_has_measured_anything() -> None:
+def test_no_request_is_refused_before_a_worker_has_measured_anything() -> None:
     """Not a step was ever taken here: how long a wait would be is anybody's guess."""
     burst = Burst(2000, 160, 4, first=[])
     assert not refused(burst.serve(BOUND_S * 1e3))
 
 
-def test_a_fresh_frontend_knows_what_workers_measured() -> None:
+def test_fresh_frontend_predicts_from_what_workers_measured() -> None:
     """It has seen no answer yet; how long they are, and what steps take, workers tell it."""
     cluster = VirtualCluster(1)
     old = cluster.frontend("old", max_wait_ms=UNBOUNDED_MS, max_queued=EVERYBODY)
@@ -128,7 +128,7 @@ def test_a_fresh_frontend_knows_what_workers_measured() -> None:
 
 @pytest.mark.parametrize("times", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("frontends", [1, 2])
-def test_under_overload_what_is_let_in_is_served_in_time_and_nobody_idles(
+def test_overloaded_graph_serves_accepted_requests_in_time_and_no_worker_idles(
     times: float, frontends: int
 ) -> None:
     """As in benchmarks/overload.py, whose 42 requests a second are the capacity."""

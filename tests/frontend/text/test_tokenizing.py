@@ -1,4 +1,4 @@
-"""Long prompts wait for their turn: whose it is, who leaves, who is refused, and how long it may take."""
+"""Long prompts that wait for the tokenizer's thread: order, cancellation, refusals and deadlines."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ def start(thread, words, tenant, text, priority=0):
     )
 
 
-async def test_one_key_cannot_hold_up_another(thread, words, byte_level):
+async def test_slices_of_two_keys_alternate(thread, words, byte_level):
     texts = {name: marked(name, slices) for name, slices in (("g1", 6), ("g2", 6), ("m1", 1), ("m2", 1))}
     greedy = [start(thread, words, "greedy", texts[name]) for name in ("g1", "g2")]
     await asyncio.sleep(0)  # it has begun
@@ -81,7 +81,7 @@ async def test_one_key_cannot_hold_up_another(thread, words, byte_level):
     assert words.order[4:] == ["g1"] * 4 + ["g2"] * 6
 
 
-async def test_who_is_cancelled_leaves(thread, words):
+async def test_cancelled_prompt_is_not_tokenized(thread, words):
     first = start(thread, words, "a", marked("first", 2))
     second = start(thread, words, "a", marked("second", 2))
     third = start(thread, words, "a", marked("third", 1))
@@ -92,7 +92,7 @@ async def test_who_is_cancelled_leaves(thread, words):
     assert words.order == ["first", "first", "third"]
 
 
-async def test_what_breaks_a_prompt_breaks_no_other(thread, words, monkeypatch):
+async def test_error_in_one_prompt_leaves_others_alone(thread, words, monkeypatch):
     class Broken(Recorded):
         def encode(self, texts):
             raise ZeroDivisionError
@@ -134,7 +134,7 @@ def metric(served, name):
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"penstock_tokenizer_{name}"))
 
 
-async def test_long_prompts_of_one_key_leave_anothers_alone(serving):
+async def test_long_prompts_of_one_key_do_not_delay_another_key(serving):
     """Those of the second are tokenized between slices of the first one's first prompt."""
     async with serving() as served:
         greedy = [ask(served, "greedy", new_text(400_000, seed)) for seed in range(3)]
@@ -152,7 +152,9 @@ async def test_long_prompts_of_one_key_leave_anothers_alone(serving):
         assert metric(served, "queued ") == metric(served, "queued_chars") == metric(served, "wait_ms") == 0
 
 
-async def test_many_short_prompts_of_a_call_wait_like_a_long_one(serving, byte_level):
+async def test_short_prompts_of_one_call_wait_for_the_thread_when_they_are_long_together(
+    serving, byte_level
+):
     async with serving() as served:
         prompts = [f"{number} {new_text(900, number)}" for number in range(20)]
         assert (await ask(served, "modest", [*prompts, "", [5, 6]])).status_code == 400
@@ -162,7 +164,7 @@ async def test_many_short_prompts_of_a_call_wait_like_a_long_one(serving, byte_l
         assert metric(served, "queue_seconds_count") == 1
 
 
-async def test_many_calls_at_the_same_moment_wait_like_a_long_one(byte_level, view_of):
+async def test_calls_of_one_moment_wait_for_the_thread_when_they_are_long_together(byte_level, view_of):
     preprocessor = Preprocessor(FrontendSettings(), (metrics := Metrics()).tokenizer)
     text = await preprocessor.text_of(view_of(byte_level))
     prompts = [new_text(3000, seed) for seed in range(10)]
@@ -183,7 +185,7 @@ async def test_many_calls_at_the_same_moment_wait_like_a_long_one(byte_level, vi
     preprocessor.close()
 
 
-async def test_what_would_wait_too_long_is_refused_at_once(serving, caplog):
+async def test_prompt_that_would_wait_too_long_is_refused_at_once(serving, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     tokenizing = FrontendSettings().tokenizing
     async with serving(tokenizing=structs.replace(tokenizing, max_wait_ms=1000.0)) as served:
@@ -202,7 +204,7 @@ async def test_what_would_wait_too_long_is_refused_at_once(serving, caplog):
     assert f"finish=overloaded tenant=greedy error={error['message']!r}" in line
 
 
-async def test_who_hangs_up_leaves_the_queue(serving, caplog):
+async def test_prompts_of_clients_that_hung_up_are_not_tokenized(serving, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     async with serving() as served:
         tasks = [ask(served, "greedy", new_text(2_000_000, seed)) for seed in range(3)]
@@ -215,7 +217,7 @@ async def test_who_hangs_up_leaves_the_queue(serving, caplog):
     assert sum("status=499" in record.getMessage() for record in caplog.records) == 3
 
 
-async def test_a_deadline_holds_while_a_prompt_is_tokenized(serving):
+async def test_prompt_not_tokenized_within_its_deadline_is_answered_with_503(serving):
     async with serving(prepare_timeout_s=0.2) as served:
         late = await ask(served, "greedy", new_text(4_000_000))
         assert late.status_code == 503
@@ -225,7 +227,7 @@ async def test_a_deadline_holds_while_a_prompt_is_tokenized(serving):
         await until(lambda: metric(served, "queued ") == 0)
 
 
-async def test_a_frontend_that_leaves_says_so_to_who_waits(serving):
+async def test_waiting_prompt_is_refused_when_the_frontend_stops(serving):
     async with serving(grace_s=0.05) as served:
         waiting = ask(served, "greedy", new_text(4_000_000))
         await until(lambda: metric(served, "queued ") == 1)
@@ -260,7 +262,7 @@ def post(served, model, prompt):
     return asyncio.ensure_future(served.http.post("/v1/completions", json=body, timeout=60.0))
 
 
-async def test_loading_a_model_holds_up_no_other(serve_slow):
+async def test_slow_load_of_one_model_does_not_delay_another(serve_slow):
     parsers = SlowParsers()
     async with serve_slow(parsers=parsers) as served:
         assert (await post(served, "tiny", "Hi")).status_code == 200
@@ -274,7 +276,7 @@ async def test_loading_a_model_holds_up_no_other(serve_slow):
         assert (await slow).status_code == 200
 
 
-async def test_loading_a_model_has_a_deadline(serve_slow):
+async def test_request_for_a_model_that_loads_too_slowly_is_answered_with_503(serve_slow):
     parsers = SlowParsers()
     async with serve_slow(parsers=parsers, prepare_timeout_s=0.2) as served:
         try:
