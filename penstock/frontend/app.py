@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -20,15 +19,17 @@ from starlette.types import Receive, Scope, Send
 
 from penstock import __version__
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.chat import Chat
 from penstock.frontend.completer import Completer
-from penstock.frontend.generation import CHAT, TEXT, GenerationEndpoint, Kind, outcome_of, why
+from penstock.frontend.completions import Completions
+from penstock.frontend.endpoint import Endpoint
+from penstock.frontend.generation import GenerationServer, outcome_of, why
 from penstock.frontend.http.api_keys import ApiKeys
-from penstock.frontend.http.exchange import Bodies, Exchange, Header
+from penstock.frontend.http.exchange import Bodies, Header, HttpExchange
 from penstock.frontend.http.statuses import status_of
-from penstock.frontend.plan import Planner
 from penstock.frontend.responses import model_object
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.text.preprocess import Preprocessor
+from penstock.frontend.text.model_text import ModelTexts
 from penstock.logs.quiet_log import QuietLog
 from penstock.metrics import METRICS_CONTENT_TYPE, Metrics
 from penstock.ports import ChatParsers
@@ -39,12 +40,14 @@ log = logging.getLogger("penstock.frontend")
 _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
 
 MAX_SHOWN_PATH_CHARS: Final = 200  # of a path in an error and in the log
-SERVED: Final = ("POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models")
-_ENDPOINTS: Final = {
-    "/v1/chat/completions": CHAT.endpoint,
-    "/v1/completions": TEXT.endpoint,
-    "/v1/models": "models",
+ENDPOINTS: Final[dict[str, type[Endpoint]]] = {
+    "/v1/chat/completions": Chat,
+    "/v1/completions": Completions,
 }
+"""The APIs that generate text, by path."""
+
+SERVED: Final = (*(f"POST {path}" for path in ENDPOINTS), "GET /v1/models")
+_MODELS: Final = "models"
 _OTHER: Final = "other"
 
 
@@ -64,14 +67,12 @@ class App:
         self._metrics = metrics
         self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
         self._bodies = Bodies(settings.max_reading_bytes, settings.max_bodies_bytes)
-        self._preprocessor = Preprocessor(settings, metrics.tokenizer, parsers)
-        planner = Planner(self._preprocessor, settings, random.Random())
-        self._generation = GenerationEndpoint(completer, planner, settings, metrics.frontend)
+        self._texts = ModelTexts(settings, metrics.tokenizer, parsers)
+        self._generation = GenerationServer(completer, self._texts, settings, metrics.frontend)
         self._created = int(time.time())
         self._router = Router(
             [
-                _route("POST", "/v1/chat/completions", self._generate(CHAT)),
-                _route("POST", "/v1/completions", self._generate(TEXT)),
+                *(_route("POST", path, self._generate(api)) for path, api in ENDPOINTS.items()),
                 _route("GET", "/v1/models", self._models),
                 _route("GET", "/v1/models/{name:path}", self._model),
                 _route("GET", "/health", self._health),
@@ -83,7 +84,7 @@ class App:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = scope[_EXCHANGE] = Exchange(scope, receive, send, self._settings, self._bodies)
+        exchange = scope[_EXCHANGE] = HttpExchange(scope, receive, send, self._settings, self._bodies)
         scope["app"] = self  # makes the router raise for what it does not find
         try:
             exchange.check_host()
@@ -109,7 +110,7 @@ class App:
     async def prepare(self, model: ModelView) -> None:
         """Load what the model's requests will need, so that the first one does not wait for it."""
         with contextlib.suppress(RequestRejected):  # each of its requests will say so
-            await self._preprocessor.publish(model)
+            await self._texts.publish(model)
 
     @property
     def healthy(self) -> bool:
@@ -122,10 +123,10 @@ class App:
 
     def close(self) -> None:
         """Free the tokenizer threads."""
-        self._preprocessor.close()
+        self._texts.close()
 
     async def _reject(
-        self, scope: Scope, exchange: Exchange, error: RequestRejected, headers: Sequence[Header] = ()
+        self, scope: Scope, exchange: HttpExchange, error: RequestRejected, headers: Sequence[Header] = ()
     ) -> None:
         if not exchange.accounted:
             endpoint = _endpoint_of(scope["path"])
@@ -150,19 +151,19 @@ class App:
 
     # --- endpoints --------------------------------------------------------------------------------
 
-    def _generate(self, kind: Kind) -> Callable[[Exchange, Scope], Awaitable[None]]:
-        async def generate(exchange: Exchange, scope: Scope) -> None:
+    def _generate(self, api: type[Endpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
+        async def generate(exchange: HttpExchange, scope: Scope) -> None:
             tenant = self._keys.check(exchange.header(b"authorization"))
-            await self._generation.serve(kind, exchange, tenant)
+            await self._generation.serve(api, exchange, tenant)
 
         return generate
 
-    async def _models(self, exchange: Exchange, scope: Scope) -> None:
+    async def _models(self, exchange: HttpExchange, scope: Scope) -> None:
         self._keys.check(exchange.header(b"authorization"))
         models = [model_object(model, self._created) for model in self._completer.models()]
         await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
 
-    async def _model(self, exchange: Exchange, scope: Scope) -> None:
+    async def _model(self, exchange: HttpExchange, scope: Scope) -> None:
         name = scope["path_params"]["name"]
         if not name:
             return await self._models(exchange, scope)
@@ -170,7 +171,7 @@ class App:
         model = self._completer.model(name)
         await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
 
-    async def _health(self, exchange: Exchange, scope: Scope) -> None:
+    async def _health(self, exchange: HttpExchange, scope: Scope) -> None:
         missing = self._completer.missing()
         healthy = not missing and not self._generation.draining
         status = "healthy" if healthy else "unhealthy"
@@ -183,13 +184,13 @@ class App:
         }
         await exchange.respond(200 if healthy else 503, msgspec.json.encode(answer))
 
-    async def _live(self, exchange: Exchange, scope: Scope) -> None:
+    async def _live(self, exchange: HttpExchange, scope: Scope) -> None:
         await exchange.respond(200, b'{"status":"live"}')
 
-    async def _version(self, exchange: Exchange, scope: Scope) -> None:
+    async def _version(self, exchange: HttpExchange, scope: Scope) -> None:
         await exchange.respond(200, msgspec.json.encode({"version": __version__}))
 
-    async def _render_metrics(self, exchange: Exchange, scope: Scope) -> None:
+    async def _render_metrics(self, exchange: HttpExchange, scope: Scope) -> None:
         await exchange.respond(200, self._metrics.render(), content_type=METRICS_CONTENT_TYPE.encode())
 
 
@@ -209,7 +210,9 @@ def _instance_object(instance: InstanceView) -> JsonObject:
 
 def _endpoint_of(path: str) -> str:
     """The endpoint as metrics name it: one of few, whatever is asked for."""
-    return _ENDPOINTS.get(path) or ("models" if path.startswith("/v1/models/") else _OTHER)
+    if path in ENDPOINTS:
+        return ENDPOINTS[path].name
+    return _MODELS if path == "/v1/models" or path.startswith("/v1/models/") else _OTHER
 
 
 def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
@@ -225,12 +228,12 @@ def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
 class _Endpoint:
     """An endpoint as an ASGI application; Starlette would wrap a plain function in more."""
 
-    def __init__(self, handle: Callable[[Exchange, Scope], Awaitable[None]]) -> None:
+    def __init__(self, handle: Callable[[HttpExchange, Scope], Awaitable[None]]) -> None:
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._handle(scope[_EXCHANGE], scope)
 
 
-def _route(method: str, path: str, handle: Callable[[Exchange, Scope], Awaitable[None]]) -> Route:
+def _route(method: str, path: str, handle: Callable[[HttpExchange, Scope], Awaitable[None]]) -> Route:
     return Route(path, endpoint=_Endpoint(handle), methods=[method])

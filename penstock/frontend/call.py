@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from penstock.errors import PenstockError, RequestRejected
-from penstock.frontend.answer import Answer
+from penstock.frontend.choice import Choice
 from penstock.frontend.completer import Completer, Ticket
 from penstock.metrics import ModelMetrics
-from penstock.shapes import Delta, Request
+from penstock.shapes import Delta
 
-Push = Callable[[Sequence[Answer]], bool]
-"""Writes what is new of these answers at once; False when the rest must wait for the client."""
+Push = Callable[[Sequence[Choice]], bool]
+"""Writes what is new of these choices at once; False when the rest must wait for the client."""
 
 
-class Turn:
+class LoopTurn:
     """Calls back once, when all that has arrived in this turn of the event loop is dealt with: the tokens
     of several steps that were read together are one write per stream, and one wake-up for all streams."""
 
@@ -36,30 +36,30 @@ class Turn:
             callback()
 
 
-class Call:
-    """Submits the requests of a call's answers, and wakes whoever writes the response.
+class ClientCall:
+    """Submits the requests of a call's choices, and wakes whoever writes the response.
 
     As long as a stream's reader keeps up, its chunks are written without waking its task (`push_with`):
     resuming a task through all its coroutines costs more than all else that is done for a token.
 
-    Ends in one of three ways: every answer has its finish_reason, or `error` is set, or `gone` is set
+    Ends in one of three ways: every choice has its finish_reason, or `error` is set, or `gone` is set
     (nobody reads any more). In the latter two, what still runs has been cancelled.
     """
 
     def __init__(
         self,
-        answers: Sequence[Answer],
+        choices: Sequence[Choice],
         *,
         metrics: ModelMetrics,
         streaming: bool,
         max_unsent_chars: int,
         on_overflow: Callable[[], None],
-        turn: Turn,
+        turn: LoopTurn,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`on_overflow` is called when a stream's reader leaves more than `max_unsent_chars` of an answer
         unread. The call has ended then, and the connection must be dropped."""
-        self.answers = answers
+        self.choices = choices
         self.error: PenstockError | None = None
         self.gone = False
         self.first_token_at: float | None = None
@@ -73,33 +73,33 @@ class Call:
         self._push: Push | None = None
         self._push_due = False
         self._tickets: dict[int, Ticket] = {}
-        self._open = len(answers)
+        self._open = len(choices)
         self._queued = False
-        self._changed: dict[Answer, None] = {}
+        self._changed: dict[Choice, None] = {}
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def ended(self) -> bool:
         return self._open == 0 or self.gone or self.error is not None
 
-    def start(self, completer: Completer, requests: Sequence[Request]) -> None:
-        """Submit one request per answer. Raises RequestRejected when one of them is not even queued;
+    def start(self, completer: Completer) -> None:
+        """Submit each choice's request. Raises RequestRejected when one of them is not even queued;
         `close` cancels those before it."""
         self._metrics.queued.inc()
         self._queued = True
-        for answer, request in zip(self.answers, requests, strict=True):
+        for choice in self.choices:
             if self.ended:
                 return
-            ticket = completer.submit(request, partial(self._on_delta, answer), self.fail)
-            self._tickets[answer.index] = ticket
+            ticket = completer.submit(choice.request, partial(self._on_delta, choice), self.fail)
+            self._tickets[choice.index] = ticket
 
     def push_with(self, push: Push) -> None:
         """From now on give `push` what is new while somebody waits in `changed`, which then returns only
         for what `push` left and for the end."""
         self._push = push
 
-    async def changed(self) -> list[Answer]:
-        """The answers that have something new: at once, when some have, or after the next step of any,
+    async def changed(self) -> list[Choice]:
+        """The choices that have something new: at once, when some have, or after the next step of any,
         or at the call's end. A call that does not stream has news at its end only."""
         news = self._changed if self._streaming else None
         if not news and not self.ended:
@@ -132,23 +132,23 @@ class Call:
         self.close()
         self._wake()
 
-    def _on_delta(self, answer: Answer, delta: Delta) -> None:
-        if answer.finish_reason is not None or self.error is not None or self.gone:
+    def _on_delta(self, choice: Choice, delta: Delta) -> None:
+        if choice.finish_reason is not None or self.error is not None or self.gone:
             return
         now = self._now()
         try:
-            answer.feed(delta)
+            choice.feed(delta)
         except RequestRejected as error:
             self.fail(error)
             return
-        self._observe(answer, len(delta.token_ids), now)
-        self._changed[answer] = None
-        if answer.finish_reason is not None:
+        self._observe(choice, len(delta.token_ids), now)
+        self._changed[choice] = None
+        if choice.finish_reason is not None:
             self._open -= 1
-            ticket = self._tickets.pop(answer.index, None)
+            ticket = self._tickets.pop(choice.index, None)
             if delta.finish_reason is None and ticket is not None:
                 ticket.cancel(complete=True)  # a stop string, which only we know of
-        elif self._streaming and answer.unsent_chars > self._max_unsent_chars:
+        elif self._streaming and choice.unsent_chars > self._max_unsent_chars:
             self.hang_up()
             self._on_overflow()
         if self._open == 0 or (self._streaming and self._push is None):
@@ -170,10 +170,10 @@ class Call:
         except Exception as error:  # noqa: BLE001 a bug of ours, for the call's own task to end with
             waiter.set_exception(error)
 
-    def _observe(self, answer: Answer, tokens: int, now: float) -> None:
+    def _observe(self, choice: Choice, tokens: int, now: float) -> None:
         if tokens == 0:
             return
-        before, answer.token_at = answer.token_at, now
+        before, choice.token_at = choice.token_at, now
         if before is not None:
             self._observe_itl((now - before) / tokens, tokens)
         elif self.first_token_at is None:

@@ -1,33 +1,29 @@
-"""POST /v1/chat/completions and /v1/completions: from an HTTP request to its last byte."""
+"""The calls of all APIs that generate text: from an HTTP request to its last byte."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestRejected
-from penstock.frontend.answer import Answer
-from penstock.frontend.call import Call, Turn
+from penstock.frontend.call import ClientCall, LoopTurn
+from penstock.frontend.choice import Choice
 from penstock.frontend.completer import Completer
-from penstock.frontend.http.exchange import Exchange
+from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint
+from penstock.frontend.http.exchange import HttpExchange
 from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
-from penstock.frontend.openai import ChatRequest, CompletionRequest, decode_chat, decode_completion
-from penstock.frontend.plan import Plan, Planner, priority_of
-from penstock.frontend.responses import (
-    Envelope,
-    chat_body,
-    completion_body,
-    fingerprint_of,
-    usage_of,
-)
+from penstock.frontend.responses import usage_of
+from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.sse import DONE, ChunkFormat, error_event
+from penstock.frontend.sse import error_event
+from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
 from penstock.metrics import FrontendMetrics
 from penstock.shapes import ModelView
@@ -41,37 +37,16 @@ MAX_BEGINNINGS: Final = 4
 """How often a call may begin, each time with another revision of its model, before it fails."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What differs between the two endpoints."""
-
-    endpoint: str  # in metrics
-    id_prefix: str
-    object: str
-    chunk_object: str
-    decode: Callable[[bytes], ChatRequest | CompletionRequest]
-    body: Callable[..., bytes]
-
-
-CHAT: Final = Kind(
-    "chat_completions", "chatcmpl-", "chat.completion", "chat.completion.chunk", decode_chat, chat_body
-)
-TEXT: Final = Kind(
-    "completions", "cmpl-", "text_completion", "text_completion", decode_completion, completion_body
-)
-
-
 @dataclass(slots=True, eq=False)
-class Record:
+class CallRecord:
     """What is known of a call, for its log line, its metrics and its end."""
 
     began: float  # perf_counter, once the request was read
     tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
-    plan: Plan | None = None
     call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
     limit: asyncio.Timeout | None = None  # of its whole time; ends it before there is a call
-    call: Call | None = None
+    call: ClientCall | None = None
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
     error: PenstockError | None = None
 
@@ -96,10 +71,10 @@ class Record:
             self._abandon(error)
 
     def forget_call(self) -> None:
-        """It will be begun again, with another plan."""
+        """It will be begun again."""
         if self.call is not None:
             self.call.close()
-        self.call = self.plan = None
+        self.call = None
 
     def _abandon(self, error: PenstockError) -> None:
         # One that has expired says so itself, and cannot be moved any more.
@@ -108,18 +83,19 @@ class Record:
             self.limit.reschedule(0.0)
 
 
-class GenerationEndpoint:
-    """Serves both endpoints, and knows every call that is under way."""
+class GenerationServer:
+    """Serves the endpoints that generate text, and knows every call that is under way."""
 
     def __init__(
-        self, completer: Completer, planner: Planner, settings: FrontendSettings, metrics: FrontendMetrics
+        self, completer: Completer, texts: ModelTexts, settings: FrontendSettings, metrics: FrontendMetrics
     ) -> None:
         self._completer = completer
-        self._planner = planner
+        self._texts = texts
+        self._rng = random.Random()
         self._settings = settings
         self._metrics = metrics
-        self._watching: set[Record] = set()
-        self._turn = Turn()
+        self._watching: set[CallRecord] = set()
+        self._turn = LoopTurn()
         self._inflight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,15 +111,15 @@ class GenerationEndpoint:
             for record in list(self._watching):
                 record.fail(_leaving())
 
-    async def serve(self, kind: Kind, exchange: Exchange, tenant: str) -> None:
+    async def serve(self, api: type[Endpoint], exchange: HttpExchange, tenant: str) -> None:
         """Answer one request, be it with an error."""
-        record = Record(time.perf_counter(), tenant)
+        record = CallRecord(time.perf_counter(), tenant)
         self._inflight += 1
         self._idle.clear()
         try:
             try:
                 async with asyncio.timeout(self._settings.request_timeout_s) as record.limit:
-                    await self._serve(kind, exchange, record)
+                    await self._serve(api, exchange, record)
             except PenstockError as error:
                 record.error = error
             except TimeoutError:
@@ -156,12 +132,12 @@ class GenerationEndpoint:
                 await _tell(exchange, record.error)
         finally:
             exchange.close()
-            self._account(kind, exchange, record)
+            self._account(api, exchange, record)
             self._inflight -= 1
             if self._inflight == 0:
                 self._idle.set()
 
-    async def _serve(self, kind: Kind, exchange: Exchange, record: Record) -> None:
+    async def _serve(self, api: type[Endpoint], exchange: HttpExchange, record: CallRecord) -> None:
         if self.draining:
             raise _leaving()
         if self._inflight > self._settings.max_inflight:
@@ -169,61 +145,74 @@ class GenerationEndpoint:
                 "Too many requests at a time.", kind=Rejection.OVERLOADED, retry_after_s=RETRY_AFTER_S
             )
         content = await exchange.body()
-        body = kind.decode(content)
+        endpoint = api.decode(content)
         if len(content) > LONG_BODY_BYTES:
             await asyncio.sleep(0)  # others first: rendering it takes as long as decoding did
         record.began = time.perf_counter()
-        view = self._completer.model(body.model)
+        wanted = endpoint.wanted
+        view = self._completer.model(wanted.model)
         record.model = view.card.name
-        priority = priority_of(body, record.tenant)
+        # Where there are tenants, none of them may put itself before the others; after them it may.
+        priority = max(0, wanted.priority) if record.tenant else wanted.priority
         self._completer.check(view.card.name, record.tenant, priority)  # before the work of tokenizing
         with self._metrics.of(view.card.name).inflight.track_inprogress():
-            record.call_id = kind.id_prefix + uuid.uuid4().hex
+            record.call_id = api.id_prefix + uuid.uuid4().hex
             async with self._watched(record, exchange):
                 caller = Caller(record.tenant, priority, record.began, self._settings.prepare_timeout_s)
                 while True:
                     try:
-                        return await self._answer(kind, exchange, record, body, view, caller)
+                        return await self._answer(endpoint, exchange, record, view, caller)
                     except ModelReplaced:
                         if exchange.status is not None or record.beginnings == MAX_BEGINNINGS:
                             raise
                         record.forget_call()
-                        view = self._completer.model(body.model)
+                        view = self._completer.model(wanted.model)
 
     async def _answer(
         self,
-        kind: Kind,
-        exchange: Exchange,
-        record: Record,
-        body: ChatRequest | CompletionRequest,
+        endpoint: Endpoint,
+        exchange: HttpExchange,
+        record: CallRecord,
         view: ModelView,
         caller: Caller,
     ) -> None:
         """Answer with this revision of the model."""
         record.beginnings += 1
-        plan = await self._planner.plan(record.router_key, body, view, caller)
-        if record.error is not None:  # just before the plan was made
+        wanted = endpoint.wanted
+        sampling = sampling_of(wanted, view.card, self._rng)  # what it refuses needs no tokenizing
+        beginning = Beginning(
+            answer_id=record.call_id,
+            router_key=record.router_key,
+            wanted=wanted,
+            sampling=sampling,
+            model=view.card,
+            revision=view.revision,
+            text=await self._texts.of(view, caller),
+            caller=caller,
+            default_max_tokens=self._settings.default_max_tokens,
+        )
+        choices = await endpoint.choices(beginning)
+        if record.error is not None:  # just before the choices were made
             raise record.error
-        record.plan = plan
-        record.call = call = Call(
-            plan.answers,
+        record.call = call = ClientCall(
+            choices,
             metrics=self._metrics.of(view.card.name),
-            streaming=bool(body.stream),
+            streaming=wanted.stream,
             max_unsent_chars=self._settings.max_unsent_chars,
             on_overflow=exchange.abort,
             turn=self._turn,
         )
-        created = int(time.time())
-        name = kind.chunk_object if body.stream else kind.object
-        envelope = Envelope(record.call_id, name, created, view.card.name, fingerprint_of(view))
-        call.start(self._completer, plan.requests)
-        if body.stream:
-            await _stream(kind, exchange, call, plan, envelope, body.include_usage)
-        else:
-            await _respond(kind, exchange, call, plan, envelope)
+        call.start(self._completer)
+        if wanted.stream:
+            return await _stream(exchange, call, endpoint.stream(beginning, choices))
+        await call.changed()
+        if call.error is not None:
+            raise call.error
+        if not call.gone:
+            await exchange.respond(200, endpoint.body(beginning, choices))
 
     @contextlib.asynccontextmanager
-    async def _watched(self, record: Record, exchange: Exchange) -> AsyncIterator[None]:
+    async def _watched(self, record: CallRecord, exchange: HttpExchange) -> AsyncIterator[None]:
         """While this lasts, the call ends when its client leaves or the frontend does."""
 
         async def watch() -> None:
@@ -241,19 +230,18 @@ class GenerationEndpoint:
             watcher.cancel()
             await asyncio.wait([watcher])
 
-    def _account(self, kind: Kind, exchange: Exchange, record: Record) -> None:
+    def _account(self, api: type[Endpoint], exchange: HttpExchange, record: CallRecord) -> None:
         ended = time.perf_counter()
-        call, plan = record.call, record.plan
-        error = record.error
+        call, error = record.call, record.error
         gone = (call is not None and call.gone) or (error is not None and _left(error))
         status = CLIENT_LEFT_STATUS if gone else exchange.status or 500
         outcome = outcome_of(status, error)
-        self._metrics.requests.labels(record.model, kind.endpoint, status, outcome).inc()
+        self._metrics.requests.labels(record.model, api.name, status, outcome).inc()
         exchange.accounted = True
         prompt = output = cached = 0
         ttft_s = 0.0
-        if call is not None and plan is not None:
-            usage = usage_of(plan.prompt_lengths, plan.answers)
+        if call is not None:
+            usage = usage_of(call.choices)
             prompt, output = usage.prompt_tokens, usage.completion_tokens
             cached = usage.prompt_tokens_details["cached_tokens"]
             metrics = self._metrics.of(record.model)
@@ -269,7 +257,7 @@ class GenerationEndpoint:
             " ttft_ms=%.1f duration_ms=%.1f finish=%s%s",
             exchange.request_id.decode(),
             record.call_id or "-",
-            kind.endpoint,
+            api.name,
             record.model or "-",
             status,
             outcome,
@@ -283,26 +271,8 @@ class GenerationEndpoint:
         )
 
 
-async def _respond(kind: Kind, exchange: Exchange, call: Call, plan: Plan, envelope: Envelope) -> None:
-    await call.changed()
-    if call.error is not None:
-        raise call.error
-    if not call.gone:
-        usage = usage_of(plan.prompt_lengths, plan.answers)
-        await exchange.respond(200, kind.body(envelope, plan.answers, plan.formats, usage))
-
-
-async def _stream(
-    kind: Kind, exchange: Exchange, call: Call, plan: Plan, envelope: Envelope, include_usage: bool
-) -> None:
+async def _stream(exchange: HttpExchange, call: ClientCall, stream: AnswerStream) -> None:
     """The response begins with the first token, so that what fails before still gets its status."""
-    chunks = ChunkFormat(
-        envelope,
-        chat=kind is CHAT,
-        choices=len(plan.answers),
-        include_usage=include_usage,
-        formats=plan.formats,
-    )
     changed = await call.changed()
     if call.error is not None:
         raise call.error
@@ -310,9 +280,9 @@ async def _stream(
         await exchange.begin_stream()
     left = b""  # what `push` could not write
 
-    def push(changed: Sequence[Answer]) -> bool:
+    def push(changed: Sequence[Choice]) -> bool:
         nonlocal left
-        body = b"".join([chunks.chunk(answer) for answer in changed])
+        body = b"".join([stream.chunk(choice) for choice in changed])
         if not body or exchange.write_now(body):
             return True
         left = body
@@ -320,23 +290,21 @@ async def _stream(
 
     call.push_with(push)
     while not call.ended:
-        body = b"".join((left, *[chunks.chunk(answer) for answer in changed]))
+        body = b"".join((left, *[stream.chunk(choice) for choice in changed]))
         left = b""
         if body:
             await exchange.write(body)
         changed = await call.changed()
     if call.gone:
         return
-    last = [left, *[chunks.chunk(answer) for answer in changed]]
+    last = [left, *[stream.chunk(choice) for choice in changed]]
     if call.error is not None:
         await exchange.write(b"".join(last))
         raise call.error
-    if include_usage:
-        last.append(chunks.usage(usage_of(plan.prompt_lengths, plan.answers)))
-    await exchange.write(b"".join((*last, DONE)), more=False)
+    await exchange.write(b"".join((*last, stream.end(call.choices))), more=False)
 
 
-async def _tell(exchange: Exchange, error: PenstockError) -> None:
+async def _tell(exchange: HttpExchange, error: PenstockError) -> None:
     if exchange.status is not None:
         await exchange.write(error_event(error), more=False)
     elif not _left(error):
@@ -380,10 +348,10 @@ def _left(error: PenstockError) -> bool:
     return kind_of(error) is Rejection.CLIENT_LEFT
 
 
-def _finish(record: Record, gone: bool) -> str:
+def _finish(record: CallRecord, gone: bool) -> str:
     if record.error is not None:
         return code_of(record.error)
     if gone:
         return "gone"
-    reasons = {answer.finish_reason for answer in record.plan.answers} if record.plan else set()
+    reasons = {choice.finish_reason for choice in record.call.choices} if record.call else set()
     return ",".join(sorted(reason for reason in reasons if reason is not None))

@@ -20,7 +20,8 @@ from msgspec import Meta
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth, check_size
 from penstock.frontend.messages import Message, settle
-from penstock.frontend.structured import ResponseFormat, StructuredOutputs
+from penstock.frontend.sampling import MODEL_DEFAULTS, client_seed, top_k_of
+from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
 from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
 from penstock.frontend.unserved import (
     NVEXT_HARMLESS,
@@ -31,8 +32,9 @@ from penstock.frontend.unserved import (
     unsupported,
     with_refused,
 )
+from penstock.frontend.wanted import Wanted
 from penstock.frontend.wording import rejected, wrong_entries
-from penstock.shapes import JsonObject
+from penstock.shapes import JsonObject, Sampling
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16
@@ -104,29 +106,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     nvext: JsonObject | None = None
 
     @property
-    def stops(self) -> list[str]:
-        if self.stop is None:
-            return []
-        return [self.stop] if isinstance(self.stop, str) else self.stop
-
-    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def wanted_max_tokens(self) -> int | None:
-        """None for what is left of the context."""
-        raise NotImplementedError
-
-    @property
-    def max_tokens_field(self) -> str:
-        """The field that `wanted_max_tokens` comes from."""
-        return "max_tokens"
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        """How many alternatives beside the chosen token's log-probability; None for none at all."""
-        raise NotImplementedError
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -163,18 +144,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
             variables = {"reasoning_effort": self.reasoning_effort, "enable_thinking": enabled}
         return variables | (self.chat_template_kwargs or {})
 
-    @property
-    def wanted_max_tokens(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    @property
-    def max_tokens_field(self) -> str:
-        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
@@ -196,14 +165,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if kinds == {int}:
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
-
-    @property
-    def wanted_max_tokens(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else COMPLETION_MAX_TOKENS
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
 
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
@@ -233,6 +194,47 @@ def decode_completion(body: bytes) -> CompletionRequest:
             f"{choices} choices (n times prompts) are more than {MAX_CHOICES}.", field="prompt"
         )
     return request
+
+
+def wanted_of(
+    request: GenerationRequest,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    max_tokens_field: str = "max_tokens",
+) -> Wanted:
+    """What a body asks for, apart from its prompts. `logprobs`: how many alternatives beside each token's
+    log-probability; None for none at all."""
+    given = {name: value for name in MODEL_DEFAULTS if (value := getattr(request, name)) is not None}
+    if "top_k" in given:
+        given["top_k"] = top_k_of(given["top_k"])
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return Wanted(
+        model=request.model,
+        choices=request.n or 1,
+        sampling=Sampling(
+            max_tokens=0,
+            min_tokens=request.min_tokens or 0,
+            seed=client_seed(request.seed),
+            logit_bias=request.logit_bias or {},
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            ignore_eos=bool(request.ignore_eos),
+            logprobs=logprobs,
+            structured=constraint(request.response_format, request.structured_outputs),
+            reproducible=request.seed is not None,
+            **given,
+        ),
+        left_out=tuple(name for name in MODEL_DEFAULTS if name not in given),
+        max_tokens=max_tokens,
+        max_tokens_field=max_tokens_field,
+        structured_field="response_format" if request.response_format is not None else "structured_outputs",
+        stops=tuple(stops),
+        include_stop=bool(request.include_stop_str_in_output),
+        show_special_tokens=request.skip_special_tokens is False,
+        stream=bool(request.stream),
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+    )
 
 
 # --- decoding -------------------------------------------------------------------------------------

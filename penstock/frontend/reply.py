@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from penstock.frontend.openai import ChatRequest
-from penstock.ports import AnswerParser
-from penstock.shapes import FinishReason, Parsed
+from penstock.ports import AnswerParser, CallParser
+from penstock.shapes import FinishReason, Parsed, StructuredOutput
 
 TOOL_CALLS: Final = "tool_calls"  # OpenAI's finish_reason for an answer that calls tools
 
@@ -21,11 +20,12 @@ class Reply:
 
     __slots__ = ("_auto", "_called", "_news", "_parser", "_required", "_stream", "_texts", "_token_ids")
 
-    def __init__(self, parser: AnswerParser, request: ChatRequest) -> None:
+    def __init__(self, parser: AnswerParser, *, stream: bool, required: bool, auto: bool) -> None:
+        """`required`: the answer must call a tool; `auto`: the model decides whether it does."""
         self._parser = parser
-        self._stream = bool(request.stream)
-        self._required = request.tool_choice == "required"
-        self._auto = request.calls_tools and request.tool_choice in (None, "auto")
+        self._stream = stream
+        self._required = required
+        self._auto = auto
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._news: list[Parsed] = []
@@ -66,3 +66,29 @@ class Reply:
     @property
     def reasoning_tokens(self) -> int:
         return self._parser.reasoning_tokens(self._token_ids)
+
+
+class Replies:
+    """The replies to one chat request.
+
+    Args:
+        parser: of the request.
+        stream, required, auto: as for Reply.
+        show_tokens: whether single tokens may be shown, also those of the reasoning.
+    """
+
+    def __init__(
+        self, parser: CallParser, *, stream: bool, required: bool, auto: bool, show_tokens: bool
+    ) -> None:
+        self.show_tokens = show_tokens
+        self._parser = parser
+        self._options = {"stream": stream, "required": required, "auto": auto}
+        self.show_special_tokens = not parser.skip_special_tokens
+
+    def structured(self, prompt: Sequence[int]) -> StructuredOutput | None:
+        """What an answer to this prompt must look like, tool calls included."""
+        return self._parser.structured(prompt)
+
+    def begin(self, prompt: Sequence[int]) -> Reply:
+        """For one answer to this prompt."""
+        return Reply(self._parser.answer(prompt), **self._options)

@@ -16,7 +16,7 @@ from penstock.errors import RequestRejected
 from penstock.shapes import JsonObject
 
 
-class Refused(NamedTuple):
+class RefusedField(NamedTuple):
     """A field that is refused unless it is null or has one of the neutral values."""
 
     neutral: tuple[Any, ...] = ()
@@ -27,43 +27,43 @@ class Refused(NamedTuple):
         return any(type(value) is type(neutral) and value == neutral for neutral in self.neutral)
 
 
-_OFF: Final = Refused((False,))
-_STRUCTURED: Final = Refused((), "use `structured_outputs`")
-_ROUTED: Final = Refused((), "the router chooses the workers")
+_OFF: Final = RefusedField((False,))
+_STRUCTURED: Final = RefusedField((), "use `structured_outputs`")
+_ROUTED: Final = RefusedField((), "the router chooses the workers")
 _TOOLS: Final = "use `tools` and `tool_choice`"
-_EFFORT: Final = Refused((), "use `reasoning_effort` or `chat_template_kwargs`")
-_KV: Final = Refused(({},), "KV is moved between workers of this deployment only")
+_EFFORT: Final = RefusedField((), "use `reasoning_effort` or `chat_template_kwargs`")
+_KV: Final = RefusedField(({},), "KV is moved between workers of this deployment only")
 
-REFUSED: Final[dict[str, Refused]] = {
+REFUSED: Final[dict[str, RefusedField]] = {
     # OpenAI
-    "audio": Refused(),
+    "audio": RefusedField(),
     "echo": _OFF,
-    "function_call": Refused(("none", "auto"), _TOOLS),
-    "functions": Refused(([],), _TOOLS),
-    "moderation": Refused(),
-    "modalities": Refused((["text"], []), "only text is served"),
-    "suffix": Refused(("",)),
-    "verbosity": Refused(("medium",)),
-    "web_search_options": Refused(),
+    "function_call": RefusedField(("none", "auto"), _TOOLS),
+    "functions": RefusedField(([],), _TOOLS),
+    "moderation": RefusedField(),
+    "modalities": RefusedField((["text"], []), "only text is served"),
+    "suffix": RefusedField(("",)),
+    "verbosity": RefusedField(("medium",)),
+    "web_search_options": RefusedField(),
     # vLLM
-    "allowed_token_ids": Refused(),
-    "bad_words": Refused(([],)),
-    "chat_template": Refused(),
+    "allowed_token_ids": RefusedField(),
+    "bad_words": RefusedField(([],)),
+    "chat_template": RefusedField(),
     "ec_transfer_params": _KV,
     "kv_transfer_params": _KV,
-    "logprob_token_ids": Refused(([],)),
-    "media_io_kwargs": Refused(({},)),
-    "mm_processor_kwargs": Refused(({},)),
-    "prompt_embeds": Refused(),
+    "logprob_token_ids": RefusedField(([],)),
+    "media_io_kwargs": RefusedField(({},)),
+    "mm_processor_kwargs": RefusedField(({},)),
+    "prompt_embeds": RefusedField(),
     "prompt_logprobs": _OFF,
-    "repetition_detection": Refused(),
+    "repetition_detection": RefusedField(),
     "return_prompt_text": _OFF,
     "return_token_ids": _OFF,
     "return_tokens_as_token_ids": _OFF,
-    "thinking_token_budget": Refused((-1,)),
-    "truncate_prompt_tokens": Refused(),
+    "thinking_token_budget": RefusedField((-1,)),
+    "truncate_prompt_tokens": RefusedField(),
     "use_beam_search": _OFF,
-    "vllm_xargs": Refused(({},)),
+    "vllm_xargs": RefusedField(({},)),
     "watermarking": _OFF,
     # vLLM until 0.11, and Dynamo
     "guided_choice": _STRUCTURED,
@@ -78,32 +78,32 @@ REFUSED: Final[dict[str, Refused]] = {
     "bootstrap_host": _KV,
     "bootstrap_port": _KV,
     "bootstrap_room": _KV,
-    "custom_logit_processor": Refused(),
-    "custom_params": Refused(({},)),
+    "custom_logit_processor": RefusedField(),
+    "custom_params": RefusedField(({},)),
     "data_parallel_rank": _ROUTED,
     "disagg_prefill_dp_rank": _ROUTED,
-    "ebnf": Refused((), "use `structured_outputs.grammar`"),
-    "extra_key": Refused((), "use `cache_salt`"),
-    "input_ids": Refused((), "send token ids to /v1/completions as `prompt`"),
-    "json_schema": Refused((), "use `structured_outputs.json`"),
-    "lora_path": Refused(),
-    "max_new_tokens": Refused((), "use `max_tokens`"),
-    "min_new_tokens": Refused((0,), "use `min_tokens`"),
-    "ngram_corpus_id": Refused(),
-    "no_stop_trim": Refused((False,), "use `include_stop_str_in_output`"),
+    "ebnf": RefusedField((), "use `structured_outputs.grammar`"),
+    "extra_key": RefusedField((), "use `cache_salt`"),
+    "input_ids": RefusedField((), "send token ids to /v1/completions as `prompt`"),
+    "json_schema": RefusedField((), "use `structured_outputs.json`"),
+    "lora_path": RefusedField(),
+    "max_new_tokens": RefusedField((), "use `max_tokens`"),
+    "min_new_tokens": RefusedField((0,), "use `min_tokens`"),
+    "ngram_corpus_id": RefusedField(),
+    "no_stop_trim": RefusedField((False,), "use `include_stop_str_in_output`"),
     "reasoning": _EFFORT,
-    "regex": Refused((), "use `structured_outputs.regex`"),
+    "regex": RefusedField((), "use `structured_outputs.regex`"),
     "return_cached_tokens_details": _OFF,
     "return_hidden_states": _OFF,
     "return_meta_info": _OFF,
     "return_prompt_token_ids": _OFF,
     "return_routed_experts": _OFF,
     "routed_dp_rank": _ROUTED,
-    "separate_reasoning": Refused((True,)),
-    "session_params": Refused(({},)),
-    "stop_regex": Refused(),
-    "stream_reasoning": Refused((True,), "use `include_reasoning`"),
-    "task": Refused(),
+    "separate_reasoning": RefusedField((True,)),
+    "session_params": RefusedField(({},)),
+    "stop_regex": RefusedField(),
+    "stream_reasoning": RefusedField((True,), "use `include_reasoning`"),
+    "task": RefusedField(),
 }
 
 _NO_IMAGES: Final = "counts for images and videos only, which are refused themselves"
@@ -144,25 +144,25 @@ HARMLESS: Final[dict[str, str]] = {
     "use_audio_in_video": _NO_IMAGES,
 }
 
-NVEXT_REFUSED: Final[dict[str, Refused]] = {
-    "annotations": Refused(([],)),
+NVEXT_REFUSED: Final[dict[str, RefusedField]] = {
+    "annotations": RefusedField(([],)),
     "backend_instance_id": _ROUTED,
     "decode_worker_id": _ROUTED,
     "dp_rank": _ROUTED,
-    "extra_fields": Refused(([],)),
+    "extra_fields": RefusedField(([],)),
     "guided_choice": _STRUCTURED,
     "guided_decoding_backend": _STRUCTURED,
     "guided_grammar": _STRUCTURED,
     "guided_json": _STRUCTURED,
     "guided_regex": _STRUCTURED,
     "guided_whitespace_pattern": _STRUCTURED,
-    "max_thinking_tokens": Refused(),
-    "metadata_upload": Refused(),
+    "max_thinking_tokens": RefusedField(),
+    "metadata_upload": RefusedField(),
     "prefill_dp_rank": _ROUTED,
     "prefill_worker_id": _ROUTED,
     "routing_constraints": _ROUTED,
-    "token_data": Refused((), "send token ids to /v1/completions as `prompt`"),
-    "use_raw_prompt": Refused((False,), "use /v1/completions"),
+    "token_data": RefusedField((), "send token ids to /v1/completions as `prompt`"),
+    "use_raw_prompt": RefusedField((False,), "use /v1/completions"),
 }
 
 NVEXT_HARMLESS: Final[dict[str, str]] = {
@@ -200,7 +200,7 @@ def refuse(request: msgspec.Struct) -> None:
         check_refused(dict(zip(REFUSED, values, strict=True)), REFUSED)
 
 
-def check_refused(given: JsonObject, refused: dict[str, Refused], prefix: str = "") -> None:
+def check_refused(given: JsonObject, refused: dict[str, RefusedField], prefix: str = "") -> None:
     """As `refuse`, for fields in an object. `prefix` is the path to it."""
     for name, value in given.items():
         rule = refused.get(name)

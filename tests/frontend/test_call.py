@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from penstock.errors import PenstockError, Rejection, RequestRejected
-from penstock.frontend.answer import Answer
-from penstock.frontend.call import Call, Turn
+from penstock.frontend.call import ClientCall, LoopTurn
+from penstock.frontend.choice import Choice
 from penstock.metrics import Metrics
 from penstock.shapes import Delta, FinishReason, Request, Sampling
 
@@ -66,17 +66,18 @@ def begin(metrics):
     def start(choices=1, *, streaming=True, max_unsent_chars=100, on_overflow=lambda: None, router=None):
         router = router or Router()
         clock = Clock()
-        call = Call(
-            [Answer(index, Echo()) for index in range(choices)],
+        sampling = Sampling(max_tokens=9)
+        requests = [Request(str(index), "m", "r", [1], sampling) for index in range(choices)]
+        call = ClientCall(
+            [Choice(index, request, Echo()) for index, request in enumerate(requests)],
             metrics=metrics.frontend.of("m"),
             streaming=streaming,
             max_unsent_chars=max_unsent_chars,
             on_overflow=on_overflow,
-            turn=Turn(),
+            turn=LoopTurn(),
             now=clock,
         )
-        requests = [Request(str(index), "m", "r", [1], Sampling(max_tokens=9)) for index in range(choices)]
-        call.start(router, requests)
+        call.start(router)
         return call, router.tickets, clock
 
     return start
@@ -181,7 +182,7 @@ async def test_a_failure_ends_it_once_and_cancels_the_rest(begin, metrics):
     assert tickets[1].cancelled == 1
     assert not queued(metrics)
     tickets[1].on_delta(Delta([5]))  # too late
-    assert call.answers[1].output_tokens == 0
+    assert call.choices[1].output_tokens == 0
 
 
 async def test_a_client_that_hangs_up_after_the_end_is_not_gone(begin):

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from penstock.errors import Rejection, RemoteError, RequestRejected
-from penstock.frontend.generation import Record
+from penstock.frontend.generation import CallRecord
 from penstock.shapes import Delta, FinishReason, TokenLogprob
 from tests.waiting import until
 
@@ -494,7 +494,7 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(serve_script):
 
 async def test_a_call_that_is_failed_while_its_time_runs_out_ends_once() -> None:
     """Its timeout is expiring, and cannot be moved any more; those after it must still be told."""
-    record = Record(0.0, "")
+    record = CallRecord(0.0, "")
 
     async def run_out() -> None:
         async with asyncio.timeout(0.01) as record.limit:

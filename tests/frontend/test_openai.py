@@ -5,8 +5,12 @@ import json
 import pytest
 
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.chat import Chat
+from penstock.frontend.completions import Completions
 from penstock.frontend.openai import MAX_CHOICES, MAX_STOPS, decode_chat, decode_completion
+from penstock.frontend.sampling import MODEL_DEFAULTS
 from penstock.frontend.tools import MAX_TOOLS
+from penstock.shapes import Sampling
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -60,29 +64,31 @@ def test_a_full_chat_request():
         service_tier="auto",
         some_future_field={"x": [1]},
     )
-    assert request.stops == ["a", "b"]
-    assert request.wanted_max_tokens == 7
-    assert request.wanted_logprobs == 3
-    assert request.logit_bias == {12: -100.0, 13: 5.5}
+    wanted = Chat(request).wanted
+    assert (wanted.choices, wanted.stops, wanted.stream) == (2, ("a", "b"), True)
+    assert (wanted.max_tokens, wanted.max_tokens_field) == (7, "max_completion_tokens")
+    assert wanted.sampling.logprobs == 3
+    assert wanted.sampling.logit_bias == {12: -100.0, 13: 5.5}
     assert request.include_usage
 
 
 def test_defaults():
-    assert chat().wanted_max_tokens is None
-    assert chat().wanted_logprobs is None
-    assert chat(logprobs=True).wanted_logprobs == 0
-    assert chat(logprobs=False).wanted_logprobs is None
-    assert completion().wanted_max_tokens == 16
-    assert completion(logprobs=0).wanted_logprobs == 0
-    assert chat().stops == []
-    assert chat(stop="x").stops == ["x"]
+    wanted = Chat(chat()).wanted
+    assert (wanted.choices, wanted.max_tokens, wanted.stops, wanted.stream) == (1, None, (), False)
+    assert wanted.sampling == Sampling(max_tokens=0)
+    assert wanted.left_out == MODEL_DEFAULTS
+    assert Chat(chat(logprobs=True)).wanted.sampling.logprobs == 0
+    assert Chat(chat(logprobs=False)).wanted.sampling.logprobs is None
+    assert Completions(completion()).wanted.max_tokens == 16
+    assert Completions(completion(logprobs=0)).wanted.sampling.logprobs == 0
+    assert Chat(chat(stop="x")).wanted.stops == ("x",)
 
 
 def test_null_is_absence():
     names = ("n", "stop", "seed", "temperature", "top_p", "max_tokens", "logit_bias", "stream", "user")
     request = chat(**dict.fromkeys(names))
     assert request.n is None
-    assert request.stops == []
+    assert Chat(request).wanted.stops == ()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import Rejection, RequestRejected
-from penstock.frontend.openai import decode_chat, decode_completion
-from penstock.frontend.sampling import choice_seed, first_seed, sampling_of, with_room
+from penstock.frontend.chat import Chat
+from penstock.frontend.completions import Completions
+from penstock.frontend.sampling import choice_seed, sampling_of, with_room
 from penstock.shapes import Answering, Attempt, ModelCard, ModelView
 from penstock.wire.checks import check_card
 from penstock.wire.frames import decode_to_worker, encode
@@ -22,11 +23,17 @@ MODEL = ModelView(ModelCard("m", 100, 50, [0], answering=Answering(DEFAULTS_OF_M
 
 def chat(**fields):
     messages = [{"role": "user", "content": "Hi"}]
-    return decode_chat(json.dumps({"model": "m", "messages": messages, **fields}).encode())
+    return Chat.decode(json.dumps({"model": "m", "messages": messages, **fields}).encode()).wanted
 
 
-def fitted(request, prompt_tokens=10, model=MODEL, most=1000):
-    return with_room(sampling_of(request, model, 7), request, model, prompt_tokens, most)
+def first_seed(wanted, rng):
+    return sampling_of(wanted, MODEL.card, rng).seed
+
+
+def fitted(wanted, prompt_tokens=10, model=MODEL, most=1000):
+    return with_room(
+        sampling_of(wanted, model.card, random.Random(7)), wanted, model.card, prompt_tokens, most
+    )
 
 
 def test_the_model_fills_in_what_the_client_left_out():
@@ -63,8 +70,8 @@ def test_max_tokens_is_what_is_left_of_the_context():
     assert fitted(chat(), 30).max_tokens == 70
     assert fitted(chat(), 30, most=20).max_tokens == 20
     assert fitted(chat(max_tokens=70), 30).max_tokens == 70
-    text = decode_completion(b'{"model": "m", "prompt": "Hi"}')
-    assert fitted(text).max_tokens == 16
+    text = Completions.decode(b'{"model": "m", "prompt": "Hi"}')
+    assert fitted(text.wanted).max_tokens == 16
 
 
 @pytest.mark.parametrize("fields", [{}, {"max_tokens": 1}, {"max_tokens": 100}])
@@ -156,9 +163,7 @@ def test_whatever_clients_and_models_may_say_is_taken_by_workers(fields, default
     asked = chat(**fields, **({"logprobs": True} if "top_logprobs" in fields else {}))
     model = changed(WIDE, sampling_defaults=defaults)
     check_card(card(sampling_defaults=defaults))
-    sampling = with_room(
-        sampling_of(asked, model, first_seed(asked, random.Random(1))), asked, model, 10, 9
-    )
+    sampling = fitted(asked, 10, model, 9)
     sent = Attempt("a.1", "a", [1], 1, sampling, cache_salt="s" * 256)
     body = encode(Generate(1, sent))[4:]
     assert decode_to_worker(body).attempt == sent

@@ -3,10 +3,12 @@
 import json
 
 from penstock.errors import Rejection, RequestRejected
-from penstock.frontend.answer import Answer
-from penstock.frontend.responses import Envelope, Usage
-from penstock.frontend.sse import ChunkFormat, error_event
-from penstock.shapes import Delta, FinishReason
+from penstock.frontend.chat import ChatChunks
+from penstock.frontend.choice import Choice
+from penstock.frontend.completions import CompletionChunks
+from penstock.frontend.responses import Envelope
+from penstock.frontend.sse import DONE, error_event
+from penstock.shapes import Delta, FinishReason, Request, Sampling
 
 ENVELOPE = Envelope("id-1", "chunk", 123, 'a "model"', "fp_x")
 SHARED = {
@@ -31,15 +33,15 @@ class Says:
         return ""
 
 
-def chunks_of(chat, *, include_usage=False, texts=('He said "hi"\n\u2028', "", "é😀\x00")):
-    chunks = ChunkFormat(ENVELOPE, chat=chat, choices=2, include_usage=include_usage)
-    answer = Answer(1, Says(texts))
+def chunks_of(kind, *, include_usage=False, texts=('He said "hi"\n\u2028', "", "é😀\x00")):
+    chunks = kind(ENVELOPE, 2, include_usage=include_usage)
+    answer = Choice(1, Request("r", "m", "v", [1, 2], Sampling(max_tokens=9)), Says(texts))
     found = []
     for token_id in range(len(texts)):
         answer.feed(Delta([token_id]))
         found.append(chunks.chunk(answer))
     answer.feed(Delta([], finish_reason=FinishReason.STOP))
-    return [*found, chunks.chunk(answer)], chunks
+    return [*found, chunks.chunk(answer)], chunks.end([answer])
 
 
 def parsed(event):
@@ -54,7 +56,7 @@ def choice(**fields):
 
 
 def test_chat_chunks():
-    (first, nothing, second, last), _ = chunks_of(chat=True)
+    (first, nothing, second, last), _ = chunks_of(ChatChunks)
     plain = {"logprobs": None, "finish_reason": None}
     assert parsed(first) == choice(delta={"role": "assistant", "content": 'He said "hi"\n\u2028'}, **plain)
     assert nothing == b""
@@ -65,7 +67,7 @@ def test_chat_chunks():
 
 
 def test_text_chunks():
-    (first, _, second, last), _ = chunks_of(chat=False)
+    (first, _, second, last), _ = chunks_of(CompletionChunks)
     assert parsed(first)["choices"][0]["text"] == 'He said "hi"\n\u2028'
     assert parsed(second)["choices"][0] == {
         "index": 1,
@@ -77,12 +79,15 @@ def test_text_chunks():
 
 
 def test_usage_is_null_until_its_own_chunk():
-    found, chunks = chunks_of(chat=True, include_usage=True)
+    found, end = chunks_of(ChatChunks, include_usage=True)
     assert all(parsed(event)["usage"] is None for event in found if event)
-    usage = parsed(chunks.usage(Usage(1, 2, 3, {"cached_tokens": 0})))
+    assert end.endswith(DONE)
+    usage = parsed(end.removesuffix(DONE))
     assert usage["choices"] == []
-    assert usage["usage"]["total_tokens"] == 3
-    assert all("usage" not in parsed(event) for event in chunks_of(chat=True)[0] if event)
+    assert usage["usage"]["total_tokens"] == 2 + 3
+    found, end = chunks_of(ChatChunks)
+    assert all("usage" not in parsed(event) for event in found if event)
+    assert end == DONE
 
 
 def test_an_error_is_an_event():

@@ -1,11 +1,12 @@
 """What an answer must look like, from either field."""
 
 import json
+import random
 
 import pytest
 
 from penstock.errors import Rejection, RequestRejected
-from penstock.frontend.openai import decode_chat
+from penstock.frontend.chat import Chat
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.structured import MAX_SPEC_CHARS
 from penstock.shapes import StructuredOutput
@@ -19,7 +20,8 @@ def structured_of(byte_level, view_of):
     def structured(able=True, **fields):
         body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
         view = view_of(byte_level, structured_output=able)
-        return sampling_of(decode_chat(json.dumps(body).encode()), view, 1).structured
+        wanted = Chat.decode(json.dumps(body).encode()).wanted
+        return sampling_of(wanted, view.card, random.Random(1)).structured
 
     return structured
 

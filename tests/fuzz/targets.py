@@ -23,12 +23,15 @@ from uvicorn.server import ServerState
 from penstock.discovery.file import DirectoryScan, FileDiscoverySettings
 from penstock.errors import ConfigError, ProtocolError, RequestRejected
 from penstock.frontend.app import App
+from penstock.frontend.chat import Chat
+from penstock.frontend.choice import Choice
+from penstock.frontend.completions import Completions
+from penstock.frontend.endpoint import Beginning, Endpoint
 from penstock.frontend.http.api_keys import read_api_keys
 from penstock.frontend.http.connection import connection_class
-from penstock.frontend.openai import decode_chat, decode_completion
-from penstock.frontend.plan import Planner
+from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.text.preprocess import Preprocessor
+from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
 from penstock.graph import Overrides, build_graph, parse_manifest
 from penstock.graph.command import parse_command
@@ -156,19 +159,32 @@ def _view() -> ModelView:
 
 
 @cache
-def _preprocessor() -> Preprocessor:
-    return Preprocessor(FrontendSettings(), Metrics().tokenizer)
+def _texts() -> ModelTexts:
+    return ModelTexts(FrontendSettings(), Metrics().tokenizer)
 
 
-def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
+def _begun(api: type[Endpoint], data: bytes) -> None:
     """A body, up to the attempts that would be sent."""
-    with contextlib.suppress(RequestRejected):
-        planner = Planner(_preprocessor(), FrontendSettings(), random.Random(1))
-        plan = loop().run_until_complete(
-            planner.plan("c", decode(data), _view(), Caller("tenant", 0, time.perf_counter(), 60.0))
+
+    async def begin() -> list[Choice]:
+        call = api.decode(data)
+        beginning = Beginning(
+            answer_id="a",
+            router_key="c",
+            wanted=call.wanted,
+            sampling=sampling_of(call.wanted, _view().card, random.Random(1)),
+            model=_view().card,
+            revision=_view().revision,
+            text=await _texts().of(_view()),
+            caller=Caller("tenant", 0, time.perf_counter(), 60.0),
+            default_max_tokens=FrontendSettings().default_max_tokens,
         )
-        assert 0 < len(plan.requests) <= 128
-        for request in plan.requests:
+        return await call.choices(beginning)
+
+    with contextlib.suppress(RequestRejected):
+        choices = loop().run_until_complete(begin())
+        assert 0 < len(choices) <= 128
+        for request in (choice.request for choice in choices):
             assert 0 < len(request.token_ids) < _view().card.max_model_len
             assert max(request.token_ids) < _view().card.vocab_size
             sent = attempt()
@@ -178,12 +194,12 @@ def _planned(decode: Callable[[bytes], Any], data: bytes) -> None:
 
 def chat(data: bytes) -> None:
     """A body of /v1/chat/completions."""
-    _planned(decode_chat, data)
+    _begun(Chat, data)
 
 
 def completion(data: bytes) -> None:
     """A body of /v1/completions."""
-    _planned(decode_completion, data)
+    _begun(Completions, data)
 
 
 @cache

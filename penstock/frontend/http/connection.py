@@ -43,7 +43,7 @@ MAX_LINGERING: Final = 256
 """Connections beyond the limit that are kept for so long; any more are dropped at once."""
 
 
-class Connection(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """Adds: a deadline and a limit for the head, a way to abort, errors in OpenAI's shape, and ends
     that let the client read the answer.
 
@@ -237,7 +237,7 @@ class Connection(HttpToolsProtocol):
 class _Retold:
     """A parser's callbacks: the connection's, but for those of a head while it is silent."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: HttpConnection) -> None:
         self.silent = True
         self.on_body = connection.on_body
         self.on_message_complete = connection.on_message_complete
@@ -266,4 +266,4 @@ def connection_class(
     """The protocol class for uvicorn, which makes the instances itself. `on_refused` is told of what was
     answered before it was a request."""
     given = {"settings": settings, "quiet_log": QuietLog(log), "on_refused": staticmethod(on_refused)}
-    return type("Connection", (Connection,), given)
+    return type("Connection", (HttpConnection,), given)

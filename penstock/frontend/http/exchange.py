@@ -74,7 +74,7 @@ class Bodies:
         return RequestRejected(message, kind=Rejection.OVERLOADED, retry_after_s=1.0)
 
 
-class Exchange:
+class HttpExchange:
     """The two sides of one HTTP exchange."""
 
     def __init__(

@@ -22,7 +22,7 @@ import uvicorn
 
 from penstock.errors import ConfigError
 from penstock.frontend.app import App
-from penstock.frontend.http.connection import MAX_LINGERING, Connection, connection_class
+from penstock.frontend.http.connection import MAX_LINGERING, HttpConnection, connection_class
 from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import QuietLog
 from penstock.net.address import join_address
@@ -151,7 +151,7 @@ class _Server(HttpServer):
 
     def __init__(self, config: uvicorn.Config, settings: FrontendSettings) -> None:
         super().__init__(config)
-        self._connection = cast(type[Connection], config.http_protocol_class)
+        self._connection = cast(type[HttpConnection], config.http_protocol_class)
         self._tls: TlsAcceptor | None = None
         if settings.tls_cert:
             files = [Path(file) for file in (settings.tls_cert, settings.tls_key) if file]
@@ -172,7 +172,7 @@ class _Server(HttpServer):
         """Accept nothing more, and serve the connections there are until they have ended, for at most
         `grace_s`. They end with their next answer, or when no request comes for a while. Those that are not
         through with TLS are among them."""
-        connections = cast(set[Connection], self.server_state.connections)
+        connections = cast(set[HttpConnection], self.server_state.connections)
         log.info("no longer accepting connections, open=%d", len(connections))
         deadline = time.monotonic() + grace_s
         await _until(lambda: self.started)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -20,9 +20,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.errors import RequestRejected
-from penstock.frontend.messages import template_messages
-from penstock.frontend.openai import ChatRequest
-from penstock.frontend.tools import template_tools
 from penstock.shapes import JsonObject
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -55,6 +52,19 @@ _TEMPLATE_ERRORS = (
 )
 
 
+class TemplateInput(NamedTuple):
+    """What a template is shown. The messages are its own: rendering may change them."""
+
+    messages: list[JsonObject]
+    tools: list[JsonObject] | None
+    documents: list[JsonObject] | None
+    variables: JsonObject
+    """More that the client wants it to know."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+
+
 class ChatTemplate:
     """One model's compiled template, or two: one of them for requests with tools."""
 
@@ -80,22 +90,21 @@ class ChatTemplate:
             return None
         return cls(sources[_DEFAULT], special_tokens(config), sources.get(_TOOL_USE))
 
-    def render(self, request: ChatRequest) -> str:
+    def render(self, conversation: TemplateInput) -> str:
         """The prompt. Raises RequestRejected with the template's own words."""
-        messages = template_messages(request.messages)
-        tools = template_tools(request.tools)
+        messages, tools = conversation.messages, conversation.tools
         template = self._tools_template if tools else self._template
         knows_developer = self._tools_know_developer if tools else self._knows_developer
         if not knows_developer and any(message["role"] == "developer" for message in messages):
             messages = _without_developers(messages)
-        if request.continue_final_message:
+        if conversation.continue_final_message:
             messages[-1]["content"] += _END_MARK
-        variables: JsonObject = {**self._special_tokens, **request.template_variables}
+        variables: JsonObject = {**self._special_tokens, **conversation.variables}
         variables.update(
             messages=messages,
             tools=tools,
-            documents=request.documents,
-            add_generation_prompt=request.add_generation_prompt is not False,
+            documents=conversation.documents,
+            add_generation_prompt=conversation.add_generation_prompt,
         )
         try:
             # As Template.render does, but for looking through the environment's globals each time.
@@ -108,7 +117,7 @@ class ChatTemplate:
                 code="rejected_by_template",
                 field="messages",
             ) from None
-        return _up_to_mark(prompt) if request.continue_final_message else prompt
+        return _up_to_mark(prompt) if conversation.continue_final_message else prompt
 
 
 def special_tokens(config: JsonObject) -> dict[str, str]:

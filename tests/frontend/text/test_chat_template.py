@@ -6,6 +6,7 @@ import jinja2
 import pytest
 
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.chat import template_input_of
 from penstock.frontend.openai import decode_chat
 from penstock.frontend.text.chat_template import ChatTemplate
 
@@ -16,7 +17,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "
 def render(source, messages=None, **fields):
     messages = messages or [{"role": "user", "content": "Hi"}]
     request = decode_chat(json.dumps({"model": "m", "messages": messages, **fields}).encode())
-    return ChatTemplate(source, TOKENS).render(request)
+    return ChatTemplate(source, TOKENS).render(template_input_of(request))
 
 
 def test_special_tokens_messages_and_the_generation_prompt():
@@ -207,7 +208,7 @@ def assets(config, **files):
 
 def rendered(found, **fields):
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return found.render(decode_chat(json.dumps(body).encode()))
+    return found.render(template_input_of(decode_chat(json.dumps(body).encode())))
 
 
 def test_where_a_template_is_found():

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from penstock.frontend.http.api_keys import key_line
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.text.preprocess import Preprocessor
+from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller, TokenizerThread
 from penstock.frontend.text.words import WordEncoder
 from penstock.metrics import Metrics
@@ -165,14 +165,12 @@ async def test_short_prompts_of_one_call_wait_for_the_thread_when_they_are_long_
 
 
 async def test_calls_of_one_moment_wait_for_the_thread_when_they_are_long_together(byte_level, view_of):
-    preprocessor = Preprocessor(FrontendSettings(), (metrics := Metrics()).tokenizer)
-    text = await preprocessor.text_of(view_of(byte_level))
+    model_texts = ModelTexts(FrontendSettings(), (metrics := Metrics()).tokenizer)
+    text = await model_texts.of(view_of(byte_level))
     prompts = [new_text(3000, seed) for seed in range(10)]
 
     def encode(prompt):
-        return preprocessor.encode(
-            text, [prompt], Caller("", 0, time.perf_counter(), 60.0), add_special_tokens=False
-        )
+        return text.encode([prompt], Caller("", 0, time.perf_counter(), 60.0), add_special_tokens=False)
 
     encoded = await asyncio.gather(*map(encode, prompts))
     assert encoded == [[byte_level.encode(prompt).ids] for prompt in prompts]
@@ -182,7 +180,7 @@ async def test_calls_of_one_moment_wait_for_the_thread_when_they_are_long_togeth
         await encode(new_text(3000, seed))
         await asyncio.sleep(0)
     assert metrics.render().decode().count("penstock_tokenizer_queue_seconds_count 8.0") == 1
-    preprocessor.close()
+    model_texts.close()
 
 
 async def test_prompt_that_would_wait_too_long_is_refused_at_once(serving, caplog):

@@ -1,23 +1,28 @@
-"""One answer in the making: a choice's tokens in, its text out. Pure."""
+"""One choice of a call: its request, and its answer in the making. Tokens in, text out. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from penstock.frontend.reply import Reply
 from penstock.frontend.text.detokenize import Detokenizer
+from penstock.frontend.text.logprobs import LogprobFormat
 from penstock.frontend.text.stop_strings import StopMatcher
-from penstock.shapes import Delta, FinishReason, TokenLogprob
+from penstock.shapes import Delta, FinishReason, JsonObject, Request, TokenLogprob
 
 LOGPROB_CHARS = 128  # about what one token's log-probabilities add to an answer not yet sent
 
 
-class Answer:
-    """Feed it deltas, take from it what is new. `finish_reason` is set with the last of its text."""
+class Choice:
+    """Feed it deltas, take from it what is new. `finish_reason` is set with the last of its text.
+
+    Choices are numbered prompt by prompt: choice k of prompt p has index p * n + k.
+    """
 
     __slots__ = (
         "_detokenizer",
         "_eos_tokens",
+        "_logprob_format",
         "_logprobs",
         "_min_tokens",
         "_parts",
@@ -25,9 +30,11 @@ class Answer:
         "_stops",
         "cached_tokens",
         "finish_reason",
+        "first_of_prompt",
         "index",
         "output_tokens",
         "reply",
+        "request",
         "stop_reason",
         "token_at",
         "unsent_chars",
@@ -36,17 +43,23 @@ class Answer:
     def __init__(
         self,
         index: int,
+        request: Request,
         detokenizer: Detokenizer,
         *,
+        first_of_prompt: bool = True,
         stops: StopMatcher | None = None,
         min_tokens: int = 0,
         stop_tokens: Collection[int] = (),
         eos_tokens: Collection[int] = (),
         reply: Reply | None = None,
+        logprob_format: LogprobFormat | None = None,
     ) -> None:
-        """`stop_tokens` are those that end it, the model's own `eos_tokens` among them. `reply` gets the
-        text instead of whoever calls `take`, to take it apart."""
+        """`first_of_prompt`: the usage counts each prompt once, with this choice. `stop_tokens` are those
+        that end it, the model's own `eos_tokens` among them. `reply` gets the text instead of whoever calls
+        `take`, to take it apart. Without a `logprob_format` log-probabilities are not shown."""
         self.index = index
+        self.request = request
+        self.first_of_prompt = first_of_prompt
         self.reply = reply
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS
@@ -59,6 +72,7 @@ class Answer:
         self._min_tokens = min_tokens
         self._stop_tokens = stop_tokens
         self._eos_tokens = eos_tokens
+        self._logprob_format = logprob_format
         self._parts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -106,3 +120,11 @@ class Answer:
             self._logprobs = []
         self.unsent_chars = 0
         return parts[0] if len(parts) == 1 else "".join(parts), logprobs
+
+    @property
+    def shows_logprobs(self) -> bool:
+        return self._logprob_format is not None
+
+    def render_logprobs(self, logprobs: Sequence[TokenLogprob]) -> JsonObject | None:
+        """The next of what `take` gave, in the shape of the API; None when they are not shown."""
+        return None if self._logprob_format is None else self._logprob_format.render(logprobs)

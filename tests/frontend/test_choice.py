@@ -4,16 +4,18 @@ import json
 
 import pytest
 
-from penstock.frontend.answer import Answer
+from penstock.frontend.choice import Choice
 from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
 from penstock.frontend.text.stop_strings import StopMatcher
-from penstock.shapes import Delta, FinishReason, TokenLogprob
+from penstock.shapes import Delta, FinishReason, Request, Sampling, TokenLogprob
+
+REQUEST = Request("r", "m", "v", [1], Sampling(max_tokens=9))
 
 
 @pytest.fixture(scope="module")
 def answer_of(byte_level):
     table = TokenTable.of(byte_level, json.loads(byte_level.to_str()))
-    return lambda **options: Answer(0, TableDetokenizer(table), **options)
+    return lambda **options: Choice(0, REQUEST, TableDetokenizer(table), **options)
 
 
 @pytest.fixture(scope="module")

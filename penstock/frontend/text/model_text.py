@@ -1,4 +1,4 @@
-"""From messages and texts to token ids, with each model's own template and tokenizer."""
+"""Models as texts: conversations and texts to token ids, token ids to text, with each model's own files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from tokenizers import Tokenizer
 
 from penstock.detached import detached
 from penstock.errors import Rejection, RequestRejected
-from penstock.frontend.openai import ChatRequest
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.text.chat_template import CONFIG_FILE, ChatTemplate, special_tokens
+from penstock.frontend.text.chat_template import CONFIG_FILE, ChatTemplate, TemplateInput, special_tokens
 from penstock.frontend.text.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
 from penstock.frontend.text.segments import SegmentCache, Segmenter
 from penstock.frontend.text.tokenizing import Caller, TokenizerThread, TurnBudget
@@ -42,14 +41,24 @@ MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is l
 
 
 class ModelText:
-    """One model's text side: its template, its tokenizer and what its tokens stand for."""
+    """One model's text side: its template, its tokenizer, its parser and what its tokens stand for."""
 
-    def __init__(self, view: ModelView, cache_bytes: int, parsers: ChatParsers | None = None) -> None:
+    def __init__(
+        self,
+        view: ModelView,
+        cache_bytes: int,
+        thread: TokenizerThread,
+        turn: TurnBudget,
+        parsers: ChatParsers | None = None,
+    ) -> None:
         """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
+        `thread` and `turn` are those of all models.
 
         Raises RequestRejected: INTERNAL when the files are unusable, UNAVAILABLE when loading them
         failed for a reason that may pass.
         """
+        self._thread = thread
+        self._turn = turn
         if TOKENIZER_FILE not in view.assets:
             raise _unusable(view, f"it came without {TOKENIZER_FILE}")
         try:
@@ -67,7 +76,7 @@ class ModelText:
         content = view.assets[TOKENIZER_FILE].decode()
         self._tokenizer = Tokenizer.from_str(content)
         config = json.loads(view.assets.get(CONFIG_FILE, b"{}"))
-        self.template = ChatTemplate.of(view.assets)
+        self._template = ChatTemplate.of(view.assets)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         spec = json.loads(content)
@@ -90,24 +99,26 @@ class ModelText:
             return self._table.raw_pieces.get(token_id, b"")
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
+    def chat_prompt(self, model: str, conversation: TemplateInput) -> str:
+        """The prompt of a chat with the model of this name. The template writes the special tokens itself.
+        Raises RequestRejected when there is none, or when it refuses the conversation."""
+        if self._template is None:
+            raise RequestRejected(f"`{model}` has no chat template; use /v1/completions.", field="model")
+        return self._template.render(conversation)
+
     async def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        add_special_tokens: bool,
-        thread: TokenizerThread,
-        turn: TurnBudget,
-        caller: Caller,
+        self, texts: Sequence[str], caller: Caller, *, add_special_tokens: bool
     ) -> list[list[int]]:
-        """Each text's ids. What has no place in this turn of the event loop waits for the thread."""
+        """Each text's ids. What has no place in this turn of the event loop waits for the thread. Raises
+        RequestRejected(OVERLOADED) when it would wait there too long."""
         segmented = [self._segmenter.split(text) for text in texts]
         known = {segment: self._cache.get(segment) for segments in segmented for segment in segments}
         missing = [segment for segment, token_ids in known.items() if token_ids is None]
         if missing:
-            if turn.has_place(sum(map(len, missing))):
+            if self._turn.has_place(sum(map(len, missing))):
                 encoded = self._words.encode(missing)
             else:
-                encoded = await caller.wait(thread.encode(self._words, missing, caller))
+                encoded = await caller.wait(self._thread.encode(self._words, missing, caller))
             known.update(zip(missing, encoded, strict=True))
             for segment, token_ids in zip(missing, encoded, strict=True):
                 self._cache.put(segment, token_ids)
@@ -144,7 +155,7 @@ class _Loading:
             log.warning("%s Trying again after %g s.", error, pause_s)
 
 
-class Preprocessor:
+class ModelTexts:
     """Keeps the loaded models. Long prompts are tokenized in one thread and models are loaded in another,
     since either would hold up the event loop, and no prompt of a loaded model waits for the loading."""
 
@@ -159,7 +170,7 @@ class Preprocessor:
         self._thread = TokenizerThread(settings.tokenizing, metrics)
         self._turn = TurnBudget(settings.long_text_chars)
 
-    async def text_of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
+    async def of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
         """The model's text side, loaded once for each revision. A failure that may pass is tried again
         after a pause, which doubles. Without a caller, however long that takes."""
         loading = self._loading.get(view.revision)
@@ -174,17 +185,19 @@ class Preprocessor:
 
     async def publish(self, view: ModelView) -> None:
         """Load a model that is about to be served, trying again at once whatever failed before. Raises as
-        `text_of`."""
+        `of`."""
         loading = self._loading.get(view.revision)
         if loading is not None and loading.failed:
             del self._loading[view.revision]
-        await self.text_of(view)
+        await self.of(view)
 
     def _load(self, view: ModelView, failures: int) -> _Loading:
         async def load() -> ModelText:
             async with self._one_at_a_time:
-                made = partial(ModelText, view, self._settings.segment_cache_bytes, self._parsers)
-                return await detached(made)
+                cache_bytes = self._settings.segment_cache_bytes
+                return await detached(
+                    partial(ModelText, view, cache_bytes, self._thread, self._turn, self._parsers)
+                )
 
         loading = _Loading(asyncio.ensure_future(load()), failures)
         loading.text.add_done_callback(loading.ended)
@@ -192,26 +205,6 @@ class Preprocessor:
         while len(self._loading) > MAX_LOADED_MODELS:
             self._loading.popitem(last=False)
         return loading
-
-    def chat_prompt(self, text: ModelText, request: ChatRequest) -> str:
-        """The prompt of a chat. Its template writes the special tokens itself."""
-        if text.template is None:
-            raise RequestRejected(
-                f"`{request.model}` has no chat template; use /v1/completions.", field="model"
-            )
-        return text.template.render(request)
-
-    async def encode(
-        self, text: ModelText, prompts: Sequence[str], caller: Caller, *, add_special_tokens: bool
-    ) -> list[list[int]]:
-        """The ids of a call's prompts. Raises RequestRejected(OVERLOADED) when they would wait too long."""
-        return await text.encode(
-            prompts,
-            add_special_tokens=add_special_tokens,
-            thread=self._thread,
-            turn=self._turn,
-            caller=caller,
-        )
 
     def close(self) -> None:
         """End the threads. A model that is being loaded, for seconds perhaps, is not waited for."""

@@ -1,0 +1,190 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from penstock.errors import RequestRejected
+from penstock.frontend.choice import Choice
+from penstock.frontend.endpoint import Beginning
+from penstock.frontend.messages import openai_messages, template_messages
+from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
+from penstock.frontend.reply import Replies
+from penstock.frontend.responses import Envelope, answer_body, envelope_of, finish_name
+from penstock.frontend.sse import Chunks, encode
+from penstock.frontend.text.chat_template import TemplateInput
+from penstock.frontend.text.logprobs import ChatLogprobs
+from penstock.frontend.tools import template_tools
+from penstock.shapes import JsonObject, Parsed, TokenLogprob, ToolCallDelta
+
+
+class Chat:
+    """One call: messages in, the next message out."""
+
+    name: ClassVar = "chat_completions"
+    id_prefix: ClassVar = "chatcmpl-"
+
+    def __init__(self, request: ChatRequest) -> None:
+        newer = request.max_completion_tokens is not None
+        self.wanted = wanted_of(
+            request,
+            max_tokens=request.max_completion_tokens if newer else request.max_tokens,
+            max_tokens_field="max_completion_tokens" if newer else "max_tokens",
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+        self._request = request  # for the template and the model's parser, which take most of its fields
+
+    @classmethod
+    def decode(cls, body: bytes) -> Chat:
+        """As in Endpoint."""
+        return cls(decode_chat(body))
+
+    async def choices(self, beginning: Beginning) -> list[Choice]:
+        """As in Endpoint."""
+        replies = self._replies(beginning)
+        prompt = beginning.text.chat_prompt(beginning.model.name, template_input_of(self._request))
+        special = bool(self._request.add_special_tokens)
+        prompts = await beginning.encode([prompt], add_special_tokens=special)
+        return beginning.choices(prompts, ChatLogprobs, replies)
+
+    def _replies(self, beginning: Beginning) -> Replies | None:
+        """What takes the answers apart; None when they are plain text."""
+        request, model, parser = self._request, beginning.model, beginning.text.parser
+        tool_parser = model.answering.tool_parser
+        if request.calls_tools and (parser is None or not tool_parser):
+            reason = "no parser for tool calls was named to its workers (--tool-call-parser)"
+            if tool_parser:
+                reason = f"this frontend has no vLLM, whose parser {tool_parser} that needs"
+            message = f"`{model.name}` cannot call tools: {reason}."
+            raise RequestRejected(message, code="unsupported_value", field="tools")
+        if parser is None:
+            return None
+        return Replies(
+            parser.begin(_set_fields(request)),
+            stream=bool(request.stream),
+            required=request.tool_choice == "required",
+            auto=request.calls_tools and request.tool_choice in (None, "auto"),
+            show_tokens=request.include_reasoning is not False,
+        )
+
+    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+        """As in Endpoint."""
+        shown = []
+        for choice in choices:
+            text, logprobs = choice.take()
+            message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
+            if choice.reply is not None:
+                message.update(_taken_apart(choice.reply.whole()))
+            shown.append(
+                {
+                    "index": choice.index,
+                    "message": message,
+                    "logprobs": choice.render_logprobs(logprobs),
+                    "finish_reason": finish_name(choice),
+                    "stop_reason": choice.stop_reason,
+                }
+            )
+        return answer_body(envelope_of(beginning, "chat.completion"), shown, choices)
+
+    def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> ChatChunks:
+        """As in Endpoint."""
+        kind = ChatChunks if choices[0].reply is None else ReplyChunks
+        envelope = envelope_of(beginning, "chat.completion.chunk")
+        return kind(envelope, len(choices), include_usage=self._request.include_usage)
+
+
+class ChatChunks(Chunks):
+    """Chunks whose text is in `delta`, the first one of a choice with its role."""
+
+    before = b'"delta":{"content":'
+    first = b'"delta":{"role":"assistant","content":'
+    close = b"}"
+
+
+class ReplyChunks(ChatChunks):
+    """Chunks of answers that are taken apart."""
+
+    def __init__(self, envelope: Envelope, choices: int, *, include_usage: bool) -> None:
+        super().__init__(envelope, choices, include_usage=include_usage)
+        self._begun: set[int] = set()  # choices that have had a chunk
+
+    def chunk(self, choice: Choice) -> bytes:
+        """One chunk for each part of what is new; the last one says how the answer goes on."""
+        _, logprobs = choice.take()
+        deltas = _deltas(choice, logprobs)
+        if not deltas:
+            return b""
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            deltas[0] = {"role": "assistant", **deltas[0]}
+        opening = self.opening(choice.index) + b'"delta":'
+        chunks = [b"".join((opening, encode(delta), self.going_on)) for delta in deltas[:-1]]
+        return b"".join((*chunks, opening, encode(deltas[-1]), self.ending(choice, logprobs)))
+
+
+def template_input_of(request: ChatRequest) -> TemplateInput:
+    """What the model's template is shown."""
+    return TemplateInput(
+        template_messages(request.messages),
+        template_tools(request.tools),
+        request.documents,
+        request.template_variables,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )
+
+
+def _deltas(choice: Choice, logprobs: Sequence[TokenLogprob]) -> list[JsonObject]:
+    """What is new of a reply, with an empty one when there is more to say of the choice than that."""
+    parts: Sequence[Parsed] = choice.reply.take() if choice.reply is not None else ()
+    deltas = [_delta(parsed) for parsed in parts]
+    if not deltas and (choice.finish_reason is not None or (logprobs and choice.shows_logprobs)):
+        deltas.append({})
+    return deltas
+
+
+def _delta(parsed: Parsed) -> JsonObject:
+    """A part of an answer, as OpenAI's `delta`, with `reasoning` beside `content` as vLLM has it."""
+    delta: JsonObject = {}
+    if parsed.reasoning is not None:
+        delta["reasoning"] = parsed.reasoning
+    if parsed.content is not None:
+        delta["content"] = parsed.content
+    if parsed.tool_calls:
+        delta["tool_calls"] = [_call_delta(call) for call in parsed.tool_calls]
+    return delta
+
+
+def _call_delta(call: ToolCallDelta) -> JsonObject:
+    function = {"name": call.name, "arguments": call.arguments}
+    delta: JsonObject = {
+        "index": call.index,
+        "function": {name: value for name, value in function.items() if value is not None},
+    }
+    return {"id": call.id, "type": "function", **delta} if call.id is not None else delta
+
+
+def _taken_apart(parsed: Parsed) -> JsonObject:
+    """`content`, `reasoning` (vLLM's name for it) and, if there are any, `tool_calls` of a message."""
+    message: JsonObject = {"content": parsed.content, "reasoning": parsed.reasoning}
+    if parsed.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in parsed.tool_calls
+        ]
+    return message
+
+
+def _set_fields(request: ChatRequest) -> JsonObject:
+    """What the client has set, as JSON."""
+    given = {name: getattr(request, name) for name in request.__struct_fields__ if name != "messages"}
+    fields = {name: value for name, value in given.items() if value is not None}
+    shown: JsonObject = msgspec.to_builtins(fields, str_keys=True)
+    return shown | {"messages": openai_messages(request.messages)}

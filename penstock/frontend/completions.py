@@ -1,0 +1,76 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Final
+
+from penstock.errors import RequestRejected
+from penstock.frontend.choice import Choice
+from penstock.frontend.endpoint import Beginning
+from penstock.frontend.openai import CompletionRequest, decode_completion, wanted_of
+from penstock.frontend.responses import answer_body, envelope_of
+from penstock.frontend.sampling import check_vocabulary
+from penstock.frontend.sse import Chunks
+from penstock.frontend.text.logprobs import CompletionLogprobs
+
+COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
+OBJECT: Final = "text_completion"  # of answers and of chunks
+
+
+class Completions:
+    """One call: texts or token ids in, their continuations out."""
+
+    name: ClassVar = "completions"
+    id_prefix: ClassVar = "cmpl-"
+
+    def __init__(self, request: CompletionRequest) -> None:
+        most = request.max_tokens if request.max_tokens is not None else COMPLETION_MAX_TOKENS
+        self.wanted = wanted_of(request, max_tokens=most, logprobs=request.logprobs)
+        self._prompts = request.prompts
+        self._special = request.add_special_tokens is not False
+        self._include_usage = request.include_usage
+
+    @classmethod
+    def decode(cls, body: bytes) -> Completions:
+        """As in Endpoint."""
+        return cls(decode_completion(body))
+
+    async def choices(self, beginning: Beginning) -> list[Choice]:
+        """As in Endpoint."""
+        for prompt in self._prompts:
+            if not isinstance(prompt, str):
+                check_vocabulary("prompt", prompt, beginning.model.vocab_size)
+        texts = [prompt for prompt in self._prompts if isinstance(prompt, str)]
+        encoded = iter(await beginning.encode(texts, add_special_tokens=self._special))
+        prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in self._prompts]
+        if not all(prompts):
+            raise RequestRejected("A prompt is empty.", field="prompt")
+        return beginning.choices(prompts, CompletionLogprobs)
+
+    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+        """As in Endpoint."""
+        shown = []
+        for choice in choices:
+            text, logprobs = choice.take()
+            shown.append(
+                {
+                    "index": choice.index,
+                    "text": text,
+                    "logprobs": choice.render_logprobs(logprobs),
+                    "finish_reason": choice.finish_reason,
+                    "stop_reason": choice.stop_reason,
+                }
+            )
+        return answer_body(envelope_of(beginning, OBJECT), shown, choices)
+
+    def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> CompletionChunks:
+        """As in Endpoint."""
+        envelope = envelope_of(beginning, OBJECT)
+        return CompletionChunks(envelope, len(choices), include_usage=self._include_usage)
+
+
+class CompletionChunks(Chunks):
+    """Chunks whose text is in `text`."""
+
+    before = first = b'"text":'

@@ -1,0 +1,150 @@
+"""What an API that generates text must bring along (Endpoint), and what all of them share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Protocol, Self
+
+import msgspec
+
+from penstock.errors import RequestRejected
+from penstock.frontend.choice import Choice
+from penstock.frontend.reply import Replies
+from penstock.frontend.sampling import choice_seed, too_long, with_room
+from penstock.frontend.text.logprobs import LogprobFormat, TokenBytes
+from penstock.frontend.text.model_text import ModelText
+from penstock.frontend.text.stop_strings import StopMatcher
+from penstock.frontend.text.tokenizing import Caller
+from penstock.frontend.wanted import Wanted
+from penstock.shapes import ModelCard, Request, Sampling
+
+MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
+"""Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this
+many they fit what may wait for one worker (`max_unsent_bytes` of a link)."""
+
+MAX_CHARS_PER_TOKEN: Final = 16
+"""A text with more than this for each token of the context is refused unread. Texts have 1 to 6; tokenizing
+takes a second for each million characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """One beginning of a call, with one revision of its model: its prompts become choices here."""
+
+    answer_id: str  # as clients see it
+    router_key: str  # what the router's names of the choices begin with
+    wanted: Wanted
+    sampling: Sampling  # of all choices, but for what depends on the prompt and the choice
+    model: ModelCard
+    revision: str
+    text: ModelText
+    caller: Caller
+    default_max_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Each prompt's token ids. Raises RequestRejected: INVALID for a prompt beyond all measure,
+        OVERLOADED when they would have to wait too long for the tokenizer."""
+        limit = self.model.max_model_len * MAX_CHARS_PER_TOKEN
+        for text in texts:
+            if len(text) > limit:
+                chars = f"your prompt has {len(text)} characters, more than {limit}"
+                raise too_long(self.model.max_model_len, chars)
+        return await self.text.encode(texts, self.caller, add_special_tokens=add_special_tokens)
+
+    def choices(
+        self,
+        prompts: Sequence[list[int]],
+        logprob_format: Callable[[TokenBytes, int], LogprobFormat],
+        replies: Replies | None = None,
+    ) -> list[Choice]:
+        """The choices of each prompt. Without `replies` answers are plain text. Raises RequestRejected."""
+        wanted, model = self.wanted, self.model
+        tokens = sum(map(len, prompts)) * wanted.choices
+        if tokens > MAX_CALL_TOKENS:
+            message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
+            raise RequestRejected(message, field="n")
+        age_s = time.perf_counter() - self.caller.since
+        choices: list[Choice] = []
+        for prompt in prompts:
+            sampling = with_room(self.sampling, wanted, model, len(prompt), self.default_max_tokens)
+            if replies is not None:
+                sampling = msgspec.structs.replace(sampling, structured=replies.structured(prompt))
+            for number in range(wanted.choices):
+                index = len(choices)
+                request = Request(
+                    request_id=f"{self.router_key}-{index}",
+                    model=model.name,
+                    revision=self.revision,
+                    token_ids=prompt,
+                    sampling=sampling if number == 0 else _reseeded(sampling, number),
+                    cache_salt=wanted.cache_salt,
+                    priority=self.caller.priority,
+                    tenant=self.caller.tenant,
+                    call_id=self.router_key,
+                    age_s=age_s,
+                )
+                choices.append(self._choice(request, index, number == 0, logprob_format, replies))
+        return choices
+
+    def _choice(
+        self,
+        request: Request,
+        index: int,
+        first_of_prompt: bool,
+        logprob_format: Callable[[TokenBytes, int], LogprobFormat],
+        replies: Replies | None,
+    ) -> Choice:
+        wanted, prompt, top = self.wanted, request.token_ids, request.sampling.logprobs
+        special = wanted.show_special_tokens if replies is None else replies.show_special_tokens
+        shown = top is not None and (replies is None or replies.show_tokens)
+        return Choice(
+            index,
+            request,
+            self.text.detokenizer(prompt, special=special),
+            first_of_prompt=first_of_prompt,
+            stops=StopMatcher(wanted.stops, wanted.include_stop) if wanted.stops else None,
+            min_tokens=request.sampling.min_tokens,
+            stop_tokens=frozenset((*self.model.eos_token_ids, *request.sampling.stop_token_ids)),
+            eos_tokens=self.model.eos_token_ids,
+            reply=replies.begin(prompt) if replies is not None else None,
+            logprob_format=logprob_format(self.text.token_bytes, top or 0) if shown else None,
+        )
+
+
+def _reseeded(sampling: Sampling, number: int) -> Sampling:
+    return msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, number))
+
+
+class AnswerStream(Protocol):
+    """Writes the answer to one call as a stream of events."""
+
+    def chunk(self, choice: Choice) -> bytes:
+        """What is new of a choice; empty when nothing is."""
+
+    def end(self, choices: Sequence[Choice]) -> bytes:
+        """What follows the last chunk."""
+
+
+class Endpoint(Protocol):
+    """An API that generates text. One class for each API, one object for each call, and three steps: decode
+    the body, turn it into choices, write what comes of them."""
+
+    name: ClassVar[str]  # in metrics and the log
+    id_prefix: ClassVar[str]  # of answers
+    wanted: Wanted
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        """Raises RequestRejected naming the field at fault."""
+
+    async def choices(self, beginning: Beginning) -> list[Choice]:
+        """Tokenize the prompts. Raises RequestRejected. May be called again, for another revision."""
+
+    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+        """The whole response, once all choices are complete."""
+
+    def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> AnswerStream:
+        """The response in parts."""

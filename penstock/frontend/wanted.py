@@ -1,0 +1,37 @@
+"""What a call asks for, in the same terms for every API. Made of the call's body, once."""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.shapes import Sampling
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """All that serving a call needs of its body, but for its prompts and the form of its response."""
+
+    model: str
+    choices: int = 1
+    """Answers to each prompt."""
+
+    sampling: Sampling
+    """Without `max_tokens`, which depends on the prompt; without a seed unless it is `reproducible`."""
+
+    left_out: tuple[str, ...] = ()
+    """Fields of `sampling` that the client left out, for the model's own defaults."""
+
+    max_tokens: int | None = None
+    """None: what is left of the context."""
+
+    max_tokens_field: str = "max_tokens"
+    """Where the client said so; errors name it. The same for `structured_field`."""
+
+    structured_field: str = ""
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    """Whether a stop string that ends an answer is part of it."""
+
+    show_special_tokens: bool = False
+    stream: bool = False
+    priority: int = 0
+    cache_salt: str = ""
