@@ -61,6 +61,7 @@ class HttpConnection(HttpToolsProtocol):
         self._refused = False
         self._in_request = False  # between the first byte of one and its last
         self._head_bytes = 0  # since the last byte of a body, or the last end of a request
+        self._plain_head = b""  # of a request that asks for an upgrade, until it is parsed again without
         self._abort_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._await_head()
@@ -98,8 +99,8 @@ class HttpConnection(HttpToolsProtocol):
                     self.parser.feed_data(data)
                     return
                 except httptools.HttpParserUpgrade as upgrade:
-                    data = data[upgrade.args[0] :]
-                    self._stay_with_http_1()
+                    data = self._plain_head + data[upgrade.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)
             except httptools.HttpParserError as error:
                 if self._head_bytes > MAX_HEAD_BYTES:  # it gives up on long URLs by itself
                     self._refuse_head()
@@ -108,24 +109,6 @@ class HttpConnection(HttpToolsProtocol):
                 message = "Invalid HTTP request received."
                 self._refuse(RequestRejected(message, code="invalid_http"))
                 return
-
-    def _stay_with_http_1(self) -> None:
-        """Go on as if the request had asked for no upgrade, as RFC 9110 lets a server do.
-
-        Some clients ask for HTTP/2 with each connection's first request (Java's does). The parser stops
-        there and leaves the body unread, so another one is told what body to expect, and reads on."""
-        framing = [
-            name + b": " + value + b"\r\n"
-            for name, value in self.headers
-            if name in (b"content-length", b"transfer-encoding")
-        ]
-        retold = _Retold(self)
-        self.parser = httptools.HttpRequestParser(retold)
-        if framing:
-            self.cycle.more_body = True  # its end was reported; nobody has looked at it yet
-            self.cycle.message_event.clear()
-            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
-        retold.silent = False
 
     def _client_address(self) -> str:
         return join_address(*self.client) if self.client else "a client"
@@ -143,10 +126,23 @@ class HttpConnection(HttpToolsProtocol):
             self._await_head()
 
     def on_headers_complete(self) -> None:
+        # Java's client, and others, ask for HTTP/2 with each connection's first request. They accept an
+        # answer in HTTP/1.1, but the parser ends such a request after its head and leaves its body unread.
+        # So that head is not used, and a new parser gets the same one without `Upgrade`.
+        self._plain_head = b""
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._plain_head = self._head_without(b"upgrade")
+            return
         self._head_complete()
         super().on_headers_complete()
         if self.leaving:
             self.cycle.keep_alive = False
+
+    def _head_without(self, name: bytes) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != name]
+        return b"\r\n".join((*lines, b"", b""))
 
     def leave(self) -> None:
         """End after the next answer that can say so, or when no request comes for a while. An answer under
@@ -163,6 +159,8 @@ class HttpConnection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._plain_head:
+            return
         self._in_request = False
         self._head_bytes = 0
         self._unset_abort()
@@ -232,32 +230,6 @@ class HttpConnection(HttpToolsProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
-
-
-class _Retold:
-    """A parser's callbacks: the connection's, but for those of a head while it is silent."""
-
-    def __init__(self, connection: HttpConnection) -> None:
-        self.silent = True
-        self.on_body = connection.on_body
-        self.on_message_complete = connection.on_message_complete
-        self._connection = connection
-
-    def on_message_begin(self) -> None:
-        if not self.silent:
-            self._connection.on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        if not self.silent:
-            self._connection.on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.silent:
-            self._connection.on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        if not self.silent:
-            self._connection.on_headers_complete()
 
 
 def connection_class(

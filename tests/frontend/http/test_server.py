@@ -127,7 +127,7 @@ async def test_what_is_no_http(served):
 
 @pytest.mark.parametrize("pieces", [1, 2, 1000])
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_an_upgrade_that_is_not_wanted(serve_script, caplog, pieces, chunked):
+async def test_request_that_asks_for_an_upgrade_is_served_as_http_1(serve_script, caplog, pieces, chunked):
     """Java's client asks for h2c with its first request, and goes on with HTTP/1.1 when refused."""
     content = json.dumps(CHAT).encode()
     framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % len(content)
@@ -151,6 +151,13 @@ async def test_an_upgrade_that_is_not_wanted(serve_script, caplog, pieces, chunk
         assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"200"]
         assert answer.count(b'"object":"chat.completion"') == 2
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_connect_request_is_refused_and_ends_nothing_else(served):
+    async with connection(served) as (reader, writer):
+        writer.write(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n")
+        assert (await everything(reader)).startswith(b"HTTP/1.1 400 ")
+    assert (await served.http.get("/live")).status_code == 200
 
 
 @pytest.mark.parametrize(
