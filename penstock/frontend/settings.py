@@ -26,7 +26,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     """A key that requests may bring (`Authorization: Bearer KEY`)."""
 
     api_keys_file: str = ""
-    """File with the hashes of others (frontend/api_keys.py). Neither: none needed."""
+    """File with the hashes of others (frontend/http/api_keys.py). Neither: none needed."""
 
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body: a prompt of a million token ids fits."""

@@ -19,10 +19,10 @@ from penstock.frontend.http.statuses import code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
-"""ASGI extension (frontend/connection.py): a function that drops the connection with all it has unsent."""
+"""ASGI extension (http/connection.py): a function that drops the connection with all it has unsent."""
 
 WRITE_EXTENSION = "penstock.write"
-"""ASGI extension (frontend/connection.py): a function that writes a part of a streamed body at once, or
+"""ASGI extension (http/connection.py): a function that writes a part of a streamed body at once, or
 returns False when the client is behind."""
 
 JSON = b"application/json"
