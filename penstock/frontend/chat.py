@@ -12,7 +12,7 @@ from penstock.frontend.choice import Choice
 from penstock.frontend.endpoint import Beginning
 from penstock.frontend.messages import openai_messages, template_messages
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
-from penstock.frontend.reply import Replies
+from penstock.frontend.reply import ReplyRules
 from penstock.frontend.responses import Envelope, answer_body, envelope_of, finish_name
 from penstock.frontend.sse import Chunks, encode
 from penstock.frontend.text.chat_template import TemplateInput
@@ -22,7 +22,7 @@ from penstock.shapes import JsonObject, Parsed, TokenLogprob, ToolCallDelta
 
 
 class Chat:
-    """One call: messages in, the next message out."""
+    """An Endpoint: messages in, the next message out."""
 
     name: ClassVar = "chat_completions"
     id_prefix: ClassVar = "chatcmpl-"
@@ -39,19 +39,17 @@ class Chat:
 
     @classmethod
     def decode(cls, body: bytes) -> Chat:
-        """As in Endpoint."""
         return cls(decode_chat(body))
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
-        """As in Endpoint."""
-        replies = self._replies(beginning)
+        rules = self._reply_rules(beginning)
         prompt = beginning.text.chat_prompt(beginning.model.name, template_input_of(self._request))
         special = bool(self._request.add_special_tokens)
         prompts = await beginning.encode([prompt], add_special_tokens=special)
-        return beginning.choices(prompts, ChatLogprobs, replies)
+        return beginning.choices(prompts, ChatLogprobs, rules)
 
-    def _replies(self, beginning: Beginning) -> Replies | None:
-        """What takes the answers apart; None when they are plain text."""
+    def _reply_rules(self, beginning: Beginning) -> ReplyRules | None:
+        """How the answers are taken apart; None when they are plain text."""
         request, model, parser = self._request, beginning.model, beginning.text.parser
         tool_parser = model.answering.tool_parser
         if request.calls_tools and (parser is None or not tool_parser):
@@ -62,7 +60,7 @@ class Chat:
             raise RequestRejected(message, code="unsupported_value", field="tools")
         if parser is None:
             return None
-        return Replies(
+        return ReplyRules(
             parser.begin(_set_fields(request)),
             stream=bool(request.stream),
             required=request.tool_choice == "required",
@@ -71,7 +69,6 @@ class Chat:
         )
 
     def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
-        """As in Endpoint."""
         shown = []
         for choice in choices:
             text, logprobs = choice.take()
@@ -90,7 +87,6 @@ class Chat:
         return answer_body(envelope_of(beginning, "chat.completion"), shown, choices)
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> ChatChunks:
-        """As in Endpoint."""
         kind = ChatChunks if choices[0].reply is None else ReplyChunks
         envelope = envelope_of(beginning, "chat.completion.chunk")
         return kind(envelope, len(choices), include_usage=self._request.include_usage)

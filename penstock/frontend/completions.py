@@ -19,7 +19,7 @@ OBJECT: Final = "text_completion"  # of answers and of chunks
 
 
 class Completions:
-    """One call: texts or token ids in, their continuations out."""
+    """An Endpoint: texts or token ids in, their continuations out."""
 
     name: ClassVar = "completions"
     id_prefix: ClassVar = "cmpl-"
@@ -33,11 +33,9 @@ class Completions:
 
     @classmethod
     def decode(cls, body: bytes) -> Completions:
-        """As in Endpoint."""
         return cls(decode_completion(body))
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
-        """As in Endpoint."""
         for prompt in self._prompts:
             if not isinstance(prompt, str):
                 check_vocabulary("prompt", prompt, beginning.model.vocab_size)
@@ -49,7 +47,6 @@ class Completions:
         return beginning.choices(prompts, CompletionLogprobs)
 
     def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
-        """As in Endpoint."""
         shown = []
         for choice in choices:
             text, logprobs = choice.take()
@@ -65,7 +62,6 @@ class Completions:
         return answer_body(envelope_of(beginning, OBJECT), shown, choices)
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> CompletionChunks:
-        """As in Endpoint."""
         envelope = envelope_of(beginning, OBJECT)
         return CompletionChunks(envelope, len(choices), include_usage=self._include_usage)
 

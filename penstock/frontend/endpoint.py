@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol, Self
 
-import msgspec
+from msgspec.structs import replace
 
 from penstock.errors import RequestRejected
 from penstock.frontend.choice import Choice
-from penstock.frontend.reply import Replies
+from penstock.frontend.reply import Reply, ReplyRules
 from penstock.frontend.sampling import choice_seed, too_long, with_room
 from penstock.frontend.text.logprobs import LogprobFormat, TokenBytes
 from penstock.frontend.text.model_text import ModelText
@@ -58,64 +58,54 @@ class Beginning:
         self,
         prompts: Sequence[list[int]],
         logprob_format: Callable[[TokenBytes, int], LogprobFormat],
-        replies: Replies | None = None,
+        rules: ReplyRules | None = None,
     ) -> list[Choice]:
-        """The choices of each prompt. Without `replies` answers are plain text. Raises RequestRejected."""
-        wanted, model = self.wanted, self.model
+        """The choices of each prompt. Without `rules` answers are plain text. Raises RequestRejected."""
+        wanted, model, top = self.wanted, self.model, self.sampling.logprobs
         tokens = sum(map(len, prompts)) * wanted.choices
         if tokens > MAX_CALL_TOKENS:
             message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
             raise RequestRejected(message, field="n")
         age_s = time.perf_counter() - self.caller.since
+        special = wanted.show_special_tokens
+        if rules is not None:
+            special = not rules.parser.skip_special_tokens
+            top = top if rules.show_tokens else None
+        stop_tokens = frozenset((*model.eos_token_ids, *self.sampling.stop_token_ids))
         choices: list[Choice] = []
         for prompt in prompts:
             sampling = with_room(self.sampling, wanted, model, len(prompt), self.default_max_tokens)
-            if replies is not None:
-                sampling = msgspec.structs.replace(sampling, structured=replies.structured(prompt))
+            if rules is not None:
+                sampling = replace(sampling, structured=rules.parser.structured(prompt))
             for number in range(wanted.choices):
                 index = len(choices)
+                seed = choice_seed(sampling.seed, number)
                 request = Request(
                     request_id=f"{self.router_key}-{index}",
                     model=model.name,
                     revision=self.revision,
                     token_ids=prompt,
-                    sampling=sampling if number == 0 else _reseeded(sampling, number),
+                    sampling=sampling if number == 0 else replace(sampling, seed=seed),
                     cache_salt=wanted.cache_salt,
                     priority=self.caller.priority,
                     tenant=self.caller.tenant,
                     call_id=self.router_key,
                     age_s=age_s,
                 )
-                choices.append(self._choice(request, index, number == 0, logprob_format, replies))
+                choice = Choice(
+                    index,
+                    request,
+                    self.text.detokenizer(prompt, special=special),
+                    first_of_prompt=number == 0,
+                    stops=StopMatcher(wanted.stops, wanted.include_stop) if wanted.stops else None,
+                    min_tokens=sampling.min_tokens,
+                    stop_tokens=stop_tokens,
+                    eos_tokens=model.eos_token_ids,
+                    reply=Reply(rules, prompt) if rules is not None else None,
+                    logprob_format=None if top is None else logprob_format(self.text.token_bytes, top),
+                )
+                choices.append(choice)
         return choices
-
-    def _choice(
-        self,
-        request: Request,
-        index: int,
-        first_of_prompt: bool,
-        logprob_format: Callable[[TokenBytes, int], LogprobFormat],
-        replies: Replies | None,
-    ) -> Choice:
-        wanted, prompt, top = self.wanted, request.token_ids, request.sampling.logprobs
-        special = wanted.show_special_tokens if replies is None else replies.show_special_tokens
-        shown = top is not None and (replies is None or replies.show_tokens)
-        return Choice(
-            index,
-            request,
-            self.text.detokenizer(prompt, special=special),
-            first_of_prompt=first_of_prompt,
-            stops=StopMatcher(wanted.stops, wanted.include_stop) if wanted.stops else None,
-            min_tokens=request.sampling.min_tokens,
-            stop_tokens=frozenset((*self.model.eos_token_ids, *request.sampling.stop_token_ids)),
-            eos_tokens=self.model.eos_token_ids,
-            reply=replies.begin(prompt) if replies is not None else None,
-            logprob_format=logprob_format(self.text.token_bytes, top or 0) if shown else None,
-        )
-
-
-def _reseeded(sampling: Sampling, number: int) -> Sampling:
-    return msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, number))
 
 
 class AnswerStream(Protocol):
