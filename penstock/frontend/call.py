@@ -18,8 +18,8 @@ Push = Callable[[Sequence[Choice]], bool]
 
 
 class LoopTurn:
-    """Calls back once, when all that has arrived in this turn of the event loop is dealt with: the tokens
-    of several steps that were read together are one write per stream, and one wake-up for all streams."""
+    """Runs callbacks at the end of this turn of the event loop, after all that arrived in it was handled.
+    So the tokens of several steps that were read together need one write per stream and one wake-up."""
 
     def __init__(self) -> None:
         self._due: list[Callable[[], None]] = []
@@ -42,8 +42,8 @@ class ClientCall:
     As long as a stream's reader keeps up, its chunks are written without waking its task (`push_with`):
     resuming a task through all its coroutines costs more than all else that is done for a token.
 
-    Ends in one of three ways: every choice has its finish_reason, or `error` is set, or `gone` is set
-    (nobody reads any more). In the latter two, what still runs has been cancelled.
+    Ends in one of three ways: every choice has its finish_reason, or `error` is set, or `gone` is set (the
+    client has left). In the latter two, the requests that still ran have been cancelled.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class ClientCall:
             self._tickets[choice.index] = ticket
 
     def push_with(self, push: Push) -> None:
-        """From now on give `push` what is new while somebody waits in `changed`, which then returns only
-        for what `push` left and for the end."""
+        """From now on call `push` with what is new while the writer waits in `changed`, which then returns
+        only when `push` returned False, and at the end."""
         self._push = push
 
     async def changed(self) -> list[Choice]:
-        """The choices that have something new: at once, when some have, or after the next step of any,
-        or at the call's end. A call that does not stream has news at its end only."""
+        """Wait until a choice has something new, or the call has ended, and return the choices that have
+        something new. When the call does not stream, wait for its end."""
         news = self._changed if self._streaming else None
         if not news and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -110,19 +110,19 @@ class ClientCall:
         return changed
 
     def hang_up(self) -> None:
-        """The client is gone."""
+        """The client has left."""
         if not self.ended:
             self.gone = True
             self._end()
 
     def fail(self, error: PenstockError) -> None:
-        """One choice's failure is the call's. Only the first counts, and none after the end."""
+        """End the call with this error, unless it has ended already."""
         if not self.ended:
             self.error = error
             self._end()
 
     def close(self) -> None:
-        """Let go of all that still runs. Must be called in the end. Idempotent."""
+        """Cancel the requests that still run. Must be called in the end. Idempotent."""
         for ticket in self._tickets.values():
             ticket.cancel()
         self._tickets.clear()
@@ -147,7 +147,7 @@ class ClientCall:
             self._open -= 1
             ticket = self._tickets.pop(choice.index, None)
             if delta.finish_reason is None and ticket is not None:
-                ticket.cancel(complete=True)  # a stop string, which only we know of
+                ticket.cancel(complete=True)  # a stop string, which the engine does not know
         elif self._streaming and choice.unsent_chars > self._max_unsent_chars:
             self.hang_up()
             self._on_overflow()
@@ -161,7 +161,7 @@ class ClientCall:
         self._push_due = False
         waiter = self._waiter
         if waiter is None or waiter.done() or self._push is None or not self._changed:
-            return  # who waited is awake, and will look by itself
+            return  # the writer is awake, and takes what changed
         changed = list(self._changed)
         self._changed.clear()
         try:

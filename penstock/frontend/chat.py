@@ -101,7 +101,7 @@ class ChatChunks(Chunks):
 
 
 class ReplyChunks(ChatChunks):
-    """Chunks of answers that are taken apart."""
+    """Chunks of replies: answers that the model's parser takes apart."""
 
     def __init__(self, envelope: Envelope, choices: int, *, include_usage: bool) -> None:
         super().__init__(envelope, choices, include_usage=include_usage)

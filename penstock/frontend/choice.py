@@ -14,7 +14,7 @@ LOGPROB_CHARS = 128  # about what one token's log-probabilities add to an answer
 
 
 class Choice:
-    """Feed it deltas, take from it what is new. `finish_reason` is set with the last of its text.
+    """`feed` takes the engine's output, `take` gives what is new. The last output sets `finish_reason`.
 
     Choices are numbered prompt by prompt: choice k of prompt p has index p * n + k.
     """

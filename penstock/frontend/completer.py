@@ -1,4 +1,4 @@
-"""What the frontend needs of a router: tokens in, tokens out, and who is there."""
+"""The port to a router: what the frontend asks of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Ticket(Protocol):
     """A submitted request."""
 
     def cancel(self, *, complete: bool = False) -> None:
-        """Nobody wants the rest: no further callbacks, and the engine stops. `complete`: because the answer
-        ends here, not because its reader left. Idempotent."""
+        """Stop the engine's work on this request; no callbacks come any more. `complete`: the answer is
+        complete, as opposed to abandoned. Idempotent."""
 
 
 class Completer(Protocol):

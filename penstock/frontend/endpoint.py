@@ -1,4 +1,4 @@
-"""What an API that generates text must bring along (Endpoint), and what all of them share."""
+"""The protocol of an API that generates text, and how prompts become choices for every such API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ takes a second for each million characters."""
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """One beginning of a call, with one revision of its model: its prompts become choices here."""
+    """One beginning of a call, with one revision of its model. When another revision replaces this one
+    before the client has received anything, the call begins again."""
 
     answer_id: str  # as clients see it
     router_key: str  # what the router's names of the choices begin with
@@ -45,8 +46,8 @@ class Beginning:
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Each prompt's token ids. Raises RequestRejected: INVALID for a prompt beyond all measure,
-        OVERLOADED when they would have to wait too long for the tokenizer."""
+        """Each prompt's token ids. Raises RequestRejected: INVALID for a prompt that is too long to be
+        tokenized at all, OVERLOADED when the prompts would wait too long for the tokenizer."""
         limit = self.model.max_model_len * MAX_CHARS_PER_TOKEN
         for text in texts:
             if len(text) > limit:
@@ -119,8 +120,8 @@ class AnswerStream(Protocol):
 
 
 class Endpoint(Protocol):
-    """An API that generates text. One class for each API, one object for each call, and three steps: decode
-    the body, turn it into choices, write what comes of them."""
+    """An API that generates text. Each API is a class, each call an object, with three steps: decode the
+    body, turn it into choices, write the response."""
 
     name: ClassVar[str]  # in metrics and the log
     id_prefix: ClassVar[str]  # of answers

@@ -31,7 +31,7 @@ from penstock.shapes import ModelView
 log = logging.getLogger("penstock.frontend")
 
 LONG_BODY_BYTES: Final = 1024 * 1024  # decoded in 2 ms, if it is text
-RETRY_AFTER_S: Final = 1.0  # for what passes by itself: a full or a leaving frontend
+RETRY_AFTER_S: Final = 1.0  # when the frontend is full or shuts down
 
 MAX_BEGINNINGS: Final = 4
 """How often a call may begin, each time with another revision of its model, before it fails."""
@@ -39,13 +39,13 @@ MAX_BEGINNINGS: Final = 4
 
 @dataclass(slots=True, eq=False)
 class CallRecord:
-    """What is known of a call, for its log line, its metrics and its end."""
+    """What the log line and the metrics of a call need, and what can end it from outside."""
 
     began: float  # perf_counter, once the request was read
     tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
-    call_id: str = ""  # as in the answer's `id`; what the router says of its choices begins with it
-    limit: asyncio.Timeout | None = None  # of its whole time; ends it before there is a call
+    call_id: str = ""  # the `id` of the response; the router's request ids begin with it
+    limit: asyncio.Timeout | None = None  # of the whole call; also ends it while `call` is None
     call: ClientCall | None = None
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
     error: PenstockError | None = None
@@ -57,7 +57,7 @@ class CallRecord:
         return self.call_id if self.beginnings == 1 else f"{self.call_id}-again{self.beginnings}"
 
     def hang_up(self) -> None:
-        """The client is gone."""
+        """The client has left."""
         if self.call is not None:
             self.call.hang_up()
         else:
@@ -71,13 +71,13 @@ class CallRecord:
             self._abandon(error)
 
     def forget_call(self) -> None:
-        """It will be begun again."""
+        """Cancel what was submitted, before another beginning."""
         if self.call is not None:
             self.call.close()
         self.call = None
 
     def _abandon(self, error: PenstockError) -> None:
-        # One that has expired says so itself, and cannot be moved any more.
+        # A limit that has expired raises TimeoutError by itself, and must not be rescheduled.
         if self.error is None and self.limit is not None and not self.limit.expired():
             self.error = error
             self.limit.reschedule(0.0)
@@ -147,7 +147,7 @@ class GenerationServer:
         content = await exchange.body()
         endpoint = api.decode(content)
         if len(content) > LONG_BODY_BYTES:
-            await asyncio.sleep(0)  # others first: rendering it takes as long as decoding did
+            await asyncio.sleep(0)  # let other calls run first: rendering takes as long as decoding did
         record.began = time.perf_counter()
         wanted = endpoint.wanted
         view = self._completer.model(wanted.model)
@@ -179,7 +179,7 @@ class GenerationServer:
         """Answer with this revision of the model."""
         record.beginnings += 1
         wanted = endpoint.wanted
-        sampling = sampling_of(wanted, view.card, self._rng)  # what it refuses needs no tokenizing
+        sampling = sampling_of(wanted, view.card, self._rng)  # refuses before the work of tokenizing
         beginning = Beginning(
             answer_id=record.call_id,
             router_key=record.router_key,
@@ -192,7 +192,7 @@ class GenerationServer:
             default_max_tokens=self._settings.default_max_tokens,
         )
         choices = await endpoint.choices(beginning)
-        if record.error is not None:  # just before the choices were made
+        if record.error is not None:  # the client left, or the frontend ends
             raise record.error
         record.call = call = ClientCall(
             choices,
@@ -272,7 +272,7 @@ class GenerationServer:
 
 
 async def _stream(exchange: HttpExchange, call: ClientCall, stream: AnswerStream) -> None:
-    """The response begins with the first token, so that what fails before still gets its status."""
+    """The response begins with the first token, so that a failure before it still has its HTTP status."""
     changed = await call.changed()
     if call.error is not None:
         raise call.error

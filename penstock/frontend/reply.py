@@ -24,7 +24,7 @@ class ReplyRules:
 
 
 class Reply:
-    """Feed it text with its tokens, take from it what that comes to.
+    """`add` takes text with its tokens, `take` or `whole` gives what the model's parser makes of it.
 
     A stream is parsed step by step, any other answer once in the end, as vLLM does it: its parsers may see
     more in a whole answer than in its parts.

@@ -1,4 +1,4 @@
-"""What a call asks for, in the same terms for every API. Made of the call's body, once."""
+"""What a call asks for, in the same terms for every API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from penstock.shapes import Sampling
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """All that serving a call needs of its body, but for its prompts and the form of its response."""
+    """What every later step needs of a call's body, apart from its prompts. Made when it is decoded."""
 
     model: str
     choices: int = 1

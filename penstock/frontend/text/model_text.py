@@ -1,4 +1,4 @@
-"""Models as texts: conversations and texts to token ids, token ids to text, with each model's own files."""
+"""Conversations and texts to token ids, and token ids to text, with each model's own files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is l
 
 
 class ModelText:
-    """One model's text side: its template, its tokenizer, its parser and what its tokens stand for."""
+    """One model's chat template, tokenizer and parser, and the text of its tokens."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class ModelText:
             self.parser = _parser(view, parsers)
         except jinja2.TemplateSyntaxError as error:
             raise _unusable(view, f"chat template, line {error.lineno}: {error}") from None
-        # Whatever a worker's files hold must not end a frontend. A panic of `tokenizers`, which some cause,
-        # is no Exception; and nothing is cancelled in the loader's thread.
+        # No content of a worker's files may end a frontend. Some files make `tokenizers` panic, which is
+        # no Exception; and nothing is cancelled in the loader's thread.
         except BaseException as error:  # noqa: BLE001
             reason = str(error) or repr(error)
             raise (_not_loaded(view, reason) if _may_pass(error) else _unusable(view, reason)) from None
@@ -134,7 +134,7 @@ class ModelText:
 
 
 class _Loading:
-    """A model's text side, on its way or there; or why there is none."""
+    """A model's text while it is loaded, and then; or the error that loading ended with."""
 
     def __init__(self, text: asyncio.Future[ModelText], failures: int) -> None:
         self.text = text
@@ -156,8 +156,8 @@ class _Loading:
 
 
 class ModelTexts:
-    """Keeps the loaded models. Long prompts are tokenized in one thread and models are loaded in another,
-    since either would hold up the event loop, and no prompt of a loaded model waits for the loading."""
+    """Loads models, and keeps them. One thread tokenizes long prompts and another loads models: both would
+    block the event loop, and no prompt of a loaded model waits while another model is loaded."""
 
     def __init__(
         self, settings: FrontendSettings, metrics: TokenizerMetrics, parsers: ChatParsers | None = None
@@ -171,13 +171,13 @@ class ModelTexts:
         self._turn = TurnBudget(settings.long_text_chars)
 
     async def of(self, view: ModelView, caller: Caller | None = None) -> ModelText:
-        """The model's text side, loaded once for each revision. A failure that may pass is tried again
-        after a pause, which doubles. Without a caller, however long that takes."""
+        """The model's text, loaded once for each revision. After a failure that may pass, loading is tried
+        again after a pause, which doubles. `caller` limits the wait; without it there is no limit."""
         loading = self._loading.get(view.revision)
         if loading is None or loading.retry_at <= monotonic():
             loading = self._load(view, 0 if loading is None else loading.failures)
         self._loading.move_to_end(view.revision)
-        # One client that leaves must not end the loading for the others.
+        # When one client leaves, the loading goes on for the others.
         if loading.text.done():
             return loading.text.result()
         shielded = asyncio.shield(loading.text)
@@ -207,7 +207,7 @@ class ModelTexts:
         return loading
 
     def close(self) -> None:
-        """End the threads. A model that is being loaded, for seconds perhaps, is not waited for."""
+        """End the threads, without waiting for a model that is being loaded."""
         self._thread.close()
         for loading in self._loading.values():
             loading.text.cancel()
