@@ -1,8 +1,8 @@
 """The `Api` port over HTTPS.
 
-Where the server is, whom to trust and what to show it come from lightkube: a kubeconfig, or the service
-account of the pod that this runs in (whose token it reads again when it was renewed). Requests and answers
-are JSON as it is; typed models would drop the fields that they do not know.
+lightkube provides the server's address, the trusted authorities and the credentials: from a kubeconfig, or
+from the service account of this process's pod (whose token it reads again when the token was renewed).
+Requests and answers are plain JSON; typed models would drop fields that they do not know.
 """
 
 from __future__ import annotations
@@ -37,39 +37,40 @@ from penstock.kubernetes.api import (
 from penstock.kubernetes.kinds import PODS
 
 CALL_S = 10.0
-"""For each step of a call: connecting, or the next bytes of an answer."""
+"""Timeout of each step of a call: connecting, or receiving the next bytes of an answer."""
 
 WHOLE_CALL_S = 30.0
-"""For one call, from connecting to the last byte."""
+"""Timeout of a whole call, from connecting to the last byte."""
 
 CONNECTIONS_MAX = 1000
-"""At one time: each watch has its own, and each log that is followed."""
+"""Most connections at one time. Each watch and each followed log has its own."""
 
 PAGE_ITEMS = 500
-"""Objects in one answer of a list: a server holds its answers in memory."""
+"""Objects in one answer of a list. The server keeps its answers in memory."""
 
 LINE_BYTES_MAX = 8 * 1024 * 1024
-"""Longest message of a watch. An object has at most 1.5 MB in etcd; its JSON may be longer."""
+"""Longest message of a watch. An object takes at most 1.5 MB in etcd; its JSON may be longer."""
 
 LOG_LINE_BYTES_MAX = 64 * 1024
-"""A longer line of a log becomes several."""
+"""A longer line of a log is split."""
 
 LOG_SILENCE_S = 300.0
-"""How long a container may write nothing before its log is asked for again: nobody says whether it still
-runs."""
+"""How long a container may write nothing before its log is requested again. The server does not report
+whether the container still runs."""
 
 SILENCE_S = 30.0
-"""How much longer than asked for a watch may stay open without a byte."""
+"""How much longer than requested a watch may stay open without a byte."""
 
 _TEXT_MAX = 300
-"""Characters of a reply that is shown in an error."""
+"""Most characters of a reply that an error shows."""
 
 _decode = msgspec.json.Decoder().decode
 
 
 def connect(kubeconfig: str = "") -> HttpsApi:
-    """The API server that a kubeconfig names (its current context); without one that of the cluster that
-    this runs in, and outside of clusters $KUBECONFIG or ~/.kube/config. Raises ConfigError."""
+    """A client of the API server in the current context of a kubeconfig. Without a kubeconfig: of the
+    cluster in which this process runs; outside of clusters, from $KUBECONFIG or ~/.kube/config. Raises
+    ConfigError."""
     return HttpsApi(_config(kubeconfig))
 
 
@@ -106,7 +107,7 @@ class HttpsApi:
     """One API server."""
 
     def __init__(self, config: SingleConfig) -> None:
-        """Connects to nothing yet. Raises ConfigError when certificates cannot be read."""
+        """Does not connect yet. Raises ConfigError if certificates cannot be read."""
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX)
         try:
             given = ConnectionParams(timeout=httpx2.Timeout(CALL_S)).httpx_params(config)
@@ -131,8 +132,8 @@ class HttpsApi:
             with _mapped(f"listing {kind}"):
                 for item in page.get("items") or ():
                     _check(item)
-                    # Items of a list do not say what they are; whoever gets one should not need to know
-                    # from where.
+                    # Items of a list lack apiVersion and kind. They are added, so that all objects have
+                    # them.
                     items.append({"apiVersion": kind.api_version, "kind": kind.name, **item})
                 following = page["metadata"].get("continue", "")
                 version = str(page["metadata"]["resourceVersion"])
@@ -167,7 +168,9 @@ class HttpsApi:
                     if message["type"] == "ERROR":
                         raise _status_error(message["object"], 500)
                     change = Change(message["type"], message["object"])
-                    change.object["metadata"]["resourceVersion"]  # whoever follows goes on from there
+                    change.object["metadata"][
+                        "resourceVersion"
+                    ]  # a KeyError here: the watch could not be continued without it
                     if change.type != "BOOKMARK":
                         _check(change.object)
                     yield change
@@ -286,7 +289,7 @@ def _path(kind: Kind, namespace: str, name: str = "", subresource: str = "") -> 
 
 
 def _check(item: Object) -> None:
-    """Whoever gets an object finds in it what every object has. Raises what _mapped maps."""
+    """Check that an object has the fields of every object. Raises errors that `_mapped` translates."""
     metadata = item["metadata"]
     metadata["name"], metadata["resourceVersion"]
 
@@ -296,7 +299,7 @@ def _given(query: Mapping[str, str]) -> dict[str, str]:
 
 
 async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """The messages of a watch, each a line."""
+    """The messages of a watch, one per line."""
     rest = bytearray()
     async for chunk in response.aiter_bytes():
         rest += chunk
@@ -310,7 +313,7 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
 
 
 async def _log_parts(response: httpx2.Response) -> AsyncIterator[tuple[bytes, bool]]:
-    """The lines of a log, and that they begin here; one that is too long comes in parts."""
+    """The lines of a log. A line that is too long is split."""
     rest = bytearray()
     begins = True
     async for chunk in response.aiter_bytes():
@@ -331,7 +334,7 @@ async def _log_parts(response: httpx2.Response) -> AsyncIterator[tuple[bytes, bo
 
 @contextlib.contextmanager
 def _mapped(what: str) -> Iterator[None]:
-    """Foreign errors as ApiError."""
+    """Translate errors of libraries into ApiError."""
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
@@ -357,7 +360,7 @@ def _error(response: httpx2.Response) -> ApiError:
 def _status_error(status: Mapping[str, Any], code: int) -> ApiError:
     message = " ".join(str(status.get("message", "")).split())
     reason, causes = str(status.get("reason", "")), []
-    with contextlib.suppress(AttributeError, TypeError):  # a proxy may answer in another shape
+    with contextlib.suppress(AttributeError, TypeError):  # the reply of a proxy may have another structure
         for cause in (status.get("details") or {}).get("causes") or ():
             causes.append((str(cause.get("field", "")), " ".join(str(cause.get("message", "")).split())))
             if cause.get("reason") == NAMESPACE_ENDS:

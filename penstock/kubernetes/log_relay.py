@@ -1,9 +1,10 @@
-"""The logs of all pods of one role, as one: `kubectl logs -l` shows those of pods with one label only.
+"""Merges the logs of all pods of one role into one, since `kubectl logs -l` selects pods by one label only.
 
-Each pod's log is followed from its last lines on, or, if the pod is newer than the relay, from its first. A
-connection that ends is made again from the time of the last line; lines of that time that were shown before
-are left out. What a container wrote while the API server was away is shown afterwards, unless the container
-was replaced meanwhile: Kubernetes shows the log of the latest one.
+The relay follows each pod's log from its last lines on; if the pod is newer than the relay, from its first
+line. When a connection ends, the log is requested again from the time of the last line, and lines of that
+time that were shown before are left out. Lines written while the API server did not answer are shown
+afterwards, unless the container was replaced meanwhile: Kubernetes only shows the log of the latest
+container.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ CONTAINER = "main"
 
 
 class RelaySettings(msgspec.Struct, frozen=True):
-    """What is shown, and when.
+    """The settings of a log relay.
 
-    tail_lines: with how many lines the log of a pod begins that ran before the relay did.
-    retry_min_s, retry_max_s: pause before a log is asked for again; doubles as long as nothing new comes.
-    last_lines_s: how long the log of a pod may go on that is gone.
-    asked_s: a log that was followed for so long was read from its beginning, even if it had no lines.
-    pods: how the pods are followed.
+    tail_lines: number of old lines that are shown of a pod that is older than the relay.
+    retry_min_s, retry_max_s: pause before a log is requested again; it doubles while no new line comes.
+    last_lines_s: how long the log of a deleted pod is still read.
+    asked_s: a log that was followed for this long was read from its beginning, even if it had no lines.
+    pods: times of the watch on pods.
     """
 
     tail_lines: int = 10
@@ -77,7 +78,7 @@ class LogRelay:
             settings=settings.pods,
             clock=clock,
         )
-        self._tasks: asyncio.TaskGroup  # of `run`, as is
+        self._tasks: asyncio.TaskGroup  # set by `run`, as is
 
     async def run(self) -> None:
         """Relay until cancelled."""
@@ -113,7 +114,7 @@ class LogRelay:
         source.following.cancel()
 
     async def _follow(self, source: _Source) -> None:
-        """One pod's log, over the ends of connections and of containers."""
+        """Follow one pod's log, also after a connection or a container has ended."""
         fruitless = 0
         while not source.gone:
             source.changed.clear()
@@ -124,7 +125,7 @@ class LogRelay:
             await self._pause(source, longest_s * random.uniform(0.5, 1.0))
 
     async def _read(self, source: _Source) -> bool:
-        """Until the log or the connection ends. Whether there was anything new."""
+        """Read until the log or the connection ends. Returns whether any line was new."""
         position = source.position
         before, began = position.shown, self._clock.now()
         reading = self._api.logs(
@@ -147,7 +148,7 @@ class LogRelay:
         return position.shown > before
 
     async def _pause(self, source: _Source, seconds: float) -> None:
-        """For some time, or until the pod has another container or is gone."""
+        """Wait for some time, or until the pod has a new container or was deleted."""
         waits = {
             asyncio.create_task(source.changed.wait()),
             asyncio.create_task(self._clock.sleep(seconds)),
@@ -166,34 +167,34 @@ class _Source:
     def __init__(self, pod: str, position: _Position) -> None:
         self.pod = pod
         self.position = position
-        self.changed = asyncio.Event()  # it has another container, or is gone
+        self.changed = asyncio.Event()  # the pod has a new container, or was deleted
         self.gone = False
         self.following: asyncio.Task[None] | None = None
 
 
 class _Position:
-    """How far a log has been shown. A server that is asked for the lines since some time begins up to a
-    second before.
+    """How far a log has been shown. When lines since some time are requested, the server begins up to a
+    second earlier.
 
-    tail_lines: with how many lines to begin as long as none has been shown; None: with the first.
+    tail_lines: the number of old lines to begin with while no line has been shown; None: all.
     """
 
     def __init__(self, tail_lines: int | None) -> None:
         self.tail_lines = tail_lines
-        self.time = ""  # of the latest line that was shown, as the server said it
+        self.time = ""  # of the latest shown line, as the server wrote it
         self.shown = 0
-        self._nanoseconds = 0  # the same time
-        self._shown_of_then = 0  # lines of exactly that time that were shown
-        self._seen_of_then = 0  # and that came since `begin`
-        self._caught_up = False  # a new line came since `begin`: so is all that follows, whatever its time
+        self._nanoseconds = 0  # `time` as a number
+        self._shown_of_then = 0  # shown lines of exactly that time
+        self._seen_of_then = 0  # lines of exactly that time since `begin`
+        self._caught_up = False  # whether a new line came since `begin`: then all further lines are new
 
     def begin(self) -> None:
-        """The log comes anew, from `time` on."""
+        """Begin to read the log again, from `time` on."""
         self._seen_of_then = 0
         self._caught_up = False
 
     def is_new(self, line: LogLine) -> bool:
-        """Whether the line has not been shown. If so, it counts as shown now."""
+        """Whether the line is new. A new line counts as shown from now on."""
         nanoseconds = nanoseconds_of(line.time)
         if nanoseconds == self._nanoseconds:
             self._seen_of_then += 1
@@ -213,7 +214,7 @@ class _Position:
 
 
 def nanoseconds_of(time: str) -> int:
-    """Since 1970, of a time as RFC 3339 has it, with as many digits as it has. 0 for what is no time."""
+    """The nanoseconds since 1970 of a time in RFC 3339, with any number of digits. 0 if it is invalid."""
     whole, point, rest = time.partition(".")
     digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
     zone = rest[len(digits) :] if point else ""
@@ -225,7 +226,7 @@ def nanoseconds_of(time: str) -> int:
 
 
 def _process(pod: Object) -> tuple[object, ...]:
-    """Another one for each container that may have a log of its own."""
+    """A value that changes with each new container of a pod, since each has a log of its own."""
     return pod["restarts"], pod["state"]
 
 

@@ -32,7 +32,7 @@ one."""
 
 
 class ReflectorSettings(msgspec.Struct, frozen=True):
-    """Times of a reflector.
+    """The times of a reflector.
 
     watch_s: how long one watch lasts; the longest time for which a dead server goes unnoticed.
     lasting_s: a watch that ended sooner counts as failed.

@@ -1,4 +1,5 @@
-"""What a graph's pods may ask of the API server: frontends who their workers are, log relays for logs."""
+"""Renders the rights of a graph's pods at the API server: frontends may find pods, log relays may read
+logs."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ _READ_LOGS = {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]}
 
 
 def frontend_access(graph: str, namespace: str, own_accounts: Sequence[str]) -> list[Object]:
-    """To find workers. Frontends that run under an account of their user's get the same rights.
+    """The rights of frontends to find workers. ServiceAccounts that the manifest names get them as well.
 
     Args:
-        own_accounts: names of such accounts; empty for a frontend that has none.
+        own_accounts: for each frontend, the account that the manifest names; empty if it names none.
     """
     name = names.frontend_account(graph)
     accounts = sorted({account or name for account in own_accounts})
@@ -25,7 +26,7 @@ def frontend_access(graph: str, namespace: str, own_accounts: Sequence[str]) -> 
 
 
 def relay_access(graph: str, namespace: str) -> list[Object]:
-    """To find pods and read their logs."""
+    """The rights of log relays to find pods and read their logs."""
     name = names.log_relay(graph)
     return _access(graph, "log-relay", name, [_FIND_PODS, _READ_LOGS], namespace, [name])
 
@@ -33,7 +34,7 @@ def relay_access(graph: str, namespace: str) -> list[Object]:
 def _access(
     graph: str, component: str, name: str, rules: list[Object], namespace: str, accounts: Sequence[str]
 ) -> list[Object]:
-    """A ServiceAccount, a Role, and the RoleBinding between them."""
+    """A ServiceAccount, a Role, and a RoleBinding that grants the Role to the accounts."""
     about = {"name": name, "labels": names.common_labels(graph, component)}
     subjects = [{"kind": "ServiceAccount", "name": account} for account in accounts]
     if namespace:

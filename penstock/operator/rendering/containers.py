@@ -1,4 +1,4 @@
-"""The container `main` of a service's pods: command, environment, ports, probes and what it may do."""
+"""Renders the container `main` of a pod: command, environment, ports, probes and security context."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from penstock.operator.settings import RenderSettings
 _LIVE, _HEALTH = "/live", "/health"
 _COMPILATION_CACHE = f"{names.HOME}/.cache/vllm"
 
-# Not a user's to set: the operator runs Penstock, and knows where its parts are.
+# The operator sets these fields; a manifest cannot.
 _OPERATORS = ("name", "command", "args", "image", "env", "workingDir")
 
 
 def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
-    """What the kubelet starts. Its PID 1 is Penstock, so that SIGTERM begins the drain."""
+    """The container. Its process 1 is Penstock, so that SIGTERM begins the drain."""
     container: Object = {
         "name": names.MAIN,
         "image": plan.image,
@@ -39,8 +39,7 @@ def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
         **_lifecycle(plan, settings),
         "resources": resources(plan),
         "securityContext": container_security(writes_anywhere=writes_anywhere(plan)),
-        # What a process that failed said last then stands in the pod's status, and from there in the
-        # graph's.
+        # The last output of a failed process appears in the pod's status, and from there in the graph's.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": volume_mounts(plan),
     }
@@ -59,16 +58,17 @@ def main_container(plan: ServicePlan, settings: RenderSettings) -> Object:
 
 
 def environment(plan: ServicePlan) -> list[Object]:
-    """The pod's own variables, then those of graph, service and container, then those of a shell script.
+    """The pod's own variables, then those of graph, service and container, then those that a shell script
+    sets.
 
-    A name stands here once, with its last value, where it stood first: the API allows no more, and what
-    refers to it comes after it.
+    Each name occurs once, as the API requires: with its last value, at its first position. So variables
+    that refer to it come after it.
     """
     variables: dict[str, Object] = {
         name: {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
         for name, path in names.POD_VARIABLES.items()
     }
-    # Without an entry for the user in the image's /etc/passwd, torch asks USER who that is.
+    # torch reads the user's name from USER if the image's /etc/passwd has no entry for the user.
     for name, value in (("HOME", names.HOME), ("USER", names.USER)):
         variables[name] = {"name": name, "value": value}
     if cache := _compilation_cache(plan):
@@ -91,7 +91,7 @@ def _entry(entry: Env) -> Object:
 
 
 def _variable(plan: ServicePlan, name: str, raw: Mapping[str, Any]) -> Object:
-    """As written, unless something set it again after what refers to it, or a shell script set it."""
+    """The variable as written, unless its value changed: it was set again, or a shell script set it."""
     value = plan.service.env.get(name)
     if raw.get("valueFrom") is not None or value is None or unresolved_reference(value):
         return {field: item for field, item in raw.items() if item is not None}
@@ -120,8 +120,8 @@ def _port(number: int, name: str) -> Object:
 
 
 def _probes(plan: ServicePlan) -> Object:
-    """The manifest API's defaults, with its limits in minutes and hours, but looked at more often, so that
-    a pod counts as ready sooner, and less strict about life: who is busy for a moment is alive."""
+    """The manifest API's default probes, with two changes. They are checked more often, so that a pod
+    counts as ready sooner. And liveness tolerates more failures, so that a busy process is not killed."""
     if plan.is_frontend:
         scheme = "HTTPS" if plan.frontend_options.http_tls_cert else ""
         defaults = {
@@ -158,7 +158,8 @@ def _lifecycle(plan: ServicePlan, settings: RenderSettings) -> Object:
 
 
 def grace_period_s(plan: ServicePlan, settings: RenderSettings) -> int:
-    """Seconds from the decision that a pod ends to its SIGKILL: it drains, and keeps KV for its readers."""
+    """Seconds from the deletion of a pod to SIGKILL. In that time it drains, and keeps KV for its
+    readers."""
     kept_s = settings.pre_stop_s if plan.is_frontend else plan.worker_options.handoff_ttl_s
     return math.ceil(plan.options.drain_s + kept_s + settings.grace_slack_s)
 
@@ -167,12 +168,12 @@ def grace_period_s(plan: ServicePlan, settings: RenderSettings) -> int:
 
 
 def writes_anywhere(plan: ServicePlan) -> bool:
-    """vLLM, torch and the CUDA libraries write caches beside their code and in places of their own."""
+    """Whether the container may write anywhere. vLLM, torch and CUDA write caches to various folders."""
     return plan.needs_gpu_stack
 
 
 def volume_mounts(plan: ServicePlan) -> list[Object]:
-    """Of the volumes that pods.py makes."""
+    """The mounts of the volumes that pods.py renders."""
     mounts: list[Object] = [{"name": names.HOME_VOLUME, "mountPath": names.HOME}]
     if not writes_anywhere(plan):
         mounts.append({"name": names.TEMPORARY_VOLUME, "mountPath": "/tmp"})
@@ -184,7 +185,7 @@ def volume_mounts(plan: ServicePlan) -> list[Object]:
 
 
 def shared_memory_size(plan: ServicePlan, default: str) -> str:
-    """The limit of /dev/shm; empty: the container runtime's own, 64 MiB."""
+    """The size limit of /dev/shm; empty: the container runtime's default, 64 MiB."""
     given = plan.spec.shared_memory
     if given is not None and given.disabled:
         return ""
@@ -194,7 +195,7 @@ def shared_memory_size(plan: ServicePlan, default: str) -> str:
 
 
 def claim_mounts(plan: ServicePlan) -> dict[str, str]:
-    """By the name of a PersistentVolumeClaim, where the container sees it."""
+    """The mount path of each PersistentVolumeClaim, by its name."""
     mounts = {claim.name: claim.mount_point for claim in plan.spec.pvcs if claim.mount_point}
     if plan.spec.pvc is not None and plan.spec.pvc.mount_point:
         mounts[plan.spec.pvc.name] = plan.spec.pvc.mount_point

@@ -1,8 +1,9 @@
-"""Which objects a graph should have: a DynamoGraphDeployment, settings and facts in, objects out. Pure.
+"""Renders a graph: computes the objects that it should have, from its manifest, the operator's settings and
+facts about the cluster. Pure.
 
-The commands come from `graph/`, which `penstock up` uses too; the rest of a pod is the manifest's, over the
-operator's defaults. What the manifest asks for and does not get is told in a note, what makes no sense in a
-ConfigError with a line for each thing.
+The commands come from `graph/`, which `penstock up` uses as well. For the rest of a pod, the manifest
+overrides the operator's defaults. A note says what the manifest asks for and does not get. A ConfigError
+has a line for each mistake in the manifest.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ _WITHOUT_EFFECT = {
     "modelRef": "models are found by the frontends themselves",
     "topologyConstraint": f"the annotation {names.TOPOLOGY_KEY} names the domain that workers prefer",
 }
-"""Fields of a service, and what there is instead. Of a frontendSidecar graph/ tells."""
+"""Fields of a service that have no effect, with the reason. graph/ notes a frontendSidecar."""
 
 
 def desired(manifest_object: Mapping[str, Any], settings: RenderSettings, cluster: ClusterFacts) -> Desired:
-    """All that a graph should have.
+    """The objects that a graph should have.
 
     Args:
-        manifest_object: a DynamoGraphDeployment as the API server has it, of any version.
+        manifest_object: a DynamoGraphDeployment from the API server, of any version.
 
     Raises:
-        ConfigError: one line for each wrong thing, naming the field or annotation.
+        ConfigError: one line for each mistake, with the field or annotation.
     """
     document = checked_document(manifest_object, "")
     manifest = manifest_of(document, manifest_object["apiVersion"])
@@ -103,7 +104,7 @@ def _overrides(annotations: Mapping[str, str]) -> Overrides:
 
 
 def _rules(manifest: Manifest) -> ClusterRules:
-    """A service's annotations go before the graph's."""
+    """The overrides of each service. A service's annotations take precedence over the graph's."""
     overrides = {}
     for name, spec in manifest.spec.services.items():
         pods = spec.extra_pod_metadata
@@ -152,7 +153,7 @@ def _strategy(planner: ServicePlanner, plan: ServicePlan) -> Object:
 def _tried(
     wrong: list[str], service: str, make: Callable[P, T], *args: P.args, **named: P.kwargs
 ) -> T | None:
-    """What `make` returns; when it refuses, its lines are added to `wrong`."""
+    """What `make` returns. The lines of a ConfigError that it raises are added to `wrong`."""
     try:
         return make(*args, **named)
     except ConfigError as error:
@@ -193,7 +194,7 @@ def _service_objects(
 
 
 def _missing_api(plan: ServicePlan, cluster: ClusterFacts) -> str:
-    """What the cluster must have for this service, and does not."""
+    """The kind that this service needs and the cluster does not serve; empty if there is none."""
     if plan.nodes > 1 and LEADER_WORKER_SETS not in cluster.served:
         return _with_version(LEADER_WORKER_SETS)
     return ""

@@ -1,7 +1,7 @@
-"""A user's part of an object over the operator's, as `kubectl patch` merges: what people wrote wins.
+"""Merges a manifest's part of an object over the operator's, as `kubectl patch` does: the manifest wins.
 
-Objects merge field by field. Lists whose items have a name or a path of their own merge item by item, so
-that one more volume does not displace the operator's; other lists replace each other.
+Objects are merged field by field. Lists whose items have a name or a path are merged item by item, so that
+a further volume does not remove the operator's. Other lists are replaced.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ _KEYS = {
     "volumeDevices": "devicePath",
     "ports": "containerPort",
 }
-"""By a list's field: what tells its items apart."""
+"""By the field of a list: the key that identifies its items."""
 
 _APPENDED = frozenset({"tolerations", "envFrom"})
 _ITEMS_MERGED = frozenset({"containers", "initContainers", "ports"})
-"""Lists whose items merge too. In the others an item is one choice: a volume with two sources is none."""
+"""Lists whose items are merged. In other lists an item is replaced: a volume with two sources is
+invalid."""
 
 _ONE_CHOICE = frozenset({"livenessProbe", "readinessProbe", "startupProbe", "preStop", "postStart"})
-"""Objects of which a user's replaces the operator's: half of each would be neither."""
+"""Objects that are replaced as a whole: a mixture of two would be invalid."""
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with all that `over` says; nulls in it say nothing."""
+    """`base`, overridden by the fields of `over` that are not null."""
     result = dict(base)
     for field, value in over.items():
         if value is not None:

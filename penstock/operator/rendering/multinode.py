@@ -1,4 +1,4 @@
-"""The pods that serve one worker together with its leader: vLLM without a head, on the other nodes."""
+"""Renders the follower pods of a worker that spans several nodes. They run vLLM with `--headless`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from penstock.operator.rendering.service_plan import ServicePlan
 from penstock.operator.rendering.vllm_flags import follower_flags
 
 _OF_THE_LEADER = ("livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "ports")
-"""Nothing listens in the others. Their group is started anew when one of them ends."""
+"""Fields that followers do not have: nothing listens in them, and if one ends, its group is started
+anew."""
 
 
 def follower_template(plan: ServicePlan, leader: Object) -> Object:
-    """As the leader's, but found by nobody, without the link's secrets, and running vLLM itself."""
+    """The leader's template, changed: frontends do not find the pods, no link secret is mounted, vLLM
+    runs."""
     labels = {
         name: value for name, value in leader["metadata"]["labels"].items() if name != names.DISCOVERED_BY
     }
@@ -30,9 +32,9 @@ def follower_template(plan: ServicePlan, leader: Object) -> Object:
 
 
 def _waits_for_leader(plan: ServicePlan) -> Object:
-    """vLLM without a head ends at once on SIGTERM, and the leader's requests with it, for which the leader
-    would still have had its drain. So the signal is held back until the leader is gone. Two silences count:
-    a leader that is busy may miss one."""
+    """Delays SIGTERM until the leader has ended. A headless vLLM ends at once on SIGTERM, and with it the
+    requests that the leader still drains. The leader counts as ended after two failed checks in a row,
+    since a busy leader may miss one."""
     if plan.system_port <= 0:
         seconds = str(round(plan.options.drain_s))
         return {"preStop": {"exec": {"command": ["sleep", seconds]}}}

@@ -1,4 +1,4 @@
-"""How a frontend is reached: its Service, and an Ingress where the manifest asks for one."""
+"""Renders the Service of a frontend, and its Ingress if the manifest asks for one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DEFAULT_SUFFIX = "local"  # of hosts, as the manifest API has it
 
 
 def service(plan: ServicePlan) -> Object:
-    """One address for all replicas of a frontend."""
+    """The Service: one address for all replicas of a frontend."""
     port = {
         "name": names.HTTP_PORT_NAME,
         "port": names.HTTP_PORT,
@@ -29,7 +29,7 @@ def service(plan: ServicePlan) -> Object:
 
 
 def ingress(plan: ServicePlan, spec: IngressSpec) -> Object:
-    """The way in from outside of the cluster, to the Service of the same name."""
+    """The Ingress: routes requests from outside the cluster to the Service of the same name."""
     host = ingress_host(spec)
     backend = {"service": {"name": plan.object_name, "port": {"name": names.HTTP_PORT_NAME}}}
     rule = {"host": host, "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}
@@ -51,7 +51,8 @@ def ingress(plan: ServicePlan, spec: IngressSpec) -> Object:
 
 
 def ingress_host(spec: IngressSpec) -> str:
-    """As the manifest API makes it: prefix and host, a dot, and the suffix unless that is empty."""
+    """The host, as the manifest API composes it: prefix and host, a dot, and the suffix unless it is
+    empty."""
     suffix = _DEFAULT_SUFFIX if spec.host_suffix is None else spec.host_suffix
     host = f"{spec.host_prefix or ''}{spec.host or ''}"
     return f"{host}.{suffix}" if suffix else host

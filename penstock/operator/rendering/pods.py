@@ -1,4 +1,4 @@
-"""The pods of a service: what the kubelet and the scheduler read, around the container `main`."""
+"""Renders the pod template of a service, around the container `main`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PAIR = (Role.PREFILL.value, Role.DECODE.value)
 _NEAR_WEIGHT = 50  # of 100: less than what a user prefers by a weight of 100
 
 _NAMES_OF_OBJECTS = (names.SELECTOR, names.DISCOVERED_BY, names.GRAPH_NAME, "app.kubernetes.io/managed-by")
-"""Labels by which the operator and the frontends find pods. A user's value would hide them."""
+"""Labels by which the operator and the frontends find pods. A manifest cannot change them."""
 
 
 def pod_template(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...]) -> Object:
-    """The template of a Deployment, or of a leader.
+    """The pod template of a Deployment, or of the leader in a LeaderWorkerSet.
 
     Args:
-        roles: those that the graph has.
+        roles: the roles that the graph has.
     """
     spec = merged(_pod_spec(plan, settings, roles), plan.pod_spec)
     for kind in ("initContainers", "containers"):
@@ -52,7 +52,7 @@ def pod_template(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, 
 
 
 def pod_labels(plan: ServicePlan) -> dict[str, str]:
-    """The manifest's labels win, but for those by which pods are found."""
+    """The labels of a pod. The manifest's override the operator's, except those by which pods are found."""
     graph = plan.graph.name
     labels = {
         **names.common_labels(graph, plan.role),
@@ -72,13 +72,14 @@ def pod_labels(plan: ServicePlan) -> dict[str, str]:
 
 
 def reserved_labels(plan: ServicePlan) -> list[str]:
-    """Labels of the manifest that have no effect."""
+    """The manifest's labels that have no effect."""
     own = plan.labels | (plan.spec.extra_pod_metadata.labels if plan.spec.extra_pod_metadata else {})
     return [label for label in own if label in _NAMES_OF_OBJECTS]
 
 
 def pod_annotations(plan: ServicePlan) -> dict[str, str]:
-    """The manifest's, but for those that speak to the operator, and what a restart changes."""
+    """The manifest's annotations without those for the operator, and the annotation that a restart
+    changes."""
     pods = plan.spec.extra_pod_metadata
     own = plan.annotations | (pods.annotations if pods else {})
     annotations = {
@@ -92,7 +93,7 @@ def _pod_spec(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...
         "containers": [main_container(plan, settings)],
         "volumes": _volumes(plan, settings),
         "securityContext": pod_security(),
-        # A Service called "vllm" would set VLLM_PORT in every pod, which vLLM takes for its own.
+        # A Service called "vllm" would set VLLM_PORT in every pod, and vLLM would use it.
         "enableServiceLinks": False,
         "automountServiceAccountToken": plan.discovers_by_api,
         "topologySpreadConstraints": [
@@ -116,8 +117,8 @@ def _pod_spec(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...
 
 
 def _with_protocols(container: Object) -> Object:
-    """Ports with the protocol that they have by default: server-side apply tells them apart by it, and
-    Kubernetes before 1.21 refuses those that leave it out."""
+    """The container with a protocol at each port. Server-side apply distinguishes ports by it, and
+    Kubernetes before 1.21 refuses ports without one."""
     if not container.get("ports"):
         return container
     return container | {
@@ -126,7 +127,7 @@ def _with_protocols(container: Object) -> Object:
 
 
 def _near_partners(plan: ServicePlan) -> Object:
-    """Prefill and decode workers of a graph prefer one domain, for the KV that moves between them."""
+    """Have prefill and decode workers prefer the same topology domain, for faster KV transfers."""
     return {
         "preferredDuringSchedulingIgnoredDuringExecution": [
             {

@@ -1,6 +1,7 @@
-"""Amounts such as `500m` and `16Gi`, read as an API server would read them.
+"""Finds invalid amounts in a manifest. Valid ones are `500m` or `16Gi`, for example.
 
-One that is none makes the server refuse the whole object with a message that does not say where it stands.
+For an invalid amount the API server would refuse the whole object, with a message that does not name the
+field.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _QUANTITY = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?\
 
 
 def wrong_quantities(spec: Mapping[str, Any]) -> list[str]:
-    """A line for each amount in the `spec` of a graph that is none."""
+    """A line for each invalid amount in the `spec` of a graph."""
     return [
         f"{path}: expected an amount such as 500m, 2 or 16Gi, got {shown(value)}"
         for path, value in _quantities(spec)
@@ -43,11 +44,11 @@ def _quantities(spec: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_resources(path: str, resources: Any) -> Iterator[tuple[str, Any]]:
-    """GPUs are counted elsewhere: they are whole numbers."""
+    """The amounts of a `resources` field, without GPUs and nodes, which are checked elsewhere."""
     for part in ("requests", "limits"):
         amounts = resources.get(part) if isinstance(resources, dict) else None
         if not isinstance(amounts, dict):
-            continue  # the API server names what is of a wrong type
+            continue  # of a wrong type, which the API server reports
         for name, value in amounts.items():
             if name == "custom":
                 yield from ((f"{path}.{part}.custom.{one}", given) for one, given in (value or {}).items())

@@ -1,7 +1,8 @@
-"""What an API server refuses, in the words of the manifest.
+"""Explains in the manifest's terms why the API server refused an object.
 
-The server speaks of the object that it was sent, `spec.template.spec.containers[0].env[5].name` of a
-Deployment; people know their manifest, `extraPodSpec.mainContainer.env[A].name` of a service.
+The server names a field of the object that it received, such as
+`spec.template.spec.containers[0].env[5].name` of a Deployment. Users know their manifest:
+`extraPodSpec.mainContainer.env[A].name` of a service.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from penstock.kubernetes.api import ApiError, Object, name_of
 from penstock.operator.names import MAIN
 
 _PATTERN = re.compile(r" \((?:e\.g\.|regex used).*?'\)")
-"""An example and a regular expression, which are longer than what they explain."""
+"""An example and a regular expression in a message, which are longer than the rest."""
 
 _PREFIX = re.compile(r'^\S+ "[^"]*" is invalid: ')
 _INDEXED = re.compile(r"^(\w+)\[(\d+)\]$")
@@ -27,16 +28,16 @@ _PLACES = (
     ("metadata.annotations", "annotations"),
 )
 _OF_SERVICES = frozenset({"resources", "livenessProbe", "readinessProbe"})
-"""Fields of a container that a manifest may have beside the pod."""
+"""Fields of a container that a manifest may have in the service itself."""
 
 
 def in_words(error: ApiError, item: Object, service: str, given: Mapping[str, Any]) -> str:
-    """What is wrong, naming the service and the field.
+    """The error message, with the service and the field.
 
     Args:
-        item: what was refused.
-        service: whose object it is, by its key in the manifest; empty: the graph's.
-        given: that service, as the manifest has it.
+        item: the refused object.
+        service: the key of the object's service in the manifest; empty if the object is the graph's.
+        given: that service in the manifest.
     """
     lines = []
     for field, message in error.causes:
@@ -65,8 +66,8 @@ def _in_manifest(field: str, item: Object, given: Mapping[str, Any]) -> str:
 
 
 def _by_name(field: str, item: Object) -> str:
-    """The path with names in place of numbers, where the items of a list have names: numbers count items
-    that are not in the manifest, too."""
+    """The path with names in place of indices where list items have names. Indices would count items that
+    are not in the manifest."""
     at: Any = item
     parts = []
     for part in field.split("."):

@@ -1,7 +1,7 @@
-"""Log relays: for each role a small pod that shows the logs of all pods of that role.
+"""Renders the log relays: for each role, a small pod that shows the logs of all pods of that role.
 
-`kubectl logs -l app=GRAPH-prefill` must find pods with that label, and `-l app=GRAPH` all that serve: no
-pod can carry both. So the pods that serve carry the latter, and a relay the former.
+`kubectl logs -l app=GRAPH-prefill` needs pods with that label, and `-l app=GRAPH` needs all serving pods. A
+pod cannot have both values. So serving pods have the latter, and log relays the former.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _COMPONENT = "log-relay"
 
 
 def log_relay(graph: str, role: str, image: str, settings: RenderSettings) -> Object:
-    """The Deployment of one role's relay."""
+    """The Deployment of the relay of one role."""
     name = names.log_relay(graph, role)
     labels = names.common_labels(graph, _COMPONENT)
     selector = {names.SELECTOR: name}
-    # Without the graph's own label, by which its pods are counted and found.
+    # Without the graph's label, by which its serving pods are counted and found.
     pod_labels = {label: value for label, value in labels.items() if label != names.GRAPH_NAME}
     return {
         "apiVersion": "apps/v1",

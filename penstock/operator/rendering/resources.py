@@ -1,4 +1,4 @@
-"""What a replica requests of its node, and its limits."""
+"""The resource requests and limits of a replica."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ _GPU = "nvidia.com/gpu"
 _PLAIN = ("cpu", "memory")
 
 _LEAST = {"cpu": "100m", "memory": "256Mi"}
-"""Requested where a manifest says nothing, so that the scheduler counts the pod at all. No limits are made
-up: the manifest API's own, half a core and 1 GiB, would slow every frontend and kill every engine."""
+"""Requests where the manifest has none, so that the scheduler counts the pod at all. There are no default
+limits: those of the manifest API, half a core and 1 GiB, would slow every frontend and kill every
+engine."""
 
 
 def resources(plan: ServicePlan) -> Object:
-    """The manifest's amounts. They are dropped where an annotation replaced the engine they are for."""
+    """The manifest's amounts. They are dropped if an annotation replaced the engine that they are for."""
     given = plan.spec.resources
     if given is None or plan.sized_for_other_engine:
         return {"requests": dict(_LEAST)}
     requests = _amounts(plan, given.requests)
     limits = _amounts(plan, given.limits)
-    # Devices cannot be overcommitted: the API wants the same number in both.
+    # Devices cannot be overcommitted: the API requires the same number in requests and limits.
     for name, amount in requests.items():
         if name not in _PLAIN:
             limits.setdefault(name, amount)
@@ -36,7 +37,7 @@ def resources(plan: ServicePlan) -> Object:
 
 
 def own_resources(plan: ServicePlan) -> Object:
-    """Amounts that the manifest's container has besides: also for the engine that it names."""
+    """The amounts of the manifest's mainContainer. They are for the engine that the manifest names, too."""
     if plan.sized_for_other_engine:
         return {}
     return {
@@ -48,7 +49,7 @@ def own_resources(plan: ServicePlan) -> Object:
 
 
 def spared_amounts(plan: ServicePlan) -> list[str]:
-    """Names of the amounts that the manifest has and the pod does not request."""
+    """The names of the manifest's amounts that the pod does not request."""
     given = plan.spec.resources
     both = (given.requests, given.limits) if given is not None else ()
     stated = [name for amounts in both if amounts is not None for name in _stated(amounts)]

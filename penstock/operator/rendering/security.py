@@ -1,6 +1,7 @@
-"""What pods and their containers may do: as little as the restricted pod security standard, by default.
+"""The security contexts of pods and containers. The defaults comply with the restricted pod security
+standard.
 
-A manifest's own wishes are merged over these. Defaults that make no sense beside one are then taken back.
+A manifest's security contexts are merged over the defaults. Defaults that contradict them are then removed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _ALMOST_PRIVILEGED = {"SYS_ADMIN", "CAP_SYS_ADMIN"}
 
 
 def pod_security() -> Object:
-    """Of a pod. A large volume keeps its files' owner where that is right already: to change a million
-    files takes minutes at each start."""
+    """The security context of a pod. The owner of a volume's files is changed only if it is wrong: for a
+    million files that takes minutes at each start."""
     return {
         "runAsNonRoot": True,
         "runAsUser": names.USER_ID,
@@ -28,25 +29,26 @@ def pod_security() -> Object:
 
 
 def container_security(*, writes_anywhere: bool) -> Object:
-    """Of a container."""
+    """The security context of a container."""
     context: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     return context if writes_anywhere else context | {"readOnlyRootFilesystem": True}
 
 
 def pod_security_with(context: Object, own: Mapping[str, Any], container: Mapping[str, Any]) -> Object:
-    """A pod's, after merging. Who asks for root gets it: the default that forbids it would keep the pod
-    from starting.
+    """A pod's context after merging. If the manifest asks for root, the default that forbids root is
+    removed, since the pod could not start.
 
     Args:
-        own: the manifest's of the pod.
-        container: the manifest's of the container.
+        own: the manifest's context of the pod.
+        container: the manifest's context of the container.
     """
     asks_for_root = 0 in (own.get("runAsUser"), container.get("runAsUser"))
     return _without("runAsNonRoot", context) if asks_for_root and "runAsNonRoot" not in own else context
 
 
 def container_security_with(context: Object, own: Mapping[str, Any]) -> Object:
-    """A container's, after merging. The API refuses to keep a privileged one from getting privileges."""
+    """A container's context after merging. For a privileged container, the API refuses
+    `allowPrivilegeEscalation: false`, so that default is removed."""
     added = (own.get("capabilities") or {}).get("add") or []
     privileged = own.get("privileged") or _ALMOST_PRIVILEGED & set(added)
     takes_back = privileged and "allowPrivilegeEscalation" not in own

@@ -1,4 +1,5 @@
-"""A service of a graph as its pods will run it: all that is decided about it before it is rendered."""
+"""Plans a service: decides its command, flags, image, replicas and nodes, before its objects are
+rendered."""
 
 from __future__ import annotations
 
@@ -30,43 +31,43 @@ _LINK_FLAGS = {
     "link-tls-key": "tls.key",
     "link-tls-ca": "ca.crt",
 }
-"""Flags, and the files in the link's Secret that they name."""
+"""Flags of the link, each with the file in the link's Secret that it names."""
 
 _PORT_MAPPINGS = ("advertise-port", "kv-advertise-port")
-"""Flags for where a port mapping changes ports. Between pods none does."""
+"""Flags for a port mapping in front of a worker. Pods reach each other without one."""
 
 
 class ServicePlan(msgspec.Struct, frozen=True):
-    """One service. What is raw comes from the manifest as it stands."""
+    """The plan of one service. Raw fields are taken from the manifest unchanged."""
 
     graph: Graph
     graph_env: tuple[Env, ...]  # variables of all services
     spec: ServiceSpec
     service: Service
-    options: FrontendOptions | WorkerOptions  # with the operator's flags
-    args: tuple[str, ...]  # after `penstock`, as the kubelet reads them
+    options: FrontendOptions | WorkerOptions  # the operator's flags included
+    args: tuple[str, ...]  # after `penstock`, in the form for the kubelet
     pod_spec: Object  # raw, without its mainContainer
     container: Object  # raw: its mainContainer
-    annotations: dict[str, str]  # of the graph and the service: for all its objects
+    annotations: dict[str, str]  # of the graph and the service, for all objects of the service
     labels: dict[str, str]
     image: str
-    keeps_image: bool  # it is the manifest's own
+    keeps_image: bool  # whether it is the manifest's image
     reports_metrics: bool
     topology_key: str
     restart_id: str
     priority_class_name: str
-    manifest_engine_args: tuple[str, ...]  # without those that a group of nodes needs
+    manifest_engine_args: tuple[str, ...]  # without the flags of a worker on several nodes
     replicas: int
     nodes: int
 
     @property
     def name(self) -> str:
-        """Its key in the manifest."""
+        """The service's key in the manifest."""
         return self.service.name
 
     @property
     def object_name(self) -> str:
-        """Of its Deployment and its Service."""
+        """The name of the service's Deployment and Service."""
         return names.object_name(self.graph.name, self.name)
 
     @property
@@ -76,63 +77,64 @@ class ServicePlan(msgspec.Struct, frozen=True):
 
     @property
     def is_frontend(self) -> bool:
-        """Whether it serves HTTP."""
+        """Whether the service is a frontend."""
         return self.service.kind is ServiceKind.FRONTEND
 
     @property
     def component_type(self) -> str:
-        """As the manifest says; else what it does."""
+        """The manifest's componentType; without one, what the command runs."""
         return self.spec.component_type or ("frontend" if self.is_frontend else "worker")
 
     @property
     def needs_gpu_stack(self) -> bool:
-        """Whether its engine is one for GPUs."""
+        """Whether the engine runs on GPUs."""
         return isinstance(self.options, WorkerOptions) and self.options.engine in _GPU_ENGINES
 
     @property
     def sized_for_other_engine(self) -> bool:
-        """Whether the manifest's amounts are for an engine in whose place one without GPUs runs. A
-        frontend's are, when that is so of all workers."""
+        """Whether the manifest's amounts are for an engine that was replaced by one without GPUs. For a
+        frontend: whether the engines of all workers were."""
         workers = [one for one in self.graph.services if one.kind is ServiceKind.WORKER]
         concerned = workers if self.is_frontend else [self.service]
         return all(one.replaced_engine and one.flags.get("engine") not in _GPU_ENGINES for one in concerned)
 
     @property
     def discovers_by_api(self) -> bool:
-        """Whether it asks the API server who exists. Workers do not: their pods are found."""
+        """Whether the service finds workers by the API server. Workers need no discovery: their pods are
+        found."""
         return self.is_frontend and parse_discovery(self.options.discovery).kind == "kubernetes"
 
     @property
     def own_account(self) -> str:
-        """The ServiceAccount that the manifest names; empty when it names none."""
+        """The ServiceAccount in the manifest; empty if there is none."""
         return str(self.pod_spec.get("serviceAccountName") or self.pod_spec.get("serviceAccount") or "")
 
     @property
     def frontend_options(self) -> FrontendOptions:
-        """Of a frontend."""
+        """The options of a frontend."""
         assert isinstance(self.options, FrontendOptions)
         return self.options
 
     @property
     def worker_options(self) -> WorkerOptions:
-        """Of a worker."""
+        """The options of a worker."""
         assert isinstance(self.options, WorkerOptions)
         return self.options
 
     @property
     def system_port(self) -> int:
-        """A worker's port of probes; -1: none."""
+        """The port of a worker's probes; -1: none."""
         port = self.worker_options.system_port
         assert port is not None
         return port
 
     def selector(self) -> dict[str, str]:
-        """The label that tells its pods from all others. A Deployment's can never be changed."""
+        """The label that selects the service's pods. A Deployment's selector cannot be changed."""
         return {names.SELECTOR: self.object_name}
 
 
 class ServicePlanner:
-    """Plans all services of a graph, collecting what is wrong and what is worth a note."""
+    """Plans all services of a graph, and collects mistakes and notes."""
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class ServicePlanner:
         self.notes: list[Note] = []
 
     def plans(self) -> list[ServicePlan]:
-        """In the manifest's order, which is the reader's."""
+        """The plans, in the order of the manifest."""
         found = []
         for service in self._graph.services:
             try:
@@ -162,7 +164,7 @@ class ServicePlanner:
         return found
 
     def control(self, service: str, name: str) -> str:
-        """An annotation that speaks to the operator: the service's own, else the graph's."""
+        """The value of an annotation for the operator: the service's, else the graph's."""
         spec = self._manifest.spec.services[service]
         pods = spec.extra_pod_metadata
         nearest_first = (
@@ -229,7 +231,7 @@ class ServicePlanner:
         return spec.replicas
 
     def _nodes(self, service: Service, spec: ServiceSpec, options: FrontendOptions | WorkerOptions) -> int:
-        """How many nodes one replica spans; 1 for engines that cannot span any."""
+        """The number of nodes of one replica; 1 for engines that run on one node."""
         nodes = spec.multinode.node_count if spec.multinode else _nodes_of_old(spec)
         if nodes > 1 and not (isinstance(options, WorkerOptions) and options.engine in _GPU_ENGINES):
             kind = options.engine if isinstance(options, WorkerOptions) else "frontend"
@@ -251,7 +253,7 @@ class ServicePlanner:
         return own, True
 
     def _flags(self, service: Service) -> dict[str, str]:
-        """All flags: the manifest's, and the operator's over them."""
+        """The manifest's flags, overridden by the operator's."""
         given = _options(service, service.flags)
         replaced = [name for name in service.flags if name.startswith("link-")]
         if replaced:
@@ -269,7 +271,7 @@ class ServicePlanner:
             flags["link-tls-server-name"] = names.LINK_SERVER_NAME
             if not _is_set(service, "http-host", "PENSTOCK_HTTP_HOST", "DYN_HTTP_HOST"):
                 flags["http-host"] = _ANY_ADDRESS
-            if given.http_port == 0:  # a free one, which no Service could name
+            if given.http_port == 0:  # a free port, which a Service could not name
                 flags["http-port"] = str(names.HTTP_PORT)
             return flags
         return flags | {
@@ -300,7 +302,7 @@ class ServicePlanner:
 
 
 def serving_roles(plans: Iterable[ServicePlan]) -> tuple[str, ...]:
-    """The roles of a graph, in the order of a request."""
+    """The roles of a graph, in the order in which a request passes them."""
     present = {plan.role for plan in plans}
     order = (ServiceKind.FRONTEND.value, *(role.value for role in Role))
     return tuple(role for role in order if role in present)
@@ -317,7 +319,7 @@ def _is_set(service: Service, flag: str, *variables: str) -> bool:
 
 
 def _nodes_of_old(spec: ServiceSpec) -> int:
-    """Nodes as 0.4.0 had them: among the resources."""
+    """The number of nodes in `resources`, where version 0.4.0 of the manifest API had it."""
     for place in ("limits", "requests"):
         amounts = getattr(spec.resources, place, None)
         if amounts is not None and amounts.nodes is not None:

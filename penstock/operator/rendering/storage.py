@@ -1,4 +1,4 @@
-"""The PersistentVolumeClaims that a manifest asks to be made."""
+"""Renders the PersistentVolumeClaims that a manifest asks for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from penstock.operator import names
 
 
 def volume_claims(manifest: Manifest) -> list[Object]:
-    """Those with `create`. Others are there already.
+    """The claims with `create: true`. Others must exist already.
 
     Raises:
-        ConfigError: one line for each thing that is missing, or differs where a claim stands twice.
+        ConfigError: one line for each missing field, and for each claim that differs from one of its name.
     """
     wrong: list[str] = []
     found: dict[str, Claim] = {}
@@ -31,7 +31,7 @@ def volume_claims(manifest: Manifest) -> list[Object]:
 
 
 def _claims(manifest: Manifest) -> Iterator[tuple[str, Claim]]:
-    """Where each stands in the manifest, and the claim."""
+    """Each claim with its path in the manifest."""
     for index, claim in enumerate(manifest.spec.pvcs):
         yield f"spec.pvcs[{index}]", claim
     for name, spec in manifest.spec.services.items():
@@ -42,7 +42,7 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, Claim]]:
 
 
 def _missing(claim: Claim) -> list[str]:
-    """Without a storage class the cluster's default is taken."""
+    """The required fields that the claim lacks. Without a storage class, the cluster's default is used."""
     fields = {"size": claim.size, "volumeAccessMode": claim.volume_access_mode}
     return [field for field, value in fields.items() if value is None]
 

@@ -1,8 +1,8 @@
-"""Flags of the vLLM processes that together are one worker, on several nodes.
+"""The flags of the vLLM processes of a worker that spans several nodes.
 
-The leader's are part of `penstock worker ... --`; the others run `vllm serve --headless`. Each makes its
-own configuration of its flags, and those of one worker must agree: what engines/vllm/startup.py sets for
-the leader stands here for the others.
+The leader runs `penstock worker ... --` with its flags; the followers run `vllm serve --headless`. Each
+process makes its configuration from its flags, and the configurations of one worker must agree. So the
+flags here repeat for the followers what engines/vllm/startup.py sets for the leader.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MASTER_PORT = 29500
 
 _LEADER_ADDRESS = placeholder("LWS_LEADER_ADDRESS")
 _RANK = placeholder("LWS_WORKER_INDEX")
-"""Variables that the LeaderWorkerSet's controller sets in every container."""
+"""References to variables that the controller of LeaderWorkerSets sets in every container."""
 
 _MIB = 1024 * 1024
 _AS_THE_LEADER = (
@@ -30,12 +30,13 @@ _AS_THE_LEADER = (
 
 
 def leader_flags(nodes: int) -> list[str]:
-    """Added to the leader's vLLM flags."""
+    """The flags that are added to the leader's vLLM flags."""
     return _group_flags(nodes, "0")
 
 
 def follower_flags(options: WorkerOptions, manifest_flags: Sequence[str], nodes: int) -> list[str]:
-    """After `vllm`. The manifest's flags come last but for the group's, and so win as they do there."""
+    """The words after `vllm`. As in the leader, the manifest's flags follow the operator's and so override
+    them; only the group's flags come after them."""
     limits = {
         "--kv-cache-memory-bytes": options.kv_cache_mib and options.kv_cache_mib * _MIB,
         "--block-size": options.block_size,

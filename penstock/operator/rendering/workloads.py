@@ -1,4 +1,5 @@
-"""What keeps a service's pods running: a Deployment, or a LeaderWorkerSet, and a PodDisruptionBudget."""
+"""Renders the objects that keep a service's pods running: Deployments, LeaderWorkerSets and
+PodDisruptionBudgets."""
 
 from __future__ import annotations
 
@@ -21,16 +22,16 @@ _STRATEGIES: dict[str, tuple[str, str] | None] = {
     "BestEffortControlledRollout": ("0", "20%"),
     "Recreate": None,
 }
-"""By the annotation's value, as the manifest API has them: maxSurge and maxUnavailable."""
+"""By the value of the annotation, as the manifest API defines them: maxSurge and maxUnavailable."""
 
 _LEADERS = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
-_REVISIONS_KEPT = 3  # for `kubectl rollout undo`; the manifest is the place to go back to
+_REVISIONS_KEPT = 3  # for `kubectl rollout undo`; rather apply the earlier manifest
 
 
 def deployment(
     plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...], strategy: Object
 ) -> Object:
-    """Of a service whose replicas are pods."""
+    """The Deployment of a service whose replicas are single pods."""
     spec: Object = {
         "replicas": plan.replicas,
         "selector": {"matchLabels": plan.selector()},
@@ -50,7 +51,7 @@ def deployment(
 
 
 def leader_worker_set(plan: ServicePlan, settings: RenderSettings, roles: tuple[str, ...]) -> Object:
-    """Of a service whose replicas are groups of pods, one pod on each node."""
+    """The LeaderWorkerSet of a service whose replicas are groups of pods, one pod on each node."""
     leader = pod_template(plan, settings, roles)
     return {
         "apiVersion": LEADER_WORKER_SETS.api_version,
@@ -75,8 +76,8 @@ def leader_worker_set(plan: ServicePlan, settings: RenderSettings, roles: tuple[
 
 
 def disruption_budget(plan: ServicePlan, kind: Kind) -> Object:
-    """Nodes are drained one replica at a time. For services of several replicas only: with one it would
-    block the drain of its node for ever."""
+    """A budget that lets Kubernetes drain nodes one replica at a time. Only for services with several
+    replicas: with one replica it would block the drain of its node for ever."""
     leaders = _LEADERS if plan.nodes > 1 else {}
     return {
         "apiVersion": kind.api_version,
@@ -87,7 +88,7 @@ def disruption_budget(plan: ServicePlan, kind: Kind) -> Object:
 
 
 def metadata(plan: ServicePlan) -> Object:
-    """Of an object of a service."""
+    """The metadata of an object of a service."""
     labels = plan.labels | names.common_labels(plan.graph.name, plan.role) | plan.selector()
     found: Object = {"name": plan.object_name, "labels": labels}
     annotations = {
@@ -102,7 +103,7 @@ def rollout_strategy(kind: str, max_surge: str, max_unavailable: str) -> Object:
     """A Deployment's strategy, from three annotations.
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: one of them is invalid.
     """
     if kind not in _STRATEGIES:
         known = ", ".join(filter(None, _STRATEGIES))
