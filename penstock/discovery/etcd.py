@@ -1,13 +1,13 @@
-"""Discovery over etcd: one key per instance, held by a lease; watched from the revision of a list.
+"""Discovery by keys in etcd: one key per instance, with a lease.
 
-etcd is never needed by what runs already. While it is down, a watcher keeps its last set and an owner tries
-on; when it comes back, with its data or without, every owner sees within `refresh_s` that its lease or key
-is gone and writes it again, with the same epoch.
+Connected frontends and workers do not need etcd. During an outage, a watcher keeps the last known instances
+and an owner keeps trying. After the outage, whether etcd kept its data or not, every owner notices within
+`refresh_s` that its lease or key is gone, and writes it again with the same epoch.
 
-A watch is a list, and the changes since its revision. Any end of it (a lost connection, a compacted
-revision, `watch_s`) leads to a new list, never to a resumption from the old revision: the whole set is
-small, and an etcd whose data was lost counts its revisions from 1 again, so that a resumed watch would wait
-for a revision that comes tomorrow.
+A watch consists of a list and the changes since its revision. Whenever it ends (the connection is lost, the
+revision is compacted, `watch_s` is over), the watcher lists again. It does not resume from the old
+revision: the list is small, and an etcd that lost its data counts its revisions from 1 again, so that a
+resumed watch would wait for a revision far in the future.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from penstock.shapes import Registration
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 200  # characters of a key, and of what is wrong with its value, which may quote it
+_SHOWN = 200  # characters of a key, and of an error message, which may quote the value
 
 _WRITES_MAX = 3
-"""Attempts to write a key that others keep changing, before the next refresh tries again."""
+"""Attempts to write a key that other processes keep changing, before the next refresh."""
 
 
 class EtcdDiscovery:
     """The `Discovery` port over one etcd cluster."""
 
     def __init__(self, settings: EtcdSettings) -> None:
-        """Connects to nothing yet. Raises ConfigError when the TLS files cannot be used."""
+        """Does not connect yet. Raises ConfigError if the TLS files cannot be used."""
         self._settings = settings
         self._client = EtcdClient(settings)
         self._followers: set[asyncio.Task[None]] = set()
         self.trouble = "not asked yet"
 
     async def register(self, registration: Registration) -> EtcdLease:
-        """Write this instance's key and keep it until the lease is closed. Returns after the first try:
-        when that failed, the lease says so and goes on trying."""
+        """Write this instance's key, and keep it until the lease is closed. Returns after the first
+        attempt. If it failed, the lease reports this in `trouble`, and keeps trying."""
         lease = EtcdLease(self._client, registration, self._settings)
         await lease.start()
         return lease
@@ -78,18 +78,18 @@ class EtcdDiscovery:
         await self._client.close()
 
     async def _follow(self, known: _Known) -> None:
-        outage = Outage(log, "etcd", "what is known stays")
+        outage = Outage(log, "etcd", "the last known instances stay")
         pause = _Pause(self._settings)
         while True:
             try:
                 if await self._list_and_watch(known, outage, pause):
                     continue
-            except Exception:  # the task's top: a mistake of ours must not take a frontend along
+            except Exception:  # a bug here must not end the frontend
                 log.exception("etcd watch failed")
             await pause.after_failure()
 
     async def _list_and_watch(self, known: _Known, outage: Outage, pause: _Pause) -> bool:
-        """A list, and a watch from there to its end. Whether it ended because it was time."""
+        """List, then watch until the watch ends. Returns whether it ended after `watch_s`, as intended."""
         try:
             listed = await self._client.list_below(self._settings.prefix, self._settings.instances_max)
         except EtcdError as error:
@@ -117,7 +117,7 @@ _SUPERSEDED = "a newer incarnation took over"
 
 
 class EtcdLease:
-    """One instance's key and lease, and the task that keeps both."""
+    """The key and the lease of one instance, and the task that keeps both."""
 
     def __init__(self, client: EtcdClient, registration: Registration, settings: EtcdSettings) -> None:
         self.registered = False
@@ -128,19 +128,17 @@ class EtcdLease:
         self._epoch = registration.epoch
         self._key = _key(settings, registration.instance_id)
         self._value = msgspec.json.encode(registration)
-        self._lease = 0  # chosen here, so that it can be revoked whatever became of the reply; 0: none
-        self._outage = Outage(
-            log, "etcd", f"instance {registration.instance_id} goes on trying to register"
-        )
+        self._lease = 0  # its id; chosen here, so that it can be revoked even if a reply was lost. 0: none
+        self._outage = Outage(log, "etcd", f"instance {registration.instance_id} keeps trying to register")
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Try once, then keep at it in the background until `close`."""
+        """Try once to register, then keep trying in the background until `close`."""
         await self._try()
         self._keeper = asyncio.create_task(self._keep(), name=f"lease {self._instance_id}")
 
     async def close(self) -> None:
-        """Deregister, in at most `close_s`; while etcd is down, the lease ends by itself."""
+        """Deregister, in at most `close_s`. If etcd does not answer, the lease runs out."""
         if self._keeper is None:
             return
         self._keeper.cancel()
@@ -169,9 +167,9 @@ class EtcdLease:
                 await asyncio.sleep(self._settings.refresh_s * random.uniform(0.8, 1.0))
             try:
                 await self._try()
-            except Exception:  # the task's top: a mistake of ours must not end what keeps us listed
+            except Exception:  # a bug must not end the task that keeps this instance registered
                 log.exception("etcd: instance=%s could not be refreshed", self._instance_id)
-                self.trouble = "an error, see the log"
+                self.trouble = "an error in this process, see the log"
 
     async def _try(self) -> None:
         try:
@@ -184,12 +182,14 @@ class EtcdLease:
         if held:
             self.registered, self.trouble = True, ""
         elif self.trouble != _SUPERSEDED:
-            # Or an older one, of a host whose clock is ahead: its key ends with its lease.
+            # Or an older incarnation, from a host whose clock is ahead; then its key disappears with its
+            # lease.
             self.trouble = _SUPERSEDED
             log.warning("etcd: a newer incarnation took over instance=%s", self._instance_id)
 
     async def _refresh(self) -> bool:
-        """See that lease and key are there, and as they should be. False: a newer incarnation owns it."""
+        """Renew the lease, and write the key if it is missing or different. Returns False if a newer
+        incarnation owns the key."""
         if self._lease and not await self._client.keep_alive(self._lease):
             log.warning("etcd: instance=%s lost its lease, registering again", self._instance_id)
             self._lease = 0
@@ -212,19 +212,19 @@ class EtcdLease:
 
 
 class _Known:
-    """What a watch has seen so far."""
+    """The instances that a watch has found so far."""
 
     def __init__(self, settings: EtcdSettings) -> None:
-        self.changed = asyncio.Event()  # `instances` has something new
+        self.changed = asyncio.Event()  # set when `instances` changes
         self._settings = settings
         self._by_key: dict[bytes, Registration] | None = None  # None: nothing seen yet
-        self._warned: set[bytes] = set()  # garbage that has been named
+        self._warned: set[bytes] = set()  # keys with invalid values that were logged
 
     def instances(self) -> dict[str, Registration]:
         return {found.instance_id: found for found in (self._by_key or {}).values()}
 
     def replace(self, found: Iterable[KeyValue], count: int) -> None:
-        """Take a whole list of what may be `count` keys."""
+        """Take a complete list. `count` is the number of keys in etcd, which may be larger."""
         if count > self._settings.instances_max:
             self._warn_once(
                 b"", f"{count} instances, over {self._settings.instances_max}; the rest is ignored"
@@ -232,7 +232,7 @@ class _Known:
         self._become({held.key: read for held in found if (read := self._read(held)) is not None})
 
     def apply(self, reply: WatchReply) -> None:
-        """Take changes."""
+        """Take the changes of a watch."""
         current = dict(self._by_key or {})
         for event in reply.events:
             read = None if event.type == "DELETE" else self._read(event.kv)
@@ -266,7 +266,8 @@ class _Known:
 
 
 class _Pause:
-    """Longer after each failure, and different for everybody: an etcd that comes back meets no crowd."""
+    """Pauses after failures. They double, and are random, so that not all processes reach a recovered etcd
+    at once."""
 
     def __init__(self, settings: EtcdSettings) -> None:
         self._settings = settings

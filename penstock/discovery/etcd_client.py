@@ -1,11 +1,11 @@
-"""etcd's v3 API, as far as discovery needs it, over the JSON gateway that every member has.
+"""A client for the part of etcd's v3 API that discovery uses, over the JSON gateway of every member.
 
-JSON over HTTP instead of gRPC: it is part of etcd, needs no compiled package of 20 MB with threads of its
-own, ends at once when a task is cancelled, and takes the TLS contexts that everything else here takes.
-The gateway writes int64 as text and bytes as base64, which msgspec reads as they are meant.
+JSON over HTTP is used instead of gRPC: it is a part of etcd, it needs no compiled package of 20 MB with
+threads of its own, a cancelled call ends at once, and it works with Penstock's TLS contexts. The gateway
+writes int64 as text and bytes as base64; msgspec decodes both.
 
-Every call has a deadline for each member that it tries. A member that does not answer, or that says it has
-lost the others, is left for the next; the one that answered last is asked first.
+A call tries the members in turn, each with a deadline, beginning with the one that answered last. It tries
+the next member if one does not answer, or reports that it has lost contact with the others.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.errors import ConfigError, PenstockError
 
 INVALID_ARGUMENT, NOT_FOUND, OUT_OF_RANGE, UNAUTHENTICATED = 3, 5, 11, 16
-"""gRPC's codes, of those that mean something to a caller."""
+"""gRPC status codes that matter to callers."""
 
-_AMISS_HERE = {1, 2, 4, 8, 13, 14}
-"""Those by which a member says that it cannot, rather than that it will not: cancelled, unknown, deadline
+_MEMBER_FAILED = {1, 2, 4, 8, 13, 14}
+"""Codes of a failure of the member rather than a refusal of the call: cancelled, unknown, deadline
 exceeded, resource exhausted, internal, unavailable."""
 
 _TOKEN_REFUSED = ("invalid auth token", "revision of auth store is old", "user name is empty")
-"""How etcd says that a token is to be fetched anew: it forgot it, or its users were changed."""
+"""Messages by which etcd refuses a token: it has forgotten the token, or its users were changed."""
 
 _TEXT_MAX = 200
-"""Characters of a reply that is not etcd's JSON, as shown in a log line."""
+"""Most characters shown of a reply that is not etcd's JSON."""
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class EtcdError(PenstockError):
-    """etcd did not do it. `code` is gRPC's; 14, unavailable, when no member answered."""
+    """A call to etcd failed. `code` is gRPC's status code; 14, unavailable, if no member answered."""
 
     def __init__(self, message: str, code: int = 14) -> None:
         super().__init__(message)
@@ -87,7 +87,7 @@ class WatchReply(msgspec.Struct):
 
 
 class _ErrorReply(msgspec.Struct):
-    """An error, as a reply or in a stream."""
+    """An error of etcd, in a reply or in a stream."""
 
     message: str = ""
     code: int = 0
@@ -95,7 +95,7 @@ class _ErrorReply(msgspec.Struct):
 
 
 class _Streamed(msgspec.Struct, Generic[Reply]):
-    """One message of a stream."""
+    """A message of a stream."""
 
     result: Reply | None = None
     error: _ErrorReply | None = None
@@ -106,16 +106,16 @@ class _Token(msgspec.Struct):
 
 
 class _Done(msgspec.Struct):
-    """A reply of which nothing is needed."""
+    """A reply whose content does not matter."""
 
 
 class EtcdClient:
-    """A client of one cluster. Methods raise EtcdError. For one event loop; `close` it."""
+    """A client of one etcd cluster, for one event loop. Methods raise EtcdError. `close` it at the end."""
 
     def __init__(self, settings: EtcdSettings) -> None:
         """Raises ConfigError when the TLS files cannot be used."""
         self._settings = settings
-        self._at = 0  # the endpoint in use
+        self._at = 0  # index of the endpoint in use
         self._token = ""
         self._tls: ssl.SSLContext | None = None
         self._loader: PatientCaller[None] = PatientCaller(settings.call_s)
@@ -124,40 +124,42 @@ class EtcdClient:
             settings.load_tls(self._tls)
         self._http = httpx2.AsyncClient(
             verify=self._tls or False,
-            trust_env=False,  # a proxy for web pages is none for etcd
-            # The deadlines are here, except that TCP and TLS, half each, must be given up by the library: a
-            # handshake that is cancelled from outside would leave its socket to the garbage collector.
+            trust_env=False,  # no proxy: etcd is in the same network
+            # Deadlines are kept in this class, except those of connecting, TCP and TLS with half each: if a
+            # handshake were cancelled from outside, the library would leave its socket open.
             timeout=httpx2.Timeout(None, connect=settings.call_s / 2),
             headers={"accept-encoding": "identity"},
         )
 
     async def list_below(self, prefix: str, limit: int) -> RangeReply:
-        """At most `limit` keys below a prefix, with their values; `count` says how many there are."""
+        """The keys below a prefix with their values, at most `limit`. `count` is the number of all such
+        keys."""
         return await self._call("kv/range", _below(prefix) | {"limit": limit}, RangeReply)
 
     async def get(self, key: str) -> KeyValue | None:
-        """A key's value; None when there is no such key."""
+        """A key with its value; None if there is no such key."""
         reply = await self._call("kv/range", {"key": _base64(key)}, RangeReply)
         return reply.kvs[0] if reply.kvs else None
 
     async def put(self, key: str, value: bytes, lease: int, mod_revision: int) -> bool:
-        """Write a key if it is still as it was at `mod_revision` (0: absent); whether it was."""
+        """Write a key if it has not changed since `mod_revision` (0: if it does not exist). Returns whether
+        it was written."""
         unchanged = {"key": _base64(key), "target": "MOD", "result": "EQUAL", "mod_revision": mod_revision}
         put = {"key": _base64(key), "value": base64.b64encode(value).decode(), "lease": lease}
         body = {"compare": [unchanged], "success": [{"request_put": put}]}
         return (await self._call("kv/txn", body, TxnReply)).succeeded
 
     async def grant(self, lease: int, ttl_s: int) -> None:
-        """Make a lease of this id."""
+        """Create a lease with this id."""
         await self._call("lease/grant", {"ID": lease, "TTL": ttl_s}, LeaseReply)
 
     async def keep_alive(self, lease: int) -> bool:
-        """Refresh a lease; False when there is none of this id."""
+        """Renew a lease. Returns False if it does not exist."""
         reply = await self._call("lease/keepalive", {"ID": lease}, _Streamed[LeaseReply])
         return reply.result is not None and reply.result.ttl > 0
 
     async def revoke(self, lease: int) -> None:
-        """End a lease, and its keys with it."""
+        """End a lease; etcd then deletes its keys."""
         try:
             await self._call("lease/revoke", {"ID": lease}, _Done)
         except EtcdError as error:
@@ -165,10 +167,10 @@ class EtcdClient:
                 raise
 
     async def watch(self, prefix: str, revision: int, handle: Callable[[WatchReply], None]) -> None:
-        """Hand on what changes below a prefix from a revision on, until the stream ends.
+        """Call `handle` with the changes below a prefix since a revision, until the stream ends.
 
-        Raises EtcdError, with OUT_OF_RANGE when etcd no longer has that revision. The caller bounds it:
-        a stream may be silent for ever.
+        Raises EtcdError, with OUT_OF_RANGE if etcd no longer has the revision. The caller must set a
+        timeout, since a stream may stay silent for ever.
         """
         endpoint = self._settings.endpoints[self._at]
         body = {"create_request": _below(prefix) | {"start_revision": revision}}
@@ -194,7 +196,7 @@ class EtcdClient:
     # --- calls --------------------------------------------------------------------------------------
 
     async def _call(self, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
-        """Try the members in turn; once more with a new token when the old one is refused."""
+        """Try the members in turn, and again with a new token if the token was refused."""
         try:
             return await self._try_members(path, body, reply)
         except EtcdError as error:
@@ -216,23 +218,23 @@ class EtcdClient:
             except (httpx2.HTTPError, OSError) as error:
                 failed.append(f"{endpoint}: {_said(error)}")
             except EtcdError as error:
-                if error.code not in _AMISS_HERE:
+                if error.code not in _MEMBER_FAILED:
                     raise
                 failed.append(f"{endpoint}: {error}")
-            if self._at == at:  # else another task has found this out already
+            if self._at == at:  # else another task has already moved on
                 self._at = (at + 1) % len(self._settings.endpoints)
         await self._tls_again(failed)
         raise EtcdError("; ".join(failed))
 
     async def _tls_again(self, failed: list[str]) -> None:
-        """Take a certificate that was replaced, now that the old one may no longer do."""
+        """Load the TLS files again after a failure, since they may have been replaced."""
         if self._tls is not None:
             try:
                 await self._loader.result(partial(self._settings.load_tls, self._tls))
             except ConfigError as error:
                 failed.append(str(error))
             except TimeoutError as error:
-                failed.append(f"the files of its certificates: {error}")
+                failed.append(f"reading the TLS files: {error}")
 
     async def _ask(self, endpoint: str, path: str, body: dict[str, Any], reply: type[Reply]) -> Reply:
         async with self._http.stream("POST", f"{endpoint}/v3/{path}", **self._request(body)) as response:
@@ -261,7 +263,7 @@ def _decoded(content: bytes, reply: type[Reply]) -> Reply:
     try:
         decoded = msgspec.json.decode(content, type=reply, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EtcdError(f"that is no etcd: {error}") from error
+        raise EtcdError(f"the reply is not etcd's: {error}") from error
     if isinstance(decoded, _Streamed) and decoded.error is not None:
         raise EtcdError(decoded.error.message, decoded.error.grpc_code or decoded.error.code)
     return decoded
@@ -285,7 +287,7 @@ def _refusal(status: int, content: bytes) -> EtcdError:
 
 
 def _said(error: BaseException) -> str:
-    """What went wrong in the words of its cause: `connection refused` rather than `read error`."""
+    """The message of the error's first cause: `connection refused` rather than `read error`."""
     if isinstance(error, TimeoutError | httpx2.TimeoutException):
         return "no answer in time"
     said = type(error).__name__

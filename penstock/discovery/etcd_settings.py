@@ -1,4 +1,4 @@
-"""Where etcd is, how to get in, and how long everything there may take."""
+"""The address and credentials of etcd, and the times and limits of discovery with it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from penstock.errors import ConfigError
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One etcd cluster, as one namespace uses it.
+    """The settings of discovery in one namespace of one etcd cluster.
 
-    endpoints: its members as `http://host:port` or `https://...`; the first that answers is used, until it
-        no longer does.
-    namespace: only instances of the same namespace meet.
-    user, password: none when the user is empty.
-    ca_file: authorities that members' certificates must come from; the system's when empty.
-    cert_file, key_file: own certificate, where members ask for one.
-    lease_s: an instance that has not been heard of for this long is gone from the list. Long enough for an
-        election and a few tries; a worker's death is noticed sooner, by its link.
-    watch_s: a watch is begun anew this often, with a fresh list: the longest that a silent end (a frozen
-        member, one cut off from the others) goes unnoticed.
-    call_s: for one call to one member, from connecting to the last byte.
-    close_s: for deregistering; the lease ends by itself if that was not enough.
-    retry_min_s, retry_max_s: pause after a failure; doubles, and is jittered.
-    instances_max: instances beyond this many are ignored, with a warning.
-    value_bytes_max: a larger value is garbage.
-    reply_bytes_max: the longest reply, and the longest message of a watch, that is read.
+    endpoints: the members as `http://host:port` or `https://...`. A member is used until it fails.
+    namespace: only instances in the same namespace find each other.
+    user, password: the credentials; none if the user is empty.
+    ca_file: the authorities that may sign members' certificates; the system's if empty.
+    cert_file, key_file: the client certificate, if members require one.
+    lease_s: an instance that does not renew its lease for this long is removed. Long enough for an election
+        and a few retries. Frontends notice a worker's death earlier, by its link.
+    watch_s: how often a watch is begun anew, with a new list. This limits how long the failure of a member
+        that is frozen or cut off goes unnoticed.
+    call_s: timeout of one call to one member, from connecting to the last byte.
+    close_s: timeout of deregistering; after it, the lease runs out.
+    retry_min_s, retry_max_s: pause after a failure; it doubles, and is jittered.
+    instances_max: further instances are ignored, with a warning.
+    value_bytes_max: a larger value is ignored, with a warning.
+    reply_bytes_max: size limit of a reply, and of a message of a watch.
     """
 
     endpoints: tuple[str, ...]
@@ -50,16 +49,16 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prefix(self) -> str:
-        """Under it, one key for each instance."""
+        """The prefix of the keys of all instances."""
         return f"/penstock/{self.namespace}/instances/"
 
     @property
     def refresh_s(self) -> float:
-        """Three chances to refresh the lease before it is over."""
+        """A third of the lease: the lease is renewed up to three times before it would end."""
         return self.lease_s / 3
 
     def load_tls(self, context: ssl.SSLContext) -> None:
-        """The files into a context, for its next connections. Raises ConfigError, naming the flag."""
+        """Load the files into a context, for new connections. Raises ConfigError with the flag's name."""
         if self.ca_file:
             _load("--etcd-ca", self.ca_file, lambda: context.load_verify_locations(self.ca_file))
         else:
@@ -74,7 +73,7 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _load(flag: str, path: str, load: Callable[[], None]) -> None:
-    """OpenSSL does not say which of its files it could not open, so each is opened here first."""
+    """Load a file. It is opened here first, since OpenSSL does not report which file it could not open."""
     try:
         with open(path, "rb"):
             pass

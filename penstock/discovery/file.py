@@ -1,15 +1,16 @@
-"""Discovery over a directory: one JSON file per instance, its mtime a lease.
+"""Discovery by files in a directory: one JSON file per instance, kept fresh by its mtime.
 
-An instance is live while its file's mtime moves at least every `lease_s`. Each watcher measures that by its
-own clock, from when it last saw the mtime move: what an mtime says is of the clock of the server that keeps
-the folder, and clocks need not agree. A file whose writer ran on this machine also vanishes as soon as that
-process is gone. Whoever sees a dead file removes it: a live owner that was merely slow writes it again, as
-all owners do when somebody deletes the whole directory.
+An instance counts as running while its file's mtime changes at least every `lease_s`. Each watcher measures
+this by its own clock, from the last change that it saw. It does not compare the mtime with its clock, since
+the file server's clock may differ. If the file was written by a process on this machine, the instance is
+also gone as soon as that process is. A watcher removes the file of an instance that is gone. An owner that
+was only slow writes its file again; so do all owners after the whole directory was deleted.
 
-A directory on a network may stop answering for good, so all reading and writing is done in threads
-for which nobody waits longer than `answer_s`.
+A network directory may stop answering for good. So all files are read and written in threads, for which no
+caller waits longer than `answer_s`.
 
-The directory is 0700 and writing to it is the only credential: keep it where only its owner writes.
+The directory has mode 0700, and the right to write to it is the only credential: keep it where only its
+owner can write.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
 _TEMPORARY_SUFFIX = ".tmp"
-_SHOWN_CHARS = 200  # of what is wrong with a file, which may quote it
+_SHOWN_CHARS = 200  # of an error message, which may quote the file
 
 
 class FileDiscoverySettings(msgspec.Struct, frozen=True):
-    """How fast a directory notices.
+    """The times and limits of discovery by files.
 
-    lease_s: an instance whose file has not been touched for this long is gone. Short enough that another
-        machine's death is noticed, long enough for a busy machine or a slow NFS server.
-    poll_s: how often a watcher lists the directory. One listing costs 0.05 ms of CPU
-        for 5 files, 1.7 ms for 256.
-    files_max: files beyond this many are ignored, with a warning.
-    file_bytes_max: a larger file is garbage.
-    answer_s: how long the directory may take to answer before that counts as an outage (a network folder
-        whose server is gone), and how long an instance that leaves waits to remove its file.
+    lease_s: an instance whose file did not change for this long counts as gone. Short enough to notice the
+        death of another machine, long enough for a busy machine or a slow NFS server.
+    poll_s: how often a watcher lists the directory. A listing costs 0.05 ms of CPU for 5 files, 1.7 ms for
+        256.
+    files_max: further files are ignored, with a warning.
+    file_bytes_max: a larger file is ignored, with a warning.
+    answer_s: how long the directory may take to answer before that counts as an outage, for example because
+        a file server is gone; and how long an instance that leaves waits for the removal of its file.
     """
 
     lease_s: float = 5.0
@@ -61,12 +62,12 @@ class FileDiscoverySettings(msgspec.Struct, frozen=True):
 
     @property
     def refresh_s(self) -> float:
-        """Three chances to touch the file before the lease is over."""
+        """A third of the lease: the file is refreshed up to three times in one lease."""
         return self.lease_s / 3
 
 
 class _FileContent(msgspec.Struct, frozen=True):
-    """What a file holds. `pid` means something only to processes of the same `pid_space`."""
+    """The content of a file. `pid` has a meaning only for processes in the same `pid_space`."""
 
     registration: Registration
     pid_space: Word = ""
@@ -74,7 +75,7 @@ class _FileContent(msgspec.Struct, frozen=True):
 
 
 class FileDiscovery:
-    """The `Discovery` port over a directory, created 0700 when missing."""
+    """The `Discovery` port over a directory. A missing directory is created with mode 0700."""
 
     def __init__(self, directory: Path, settings: FileDiscoverySettings | None = None) -> None:
         self.directory = directory
@@ -83,8 +84,8 @@ class FileDiscovery:
         self.trouble = "not read yet"
 
     async def register(self, registration: Registration) -> FileLease:
-        """Write this instance's file and keep touching it until the lease is closed. While the directory
-        does not answer, the lease says so and goes on trying.
+        """Write this instance's file, and keep it fresh until the lease is closed. While the directory does
+        not answer, the lease reports this in `trouble`, and keeps trying.
 
         Raises:
             ConfigError: the directory cannot be written, or the registration is too long for a file.
@@ -96,7 +97,7 @@ class FileDiscovery:
     async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
         scan = DirectoryScan(self.directory, self._settings)
         caller: PatientCaller[dict[str, Registration]] = PatientCaller(self._settings.answer_s)
-        outage = Outage(log, f"discovery: {self.directory}", "what is known stays")
+        outage = Outage(log, f"discovery: {self.directory}", "the last known instances stay")
         previous: Mapping[str, Registration] | None = None
         while not self._closed.is_set():
             try:
@@ -136,7 +137,7 @@ class FileLease:
         self.registered = False
         self.trouble = "not registered yet"
         self._caller: PatientCaller[bool] = PatientCaller(settings.answer_s)
-        self._outage = Outage(log, f"discovery: {directory}", "this instance goes on trying to register")
+        self._outage = Outage(log, f"discovery: {directory}", "this instance keeps trying to register")
         self._refresher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -157,7 +158,7 @@ class FileLease:
         self._refresher = asyncio.create_task(self._refresh_forever(), name=f"lease {self._path.stem}")
 
     async def close(self) -> None:
-        """Deregister, in at most `answer_s`. If the directory does not answer, the lease ends by itself."""
+        """Remove the file, in at most `answer_s`. If the directory does not answer, the lease runs out."""
         if self._refresher is None:
             return
         self._refresher.cancel()
@@ -182,9 +183,9 @@ class FileLease:
                 await self._try(self._refresh)
             except OSError as error:
                 self._fail(error)
-            except Exception:  # the task's top: a defect of ours must not end what keeps it listed
+            except Exception:  # a bug must not end the task that keeps this instance registered
                 log.exception("discovery: cannot refresh %s", self._path)
-                self.trouble = f"cannot refresh {self._path}: an error here, see the log"
+                self.trouble = f"cannot refresh {self._path}: an error in this process, see the log"
 
     async def _try(self, call: Callable[[], bool]) -> None:
         held = await self._caller.result(call)
@@ -192,7 +193,8 @@ class FileLease:
         if held:
             self.registered, self.trouble = True, ""
         elif self.trouble != _SUPERSEDED:
-            # Or an older one, of a host whose clock is ahead: its file ends with its lease.
+            # Or an older incarnation, from a host whose clock is ahead; then its file disappears with its
+            # lease.
             self.trouble = _SUPERSEDED
             log.warning("discovery: a newer incarnation took over %s", self._path.name)
 
@@ -200,10 +202,10 @@ class FileLease:
         self.trouble = f"cannot refresh {self._path}: {error.strerror or error}"
         self._outage.began(self.trouble)
 
-    # What runs in a thread, since it may hang.
+    # The methods below run in a thread, since file access may hang.
 
     def _write(self) -> bool:
-        """Replace the file at once, so that no reader ever sees half of it."""
+        """Write the file by renaming, so that no reader sees a part of it."""
         _make_private(self._path.parent)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
         temporary.unlink(missing_ok=True)
@@ -213,7 +215,8 @@ class FileLease:
         return True
 
     def _refresh(self) -> bool:
-        """Touch the file, or write it again when it was removed. False: a newer incarnation owns it."""
+        """Refresh the file, or write it again if it was removed. Returns False if a newer incarnation owns
+        it."""
         try:
             content = _content_of(self._path, self._settings.file_bytes_max)
         except (FileNotFoundError, _NoRegistration):
@@ -235,34 +238,36 @@ class FileLease:
         return True
 
 
-_Stamp = tuple[int, int, int]  # inode, mtime in ns, size: while equal, the content is not read again
+_Stamp = tuple[
+    int, int, int
+]  # inode, mtime in ns, size. The content is read again when one of them changes
 
 
 class _Seen(msgspec.Struct):
-    """A file as a watcher knows it."""
+    """What a watcher knows about a file."""
 
     stamp: _Stamp
-    record: _FileContent | None  # None: garbage
-    moved_at: float  # this process's monotonic clock when the stamp was first seen
+    record: _FileContent | None  # None: the file is invalid
+    moved_at: float  # when the stamp was first seen, by this process's monotonic clock
 
 
 class DirectoryScan:
-    """Repeated listings of one directory. Blocking: run it in a thread, one call at a time."""
+    """Lists a directory repeatedly. Its calls block: run them in a thread, one at a time."""
 
     def __init__(self, directory: Path, settings: FileDiscoverySettings) -> None:
         self._directory = directory
         self._settings = settings
         self._seen: dict[str, _Seen] = {}
         self._looked_at = time.monotonic()
-        self._warned: set[str] = set()  # what has been warned of and not yet ended
+        self._warned: set[str] = set()  # the problems that were logged and still exist
 
     def instances(self) -> dict[str, Registration]:
-        """The live instances by id. Raises OSError when the directory cannot be read."""
+        """The running instances by id. Raises OSError if the directory cannot be read."""
         now = time.monotonic()
         seen = self._list(now)
         if now - self._looked_at > self._settings.lease_s / 2:
-            # The directory did not answer, or this process stood still. The owners may have been kept from
-            # touching their files, too, so none of these has been seen to stand still.
+            # The directory did not answer, or this process was suspended. The owners may have been unable
+            # to refresh their files as well. So the time that passed does not count.
             for entry in seen.values():
                 entry.moved_at = now
         self._looked_at = now
@@ -281,13 +286,15 @@ class DirectoryScan:
             except FileNotFoundError:
                 continue  # deregistered between the listing and the look
             except OSError as error:
-                if error.errno != errno.ESTALE:  # the same, as NFS says it
+                if error.errno != errno.ESTALE:  # NFS's error for a file that was removed
                     raise
         return seen
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         count = 0
-        _make_private(self._directory)  # also where it is there: a file system that is frozen shows itself
+        _make_private(
+            self._directory
+        )  # even if it exists: on a frozen file system this call hangs or fails
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or not entry.name.endswith(_SUFFIX):
@@ -306,7 +313,7 @@ class DirectoryScan:
         known = self._seen.get(entry.name)
         if known is not None and known.stamp == stamp:
             return known
-        # From now on, whatever the mtime says: it is of the clock of the file's server.
+        # The lease counts from now on, whatever the mtime is: the file server's clock may differ.
         return _Seen(stamp, self._read(entry), now)
 
     def _read(self, entry: os.DirEntry[str]) -> _FileContent | None:
@@ -330,7 +337,7 @@ class DirectoryScan:
         return record
 
     def _keep(self, name: str, entry: _Seen, now: float) -> bool:
-        """Whether this file still stands for an instance (or is garbage that is not ours to judge)."""
+        """Whether the file is kept: its instance is alive, or the file is invalid and so is left alone."""
         record = entry.record
         if record is None:
             return True
@@ -342,12 +349,13 @@ class DirectoryScan:
         return True
 
     def _remove_stale(self, path: Path, stamp: _Stamp) -> None:
-        """Unlink unless it has changed since; if it changes in between, its owner writes it again."""
+        """Remove the file unless it has changed. If it changes at this moment, its owner writes it
+        again."""
         try:
             if _stamp(path.lstat()) == stamp:
                 path.unlink()
         except OSError:
-            return  # gone already, or a folder we may only read: the entry is dropped all the same
+            return  # already removed, or this process may only read; the instance is dropped in any case
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned and len(self._warned) < self._settings.files_max:
@@ -360,15 +368,15 @@ def _file_name(instance_id: str) -> str:
 
 
 class _NoRegistration(Exception):
-    """What stands under a registration's name is something else."""
+    """A file with the name of a registration is something else."""
 
 
 def _content_of(path: Path, max_bytes: int) -> bytes:
-    """A regular file's content. Never waits for the other end of a pipe, and follows no link.
+    """The content of a regular file. Never waits at a named pipe, and follows no symbolic link.
 
     Raises OSError, and _NoRegistration for anything but a regular file of at most `max_bytes`.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):  # opening a device may already do something
+    if not stat.S_ISREG(path.lstat().st_mode):  # opening a device may have effects
         raise _NoRegistration("not a regular file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
@@ -385,7 +393,8 @@ def _stamp(status: os.stat_result) -> _Stamp:
 
 
 def _make_private(directory: Path) -> None:
-    """Create it and its missing parents, each 0700 (`Path.mkdir` gives that mode to the last one only)."""
+    """Create the directory and its missing parents with mode 0700. (`Path.mkdir` sets the mode of the last
+    one only.)"""
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
@@ -397,7 +406,7 @@ def _make_private(directory: Path) -> None:
 
 @functools.cache
 def pid_space() -> str:
-    """Names the set of processes whose pids this process can check: host, boot and pid namespace."""
+    """Identifies the processes whose pids this process can check: host, boot and pid namespace."""
     return "/".join(
         (socket.gethostname(), _first_line("/proc/sys/kernel/random/boot_id"), _pid_namespace())
     )
@@ -407,7 +416,7 @@ def _first_line(path: str) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError:
-        return ""  # not Linux: the host's name has to do, and the lease covers a reboot
+        return ""  # not Linux: only the host's name counts, and after a reboot the lease runs out
 
 
 def _pid_namespace() -> str:

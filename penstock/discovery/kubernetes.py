@@ -1,11 +1,11 @@
-"""Discovery on Kubernetes: an instance is a pod that runs.
+"""Discovery on Kubernetes: every running worker pod of a graph is an instance.
 
-A worker registers by existing; it needs no access to the API server. Frontends follow the pods that carry
-their graph's label and find the link of each at its pod's address. What a pod object does not say, which
-model it serves and which process answers there, the link does.
+A worker need not register, and needs no access to the API server. Frontends watch the pods with their
+graph's label, and connect to each at its pod's address. Over the link they learn what the pod object does
+not contain: the model that the worker serves, and its incarnation.
 
-A pod that is being deleted is no longer listed; while its link is up, the worker finishes what it has.
-While the API server is away, the last known pods stay.
+A pod that is being deleted is no longer listed. While its link is up, the worker finishes its requests.
+While the API server does not answer, the last known pods stay.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from penstock.net.address import join_address
 from penstock.shapes import Registration, Role
 
 GRAPH_LABEL = "penstock.dev/graph"
-"""Of all pods that serve for a graph: its name, which is `--namespace` of its frontends and workers."""
+"""The label of all serving pods of a graph. Its value is the graph's name, which is the `--namespace` of
+the frontends and workers."""
 
 ROLE_LABEL = "role"
 CONTAINER = "main"
 LINK_PORT = "link"
-"""Name of the container's port on which the worker's link listens."""
+"""The name of the container port of the worker's link."""
 
 
 class KubernetesDiscovery:
     """The `Discovery` port over the pods of one namespace.
 
     Args:
-        api: None for a worker, which only registers.
-        namespace: of Kubernetes.
-        graph: whose pods these are.
+        api: None for a worker, which does not watch.
+        namespace: the Kubernetes namespace.
+        graph: the name of the graph.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class KubernetesDiscovery:
         return self._pods.trouble if self._pods is not None else "not asked yet"
 
     async def register(self, registration: Registration) -> PodLease:
-        """Nothing to do: the pod that this runs in is what frontends look for."""
+        """Does nothing: frontends find the pod of this process."""
         return PodLease()
 
     async def watch(self) -> AsyncIterator[Mapping[str, Registration]]:
@@ -109,17 +110,17 @@ class KubernetesDiscovery:
 
 
 class PodLease:
-    """A worker's registration, which is its pod's existence: Kubernetes ends it with the pod."""
+    """The registration of a worker on Kubernetes. It lasts as long as the pod."""
 
     registered = True
     trouble = ""
 
     async def close(self) -> None:
-        """A worker that leaves says so over its links."""
+        """Does nothing: a worker that leaves reports this over its links."""
 
 
 def registration_of(pod: Object) -> Registration | None:
-    """The instance that a pod is; None while frontends have no reason to connect to it."""
+    """The registration for a pod; None while frontends should not connect to it."""
     status = pod.get("status", {})
     containers = status.get("containerStatuses") or ()
     main: Object = next((found for found in containers if found["name"] == CONTAINER), {})
@@ -144,7 +145,7 @@ def registration_of(pod: Object) -> Registration | None:
 
 
 def _link_port(pod: Object) -> int:
-    """0 when there is none."""
+    """The container port of the link; 0 if there is none."""
     for container in pod["spec"]["containers"]:
         if container["name"] == CONTAINER:
             for port in container.get("ports") or ():
@@ -154,7 +155,7 @@ def _link_port(pod: Object) -> int:
 
 
 def _milliseconds(time: str | None) -> int:
-    """Since 1970; 0 for what is no time."""
+    """The milliseconds since 1970 of a time; 0 if it is invalid."""
     try:
         return int(datetime.fromisoformat(time or "").timestamp() * 1000)
     except ValueError:
@@ -162,7 +163,7 @@ def _milliseconds(time: str | None) -> int:
 
 
 def _what_matters(pod: Object) -> Object:
-    """The parts of a pod that a registration is made of: a frontend may follow hundreds of them."""
+    """The parts of a pod that registrations need. A frontend may keep hundreds of pods."""
     metadata = pod["metadata"]
     names = "name", "namespace", "uid", "resourceVersion", "labels", "deletionTimestamp"
     containers = [

@@ -1,4 +1,4 @@
-"""What the log says about an outage of discovery: once that it began and why, once that it is over."""
+"""Logs an outage of discovery: one line with the reason when it begins, one line when it ends."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 
 
 class Outage:
-    """One thing that may stop working, and work again.
+    """The state of something that may become unavailable and available again.
 
     Args:
-        log: where it is said.
-        subject: what may stop working, at the beginning of each line.
-        meanwhile: what happens as long as it does not work.
+        log: where the lines are written.
+        subject: what may be unavailable; the beginning of each line.
+        meanwhile: what happens during an outage.
     """
 
     def __init__(self, log: logging.Logger, subject: str, meanwhile: str) -> None:
@@ -22,13 +22,13 @@ class Outage:
         self._began: float | None = None
 
     def began(self, reason: str) -> None:
-        """It does not work. Said once until `ended`."""
+        """Record a failure. Only the first one until `ended` is logged."""
         if self._began is None:
             self._began = time.monotonic()
             self._log.warning("%s is not available, %s: reason=%r", self._subject, self._meanwhile, reason)
 
     def ended(self) -> None:
-        """It works. Said only after `began`."""
+        """Record a success. It is logged only after `began`."""
         if self._began is not None:
             outage_s = time.monotonic() - self._began
             self._log.info("%s is available again: outage_s=%.1f", self._subject, outage_s)

@@ -1,1 +1,1 @@
-"""Logging: how it is set up, and how it never blocks or floods."""
+"""Logging that never blocks a process, and that strangers cannot flood."""

@@ -1,4 +1,4 @@
-"""A log that strangers cannot fill."""
+"""A logger that limits how often each message is written, so that strangers cannot fill the log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PERIOD_S: Final = 60.0
 
 
 class QuietLog(logging.Logger):
-    """Another logger, with at most 10 lines a minute for each message (without its arguments); then it says
-    how many were left out."""
+    """A logger that passes at most 10 lines a minute of each message (without its arguments) to another
+    logger, and then logs how many it left out."""
 
     def __init__(self, logger: logging.Logger, clock: Clock | None = None) -> None:
         super().__init__(logger.name)
@@ -24,11 +24,11 @@ class QuietLog(logging.Logger):
         self._lines: dict[str, int] = {}  # in this period, by message
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's name
-        """As the other logger says."""
+        """Whether the other logger is enabled for this level."""
         return self._logger.isEnabledFor(level)
 
     def handle(self, record: logging.LogRecord) -> None:
-        """What each logging call comes to."""
+        """Pass a record on, unless its message was logged too often. All logging methods call this."""
         now = self._clock.now()
         if now - self._period_start_s >= PERIOD_S:
             left_out = sum(max(0, lines - BURST_LINES) for lines in self._lines.values())

@@ -1,4 +1,4 @@
-"""How a process logs.
+"""Sets up the logging of a process.
 
 Log lines are one line each, `time level component message`, with values as key=value.
 """
@@ -24,13 +24,14 @@ LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
-LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second as a deployment of Dynamo sets it
+LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second is Dynamo's
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO  router message`; a traceback follows on lines of its own."""
+    """Formats a record as `2026-01-31T12:00:00.123Z INFO  router message`. A traceback follows on lines of
+    its own."""
 
     def __init__(self, colour: bool) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class LineFormatter(logging.Formatter):
         if self._colour:
             when, component = f"{_DIM}{when}{_RESET}", f"{_DIM}{component}{_RESET}"
             level = f"{_COLOURS.get(record.levelno, '')}{level}{_RESET}"
-        # A client may choose parts of a message (a model's name): no line breaks from there.
+        # Line breaks are escaped, since a client may choose parts of a message, for example a model's name.
         message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
         line = f"{when} {level} {component} {message}"
         if record.exc_info:
@@ -73,7 +74,7 @@ def setup_logging(
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    # Libraries speak up only when something is wrong; the level asked for is Penstock's own.
+    # The chosen level is for Penstock; libraries log only warnings and errors.
     root.setLevel(max(root_level, logging.WARNING))
     logging.getLogger("penstock").setLevel(root_level)
     for component, component_level in components.items():

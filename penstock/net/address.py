@@ -27,7 +27,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on this host."""
+    """Whether only this machine can connect to a server that listens on this host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,5 +1,4 @@
-"""uvicorn within a process of ours: what the frontend, the workers' probes and the operator have in
-common."""
+"""The uvicorn server that the frontend, the probes of workers and the operator run in their processes."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import uvicorn
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, without its signal handlers: signals are the process's own."""
+    """uvicorn without its signal handlers: the process handles signals itself."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -25,8 +24,8 @@ class HttpServer(uvicorn.Server):
         yield
 
     def drop_all(self) -> None:
-        """Close what a cancelled `serve` left open: uvloop never ends with a listener that it does not know
-        to be closed."""
+        """Close the listeners and connections that a cancelled `serve` left open. With an open listener,
+        uvloop's event loop would not end."""
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):
@@ -42,11 +41,11 @@ async def served(
     tls: ssl.SSLContext | None = None,
     connections_max: int | None = None,
 ) -> AsyncIterator[None]:
-    """Serve an ASGI application that needs no more than that, meanwhile.
+    """Serve a simple ASGI application while the block runs.
 
     Args:
-        tls: serve HTTPS with what this context holds; it may be loaded with another certificate meanwhile.
-        connections_max: further ones get a 503.
+        tls: serve HTTPS with the certificate in this context, which may be replaced while serving.
+        connections_max: the most connections; further ones get status 503.
     """
     config = uvicorn.Config(
         app,

@@ -1,8 +1,8 @@
-"""Files that are renewed while a process runs: keys, secrets, certificates.
+"""Values from files that may be replaced while a process runs: keys, secrets, certificates.
 
-Whoever renews them needs no restart and no signal: what is used next is what stands there now. What
-cannot be used is not taken: what was read before stays, and the log says why. So it is while the folder
-that they are in does not answer, as when a network folder's server is gone: all reading is done in threads.
+A replaced file needs no restart and no signal: its new content is used from then on. If it cannot be used,
+the old value stays, and the log says why. The old value also stays while a network folder does not answer,
+since files are read in threads.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ T = TypeVar("T")
 log = logging.getLogger("penstock.renewed")
 
 RECHECK_S: Final = 1.0
-"""Between two looks at a file, however often it is asked for: how long an old value may count."""
+"""Interval between checks of a file, and so the longest time for which an old value is used."""
 
 ANSWER_S: Final = 0.02
-"""How long a look may hold up whoever asked. One that takes longer goes on, and counts once it is done."""
+"""The longest time for which `get` waits for a check. A slower check goes on, and its result is used
+later."""
 
 SILENCE_S: Final = 3.0
-"""After so long a look without an answer, the log says so."""
+"""A check that takes longer than this is logged."""
 
-_Stamp = tuple[int, int, int, int]  # when it and its permissions were changed, its size, and which it is
+_Stamp = tuple[int, int, int, int]  # mtime and ctime in ns, size, inode
 
 
 class Renewed(Generic[T]):
     """A value from files, read again when one of them has changed.
 
     Args:
-        what: it is, for the log.
-        paths: of the files.
-        read: reads them all. Raises ConfigError when they cannot be used. Called in a thread, but for the
-            first time.
-        clock: for the pauses between two looks.
+        what: a name for the value, for the log.
+        paths: the files.
+        read: reads the files and returns the value. Raises ConfigError if they cannot be used. Called in a
+            thread, except for the first time.
+        clock: the clock for the interval between checks.
 
-    Raises what `read` raises.
+    Raises the same errors as `read`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Renewed(Generic[T]):
         self._paths = paths
         self._read = read
         self._clock = clock or MonotonicClock()
-        self._trouble = ""  # why it could not be read again
+        self._trouble = ""  # why the latest check failed
         self._looked_at = self._clock.now()
         self._looked = Event()
         self._looked.set()
@@ -62,8 +63,8 @@ class Renewed(Generic[T]):
         self._value = read()
 
     def get(self) -> T:
-        """The value now. Never raises; costs a comparison, and once a second a look at the files, in a
-        thread which is waited for at most ANSWER_S."""
+        """The current value. Never raises. Costs a comparison, and once a second a check of the files in a
+        thread, for which it waits at most ANSWER_S."""
         now = self._clock.now()
         if not self._looked.is_set():
             if now - self._looked_at >= SILENCE_S:
@@ -92,18 +93,19 @@ class Renewed(Generic[T]):
             self._looked.set()
 
     def _say(self, trouble: str) -> None:
-        """Once: it is tried again with every look, and may pass."""
+        """Log a problem once. Every check tries again."""
         if trouble != self._trouble:
             self._trouble = trouble
-            log.error("%s: what was read before stays: %s", self._what, trouble)
+            log.error("%s: the value read before stays in use: %s", self._what, trouble)
 
     def _look(self) -> list[_Stamp | None]:
-        """Before reading, so that a change in between is seen the next time."""
+        """The stamps of the files. Taken before reading, so that the next check sees a change in
+        between."""
         return [_stamp(path) for path in self._paths]
 
 
 def read_text(what: str, path: Path, max_bytes: int) -> str:
-    """A small file. Raises ConfigError, whose message shows nothing of what stands in it."""
+    """The text of a small file. Raises ConfigError, whose message shows nothing of the content."""
     try:
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -112,12 +114,12 @@ def read_text(what: str, path: Path, max_bytes: int) -> str:
         return content.decode()
     except OSError as error:
         raise ConfigError(f"{what}: cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:  # its own words would show some of the bytes
+    except UnicodeDecodeError:  # its message would show some of the bytes
         raise ConfigError(f"{what}: cannot read {path}: it is no UTF-8 text") from None
 
 
 def _stamp(path: Path) -> _Stamp | None:
-    """Changes whenever the file does; None when there is none."""
+    """A value that changes whenever the file does; None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:

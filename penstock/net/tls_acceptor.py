@@ -1,8 +1,8 @@
-"""TLS for the connections of a listener, which count and have a deadline from the moment they are accepted.
+"""TLS for a listener whose connections are counted and have a deadline from the moment they are accepted.
 
-asyncio's `create_server(ssl=...)` shows nobody a connection whose handshake has not ended: it cannot be
-counted, nor ended to make room for another. So the listener is one without TLS, and each of its connections
-is taken from it here, to go on with TLS.
+With asyncio's `create_server(ssl=...)`, a connection is invisible until its handshake has ended. It cannot
+be counted, nor closed to make room for another one. So the listener accepts connections without TLS, and
+this module takes each of them over and starts TLS.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ MakeProtocol = Callable[[], asyncio.Protocol]
 
 
 class TlsAcceptor:
-    """The handshakes of one listener.
+    """The TLS handshakes of one listener.
 
     Args:
-        context: the certificate to show now; asked for each connection.
-        handshake_timeout_s: from accepted to the end of the handshake.
-        shutdown_timeout_s: for TLS to be ended on both sides, once a connection is closed.
-        room: how many handshakes may be under way now. One more drops the oldest, so that silent
-            connections cannot keep others out; 0 drops the new one.
-        log: told of handshakes that failed, and of connections that were not taken; strangers must not be
-            able to fill it.
+        context: returns the context with the current certificate; called for each connection.
+        handshake_timeout_s: from the acceptance of a connection to the end of its handshake.
+        shutdown_timeout_s: for ending TLS on both sides, once a connection is closed.
+        room: returns how many handshakes may be under way now. A further one closes the oldest, so that
+            silent connections cannot keep others out. With 0, the new connection is closed.
+        log: for failed handshakes and refused connections. Strangers must not be able to fill it.
     """
 
     def __init__(
@@ -52,16 +51,17 @@ class TlsAcceptor:
 
     @property
     def handshakes(self) -> int:
-        """How many are under way."""
+        """The number of handshakes under way."""
         return len(self._handshakes)
 
     def accept(self, make_protocol: MakeProtocol) -> asyncio.Protocol:
-        """The protocol factory to give a listener without TLS: `lambda: acceptor.accept(Connection)`. That
-        Connection is told of its transport once the handshake is over, and else of nothing."""
+        """A protocol for a connection that a listener without TLS accepted. Use it as the listener's
+        protocol factory: `lambda: acceptor.accept(Connection)`. The Connection is made and gets its
+        transport once the handshake has succeeded."""
         return _Accepted(lambda accepted, address: self._begin(accepted, address, make_protocol))
 
     async def close(self) -> None:
-        """End all handshakes, which takes a turn or two of the event loop. Close the listener before."""
+        """End all handshakes, in one or two turns of the event loop. Close the listener first."""
         self._closed = True
         tasks = list(self._handshakes.values())
         for handshake in list(self._handshakes):
@@ -76,7 +76,7 @@ class TlsAcceptor:
             self._log.warning("too many connections: %s is dropped before its TLS handshake", address)
             return
         while len(self._handshakes) >= room:
-            self._drop(next(iter(self._handshakes)), "too many others are at theirs")
+            self._drop(next(iter(self._handshakes)), "too many other handshakes are under way")
         handshake = _Handshake(accepted, address)
         self._handshakes[handshake] = asyncio.create_task(
             self._shake_hands(handshake, make_protocol), name=f"TLS handshake with {address}"
@@ -98,7 +98,7 @@ class TlsAcceptor:
             self._handshakes.pop(handshake, None)
 
     def _drop(self, handshake: _Handshake, reason: str) -> None:
-        """It counts no more; its task ends in the next turn, with the connection."""
+        """Close a handshake's connection. It no longer counts, and its task ends in the next turn."""
         del self._handshakes[handshake]
         handshake.dropped = reason
         with contextlib.suppress(OSError):  # it is gone already
@@ -106,17 +106,18 @@ class TlsAcceptor:
 
 
 class _Handshake:
-    """One that is under way."""
+    """A handshake that is under way."""
 
     def __init__(self, accepted: socket.socket, address: str) -> None:
         self.accepted = accepted
         self.address = address
-        self.dropped = ""  # why, if it was
+        self.dropped = ""  # why it was dropped; empty if it was not
 
 
 class _Accepted(asyncio.Protocol):
-    """Takes a connection from the transport that the listener made, by a descriptor of its own. (Going on
-    with that transport would be `start_tls`, but uvloop's may have read the client's hello by then.)"""
+    """Takes a connection over from the transport that the listener made, by duplicating its descriptor.
+    (`start_tls` would continue with that transport, but uvloop's may have read the client's hello
+    already.)"""
 
     def __init__(self, take: Callable[[socket.socket, str], None]) -> None:
         self._take = take
@@ -127,7 +128,7 @@ class _Accepted(asyncio.Protocol):
         try:
             accepted = socket.fromfd(listed.fileno(), listed.family, socket.SOCK_STREAM)
         except OSError:
-            accepted = None  # no descriptor is left: this one is not taken
+            accepted = None  # no descriptor is left; the connection is closed
         cast(asyncio.Transport, transport).abort()
         if accepted is not None:
             accepted.setblocking(False)

@@ -535,7 +535,7 @@ async def test_silent_tls_connections_count_and_keep_nobody_out(
             assert not silent[29][0].at_eof()
     failed = [line for line in caplog.messages if line.startswith("TLS handshake with 127.0.0.1:")]
     assert len(failed) == BURST_LINES
-    assert failed[0].endswith("failed: too many others are at theirs")
+    assert failed[0].endswith("failed: too many other handshakes are under way")
 
 
 async def test_no_room_even_for_a_handshake(serve_script, certificate, monkeypatch, caplog):
