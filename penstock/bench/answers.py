@@ -1,4 +1,4 @@
-"""What a server answers: a stream of OpenAI's chunks, or one JSON document."""
+"""Parses the answers of a server: a stream of OpenAI's chunks, or one JSON document."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import msgspec
 
 MAX_EVENT_BYTES = 1 << 20
-"""The longest event; a server that never ends one is given up."""
+"""Longest event. A longer one ends the request as failed."""
 
 MAX_BODY_BYTES = 8 << 20
-"""The largest answer that is not a stream; the rest is not kept."""
-
+"""Most bytes that are kept of an answer that is not a stream."""
 
 MAX_MESSAGE_CHARS = 1000
-"""Kept of an error's body."""
+"""Most characters that are kept of an error's body."""
 
 
 class _PromptDetails(msgspec.Struct):
@@ -23,7 +22,7 @@ class _PromptDetails(msgspec.Struct):
 
 
 class TokenCounts(msgspec.Struct):
-    """Token counts of a request, as OpenAI's API gives them."""
+    """The token counts of a request, as in OpenAI's API."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -31,7 +30,7 @@ class TokenCounts(msgspec.Struct):
 
     @property
     def cached_tokens(self) -> int | None:
-        """None when the server does not say."""
+        """None if the server does not report it."""
         return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
 
 
@@ -60,13 +59,13 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class StreamedAnswer:
-    """Receives `text/event-stream` of chat completions or completions.
+    """Receives a stream of chat completions or completions.
 
-    Times are time.perf_counter() seconds. `failure` is (kind, message) once something is wrong.
+    Times are seconds of time.perf_counter(). `failure` is (kind, message) after a failure.
 
     Args:
         on_gap: called with the seconds between two chunks that carry text.
-        keep_text: whether `text` is collected, for a next turn.
+        keep_text: whether `text` is collected, for the next turn.
     """
 
     __slots__ = (
@@ -87,7 +86,7 @@ class StreamedAnswer:
 
     def __init__(self, on_gap: Callable[[float], None] | None = None, *, keep_text: bool = False) -> None:
         self.status = 0
-        self.retry_after_s = 0.0  # as the server asked for, when it did
+        self.retry_after_s = 0.0  # from the answer's Retry-After
         self.first_at: float | None = None
         self.last_at = 0.0
         self.chunks = 0  # that carry text
@@ -181,7 +180,7 @@ class JsonAnswer:
             self._body += chunk
 
     def decode(self) -> Any:
-        """The document; None when it is not one."""
+        """The document; None if the body is not valid JSON."""
         try:
             return msgspec.json.decode(self._body)
         except msgspec.MsgspecError:

@@ -1,4 +1,4 @@
-"""`penstock bench`: put load on a server and report how it did."""
+"""`penstock bench`: puts load on a server, and reports latencies and throughput."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from penstock.errors import ConfigError
 
 CALIBRATION_WORDS = (64, 320)
 PREPARE_TIMEOUT_S = 60.0
-"""For the few requests before a run: the first may have to wait for a worker to load."""
+"""Timeout of the requests before a run. The first may have to wait until a worker has loaded its model."""
 
 
 class BenchOptions(msgspec.Struct, frozen=True):
-    """A checked command line."""
+    """The checked options of a run."""
 
     url: str
     model: str | None
@@ -45,7 +45,7 @@ class BenchOptions(msgspec.Struct, frozen=True):
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether prompts must have given token counts."""
+        """Whether prompts must have a given number of tokens."""
         return self.trace is not None or bool(self.shape.prompt_tokens or self.shape.shared_prefix_tokens)
 
 
@@ -84,7 +84,7 @@ def bench(
     if duration is None and requests is None and trace is None:
         duration = 30.0
     given_lengths = trace is not None or prompt_tokens is not None
-    plan = BenchOptions(
+    options = BenchOptions(
         url=url,
         model=model,
         api_key=api_key,
@@ -105,7 +105,7 @@ def bench(
         ignore_eos=given_lengths if ignore_eos is None else ignore_eos,
     )
     console = Console()
-    report = run(plan, console)
+    report = run(options, console)
     console.print(report_table(report))
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
@@ -115,18 +115,18 @@ def bench(
         raise typer.Exit(1)
 
 
-def run(plan: BenchOptions, console: Console) -> BenchReport:
-    """Carry out a plan; when interrupted, report what there is.
+def run(options: BenchOptions, console: Console) -> BenchReport:
+    """Run a benchmark. When it is interrupted, report what was measured so far.
 
-    Raises ConfigError when the server or the trace cannot be used at all."""
-    rows = read_trace(plan.trace, speedup=plan.speedup, seed=plan.seed) if plan.trace else []
-    client = HttpClient(plan.url, _headers(plan))
+    Raises ConfigError if the server or the trace cannot be used."""
+    rows = read_trace(options.trace, speedup=options.speedup, seed=options.seed) if options.trace else []
+    client = HttpClient(options.url, _headers(options))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            payload, words_per_token = runner.run(_prepare(plan, client))
-            driver = Driver(client, payload, plan.limits, Measurements(plan.slo))
+            payload, words_per_token = runner.run(_prepare(options, client))
+            driver = Driver(client, payload, options.limits, Measurements(options.slo))
             try:
-                runner.run(_drive(plan, driver, rows, words_per_token, console))
+                runner.run(_drive(options, driver, rows, words_per_token, console))
             except KeyboardInterrupt:
                 console.print("interrupted")
             return driver.report()
@@ -134,35 +134,35 @@ def run(plan: BenchOptions, console: Console) -> BenchReport:
             runner.run(client.close())
 
 
-def _headers(plan: BenchOptions) -> dict[str, str]:
-    return {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
+def _headers(options: BenchOptions) -> dict[str, str]:
+    return {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
 
 
-async def _prepare(plan: BenchOptions, client: HttpClient) -> tuple[Payload, float]:
-    """What is in every request, and how many words of filler make a token."""
+async def _prepare(options: BenchOptions, client: HttpClient) -> tuple[Payload, float]:
+    """The fields of every request, and the number of filler words per token."""
     try:
         async with asyncio.timeout(PREPARE_TIMEOUT_S):
-            model = plan.model or await first_model(client)
-            words_per_token = await calibrate(client, model) if plan.needs_lengths else 1.0
+            model = options.model or await first_model(client)
+            words_per_token = await calibrate(client, model) if options.needs_lengths else 1.0
     except TimeoutError:
-        raise ConfigError(f"url: no answer from {plan.url} within {PREPARE_TIMEOUT_S:g} s") from None
+        raise ConfigError(f"url: no answer from {options.url} within {PREPARE_TIMEOUT_S:g} s") from None
     except RequestFailed as error:
-        raise ConfigError(f"url: {plan.url}: {error}") from error
-    return Payload(model, plan.temperature, plan.ignore_eos), words_per_token
+        raise ConfigError(f"url: {options.url}: {error}") from error
+    return Payload(model, options.temperature, options.ignore_eos), words_per_token
 
 
 async def _drive(
-    plan: BenchOptions, driver: Driver, rows: list[TraceRow], words_per_token: float, console: Console
+    options: BenchOptions, driver: Driver, rows: list[TraceRow], words_per_token: float, console: Console
 ) -> None:
-    shape = msgspec.structs.replace(plan.shape, words_per_token=words_per_token)
-    conversations = synthetic(shape, plan.seed)
-    async with progress(driver, plan.limits, len(rows), console):
+    shape = msgspec.structs.replace(options.shape, words_per_token=words_per_token)
+    conversations = synthetic(shape, options.seed)
+    async with progress(driver, options.limits, len(rows), console):
         if rows:
-            await driver.open(replay(rows, words_per_token=words_per_token, seed=plan.seed))
-        elif plan.rate is not None:
-            await driver.open(arrivals(conversations, plan.rate, plan.seed))
+            await driver.open(replay(rows, words_per_token=words_per_token, seed=options.seed))
+        elif options.rate is not None:
+            await driver.open(arrivals(conversations, options.rate, options.seed))
         else:
-            await driver.closed(conversations, plan.concurrency)
+            await driver.closed(conversations, options.concurrency)
 
 
 async def first_model(client: HttpClient) -> str:
@@ -176,8 +176,8 @@ async def first_model(client: HttpClient) -> str:
 
 
 async def calibrate(client: HttpClient, model: str) -> float:
-    """Words of filler per token of the server's tokenizer, from two prompts of different length, so
-    that the chat template's own tokens cancel out."""
+    """Measure the number of filler words per token of the server's tokenizer. It is the difference between
+    two prompts of different length, so that the tokens of the chat template cancel out."""
     tokens = []
     for words in CALIBRATION_WORDS:
         body = {

@@ -1,4 +1,4 @@
-"""What is sent, and when: conversations and their arrivals. Pure, and the same for equal seeds."""
+"""Plans the conversations of a run and their start times. Pure; equal seeds give equal plans."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from penstock.errors import ConfigError
 
 
 class PlannedTurn(msgspec.Struct, frozen=True):
-    """What the user says, and how long the answer is."""
+    """A message of the user, and the length of the answer to it."""
 
     text: str
     output_tokens: int
 
 
 class PlannedConversation(msgspec.Struct, frozen=True):
-    """Turns sent one after the other, each with all that was said before."""
+    """Turns that are sent one after the other, each with all earlier messages."""
 
     turns: list[PlannedTurn]
     system: str = ""
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A conversation and when it starts, in seconds from the start of the run."""
+    """A conversation and its start time, in seconds from the start of the run."""
 
     at_s: float
     conversation: PlannedConversation
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """How synthetic conversations look. `words_per_token` as calibrated for the server's tokenizer."""
+    """The shape of synthetic conversations. `words_per_token` was measured for the server's tokenizer."""
 
     turns: int = 1
     prompt_tokens: int | None = None  # per turn; None: built-in questions
     output_tokens: int = 64
-    shared_prefix_tokens: int = 0  # of a system prompt that all conversations begin with
+    shared_prefix_tokens: int = 0  # length of the system prompt of all conversations
     words_per_token: float = 1.0
 
 
 def words(tokens: int, words_per_token: float) -> int:
-    """How many filler words make about that many tokens; at least one."""
+    """The number of filler words for about this many tokens; at least one."""
     return max(1, round(tokens * words_per_token))
 
 
 def synthetic(shape: Shape, seed: int) -> Iterator[PlannedConversation]:
-    """Conversations without end, no two alike."""
+    """An endless sequence of different conversations."""
     system = ""
     if shape.shared_prefix_tokens:
         system = filler(f"{seed}/system", words(shape.shared_prefix_tokens, shape.words_per_token))
@@ -61,13 +61,13 @@ def synthetic(shape: Shape, seed: int) -> Iterator[PlannedConversation]:
 def _turn(shape: Shape, seed: int, number: int, turn: int) -> PlannedTurn:
     if shape.prompt_tokens is None:
         return PlannedTurn(QUESTIONS[(number + turn) % len(QUESTIONS)], shape.output_tokens)
-    # Not through the cache of `filler`: these texts are used once.
+    # Without the cache of `filler`, since each text is used once.
     text = filler.__wrapped__(f"{seed}/{number}/{turn}", words(shape.prompt_tokens, shape.words_per_token))
     return PlannedTurn(text, shape.output_tokens)
 
 
 def arrivals(conversations: Iterator[PlannedConversation], rate: Rate, seed: int) -> Iterator[Arrival]:
-    """Conversations at a rate, for an open loop."""
+    """Give conversations start times at a rate, for an open loop."""
     rng = Random(f"{seed}/arrivals")
     at_s = 0.0
     for conversation in conversations:
@@ -76,7 +76,7 @@ def arrivals(conversations: Iterator[PlannedConversation], rate: Rate, seed: int
 
 
 class Rate(msgspec.Struct, frozen=True):
-    """How often a conversation begins."""
+    """The rate at which conversations begin."""
 
     per_s: float
     poisson: bool = True

@@ -1,4 +1,4 @@
-"""How a run is shown: a progress bar while it lasts, tables at its end."""
+"""Shows a run in the terminal: a progress bar while it lasts, and tables at its end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from penstock.bench.driver import Driver, Limits
 from penstock.bench.measurements import BenchReport, Percentiles
 
 REFRESH_S = 0.5
-"""Between two updates of the bar: often enough to follow, and too seldom to disturb the measuring."""
+"""Interval between updates of the bar: short enough to follow, too long to disturb the measurement."""
 
 
 @asynccontextmanager
 async def progress(driver: Driver, limits: Limits, rows: int, console: Console) -> AsyncIterator[None]:
-    """Show a bar while the block runs: by requests where their number is known (`rows` of a trace),
-    otherwise by time. Nothing is shown when the console is not a terminal."""
+    """Show a progress bar while the block runs: by requests if their number is known (`rows` is a trace's),
+    otherwise by time. Nothing is shown if the console is not a terminal."""
     total: float | None = limits.requests or rows or limits.duration_s
     by_time = not (limits.requests or rows)
     columns = (

@@ -1,7 +1,7 @@
-"""Sends conversations to a server and measures the answers.
+"""Sends conversations to a server, and measures the answers.
 
-Closed loop: `concurrency` users, each starting a conversation when the last one ended, so the load
-adapts to the server. Open loop: conversations start at given times, whatever the server does.
+In a closed loop, each of `concurrency` users starts a conversation when the last one has ended, so the load
+adapts to the server. In an open loop, conversations start at given times, even if the server is slow.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from penstock.bench.http_client import HttpClient, RequestFailed
 from penstock.bench.measurements import BenchReport, Measurements, RequestOutcome
 
 LAG_PERIOD_S = 0.05
-"""Between two looks at how late the event loop runs."""
+"""Interval between measurements of the event loop's lateness."""
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """When a run ends, and what it may use."""
+    """The limits of a run."""
 
     duration_s: float | None = None
-    """Nothing new is sent after this; None: until the requests run out."""
+    """Nothing is sent after this time; None: until all requests are sent."""
 
     requests: int | None = None
-    """Requests (turns) to send; None: until the duration is over, or the trace is."""
+    """Requests (turns) to send; None: until the duration or the trace ends."""
 
     drain_s: float = 60.0
-    """How long after `duration_s` to wait for answers; what is then left counts as unfinished."""
+    """How long to wait for answers after `duration_s`. Requests without an answer then count as
+    unfinished."""
 
     request_timeout_s: float = 600.0
-    """Seconds from sending a request to the end of its answer."""
+    """Timeout from sending a request to the end of its answer, in seconds."""
 
     max_in_flight: int = 4096
-    """Conversations at once in an open loop; what arrives beyond counts as a failure of the client."""
+    """Most conversations at once in an open loop. Further ones count as failures of the client."""
 
 
 class Payload(msgspec.Struct, frozen=True):
-    """What is the same in every request."""
+    """The fields that are the same in every request."""
 
     model: str
     temperature: float = 0.0
-    ignore_eos: bool = False  # vLLM's extension: answers have exactly the asked length
+    ignore_eos: bool = False  # an extension of vLLM: answers have exactly the requested length
 
     def encode(self, messages: list[dict[str, str]], output_tokens: int) -> bytes:
         body: dict[str, object] = {
@@ -63,7 +64,7 @@ class Payload(msgspec.Struct, frozen=True):
 
 
 class Driver:
-    """One run. Call `closed` or `open` once; `measurements` are complete when it returns."""
+    """One run. Call `closed` or `open` once; then `measurements` are complete."""
 
     def __init__(
         self, client: HttpClient, payload: Payload, limits: Limits, measurements: Measurements
@@ -78,24 +79,24 @@ class Driver:
         self._limits = limits
 
     def report(self) -> BenchReport:
-        """Figures so far; rates are from the start to the latest answer."""
+        """The report so far. Rates are from the start to the latest answer."""
         elapsed_s = time.perf_counter() - self.started_at
         cpu_share = (time.process_time() - self._cpu_s) / max(elapsed_s, 1e-9)
         return self.measurements.report(self.ended_at - self.started_at, cpu_share)
 
     async def closed(self, conversations: Iterator[PlannedConversation], concurrency: int) -> None:
-        """Run `concurrency` users until the limits."""
+        """Run `concurrency` users until a limit is reached."""
         async with self._run() as users:
             for _ in range(concurrency):
                 users.create_task(self._user(conversations))
 
     async def open(self, arrivals: Iterator[Arrival]) -> None:
-        """Start conversations at their times until the limits."""
+        """Start conversations at their times until a limit is reached."""
         async with self._run() as tasks:
             for arrival in arrivals:
                 if self._limits.duration_s is not None and arrival.at_s >= self._limits.duration_s:
                     break
-                # Also when it is late: what was begun before must get its turn.
+                # Also if it is late, so that conversations that run already can go on.
                 await asyncio.sleep(max(0.0, self.started_at + arrival.at_s - time.perf_counter()))
                 if not self._may_send():
                     break
@@ -107,7 +108,8 @@ class Driver:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[asyncio.TaskGroup]:
-        """The tasks of a run, cut off when its time is over, and beside them the look at the lag."""
+        """A group for the tasks of a run, which are cancelled when its time is over. Measures the lag
+        meanwhile."""
         self.started_at = self.ended_at = time.perf_counter()
         self._cpu_s = time.process_time()
         limit_s = self._limits.duration_s
@@ -118,7 +120,7 @@ class Driver:
             async with asyncio.timeout(limit_s), asyncio.TaskGroup() as tasks:
                 yield tasks
         except TimeoutError:
-            pass  # what was cut off has been counted as unfinished
+            pass  # cancelled requests have been counted as unfinished
         finally:
             watching.cancel()
             await asyncio.wait([watching])
@@ -156,13 +158,13 @@ class Driver:
             finally:
                 self.in_flight -= 1
             if answer is None:
-                return  # without this answer there is no next turn
+                return  # the next turn would need this answer
             messages.append({"role": "assistant", "content": answer.text})
 
     async def _ask(
         self, messages: list[dict[str, str]], turn: PlannedTurn, *, keep_text: bool
     ) -> StreamedAnswer | None:
-        """Send one request and record its outcome. None when it failed."""
+        """Send one request and record its outcome. Returns None if it failed."""
         body = self._payload.encode(messages, turn.output_tokens)
         answer = StreamedAnswer(self.measurements.gaps.add, keep_text=keep_text)
         sent_at = time.perf_counter()

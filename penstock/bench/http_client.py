@@ -1,7 +1,8 @@
-"""A small HTTP/1.1 client for measuring: little work per chunk, and the time each one arrived.
+"""A small HTTP/1.1 client for measurements. It costs little CPU per chunk, and records when each chunk
+arrived.
 
-An asyncio.Protocol over httptools, without streams, futures or tasks per chunk: at high rates a client
-that needs as much CPU as the server measures itself. Answers are pushed to a Receiver as they arrive.
+It is an asyncio.Protocol over httptools, without streams, futures or tasks per chunk: a client that needs
+as much CPU as the server would measure itself. Answers are passed to a Receiver as they arrive.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import httptools
 from penstock.errors import ConfigError, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
-"""Also covers the TLS handshake."""
+"""Timeout of connecting, TLS handshake included."""
 
 MAX_IDLE_CONNECTIONS = 4096
-"""Connections kept for reuse; more than this many at once are closed after use."""
+"""Most idle connections that are kept for reuse. Further ones are closed after use."""
 
 
 class RequestFailed(RemoteError):
-    """A request got no complete answer. `kind` groups such failures in a report."""
+    """A request got no complete answer. The report groups failures by `kind`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -33,20 +34,21 @@ class RequestFailed(RemoteError):
 
 
 class Receiver(Protocol):
-    """Takes an answer as it arrives. Must not raise."""
+    """Receives an answer as it arrives. Must not raise."""
 
     def on_status(self, status: int, retry_after_s: float = 0.0) -> None:
-        """The head of the answer has arrived; 0 when it has no Retry-After in seconds."""
+        """Called when the head of the answer has arrived. `retry_after_s` is 0 without a Retry-After in
+        seconds."""
 
     def on_body(self, chunk: bytes, now: float) -> None:
-        """A part of the body; `now` is time.perf_counter() when it was read from the socket."""
+        """Called with a part of the body. `now` is the time.perf_counter() at which it was read."""
 
 
 class HttpClient:
     """A pool of keep-alive connections to one server.
 
     Args:
-        base_url: `http://host:port` or `https://...`, with an optional path that precedes all others.
+        base_url: `http://host:port` or `https://...`, optionally with a path that precedes all paths.
         headers: sent with every request.
     """
 
@@ -68,8 +70,8 @@ class HttpClient:
         """Send one request and return when its answer is complete.
 
         Raises:
-            RequestFailed: `connect`, `disconnected` or `protocol`. There is no timeout: put the call
-                under one; a cancelled request closes its connection.
+            RequestFailed: of kind `connect`, `disconnected` or `protocol`. There is no timeout here; a
+                cancelled request closes its connection.
         """
         head = (
             f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -82,7 +84,7 @@ class HttpClient:
         except RequestFailed:
             if not reused or connection.answered:
                 raise
-            # The server closed the idle connection just before: it has not seen this request.
+            # The server closed the idle connection just before, and has not received the request.
             connection = await self._connect()
             await connection.exchange(message, receiver)
         if connection.reusable and len(self._idle) < MAX_IDLE_CONNECTIONS:
@@ -123,7 +125,7 @@ class _HttpConnection(asyncio.Protocol):
 
     def __init__(self, on_lost: Callable[[_HttpConnection], None]) -> None:
         self.used = False
-        self.answered = False  # some of the current exchange's answer has arrived
+        self.answered = False  # whether the head of the current answer has arrived
         self.reusable = False
         self.closed = asyncio.Event()
         self._on_lost = on_lost
@@ -151,12 +153,12 @@ class _HttpConnection(asyncio.Protocol):
     # --- asyncio ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by behaviour only
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
         if not self.used or self._done.done():
-            self.close()  # nobody asked
+            self.close()  # no request is waiting for these bytes
             return
         try:
             self._parser.feed_data(data)

@@ -1,4 +1,4 @@
-"""What was measured, and the report made of it."""
+"""Collects the measurements of a run, and makes the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 HISTOGRAM_MIN_S = 1e-6
 HISTOGRAM_STEP = 1.01
-"""Buckets are 1 % apart, so a percentile is off by at most that; memory is bounded by 2,500 buckets."""
+"""Buckets are 1 % apart, so a percentile is at most 1 % wrong, and there are at most 2,500 buckets."""
 
 _PER_LOG = 1 / math.log(HISTOGRAM_STEP)
 
@@ -43,7 +43,7 @@ class Histogram:
 
 
 class Percentiles(msgspec.Struct):
-    """Milliseconds; None when nothing was measured."""
+    """Percentiles in milliseconds; None if nothing was measured."""
 
     mean: float | None
     p50: float | None
@@ -59,7 +59,7 @@ class Percentiles(msgspec.Struct):
 
 
 class RequestOutcome(msgspec.Struct):
-    """One request that has ended. Without `error`, the times are set."""
+    """The outcome of a request. The times are set if there is no `error`."""
 
     error: str | None = None  # a kind of failure, e.g. `http 429`, `timeout`, `disconnected`
     ttft_s: float = 0.0  # from sending to the first text
@@ -71,7 +71,7 @@ class RequestOutcome(msgspec.Struct):
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """A request is good when it meets all limits that are set (milliseconds)."""
+    """The latency limits, in milliseconds. A request is good if it meets all limits that are set."""
 
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -85,7 +85,7 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class BenchReport(msgspec.Struct):
-    """A run in figures. Rates are per second of the run, from its start to its last answer."""
+    """The report of a run. Rates are per second, from the start of the run to its last answer."""
 
     duration_s: float
     ok: int
@@ -100,7 +100,7 @@ class BenchReport(msgspec.Struct):
     prompt_tokens_per_s: float
     output_tokens: int
     prompt_tokens: int
-    cached_share: float | None  # of prompt tokens, where the server says; None where it never did
+    cached_share: float | None  # of prompt tokens; None if the server never reported cached tokens
     good_share: float | None  # of all requests; None without limits
     goodput_per_s: float | None
     client_cpu_share: float  # of one core
@@ -109,14 +109,14 @@ class BenchReport(msgspec.Struct):
 
 
 CLIENT_CPU_LIMIT = 0.7
-"""Of one core: beyond this the client's own queueing shows in the percentiles."""
+"""Share of a core above which the client's own delays affect the percentiles."""
 
 CLIENT_LAG_LIMIT_MS = 20.0
-"""p99 of the event loop's lateness: it is added to every measured time."""
+"""Limit of the p99 of the event loop's lateness, which is part of every measured time."""
 
 
 class Measurements:
-    """Collects a run's outcomes."""
+    """The measurements of a run."""
 
     def __init__(self, slo: Slo | None = None) -> None:
         self.ok = 0
@@ -135,7 +135,7 @@ class Measurements:
         self._prompt_tokens_with_cached = 0
 
     def add(self, outcome: RequestOutcome, message: str = "") -> None:
-        """Take a request that ended; `message` says more about its error."""
+        """Add the outcome of a request. `message` describes its error."""
         if outcome.error is not None:
             self.failed += 1
             self._errors[outcome.error] += 1

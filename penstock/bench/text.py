@@ -1,4 +1,4 @@
-"""Text to send: questions to talk about, and filler of a given length that is always the same."""
+"""Generates prompts: questions, and filler of a given length, which depends only on a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTIONS = (
     "What makes a good question?",
 )
 
-# Common words, which most vocabularies hold as one token with the space before.
+# Common words. In most vocabularies each is one token, together with the space before it.
 _WORDS = """
 the of and to in is that it was for on are as with his they at be this have from or one had by word
 but not what all were we when your can said there use an each which she do how their if will up
@@ -39,7 +39,7 @@ land
 WORDS = tuple(_WORDS.split())
 
 CACHED_PIECES = 8192
-"""Pieces of text kept: trace blocks repeat."""
+"""Number of texts that are cached, since the blocks of traces repeat."""
 
 
 @lru_cache(CACHED_PIECES)

@@ -1,9 +1,10 @@
-"""Public request traces, replayed as text of the same lengths and with the same common prefixes.
+"""Reads public request traces, and plans their replay with texts of equal lengths and equal common
+prefixes.
 
-Mooncake (kvcache-ai/Mooncake, FAST25): JSON lines of `timestamp` in ms, `input_length` and
-`output_length` in tokens, and `hash_ids`, one per 512 tokens of the prompt; equal ids stand for equal
-text, so each id becomes a fixed piece of filler. Timestamps come in batches of about 3 s with some ten
-requests each, an artefact of how it was recorded: arrivals are spread evenly over the batch.
+Mooncake (kvcache-ai/Mooncake, FAST25): JSON lines of `timestamp` in ms, `input_length` and `output_length`
+in tokens, and `hash_ids`, one per 512 tokens of the prompt. Equal ids mean equal text, so each id becomes a
+fixed piece of filler. The recording rounded timestamps to batches of about 3 s, with some ten requests
+each; the replay spreads them evenly over the batch.
 
 Azure (AzurePublicDataset): CSV of `TIMESTAMP, ContextTokens, GeneratedTokens`; every prompt is new.
 """
@@ -25,13 +26,13 @@ from penstock.bench.text import filler
 from penstock.errors import ConfigError
 
 BLOCK_TOKENS = 512
-"""Tokens of a hash id in the Mooncake traces."""
+"""Number of tokens per hash id in the Mooncake traces."""
 
 BATCH_S = 3.0
 """Length of a batch of arrivals in the Mooncake traces."""
 
 MAX_ROWS = 1_000_000
-"""Rows of one trace, which is held in memory: its longest public ones have a tenth of that."""
+"""Most rows of a trace, which is kept in memory. The longest public traces have a tenth of this."""
 
 
 class TraceRow(msgspec.Struct):
@@ -40,7 +41,7 @@ class TraceRow(msgspec.Struct):
     at_s: float
     input_tokens: int
     output_tokens: int
-    hash_ids: list[int] = []  # empty: nothing in common with other requests
+    hash_ids: list[int] = []  # empty: no text in common with other requests
 
 
 class _MooncakeLine(msgspec.Struct):
@@ -51,10 +52,10 @@ class _MooncakeLine(msgspec.Struct):
 
 
 def read_trace(path: Path, *, speedup: float = 1.0, seed: int = 0) -> list[TraceRow]:
-    """The trace's rows in the order of their arrival, starting at 0 s, `speedup` times as fast.
-    The format is recognized by the file's name: `.jsonl` or `.csv`, with or without `.gz`.
+    """The rows of a trace in order of arrival, beginning at 0 s, with times divided by `speedup`. The
+    file's name determines the format: `.jsonl` or `.csv`, with or without `.gz`.
 
-    Raises ConfigError for a file that cannot be read.
+    Raises ConfigError if the file cannot be read.
     """
     name = path.name.removesuffix(".gz")
     if not name.endswith((".jsonl", ".csv")):
@@ -100,7 +101,7 @@ def _azure_rows(lines: TextIO) -> Iterator[TraceRow]:
 
 
 def replay(rows: list[TraceRow], *, words_per_token: float = 1.0, seed: int = 0) -> Iterator[Arrival]:
-    """The trace's requests as conversations of one turn."""
+    """The requests of a trace as conversations of one turn each."""
     for number, row in enumerate(rows):
         turn = PlannedTurn(_prompt(row, number, words_per_token, seed), max(1, row.output_tokens))
         yield Arrival(row.at_s, PlannedConversation([turn]))

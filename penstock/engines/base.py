@@ -1,4 +1,5 @@
-"""What every engine around an EngineCycle has on the event loop: commands go in, steps come out."""
+"""The base class of engines with an EngineCycle: it takes commands and gives out steps, on the event
+loop."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ log = logging.getLogger("penstock.engine")
 
 
 class EngineBase(ABC):
-    """The part of the Engine port that does not depend on who takes the turns."""
+    """The parts of the Engine port that do not depend on where the cycle's turns run."""
 
     def __init__(self) -> None:
         self._outbox = Outbox()
@@ -35,7 +36,8 @@ class EngineBase(ABC):
         self._post(partial(self.scheduler.cancel, attempt_id))
 
     def release(self, handoff_id: str, *, sent: bool) -> None:
-        """As Engine.release. A reader is noticed by the transfer, so `sent` makes no difference."""
+        """As Engine.release. `sent` makes no difference, since the transfer knows whether a reader has
+        begun."""
         self._post(partial(self.scheduler.release, handoff_id))
 
     def cached_hashes(self) -> Sequence[int]:
@@ -47,18 +49,18 @@ class EngineBase(ABC):
         return self._assets.get(sha256)
 
     def steps(self) -> AsyncIterator[EngineStep]:
-        """As Engine.steps, for one reader. Ends after `stop`; RemoteError when the engine broke."""
+        """As Engine.steps, for one reader. Ends after `stop`; raises RemoteError if the engine failed."""
         return self._outbox.read()
 
     @property
     def scheduler(self) -> Scheduler:
-        """The state behind the steps. It belongs to whoever takes the turns; others may only look."""
+        """The scheduler. Only the code that runs the turns may change it."""
         assert self._cycle is not None, "the engine was not started"
         return self._cycle.scheduler
 
     @abstractmethod
     def _post(self, command: Command) -> None:
-        """Take a command for the next turn."""
+        """Queue a command for the next turn."""
 
     def _hand_out(self, cycle: EngineCycle) -> None:
         step = cycle.report()
@@ -67,13 +69,14 @@ class EngineBase(ABC):
 
     @contextmanager
     def _ending_steps(self) -> Iterator[None]:
-        """Whatever ends the turns ends `steps()` too, or every client would wait for ever."""
+        """End `steps()` when the turns end, for whatever reason; otherwise its reader would wait for
+        ever."""
         error: PenstockError | None = None
         try:
             yield
         except PenstockError as reason:
             error = reason
-        except Exception as bug:  # ours, as the runner's are mapped in the cycle
+        except Exception as bug:  # a bug in Penstock: the cycle translates the runner's errors
             log.exception("the engine broke")
             error = RemoteError(f"the engine broke: {bug!r}")
         finally:

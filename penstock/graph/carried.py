@@ -1,9 +1,9 @@
-"""What one version of an API can say and the other cannot, carried along through both.
+"""Conversions between two API versions that lose nothing, even if one version cannot express everything.
 
-An object that goes from version X to version Y is translated. Where that loses something, the part of X
-that lost it travels with Y in an annotation. On the way back, Y is compared with what it was when it was
-translated. If nothing changed, the original returns as it was. If something did, just that is changed in
-the original. A change never loses against what was carried: if it does not show in the result, the original
+An object of version X is translated to version Y. If the translation loses something, the original part of
+X is kept in an annotation of Y. For the conversion back, Y is compared with the translation of the
+original. If nothing changed, the result is the original. If something changed, only that is changed in the
+original. A change always wins over the original: if the change is not visible in the result, the original
 is dropped.
 """
 
@@ -21,14 +21,14 @@ Translation = Callable[[Object], Object]
 def with_original(
     found: Object, translate: Translation, back: Translation, original: Object | None
 ) -> Object:
-    """`found`, translated, with what `original` knows beyond it.
+    """`found`, translated, with the parts of `original` that `found` cannot express.
 
     Args:
-        found: an object of version X as it is now.
+        found: the present object, of version X.
         translate: X to Y.
         back: Y to X.
-        original: the object of version Y from which an earlier state of `found` was translated; None when
-            nothing of it was lost, or `found` was written in version X.
+        original: the object of version Y from which an earlier state of `found` was translated. None if
+            that translation lost nothing, or if `found` was written in version X.
     """
     translated = translate(found)
     if original is None:
@@ -39,13 +39,14 @@ def with_original(
             return original
         merged: Object = with_changes(original, translate(before), translated)
         seen = back(merged)
-    except ConfigError:  # a person wrote into the annotation
+    except ConfigError:  # somebody edited the annotation
         return translated
     return merged if seen == back(translated) else translated
 
 
 def with_changes(original: Any, old: Any, new: Any) -> Any:
-    """`original`, changed where `old` and `new` differ. Lists of named things are compared by name."""
+    """`original` with the differences between `old` and `new`. Lists of named items are compared by
+    name."""
     if old == new:
         return original
     if isinstance(original, dict) and isinstance(old, dict) and isinstance(new, dict):
@@ -75,7 +76,7 @@ def _with_changed_fields(original: Object, old: Object, new: Object) -> Object:
 
 
 def _by_name(value: Any) -> dict[str, Object] | None:
-    """The things in a list by their names; None when it is no list of things with names of their own."""
+    """The items of a list by their names. None if it is not a list of items with unique names."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         return None
     names = [one.get("name") for one in value]

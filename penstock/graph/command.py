@@ -1,14 +1,15 @@
-"""What a container runs, as a Penstock command.
+"""Translates a container's command into a Penstock command.
 
-Penstock's own commands are taken as they are. Dynamo's are translated by the tables of dynamo.py, also from
-inside `/bin/sh -c "... 2>&1 | tee prefill.log"` (shell.py), so that a manifest written for it runs
+Penstock's commands stay as they are. Dynamo's commands are translated by the tables of dynamo.py, also
+inside `/bin/sh -c "... 2>&1 | tee prefill.log"` (shell.py), so that a manifest written for Dynamo runs
 unchanged:
 
     python3 -m dynamo.frontend --http-port 8000           frontend --http-port 8000
     python3 -m dynamo.vllm --model M --is-prefill-worker  worker --engine vllm --model M --role prefill
     python3 -m dynamo.mocker --model-path M               worker --engine sim --model M
 
-Flags of `dynamo.vllm` that are in no table go to vLLM as they are; it refuses what it does not know.
+Flags of `dynamo.vllm` that are in no table are passed to vLLM unchanged; vLLM refuses those it does not
+know.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Command(msgspec.Struct):
     kind: ServiceKind
     flags: dict[str, str] = {}  # names without the leading dashes
     engine_args: list[str] = []
-    env: dict[str, str] = {}  # set by the shell around the command
-    ignored: dict[str, list[str]] = {}  # why: the flags and variables of which that is true
-    decode_or_aggregated: bool = False  # Dynamo's name for both: the graph's other services tell
+    env: dict[str, str] = {}  # variables that the shell script sets
+    ignored: dict[str, list[str]] = {}  # reason -> the flags and variables that are ignored for it
+    decode_or_aggregated: bool = False  # Dynamo's command is the same for both; the other services decide
     not_run: str = ""  # why the service is left out of the graph; empty: it is not
     workers_args: list[str] = []  # of a frontend: what every worker's vLLM is to be told
     translated: bool = False  # from a command of Dynamo's
@@ -199,7 +200,7 @@ def _before_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def _translated(name: str, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
-    """One of Dynamo's programs."""
+    """Translate a command of one of Dynamo's programs."""
     program = PROGRAMS[name]
     is_worker = bool(program.engine)
     command = Command(ServiceKind.WORKER if is_worker else ServiceKind.FRONTEND, translated=True)
@@ -209,7 +210,7 @@ def _translated(name: str, arguments: Sequence[str], env: Mapping[str, str]) -> 
     given = _flags(arguments)
     names = {flag.removeprefix("no-") for flag, _ in given}
     from_env = flags_from(table, env)
-    flags = [  # a flag's value comes later than its variable's, and so wins
+    flags = [  # a flag follows its variable, and so overrides it
         *(
             (variable, flag, values)
             for flag, (variable, values) in from_env.items()
@@ -218,8 +219,8 @@ def _translated(name: str, arguments: Sequence[str], env: Mapping[str, str]) -> 
         *((_dashed(flag), flag, values) for flag, values in given),
     ]
     for source, flag, values in flags:
-        if is_worker and (told := _role_of(source, flag, values)):
-            command.flags["role"] = told
+        if is_worker and (role := _role_of(source, flag, values)):
+            command.flags["role"] = role
         elif is_worker and flag == "disaggregation-mode":
             command.not_run = ONLY_IMAGES
         elif known := meaning_of(table, flag):
@@ -256,10 +257,10 @@ def _translate(command: Command, source: str, known: tuple[Meaning, bool], value
 
 
 def _set(command: Command, source: str, ours: str, value: str) -> None:
-    """vLLM takes `32k` and `auto` for numbers, and several names for one model."""
+    """Set one of Penstock's flags. Converts vLLM's numbers, such as `32k` and `auto`."""
     if ours == "served-model-name" and re.search(r"[\s,]", value):
         raise ConfigError(f"{source}: a model is served under one name, got {value!r}")
-    if ours == "sim-speedup" and _is_zero(value):  # Dynamo's word for no waiting at all
+    if ours == "sim-speedup" and _is_zero(value):  # in Dynamo, 0 means that the simulation does not wait
         command.flags["sim-cost-model"] = "zero"
         return
     if ours in ("max-model-len", "max-batch-tokens", "max-running"):
@@ -273,7 +274,7 @@ def _set(command: Command, source: str, ours: str, value: str) -> None:
 
 
 def _ignore_other_variables(command: Command, env: Mapping[str, str], known: set[str]) -> None:
-    """Variables of Dynamo's that nothing here reads."""
+    """Note Dynamo's variables that Penstock does not read."""
     others = [name for name in env if name.startswith("DYN_") and name not in READ_VARIABLES | known]
     if others:
         command.ignored.setdefault(NO_MEANING, []).extend(others)
@@ -286,7 +287,7 @@ def _one_value(source: str, values: Sequence[str]) -> str:
 
 
 def _role_of(source: str, name: str, values: Sequence[str]) -> Role | None:
-    """The role that a flag of `dynamo.vllm` gives; None for other flags."""
+    """The role that a flag of `dynamo.vllm` sets; None for other flags."""
     if name != "disaggregation-mode" or list(values) == [ENCODE]:
         return ROLE_FLAGS.get(name)
     mode = " ".join(values)
@@ -296,12 +297,12 @@ def _role_of(source: str, name: str, values: Sequence[str]) -> Role | None:
 
 
 def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag's name and the words that follow it; `--name=value` counts as one word."""
+    """The name of each flag and the words that follow it. `--name=value` is a flag with one word."""
     found: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("-") and not _is_number(word):
             name, equals, value = word.partition("=")
-            if name.startswith("--") and "." in name:  # vLLM's --config.key+=value, taken as it stands
+            if name.startswith("--") and "." in name:  # vLLM's --config.key+=value, passed on unchanged
                 found.append((word.removeprefix("--"), []))
                 continue
             if name.startswith("--"):

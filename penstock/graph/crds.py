@@ -1,9 +1,9 @@
-"""The CustomResourceDefinitions, made of the structs that manifests are checked with.
+"""Generates the CustomResourceDefinitions from the structs that check manifests.
 
-`python -m penstock.graph.crds deploy/crds` writes the files; a test holds them equal to what this says.
+`python -m penstock.graph.crds deploy/crds` writes the files. A test checks that they are up to date.
 
-A field that reaches a cluster as it stands keeps whatever is in it. All others are typed: the API server
-refuses wrong values, and kubectl names fields that it does not know.
+A field that is passed on to the cluster unchanged keeps all its content. All other fields are typed: the
+API server refuses wrong values, and kubectl reports unknown fields.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CONVERSION_PATH = "/convert"
 _PRESERVED = {"x-kubernetes-preserve-unknown-fields": True}
 
 _PASSED_ON = frozenset({"Container", "PodContainer", "PodSpec", "PodTemplate", "TemplatePodSpec"})
-"""Structs that stand for an object of Kubernetes' own: what they do not name is kept."""
+"""Structs for objects of Kubernetes: fields that they do not define are kept."""
 
 _LISTS_BY = {"components": "name", "conditions": "type"}
-"""Lists whose entries have a key, so that two writers may each own some of them."""
+"""Lists whose entries have a key, so that two clients can own different entries."""
 
 _DESCRIPTIONS = {
     "annotations": "Annotations of the objects that are made of it, or of its pods where it is a template.",

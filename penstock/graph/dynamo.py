@@ -1,13 +1,13 @@
-"""What the flags and variables of Dynamo's commands become here. Tables, and the two lookups in them.
+"""The tables that translate Dynamo's flags and environment variables.
 
-Known are those of Dynamo 1.6.1, and older ones that manifests still carry. Each has one of three fates:
+They contain the flags of Dynamo 1.6.1, and older ones that manifests still use. Each flag is one of these:
 
-    served      Penstock has the same under a name of its own, or does it by itself
-    ignored     it tunes what Penstock measures, or wires what it does not have: a note says so
-    refused     it changes what clients get, or who may connect: the graph does not start
+    served      Penstock has an equivalent flag, or does this without a flag ignored     it tunes what
+    Penstock measures itself, or configures what Penstock does not have; a note says so refused     it
+    changes what clients get, or who may connect; the graph does not start
 
-A switch `--name` has its opposite, `--no-name`. The opposite of a refused switch asks for what is so
-anyhow.
+Each switch `--name` has an opposite, `--no-name`. The opposite of a refused switch is accepted, since it
+asks for what Penstock does anyway.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ def _names(words: str) -> frozenset[str]:
 
 
 class Meaning(msgspec.Struct, frozen=True):
-    """What one flag becomes. Exactly one of `ours`, `engine`, `ignored`, `refused` and `not_run` is set."""
+    """The translation of a flag. Exactly one of `ours`, `engine`, `ignored`, `refused` and `not_run` is
+    set."""
 
     ours: str = ""  # Penstock's flag with the same value
     engine: str = ""  # vLLM's flag with the same value, on every worker of the graph
-    values: Mapping[str, str] = {}  # names of values that differ there
-    ignored: str = ""  # why, where that is worth a sentence; else NO_MEANING
-    refused: str = ""  # why
+    values: Mapping[str, str] = {}  # translations of values that vLLM names differently
+    ignored: str = ""  # why it is ignored; NO_MEANING if that needs no explanation
+    refused: str = ""  # why it is refused
     not_run: str = ""  # why a service with this flag is left out of the graph
-    fine: frozenset[str] = frozenset()  # parts of a refused flag's value that ask for what is so anyhow
-    switch: bool = False  # without a value
-    variable: str = ""  # that sets it
+    fine: frozenset[str] = frozenset()  # accepted values of a refused flag: Penstock does this anyway
+    switch: bool = False  # whether the flag has no value
+    variable: str = ""  # the environment variable that sets the flag
 
 
 NO_MEANING = "no meaning here"
@@ -49,7 +50,7 @@ ROLES = {
 }
 """Values of `--disaggregation-mode`."""
 ENCODE = "encode"
-"""Another one, of workers that only turn images into embeddings."""
+"""A further value, of workers that only turn images into embeddings."""
 
 ROLE_FLAGS = {"is-prefill-worker": Role.PREFILL, "is-decode-worker": Role.DECODE}
 

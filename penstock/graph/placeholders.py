@@ -1,9 +1,9 @@
-"""Variables whose values only a cluster knows, held open until a pod starts.
+"""Placeholders for environment variables whose values are known only when a pod starts.
 
-In a pod, `$(NAME)` in a container's arguments becomes the value that a Secret, a ConfigMap or the pod
-itself gives. A manifest's command is read before that. So such a variable's value is, while it is read, a
-mark that no shell and no flag takes for anything but text; `for_kubelet` writes `$(NAME)` again where one
-is left.
+In a pod, the kubelet replaces `$(NAME)` in a container's arguments by a value from a Secret, a ConfigMap or
+the pod itself. The manifest's command is read before that. So while it is read, a placeholder stands for
+the value: plain text without a special meaning for shells and flags. `for_kubelet` turns the remaining
+placeholders into `$(NAME)` again.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # for private use: no manifest has them
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which no manifest contains
 _HELD = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 _NAMED = re.compile(r"\$\(([A-Za-z_][-.\w]*)\)|\$\{([A-Za-z_]\w*)\}|\$([A-Za-z_]\w*)", re.ASCII)
-_ESCAPED = re.compile(rf"\$(?=[$({_OPEN}])")  # what a kubelet would take for more than a dollar sign
+_ESCAPED = re.compile(rf"\$(?=[$({_OPEN}])")  # a dollar sign that the kubelet would not take literally
 
 
 def placeholder(name: str) -> str:
-    """What stands for a variable's value."""
+    """The placeholder for the value of a variable."""
     return f"{_OPEN}{name}{_CLOSE}"
 
 
 def has_placeholder(text: str) -> bool:
-    """Whether a part of a text is only known to a cluster."""
+    """Whether a text contains a placeholder."""
     return _OPEN in text
 
 
 def with_references(text: str) -> str:
-    """A text as people wrote it, for messages."""
+    """A text with `$(NAME)` for each placeholder, for messages."""
     return _HELD.sub(r"$(\1)", text)
 
 
 def for_kubelet(text: str) -> str:
-    """A text as a container's argument: held variables are references, and other dollar signs are not."""
+    """A text as an argument of a container: with `$(NAME)` for placeholders, and other dollar signs
+    escaped."""
     return with_references(_ESCAPED.sub("$$", text))
 
 
 def names_used(words: Iterable[str], known: Mapping[str, str]) -> list[str]:
-    """Variables that words refer to, as Kubernetes or a shell does, and that are not known. Not those that
-    have a default (`${NAME:-x}`): the kubelet has none."""
+    """The variables that words refer to, in the syntax of Kubernetes or a shell, and that are not in
+    `known`. Without those with a default (`${NAME:-x}`), since the kubelet knows no defaults."""
     used = ("".join(names) for word in words for names in _NAMED.findall(word))
     return [name for name in dict.fromkeys(used) if name not in known]

@@ -1,6 +1,6 @@
-"""A shell script as statements: words and operators, with what a shell would expand still in them.
+"""Parses a shell script into statements of words and operators. Variables in them are not expanded yet.
 
-`shell` says what they mean.
+`shell.py` interprets the statements.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from penstock.errors import ConfigError
 
 
 def names(words: str) -> frozenset[str]:
-    """The words of a text."""
+    """The words of a text, as a set."""
     return frozenset(words.split())
 
 
 _CONNECTORS = ("&&", "||", ";;", ";", "|&", "|", "&", "\n", "(", ")")
 _REDIRECTIONS = ("&>>", "&>", "<<<", "<<", "<&", "<>", "<(", "<", ">>", ">&", ">|", ">(", ">")
 _OPERATORS = tuple(sorted((*_CONNECTORS, *_REDIRECTIONS), key=len, reverse=True))
-_GOES_ON = ("|", "|&", "&&", "||")  # into the next line
+_GOES_ON = ("|", "|&", "&&", "||")  # after these, the statement continues in the next line
 _PIPED_INTO = frozenset({"tee", "cat"})
 _NOT_READ = ("(", ")", "<<", "<<<", "<(", ">(", ";;")
 
 _OPENING = names("if for while until case select {")
 _CLOSING = names("fi done esac }")
 _BEFORE_A_COMMAND = names("if then else elif while until do { !")
-"""Words after which another command begins."""
+"""Words after which a command begins."""
 
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _BRACED = re.compile(r"([A-Za-z_]\w*(?:\[@\])?|[0-9]+|[@*#])(:?[-=?+])?", re.ASCII)
@@ -52,7 +52,7 @@ class Variable(msgspec.Struct, frozen=True):
 
 
 class ShellOnly(msgspec.Struct, frozen=True):
-    """What only a shell can know. An error, once it is used."""
+    """A part whose value only a shell can determine. Using it is an error."""
 
     source: str
     quoted: bool = False
@@ -64,20 +64,20 @@ Token = str | Word
 
 
 def literal(word: Word) -> str:
-    """A word without anything to expand; empty for others."""
+    """The text of a word that needs no expansion; empty for other words."""
     texts = [part.text for part in word if isinstance(part, Text)]
     return "".join(texts) if len(texts) == len(word) else ""
 
 
 class Statement(msgspec.Struct, frozen=True):
-    """What stands between line ends: a line, or a whole `if`, `for`, function or list of several lines."""
+    """A statement of one or several lines: a command line, or a whole `if`, `for`, function or list."""
 
     tokens: list[Token]
-    programs: list[str]  # words that begin a command in it, less those with anything to expand
+    programs: list[str]  # the first words of the commands in it; empty for a word that needs expansion
 
     @property
     def shown(self) -> str:
-        """What it begins with, for messages: `for`, `test`, `count=$(...)`."""
+        """The first word, for messages: `for`, `test`, `count=$(...)`."""
         first = self.tokens[0]
         if isinstance(first, str):
             return first
@@ -85,12 +85,12 @@ class Statement(msgspec.Struct, frozen=True):
 
     @property
     def words(self) -> list[Word]:
-        """Its words, without the operators between them."""
+        """The words of the statement, without the operators."""
         return [token for token in self.tokens if not isinstance(token, str)]
 
 
 def statements(script: str) -> list[Statement]:
-    """A script in its parts.
+    """Parse a script into statements.
 
     Raises:
         ConfigError: the script does not parse.
@@ -98,7 +98,7 @@ def statements(script: str) -> list[Statement]:
     found: list[Statement] = []
     tokens: list[Token] = []
     programs: list[str] = []
-    within: list[str] = []  # what began and has not ended
+    within: list[str] = []  # the constructs that have begun and not ended
     begins = True
     for token in (*_Reader(script).tokens(), "\n"):
         if token == "\n" and not within and not (tokens and tokens[-1] in _GOES_ON):
@@ -122,7 +122,7 @@ def statements(script: str) -> list[Statement]:
                 within.pop()
             begins = word in _BEFORE_A_COMMAND
     if tokens:
-        raise ConfigError("the shell script does not parse: it ends within something that began")
+        raise ConfigError("the shell script does not parse: it ends within an unfinished statement")
     return found
 
 
@@ -130,7 +130,7 @@ def simple_commands(tokens: Iterable[Token]) -> Iterator[list[Word]]:
     """The words of each command, without redirections.
 
     Raises:
-        ConfigError: they are more than plain commands.
+        ConfigError: the statement is more than plain commands.
     """
     words: list[Word] = []
     piped = redirected = False
@@ -157,7 +157,7 @@ def simple_commands(tokens: Iterable[Token]) -> Iterator[list[Word]]:
 
 
 def array_assignment(statement: Statement) -> tuple[str, bool, list[Word]] | None:
-    """The name and words of `NAME=(...)`, and whether they are added (`+=`). None for other statements."""
+    """The name of `NAME=(...)`, whether it is `+=`, and the words. None for other statements."""
     first, *rest = statement.tokens
     match = None if isinstance(first, str) else _ARRAY.fullmatch(literal(first))
     if match is None or len(rest) < 2 or rest[0] != "(" or rest[-1] != ")":
@@ -168,7 +168,7 @@ def array_assignment(statement: Statement) -> tuple[str, bool, list[Word]] | Non
 
 
 class _Reader:
-    """A script as words and operators."""
+    """Splits a script into words and operators."""
 
     def __init__(self, script: str) -> None:
         self._text = script.replace("\\\n", "")
@@ -196,7 +196,7 @@ class _Reader:
         return next((one for one in _OPERATORS if self._text.startswith(one, self._at)), "")
 
     def _word(self, ends: str) -> Word:
-        """Up to the first of these signs outside of quotes."""
+        """A word: up to the first character in `ends` outside of quotes."""
         parts: list[Part] = []
         while self._at < len(self._text) and (sign := self._text[self._at]) not in ends:
             if sign == "'":
@@ -224,7 +224,7 @@ class _Reader:
         return self._text[start:end]
 
     def _quoted(self) -> list[Part]:
-        """`"..."`, in which a shell still expands variables."""
+        """The parts of `"..."`, in which variables are expanded."""
         self._at += 1
         parts: list[Part] = [Text("", quoted=True)]
         while self._at < len(self._text):

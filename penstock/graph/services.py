@@ -1,4 +1,5 @@
-"""A manifest's services as Penstock commands: what the launcher starts."""
+"""Builds a `Graph` from a manifest: its services as Penstock commands, for the launcher and the
+operator."""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ _DEFAULT_FRONTEND = ("python3", "-m", "dynamo.frontend")
 
 
 class Service(msgspec.Struct, frozen=True):
-    """One service of a graph: replicas of one Penstock command."""
+    """One service of a graph: a Penstock command and its number of replicas."""
 
-    name: str  # its key in spec.services
+    name: str  # the key in spec.services
     kind: ServiceKind
     role: Role | None  # None for frontends
     replicas: int
@@ -48,12 +49,12 @@ class Service(msgspec.Struct, frozen=True):
     engine_args: tuple[str, ...]
     env: dict[str, str]
     gpus: int  # per replica
-    translated: bool = False  # its command was Dynamo's
-    replaced_engine: str = ""  # the manifest's, where an override names another
+    translated: bool = False  # whether its command was Dynamo's
+    replaced_engine: str = ""  # the manifest's engine, if an override replaced it
 
     @property
     def label(self) -> str:
-        """What people call it: frontend, prefill, decode or aggregated."""
+        """The short name: frontend, prefill, decode or aggregated."""
         return (self.role or self.kind).value
 
     def argv(self) -> list[str]:
@@ -64,7 +65,7 @@ class Service(msgspec.Struct, frozen=True):
 
 
 class Graph(msgspec.Struct, frozen=True):
-    """What one manifest asks for. `notes` tell in words what of it has no effect."""
+    """The services of a manifest. `notes` say which parts of the manifest have no effect."""
 
     name: str
     namespace: str
@@ -73,37 +74,39 @@ class Graph(msgspec.Struct, frozen=True):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The workers' roles that have at least one replica, in the order of a request."""
+        """The workers' roles with at least one replica, in the order in which a request passes them."""
         present = {service.role for service in self.services if service.replicas}
         return tuple(role for role in Role if role in present)
 
 
 class Overrides(msgspec.Struct, frozen=True):
-    """What a command line or an annotation changes in workers. Empty: as the manifest says."""
+    """Values from a command line or an annotation that override the manifest's workers. Empty: no
+    override."""
 
     engine: str = ""
     model: str = ""
 
 
 class ClusterRules(msgspec.Struct, frozen=True):
-    """What is different where a cluster runs the graph."""
+    """Rules for a graph that runs on a cluster."""
 
     variables: tuple[str, ...] = ()
-    """Set in each pod by the cluster, besides those that a manifest takes from Secrets and the like."""
+    """Variables that the cluster sets in each pod, besides those that the manifest takes from Secrets and
+    so on."""
 
     overrides: Mapping[str, Overrides] = {}
-    """Of single services, before those of the graph."""
+    """Overrides of single services; they take precedence over those of the graph."""
 
 
 def load_graph(path: Path, overrides: Overrides = Overrides()) -> Graph:  # noqa: B008 - frozen
     """The graph of a manifest file.
 
-    A relative model folder in it is looked up from the file's folder, that folder's parent, and the
-    working directory, in this order; found in none, it is taken for a model's name. An overriding model
-    is looked up from the working directory alone.
+    A relative model folder is looked up in the file's folder, in the parent of that, and in the working
+    directory, in this order. If there is none, the value is taken for a model's name. A model from
+    `overrides` is looked up in the working directory only.
 
     Raises:
-        ConfigError: one line for each thing that is wrong.
+        ConfigError: one line for each mistake.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -131,7 +134,7 @@ def build_graph(
             does.
 
     Raises:
-        ConfigError: one line for each thing that is wrong, `source: path: reason`.
+        ConfigError: one line for each mistake, `source: path: reason`.
     """
     builder = _Builder(manifest.spec, overrides, cluster)
     services = builder.services()
@@ -144,7 +147,7 @@ def build_graph(
 
 
 class _Builder:
-    """Reads all services, collecting everything that is wrong instead of stopping at the first."""
+    """Builds all services, and collects all mistakes instead of stopping at the first."""
 
     def __init__(self, spec: Spec, overrides: Overrides, cluster: ClusterRules | None) -> None:
         self._spec = spec
@@ -154,7 +157,7 @@ class _Builder:
         self.notes: list[str] = []
 
     def namespace(self) -> str:
-        """The one that all services share; empty when none names one."""
+        """The Dynamo namespace of all services; empty if none has one."""
         names = sorted(
             {spec.dynamo_namespace for spec in self._spec.services.values() if spec.dynamo_namespace}
         )
@@ -165,13 +168,13 @@ class _Builder:
     def services(self) -> tuple[Service, ...]:
         commands = dict(self._commands())
         has_prefill = any(command.flags.get("role") == Role.PREFILL for command in commands.values())
-        told = [word for command in commands.values() for word in command.workers_args]
+        given = [word for command in commands.values() for word in command.workers_args]
         services = []
         for name, command in commands.items():
             if command.decode_or_aggregated:
                 command.flags["role"] = Role.DECODE if has_prefill else Role.AGGREGATED
             if command.flags.get("engine") == "vllm":
-                command.engine_args = [*told, *command.engine_args]
+                command.engine_args = [*given, *command.engine_args]
             with self._noting(name):
                 services.append(self._service(name, command))
         if not self.wrong:
@@ -201,9 +204,7 @@ class _Builder:
         is_frontend = spec.component_type in FRONTEND_TYPES
         argv = [*container.command, *container.args]
         if self._cluster is not None and (spec.env_from_secret or container.env_from):
-            env |= {
-                used: placeholder(used) for used in names_used(argv, env)
-            }  # some of them may come from there
+            env |= {used: placeholder(used) for used in names_used(argv, env)}  # they may come from there
         if is_frontend and (not argv or argv == ["python3"]):
             argv = list(_DEFAULT_FRONTEND)
         elif is_frontend and argv[0] == "-m":  # Dynamo's operator says python3 where a manifest does not
@@ -216,7 +217,7 @@ class _Builder:
         return msgspec.structs.replace(command, env=env | command.env)
 
     def _environment(self, name: str, entries: Iterable[Env]) -> dict[str, str]:
-        """Later entries win, and may refer to earlier ones as `$(NAME)`."""
+        """The environment. Later entries override earlier ones, and may refer to them as `$(NAME)`."""
         env = (
             {variable: placeholder(variable) for variable in self._cluster.variables}
             if self._cluster
@@ -264,7 +265,7 @@ class _Builder:
         )
 
     def _override(self, name: str, command: Command) -> str:
-        """Change what is to be changed. The engine that another replaces; empty when none does."""
+        """Apply the overrides to a command. Returns the engine that was replaced; empty if none was."""
         own = self._cluster.overrides.get(name) if self._cluster else None
         engine = (own and own.engine) or self._overrides.engine
         model = (own and own.model) or self._overrides.model
@@ -294,12 +295,12 @@ def _container(spec: ServiceSpec) -> Container:
 
 
 def _model_name(model: str) -> str:
-    """What clients call a model when the manifest does not say: its name, or its folder's."""
+    """The served name of a model without an explicit one: the model's name, or its folder's."""
     return Path(model).name if model.startswith(("/", ".")) else model
 
 
 def _gpus(spec: ServiceSpec) -> int:
-    """GPUs of one replica, from its limits, else its requests."""
+    """The GPUs of one replica: from its limits, else its requests."""
     resources = spec.resources
     for place, amounts in (
         ("limits", resources and resources.limits),

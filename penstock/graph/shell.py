@@ -1,14 +1,14 @@
-"""What a shell script in a manifest would run: its commands, with their words and their environment.
+"""Finds the commands that a shell script in a manifest would run, with their words and environment.
 
-No shell runs. What is read here is the part of its language that decides which program starts, and with
-which words: quotes, assignments, `export`, `set --`, `$NAME`, `${NAME:-word}` and its kin, `"$@"`, `&&` and
+No shell runs. This module interprets the part of the language that decides which program starts, and with
+which words: quotes, assignments, `export`, `set --`, `$NAME`, `${NAME:-word}` and similar, `"$@"`, `&&` and
 `;`, redirections, and a pipe into `tee`. Everything else that a shell would replace or decide (`$(...)`,
-backticks, file patterns, a pipe into another program) is refused by name: taken as text it would start the
-wrong thing.
+backticks, file patterns, a pipe into another program) is an error that names it: taken as text, it would
+start the wrong program.
 
-A word is only expanded when it is used. `echo "started at $(date)"` is no obstacle. Neither is a statement
-that only a shell can run, if the script starts something else and uses nothing that was set there: scripts
-often check the machine first (`if [ ... ]; then exit 1; fi`).
+A word is expanded only when it is used, so `echo "started at $(date)"` is no error. A statement that only a
+shell can run is no error either, if the script starts something else and uses nothing that the statement
+sets: scripts often check the machine first (`if [ ... ]; then exit 1; fi`).
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _KEYWORDS = names(
 _HARMLESS = names(
     "cd date echo exit hostname ls mkdir nvidia-smi printf pwd sleep trap true ulimit umask wait"
 )
-"""Programs that change neither what is started after them nor its environment."""
+"""Programs that affect neither the commands after them nor their environment."""
 _NEVER_LEFT_OUT = names(". eval exec source")
-"""Programs that can change what any later command means."""
+"""Programs that can change the meaning of any later command."""
 _OURS = re.compile(r"\bdynamo\.\w|\bpenstock\b")
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=", re.ASCII)
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)\+?=", re.ASCII)
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_MARK = "\ue002"  # for private use: no manifest has it
+_MARK = "\ue002"  # a private-use character, which no manifest contains
 _POSITIONAL = re.compile(r"[0-9]+", re.ASCII)
 
 
@@ -57,12 +57,13 @@ class ShellCommand(msgspec.Struct, frozen=True):
 
     words: list[str]
     env: dict[str, str]
-    left_out: tuple[str, ...] = ()  # what the script does before, and only a shell can
-    unknown: dict[str, str] = {}  # words that only a shell can know, each with what to say if it matters
+    left_out: tuple[str, ...] = ()  # first words of earlier statements that only a shell could run
+    unknown: dict[str, str] = {}  # placeholders of words that only a shell can determine, with the errors
 
 
 def shell_commands(script: str, env: Mapping[str, str], arguments: Sequence[str]) -> list[ShellCommand]:
-    """The commands of `sh -c script arguments...`, but for those that change nothing (`cd`, `echo`).
+    """The commands of `sh -c script arguments...`, without those that do not matter, such as `cd` and
+    `echo`.
 
     Args:
         env: the container's environment.
@@ -73,7 +74,7 @@ def shell_commands(script: str, env: Mapping[str, str], arguments: Sequence[str]
     """
     shell = _Shell(env, arguments)
     found: list[ShellCommand] = []
-    left_out: list[str] = []  # what each statement begins with
+    left_out: list[str] = []  # the first word of each statement
     last_error: ConfigError | None = None
     for statement in statements(script):
         try:
@@ -95,7 +96,7 @@ def shell_commands(script: str, env: Mapping[str, str], arguments: Sequence[str]
 
 
 def _can_be_left_out(statement: Statement) -> bool:
-    """Whether what a shell would do there says nothing about what is started later, but for variables."""
+    """Whether the statement can be skipped: apart from variables, it does not affect later commands."""
     if "<<" in statement.tokens or _NEVER_LEFT_OUT.intersection(statement.programs):
         return False
     texts = [part.text for word in statement.words for part in word if isinstance(part, Text)]
@@ -103,7 +104,7 @@ def _can_be_left_out(statement: Statement) -> bool:
 
 
 class _Shell:
-    """The variables of a script, as it goes on."""
+    """The variables of a script while it is interpreted."""
 
     def __init__(self, env: Mapping[str, str], arguments: Sequence[str]) -> None:
         self._env = env
@@ -111,11 +112,11 @@ class _Shell:
         self._own: dict[str, str] = {}
         self._arguments = list(arguments)
         self._arrays: dict[str, list[str]] = {}
-        self._unknown: set[str] = set()  # variables and functions that are set where only a shell can run
+        self._unknown: set[str] = set()  # variables and functions that skipped statements set
         self._exports_all = False
 
     def run_statement(self, statement: Statement) -> list[ShellCommand]:
-        """The programs that it starts and that matter."""
+        """The programs that a statement starts, without those that do not matter."""
         if array := array_assignment(statement):
             name, is_added, words = array
             values = [field for word in words for field in self.fields(word)]
@@ -126,7 +127,7 @@ class _Shell:
         return [command for command in found if command is not None]
 
     def forget(self, statement: Statement) -> None:
-        """Nothing that a statement sets is known any more."""
+        """Mark what a skipped statement sets as unknown."""
         words = statement.words
         for word, following in zip(words, [*words[1:], ()], strict=True):
             first = word[0] if word else None
@@ -141,7 +142,7 @@ class _Shell:
             self._arrays.pop(name, None)
 
     def run(self, command: list[Word]) -> ShellCommand | None:
-        """The command if it starts a program that matters; assignments and builtins have their effect."""
+        """Interpret a command. Returns it if it starts a program that matters, else None."""
         before: dict[str, str] = {}
         while command and (assigned := self._assignment(command[0])):
             before |= dict([assigned])
@@ -169,8 +170,9 @@ class _Shell:
         return ShellCommand(words, self._exported | before, unknown=unknown)
 
     def _words(self, command: list[Word]) -> tuple[list[str], dict[str, str]]:
-        """A command's words. One that only a shell can know is no error yet in a command of Dynamo's or
-        Penstock's, if it is surely a single word: it may be the value of a flag that is ignored."""
+        """The words of a command. If only a shell can determine a word, a placeholder stands for it,
+        provided the command is Dynamo's or Penstock's and the word is surely a single one. It may be the
+        value of a flag that is ignored."""
         words: list[str] = []
         unknown: dict[str, ConfigError] = {}
         for word in command:
@@ -217,7 +219,7 @@ class _Shell:
         return match[1], self._joined((Text(rest, quoted=False), *word[1:]))
 
     def _joined(self, word: Word) -> str:
-        """Where a shell splits nothing and knows no file patterns."""
+        """The text of a word in a place where a shell does not split words or expand file patterns."""
         if word and isinstance(word[0], Text) and not word[0].quoted and word[0].text.startswith("~"):
             raise ConfigError("the shell script: `~` is not understood, write the folder's path out")
         return "".join(
@@ -225,10 +227,10 @@ class _Shell:
         )
 
     def fields(self, word: Word) -> list[str]:
-        """The words that one word becomes: none or several where variables stand outside of quotes."""
+        """The words that a word expands to: none or several if it has variables outside of quotes."""
         fields: list[str] = []
         current: str | None = None
-        bare = ""  # what is outside of quotes, with x for the rest
+        bare = ""  # the text outside of quotes, with x for the rest
         for part in word:
             if isinstance(part, Text):
                 current = (current or "") + part.text
@@ -251,7 +253,7 @@ class _Shell:
         return fields if current is None else [*fields, current]
 
     def _values(self, part: Variable | ShellOnly) -> list[str]:
-        """What stands for this part: one text, or all arguments."""
+        """The values of a part: a single text, or all arguments."""
         if isinstance(part, ShellOnly):
             raise ConfigError(f"the shell script: {part.source} is not run here; write what it comes to")
         if part.name == "@" and not part.operator:

@@ -1,13 +1,13 @@
-"""The status that a cluster's operator writes into a DynamoGraphDeployment, in one place.
+"""The structs of the status that the operator writes into a DynamoGraphDeployment.
 
 status:
   state: pending                    # pending, successful or failed
-  observedGeneration: 3             # the generation that all of this is about
-  conditions:                       # by type: `Ready` says whether all replicas serve, and why not
+  observedGeneration: 3             # the generation that the status describes
+  conditions:                       # by type: `Ready` says whether all replicas are ready, and why not
   - {type: Ready, status: "False", reason: some_resources_are_not_ready, message: "...", ...}
   services:                         # by name; `components` in v1beta1
     PrefillWorker:
-      componentKind: Deployment     # what runs it, and under which name
+      componentKind: Deployment     # kind and name of the object that runs it
       componentName: multinode-vllm-prefillworker
       replicas: 3
       updatedReplicas: 3
@@ -31,13 +31,13 @@ Replicas = Annotated[int, Meta(ge=0)]
 
 
 class _StatusPart(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """Base: camelCase names."""
+    """The base of the structs: fields have camelCase names in JSON."""
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset()
 
 
 class Condition(_StatusPart, frozen=True):
-    """One thing that is so, or not, or not known."""
+    """A condition of the graph, which is true, false or unknown."""
 
     type: str
     status: Literal["True", "False", "Unknown"]
@@ -48,7 +48,7 @@ class Condition(_StatusPart, frozen=True):
 
 
 class ServiceStatus(_StatusPart, frozen=True):
-    """How many replicas of a service there are, and how many of those do what."""
+    """The numbers of a service's replicas: all, updated, ready and available ones."""
 
     component_kind: str = ""
     component_names: tuple[str, ...] = ()
@@ -61,7 +61,8 @@ class ServiceStatus(_StatusPart, frozen=True):
 
 
 class ReadyReplicas(_StatusPart, frozen=True):
-    """Ready replicas of those wanted, as text: `2/3`. A role that the graph does not have is left out."""
+    """The ready replicas of those wanted, as text such as `2/3`. Roles that the graph lacks are left
+    out."""
 
     prefill: str = ""
     decode: str = ""
@@ -70,7 +71,7 @@ class ReadyReplicas(_StatusPart, frozen=True):
 
 
 class GraphStatus(_StatusPart, frozen=True):
-    """What the operator saw of a graph when it last looked."""
+    """The status of a graph at the operator's last reconciliation."""
 
     state: State | None = None
     observed_generation: int | None = None

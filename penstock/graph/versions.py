@@ -14,8 +14,8 @@
     checkpoint                                   experimental.checkpoint
     status.services                              status.components
 
-What the other version has no place for travels in an annotation (`carried` tells how a later change wins
-over it). Both directions are pure functions of raw objects, and never change what they are given.
+Parts that the other version cannot express are kept in an annotation (`carried.py` says how later changes
+override them). Both directions are pure functions of raw objects, and never change their arguments.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from penstock.graph.v1beta1 import MAIN_CONTAINER
 V1ALPHA1 = "nvidia.com/v1alpha1"
 
 ORIGINALS = {V1ALPHA1: "penstock.dev/v1alpha1-spec", V1BETA1: "penstock.dev/v1beta1-spec"}
-"""The annotation that holds what of a version has no place in the other."""
+"""The annotation that holds the parts of a version that the other version cannot express."""
 
 SERVICES_IN_V1BETA1 = "Changes by service, in the words of v1alpha1. Never there when a graph is read."
-"""What `spec.services` means in v1beta1. Of two versions that a cluster serves, kubectl takes the newer
-one, whatever was applied. So `kubectl patch` with a path of v1alpha1 arrives as an object of v1beta1 with a
-`services` beside its components, and has to mean what its user means."""
+"""The description of `spec.services` in v1beta1. If a cluster serves two versions, kubectl uses the newer
+one, whichever was applied. So `kubectl patch` with a path of v1alpha1 arrives as an object of v1beta1 that
+has `services` beside its components, and must have the effect that the user intends."""
 
 _SIDECAR = "sidecar-frontend"  # Dynamo's name for the container of a v1alpha1 frontendSidecar
 _GPU = "nvidia.com/gpu"
 _AMOUNTS = {"cpu": "cpu", "memory": "memory", "gpu": _GPU}
-_OPERATORS_PREFIXES = ("penstock.dev/", "nvidia.com/")  # annotations that tell an operator something
+_OPERATORS_PREFIXES = ("penstock.dev/", "nvidia.com/")  # prefixes of annotations for an operator
 
 _SAME_IN_SPECS = (
     "annotations",
@@ -77,7 +77,8 @@ _WORDS_OF_V1BETA1 = (
 
 
 def in_words_of(version: Any, line: str) -> str:
-    """A message about a v1alpha1 manifest, with the paths of the version in which a person wrote it."""
+    """A message about a v1alpha1 manifest, with the field paths of the version in which the user wrote
+    it."""
     if version == V1BETA1:
         for pattern, words in _WORDS_OF_V1BETA1:
             line = pattern.sub(words, line)

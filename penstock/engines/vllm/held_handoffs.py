@@ -1,5 +1,5 @@
-"""KV that this engine keeps for decode workers. Which of it has been read, or has expired, only vLLM's
-workers know: they are asked now and then, and told what nobody will read.
+"""Tracks the KV that this engine keeps for decode workers. Only vLLM's processes know which KV has been
+read or has expired. So they are asked periodically, and are told which KV no reader will pull.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class VllmHeldHandoffs:
-    """Handoffs by id, until their KV is gone.
+    """The handoffs whose KV vLLM keeps.
 
     Args:
-        interval_s: between two looks, while there are some.
-        on_fewer: called when some are gone.
+        interval_s: between two queries, while there are handoffs.
+        on_fewer: called when handoffs have ended.
     """
 
     def __init__(self, client: AsyncMPClient, interval_s: float, on_fewer: Callable[[], None]) -> None:
@@ -26,19 +26,20 @@ class VllmHeldHandoffs:
         self._interval_s = interval_s
         self._on_fewer = on_fewer
         self._core_ids: dict[str, str] = {}  # handoff id -> vLLM's id of the request whose KV it is
-        self._unwanted: list[str] = []  # such requests, which nobody will read
+        self._unwanted: list[str] = []  # vLLM's ids of requests whose KV no reader will pull
         self._look = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._core_ids)
 
     def add(self, handoff_id: str, core_id: str) -> None:
-        """It was handed out."""
+        """Add a handoff that was sent to a frontend."""
         self._core_ids[handoff_id] = core_id
 
     def release(self, handoff_id: str, *, sent: bool) -> None:
-        """Nobody waits for it any more. Where a reader was told of it, vLLM keeps its KV until that has
-        read it or the lease is over, but stopping does not wait for that. Unknown ids are ignored."""
+        """Stop tracking a handoff that its frontend no longer needs. If it was sent to a decode worker,
+        vLLM keeps the KV until it was read or its lease ends, but a stopping worker does not wait for that.
+        Unknown ids are ignored."""
         core_id = self._core_ids.pop(handoff_id, None)
         if core_id is not None:
             if not sent:
@@ -46,12 +47,12 @@ class VllmHeldHandoffs:
             self._on_fewer()
 
     def let_go(self, core_id: str) -> None:
-        """A request's KV is kept, but will not be handed out."""
+        """Have vLLM free the KV of a request that will not be handed over."""
         self._unwanted.append(core_id)
         self._look.set()
 
     async def look_after(self) -> None:
-        """Until cancelled. Raises EngineDeadError, and whatever else ends an engine."""
+        """Query vLLM until cancelled. Raises EngineDeadError, and other errors that end an engine."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), self._interval_s)

@@ -1,8 +1,9 @@
-"""Seeded requests on a CPU, in vLLM's process: keeps long prompts from ending the engine.
+"""Runs inside vLLM on a CPU: keeps a long prompt with a seed from crashing vLLM.
 
-A step that computes only a part of a prompt draws a token for it all the same, drops it, and winds the
-request's generator back by its offset. torch's CPU generators have none: vLLM 0.32 dies of asking for it.
-Here such a request has no generator during such a step: what is not drawn from needs no winding back.
+A step that computes only a part of a prompt draws a token nevertheless, drops it, and resets the offset of
+the request's random generator. torch's generators for the CPU have no offset, so vLLM 0.32 fails with an
+exception that ends its process. So any client could end a worker by a long prompt with a seed. Here, the
+request has no generator during such a step, and vLLM has nothing to reset.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @cache
 def keep_generators_of_partial_prompts() -> None:
-    """From now on, in this process, if it computes on a CPU."""
+    """Change the model runner of this process, if it computes on a CPU."""
     if not current_platform.is_cpu():
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
