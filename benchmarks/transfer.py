@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from penstock.ports import KvTransfer, Pulled
-from penstock.shapes import Handoff
+from penstock.shapes import Handoff, Incarnation
 from penstock.transfer.nixl import NixlTransfer
 from penstock.transfer.tcp import TcpTransfer
 
@@ -41,7 +41,8 @@ GIB = 2**30
 
 
 def make(transport: str, instance_id: str) -> KvTransfer:
-    return TcpTransfer(instance_id, 1) if transport == "tcp" else NixlTransfer(instance_id, 1)
+    incarnation = Incarnation(instance_id, 1)
+    return TcpTransfer(incarnation) if transport == "tcp" else NixlTransfer(incarnation)
 
 
 def hold(transport: str, blocks: int, block_bytes: int, orders: Connection) -> None:
@@ -55,7 +56,7 @@ def hold(transport: str, blocks: int, block_bytes: int, orders: Connection) -> N
             orders.send(time.process_time())
             continue
         address, params = transfer.export(order, rng.sample(range(2 * blocks), blocks))
-        orders.send(Handoff(order, "holder", 1, 1, 1, 0, "", 60.0, transport, address, params))
+        orders.send(Handoff(order, Incarnation("holder", 1), 1, 1, 0, "", 60.0, transport, address, params))
     transfer.stop()
 
 

@@ -44,7 +44,7 @@ from penstock.options.config import (
     parse_discovery,
 )
 from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
-from penstock.shapes import Role
+from penstock.shapes import Incarnation, Role
 
 log = logging.getLogger("penstock.process")
 
@@ -147,11 +147,10 @@ def run_worker(options: WorkerOptions) -> None:
     setup_logging(options.log_level)
     from penstock.worker.worker import Worker, WorkerSettings
 
-    epoch = int(time.time() * 1000)
     instance_id = options.instance_id or _unique_name(options.role)
+    incarnation = Incarnation(instance_id, epoch=int(time.time() * 1000))
     settings = WorkerSettings(
-        instance_id=instance_id,
-        epoch=epoch,
+        incarnation=incarnation,
         role=options.role,
         advertise_host=options.advertise_host,
         advertise_port=options.advertise_port,
@@ -162,7 +161,7 @@ def run_worker(options: WorkerOptions) -> None:
     link_settings = ServerSettings(
         host=options.host, port=options.port, secret=_link_secret(options), tls=_tls(options)
     )
-    engine = _engine(options, instance_id, epoch)
+    engine = _engine(options, incarnation)
 
     async def main(stop: asyncio.Event) -> None:
         discovery = _discovery(options)
@@ -242,17 +241,17 @@ def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl)
     return EtcdDiscovery(settings)
 
 
-def _engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+def _engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     match options.engine:
         case "reference":
-            return _reference_engine(options, instance_id, epoch)
+            return _reference_engine(options, incarnation)
         case "sim":
-            return _sim_engine(options, instance_id, epoch)
+            return _sim_engine(options, incarnation)
         case "vllm":
-            return _vllm_engine(options, instance_id, epoch)
+            return _vllm_engine(options, incarnation)
 
 
-def _reference_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+def _reference_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.reference.engine import ReferenceSettings, reference_engine
 
     if not Path(options.model).is_dir():
@@ -266,13 +265,13 @@ def _reference_engine(options: WorkerOptions, instance_id: str, epoch: int) -> E
     settings = ReferenceSettings(
         model=options.model,
         served_name=options.served_model_name,
-        scheduler=_scheduler(options, instance_id, epoch),
+        scheduler=_scheduler(options, incarnation),
         **given,
     )
-    return reference_engine(settings, _transfer(options, instance_id, epoch))
+    return reference_engine(settings, _transfer(options, incarnation))
 
 
-def _sim_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+def _sim_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.sim import SimSettings, sim_engine
 
     given = _given(options, "block_size", "max_model_len")
@@ -283,13 +282,13 @@ def _sim_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
         model=options.served_model_name or folder.name,
         speedup=options.sim_speedup,
         assets=str(folder) if folder.is_dir() else "",
-        scheduler=_scheduler(options, instance_id, epoch),
+        scheduler=_scheduler(options, incarnation),
         **given,
     )
-    return sim_engine(settings, _transfer(options, instance_id, epoch))
+    return sim_engine(settings, _transfer(options, incarnation))
 
 
-def _vllm_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine:
+def _vllm_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.vllm.engine import VllmEngine
     from penstock.engines.vllm.settings import VllmSettings
 
@@ -299,8 +298,7 @@ def _vllm_engine(options: WorkerOptions, instance_id: str, epoch: int) -> Engine
     settings = VllmSettings(
         model=options.model,
         role=options.role,
-        instance_id=instance_id,
-        epoch=epoch,
+        incarnation=incarnation,
         served_name=options.served_model_name,
         host=options.advertise_host or options.host,
         kv_port=options.kv_port,
@@ -322,16 +320,15 @@ def _chat_parsers() -> ChatParsers | None:
     return VllmParsers()
 
 
-def _scheduler(options: WorkerOptions, instance_id: str, epoch: int) -> SchedulerSettings:
+def _scheduler(options: WorkerOptions, incarnation: Incarnation) -> SchedulerSettings:
     return SchedulerSettings(
-        instance_id=instance_id,
-        epoch=epoch,
+        holder=incarnation,
         handoff_ttl_s=options.handoff_ttl_s,
         **_given(options, "max_batch_tokens", "max_running"),
     )
 
 
-def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfer | None:
+def _transfer(options: WorkerOptions, incarnation: Incarnation) -> KvTransfer | None:
     """None for aggregated workers: nobody hands over to them, nor they to anybody."""
     if options.role is Role.AGGREGATED:
         return None
@@ -347,10 +344,10 @@ def _transfer(options: WorkerOptions, instance_id: str, epoch: int) -> KvTransfe
     if kind == "nixl":
         from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
 
-        return NixlTransfer(instance_id, epoch, NixlTransferSettings(**where))
+        return NixlTransfer(incarnation, NixlTransferSettings(**where))
     from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
 
-    return TcpTransfer(instance_id, epoch, TcpTransferSettings(**where))
+    return TcpTransfer(incarnation, TcpTransferSettings(**where))
 
 
 def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:

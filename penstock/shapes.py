@@ -170,6 +170,20 @@ class Parsed(msgspec.Struct):
     tool_calls: list[ToolCallDelta] = []
 
 
+class Incarnation(msgspec.Struct, frozen=True):
+    """One process of an instance. Its successors bear the same name, and are no incarnation of before."""
+
+    instance_id: Name
+    epoch: Total  # milliseconds since 1970 at its start; 0 where that is not known yet
+
+    def __str__(self) -> str:
+        return f"{self.instance_id}@{self.epoch}"
+
+    def may_be(self, other: Incarnation) -> bool:
+        """Whether this process may be the other one, of which the epoch is perhaps not known."""
+        return self.instance_id == other.instance_id and other.epoch in (0, self.epoch)
+
+
 class Handoff(msgspec.Struct):
     """The right to pull one prompt's KV from a prefill instance, once, before it expires.
 
@@ -177,8 +191,7 @@ class Handoff(msgspec.Struct):
     """
 
     handoff_id: Name  # the prefill attempt's id
-    instance_id: Name  # who holds the blocks
-    epoch: Total  # that instance's incarnation
+    holder: Incarnation  # who has the blocks
     num_tokens: Count  # KV exists for token_ids[:num_tokens]
     block_size: BlockSize
     last_hash: BlockHash  # sequence hash of the last block, whole or partial (core/hashing.py)
@@ -303,20 +316,19 @@ class EngineCard(msgspec.Struct, frozen=True):
 class Card(msgspec.Struct, frozen=True):
     """What a worker tells each frontend of itself on connecting."""
 
-    instance_id: Name
-    epoch: Total  # milliseconds since 1970 at the worker's start; grows with every incarnation
+    incarnation: Incarnation
     role: Role
     engine: EngineCard
+
+    @property
+    def instance_id(self) -> str:
+        """The name of its instance."""
+        return self.incarnation.instance_id
 
     @property
     def model(self) -> ModelCard:
         """What it serves."""
         return self.engine.model
-
-    @property
-    def incarnation(self) -> str:
-        """This process, and none before or after it, in words."""
-        return f"{self.instance_id}@{self.epoch}"
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -338,9 +350,15 @@ class Registration(msgspec.Struct, frozen=True):
     process: Word = ""  # another one for each process that bears this instance's name
     started_ms: Total = 0  # milliseconds since 1970, by the clock that epochs are of: it began after that
 
+    @property
+    def incarnation(self) -> Incarnation:
+        """The registered process, as far as it is known."""
+        return Incarnation(self.instance_id, self.epoch)
+
     def describes(self, card: Card) -> bool:
         """Whether a process that shows this card may be the registered one, and is none before it."""
-        return card.epoch == self.epoch if self.epoch else card.epoch >= self.started_ms > 0
+        epoch = card.incarnation.epoch
+        return epoch == self.epoch if self.epoch else epoch >= self.started_ms > 0
 
 
 class Request(msgspec.Struct):

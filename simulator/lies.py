@@ -70,8 +70,8 @@ _ANSWERED: list[Lie] = [
 ]
 
 _HANDED: list[Lie] = [
-    lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "instance_id", "w99"),
-    lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "epoch", 10**6),
+    lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "holder", "instance_id", "w99"),
+    lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "holder", "epoch", 10**6),
     lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "num_tokens", 10**6),
     lambda it: _put(it, "outputs", 0, _OUTPUT["handoff"], "block_size", 0),
 ]
@@ -95,7 +95,7 @@ _BY_TAG: dict[str, list[Lie]] = {
         lambda it: _put(it, "card", "engine", "block_size", 0),
         lambda it: _put(it, "card", "engine", "model", "vocab_size", 0),
         lambda it: _put(it, "card", "engine", "model", "assets", {"../outside": "0" * 64}),
-        lambda it: _put(it, "card", "instance_id", "w99"),
+        lambda it: _put(it, "card", "incarnation", "instance_id", "w99"),
     ],
     "snapshot": [lambda it: _put(it, "hashes", [-1])],
     "step": _LOADED,

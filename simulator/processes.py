@@ -17,7 +17,7 @@ from penstock.core.dispatcher import RequestRecord
 from penstock.errors import PenstockError, RequestRejected
 from penstock.metrics import Metrics
 from penstock.router.router import Router
-from penstock.shapes import Attempt, ModelView, Request, Role
+from penstock.shapes import Attempt, Incarnation, ModelView, Request, Role
 from penstock.worker.worker import Worker, WorkerSettings
 from simulator.checked_engine import CheckedEngine, EngineClock
 from simulator.checked_transfer import CheckedTransfer, CheckedTransferNetwork
@@ -141,7 +141,8 @@ class SimulatedWorker:
                 scenario.transfer, surroundings.transfers, self.process, self._wrong
             )
         sim = scenario.sim_of(self.version, self.generation)
-        scheduler = replace(sim.scheduler, instance_id=self.instance_id, epoch=self.epoch)
+        incarnation = Incarnation(self.instance_id, self.epoch)
+        scheduler = replace(sim.scheduler, holder=incarnation)
         self.engine = CheckedEngine(
             replace(sim, scheduler=scheduler),
             self.clock,
@@ -157,8 +158,7 @@ class SimulatedWorker:
             self.engine,
             SimDiscovery(surroundings.directory),
             WorkerSettings(
-                self.instance_id,
-                self.epoch,
+                incarnation,
                 self.role,
                 max_waiting=scenario.max_waiting,
                 max_wait_ms=scenario.max_wait_ms,

@@ -38,7 +38,7 @@ class SendingChecks:
         member = members.get(instance_id)
         decode = members.get(record.life.decode_id if attempt.prefill_only else instance_id)
         if attempt.prefill_only or attempt.handoff is not None:
-            prefill = attempt.handoff.instance_id if attempt.handoff is not None else instance_id
+            prefill = attempt.handoff.holder.instance_id if attempt.handoff is not None else instance_id
             made = attempt.handoff or (member.card.engine if member is not None and member.card else None)
             read = decode.card if decode is not None else None
             self._check_kv(attempt.attempt_id, prefill, made, read)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from penstock.shapes import Card, EngineCard, ModelCard, ModelView, Role
+from penstock.shapes import Card, EngineCard, Incarnation, ModelCard, ModelView, Role
 
 T = TypeVar("T", Card, EngineCard, ModelCard, ModelView)
 
@@ -16,7 +16,7 @@ ENGINE = EngineCard("e", MODEL, block_size=16, total_blocks=100)
 
 def card(instance_id: str = "w1", role: Role = Role.DECODE, *, epoch: int = 1, **fields: Any) -> Card:
     """A worker's card; `fields` as in `changed`."""
-    return changed(Card(instance_id, epoch, role, ENGINE), **fields)
+    return changed(Card(Incarnation(instance_id, epoch), role, ENGINE), **fields)
 
 
 def changed(it: T, **fields: Any) -> T:

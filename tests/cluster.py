@@ -21,7 +21,7 @@ from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
 from penstock.router.instances import Prepare
 from penstock.router.router import Router
-from penstock.shapes import Delta, FinishReason, Request, Role, Sampling
+from penstock.shapes import Delta, FinishReason, Incarnation, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker.worker import Worker, WorkerSettings
 from tests.waiting import until
@@ -68,8 +68,8 @@ class RunningWorker:
 
     def __init__(self, cluster: Cluster, instance_id: str, role: Role, **sim: Any) -> None:
         self.instance_id = instance_id
-        epoch = next(cluster.epochs)
-        transfer = None if role is Role.AGGREGATED else TcpTransfer(instance_id, epoch)
+        incarnation = Incarnation(instance_id, next(cluster.epochs))
+        transfer = None if role is Role.AGGREGATED else TcpTransfer(incarnation)
         settings = SimSettings(
             model=MODEL,
             **{
@@ -77,9 +77,7 @@ class RunningWorker:
                 "vocab_size": 1000,
                 "max_model_len": 4096,
                 "total_blocks": 512,
-                "scheduler": SchedulerSettings(
-                    instance_id=instance_id, epoch=epoch, **sim.pop("scheduler", {})
-                ),
+                "scheduler": SchedulerSettings(holder=incarnation, **sim.pop("scheduler", {})),
                 **sim,
             },
         )
@@ -87,7 +85,7 @@ class RunningWorker:
         self.worker = Worker(
             self.engine,
             FileDiscovery(cluster.folder, cluster.discovery_settings),
-            WorkerSettings(instance_id=instance_id, epoch=epoch, role=role, **cluster.worker_settings),
+            WorkerSettings(incarnation, role, **cluster.worker_settings),
             ServerSettings(),
         )
         self.stop = asyncio.Event()

@@ -18,7 +18,7 @@ import pytest
 from penstock.assembly import DESCRIPTORS, _discovery, _transfer, run, run_frontend, run_worker
 from penstock.errors import ConfigError, RemoteError
 from penstock.options.config import FrontendOptions, WorkerOptions
-from penstock.shapes import Role
+from penstock.shapes import Incarnation, Role
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ def test_a_frontend_refuses_a_file_without_keys(tmp_path: Path) -> None:
 
 def test_the_transfer_is_what_was_asked_for_and_what_is_there(tmp_path: Path) -> None:
     def name(**options: object) -> str | None:
-        transfer = _transfer(worker(**options), "w", 1)
+        transfer = _transfer(worker(**options), Incarnation("w", 1))
         return transfer and transfer.name
 
     has_nixl = importlib.util.find_spec("nixl") is not None

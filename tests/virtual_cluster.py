@@ -20,7 +20,7 @@ from penstock.errors import PenstockError, RequestRejected
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
 from penstock.router.router import Router
-from penstock.shapes import Delta, Request, Role, Sampling
+from penstock.shapes import Delta, Incarnation, Request, Role, Sampling
 from penstock.worker.worker import Worker, WorkerSettings
 from simulator.directory import Directory, SimDiscovery
 from simulator.loop import Process, VirtualLoop
@@ -134,12 +134,12 @@ class VirtualCluster:
             vocab_size=1000,
             max_model_len=32_768,
             total_blocks=16_384,
-            scheduler=SchedulerSettings(max_running=max_running, instance_id=name, epoch=1),
+            scheduler=SchedulerSettings(max_running=max_running),
         )
         worker = Worker(
             sim_engine(settings, None, process.clock),
             SimDiscovery(self.directory),
-            WorkerSettings(name, 1, Role.AGGREGATED),
+            WorkerSettings(Incarnation(name, 1), Role.AGGREGATED),
             ServerSettings(host=name),
             process.clock,
         )

@@ -57,7 +57,7 @@ from penstock.core.settings import RouterSettings
 from penstock.core.suspects import HOLD_S, Suspects, alone_from
 from penstock.core.wait_prediction import Refusal
 from penstock.errors import ModelReplaced
-from penstock.shapes import Attempt, Card, Output, Request
+from penstock.shapes import Attempt, Card, Incarnation, Output, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -233,7 +233,7 @@ class Dispatcher:
         self.full_until[instance_id] = until
 
     def lost(
-        self, instance_id: str, reason: str, requests: int, died: str
+        self, instance_id: str, reason: str, requests: int, died: Incarnation | None
     ) -> list[tuple[RequestRecord, InstanceLost]]:
         """An instance is gone. `requests`: how many it had, whoever sent them. Returns the event for each
         request that it concerns."""

@@ -6,7 +6,7 @@ import msgspec
 
 from penstock.core.policy import Decision
 from penstock.errors import RequestRejected
-from penstock.shapes import Attempt, Delta, Output
+from penstock.shapes import Attempt, Delta, Incarnation, Output
 
 KILLER = "kills_workers"
 """The code of the error that ends a request for being the cause of workers' deaths."""
@@ -39,7 +39,7 @@ class InstanceLost(msgspec.Struct):
 
     instance_id: str
     reason: str
-    died: str = ""
+    died: Incarnation | None = None
     shared: bool = False
     alone: bool = False
 

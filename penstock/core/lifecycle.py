@@ -65,7 +65,7 @@ from penstock.core.events import (
 )
 from penstock.core.suspects import Strikes
 from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import Attempt, Delta, FinishReason, Handoff, Output, Request
+from penstock.shapes import Attempt, Delta, FinishReason, Handoff, Incarnation, Output, Request
 
 
 class Phase(Enum):
@@ -163,7 +163,7 @@ class Lifecycle:
         """Whether it has or will have anything there."""
         places = (self._instance_id, self.decode_id)
         handoffs = (self.handoff, self._sent_handoff)
-        return instance_id in places or any(it and it.instance_id == instance_id for it in handoffs)
+        return instance_id in places or any(it and it.holder.instance_id == instance_id for it in handoffs)
 
     def waited_s(self, now: float) -> float:
         """For how long it has waited for what it waits for."""
@@ -213,7 +213,7 @@ class Lifecycle:
         if handoff is not None:
             left_s = handoff.ttl_s - (now - self._handoff_at)
             if left_s < self._limits.handoff_margin_s:
-                effects.append(ReleaseKv(handoff.instance_id, handoff.handoff_id))
+                effects.append(ReleaseKv(handoff.holder.instance_id, handoff.handoff_id))
                 handoff = None
             else:
                 self._sent_handoff = handoff
@@ -342,13 +342,13 @@ class Lifecycle:
     def _on_instance_lost(self, event: InstanceLost, now: float) -> list[Effect]:
         if event.instance_id == self.decode_id:
             self.decode_id = ""  # another is chosen when the handoff arrives
-        if self.handoff is not None and self.handoff.instance_id == event.instance_id:
+        if self.handoff is not None and self.handoff.holder.instance_id == event.instance_id:
             self.handoff = None
-        if self._sent_handoff is not None and self._sent_handoff.instance_id == event.instance_id:
+        if self._sent_handoff is not None and self._sent_handoff.holder.instance_id == event.instance_id:
             self._sent_handoff = None  # the decode worker recomputes by itself
         if event.instance_id != self._instance_id or not self.attempt_id:
             return []
-        self.strikes.shared |= bool(event.died) and event.shared
+        self.strikes.shared |= event.died is not None and event.shared
         return self._lost(event.reason, now, died=event.died, alone=event.alone)
 
     def _on_instance_stuck(self, event: InstanceStuck, now: float) -> list[Effect]:
@@ -367,7 +367,13 @@ class Lifecycle:
         return effects
 
     def _lost(
-        self, reason: str, now: float, *, died: str = "", alone: bool = False, code: str = ""
+        self,
+        reason: str,
+        now: float,
+        *,
+        died: Incarnation | None = None,
+        alone: bool = False,
+        code: str = "",
     ) -> list[Effect]:
         strikes = self.strikes
         strikes.add(self._instance_id, reason, len(self.token_ids), died=died)
@@ -375,8 +381,9 @@ class Lifecycle:
         self.trouble = f"{self._instance_id}: {reason}"
         self.avoided.add(self._instance_id)
         effects = self._drop_handoff()
-        if died and strikes.is_cause(self._limits.max_deaths, alone=alone):
-            message = f"stopped: {strikes.deaths} workers died computing it ({', '.join(strikes.killed)})"
+        if died is not None and strikes.is_cause(self._limits.max_deaths, alone=alone):
+            killed = ", ".join(map(str, strikes.killed))
+            message = f"stopped: {strikes.deaths} workers died computing it ({killed})"
             killer = RequestRejected(message, kind=Rejection.WORKERS_FAILED, code=KILLER)
             return [*effects, *self.fail(killer)]
         if strikes.failures >= self._limits.max_attempts:
@@ -386,7 +393,7 @@ class Lifecycle:
             return [*effects, *self.fail(failed)]
         self._failed = self.trouble
         self._queue(now)
-        if died or strikes.count > 1:
+        if died is not None or strikes.count > 1:
             self.rests_until = now
         # Many workers may be dying at once, each noticed by itself. With the next attempt at once this
         # request would be on one of those as well, and become a suspect.
@@ -450,7 +457,9 @@ class Lifecycle:
         """Let go of KV that this request will not pull, or whose reader is not needed any more."""
         handoff, sent = self.handoff or self._sent_handoff, self.handoff is None
         self.handoff = self._sent_handoff = None
-        return [ReleaseKv(handoff.instance_id, handoff.handoff_id, sent)] if handoff is not None else []
+        if handoff is None:
+            return []
+        return [ReleaseKv(handoff.holder.instance_id, handoff.handoff_id, sent)]
 
 
 def _seconds(seconds: float) -> str:
@@ -461,7 +470,7 @@ def _release_late(output: Output) -> list[Effect]:
     """A forgotten attempt offers KV that nobody will pull."""
     if output.handoff is None:
         return []
-    return [ReleaseKv(output.handoff.instance_id, output.handoff.handoff_id)]
+    return [ReleaseKv(output.handoff.holder.instance_id, output.handoff.handoff_id)]
 
 
 _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {

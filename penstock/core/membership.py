@@ -33,7 +33,7 @@ from enum import StrEnum
 import msgspec
 
 from penstock.core.catalog import revision_of, serves
-from penstock.shapes import Card, Registration, Role
+from penstock.shapes import Card, Incarnation, Registration, Role
 
 
 class State(StrEnum):
@@ -201,7 +201,7 @@ class Membership:
             for member in self.members.values()
         )
 
-    def incarnations(self) -> set[str]:
+    def incarnations(self) -> set[Incarnation]:
         """The processes that are connected."""
         return {member.card.incarnation for member in self.members.values() if member.up and member.card}
 
@@ -231,7 +231,7 @@ def _is_connected(member: Member, found: Registration) -> bool:
 
 def _claim(revision: str, decoders: list[Card]) -> tuple[int, int, str]:
     """The largest claim is served: most decode workers; among equals, the oldest one."""
-    return len(decoders), -min(card.epoch for card in decoders), revision
+    return len(decoders), -min(card.incarnation.epoch for card in decoders), revision
 
 
 def decoders(cards: Iterable[Card]) -> int:

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from penstock.shapes import Card
+from penstock.shapes import Card, Incarnation
 
 PRIME = 2
 """Strikes that make a prime suspect."""
@@ -61,14 +61,14 @@ class Strikes:
     shared: bool = False  # one of those instances had work of other frontends
     acquitted_at: int = 0  # tokens of prompt and output that are progress
     reasons: list[str] = field(default_factory=list)
-    killed: list[str] = field(default_factory=list)  # incarnations that died under it
+    killed: list[Incarnation] = field(default_factory=list)  # those that died under it
     lost: int = 0  # attempts, whatever came after them
     _all_deaths: int = 0
 
-    def add(self, instance_id: str, reason: str, tokens: int, *, died: str = "") -> None:
+    def add(self, instance_id: str, reason: str, tokens: int, *, died: Incarnation | None = None) -> None:
         """An attempt on this instance was lost when the request had so many tokens. `died`: the incarnation
         that did, if one did."""
-        if died:
+        if died is not None:
             self.deaths += 1
             self._all_deaths += 1
             self.killed.append(died)
@@ -78,14 +78,14 @@ class Strikes:
 
     def describe(self) -> str:
         """The deaths, for the log."""
-        return f"deaths={self.deaths} instances={','.join(self.killed)}"
+        return f"deaths={self.deaths} instances={','.join(map(str, self.killed))}"
 
     def moved(self, instance_id: str, reason: str, tokens: int) -> None:
         """An attempt was taken away from an instance that stood still: suspicious, but no failure."""
         self.moves += 1
         self._strike(f"{instance_id}: {reason}", tokens)
 
-    def survived(self, connected: Collection[str]) -> None:
+    def survived(self, connected: Collection[Incarnation]) -> None:
         """These incarnations are connected: those among them that seemed to be dead had only lost their
         link."""
         dead = [incarnation for incarnation in self.killed if incarnation not in connected]

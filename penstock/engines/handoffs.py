@@ -85,8 +85,7 @@ class HeldHandoffs:
             last_hash = block_hash(tail, last_hash)
         handoff = Handoff(
             handoff_id=active.attempt_id,
-            instance_id=self._settings.instance_id,
-            epoch=self._settings.epoch,
+            holder=self._settings.holder,
             num_tokens=active.computed,
             block_size=self._card.block_size,
             last_hash=last_hash,

@@ -150,7 +150,7 @@ class OpenPulls:
                 self._blocks(pull.handoff),
                 pulled.bytes,
                 pulled.seconds * 1e3,
-                pull.handoff.instance_id,
+                pull.handoff.holder.instance_id,
             )
         else:
             log.warning(
@@ -179,4 +179,4 @@ def _log_refused(active: ActiveAttempt, handoff: Handoff, reason: str) -> None:
 
 
 def _source(handoff: Handoff) -> str:
-    return f"transport={handoff.transport} from={handoff.instance_id}"
+    return f"transport={handoff.transport} from={handoff.holder.instance_id}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.errors import ConfigError
+from penstock.shapes import Incarnation
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True):
@@ -24,11 +25,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     pull_timeout_s: float = 5.0
     """Seconds that a pull may take before the prompt is computed here instead; gigabytes take less."""
 
-    instance_id: str = ""
-    """Named as the holder in handoffs."""
-
-    epoch: int = 0
-    """That instance's incarnation."""
+    holder: Incarnation = Incarnation("", 0)
+    """Who has the blocks of handoffs that are made here."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_batch_tokens", "handoff_ttl_s", "pull_timeout_s"):

@@ -13,7 +13,7 @@ from penstock.link import tls
 from penstock.link.session import LinkListener, Session
 from penstock.link.settings import ClientSettings
 from penstock.net.address import split_address
-from penstock.shapes import Attempt
+from penstock.shapes import Attempt, Incarnation
 from penstock.wire.handshake import NONCE_BYTES, FrontendHandshake
 from penstock.wire.messages import Cancel, Release
 
@@ -31,7 +31,7 @@ class LinkClient:
         address: host:port of the worker's link. Raises ConfigError when it is not that.
         listener: told when the worker is up, what it says, and when it is down.
         frontend_id: this process; unique among the running frontends.
-        instance_id, epoch: who must answer there; another instance is treated as a refusal.
+        expected: who must answer there, see Session; another one is treated as a refusal.
         starting: it may not listen yet, so that not to reach it is no warning before it was up once.
         rng: for the jitter of pauses.
         clock: for pauses and ticks.
@@ -44,8 +44,7 @@ class LinkClient:
         settings: ClientSettings,
         *,
         frontend_id: str,
-        instance_id: str | None = None,
-        epoch: int | None = None,
+        expected: Incarnation | None = None,
         starting: bool = False,
         rng: random.Random | None = None,
         clock: Clock | None = None,
@@ -55,8 +54,8 @@ class LinkClient:
         self._listener = listener
         self._settings = settings
         self._frontend_id = frontend_id
-        self._instance_id = instance_id
-        self._epoch = epoch
+        self._expected = expected
+        self._knows_process = expected is not None and expected.epoch != 0
         self._starting = starting
         self._rng = rng or random.Random()
         self._clock = clock or MonotonicClock()
@@ -124,7 +123,7 @@ class LinkClient:
                 refused, misled = session.refused, session.connection.misled
             except Exception:  # a defect of ours must not end the links to the other workers
                 _logger.exception("the link to %s broke because of an error here", self.address)
-            if session is not None and session.orderly and self._epoch is not None:
+            if session is not None and session.orderly and self._knows_process:
                 return  # this process has left for good; the next one has another epoch, and another link
             good = session is not None and session.live_s >= self._settings.retry_max_s and not misled
             failures = 0 if good else failures + 1
@@ -148,7 +147,7 @@ class LinkClient:
         nonce = secrets.token_bytes(NONCE_BYTES)
         secrets_now = self._settings.secret.accepted()
         handshake = FrontendHandshake(secrets_now[0] if secrets_now else "", nonce, self._frontend_id)
-        session = Session(self._settings, handshake, self._instance_id, self._epoch, self._listener)
+        session = Session(self._settings, handshake, self._expected, self._listener)
         self._session = session  # before `on_up`, which may already send
         try:
             await self._connect(session)
@@ -198,6 +197,8 @@ class LinkClient:
         """Log a reason once, however often it comes back before the worker is up again."""
         self._reason = reason
         repeated = reason == self._logged_reason
-        who = f"{self._instance_id} at {self.address}" if self._instance_id else f"at {self.address}"
+        who = f"at {self.address}"
+        if self._expected is not None:
+            who = f"{self._expected.instance_id} {who}"
         _logger.log(logging.DEBUG if repeated else level, "worker %s is down: %s", who, reason)
         self._logged_reason = reason

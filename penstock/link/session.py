@@ -15,7 +15,7 @@ from penstock.errors import ProtocolError, RemoteError
 from penstock.link.connection import Connection
 from penstock.link.download import Download
 from penstock.link.settings import ClientSettings
-from penstock.shapes import Attempt, Card, Load
+from penstock.shapes import Attempt, Card, Incarnation, Load
 from penstock.wire import frames
 from penstock.wire.handshake import FrontendHandshake
 from penstock.wire.messages import (
@@ -86,7 +86,7 @@ class Session:
     Args:
         settings: of the client.
         handshake: fresh for this connection.
-        instance_id, epoch: who must answer; None for whoever does.
+        expected: who must answer; with an epoch of 0, any process of that instance; None: whoever does.
         listener: told from `on_up` to `on_down`.
     """
 
@@ -94,8 +94,7 @@ class Session:
         self,
         settings: ClientSettings,
         handshake: FrontendHandshake,
-        instance_id: str | None,
-        epoch: int | None,
+        expected: Incarnation | None,
         listener: LinkListener,
     ) -> None:
         self.connection = Connection(self, settings.max_frame_bytes, settings.max_unsent_bytes)
@@ -107,8 +106,7 @@ class Session:
         self.live_s = 0.0  # how long it was live, once it has ended
         self._settings = settings
         self._handshake = handshake
-        self._instance_id = instance_id
-        self._epoch = epoch
+        self._expected = expected
         self._listener = listener
         self._card: Card | None = None
         self._reports: Reports  # once it is live
@@ -243,11 +241,9 @@ class Session:
             raise
 
     def _welcome(self, card: Card) -> None:
-        if self._instance_id not in (None, card.instance_id) or self._epoch not in (None, card.epoch):
-            raise ProtocolError(
-                f"found instance {card.instance_id!r} of epoch {card.epoch} "
-                f"instead of {self._instance_id!r} of epoch {self._epoch}"
-            )
+        expected, found = self._expected, card.incarnation
+        if expected is not None and not found.may_be(expected):
+            raise ProtocolError(f"found instance {found} instead of {expected}")
         self._card = card
         self.phase = SessionPhase.SNAPSHOT
         self.connection.phase_s = 0.0

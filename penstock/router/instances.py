@@ -25,7 +25,7 @@ from penstock.link.settings import ClientSettings
 from penstock.metrics import RouterMetrics
 from penstock.ports import Discovery
 from penstock.router.served_models import ServedModels
-from penstock.shapes import Card, InstanceView, Load, ModelView, Output, Registration, Role
+from penstock.shapes import Card, Incarnation, InstanceView, Load, ModelView, Output, Registration, Role
 from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.instances")
@@ -51,7 +51,9 @@ class Listener(Protocol):
     def on_bounce(self, instance_id: str, role: Role, bounce: Bounce) -> None:
         """An instance refused an attempt."""
 
-    def on_lost(self, instance_id: str, role: Role, reason: str, requests: int, died: str) -> None:
+    def on_lost(
+        self, instance_id: str, role: Role, reason: str, requests: int, died: Incarnation | None
+    ) -> None:
         """An instance is gone, with all handoffs and attempts it had. `requests`: how many attempts those
         were, whoever sent them. `died`: its incarnation, if it neither meant to leave nor fell silent."""
 
@@ -331,7 +333,7 @@ class Instances:
             if link.role.decodes:
                 self.served_models.lost(instance_id, link.model, self._clock.now())
             log.warning("instance lost: %s: %s", instance_id, reason)
-        died = "" if orderly or link.client.fell_silent or link.client.misled else link.incarnation
+        died = None if orderly or link.client.fell_silent or link.client.misled else link.incarnation
         self._listener.on_lost(instance_id, link.role, reason, requests, died)
         self._apply(effects)
 
@@ -354,7 +356,7 @@ class _Link:
         self.instance_id = registration.instance_id
         self.role = registration.role
         self.model = registration.model
-        self.incarnation = ""  # of the process that answered last
+        self.incarnation: Incarnation | None = None  # of the process that answered last
         self._instances = instances
         self._tasks = tasks
         self.up = False  # between `on_up` and `on_down`
@@ -368,8 +370,7 @@ class _Link:
             self,
             instances._link_settings,
             frontend_id=instances._frontend_id,
-            instance_id=registration.instance_id,
-            epoch=registration.epoch or None,
+            expected=registration.incarnation,
             starting=registration.epoch == 0,  # it did not register by itself, once it was ready
             rng=instances._rng,
             clock=instances._clock,

@@ -41,7 +41,7 @@ from penstock.logs.quiet_log import QuietLog
 from penstock.metrics import QueueView, RouterMetrics
 from penstock.ports import Discovery
 from penstock.router.instances import Instances, Prepare
-from penstock.shapes import Attempt, Delta, InstanceView, ModelView, Output, Request, Role
+from penstock.shapes import Attempt, Delta, Incarnation, InstanceView, ModelView, Output, Request, Role
 from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
@@ -336,7 +336,9 @@ class Router:
         if record is not None:
             self.handle(record, Bounced(bounce.attempt_id, bounce.reason))
 
-    def on_lost(self, instance_id: str, role: Role, reason: str, requests: int, died: str) -> None:
+    def on_lost(
+        self, instance_id: str, role: Role, reason: str, requests: int, died: Incarnation | None
+    ) -> None:
         for record, event in self.dispatcher.lost(instance_id, reason, requests, died):
             if record.life.instance_id == instance_id:
                 self._metrics.attempt_ended(role, "lost")

@@ -15,7 +15,7 @@ from functools import partial
 
 from penstock.errors import PenstockError, RemoteError
 from penstock.ports import Pulled
-from penstock.shapes import Handoff
+from penstock.shapes import Handoff, Incarnation
 from penstock.transfer.connections import Connections
 from penstock.transfer.grants import Grants, ReadRefused
 from penstock.transfer.messages import PROTOCOL, Granted, Read, StillHeld
@@ -31,14 +31,13 @@ class KvTransferBase(ABC):
     """The `KvTransfer` port, without moving the bytes: subclasses implement `_lend` and `_fetch`.
 
     Args:
-        instance_id, epoch: of the worker whose KV pool this serves; its handoffs contain them.
+        incarnation: of the worker whose KV pool this serves; its handoffs name it as their holder.
     """
 
     name: str
 
-    def __init__(self, instance_id: str, epoch: int, settings: TransferSettings) -> None:
-        self.instance_id = instance_id
-        self.epoch = epoch
+    def __init__(self, incarnation: Incarnation, settings: TransferSettings) -> None:
+        self.incarnation = incarnation
         self.settings = settings
         self.stopping = False
         self._server = Server(settings, self._serve)
@@ -51,7 +50,7 @@ class KvTransferBase(ABC):
         self.total_blocks, self.block_bytes = pool.shape or (0, 0)
         self._flat = pool.cast("B")
         self._on_pulled = on_pulled
-        self._grants = Grants(self.instance_id, self.epoch, self.total_blocks, self.block_bytes)
+        self._grants = Grants(self.incarnation, self.total_blocks, self.block_bytes)
         self.address = self._server.start()
         self._pulls.start()
 
@@ -146,8 +145,7 @@ class KvTransferBase(ABC):
         read = Read(
             PROTOCOL,
             handoff.handoff_id,
-            handoff.instance_id,
-            handoff.epoch,
+            handoff.holder,
             handoff.params,
             self.block_bytes,
             indices,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.errors import RemoteError
+from penstock.shapes import Incarnation
 from penstock.transfer.messages import PROTOCOL, Read
 
 KEY_BYTES = 16
@@ -32,9 +33,8 @@ class _Grant:
 class Grants:
     """The grants of one holder. Their number is limited by its pool blocks. Thread-safe."""
 
-    def __init__(self, instance_id: str, epoch: int, total_blocks: int, block_bytes: int) -> None:
-        self._instance_id = instance_id
-        self._epoch = epoch
+    def __init__(self, incarnation: Incarnation, total_blocks: int, block_bytes: int) -> None:
+        self._incarnation = incarnation
         self._total_blocks = total_blocks
         self._block_bytes = block_bytes
         self._lock = threading.Lock()
@@ -60,7 +60,7 @@ class Grants:
         """
         if read.protocol != PROTOCOL:
             raise ReadRefused(f"speaks protocol {read.protocol}, not {PROTOCOL}")
-        if (read.instance_id, read.epoch) != (self._instance_id, self._epoch):
+        if read.holder != self._incarnation:
             raise ReadRefused("that instance is not here, or is an earlier incarnation")
         if read.block_bytes != self._block_bytes:
             raise ReadRefused(f"blocks have {self._block_bytes} bytes here, {read.block_bytes} there")

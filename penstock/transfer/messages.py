@@ -27,11 +27,11 @@ from msgspec import Meta
 
 from penstock.checked import field_path
 from penstock.errors import ProtocolError
-from penstock.shapes import MAX_POOL_BLOCKS, Count, Name, Text, Total, Word
+from penstock.shapes import MAX_POOL_BLOCKS, Count, Incarnation, Name, Text, Total, Word
 
-PROTOCOL = 1
-"""A new number needs new names of the transports as well: frontends pair workers by these names, see
-core/pairing.py."""
+PROTOCOL = 2
+"""A new number needs new names of the transports as well, since frontends pair workers by these names (see
+core/pairing.py), or a new number of the link's protocol: a frontend speaks only one of those."""
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1024 * 1024  # 200,000 block numbers: a prompt of 3 million tokens in blocks of 16
@@ -42,8 +42,7 @@ class Read(msgspec.Struct, array_like=True, frozen=True):
 
     protocol: int
     handoff_id: Name
-    instance_id: Name
-    epoch: Total
+    holder: Incarnation
     key: Annotated[bytes, Meta(max_length=1024)]
     block_bytes: Total
     indices: list[Count]  # into the handoff's blocks

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
+from penstock.shapes import Incarnation
 from penstock.transfer.base import KvTransferBase, check_pool
 from penstock.transfer.messages import Done, Granted, Memory
 from penstock.transfer.nixl_agent import Agent, Descriptors
@@ -75,9 +76,9 @@ class NixlTransfer(KvTransferBase):
 
     name = "nixl"
 
-    def __init__(self, instance_id: str, epoch: int, settings: NixlTransferSettings | None = None) -> None:
+    def __init__(self, incarnation: Incarnation, settings: NixlTransferSettings | None = None) -> None:
         self._nixl_settings = settings or NixlTransferSettings()
-        super().__init__(instance_id, epoch, self._nixl_settings)
+        super().__init__(incarnation, self._nixl_settings)
         self._agent: Agent | None = None
 
     def start(self, pool: memoryview, on_pulled: Callable[[str], None]) -> None:
@@ -86,8 +87,8 @@ class NixlTransfer(KvTransferBase):
         settings = self._nixl_settings
         self._pool: NDArray[np.uint8] = np.asarray(pool)
         self._staging = Staging(settings.staging_buffers, settings.staging_bytes, self._pool.shape[1])
-        incarnation = f"{self.instance_id}-{self.epoch}-{secrets.token_hex(4)}"
-        self._agent = Agent(incarnation, settings.progress_interval_s, settings.host)
+        name = f"{self.incarnation.instance_id}-{self.incarnation.epoch}-{secrets.token_hex(4)}"
+        self._agent = Agent(name, settings.progress_interval_s, settings.host)
         self._agent.register(self._pool)
         self._agent.register(self._staging.memory)
         self._metadata = self._agent.metadata()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from penstock.shapes import Incarnation
 from penstock.transfer.base import KvTransferBase
 from penstock.transfer.messages import Granted
 from penstock.transfer.settings import TransferSettings
@@ -25,8 +26,8 @@ class TcpTransfer(KvTransferBase):
 
     name = "tcp"
 
-    def __init__(self, instance_id: str, epoch: int, settings: TcpTransferSettings | None = None) -> None:
-        super().__init__(instance_id, epoch, settings or TcpTransferSettings())
+    def __init__(self, incarnation: Incarnation, settings: TcpTransferSettings | None = None) -> None:
+        super().__init__(incarnation, settings or TcpTransferSettings())
 
     def _lend(self, stream: Stream, rows: list[int], deadline: float) -> None:
         stream.send(Granted(), deadline, more=True)

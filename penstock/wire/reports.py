@@ -135,8 +135,8 @@ class Reports:
         card = self._card
         if handoff.handoff_id != output.attempt_id:
             raise _wrong(output, "handoff.handoff_id", "it is of another attempt")
-        if (handoff.instance_id, handoff.epoch) != (card.instance_id, card.epoch):
-            raise _wrong(output, "handoff.instance_id", f"{handoff.instance_id} of epoch {handoff.epoch}")
+        if handoff.holder != card.incarnation:
+            raise _wrong(output, "handoff.holder", f"{handoff.holder}, not {card.incarnation}")
         if handoff.block_size != card.engine.block_size:
             raise _wrong(
                 output, "handoff.block_size", f"{handoff.block_size}, not {card.engine.block_size}"

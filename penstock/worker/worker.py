@@ -34,6 +34,7 @@ from penstock.shapes import (
     EngineCard,
     EngineStep,
     Handoff,
+    Incarnation,
     Load,
     Output,
     Registration,
@@ -53,11 +54,9 @@ _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 class WorkerSettings(msgspec.Struct, frozen=True):
     """What a worker is, and how much it admits."""
 
-    instance_id: str
-    epoch: int
-    """Milliseconds since 1970 at the start: grows with every incarnation."""
-
+    incarnation: Incarnation
     role: Role
+
     advertise_host: str = ""
     """The host under which frontends reach the link; the one it listens on when empty."""
 
@@ -129,7 +128,7 @@ class Worker:
         if engine_card is None:
             return
         settings = self._settings
-        self._card = Card(settings.instance_id, settings.epoch, settings.role, engine_card)
+        self._card = Card(settings.incarnation, settings.role, engine_card)
         _check_card(self._card)
         self._progress = Progress(self._settings.progress, engine_card.max_batch_tokens)
         await self._server.start()
@@ -173,7 +172,7 @@ class Worker:
         load = self.load()
         return {
             "status": self.status,
-            "instance_id": self._settings.instance_id,
+            "instance_id": self._settings.incarnation.instance_id,
             "role": self._settings.role,
             "engine": self._stuck or ("ok" if self._card is not None else "starting"),
             "attempts": len(self._owners),
@@ -419,7 +418,7 @@ class Worker:
         card = self.card()
         return Registration(
             instance_id=card.instance_id,
-            epoch=card.epoch,
+            epoch=card.incarnation.epoch,
             role=card.role,
             model=card.model.name,
             address=address,

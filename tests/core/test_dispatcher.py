@@ -38,6 +38,7 @@ from penstock.shapes import (
     Attempt,
     FinishReason,
     Handoff,
+    Incarnation,
     Load,
     Output,
     Rates,
@@ -113,7 +114,7 @@ class Stage:
         self.membership.down(instance_id)
         self.membership.elect()
         self.placement.down(instance_id)
-        lost = self.dispatcher.lost(instance_id, "killed", requests, gone.incarnation if died else "")
+        lost = self.dispatcher.lost(instance_id, "killed", requests, gone.incarnation if died else None)
         self.running = {name: it for name, it in self.running.items() if it[0] != instance_id}
         for record, event in lost:
             self.handle(record, event)
@@ -184,7 +185,15 @@ class Stage:
         instance_id, attempt = self.running[attempt_id]
         if end is FinishReason.PREFILLED:
             handoff = Handoff(
-                attempt_id, instance_id, 1, len(attempt.token_ids), 4, 9, "l", 30.0, "tcp", "h:1"
+                attempt_id,
+                Incarnation(instance_id, 1),
+                len(attempt.token_ids),
+                4,
+                9,
+                "l",
+                30.0,
+                "tcp",
+                "h:1",
             )
             self.held.add(attempt_id)
         if end is not None:
@@ -447,7 +456,7 @@ def test_no_output_comes_after_an_error() -> None:
     record = stage.ask()
     attempt_id = record.life.attempt_id
     stage.running.clear()
-    handoff = Handoff(attempt_id, "p0", 1, len(PROMPT), 4, 9, "l", 30.0, "tcp", "h:1")
+    handoff = Handoff(attempt_id, Incarnation("p0", 1), len(PROMPT), 4, 9, "l", 30.0, "tcp", "h:1")
     output = Output(attempt_id, [5], FinishReason.PREFILLED, handoff=handoff)
     effects = stage.dispatcher.output(record, output, stage.now)
     stage.handle(record, TooLong(record.life.attempt_id, "20 bytes"))

@@ -25,7 +25,7 @@ from penstock.core.events import (
 )
 from penstock.core.lifecycle import REST_S, Lifecycle, Phase
 from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import FinishReason, Handoff, Output, Request, Sampling
+from penstock.shapes import FinishReason, Handoff, Incarnation, Output, Request, Sampling
 
 LIMITS = Deadlines(
     queue_s=30,
@@ -45,7 +45,9 @@ def lifecycle() -> Lifecycle:
 
 
 def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Handoff:
-    return Handoff(attempt_id, instance_id, 1, len(PROMPT), 4, 99, "layout", ttl_s, "tcp", "127.0.0.1:1")
+    return Handoff(
+        attempt_id, Incarnation(instance_id, 1), len(PROMPT), 4, 99, "layout", ttl_s, "tcp", "127.0.0.1:1"
+    )
 
 
 def sent(effects: list[Effect]) -> SendAttempt:
@@ -265,7 +267,9 @@ def test_a_request_rests_after_a_death_and_longer_after_more() -> None:
     now = 0.0
     for deaths, rest_s in ((1, 0.0), (2, REST_S)):
         life.place(f"d{deaths}", None, now)
-        assert life.handle(InstanceLost(f"d{deaths}", "reset", died=f"d{deaths}@1"), now) == []
+        assert (
+            life.handle(InstanceLost(f"d{deaths}", "reset", died=Incarnation(f"d{deaths}", 1)), now) == []
+        )
         assert life.rests_until == now + rest_s
         assert life.take_failure() == f"d{deaths}: reset"
         now += rest_s
@@ -460,7 +464,7 @@ def test_deaths_stop_a_request_that_alone_can_be_their_cause() -> None:
     for number in range(3):
         life.place(f"d{number}", None, 0.0)
         effects = life.handle(
-            InstanceLost(f"d{number}", "killed", died=f"d{number}@1", alone=number == 2), 1.0
+            InstanceLost(f"d{number}", "killed", died=Incarnation(f"d{number}", 1), alone=number == 2), 1.0
         )
     assert (effects[-1].error.kind, effects[-1].error.code) == (Rejection.WORKERS_FAILED, KILLER)
     assert "3 workers died computing it (d0@1, d1@1, d2@1)" in str(effects[-1].error)
@@ -470,7 +474,7 @@ def test_deaths_with_others_around_do_not() -> None:
     life = lifecycle()
     for number in range(4):
         life.place(f"d{number}", None, 0.0)
-        life.handle(InstanceLost(f"d{number}", "killed", died=f"d{number}@1"), 1.0)
+        life.handle(InstanceLost(f"d{number}", "killed", died=Incarnation(f"d{number}", 1)), 1.0)
     assert life.phase is Phase.QUEUED
 
 

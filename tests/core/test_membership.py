@@ -6,7 +6,7 @@ import pytest
 
 from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
-from penstock.shapes import Card, Registration, Role
+from penstock.shapes import Card, Incarnation, Registration, Role
 from tests.cards import card
 
 
@@ -271,7 +271,7 @@ def test_a_model_that_nobody_knows_yet_may_be_any() -> None:
     membership.up("d0", at(1500))
     assert membership.members["d0"].model == "m"
     assert not membership.may_return("another", REVISION)
-    assert membership.incarnations() == {"d0@1500"}
+    assert membership.incarnations() == {Incarnation("d0", 1500)}
     membership.down("d0")
     assert membership.members["d0"].model == "m"  # it probably comes back with the same
 

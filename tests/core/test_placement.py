@@ -12,7 +12,7 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, Handoff, Load, Rates, Request, Role, Sampling
+from penstock.shapes import Attempt, Card, Handoff, Incarnation, Load, Rates, Request, Role, Sampling
 from tests import cards
 
 TOKENS = list(range(160))
@@ -103,7 +103,7 @@ def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
 
 
 def handoff(block_size: int = 16, layout: str = "", transport: str = "") -> Handoff:
-    return Handoff("h", "p0", 1, len(TOKENS), block_size, 0, layout, 30.0, transport, "")
+    return Handoff("h", Incarnation("p0", 1), len(TOKENS), block_size, 0, layout, 30.0, transport, "")
 
 
 def test_a_held_prompt_goes_to_a_decode_worker_that_reads_its_kv() -> None:
@@ -162,7 +162,9 @@ def test_pulled_blocks_are_not_held_against_the_index() -> None:
     it = placement(only)
     request = placed()
     choose(it, request, only)
-    it.sent(request, "d0", 1, attempt(Handoff("h", "p0", 1, 160, 16, 0, "l", 30, "tcp", "a:1")))
+    it.sent(
+        request, "d0", 1, attempt(Handoff("h", Incarnation("p0", 1), 160, 16, 0, "l", 30, "tcp", "a:1"))
+    )
     assert it.cached(request, "d0", 160) is None
 
 

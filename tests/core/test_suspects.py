@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.suspects import ACQUIT_TOKENS, MAX_DEATHS, PRIME, Strikes, Suspects, alone_from
-from penstock.shapes import Card, Role
+from penstock.shapes import Card, Incarnation, Role
 from tests.cards import card
 
 DECODE, PREFILL = Role.DECODE, Role.PREFILL
@@ -101,18 +101,18 @@ def test_the_counts_are_those_of_whoever_was_noted_last(notes: list[tuple[int, i
 
 def test_progress_acquits_and_must_be_longer_after_each_death() -> None:
     strikes = Strikes()
-    strikes.add("d0", "killed", 100, died="d0@1")
+    strikes.add("d0", "killed", 100, died=Incarnation("d0", 1))
     assert strikes.acquitted_at == 100 + 2 * ACQUIT_TOKENS
     strikes.acquit()
     assert (strikes.count, strikes.reasons, strikes.killed) == (0, [], [])
-    strikes.add("d1", "killed", 200, died="d1@1")
+    strikes.add("d1", "killed", 200, died=Incarnation("d1", 1))
     assert strikes.acquitted_at == 200 + 4 * ACQUIT_TOKENS
 
 
 def test_three_deaths_make_a_cause_if_no_other_request_can_be_it() -> None:
     strikes = Strikes()
     for number in range(1, MAX_DEATHS + 1):
-        strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
+        strikes.add(f"d{number}", "killed", 10, died=Incarnation(f"d{number}", 1))
         assert strikes.is_cause(3, alone=True) is (number >= 3)
         assert strikes.is_cause(3, alone=False) is (number >= MAX_DEATHS)
 
@@ -120,7 +120,7 @@ def test_three_deaths_make_a_cause_if_no_other_request_can_be_it() -> None:
 def test_deaths_beside_work_of_other_frontends_make_a_cause_only_at_the_limit() -> None:
     strikes = Strikes(shared=True)
     for number in range(1, MAX_DEATHS + 1):
-        strikes.add(f"d{number}", "killed", 10, died=f"d{number}@1")
+        strikes.add(f"d{number}", "killed", 10, died=Incarnation(f"d{number}", 1))
         assert strikes.is_cause(3, alone=True) is (number >= MAX_DEATHS)
     strikes.acquit()
     assert not strikes.shared
@@ -128,10 +128,10 @@ def test_deaths_beside_work_of_other_frontends_make_a_cause_only_at_the_limit() 
 
 def test_whoever_is_connected_again_had_not_died() -> None:
     strikes = Strikes()
-    strikes.add("d0", "reset", 10, died="d0@1")
-    strikes.add("d1", "killed", 10, died="d1@1")
-    strikes.survived({"d0@1", "d1@2"})
-    assert (strikes.deaths, strikes.killed, strikes.failures) == (1, ["d1@1"], 1)
+    strikes.add("d0", "reset", 10, died=Incarnation("d0", 1))
+    strikes.add("d1", "killed", 10, died=Incarnation("d1", 1))
+    strikes.survived({Incarnation("d0", 1), Incarnation("d1", 2)})
+    assert (strikes.deaths, strikes.killed, strikes.failures) == (1, [Incarnation("d1", 1)], 1)
 
 
 def test_one_poisonous_request_among_many_is_found_by_its_third_death() -> None:
@@ -149,7 +149,7 @@ def test_one_poisonous_request_among_many_is_found_by_its_third_death() -> None:
             lost = [name for name, place in places.items() if place == victim]
             deaths += 1
             for name in lost:
-                records[name].add(victim, "killed", 10, died=f"{victim}@1")
+                records[name].add(victim, "killed", 10, died=Incarnation(victim, 1))
                 del places[name]
             rng.shuffle(lost)
             _place_all(lost, records, places, alive, rng, poison)

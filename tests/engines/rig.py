@@ -12,7 +12,16 @@ from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.ports import Pulled
-from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, ModelCard, Output, Sampling
+from penstock.shapes import (
+    Attempt,
+    EngineCard,
+    FinishReason,
+    Handoff,
+    Incarnation,
+    ModelCard,
+    Output,
+    Sampling,
+)
 
 BLOCK_SIZE = 4
 EOS = 1
@@ -46,8 +55,7 @@ class Rig:
 
     def __init__(self, name: str = "rig", card: EngineCard = CARD, **limits: float) -> None:
         settings = SchedulerSettings(
-            instance_id=name,
-            epoch=7,
+            holder=Incarnation(name, 7),
             **{"max_running": 8, "max_batch_tokens": 16, **limits},  # type: ignore[arg-type]
         )
         self.scheduler = Scheduler(card, settings)

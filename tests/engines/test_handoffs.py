@@ -7,14 +7,14 @@ from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.batch import Sampled
 from penstock.engines.effects import Export
 from penstock.engines.handoffs import RETRACT_RETRY_S
-from penstock.shapes import FinishReason
+from penstock.shapes import FinishReason, Incarnation
 from tests.engines.rig import BLOCK_SIZE, CARD, EOS, PROMPT, Rig, prefilled
 
 
 def test_a_handoff_says_what_is_held():
     prefill = Rig("p0")
     handoff = prefilled(prefill)
-    assert (handoff.handoff_id, handoff.instance_id, handoff.epoch) == ("p", "p0", 7)
+    assert (handoff.handoff_id, handoff.holder) == ("p", Incarnation("p0", 7))
     assert (handoff.num_tokens, handoff.block_size, handoff.ttl_s) == (10, BLOCK_SIZE, 30.0)
     assert (handoff.transport, handoff.address, handoff.params) == ("test", "address", b"params")
     assert handoff.last_hash == last_hash(PROMPT, BLOCK_SIZE, root_hash("m"))

@@ -15,7 +15,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError, RemoteError
 from penstock.ports import Pulled
-from penstock.shapes import Attempt, EngineStep, FinishReason, Handoff, Output, Sampling
+from penstock.shapes import Attempt, EngineStep, FinishReason, Handoff, Incarnation, Output, Sampling
 from tests.engines.rig import CARD, PROMPT, continued, next_token
 
 
@@ -194,7 +194,7 @@ async def test_commands_are_taken_between_steps(start: Start):
 
 
 async def test_hands_over_and_pulls(start: Start, caplog: pytest.LogCaptureFixture):
-    prefill = await start(transfer=Transfer("p"), instance_id="p0")
+    prefill = await start(transfer=Transfer("p"), holder=Incarnation("p0", 1))
     decode = await start(transfer=Transfer("d"))
     prefill.submit(attempt("p", prefill_only=True))
     first = Reader(prefill)

@@ -103,7 +103,7 @@ def to_frontend(data: bytes) -> None:
 
     async def receive(live: bool) -> None:
         handshake = FrontendHandshake("", b"f" * 16, "f1")
-        session = Session(ClientSettings(), handshake, None, None, FakeListener())
+        session = Session(ClientSettings(), handshake, None, FakeListener())
         transport = FakeTransport(session.connection)
         transport.open()
         if live:

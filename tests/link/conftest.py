@@ -203,9 +203,9 @@ class LinkBench:
         self, address: str, listener: FakeListener, frontend_id: str = "f1", **settings: Any
     ) -> AsyncIterator[LinkClient]:
         chosen = {"ping_s": 0.05, "retry_min_s": 0.01, "retry_max_s": 0.05, **settings}
-        expected = {name: chosen.pop(name) for name in ("instance_id", "epoch") if name in chosen}
+        expected = chosen.pop("expected", None)
         client = LinkClient(
-            address, listener, ClientSettings(**chosen), frontend_id=frontend_id, **expected
+            address, listener, ClientSettings(**chosen), frontend_id=frontend_id, expected=expected
         )
         async with running(client.run()):
             yield client

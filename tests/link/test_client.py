@@ -14,6 +14,7 @@ from penstock.clock import VirtualClock
 from penstock.errors import ConfigError, RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
+from penstock.shapes import Incarnation
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -142,7 +143,7 @@ async def test_nobody_knocks_at_the_door_of_a_worker_that_said_goodbye(bench: An
             listener,
             ClientSettings(retry_min_s=0.01, retry_max_s=0.02),
             frontend_id="f1",
-            epoch=1,
+            expected=Incarnation("w1", 1),
         )
         running = asyncio.ensure_future(client.run())
         await bench.until(lambda: client.up)
@@ -157,7 +158,7 @@ async def test_a_worker_whose_engine_died_is_asked_again(bench: Any) -> None:
     listener = bench.listener()
     async with (
         bench.server(bench.worker()) as server,
-        bench.client(server.address, listener, epoch=1) as client,
+        bench.client(server.address, listener, expected=Incarnation("w1", 1)) as client,
     ):
         await bench.until(lambda: client.up)
         await server.close("its engine died", failed=True)

@@ -19,7 +19,7 @@ from penstock.errors import RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
-from penstock.shapes import Load, Output
+from penstock.shapes import Incarnation, Load, Output
 from penstock.wire.messages import Bounce, Step
 from tests.faults.lab.proxy import Proxy, Weather
 
@@ -349,11 +349,11 @@ async def test_another_instance_at_the_address_is_not_used(bench: Any, caplog: A
     listener, right = bench.listener(), bench.listener()
     async with (
         bench.server(bench.worker()) as server,
-        bench.client(server.address, listener, "f1", instance_id="w1", epoch=2),
-        bench.client(server.address, right, "f2", instance_id="w1", epoch=1) as client,
+        bench.client(server.address, listener, "f1", expected=Incarnation("w1", 2)),
+        bench.client(server.address, right, "f2", expected=Incarnation("w1", 1)) as client,
     ):
         await bench.until(lambda: client.up)
-        await bench.until(lambda: "found instance 'w1' of epoch 1" in caplog.text)
+        await bench.until(lambda: "found instance w1@1" in caplog.text)
     assert listener.calls == []
     assert caplog.text.count("found instance") == 1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from penstock.errors import ProtocolError, RemoteError
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings
-from penstock.shapes import Load
+from penstock.shapes import Incarnation, Load
 from penstock.wire.frames import decode_to_worker, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
 from penstock.wire.messages import (
@@ -36,10 +36,10 @@ STEP = Step(seen=0, load=Load())
 class Case:
     """A session on a transport without a network."""
 
-    def __init__(self, bench: Any, instance_id: str | None = None, **settings: Any) -> None:
+    def __init__(self, bench: Any, expected: Incarnation | None = None, **settings: Any) -> None:
         self.listener = bench.listener()
         handshake = FrontendHandshake("s", b"f" * 16, "f1")
-        self.session = Session(ClientSettings(**settings), handshake, instance_id, None, self.listener)
+        self.session = Session(ClientSettings(**settings), handshake, expected, self.listener)
         self.transport = bench.transport(self.session.connection)
         self.transport.open()
         self.worker = WorkerHandshake(["s"], b"w" * 16)
@@ -126,9 +126,9 @@ async def test_a_failed_handshake_is_a_refusal(bench: Any, message: Any, reason:
 
 
 async def test_another_instance(bench: Any) -> None:
-    case = Case(bench, instance_id="w2")
+    case = Case(bench, expected=Incarnation("w2", 0))
     case.greet()
-    assert "found instance 'w1'" in await case.ended()
+    assert "found instance w1@1 instead of w2@0" in await case.ended()
     assert case.session.refused
 
 

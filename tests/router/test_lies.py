@@ -22,6 +22,7 @@ from penstock.shapes import (
     Card,
     FinishReason,
     Handoff,
+    Incarnation,
     Load,
     Output,
     Rates,
@@ -216,7 +217,9 @@ async def test_cards_that_lie_are_not_taken(tmp_path: Path, caplog: pytest.LogCa
 
 
 def handed(attempt: Attempt) -> Output:
-    elsewhere = Handoff(attempt.attempt_id, "good", 1, 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1")
+    elsewhere = Handoff(
+        attempt.attempt_id, Incarnation("good", 1), 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1"
+    )
     return Output(attempt.attempt_id, [1], FinishReason.PREFILLED, handoff=elsewhere)
 
 

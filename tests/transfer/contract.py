@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from penstock.ports import KvTransfer, Pulled
-from penstock.shapes import Handoff
+from penstock.shapes import Handoff, Incarnation
 from tests.waiting import wait_until
 
 BLOCKS = 64
@@ -83,8 +83,7 @@ class Outcome:
 def handoff(transport: str, instance_id: str, handoff_id: str, address: str, params: bytes) -> Handoff:
     return Handoff(
         handoff_id=handoff_id,
-        instance_id=instance_id,
-        epoch=1,
+        holder=Incarnation(instance_id, 1),
         num_tokens=1,
         block_size=1,
         last_hash=0,
@@ -237,8 +236,8 @@ class TransferContract:
         [
             {"params": b"\0" * 16},
             {"params": b""},
-            {"epoch": 2},
-            {"instance_id": "other"},
+            {"holder": Incarnation("holder", 2)},
+            {"holder": Incarnation("other", 1)},
             {"handoff_id": "other"},
             {"transport": "pigeon"},
         ],

@@ -16,7 +16,7 @@ import sys
 import msgspec
 import numpy as np
 
-from penstock.shapes import Handoff
+from penstock.shapes import Handoff, Incarnation
 from penstock.transfer.stream import Stream
 
 
@@ -48,10 +48,10 @@ def main() -> None:
         strike_midway(signal.Signals[fault.removeprefix("midway-")])
     pool = np.empty((blocks, block_bytes), np.uint8)
     pool[:] = np.arange(blocks)[:, None] % 256
-    transfer = Transfer("holder", 1)
+    transfer = Transfer(Incarnation("holder", 1))
     transfer.start(pool.data, lambda handoff_id: None)
     address, params = transfer.export("h", range(blocks))
-    given = Handoff("h", "holder", 1, 1, 1, 0, "", 60.0, transport, address, params)
+    given = Handoff("h", Incarnation("holder", 1), 1, 1, 0, "", 60.0, transport, address, params)
     print(msgspec.json.encode(given).decode(), flush=True)
     sys.stdin.read()
     transfer.stop()

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.shapes import Incarnation
 from penstock.transfer.grants import KEY_BYTES, Grants, ReadRefused
 from penstock.transfer.messages import PROTOCOL, Read
 
@@ -12,11 +13,11 @@ TOTAL_BLOCKS, BLOCK_BYTES = 100, 64
 
 
 def grants() -> Grants:
-    return Grants("w-0", 7, TOTAL_BLOCKS, BLOCK_BYTES)
+    return Grants(Incarnation("w-0", 7), TOTAL_BLOCKS, BLOCK_BYTES)
 
 
 def read(key: bytes, indices: list[int], handoff_id: str = "h") -> Read:
-    return Read(PROTOCOL, handoff_id, "w-0", 7, key, BLOCK_BYTES, indices, 1.0)
+    return Read(PROTOCOL, handoff_id, Incarnation("w-0", 7), key, BLOCK_BYTES, indices, 1.0)
 
 
 def test_a_read_gets_the_rows_it_asks_for_in_its_order() -> None:
@@ -35,8 +36,8 @@ def test_keys_are_never_alike() -> None:
     "wrong",
     [
         {"protocol": PROTOCOL + 1},
-        {"instance_id": "w-1"},
-        {"epoch": 6},
+        {"holder": Incarnation("w-1", 7)},
+        {"holder": Incarnation("w-0", 6)},
         {"key": b""},
         {"key": b"x" * KEY_BYTES},
         {"block_bytes": BLOCK_BYTES + 1},

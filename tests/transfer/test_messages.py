@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ProtocolError
+from penstock.shapes import Incarnation
 from penstock.transfer.messages import (
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
@@ -20,7 +21,7 @@ from penstock.transfer.messages import (
 )
 
 MESSAGES = [
-    Read(1, "h", "w-0", 1_700_000_000_000, b"\xff" * 16, 65536, [0, 5, 70_000], 1.5),
+    Read(1, "h", Incarnation("w-0", 1_700_000_000_000), b"\xff" * 16, 65536, [0, 5, 70_000], 1.5),
     Granted(),
     Granted(refused="used"),
     Granted(memory=Memory("w-0-1-ab", b"\0md", 2**47, 1000, [3, 1])),
@@ -37,7 +38,8 @@ def test_a_frame_is_its_length_and_the_message(message) -> None:
 
 
 def test_a_long_prompt_fits_and_the_longest_frame_is_refused() -> None:
-    assert len(frame(Read(1, "h", "w", 1, b"", 1, list(range(200_000)), 1.0))) < MAX_FRAME_BYTES
+    read = Read(1, "h", Incarnation("w", 1), b"", 1, list(range(200_000)), 1.0)
+    assert len(frame(read)) < MAX_FRAME_BYTES
     with pytest.raises(ProtocolError, match="at most"):
         frame(Granted(refused="x" * MAX_FRAME_BYTES))
 
@@ -56,16 +58,18 @@ def test_any_bytes_are_a_message_or_a_protocol_error(body: bytes, kind: type) ->
         pass
 
 
-READ = [1, "h", "w-0", 1, b"key", 65536, [0, 5], 1.5]
+READ = [1, "h", {"instance_id": "w-0", "epoch": 1}, b"key", 65536, [0, 5], 1.5]
 MEMORY = ["w-0-1-ab", b"md", 2**47, 1000, [3, 1]]
 
 
 @pytest.mark.parametrize(
     ("kind", "place", "lie"),
-    [(Read, place, lie) for place in (3, 5) for lie in (-1, 2**60)]
-    + [(Read, place, lie) for place in (1, 2) for lie in ("", "x" * 300, "a\nb")]
-    + [(Read, 6, [-1]), (Read, 6, [2**40]), (Read, 4, b"x" * 2000)]
-    + [(Read, 7, lie) for lie in (0.0, -1.0, float("nan"), float("inf"))]
+    [(Read, 4, lie) for lie in (-1, 2**60)]
+    + [(Read, 2, {"instance_id": "w-0", "epoch": lie}) for lie in (-1, 2**60)]
+    + [(Read, 2, {"instance_id": lie, "epoch": 1}) for lie in ("", "x" * 300, "a\nb")]
+    + [(Read, 1, lie) for lie in ("", "x" * 300, "a\nb")]
+    + [(Read, 5, [-1]), (Read, 5, [2**40]), (Read, 3, b"x" * 2000)]
+    + [(Read, 6, lie) for lie in (0.0, -1.0, float("nan"), float("inf"))]
     + [(Memory, 2, -1), (Memory, 2, 2**63), (Memory, 3, 0), (Memory, 3, -5), (Memory, 4, [-1])],
     ids=str,
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from penstock.errors import ConfigError, RemoteError
+from penstock.shapes import Incarnation
 from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
 from penstock.transfer.nixl_staging import Staging
 from penstock.transfer.stream import DeadlinePassed
@@ -17,7 +18,7 @@ from penstock.transfer.stream import DeadlinePassed
 def test_without_nixl_it_refuses_to_start_and_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl._bindings", None)
     monkeypatch.setitem(sys.modules, "nixl", None)
-    transfer = NixlTransfer("holder", 1)
+    transfer = NixlTransfer(Incarnation("holder", 1))
     with pytest.raises(ConfigError, match="pip install --no-deps nixl"):
         transfer.start(np.zeros((4, 64), np.uint8).data, lambda handoff_id: None)
     transfer.stop()

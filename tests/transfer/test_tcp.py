@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ConfigError
+from penstock.shapes import Incarnation
 from penstock.transfer.messages import MAX_FRAME_BYTES, PROTOCOL, Granted, Read, frame
 from penstock.transfer.stream import Stream
 from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
@@ -37,8 +38,11 @@ Worker, changed, handoff = (
 )
 
 
+HOLDER = Incarnation("holder", 1)
+
+
 def make_tcp(instance_id: str, **settings: object) -> TcpTransfer:
-    return TcpTransfer(instance_id, 1, TcpTransferSettings(**settings))
+    return TcpTransfer(Incarnation(instance_id, 1), TcpTransferSettings(**settings))
 
 
 def dial(worker: object) -> socket.socket:
@@ -71,7 +75,7 @@ class TestTcpTransfer(contract.TransferContract):
             b"\0\0\0\5hello",
             b"\0\0\0\1\x90",
             frame(Granted()),
-            frame(Read(PROTOCOL, "h", "holder", 1, b"", 1, [], 1e9))[:-9] + b"\xcb" + b"\xff" * 8,
+            frame(Read(PROTOCOL, "h", HOLDER, b"", 1, [], 1e9))[:-9] + b"\xcb" + b"\xff" * 8,
         ],
         ids=["http", "zeros", "too-long", "text", "empty-array", "other-message", "nan-timeout"],
     )
@@ -85,7 +89,7 @@ class TestTcpTransfer(contract.TransferContract):
         with dial(holder) as connection:
             stream = Stream(connection)
             deadline = time.monotonic() + contract.SOON_S
-            stream.send(Read(PROTOCOL + 1, "h", "holder", 1, b"", 1, [], 1.0), deadline)
+            stream.send(Read(PROTOCOL + 1, "h", HOLDER, b"", 1, [], 1.0), deadline)
             assert "protocol" in stream.receive(Granted, deadline).refused
 
     def test_silent_and_trickling_connections_are_cut(self, workers) -> None:
@@ -137,7 +141,7 @@ class TestTcpTransfer(contract.TransferContract):
         given = holder.export("h", list(range(64)))
         with dial(holder) as connection:
             stream = Stream(connection)
-            read = Read(PROTOCOL, "h", "holder", 1, given.params, 1 << 20, list(range(64)), 60.0)
+            read = Read(PROTOCOL, "h", HOLDER, given.params, 1 << 20, list(range(64)), 60.0)
             stream.send(read, time.monotonic() + 1)
             stream.receive(Granted, time.monotonic() + 1)
             assert not holder.transfer.retract("h")
@@ -149,7 +153,7 @@ class TestTcpTransfer(contract.TransferContract):
         given = holder.export("h", list(range(64)))
         with dial(holder) as connection:
             stream = Stream(connection)
-            read = Read(PROTOCOL, "h", "holder", 1, given.params, 1 << 20, list(range(64)), 60.0)
+            read = Read(PROTOCOL, "h", HOLDER, given.params, 1 << 20, list(range(64)), 60.0)
             stream.send(read, time.monotonic() + 1)
             stream.receive(Granted, time.monotonic() + 1)
             assert not holder.transfer.retract("h")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from penstock.errors import ConfigError, RemoteError
+from penstock.shapes import Incarnation
 from penstock.transfer.messages import Done, Granted, Memory
 from penstock.transfer.nixl import NixlTransfer, NixlTransferSettings
 from penstock.transfer.nixl_agent import Agent
@@ -39,7 +40,7 @@ LARGE = 1 << 18  # bytes of a block: 64 of them take many staging buffers
 
 
 def make_nixl(instance_id: str, **settings: object) -> NixlTransfer:
-    return NixlTransfer(instance_id, 1, NixlTransferSettings(**settings))
+    return NixlTransfer(Incarnation(instance_id, 1), NixlTransferSettings(**settings))
 
 
 class TestNixlTransfer(contract.TransferContract):

@@ -16,6 +16,7 @@ from penstock.shapes import (
     Attempt,
     FinishReason,
     Handoff,
+    Incarnation,
     Load,
     Output,
     Rates,
@@ -48,7 +49,9 @@ from penstock.wire.messages import (
 from tests.cards import card
 
 SHA256 = "ab" * 32
-HANDOFF = Handoff("r.1", "p0", 1, 3, 16, 2**64 - 1, "layout", 30.0, "tcp", "127.0.0.1:1", b"key")
+HANDOFF = Handoff(
+    "r.1", Incarnation("p0", 1), 3, 16, 2**64 - 1, "layout", 30.0, "tcp", "127.0.0.1:1", b"key"
+)
 SAMPLING = Sampling(
     5, 1, 0.5, 0.9, 40, 0.1, 7, 0.2, 0.3, 1.1, logit_bias={5: -1.0}, stop_token_ids=(2, 3), logprobs=4
 )
@@ -97,8 +100,8 @@ TOP = [(1, -1.0)] * 129
 LIES: dict[type, dict[str, tuple[Any, ...]]] = {
     Challenge: {"nonce": (b"n" * 65,)},
     Welcome: {
-        "card.instance_id": NAME,
-        "card.epoch": TOTAL,
+        "card.incarnation.instance_id": NAME,
+        "card.incarnation.epoch": TOTAL,
         "card.role": ("boss",),
         "card.engine.model.name": NAME,
         "card.engine.name": WORD,

@@ -12,6 +12,7 @@ from penstock.shapes import (
     Attempt,
     FinishReason,
     Handoff,
+    Incarnation,
     Load,
     Output,
     Role,
@@ -32,7 +33,7 @@ def attempt(attempt_id: str, **fields: object) -> Attempt:
 
 
 def handoff(attempt_id: str = "p.1", **fields: object) -> Handoff:
-    good = Handoff(attempt_id, "w0", 7, 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1")
+    good = Handoff(attempt_id, Incarnation("w0", 7), 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1")
     return replace(good, **fields)
 
 
@@ -110,10 +111,13 @@ LIES: dict[str, tuple[Step, str]] = {
     ),
     "another attempt's handoff": (step(prefilled(handoff("a.1"))), "outputs.handoff.handoff_id"),
     "another instance's handoff": (
-        step(prefilled(handoff(instance_id="w1"))),
-        "outputs.handoff.instance_id",
+        step(prefilled(handoff(holder=Incarnation("w1", 7)))),
+        "outputs.handoff.holder",
     ),
-    "an earlier incarnation's handoff": (step(prefilled(handoff(epoch=6))), "outputs.handoff.instance_id"),
+    "an earlier incarnation's handoff": (
+        step(prefilled(handoff(holder=Incarnation("w0", 6)))),
+        "outputs.handoff.holder",
+    ),
     "blocks of another size": (step(prefilled(handoff(block_size=32))), "outputs.handoff.block_size"),
     "KV of more than the prompt": (step(prefilled(handoff(num_tokens=4))), "outputs.handoff.num_tokens"),
     "KV of nothing": (step(prefilled(handoff(num_tokens=0))), "outputs.handoff.num_tokens"),

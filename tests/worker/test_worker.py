@@ -24,6 +24,7 @@ from penstock.shapes import (
     EngineStep,
     FinishReason,
     Handoff,
+    Incarnation,
     Load,
     ModelCard,
     Output,
@@ -133,7 +134,7 @@ class Stage:
         self.worker = Worker(
             self.engine,
             self.discovery,
-            WorkerSettings(instance_id="w", epoch=1, role=Role.DECODE, **settings),  # type: ignore[arg-type]
+            WorkerSettings(Incarnation("w", 1), Role.DECODE, **settings),  # type: ignore[arg-type]
             ServerSettings(heartbeat_s=0.05, peer_timeout_s=5),
         )
         self.stop = asyncio.Event()
@@ -210,7 +211,7 @@ async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
     assert stage.worker.statistics() == WorkerStatistics(1, not_in_load=1, handoffs=0, link=link)
     (peer,) = stage.worker.peers
     assert dict(stage.worker.attempts) == {"a.1": peer}
-    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: frontend.steps)
     assert stage.worker.statistics() == WorkerStatistics(0, not_in_load=0, handoffs=1, link=link)
@@ -263,7 +264,7 @@ async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
     mine.client.generate(replace(attempt(1), prefill_only=True))
     await until(lambda: stage.engine.submitted)
-    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: mine.steps)
     other.client.release("a.1", sent=False)
@@ -280,7 +281,7 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
     await until(lambda: stage.engine.submitted)
     await frontend.hang_up()
     await until(lambda: stage.engine.cancelled == ["a.1"])
-    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: stage.engine.released == ["a.1"])
 
@@ -291,7 +292,7 @@ async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> N
         peer.client.generate(replace(attempt(number), prefill_only=True))
         await until(lambda number=number: len(stage.engine.submitted) == number)
         name = f"a.{number}"
-        handoff = Handoff(name, "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+        handoff = Handoff(name, Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
         stage.engine.say(Output(name, [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: frontend.steps and other.steps)
     frontend.client.release("a.2", sent=False)
@@ -330,7 +331,7 @@ async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) ->
     assert busy() == (2, 0, 2, 0)  # the engine has said nothing of them yet
     stage.engine.say(load=Load(submitted=2, running=1, waiting=1, steps=1))
     await until(lambda: busy() == (2, 1, 1, 0))
-    handoff = Handoff("a.1", "w", 1, 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
     prefilled = Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff)
     done = Output("a.2", [7], FinishReason.STOP)
     stage.engine.say(prefilled, done, load=Load(submitted=2, held_handoffs=1, steps=2))

@@ -212,7 +212,7 @@ class VllmEngine:
                 "KV transfer refused, computing instead: attempt=%s handoff=%s from=%s: %s",
                 attempt.attempt_id,
                 handoff.handoff_id,
-                handoff.instance_id,
+                handoff.holder.instance_id,
                 reason,
             )
         return params
@@ -403,7 +403,7 @@ class VllmEngine:
                     attempt.attempt_id,
                     self._card.transport,
                     blocks,
-                    attempt.handoff.instance_id,
+                    attempt.handoff.holder.instance_id,
                     ms,
                 )
 
@@ -438,8 +438,7 @@ class VllmEngine:
         root = root_hash(card.model.name, attempt.cache_salt)
         return Handoff(
             handoff_id=attempt.attempt_id,
-            instance_id=self._settings.instance_id,
-            epoch=self._settings.epoch,
+            holder=self._settings.incarnation,
             num_tokens=len(attempt.token_ids),
             block_size=card.block_size,
             last_hash=last_hash(attempt.token_ids, card.block_size, root),

@@ -15,7 +15,7 @@ from math import ceil
 import msgspec
 
 from penstock.engines.active import mismatch
-from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject
+from penstock.shapes import Attempt, EngineCard, Handoff, Incarnation, JsonObject
 
 MIN_LEFT_S = 1.0
 """A handoff with less life than this is not used: the pull would hardly end in time."""
@@ -44,9 +44,9 @@ def lease_s(handoff_ttl_s: float) -> int:
     return ceil(LEASE_FACTOR * handoff_ttl_s + LEASE_EXTRA_S)
 
 
-def engine_id(instance_id: str, epoch: int) -> str:
-    """An instance's name in NIXL: each incarnation has its own."""
-    return f"{instance_id}.{epoch}"
+def engine_id(incarnation: Incarnation) -> str:
+    """Its name in NIXL."""
+    return f"{incarnation.instance_id}.{incarnation.epoch}"
 
 
 class Params(msgspec.Struct, forbid_unknown_fields=False):
@@ -137,7 +137,7 @@ def _fault(params: Params, handoff: Handoff, prompt_len: int) -> str | None:
         return f"it has {handoff.num_tokens} tokens, of {prompt_len}"
     if params.remote_num_tokens != handoff.num_tokens:
         return f"remote_num_tokens is {params.remote_num_tokens}, num_tokens {handoff.num_tokens}"
-    expected = engine_id(handoff.instance_id, handoff.epoch)
+    expected = engine_id(handoff.holder)
     if not re.fullmatch(re.escape(expected) + r"(_dp[0-9]+)?", params.remote_engine_id):
         return f"remote_engine_id is {params.remote_engine_id!r}, expected {expected!r}"
     blocks = -(-handoff.num_tokens // handoff.block_size)

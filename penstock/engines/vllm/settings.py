@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.shapes import Role
+from penstock.shapes import Incarnation, Role
 
 
 class VllmSettings(msgspec.Struct, frozen=True):
@@ -15,8 +15,7 @@ class VllmSettings(msgspec.Struct, frozen=True):
     """A folder, or a name that vLLM can download."""
 
     role: Role
-    instance_id: str
-    epoch: int
+    incarnation: Incarnation
 
     served_name: str = ""
     """What clients call the model; empty: the last part of its name."""

@@ -187,7 +187,7 @@ def _config(settings: VllmSettings, arguments: Any, events: EventEndpoints) -> V
             kv_connector="PenstockConnector",
             kv_connector_module_path="penstock.engines.vllm.inside.connector",
             kv_role="kv_producer" if settings.role is Role.PREFILL else "kv_consumer",
-            engine_id=engine_id(settings.instance_id, settings.epoch),
+            engine_id=engine_id(settings.incarnation),
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={"kv_lease_duration": lease_s(settings.handoff_ttl_s)},
         )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.vllm import handoffs
 from penstock.engines.vllm.handoffs import MAX_LEFT_S, MIN_LEFT_S, UsedHandoffs, engine_id, lease_s, pack
-from penstock.shapes import Attempt, EngineCard, Handoff, JsonObject, ModelCard, Sampling
+from penstock.shapes import Attempt, EngineCard, Handoff, Incarnation, JsonObject, ModelCard, Sampling
 
 BLOCK_SIZE = 32
 PROMPT = list(range(100))  # three whole blocks and a part
@@ -50,8 +50,7 @@ def handoff(params: bytes | JsonObject = PARAMS, ttl_s: float = 30.0, **fields: 
     num_tokens = fields.pop("num_tokens", len(PROMPT))
     whole = Handoff(
         handoff_id="a1",
-        instance_id="p0",
-        epoch=7,
+        holder=Incarnation("p0", 7),
         num_tokens=num_tokens,
         block_size=BLOCK_SIZE,
         last_hash=last_hash(PROMPT[:num_tokens], BLOCK_SIZE, root_hash("m")),
@@ -179,8 +178,8 @@ def test_params_that_do_not_fit_are_refused(fault: str) -> None:
         ({"num_tokens": 0}, "num_tokens"),
         ({"num_tokens": 102}, "num_tokens"),
         ({"last_hash": 1}, "last_hash"),
-        ({"instance_id": "p1"}, "remote_engine_id"),
-        ({"epoch": 8}, "remote_engine_id"),
+        ({"holder": Incarnation("p1", 7)}, "remote_engine_id"),
+        ({"holder": Incarnation("p0", 8)}, "remote_engine_id"),
     ],
 )
 def test_handoffs_that_do_not_fit_are_refused(fields: dict[str, Any], said: str) -> None:
@@ -289,7 +288,7 @@ def test_nothing_that_could_harm_gets_through(
     now = time.monotonic()
     assert now < params["remote_blocks_expiry_time"] <= now + ttl_s
     assert params["remote_num_tokens"] == prompt_len <= num_tokens
-    assert params["remote_engine_id"].startswith(engine_id("p0", 7))
+    assert params["remote_engine_id"].startswith(engine_id(Incarnation("p0", 7)))
     blocks = math.ceil(prompt_len / BLOCK_SIZE)
     for group in params["remote_block_ids"]:
         assert len(set(group)) == len(group) == blocks > 0

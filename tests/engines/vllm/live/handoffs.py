@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from penstock.shapes import Attempt, FinishReason, Handoff, Role, Sampling, StructuredOutput
+from penstock.shapes import Attempt, FinishReason, Handoff, Incarnation, Role, Sampling, StructuredOutput
 from tests.engines.vllm.live.pair import (
     GREEDY,
     blocks_of,
@@ -266,10 +266,10 @@ WRONG = {
     # These pass for right, and fail in vLLM.
     "blocks that do not exist": _with(remote_block_ids=[[2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4]]),
     "a port where nobody listens": lambda handoff: msgspec.structs.replace(
-        _with(remote_port=9, remote_engine_id="p7.1")(handoff), instance_id="p7"
+        _with(remote_port=9, remote_engine_id="p7.1")(handoff), holder=Incarnation("p7", 1)
     ),
     "a port of another engine": lambda handoff: msgspec.structs.replace(
-        _with(remote_engine_id="p8.1")(handoff), instance_id="p8"
+        _with(remote_engine_id="p8.1")(handoff), holder=Incarnation("p8", 1)
     ),
 }
 

@@ -12,7 +12,7 @@ import msgspec
 from penstock.clock import MonotonicClock
 from penstock.engines.vllm.engine import VllmEngine
 from penstock.engines.vllm.settings import VllmSettings
-from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Output, Role, Sampling
+from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Incarnation, Output, Role, Sampling
 from tests.engines.steps_log import StepsLog
 
 MODEL = Path(__file__).parents[4] / "models" / "tiny"
@@ -29,12 +29,13 @@ ENGINE_ARGS = (
 )
 
 
-def settings(role: Role = Role.AGGREGATED, name: str = "v0", **given: object) -> VllmSettings:
+def settings(
+    role: Role = Role.AGGREGATED, name: str = "v0", epoch: int = 1, **given: object
+) -> VllmSettings:
     wanted = {
         "model": str(MODEL),
         "role": role,
-        "instance_id": name,
-        "epoch": 1,
+        "incarnation": Incarnation(name, epoch),
         "block_size": 32,
         "kv_cache_bytes": 64 << 20,
         "engine_args": ENGINE_ARGS,
