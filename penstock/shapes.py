@@ -61,6 +61,9 @@ Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """The digest of a file's content, in hex."""
 
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")]
+"""Of a model's file: no path, as engines' parsers write these files to a folder of their own."""
+
 Word = Annotated[str, Meta(max_length=512)]
 """A short text that is compared or shown."""
 
@@ -291,7 +294,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     eos_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []  # in ascending order
     weights: Word = ""  # fingerprint of the weights; empty: the engine has none
     # Tokenizer and templates, by file name; the content is fetched with an AssetRequest.
-    assets: Annotated[dict[Word, Sha256], Meta(max_length=MAX_ASSETS)] = {}
+    assets: Annotated[dict[FileName, Sha256], Meta(max_length=MAX_ASSETS)] = {}
     answering: Answering = Answering()
 
 

@@ -5,15 +5,12 @@ Each check raises ProtocolError, which names the field.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
 from penstock.errors import ProtocolError
 from penstock.shapes import Attempt, Card
 from penstock.wire.messages import Generate, Welcome
-
-_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 _DEFAULT_RANGES: Final = {
     "temperature": (0.0, 100.0),
@@ -29,10 +26,7 @@ shapes.Sampling."""
 
 
 def check_card(card: Card) -> None:
-    """A worker's card: what frontends divide by, allocate for, and hand to requests."""
-    for name in card.model.assets:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise ProtocolError(f"card.engine.model.assets: {name[:128]!r} is not the name of a file")
+    """A worker's card: what its model recommends for requests."""
     for name, value in card.model.answering.sampling_defaults.items():
         low, high = _DEFAULT_RANGES.get(name, (value, value))
         if not low <= value <= high:

@@ -32,6 +32,7 @@ from penstock.shapes import (
     Attempt,
     BlockHashes,
     Card,
+    Count,
     Load,
     Name,
     Output,
@@ -57,15 +58,15 @@ class _Message(msgspec.Struct, tag_field="t", tag=str.lower, omit_defaults=True)
 class Challenge(_Message):
     """W: the first bytes on a connection."""
 
-    protocol: int
+    protocol: Count
     nonce: Nonce
 
 
 class Hello(_Message):
     """F: answers a Challenge. `proof` as in wire/handshake.py."""
 
-    protocol: int
-    frontend_id: str
+    protocol: Count
+    frontend_id: Word  # what else it must be, and why not: wire/handshake.py
     nonce: Nonce
     proof: Proof
 
@@ -109,7 +110,7 @@ class Heartbeat(_Message):
 
     seen: Total
     load: Load
-    received: int = 0
+    received: Total = 0
 
 
 class Bounce(_Message):

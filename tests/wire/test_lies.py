@@ -98,7 +98,7 @@ TEXT = ("x" * (MAX_TEXT_CHARS + 1),)
 TOP = [(1, -1.0)] * 129
 
 LIES: dict[type, dict[str, tuple[Any, ...]]] = {
-    Challenge: {"nonce": (b"n" * 65,)},
+    Challenge: {"protocol": COUNT, "nonce": (b"n" * 65,)},
     Welcome: {
         "card.incarnation.instance_id": NAME,
         "card.incarnation.epoch": TOTAL,
@@ -171,12 +171,12 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
         "outputs[0].handoff.address": WORD,
         "outputs[0].handoff.params": (b"x" * (2**21 + 1),),
     },
-    Heartbeat: {"seen": TOTAL, "load.waiting": COUNT, "load.rates.step_ms": MS},
+    Heartbeat: {"seen": TOTAL, "received": TOTAL, "load.waiting": COUNT, "load.rates.step_ms": MS},
     Bounce: {"attempt_id": NAME, "reason": TEXT, "retry_after_s": (-1.0, math.nan, math.inf)},
     Asset: {"sha256": WORD},
     Draining: {"reason": TEXT},
     Goodbye: {"reason": TEXT},
-    Hello: {"nonce": (b"n" * 65,), "proof": (b"p" * 65,)},
+    Hello: {"protocol": COUNT, "frontend_id": WORD, "nonce": (b"n" * 65,), "proof": (b"p" * 65,)},
     Generate: {
         "seq": TOTAL,
         "attempt.attempt_id": NAME,
