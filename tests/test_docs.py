@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from penstock.cli import build_app
@@ -71,3 +72,14 @@ def test_flags_of_penstock_commands_in_pages_exist() -> None:
                 flags = re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.partition(" -- ")[0])
                 unknown += [f"{page.name}: penstock {name} {flag}" for flag in flags if flag not in options]
     assert unknown == []
+
+
+def test_reading_path_has_about_as_many_lines_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    path = page.partition("<!-- reading path: begin -->")[2].partition("<!-- reading path: end -->")[0]
+    files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", path))
+    lines = sum(len((ROOT / "penstock" / name).read_text(encoding="utf-8").splitlines()) for name in files)
+    stated = re.search(r"These (\d+) files have about ([\d,]+) lines\.", page)
+    assert stated is not None
+    assert int(stated[1]) == len(files)
+    assert int(stated[2].replace(",", "")) == pytest.approx(lines, rel=0.1)
