@@ -96,12 +96,14 @@ class Placement:
             gone = self.index.removed(instance_id, removed)
             if gone < len(removed):
                 unknown = len(removed) - gone
-                raise ProtocolError(f"step.removed: {unknown} blocks that were not stored, or twice")
+                raise ProtocolError(
+                    f"step.removed: {unknown} blocks that were not stored, or were removed twice"
+                )
         if stored:
             self.index.stored(instance_id, stored)
             held, most = self.index.held(instance_id), self._most_blocks[instance_id]
             if held > most:
-                raise ProtocolError(f"step.stored: {held} blocks are cached, where {most} can be")
+                raise ProtocolError(f"step.stored: {held} blocks are cached, expected {most} at most")
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """Its load, which includes every attempt up to `seen`."""

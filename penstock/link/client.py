@@ -122,7 +122,7 @@ class LinkClient:
                 session = await self._serve_once()
                 refused, misled = session.refused, session.connection.misled
             except Exception:  # a defect of ours must not end the links to the other workers
-                _logger.exception("the link to %s broke because of an error here", self.address)
+                _logger.exception("the link to %s broke because of an error in this process", self.address)
             if session is not None and session.orderly and self._knows_process:
                 return  # this process has left for good; the next one has another epoch, and another link
             good = session is not None and session.live_s >= self._settings.retry_max_s and not misled

@@ -149,8 +149,10 @@ class Connection(asyncio.Protocol):
             self.misled = True
             self.cut(str(error))
         except Exception as error:
-            _logger.exception("the link with %s ends because of an error here", self.peer_address)
-            self.cut(f"an error here: {error!r}")
+            _logger.exception(
+                "the link with %s ends because of an error in this process", self.peer_address
+            )
+            self.cut(f"an error in this process: {error!r}")
 
     # What asyncio calls.
 

@@ -225,7 +225,7 @@ class Peer:
 
     def _send_asset(self, sha256: str) -> None:
         if self._pending_assets == self._settings.max_pending_assets:
-            raise ProtocolError(f"more than {self._pending_assets} files asked for at once")
+            raise ProtocolError(f"asked for more than {self._pending_assets} files at once")
         self._pending_assets += 1
         self.connection.write_paced(self._asset_frames(sha256, self._handler.asset(sha256)))
 

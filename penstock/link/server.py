@@ -204,4 +204,6 @@ class _Door:
             else:
                 _logger.warning("frontend %s is lost: %s", peer.frontend_id, reason)
         else:
-            self._log.warning("a link from %s did not begin: %s", peer.connection.peer_address, reason)
+            self._log.warning(
+                "a link from %s was not established: %s", peer.connection.peer_address, reason
+            )

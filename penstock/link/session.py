@@ -126,15 +126,13 @@ class Session:
     def generate(self, attempt: Attempt) -> int:
         """Send an attempt; see LinkClient."""
         if self._reports.full:
-            raise RemoteError("it has more attempts than it ends")
+            raise RemoteError("it has too many attempts that have not ended")
         frame = frames.encode(Generate(seq=self._seq + 1, attempt=attempt))
         limit = self._settings.max_frame_bytes
         if len(frame) - frames.LENGTH_BYTES > limit:
             raise ProtocolError(f"{len(frame)} bytes are too long for a frame of at most {limit}")
         if not self.connection.has_room(len(frame)):
-            raise RemoteError(
-                "its link is full: attempts are sent to it faster than the network takes them"
-            )
+            raise RemoteError("its link is full: attempts are sent faster than the network carries them")
         self._seq += 1
         self._reports.sent(attempt)
         self.connection.write(frame)
@@ -149,7 +147,7 @@ class Session:
         download = self._downloads.get(sha256)
         if download is None:
             if len(self._downloads) >= self._settings.max_pending_assets:
-                raise RemoteError(f"{len(self._downloads)} files are asked for already")
+                raise RemoteError(f"{len(self._downloads)} files have been asked for already")
             download = Download(sha256, self._settings.max_asset_bytes)
             self._downloads[sha256] = download
             self.send(AssetRequest(sha256=sha256))
@@ -304,6 +302,6 @@ class Session:
             del self._downloads[part.sha256]
             self._fetched_bytes += download.size
             if self._fetched_bytes > self._settings.max_assets_bytes:
-                raise ProtocolError(f"asset: files of {self._fetched_bytes} bytes in all")
+                raise ProtocolError(f"asset: files have {self._fetched_bytes} bytes together")
         else:
             self.connection.rest()

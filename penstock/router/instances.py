@@ -241,7 +241,7 @@ class Instances:
                 self._elect()
                 self._apply(effects)
         except Exception:  # a defect in reading or applying one set must not end what is connected
-            log.exception("discovery is watched again, after an error here")
+            log.exception("discovery is watched again, after an error in this process")
             return False
         return True
 
@@ -401,20 +401,22 @@ class _Link:
         try:
             await self._instances._fetch_and_admit(self, card)
         except Exception as error:  # a defect met with one worker's model must not end the others' links
-            log.exception("%s: its model cannot be taken, because of an error here", self.instance_id)
-            self.client.cut(f"an error here: {error!r}")
+            log.exception(
+                "%s: its model cannot be used, because of an error in this process", self.instance_id
+            )
+            self.client.cut(f"an error in this process: {error!r}")
 
     def guard(self, call: Callable[_P, None], *args: _P.args, **options: _P.kwargs) -> None:
         """Do something about this instance. What it raises ends this link, and no other."""
         try:
             call(*args, **options)
         except Exception as error:
-            log.exception("%s: the link ends because of an error here", self.instance_id)
-            self.client.cut(f"an error here: {error!r}")
+            log.exception("%s: the link ends because of an error in this process", self.instance_id)
+            self.client.cut(f"an error in this process: {error!r}")
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ProtocolError("discovery has just forgotten this instance")
+            raise ProtocolError("discovery no longer lists this instance")
 
     # What comes after `on_down`, until the connection has ended, is nobody's any more.
 

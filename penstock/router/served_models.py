@@ -139,7 +139,7 @@ class ServedModels:
             elif now - served.at > self._outage_s:
                 del self._served[model]
                 self._gone[model] = None
-                log.info("model %s: nobody has served it for %g s", model, self._outage_s)
+                log.info("model %s: forgotten, as no worker has served it for %g s", model, self._outage_s)
         while len(self._gone) > MAX_GONE_MODELS:
             self._gone.popitem(last=False)
         members = self._membership.members.values()

@@ -112,7 +112,7 @@ class FrameDecoder:
             body = start + LENGTH_BYTES
             length = int.from_bytes(view[start:body], "big")
             if not 0 < length <= self.max_frame_bytes:
-                raise ProtocolError(f"a frame of {length} bytes, where 1 to {self.max_frame_bytes} may be")
+                raise ProtocolError(f"a frame of {length} bytes, expected 1 to {self.max_frame_bytes}")
             if end - body < length:
                 self._wanted = LENGTH_BYTES + length
                 break

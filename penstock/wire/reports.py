@@ -69,9 +69,9 @@ class Reports:
         """Its load, which includes every Generate up to `seen`."""
         before = self._load
         if not self._seen <= seen <= self._sent:
-            raise ProtocolError(f"seen: {seen}, after {self._seen}, where {self._sent} were sent")
+            raise ProtocolError(f"seen: {seen}, expected {self._seen} to {self._sent}")
         if load.steps < before.steps:
-            raise ProtocolError(f"load.steps: {load.steps}, after {before.steps}")
+            raise ProtocolError(f"load.steps: {load.steps} after {before.steps}")
         if load.submitted < before.submitted:
             raise ProtocolError(f"load.submitted: {load.submitted}, after {before.submitted}")
         if not load.used_blocks <= load.total_blocks <= self._card.engine.total_blocks:
@@ -150,4 +150,6 @@ def _wrong(output: Output, field: str, problem: str) -> ProtocolError:
 
 
 def _unknown(field: str, attempt_id: str) -> ProtocolError:
-    return ProtocolError(f"{field}: {attempt_id[:_SHOWN_CHARS]!r} was not sent there, or has ended there")
+    return ProtocolError(
+        f"{field}: {attempt_id[:_SHOWN_CHARS]!r} was not sent to this worker, or has ended there"
+    )

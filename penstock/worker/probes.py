@@ -93,7 +93,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         return listen(host, DEFAULT_PORT if port is None else port)
     except OSError as error:
         if port is None and error.errno == errno.EADDRINUSE:
-            log.warning("port %d is taken, probes get another one; --system-port sets it", DEFAULT_PORT)
+            log.warning("port %d is taken, probes use another one; --system-port sets it", DEFAULT_PORT)
             return _listen(host, 0)
         where = join_address(host, DEFAULT_PORT if port is None else port)
         raise ConfigError(f"--system-port: cannot listen on {where}: {error.strerror}") from error

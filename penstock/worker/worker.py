@@ -155,7 +155,7 @@ class Worker:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 return starting.result()
-            log.info("told to stop before the engine was ready")
+            log.info("stopped before the engine was ready")
             return None
         finally:
             for task in (starting, stopping):
@@ -234,7 +234,7 @@ class Worker:
                 await asyncio.wait_for(pump, timeout=_LAST_STEPS_S)
             for task in done - {stopping}:
                 task.result()
-                raise RemoteError(f"{task.get_name()} ended by itself")
+                raise RemoteError(f"{task.get_name()} ended unexpectedly")
         finally:
             for task in (pump, beat, watch, stopping):
                 task.cancel()
@@ -272,7 +272,7 @@ class Worker:
         if self._stuck and not before:
             log.error("engine stuck: %s", self._stuck)
         elif before and not self._stuck:
-            log.info("engine goes on: steps=%d", self._load.steps)
+            log.info("engine continues: steps=%d", self._load.steps)
 
     async def _pump(self) -> None:
         async for step in self._engine.steps():
@@ -281,7 +281,7 @@ class Worker:
             except Exception:
                 # A defect of ours must not end the engine for everybody. Who missed something of this step
                 # could not make sense of the next one: all links begin anew, each with a snapshot.
-                log.exception("a step could not be passed on: all links begin anew")
+                log.exception("a step could not be sent to frontends: closing all links")
                 for peer in list(self._server.peers):
                     peer.connection.cut("an error at the worker, see its log")
 

@@ -225,7 +225,7 @@ async def test_many_files_one_after_the_other_and_at_once(bench: Any) -> None:
             assert await client.asset(name) == content
         waits = [asyncio.ensure_future(client.asset(name)) for name in names]
         await asyncio.sleep(0)
-        with pytest.raises(RemoteError, match="8 files are asked for already"):
+        with pytest.raises(RemoteError, match="8 files have been asked for already"):
             await client.asset("one more")
         assert await asyncio.gather(*waits) == contents
 

@@ -282,7 +282,7 @@ async def test_files_are_lost_with_the_connection(bench: Any) -> None:
     case.go_live()
     first, second = case.session.download("a"), case.session.download("b")
     assert case.session.download("a") is first
-    with pytest.raises(RemoteError, match="2 files are asked for already"):
+    with pytest.raises(RemoteError, match="2 files have been asked for already"):
         case.session.download("c")
     assert case.take() == [AssetRequest(sha256="a"), AssetRequest(sha256="b")]
     case.transport.receive(Asset(sha256="a", last=True, missing=True))

@@ -358,7 +358,7 @@ async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
     stage.engine.say(load=Load(submitted=1, running=1, steps=1))
     await until(lambda: stage.worker.health()["status"] == "healthy")
     assert "engine stuck: no step for" in caplog.text
-    assert "engine goes on: steps=1" in caplog.text
+    assert "engine continues: steps=1" in caplog.text
     stage.engine.die()
     with pytest.raises(RemoteError, match="out of ideas"):
         await asyncio.wait_for(stage.task, 10)
