@@ -205,7 +205,7 @@ def _kubernetes_discovery(options: FrontendOptions | WorkerOptions, url: Discove
         return KubernetesDiscovery(None, "", options.namespace)
     if find_spec("lightkube") is None:
         raise ConfigError(
-            "--discovery: kubernetes needs packages more: pip install 'penstock-llm[kubernetes]'"
+            "--discovery: kubernetes needs more packages: pip install 'penstock-llm[kubernetes]'"
         )
     from penstock.kubernetes.client import connect, own_namespace
 
@@ -214,7 +214,7 @@ def _kubernetes_discovery(options: FrontendOptions | WorkerOptions, url: Discove
 
 def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl) -> Discovery:
     if find_spec("httpx2") is None:
-        raise ConfigError("--discovery: etcd needs a package more: pip install 'httpx2>=2.12,<3'")
+        raise ConfigError("--discovery: etcd needs one more package: pip install 'httpx2>=2.12,<3'")
     from penstock.discovery.etcd import EtcdDiscovery
     from penstock.discovery.etcd_settings import EtcdSettings
 
@@ -225,8 +225,8 @@ def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl)
     members = url.location.split(",")
     if options.etcd_user and not url.tls and not all(is_loopback(split_address(m)[0]) for m in members):
         log.warning(
-            "--discovery: etcd:// sends the password of --etcd-user, and all else, unencrypted to %s;"
-            " etcds:// is with TLS",
+            "--discovery: etcd:// sends the password of --etcd-user and all other data unencrypted to %s;"
+            " use etcds:// for TLS",
             url.location,
         )
     settings = EtcdSettings(
@@ -256,8 +256,8 @@ def _reference_engine(options: WorkerOptions, incarnation: Incarnation) -> Engin
 
     if not Path(options.model).is_dir():
         raise ConfigError(
-            f"--model: {options.model} is not a folder; the reference engine reads one from disk, names of"
-            " models are for --engine vllm"
+            f"--model: {options.model} is not a folder; the reference engine needs a model folder,"
+            " only --engine vllm accepts a model's name"
         )
     given = _given(options, "block_size", "max_model_len")
     if options.kv_cache_mib is not None:

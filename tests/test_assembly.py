@@ -38,10 +38,10 @@ def worker(**options: object) -> WorkerOptions:
     ("options", "message"),
     [
         ({"engine": "vllm"}, "--engine: vllm is not installed: pip install 'vllm>=0.32,<0.33' 'nixl"),
-        ({"engine": "vllm", "transfer": "tcp"}, "--transfer: vllm"),
+        ({"engine": "vllm", "transfer": "tcp"}, "--transfer: the vllm engine"),
         (
             {"model": "Qwen/Qwen3-0.6B"},
-            "--model: Qwen/Qwen3-0.6B is not a folder; the reference engine reads",
+            "--model: Qwen/Qwen3-0.6B is not a folder; the reference engine needs",
         ),
         ({"engine": "sim", "sim_cost_model": "abacus"}, "abacus"),
         (

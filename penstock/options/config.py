@@ -47,59 +47,66 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What frontends and workers have in common."""
 
     namespace: Annotated[
-        str, flag("Only instances of the same namespace meet.", "PENSTOCK_NAMESPACE", "DYN_NAMESPACE")
+        str,
+        flag("Namespace: a frontend only uses workers of its own.", "PENSTOCK_NAMESPACE", "DYN_NAMESPACE"),
     ] = "default"
     discovery: Annotated[
         str,
         flag(
-            "Who exists: file:[DIRECTORY], etcd://HOST:PORT[,...] (etcds:// with TLS) or "
+            "Where workers are listed: file:[DIRECTORY], etcd://HOST:PORT[,...] (etcds:// with TLS) or "
             "kubernetes:[NAMESPACE].",
             "PENSTOCK_DISCOVERY",
         ),
     ] = "file:"
     etcd_user: Annotated[
         str,
-        flag(f"User of etcd, its password in {ETCD_PASSWORD_VARIABLE}.", "PENSTOCK_ETCD_USER"),
+        flag(f"User for etcd; the password comes from {ETCD_PASSWORD_VARIABLE}.", "PENSTOCK_ETCD_USER"),
     ] = ""
     etcd_ca: Annotated[
         str,
         flag(
-            "Authorities, PEM, from which etcd's certificates must come; the system's when unset.",
+            "PEM file with the authorities of etcd's certificates; the system's when unset.",
             "PENSTOCK_ETCD_CA",
             protects=True,
         ),
     ] = ""
     etcd_cert: Annotated[
-        str, flag("Own certificate for etcd, PEM.", "PENSTOCK_ETCD_CERT", protects=True)
+        str, flag("PEM file with this process's certificate for etcd.", "PENSTOCK_ETCD_CERT", protects=True)
     ] = ""
-    etcd_key: Annotated[str, flag("Its private key, PEM.", "PENSTOCK_ETCD_KEY", protects=True)] = ""
+    etcd_key: Annotated[
+        str, flag("PEM file with the private key of --etcd-cert.", "PENSTOCK_ETCD_KEY", protects=True)
+    ] = ""
     link_secret_file: Annotated[
         str,
         flag(
-            f"File with the secret that all workers and frontends share, read again when it changes "
-            f"(or the secret itself in {SECRET_VARIABLE}).",
+            f"File with the link secret, which all workers and frontends share; it is read again when it "
+            f"changes. Or put the secret itself into {SECRET_VARIABLE}.",
             "PENSTOCK_LINK_SECRET_FILE",
             protects=True,
         ),
     ] = ""
     link_tls_cert: Annotated[
-        str, flag("Own certificate for the link, PEM with its chain.", protects=True)
+        str, flag("PEM file with this process's certificate for the link, and its chain.", protects=True)
     ] = ""
-    link_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
+    link_tls_key: Annotated[
+        str, flag("PEM file with the private key of --link-tls-cert.", protects=True)
+    ] = ""
     link_tls_ca: Annotated[
-        str, flag("Authorities, PEM, from which the other side's certificate must come.", protects=True)
+        str, flag("PEM file with the authorities of the other side's certificate.", protects=True)
     ] = ""
     max_wait_ms: Annotated[
         float,
         Meta(gt=0),
-        flag("Longest that a request may wait for a worker, or in one, as predicted, in milliseconds."),
+        flag("Longest predicted wait of a request, for a worker or inside one, in milliseconds."),
     ] = 10_000.0
     drain_s: Annotated[
-        float, Meta(ge=0), flag("Seconds that running requests get to end on SIGTERM.", "PENSTOCK_DRAIN_S")
+        float,
+        Meta(ge=0),
+        flag("Seconds that running requests have to end after SIGTERM.", "PENSTOCK_DRAIN_S"),
     ] = 30.0
-    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
-        None
-    )
+    log_level: Annotated[
+        str | None, flag("debug, info, warning or error (also PENSTOCK_LOG, DYN_LOG).")
+    ] = None
 
     def __post_init__(self) -> None:
         if not _NAMESPACE.fullmatch(self.namespace):
@@ -110,62 +117,72 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
         _both(self, "etcd_cert", "etcd_key")
         url = parse_discovery(self.discovery)
         if (self.etcd_ca or self.etcd_cert) and url.kind == "etcd" and not url.tls:
-            raise ConfigError(
-                "--discovery: etcd:// is without TLS; with --etcd-ca or --etcd-cert: etcds://"
-            )
+            raise ConfigError("--discovery: --etcd-ca and --etcd-cert need TLS: use etcds://")
 
 
 class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
     """The flags of `penstock frontend`."""
 
     http_host: Annotated[
-        str, flag("Address to listen on; 0.0.0.0 in a container.", "PENSTOCK_HTTP_HOST", "DYN_HTTP_HOST")
+        str,
+        flag(
+            "Address to listen on for HTTP; use 0.0.0.0 in a container.",
+            "PENSTOCK_HTTP_HOST",
+            "DYN_HTTP_HOST",
+        ),
     ] = "127.0.0.1"
     http_port: Annotated[
-        Port, flag("Port to listen on; 0 takes a free one.", "PENSTOCK_HTTP_PORT", "DYN_HTTP_PORT")
+        Port, flag("Port to listen on for HTTP; 0 takes a free one.", "PENSTOCK_HTTP_PORT", "DYN_HTTP_PORT")
     ] = 8000
     http_tls_cert: Annotated[
-        str, flag("Serve HTTPS with this certificate, PEM with its chain.", protects=True)
+        str, flag("PEM file with a certificate and its chain, to serve HTTPS.", protects=True)
     ] = ""
-    http_tls_key: Annotated[str, flag("Its private key, PEM.", protects=True)] = ""
+    http_tls_key: Annotated[
+        str, flag("PEM file with the private key of --http-tls-cert.", protects=True)
+    ] = ""
     api_key: Annotated[
         str,
         flag(
-            "Key that clients may bring; others can see flags, so rather the variable.",
+            "One API key for clients. Other users can see flags: use PENSTOCK_API_KEY instead.",
             "PENSTOCK_API_KEY",
             protects=True,
         ),
     ] = ""
     api_keys_file: Annotated[
         str,
-        flag("File with a line of `penstock key` for each key.", "PENSTOCK_API_KEYS_FILE", protects=True),
+        flag(
+            "File with API keys as hashes, one line of `penstock key` each.",
+            "PENSTOCK_API_KEYS_FILE",
+            protects=True,
+        ),
     ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
     router_mode: Annotated[
         Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],
-        flag("How a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),
+        flag("Routing policy: how a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),
     ] = "kv"
     disagg: Annotated[
-        Literal["auto", "always", "never"], flag("When a prefill worker goes first: auto weighs the costs.")
+        Literal["auto", "always", "never"],
+        flag("Whether a prefill worker computes the prompt; auto: when that is faster."),
     ] = "auto"
     deadlines: Annotated[
         str,
         flag(
-            "Seconds that a phase of a request may take, as in first_token=60,stall=20; phases are queue,"
-            " prefill, transfer, first_token, stall and request.",
+            "Longest time of each phase of a request, in seconds, as in first_token=60,stall=20. Phases are"
+            " queue, prefill, transfer, first_token, stall and request.",
             "PENSTOCK_DEADLINES",
         ),
     ] = ""
     max_itl_ms: Annotated[
         float,
         Meta(ge=0),
-        flag("Mean time between tokens, in ms, up to which workers are given more; 0: as many as fit."),
+        flag("Mean time between tokens, in ms, above which a worker gets no more requests; 0: no limit."),
     ] = 0.0
     link_tls_server_name: Annotated[
-        str, flag("Name that workers' certificates must carry; the host of their address when empty.")
+        str, flag("Name that workers' certificates must have; the host of their address when empty.")
     ] = ""
     expect: Annotated[
-        str, flag("Roles that /health waits for, e.g. prefill,decode; none: whatever can serve.")
+        str, flag("Roles that must be connected before /health is 200, e.g. prefill,decode; empty: any.")
     ] = ""
 
     def __post_init__(self) -> None:
@@ -187,56 +204,60 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
 class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     """The flags of `penstock worker`. What follows `--` goes to the engine as it is."""
 
-    role: Annotated[Role, flag("What this worker does for a request.")] = Role.AGGREGATED
+    role: Annotated[
+        Role, flag("Role of this worker: compute prompts (prefill), generate answers (decode), or both.")
+    ] = Role.AGGREGATED
     engine: Annotated[
         Literal["reference", "vllm", "sim"],
-        flag("reference runs Qwen3 and Llama on the CPU, vllm is for production, sim only keeps time."),
+        flag("reference runs Qwen3 and Llama on the CPU; vllm is for production; sim computes nothing."),
     ] = "reference"
     model: Annotated[
-        str, flag("Model folder; for vllm also a name that it can download, for sim any name.")
+        str, flag("Model folder; for vllm also a name that vLLM can download; for sim any name.")
     ]
-    served_model_name: Annotated[str, flag("Name that clients use; the model's own when empty.")] = ""
-    host: Annotated[str, flag("Address that the link listens on.", "PENSTOCK_HOST")] = "127.0.0.1"
-    port: Annotated[Port, flag("Port of the link; 0 takes a free one.")] = 0
+    served_model_name: Annotated[
+        str, flag("Name of the model for clients; the folder's name when empty.")
+    ] = ""
+    host: Annotated[str, flag("Address to listen on for links.", "PENSTOCK_HOST")] = "127.0.0.1"
+    port: Annotated[Port, flag("Port to listen on for links; 0 takes a free one.")] = 0
     advertise_host: Annotated[
         str,
         flag(
-            "Host under which frontends and workers reach this one; --host when empty.",
+            "Host under which frontends and other workers reach this worker; --host when empty.",
             "PENSTOCK_ADVERTISE_HOST",
         ),
     ] = ""
     advertise_port: Annotated[
         Port,
         flag(
-            "Port under which frontends reach the link, where a port mapping changes it; the port that it"
-            " listens on when 0.",
+            "Port under which frontends reach this worker, where a port mapping changes it; 0: the port on"
+            " which it listens.",
             "PENSTOCK_ADVERTISE_PORT",
         ),
     ] = 0
     kv_port: Annotated[
         Port,
         flag(
-            "Port on which other workers fetch KV from this one; 0 takes a free one. vllm: the first of one"
-            " for each data-parallel rank.",
+            "Port on which other workers pull KV from this one; 0 takes a free one. With vllm, each"
+            " data-parallel rank has a port, and this is the first.",
             "PENSTOCK_KV_PORT",
         ),
     ] = 0
     kv_advertise_port: Annotated[
         Port,
         flag(
-            "Port under which other workers reach --kv-port, where a port mapping changes it; the same when"
-            " 0.",
+            "Port under which other workers reach --kv-port, where a port mapping changes it; 0: the same"
+            " port.",
             "PENSTOCK_KV_ADVERTISE_PORT",
         ),
     ] = 0
     instance_id: Annotated[
         str,
-        flag("Name of this instance; made from role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
+        flag("Name of this worker; made of role, host and process when empty.", "PENSTOCK_INSTANCE_ID"),
     ] = ""
     system_port: Annotated[
         Annotated[int, Meta(ge=-1, le=PORT_MAX)] | None,
         flag(
-            "Port of /live and /health; 0 takes a free one, -1 none. When unset 9090, or a free one.",
+            "Port of /live and /health; 0 takes a free one, -1 opens none. Default: 9090, or a free one.",
             "PENSTOCK_SYSTEM_PORT",
             "DYN_SYSTEM_PORT",
         ),
@@ -256,7 +277,7 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     ] = None
     max_waiting: Annotated[
         Count,
-        flag("Requests that may wait here for a step; the next goes to another worker."),
+        flag("Most attempts that may wait in this worker; the next one goes to another worker."),
     ] = 256
     transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
     handoff_ttl_s: Annotated[
@@ -265,9 +286,11 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         flag("Seconds for which a prefill worker keeps KV that nobody has pulled."),
     ] = 30.0
     sim_cost_model: Annotated[
-        str, flag("Whose steps the sim engine takes the time of, e.g. qwen3-8b/h200/tp1; zero: none.")
+        str, flag("Whose timing the sim engine has, e.g. qwen3-8b/h200/tp1; zero: takes no time.")
     ] = ""
-    sim_speedup: Annotated[float, Meta(gt=0), flag("How much faster than time the sim engine runs.")] = 1.0
+    sim_speedup: Annotated[
+        float, Meta(gt=0), flag("How much faster than --sim-cost-model the sim engine runs.")
+    ] = 1.0
     engine_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -278,10 +301,10 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
                 f"{self.engine_args[0]}: the {self.engine} engine takes no arguments after --"
             )
         if self.transfer == "tcp" and self.engine == "vllm":
-            raise ConfigError("--transfer: vllm moves its KV over nixl")
+            raise ConfigError("--transfer: the vllm engine moves KV with nixl only")
         if self.kv_advertise_port and self.engine == "vllm":
             raise ConfigError(
-                "--kv-advertise-port: vllm is reached on the port that it listens on (--kv-port)"
+                "--kv-advertise-port: the vllm engine can only be reached on its own port (--kv-port)"
             )
         if self.transfer == "nixl" and self.engine == "sim":
             raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
@@ -292,31 +315,38 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The flags of `penstock operator`."""
 
     watch_namespace: Annotated[
-        str, flag("Namespace whose graphs it manages; all when empty.", "PENSTOCK_WATCH_NAMESPACE")
+        str,
+        flag(
+            "Namespace whose graphs this operator manages; all namespaces when empty.",
+            "PENSTOCK_WATCH_NAMESPACE",
+        ),
     ] = ""
     image: Annotated[
         str,
         flag(
-            "Image of graphs whose manifests name none of Penstock's, and of log relays.", "PENSTOCK_IMAGE"
+            "Image for graphs whose manifests name no image of Penstock, and for log relays.",
+            "PENSTOCK_IMAGE",
         ),
     ] = "penstock:latest"
     image_pull_policy: Annotated[
         Literal["", "Always", "IfNotPresent", "Never"],
         flag(
-            "For images whose manifest gives none; the cluster's choice when empty.",
+            "Pull policy of images whose manifest gives none; the cluster's choice when empty.",
             "PENSTOCK_IMAGE_PULL_POLICY",
         ),
     ] = ""
     image_pull_secrets: Annotated[
         str,
         flag(
-            "Secrets, comma-separated, that every pod gets to pull images.", "PENSTOCK_IMAGE_PULL_SECRETS"
+            "Secrets with which every pod pulls images, separated by commas.", "PENSTOCK_IMAGE_PULL_SECRETS"
         ),
     ] = ""
     drain_s: Annotated[
         float,
         Meta(ge=0),
-        flag("Seconds that running requests get to end where a manifest does not say.", "PENSTOCK_DRAIN_S"),
+        flag(
+            "Seconds that running requests have to end, where the manifest sets none.", "PENSTOCK_DRAIN_S"
+        ),
     ] = 180.0
     topology_key: Annotated[
         str,
@@ -328,28 +358,29 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     lease_namespace: Annotated[
         str,
         flag(
-            "Namespace of the lease by which operators agree on who acts; its own when empty.",
+            "Namespace of the Lease by which operators elect the one that acts; its own when empty.",
             "POD_NAMESPACE",
         ),
     ] = ""
-    lease_name: Annotated[str, flag("Name of that lease.")] = "penstock-operator"
+    lease_name: Annotated[str, flag("Name of the Lease of --lease-namespace.")] = "penstock-operator"
     host: Annotated[
-        str, flag("Address to listen on; all in a pod and loopback elsewhere when empty.", "PENSTOCK_HOST")
+        str, flag("Address to listen on. When empty: all in a pod, loopback elsewhere.", "PENSTOCK_HOST")
     ] = ""
     system_port: Annotated[Port, flag("Port of /live, /health and /metrics; 0 takes a free one.")] = 8081
     webhook_port: Annotated[
         Annotated[int, Meta(ge=-1, le=PORT_MAX)],
-        flag("Port on which the API server has graphs of other API versions converted; -1: none."),
+        flag("Port of the webhook that converts graphs between API versions; -1: none."),
     ] = -1
     webhook_service: Annotated[
-        str, flag("Service, in --lease-namespace, by which the API server reaches it.")
+        str, flag("Service in --lease-namespace through which the API server reaches the webhook.")
     ] = "penstock-operator"
     kubeconfig: Annotated[
-        str, flag("Of the cluster; that of this pod, $KUBECONFIG or ~/.kube/config when empty.")
+        str,
+        flag("Kubeconfig of the cluster. When empty: this pod's account, $KUBECONFIG or ~/.kube/config."),
     ] = ""
-    log_level: Annotated[str | None, flag("debug, info, warning or error (or PENSTOCK_LOG, DYN_LOG).")] = (
-        None
-    )
+    log_level: Annotated[
+        str | None, flag("debug, info, warning or error (also PENSTOCK_LOG, DYN_LOG).")
+    ] = None
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):

@@ -134,7 +134,11 @@ def test_a_password_in_an_address_is_refused_and_not_shown(url: str) -> None:
             "--discovery: expected etcd://HOST:PORT[,HOST",
         ),
         (FrontendOptions, {"etcd-cert": "c"}, "--etcd-cert: needs --etcd-key too"),
-        (FrontendOptions, {"discovery": "etcd://a", "etcd-ca": "c"}, "--discovery: etcd:// is without TLS"),
+        (
+            FrontendOptions,
+            {"discovery": "etcd://a", "etcd-ca": "c"},
+            "--discovery: --etcd-ca and --etcd-cert need TLS",
+        ),
         (
             WorkerOptions,
             {"model": "m", "engine": "sim", "transfer": "nixl"},
