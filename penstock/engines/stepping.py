@@ -74,7 +74,10 @@ class SteppingEngine(EngineBase):
             self._post(partial(self._cycle.stop, monotonic() + grace_s))
             await asyncio.to_thread(thread.join, grace_s + STOP_MARGIN_S)
             if thread.is_alive():
-                log.error("a step did not end within %g s of the grace: left behind", STOP_MARGIN_S)
+                log.error(
+                    "a step did not end within %g s after the time to stop; its thread is abandoned",
+                    STOP_MARGIN_S,
+                )
                 self._outbox.close(RemoteError("the engine did not stop in time"))
         transfer, self._transfer = self._transfer, None
         if transfer is not None:

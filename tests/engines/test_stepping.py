@@ -276,7 +276,7 @@ async def test_an_engine_that_always_fails_is_given_up(start: Start, caplog: pyt
 async def test_a_bug_ends_the_steps(start: Start, caplog: pytest.LogCaptureFixture):
     engine = await start(Runner(lambda batch: batch.clear()))
     engine.submit(attempt("a"))
-    with pytest.raises(RemoteError, match="the engine broke"):
+    with pytest.raises(RemoteError, match="the engine failed"):
         await Reader(engine).until(lambda reader: False)
 
 

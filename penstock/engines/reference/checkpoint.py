@@ -50,7 +50,7 @@ class TensorFile:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:  # mmap's answer to an empty file
-            raise ConfigError(f"{path}: empty") from error
+            raise ConfigError(f"{path}: the file is empty") from error
         try:
             self._entries = self._read_header()
         except ConfigError:

@@ -116,7 +116,9 @@ def _max_model_len(settings: ReferenceSettings, config: ModelConfig, total_block
     pool_tokens = total_blocks * settings.block_size
     if pool_tokens == 0:
         needed = block_bytes(config, settings.block_size)
-        raise ConfigError(f"kv_cache_bytes: {settings.kv_cache_bytes} hold no block of {needed} bytes")
+        raise ConfigError(
+            f"kv_cache_bytes: {settings.kv_cache_bytes} bytes are less than one block, which has {needed}"
+        )
     asked = settings.max_model_len
     if asked is None:
         return min(config.max_positions, pool_tokens)
@@ -141,6 +143,6 @@ def _check_reproducible(weights: Weights) -> None:
     matrices = (layer.qkv, layer.output, layer.gate_up, layer.down, weights.head)
     if not all(positions_agree(matrix) for matrix in matrices):
         log.warning(
-            "this machine's BLAS computes equal rows differently by their place: nearly equal tokens may be"
-            " chosen differently when the same request is batched or chunked in another way"
+            "this machine's BLAS computes equal rows differently at different positions: where two tokens"
+            " are almost equally likely, a request's answer may depend on how it is batched or chunked"
         )

@@ -284,8 +284,8 @@ class VllmEngine:
         except EngineDeadError:
             self._fail("vLLM's core process died; its last words are in the log")
         except Exception as bug:
-            log.exception("the engine broke")
-            self._fail(f"the engine broke: {bug!r}")
+            log.exception("the engine failed")
+            self._fail(f"the engine failed: {bug!r}")
 
     def _fail(self, reason: str) -> None:
         if not self._failed:
@@ -346,7 +346,7 @@ class VllmEngine:
             return self._advance(active, core_output)
         except Exception as error:
             attempt_id = active.attempt.attempt_id
-            log.exception("attempt %s ends: what vLLM says of it cannot be used", attempt_id)
+            log.exception("attempt %s ended: vLLM reported something impossible about it", attempt_id)
             if active.core_id in self._active:
                 self._end(active)
                 self._abort(active.core_id)
@@ -453,7 +453,7 @@ class VllmEngine:
         """vLLM generated another token than the one that the client has read already, which can happen
         where it cannot be held to it (forced.py). What the client has read becomes part of the prompt."""
         attempt = active.attempt
-        log.warning("attempt %s: vLLM gave another token; begun again", attempt.attempt_id)
+        log.warning("attempt %s: vLLM drew another token; starting it again", attempt.attempt_id)
         self._end(active)
         self._abort(active.core_id)
         transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None

@@ -166,7 +166,7 @@ class EventFeed:
     def _give_up(self, follower: _Follower, error: Exception) -> None:
         """Forget this rank's cache: wrong hints are worse for routing than none."""
         log.error(
-            "the router will not know any more what rank %d has cached: %s",
+            "cache events stopped, so the router no longer knows what rank %d has cached: %s",
             follower.rank,
             error,
             exc_info=None if isinstance(error, ProtocolError) else error,
@@ -267,7 +267,7 @@ class _Follower:
     def _number(self, frame: bytes) -> int:
         number = int.from_bytes(frame[:_NUMBER_BYTES], "big")
         if len(frame) != _NUMBER_BYTES or number > _MAX_NUMBER:
-            raise ProtocolError(f"KV events of rank {self.rank}: {frame[:16]!r} is not a payload's number")
+            raise ProtocolError(f"KV events of rank {self.rank}: {frame[:16]!r} is not a sequence number")
         return number
 
     async def _replay(self, first: int) -> list[tuple[int, bytes]]:
@@ -290,10 +290,12 @@ class _Follower:
                     if frames[2] == _END:
                         return payloads
                     if len(payloads) == self._settings.max_replayed:
-                        raise RemoteError(f"a replay of more than {len(payloads)} payloads")
+                        raise RemoteError(f"vLLM repeated more than {len(payloads)} payloads")
                     payloads.append((self._number(frames[2]), frames[3]))
         except TimeoutError:
-            raise RemoteError(f"no replay of KV events within {self._settings.replay_s:g} s") from None
+            raise RemoteError(
+                f"vLLM did not repeat lost KV events within {self._settings.replay_s:g} s"
+            ) from None
         finally:
             dealer.close(linger=0)
 

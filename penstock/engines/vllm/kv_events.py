@@ -155,7 +155,7 @@ class CacheEvents:
         if len(event.token_ids) != blocks * event.block_size or (keys and len(keys) != blocks):
             raise ProtocolError(
                 f"KV events of rank {rank}: {blocks} block_hashes, {len(event.token_ids)} token_ids"
-                f" and {len(keys or ())} extra_keys do not go together"
+                f" and {len(keys or ())} extra_keys do not fit together"
             )
 
     def _store(self, cache: _Rank, event: BlockStored) -> None:

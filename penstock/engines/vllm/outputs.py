@@ -43,7 +43,7 @@ def token_logprobs(lists: LogprobsLists, asked: int) -> list[TokenLogprob]:
     Raises ProtocolError for values that are no numbers.
     """
     if not (lists.logprobs <= MAX_LOGPROB).all():
-        raise ProtocolError("new_logprobs: not numbers, or beyond any")
+        raise ProtocolError("new_logprobs: not numbers, or out of range")
     return [
         TokenLogprob(token_ids[0], values[0], list(zip(token_ids[1:end], values[1:end], strict=True)))
         for end in (asked + 1,)

@@ -114,7 +114,7 @@ class VllmChatParser:
             parameter = getattr(error, "parameter", None)
             raise RequestRejected(str(error), field=parameter) from None
         except Exception as error:  # each parser reads tools and template variables in its own way
-            log.exception("a parser cannot take a request")
+            log.exception("a parser failed on a request")
             message = f"The model's parser cannot take this request: {error!r}."
             raise RequestRejected(message) from error
 
@@ -229,7 +229,9 @@ class VllmAnswerParser:
                 ) from error
         if complaints and not self._complained:
             self._complained = True
-            log.info("vLLM's parser left a part of an answer as it is: %s", complaints[0])
+            log.info(
+                "vLLM's parser could not read a part of an answer, which stays text: %s", complaints[0]
+            )
         return parsed
 
 

@@ -51,7 +51,7 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         if any(meta.local_block_ids) and _late(meta):
-            log.warning("request %s: its KV may be gone by now; computing it instead", req_id)
+            log.warning("request %s: its KV may have been freed by now; computing the prompt", req_id)
             self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
             return
         super()._read_blocks_for_req(req_id, meta)
@@ -62,7 +62,7 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             for req_id in done - failed:
                 meta = self._recving_metadata.get(req_id)
                 if meta is not None and any(meta.local_block_ids) and _late(meta):
-                    log.warning("request %s: its KV was read too late; computing it instead", req_id)
+                    log.warning("request %s: its KV was read too late; computing the prompt", req_id)
                     failed.add(req_id)
         return done, failed
 
