@@ -256,14 +256,14 @@ class EtcdClient:
 
     def _check_size(self, size: int) -> None:
         if size > self._settings.reply_bytes_max:
-            raise EtcdError(f"a reply of over {self._settings.reply_bytes_max} bytes")
+            raise EtcdError(f"the reply has more than {self._settings.reply_bytes_max} bytes")
 
 
 def _decoded(content: bytes, reply: type[Reply]) -> Reply:
     try:
         decoded = msgspec.json.decode(content, type=reply, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EtcdError(f"the reply is not etcd's: {error}") from error
+        raise EtcdError(f"the answer is not etcd's: {error}") from error
     if isinstance(decoded, _Streamed) and decoded.error is not None:
         raise EtcdError(decoded.error.message, decoded.error.grpc_code or decoded.error.code)
     return decoded
@@ -282,7 +282,7 @@ def _refusal(status: int, content: bytes) -> EtcdError:
         said = msgspec.json.decode(content, type=_ErrorReply)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         text = content[:_TEXT_MAX].decode(errors="replace").strip()
-        return EtcdError(f"HTTP {status} in place of an answer: {text!r}")
+        return EtcdError(f"HTTP {status} instead of an answer: {text!r}")
     return EtcdError(said.message, said.code or said.grpc_code)
 
 

@@ -112,7 +112,9 @@ class KvTransferBase(ABC):
 
     def _pull_once(self, handoff: Handoff, indices: list[int], rows: list[int], deadline: float) -> None:
         if handoff.transport != self.name:
-            raise RemoteError(f"the handoff is for {handoff.transport[:20]!r}, this is {self.name!r}")
+            raise RemoteError(
+                f"the handoff is for transport {handoff.transport[:20]!r}, this worker has {self.name!r}"
+            )
         stream, granted = self._ask(handoff, indices, deadline)
         if granted.refused:
             self._connections.keep(handoff.address, stream)

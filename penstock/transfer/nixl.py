@@ -118,7 +118,7 @@ class NixlTransfer(KvTransferBase):
     def _fetch(self, stream: Stream, granted: Granted, rows: list[int], deadline: float) -> None:
         memory = granted.memory
         if memory is None or len(memory.rows) != len(rows):
-            raise ProtocolError("the holder does not say where all the blocks are")
+            raise ProtocolError("the holder did not give the address of every block")
         if any(not 0 <= row < memory.total_blocks for row in memory.rows):
             raise ProtocolError("the holder names blocks outside its pool")
         if rows:

@@ -366,7 +366,7 @@ async def test_what_is_no_etcd_is_named(opened: Open) -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         lease = await opened(quick(f"http://127.0.0.1:{port}")).register(registration())
-        assert "HTTP 404 in place of an answer: 'hello'" in lease.trouble
+        assert "HTTP 404 instead of an answer: 'hello'" in lease.trouble
         await lease.close()
 
 
