@@ -149,7 +149,7 @@ def _arguments(function: FunctionCall, where: str) -> JsonObject:
     except RequestRejected:
         reason = "nested too deeply"
     _quiet_log.warning(
-        "%s.function.arguments of %r: %s; the chat template is shown {} in their place",
+        "%s.function.arguments of %r: %s; the chat template gets {} instead",
         where,
         function.name[:80],
         reason,

@@ -119,7 +119,7 @@ def read_api_keys(path: Path) -> dict[bytes, str]:
         digest = bytes.fromhex(match["digest"])
         other = digests.setdefault(digest, match["name"])
         if other != match["name"]:
-            raise ConfigError(f"API keys: {path}, line {number}: the same key as that of {other}")
+            raise ConfigError(f"API keys: {path}, line {number}: the same key as {other} has")
     if not digests:
         raise ConfigError(f"API keys: {path} has none")
     return digests

@@ -105,7 +105,7 @@ class HttpConnection(HttpToolsProtocol):
                 if self._head_bytes > MAX_HEAD_BYTES:  # it gives up on long URLs by itself
                     self._refuse_head()
                     return
-                self.quiet_log.info("%s sent what is no valid HTTP: %s", self._client_address(), error)
+                self.quiet_log.info("%s sent invalid HTTP: %s", self._client_address(), error)
                 message = "Invalid HTTP request received."
                 self._refuse(RequestRejected(message, code="invalid_http"))
                 return

@@ -110,7 +110,7 @@ def _connections(settings: FrontendSettings) -> int:
     room = max(1, soft - OTHER_DESCRIPTORS - MAX_LINGERING)
     if soft == resource.RLIM_INFINITY or room >= settings.max_connections:
         return settings.max_connections
-    log.warning("room for %d connections only: ulimit -n is %d", room, soft)
+    log.warning("only %d connections are possible, as ulimit -n is %d", room, soft)
     return room
 
 
