@@ -78,7 +78,7 @@ def bench(
 ) -> None:
     """Put load on a server and report latencies, throughput, goodput and cache hits."""
     if trace is not None and rate is not None:
-        raise ConfigError("rate: a trace brings its own arrivals; use --speedup")
+        raise ConfigError("rate: a trace has its own arrival times; use --speedup")
     if arrival not in ("poisson", "constant"):
         raise ConfigError(f"arrival: `{arrival}` is neither poisson nor constant")
     if duration is None and requests is None and trace is None:

@@ -165,7 +165,7 @@ def _parse_words(words: Sequence[str], env: Mapping[str, str]) -> Command:
     if name in PROGRAMS:
         return _translated(name, rest, env)
     if not words:
-        raise ConfigError("there is no command: expected penstock frontend or penstock worker")
+        raise ConfigError("the command is missing: expected penstock frontend or penstock worker")
     raise ConfigError(
         f"cannot run {' '.join(words)!r}: expected penstock frontend, penstock worker,"
         f" or python3 -m {', '.join([*PROGRAMS][:-1])} or {[*PROGRAMS][-1]}"
@@ -259,8 +259,8 @@ def _translate(command: Command, source: str, known: tuple[Meaning, bool], value
 def _set(command: Command, source: str, ours: str, value: str) -> None:
     """Set one of Penstock's flags. Converts vLLM's numbers, such as `32k` and `auto`."""
     if ours == "served-model-name" and re.search(r"[\s,]", value):
-        raise ConfigError(f"{source}: a model is served under one name, got {value!r}")
-    if ours == "sim-speedup" and _is_zero(value):  # in Dynamo, 0 means that the simulation does not wait
+        raise ConfigError(f"{source}: expected one name, got {value!r}")
+    if ours == "sim-speedup" and _is_zero(value):  # Dynamo's word for no waiting at all
         command.flags["sim-cost-model"] = "zero"
         return
     if ours in ("max-model-len", "max-batch-tokens", "max-running"):

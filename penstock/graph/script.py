@@ -122,7 +122,7 @@ def statements(script: str) -> list[Statement]:
                 within.pop()
             begins = word in _BEFORE_A_COMMAND
     if tokens:
-        raise ConfigError("the shell script does not parse: it ends within an unfinished statement")
+        raise ConfigError("the shell script does not parse: it ends inside an unfinished command")
     return found
 
 

@@ -279,7 +279,7 @@ class _Shell:
         if name.removesuffix("[@]") in self._unknown:
             raise ConfigError(
                 f"the shell script: ${name} is set by commands that are not run here;"
-                " write what it comes to"
+                " write its result instead"
             )
         if name in ("@", "*"):
             return " ".join(self._arguments[1:])

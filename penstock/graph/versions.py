@@ -133,7 +133,9 @@ def to_v1alpha1(found: Object) -> Object:
         path = f"spec.components[{index}]"
         name = component.get("name") if isinstance(component, dict) else None
         if not isinstance(name, str) or name in components:
-            raise ConfigError(f"{path}.name: expected a name of its own, got {shown(name)}")
+            raise ConfigError(
+                f"{path}.name: expected a name that no other component has, got {shown(name)}"
+            )
         components[name] = {field: value for field, value in component.items() if field != "name"}
     changes = _objects(_object(found, "spec"), "services", "spec.services")
     if unknown := [name for name in changes if name not in components]:

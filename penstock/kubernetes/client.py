@@ -342,7 +342,7 @@ def _mapped(what: str) -> Iterator[None]:
     except LightkubeConfigError as error:
         raise ApiError(f"{what}: {error}") from error
     except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ApiError(f"{what}: the answer is not of a Kubernetes API server: {error}") from error
+        raise ApiError(f"{what}: the answer is not a Kubernetes API server's: {error}") from error
 
 
 def _error(response: httpx2.Response) -> ApiError:

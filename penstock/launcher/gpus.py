@@ -45,7 +45,7 @@ class GpuPool:
         """Raises ConfigError when fewer are free."""
         if count > len(self._free):
             raise ConfigError(
-                f"{count} GPUs wanted, {len(self._free)} of this machine's {len(self)} are free"
+                f"{count} GPUs are needed, {len(self._free)} of this machine's {len(self)} are free"
             )
         taken, self._free = self._free[:count], self._free[count:]
         return tuple(taken)

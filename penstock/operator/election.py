@@ -98,7 +98,7 @@ class Election:
                 lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
                 await self._api.replace(LEASES, lease)
         except ApiError as error:
-            log.warning("the lease %s could not be given back: %s", self._settings.name, error)
+            log.warning("the lease %s could not be released: %s", self._settings.name, error)
 
     @property
     def _place(self) -> tuple[str, str]:

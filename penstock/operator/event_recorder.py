@@ -53,7 +53,12 @@ class EventRecorder:
             await self._api.create(EVENTS, self._event(graph, reason, message, kind, now))
         except ApiError as error:
             if not error.is_of_ending_namespace:
-                log.warning("an event of %s/%s is lost: %s", namespace_of(graph), name_of(graph), error)
+                log.warning(
+                    "an event about %s/%s could not be written: %s",
+                    namespace_of(graph),
+                    name_of(graph),
+                    error,
+                )
 
     def _event(self, graph: Object, reason: str, message: str, kind: str, now: datetime) -> Object:
         time = now.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -62,7 +62,7 @@ def test_own_commands_are_taken_as_they_are() -> None:
 def test_a_program_that_starts_another_is_looked_through() -> None:
     penstock = ["penstock", "worker", "--model", "m"]
     assert parse_command(["env", "A=0", "A=1", "DYN_B=2", *penstock], {}).env == {"A": "1", "DYN_B": "2"}
-    with pytest.raises(ConfigError, match="there is no command"):
+    with pytest.raises(ConfigError, match="the command is missing"):
         parse_command(["env", "A=1"], {})
     assert parse_command(["/usr/bin/tini", "--", *penstock], {}).flags == {"model": "m"}
     nested = parse_command(
@@ -122,7 +122,7 @@ def test_engine_arguments_keep_their_form() -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ([], "there is no command"),
+        ([], "the command is missing"),
         (["python3", "serve.py"], "cannot run 'python3 serve.py'"),
         (["python3", "-m", "dynamo.sglang"], "cannot run 'python3 -m dynamo.sglang'"),
         (["penstock"], "cannot run 'penstock'"),
@@ -207,7 +207,7 @@ def test_variables_stand_for_flags_which_win() -> None:
             [*VLLM, "--dyn-tool-call-parsr", "x"],
             "--dyn-tool-call-parsr: unknown flag of dynamo.vllm (did you mean --dyn-tool-call-parser?)",
         ),
-        ([*VLLM, "--served-model-name", "a,b"], "--served-model-name: a model is served under one name"),
+        ([*VLLM, "--served-model-name", "a,b"], "--served-model-name: expected one name"),
         ([*VLLM, "--tool-call-parser"], None),
     ],
 )

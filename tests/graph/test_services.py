@@ -182,7 +182,7 @@ Nothing: 3
             f"{FRONTEND}\n{service('W', '[sleep, 1s]')}",
             "spec.services.W: cannot run 'sleep 1s': expected penstock",
         ),
-        (f"{FRONTEND}\nW: {{}}", "spec.services.W: there is no command"),
+        (f"{FRONTEND}\nW: {{}}", "spec.services.W: the command is missing"),
         (FRONTEND, "spec.services: there is no worker"),
         (OWN_WORKER, "spec.services: there is no frontend"),
         (

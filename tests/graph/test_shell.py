@@ -111,7 +111,7 @@ def test_a_script_is_read_as_bash_reads_it(tmp_path: Path, script: str) -> None:
         ("test -r x && exec other\nrun", "`test` is not understood"),
         ("if a; then\n  dynamo.vllm\nfi\nrun", "`if` is not understood"),
         ("cat <<E\nrun not\nE\nrun", "`<<` is not understood"),
-        ("if a\nrun", "does not parse: it ends within an unfinished statement"),
+        ("if a\nrun", "does not parse: it ends inside an unfinished command"),
         ("run $(hostname -i)", "$(hostname -i) is not run here"),
         ("run $(a $(b) c) d", "$(a $(b) c) is not run here"),
         ("run `hostname`", "`hostname` is not run here"),

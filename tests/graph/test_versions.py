@@ -299,7 +299,7 @@ def test_an_annotation_that_somebody_wrote_into_carries_nothing(text: str) -> No
         ({"components": {}}, "spec.components: expected a list"),
         (
             {"components": [{"name": "a"}, {"name": "a"}]},
-            "spec.components[1].name: expected a name of its own",
+            "spec.components[1].name: expected a name that no other component has",
         ),
         ({"components": [3]}, "spec.components[0].name"),
         ({"components": [{"name": "a", "podTemplate": 1}]}, "podTemplate: expected an object, got 1"),

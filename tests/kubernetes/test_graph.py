@@ -116,7 +116,7 @@ def test_a_bad_flag_stops_the_roll_and_the_old_manifest_brings_it_back(
         def told() -> bool:
             status = graph.get("dynamographdeployments", "multinode-vllm")["status"]
             ready = next(found for found in status["conditions"] if found["type"] == "Ready")
-            return status["state"] == "failed" and "hold no block" in ready["message"]
+            return status["state"] == "failed" and "are less than one block" in ready["message"]
 
         eventually(told, "the status tells of the flag", READY_S)
         bad["mainContainer"]["args"] = args

@@ -97,9 +97,9 @@ async def test_a_watch_over_a_dead_connection_ends(tmp_path: Path, monkeypatch: 
     ("answer", "wrong"),
     [
         (chunked(EVENT[:20]), "! 0 "),
-        (chunked(b"<html>\n"), "! 0 watching configmaps: the answer is not of a Kubernetes API server"),
+        (chunked(b"<html>\n"), "! 0 watching configmaps: the answer is not a Kubernetes API server's"),
         (chunked(b'{"type":"ADDED"}\n'), "! 0 watching configmaps: the answer is not of a Kubernetes"),
-        (chunked(b"[]\n"), "! 0 watching configmaps: the answer is not of a Kubernetes API server"),
+        (chunked(b"[]\n"), "! 0 watching configmaps: the answer is not a Kubernetes API server's"),
         (
             chunked(b'{"type":"ERROR","object":{"message":"too old","code":410}}\n'),
             "! 410 too old",

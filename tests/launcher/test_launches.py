@@ -135,7 +135,7 @@ def test_a_pool_of_gpus() -> None:
     pool = GpuPool(["0", "1", "GPU-x"])
     first, second = pool.take(1), pool.take(2)
     assert (first, second, pool.free, len(pool)) == (("0",), ("1", "GPU-x"), 0, 3)
-    with pytest.raises(ConfigError, match=r"^1 GPUs wanted, 0 of this machine's 3 are free$"):
+    with pytest.raises(ConfigError, match=r"^1 GPUs are needed, 0 of this machine's 3 are free$"):
         pool.take(1)
     pool.give_back(second)
     pool.give_back(first)

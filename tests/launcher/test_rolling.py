@@ -75,7 +75,7 @@ async def test_a_worker_whose_gpu_its_successor_needs_keeps_its_place_from_scale
         await graph.prints("prefill-0  | draining")
         refusals = 0
         while "rolling restart done" not in graph.out.getvalue():
-            with pytest.raises(ConfigError, match=r"^1 GPUs wanted, 0 of this machine's 1 are free$"):
+            with pytest.raises(ConfigError, match=r"^1 GPUs are needed, 0 of this machine's 1 are free$"):
                 graph.supervisor.scale({"prefill": 2})
             refusals += 1
             assert graph.supervisor.scale({"prefill": 1}) == {"PrefillWorker": (1, 1)}

@@ -506,8 +506,8 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         ),
         (
             graph(annotations={names.DISCOVERY: "file:/d"}),
-            "spec.services.Frontend: annotation penstock.dev/discovery: pods share no folder; expected"
-            " etcd://...",
+            "spec.services.Frontend: annotation penstock.dev/discovery: pods have no common folder;"
+            " expected etcd://...",
         ),
         (
             graph({"annotations": {names.MAX_SURGE: "many"}}),

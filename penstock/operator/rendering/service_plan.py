@@ -292,7 +292,7 @@ class ServicePlanner:
                 raise ConfigError(f"annotation {names.DISCOVERY}: {error}") from None
             if kind == "file":
                 raise ConfigError(
-                    f"annotation {names.DISCOVERY}: pods share no folder; expected etcd://..."
+                    f"annotation {names.DISCOVERY}: pods have no common folder; expected etcd://..."
                 )
             return chosen
         return given.discovery if parse_discovery(given.discovery).kind == "etcd" else _DEFAULT_DISCOVERY
