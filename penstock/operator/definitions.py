@@ -189,7 +189,7 @@ class Webhook:
 
     def _tell(self, trouble: str) -> None:
         if trouble and trouble != self._warned:
-            log.warning("other versions of graphs than v1alpha1 may not be served: %s", trouble)
+            log.warning("versions of graphs other than v1alpha1 may not be served: %s", trouble)
         self._warned = trouble
 
 

@@ -59,19 +59,23 @@ class Grants:
             ReadRefused: the Read is for another instance, or its handoff is unknown, used or retracted.
         """
         if read.protocol != PROTOCOL:
-            raise ReadRefused(f"speaks protocol {read.protocol}, not {PROTOCOL}")
+            raise ReadRefused(f"the reader speaks protocol {read.protocol}, not {PROTOCOL}")
         if read.holder != self._incarnation:
-            raise ReadRefused("that instance is not here, or is an earlier incarnation")
+            raise ReadRefused("the holder is another instance, or a later incarnation of it")
         if read.block_bytes != self._block_bytes:
-            raise ReadRefused(f"blocks have {self._block_bytes} bytes here, {read.block_bytes} there")
+            raise ReadRefused(
+                f"blocks have {self._block_bytes} bytes at the holder, {read.block_bytes} at the reader"
+            )
         with self._lock:
             grant = self._open.get(read.handoff_id)
             # The same answer for a wrong id and a wrong key, so that a stranger learns nothing.
             if grant is None or not hmac.compare_digest(grant.key, read.key):
-                raise ReadRefused("no such handoff: pulled, retracted, expired or never made")
+                raise ReadRefused(
+                    "no such handoff: it was pulled, was retracted, has expired or was never made"
+                )
             count = len(grant.rows)
             if len(read.indices) > count or any(not 0 <= index < count for index in read.indices):
-                raise ReadRefused(f"asks for blocks that are not among the handoff's {count}")
+                raise ReadRefused(f"the reader asks for blocks outside the handoff's {count}")
             del self._open[read.handoff_id]
             self._reading.add(read.handoff_id)
         return [grant.rows[index] for index in read.indices]

@@ -73,7 +73,7 @@ class Reports:
         if load.steps < before.steps:
             raise ProtocolError(f"load.steps: {load.steps} after {before.steps}")
         if load.submitted < before.submitted:
-            raise ProtocolError(f"load.submitted: {load.submitted}, after {before.submitted}")
+            raise ProtocolError(f"load.submitted: {load.submitted} after {before.submitted}")
         if not load.used_blocks <= load.total_blocks <= self._card.engine.total_blocks:
             raise ProtocolError(
                 f"load.used_blocks: {load.used_blocks} of {load.total_blocks}, in a pool of "

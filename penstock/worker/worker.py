@@ -442,4 +442,4 @@ def _check_card(card: Card) -> None:
     try:
         frames.decode_to_frontend(frames.encode(Welcome(card=card, proof=b""))[frames.LENGTH_BYTES :])
     except ProtocolError as error:
-        raise ConfigError(f"what the engine says of itself cannot be served: {error}") from error
+        raise ConfigError(f"the engine's card is not valid: {error}") from error
