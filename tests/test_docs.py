@@ -83,3 +83,19 @@ def test_reading_path_has_about_as_many_lines_as_the_page_says() -> None:
     assert stated is not None
     assert int(stated[1]) == len(files)
     assert int(stated[2].replace(",", "")) == pytest.approx(lines, rel=0.1)
+
+
+def test_every_flag_of_a_process_has_a_row_in_the_page_of_use() -> None:
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    tables = page.partition("### `penstock frontend` and `penstock worker`")[2]
+    first_cells = re.findall(r"^\| (`--.+?) \|", tables, flags=re.MULTILINE)
+    described = {flag for cell in first_cells for flag in re.findall(r"`(--[a-z-]+)`", cell)}
+    commands = get_command(build_app(["bench"])).commands  # type: ignore[attr-defined]
+    flags = {
+        option
+        for name in ("frontend", "worker", "operator")
+        for parameter in commands[name].params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    assert described == flags - {"--help"}
