@@ -374,7 +374,7 @@ async def test_replies_are_bounded(etcd: Etcd, opened: Open) -> None:
     settings = quick(etcd.endpoint)
     await opened(settings).register(registration())
     small = EtcdClient(msgspec.structs.replace(settings, reply_bytes_max=100))
-    with pytest.raises(EtcdError, match="over 100 bytes"):
+    with pytest.raises(EtcdError, match="more than 100 bytes"):
         await small.list_below(settings.prefix, 10)
     await small.close()
 

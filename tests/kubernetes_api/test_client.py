@@ -98,7 +98,7 @@ async def test_a_watch_over_a_dead_connection_ends(tmp_path: Path, monkeypatch: 
     [
         (chunked(EVENT[:20]), "! 0 "),
         (chunked(b"<html>\n"), "! 0 watching configmaps: the answer is not a Kubernetes API server's"),
-        (chunked(b'{"type":"ADDED"}\n'), "! 0 watching configmaps: the answer is not of a Kubernetes"),
+        (chunked(b'{"type":"ADDED"}\n'), "! 0 watching configmaps: the answer is not a Kubernetes"),
         (chunked(b"[]\n"), "! 0 watching configmaps: the answer is not a Kubernetes API server's"),
         (
             chunked(b'{"type":"ERROR","object":{"message":"too old","code":410}}\n'),
@@ -132,10 +132,10 @@ async def test_an_answer_that_is_none_is_an_error_of_the_api(tmp_path: Path, bod
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
     async with Scripted(answer, hang_up=True) as server:
         api = await asyncio.to_thread(connect, str(kubeconfig(tmp_path, server)))
-        with pytest.raises(ApiError, match="not of a Kubernetes API server"):
+        with pytest.raises(ApiError, match="not a Kubernetes API server's"):
             await api.list(CONFIG_MAPS, "test")
         if body not in (b"{}", NAMELESS):
-            with pytest.raises(ApiError, match="not of a Kubernetes API server"):
+            with pytest.raises(ApiError, match="not a Kubernetes API server's"):
                 await api.serves(CONFIG_MAPS)
         await api.close()
 
