@@ -97,7 +97,7 @@ async def test_a_request_that_meets_a_defect_ends_alone(
         for answer in others:
             assert len(await answer.tokens()) == 50
         assert "DefectError" in caplog.text
-        assert f"request r{number} ends because of an error here" in caplog.text
+        assert f"request r{number} ends because of an error in this process" in caplog.text
         monkeypatch.undo()
         await it.wait_idle()
         assert books_are_closed(it)

@@ -49,7 +49,7 @@ class EngineBase(ABC):
         return self._assets.get(sha256)
 
     def steps(self) -> AsyncIterator[EngineStep]:
-        """As Engine.steps, for one reader. Ends after `stop`; RemoteError when the engine failed."""
+        """As Engine.steps, for one reader. Ends after `stop`; raises RemoteError if the engine failed."""
         return self._outbox.read()
 
     @property
@@ -76,7 +76,7 @@ class EngineBase(ABC):
             yield
         except PenstockError as reason:
             error = reason
-        except Exception as bug:  # ours, as the runner's are mapped in the cycle
+        except Exception as bug:  # a bug in Penstock: the cycle translates the runner's errors
             log.exception("the engine failed")
             error = RemoteError(f"the engine failed: {bug!r}")
         finally:

@@ -65,7 +65,7 @@ class Beginning:
         wanted, model, top = self.wanted, self.model, self.sampling.logprobs
         tokens = sum(map(len, prompts)) * wanted.choices
         if tokens > MAX_CALL_TOKENS:
-            message = f"`n` times prompts come to {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
+            message = f"`n` times prompts have {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
             raise RequestRejected(message, field="n")
         age_s = time.perf_counter() - self.caller.since
         special = wanted.show_special_tokens

@@ -41,7 +41,7 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
     if sampling.structured is not None and not model.answering.structured_output:
         field = wanted.structured_field
         raise RequestRejected(
-            f"`{field}`: the engine that serves `{model.card.name}` does not support structured output.",
+            f"`{field}`: the engine that serves `{model.name}` does not support structured output.",
             code="unsupported_value",
             field=field,
         )

@@ -77,7 +77,7 @@ def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None)
     if isinstance(format, TextFormat):
         format = None
     if format is not None and outputs is not None:
-        message = "`response_format` and `structured_outputs` cannot go together."
+        message = "`response_format` and `structured_outputs` cannot be used together."
         raise RequestRejected(message, field="structured_outputs")
     if format is not None:
         return _checked(_of_format(format), "response_format")

@@ -96,7 +96,7 @@ class Renewed(Generic[T]):
         """Log a problem once. Every check tries again."""
         if trouble != self._trouble:
             self._trouble = trouble
-            log.error("%s: keeping what was read before: %s", self._what, trouble)
+            log.error("%s: the value read before stays in use: %s", self._what, trouble)
 
     def _look(self) -> list[_Stamp | None]:
         """The stamps of the files. Taken before reading, so that the next check sees a change in
@@ -114,7 +114,7 @@ def read_text(what: str, path: Path, max_bytes: int) -> str:
         return content.decode()
     except OSError as error:
         raise ConfigError(f"{what}: cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:  # its own words would show some of the bytes
+    except UnicodeDecodeError:  # its message would show some of the bytes
         raise ConfigError(f"{what}: cannot read {path}: it is not UTF-8 text") from None
 
 

@@ -233,7 +233,7 @@ class Router:
     def _break(self, record: RequestRecord) -> None:
         """End a request that met an error of ours, whatever state that left it in."""
         ticket: Ticket = record.client
-        log.exception("request %s ends because of an error here", record.request_id)
+        log.exception("request %s ends because of an error in this process", record.request_id)
         if ticket.broken:
             return
         ticket.broken = True

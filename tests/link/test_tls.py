@@ -211,7 +211,8 @@ async def test_files_may_be_renewed_under_a_running_worker(
         async with bench.client(server.address, third, "f3", tls=renewed) as third_client:
             await bench.until(lambda: third_client.up)
         assert (
-            "link certificate: keeping what was read before: tls.cert_file and tls.key_file" in caplog.text
+            "link certificate: the value read before stays in use: tls.cert_file and tls.key_file"
+            in caplog.text
         )
         assert client.up
         assert first.downs == []

@@ -88,7 +88,7 @@ async def test_what_cannot_be_used_changes_nothing_and_is_said_once(
             assert renewed.get() == 1
         (record,) = caplog.records
         assert record.levelname == "ERROR"
-        assert record.getMessage().startswith("number: keeping what was read before: no number: ")
+        assert record.getMessage().startswith("number: the value read before stays in use: no number: ")
     reading.path.write_text("3")
     await clock.advance(RECHECK_S)
     assert renewed.get() == 3
@@ -121,7 +121,7 @@ async def test_a_folder_that_does_not_answer_holds_up_nobody(
         await clock.advance(RECHECK_S)
         assert renewed.get() == 1
     assert looks == 1, "another look hangs beside the first"
-    assert caplog.messages == ["number: keeping what was read before: no answer in 3 s"]
+    assert caplog.messages == ["number: the value read before stays in use: no answer in 3 s"]
     answers.set()
     async with asyncio.timeout(20):
         while renewed.get() == 1:

@@ -70,7 +70,7 @@ class Bodies:
         self._bytes -= size
 
     def _too_many(self, which: str, limit: int) -> RequestRejected:
-        message = f"Too many request bodies at a time: those {which} come to more than {limit} bytes."
+        message = f"Too many request bodies at a time: those {which} have more than {limit} bytes together."
         return RequestRejected(message, kind=Rejection.OVERLOADED, retry_after_s=1.0)
 
 
@@ -125,7 +125,9 @@ class HttpExchange:
             )
         encoding = self.header(b"content-encoding")
         if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
-            message = f"The Content-Encoding `{_shown(encoding)}` is not supported; send the body as it is."
+            message = (
+                f"The Content-Encoding `{_shown(encoding)}` is not supported; send the body uncompressed."
+            )
             raise RequestRejected(message, kind=Rejection.UNSUPPORTED_CONTENT, code=UNSUPPORTED_ENCODING)
 
     async def body(self) -> bytes:

@@ -155,7 +155,7 @@ async def test_a_changed_file_counts_without_a_restart(path, caplog):
     write(path, ONE)  # a mistake
     await clock.advance(RECHECK_S)
     assert keys.check(bearer(TWO)) == "a"
-    assert "keeping what was read before" in caplog.text
+    assert "the value read before stays in use" in caplog.text
     assert ONE not in caplog.text
 
     write(path, key_line("a", ONE), key_line("a", TWO))  # as while a key is being replaced
