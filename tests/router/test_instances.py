@@ -79,7 +79,7 @@ async def test_an_instance_is_forgotten_in_the_turn_in_which_its_link_comes_up(t
         await worker.die()
         await until_state(it, "a0", "connecting")
         link.close()
-        with pytest.raises(ProtocolError, match="forgotten"):
+        with pytest.raises(ProtocolError, match="no longer lists"):
             link.on_up(card, Load())
         assert state(it, "a0") == "connecting"
 
