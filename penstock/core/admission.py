@@ -24,7 +24,7 @@ from penstock.core.wait_prediction import Refusal, WaitPrediction
 from penstock.shapes import Request
 
 TENANT_FLOWS = 2
-"""A tenant may have as many calls in all its priorities together as in this many of them."""
+"""A tenant may have this many times as many calls in all priorities together as in one of them."""
 
 OUTPUT_WORK = 4.0
 """Work of an output token, in prompt tokens: on Qwen3-32B (2 x H200) with 64 requests a step, a prompt

@@ -98,13 +98,13 @@ class Pace:
 class Refusal(msgspec.Struct, frozen=True):
     """Why a newcomer is not let in."""
 
-    reason: str  # wait: predicted too long; full: too many wait
-    wait_ms: float  # as predicted for a newcomer in its place
+    reason: str  # wait: predicted too long; full: a limit is reached
+    wait_ms: float  # as predicted for it
     bound_ms: float
-    place: int  # how many would be served before it
+    place: int  # how many entries would be served before it
     retry_after_s: float  # whole seconds
-    awaited: str  # what they wait for
-    limit: str = ""  # with full: what there are too many of
+    awaited: str  # what it would wait for
+    limit: str = ""  # if full: what there are too many of
 
     def __str__(self) -> str:
         limit = f" limit={self.limit}" if self.limit else ""
@@ -118,10 +118,10 @@ class WaitPrediction:
     """Predicts the waits of newcomers to a queue, and refuses them. `now` in seconds.
 
     Args:
-        awaited: what they wait for, in the words of a refusal.
-        bound_ms: the longest wait. What was measured loses half of its weight in half of that.
-        rng: spreads the retries of those that are refused.
-        pace: of all that is served, if it is not forgotten at that rate.
+        awaited: what newcomers wait for, in the words of a refusal.
+        bound_ms: the longest wait. Half of it is the half-life of what is measured.
+        rng: spreads the retries of newcomers that are refused.
+        pace: of all that is served, if it has another half-life.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class WaitPrediction:
         self._half_life_s = bound_ms / 2e3
         self.pace = pace or Pace(self._half_life_s)
         self.head_ms = 0.0
-        self.servers = 1  # which work side by side
+        self.servers = 1  # how many work side by side
         self._flows: dict[tuple[int, str], Pace] = {}  # of those that had to wait
         self._recent: dict[int, tuple[float, float]] = {}  # work by priority, a sum that halves; as of when
 
