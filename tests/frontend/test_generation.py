@@ -366,32 +366,6 @@ async def test_a_template_says_what_it_does_not_like(serve_script, view_of, byte
             await chat(served)
 
 
-async def test_callbacks_may_come_while_submitting(view, byte_level, serve_script, saying, monkeypatch):
-    async with serve_script("unused") as served:
-        cancelled = []
-
-        class Ticket:
-            def cancel(self, *, complete=False):
-                cancelled.append(complete)
-
-        def submit(request, on_delta, on_error):
-            on_delta(Delta(byte_level.encode("One stop").ids))
-            return Ticket()
-
-        monkeypatch.setattr(served.completer, "submit", submit)
-        answer = await chat(served, stop="stop")
-        assert answer.choices[0].message.content == "One "
-        assert cancelled[0] is True  # the answer ends with its stop string
-
-        def refuse(request, on_delta, on_error):
-            on_error(RequestRejected("gone", kind=Rejection.UNAVAILABLE, code="no_worker"))
-            return Ticket()
-
-        monkeypatch.setattr(served.completer, "submit", refuse)
-        with pytest.raises(openai.InternalServerError, match="gone"):
-            await chat(served)
-
-
 # --- clients that leave ---------------------------------------------------------------------------
 
 
