@@ -1,4 +1,4 @@
-"""Environment variables that a manifest takes from a ConfigMap in the same file."""
+"""Fills in environment variables that come from a ConfigMap in the same file as the manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 
 def with_config_values(graph: Any, objects: Iterable[dict[str, Any]]) -> Any:
-    """A graph whose `valueFrom: {configMapKeyRef: ...}` are values, where one of the objects has them."""
+    """The graph with values in place of each `valueFrom: {configMapKeyRef: ...}` whose ConfigMap is among
+    the objects."""
     maps = {_name(found): found.get("data") for found in objects if found.get("kind") == "ConfigMap"}
     known = {name: data for name, data in maps.items() if isinstance(data, dict)}
     return _resolved(graph, known) if known else graph

@@ -121,14 +121,14 @@ class _ServiceReference(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _ScalingAdapterSpec(msgspec.Struct, frozen=True, rename="camel"):
-    """How many replicas a service of a graph is to have."""
+    """The wanted number of replicas of a service."""
 
     replicas: Annotated[int, Meta(ge=0)]
     dgd_ref: _ServiceReference
 
 
 def graph_crd() -> Schema:
-    """DynamoGraphDeployments. v1beta1 is not served: that takes a webhook (`with_conversion`).
+    """The CRD of graphs. v1beta1 is not served here, since it needs a webhook (`with_conversion`).
 
     Nothing is said about conversion, so that applying this again leaves a webhook as it is.
     """
@@ -166,7 +166,7 @@ def graph_crd() -> Schema:
 
 
 def scaling_adapter_crd() -> Schema:
-    """DynamoGraphDeploymentScalingAdapters: `kubectl scale`, HPA and KEDA set replicas there."""
+    """The CRD of scaling adapters, in which `kubectl scale`, HPA and KEDA set replicas."""
     schema = _object_schema(
         _schema_of(_ScalingAdapterSpec),
         _schema_of(ScalingAdapterStatus),
@@ -190,7 +190,7 @@ def scaling_adapter_crd() -> Schema:
 
 
 def with_conversion(crd: Schema, namespace: str, service: str, ca_bundle: str) -> Schema:
-    """A CRD, all of whose versions are served, converted by a webhook.
+    """A CRD with all versions served, and with a webhook that converts them.
 
     Args:
         namespace: of the webhook's Service.
@@ -306,7 +306,7 @@ def _struct_schema(kind: inspect.StructType) -> Schema:
 
 
 def _described(name: str, schema: Schema) -> Schema:
-    """A field's schema, with what the field is for: that says more than what its type is."""
+    """The schema of a field. Its description is the field's purpose, not the docstring of its type."""
     if name in _LISTS_BY and schema.get("type") == "array":
         schema |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [_LISTS_BY[name]]}
     return {**schema, "description": _DESCRIPTIONS[name]} if name in _DESCRIPTIONS else schema
@@ -317,7 +317,7 @@ def _set(bounds: Schema) -> Schema:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Without aliases, which are hard to read."""
+    """A YAML dumper without aliases, which are hard to read."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,9 +1,9 @@
-"""The DynamoGraphDeployment API, `nvidia.com/v1alpha1`, checked into structs. Manifests of
-`nvidia.com/v1beta1` are turned into this version first.
+"""Reads a DynamoGraphDeployment of `nvidia.com/v1alpha1` and checks it into structs. Manifests of
+`nvidia.com/v1beta1` are converted to this version first.
 
-Typed are the fields that mean something to a process, and those that the operator turns into objects of
-its own. Parts that reach a cluster as they stand (probes, most of a PodSpec) are plain objects, or only
-known by name (`ACCEPTED`), so that a user's manifest works and a typing error in it is still found.
+Fields that affect a process, and fields that the operator turns into objects, have types. Parts that are
+passed on to the cluster unchanged (probes, most of a PodSpec) are plain objects, or only their names are
+known (`ACCEPTED`). So a manifest with them works, and a misspelt field is still found.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ KIND = "DynamoGraphDeployment"
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SERVICE_NAME = re.compile(r"[A-Za-z]([-A-Za-z0-9]*[A-Za-z0-9])?")
-NAME_CHARS_MAX = 45  # Kubernetes gives 63 to a pod's labels; the service's name and a suffix join this one
-SERVICES_MAX = 25  # as in the API's next version
+NAME_CHARS_MAX = 45  # Kubernetes allows 63 in a label; the service's name and a suffix are appended
+SERVICES_MAX = 25  # as in v1beta1
 _FILE_BYTES_MAX = 1024 * 1024
-_DEPTH_MAX = 64  # of lists and objects within each other; manifests have a dozen
-_VALUES_MAX = 50_000  # 25 services with hundreds of values each have a tenth
+_DEPTH_MAX = 64  # levels of nested lists and objects; manifests have about twelve
+_VALUES_MAX = 50_000  # ten times as many as in 25 services with hundreds of values each
 
 
 def _names(words: str) -> frozenset[str]:
@@ -44,7 +44,7 @@ def _names(words: str) -> frozenset[str]:
 
 
 class _Manifest(msgspec.Struct, frozen=True, rename="camel"):
-    """Base: camelCase names."""
+    """The base of the structs: fields have camelCase names in YAML."""
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset()
 
@@ -65,11 +65,11 @@ class Amounts(_Manifest, frozen=True):
     gpu: str | None = None
     gpu_type: str | None = None  # the resource that `gpu` counts; nvidia.com/gpu when unset
     custom: dict[str, str] = {}  # other resources by name, e.g. rdma/ib
-    nodes: str | None = None  # of 0.4.0, which had no `multinode`
+    nodes: str | None = None  # from version 0.4.0 of the API, which had no `multinode`
 
 
 class Resources(_Manifest, frozen=True):
-    """What a replica asks for, and what it may use."""
+    """The resource requests and limits of a replica."""
 
     requests: Amounts | None = None
     limits: Amounts | None = None
@@ -77,7 +77,7 @@ class Resources(_Manifest, frozen=True):
 
 
 class Container(_Manifest, frozen=True):
-    """What a replica runs."""
+    """The container of a replica."""
 
     image: str | None = None
     working_dir: str | None = None
@@ -110,14 +110,14 @@ class PodSpec(_Manifest, frozen=True):
 
 
 class PodMetadata(_Manifest, frozen=True):
-    """Labels and annotations of a service's pods alone."""
+    """Labels and annotations of the pods of a service, and of no other objects."""
 
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
 
 
 class Multinode(_Manifest, frozen=True):
-    """One worker that spans several nodes."""
+    """The number of nodes that one worker spans."""
 
     node_count: Annotated[int, Meta(ge=2)]
 
@@ -130,8 +130,9 @@ class SharedMemory(_Manifest, frozen=True):
 
 
 class Claim(_Manifest, frozen=True):
-    """A PersistentVolumeClaim, to be made or there already. `mount_point` is of 0.4, where each service had
-    its own; since then services name it in `volumeMounts`."""
+    """A PersistentVolumeClaim that the operator creates, or that exists already. `mount_point` is from
+    version 0.4 of the API, where each service had claims; since then services mount claims by
+    `volumeMounts`."""
 
     name: str
     create: bool = False
@@ -144,7 +145,7 @@ class Claim(_Manifest, frozen=True):
 
 
 class ClaimMount(_Manifest, frozen=True):
-    """Where a service sees a claim."""
+    """The mount of a claim in the pods of a service."""
 
     name: str
     mount_point: str | None = None
@@ -158,7 +159,7 @@ class IngressTls(_Manifest, frozen=True):
 
 
 class IngressSpec(_Manifest, frozen=True):
-    """How a frontend is reached from outside of the cluster."""
+    """The Ingress of a frontend, for clients outside of the cluster."""
 
     enabled: bool = False
     host: str | None = None
@@ -173,7 +174,7 @@ class IngressSpec(_Manifest, frozen=True):
 
 
 class ScalingAdapter(_Manifest, frozen=True):
-    """Whether a DynamoGraphDeploymentScalingAdapter owns the number of replicas."""
+    """Whether a DynamoGraphDeploymentScalingAdapter sets the number of replicas."""
 
     enabled: bool = False
 
@@ -217,7 +218,7 @@ class ServiceSpec(_Manifest, frozen=True):
 
 
 class Spec(_Manifest, frozen=True):
-    """The graph: its services, and the environment that all of them share."""
+    """The graph: its services, and the environment variables of all services."""
 
     services: dict[str, ServiceSpec]
     envs: tuple[Env, ...] = ()
@@ -247,7 +248,7 @@ class Metadata(_Manifest, frozen=True):
 class Manifest(_Manifest, frozen=True):
     """A DynamoGraphDeployment."""
 
-    api_version: str  # as it was written: messages about the manifest use that version's words
+    api_version: str  # the version in which the manifest was written; messages use its field paths
     kind: str
     metadata: Metadata
     spec: Spec
@@ -256,7 +257,7 @@ class Manifest(_Manifest, frozen=True):
 
 
 def parse_manifest(text: str, source: str) -> Manifest:
-    """The one DynamoGraphDeployment in a YAML text; other documents in it are left alone.
+    """Read the only DynamoGraphDeployment in a YAML text. Other objects in the text are ignored.
 
     Args:
         text: one or several YAML documents.
@@ -277,7 +278,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
 
 
 def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
-    """A DynamoGraphDeployment, as it stands in a file or comes from a cluster, as a struct.
+    """Check a DynamoGraphDeployment from a file or a cluster, and return it as a struct.
 
     Args:
         source: the file's name, for messages; empty: none.
@@ -289,13 +290,13 @@ def checked_manifest(document: Mapping[str, Any], source: str) -> Manifest:
 
 
 def manifest_of(checked: Mapping[str, Any], api_version: str) -> Manifest:
-    """What `checked_document` returned, as a struct. `api_version` is that in which it was written."""
+    """The struct of a checked document. `api_version` is the version in which it was written."""
     return msgspec.structs.replace(converted(checked, Manifest), api_version=api_version)
 
 
 def checked_document(document: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A DynamoGraphDeployment of any version as one of v1alpha1, in which all that is stated is right.
-    Arguments and errors as of `checked_manifest`."""
+    """Check a DynamoGraphDeployment of any version, and convert it to v1alpha1. Takes the same arguments
+    and raises the same errors as `checked_manifest`."""
     graph = without_nulls(document)
     written = graph.get("apiVersion")
     wrong = list(v1beta1_problems(graph)) if written == V1BETA1 else []
@@ -308,13 +309,13 @@ def checked_document(document: Mapping[str, Any], source: str) -> dict[str, Any]
 
 
 def in_source(lines: Iterable[str], source: str) -> str:
-    """Lines of a message, each with the file that it is about in front."""
+    """The lines of a message, each preceded by the name of the file."""
     return "\n".join(f"{source}: {line}" if source else line for line in lines)
 
 
 def with_frontend(graph: dict[str, Any]) -> dict[str, Any]:
-    """A graph with a frontend of its own, where only its workers have one each, as a sidecar: those take
-    requests from a gateway that chooses the worker, which is what a frontend does here."""
+    """Add a frontend to a graph whose workers have a frontend each, as a sidecar. Such sidecars take
+    requests from a gateway that chooses the worker; in Penstock, the frontend chooses it."""
     services: dict[str, dict[str, Any]] = graph["spec"]["services"]
     has_sidecars = any(service.get("frontendSidecar") is not None for service in services.values())
     has_frontend = any(service.get("componentType") in FRONTEND_TYPES for service in services.values())
@@ -325,7 +326,7 @@ def with_frontend(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """With a limit on nesting, whose cost would grow with its square."""
+    """A YAML loader with a limit on nesting: the cost of parsing grows with its square."""
 
     def fetch_more_tokens(self) -> None:
         if self.flow_level + len(self.indents) > _DEPTH_MAX:
@@ -350,8 +351,8 @@ def _documents(text: str, source: str) -> list[Any]:
 
 
 def _is_larger(document: Any, values_max: int) -> bool:
-    """Whether it has more values than that where each alias counts as often as it stands there: a few lines
-    of them can stand for billions, and one within itself for endless ones."""
+    """Whether a document has too many values. Each use of an alias counts: a few lines with aliases can
+    stand for billions of values, and an alias within itself for endlessly many."""
     waiting, values = [document], 0
     while waiting:
         value = waiting.pop()
@@ -365,7 +366,8 @@ def _is_larger(document: Any, values_max: int) -> bool:
 
 
 def _objects(documents: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The Kubernetes objects in documents, also those within a List, as `kubectl get -o yaml` writes it."""
+    """The Kubernetes objects in documents, including those in a List, as `kubectl get -o yaml` writes
+    it."""
     for document in documents:
         if not isinstance(document, dict):
             continue

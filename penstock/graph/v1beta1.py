@@ -1,8 +1,7 @@
-"""The DynamoGraphDeployment API, `nvidia.com/v1beta1`, as structs: what its fields are called and may hold.
+"""The structs of a DynamoGraphDeployment of `nvidia.com/v1beta1`.
 
-Nothing runs from these: `versions` turns such a manifest into the other version, which everything else
-reads. A person's mistakes are found with them, so that a message names the field as it was written, and the
-schema in the cluster is made of them.
+They serve for two things only: to find mistakes, so that a message names the field as the user wrote it,
+and to generate the CRD's schema. For everything else, `versions.py` converts the manifest to v1alpha1.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from penstock.checked import problems, shown
 
 API_VERSION = "nvidia.com/v1beta1"
 MAIN_CONTAINER = "main"
-"""The container of a pod template that is Penstock's. All others are the user's own."""
+"""The name of Penstock's container in a pod template. All other containers are the user's."""
 
 Quantity = str | int | float
 """Kubernetes' notation of an amount: `8Gi`, `500m`, or a plain number."""
@@ -33,7 +32,7 @@ def _names(words: str) -> frozenset[str]:
 
 
 class _Struct(msgspec.Struct, frozen=True, rename="camel"):
-    """Base: camelCase names."""
+    """The base of the structs: fields have camelCase names in YAML."""
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset()
 
@@ -47,7 +46,7 @@ class EnvironmentVariable(_Struct, frozen=True):
 
 
 class ResourceAmounts(_Struct, frozen=True):
-    """A container's resources, as Kubernetes has them."""
+    """The resources of a Kubernetes Container."""
 
     requests: dict[str, Quantity] | None = None
     limits: dict[str, Quantity] | None = None
@@ -106,7 +105,7 @@ class PodTemplate(_Struct, frozen=True):
 
 
 class Nodes(_Struct, frozen=True):
-    """How many nodes one worker spans."""
+    """The number of nodes that one worker spans."""
 
     node_count: Annotated[int, Meta(ge=2)] = 2
 
@@ -119,7 +118,7 @@ class ServedModel(_Struct, frozen=True):
 
 
 class CompilationCache(_Struct, frozen=True):
-    """A PersistentVolumeClaim that keeps what engines compile."""
+    """A PersistentVolumeClaim for the compilation cache of engines."""
 
     pvc_name: str
     mount_path: str | None = None
@@ -161,7 +160,7 @@ class Restart(_Struct, frozen=True):
 
 
 class GraphSpec(_Struct, frozen=True):
-    """The graph: its components, and what all of them share."""
+    """The graph: its components, and the settings of all components."""
 
     components: Annotated[tuple[Component, ...], Meta(min_length=1, max_length=_COMPONENTS_MAX)]
     env: tuple[EnvironmentVariable, ...] = ()
@@ -181,7 +180,7 @@ class _Document(_Struct, frozen=True):
 
 
 def v1beta1_problems(document: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the spec of a v1beta1 graph, a line each, by the path as it was written."""
+    """The mistakes in the spec of a v1beta1 graph, one line each, with the paths that the user wrote."""
     wrong = [line.removeprefix(".") for line in problems(document, _Document, "")]
     yield from wrong
     if wrong:
