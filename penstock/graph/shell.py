@@ -255,7 +255,7 @@ class _Shell:
     def _values(self, part: Variable | ShellOnly) -> list[str]:
         """The values of a part: a single text, or all arguments."""
         if isinstance(part, ShellOnly):
-            raise ConfigError(f"the shell script: {part.source} is not run here; write its result instead")
+            raise ConfigError(f"the shell script: {part.source} is not run here; write its value")
         if part.name == "@" and not part.operator:
             return self._arguments[1:]
         if part.name.endswith("[@]") and not part.operator and part.name[:-3] in self._arrays:
@@ -279,7 +279,7 @@ class _Shell:
         if name.removesuffix("[@]") in self._unknown:
             raise ConfigError(
                 f"the shell script: ${name} is set by commands that are not run here;"
-                " write its result instead"
+                " write its value"
             )
         if name in ("@", "*"):
             return " ".join(self._arguments[1:])
