@@ -2,9 +2,9 @@
 
 They contain the flags of Dynamo 1.6.1, and older ones that manifests still use. Each flag is one of these:
 
-    served      Penstock has an equivalent flag, or does this without a flag ignored     it tunes what
-    Penstock measures itself, or configures what Penstock does not have; a note says so refused     it
-    changes what clients get, or who may connect; the graph does not start
+    served      Penstock has an equivalent flag, or does this without a flag
+    ignored     it tunes what Penstock measures itself, or configures what Penstock lacks; a note says so
+    refused     it changes what clients get, or who may connect; the graph does not start
 
 Each switch `--name` has an opposite, `--no-name`. The opposite of a refused switch is accepted, since it
 asks for what Penstock does anyway.

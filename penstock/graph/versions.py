@@ -122,8 +122,8 @@ def to_v1beta1(found: Object) -> Object:
 def to_v1alpha1(found: Object) -> Object:
     """A graph of v1beta1 as one of v1alpha1.
 
-    `spec.services` is not a field of v1beta1. If the object has it, it holds changes in the terms of v1alpha1
-    (see SERVICES_IN_V1BETA1).
+    `spec.services` is not a field of v1beta1. If the object has it, it holds changes in the terms of
+    v1alpha1 (see SERVICES_IN_V1BETA1).
 
     Raises:
         ConfigError: the object has another shape than its version allows.
