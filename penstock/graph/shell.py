@@ -278,8 +278,7 @@ class _Shell:
     def _value(self, name: str) -> str | None:
         if name.removesuffix("[@]") in self._unknown:
             raise ConfigError(
-                f"the shell script: ${name} is set by commands that are not run here;"
-                " write its value"
+                f"the shell script: ${name} is set by commands that are not run here; write its value"
             )
         if name in ("@", "*"):
             return " ".join(self._arguments[1:])

@@ -53,9 +53,8 @@ class Election:
         self._clock = clock
         self._utc = utc
         self._renewed_at: float | None = None  # when this process last wrote the lease as its holder
-        self._seen: tuple[str, float] | None = (
-            None  # the lease's resourceVersion, and when it was first seen
-        )
+        # The lease's resourceVersion, and when it was first seen.
+        self._seen: tuple[str, float] | None = None
 
     @property
     def leads(self) -> bool:
