@@ -72,8 +72,8 @@ PURE_BANNED_IMPORTS = {"asyncio", "socket", "threading", "time", "os", "subproce
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 70
 
-# Class names in several files, and in how many: two versions of one manifest describe the same things, and a
-# port is named as what fulfils it. Whoever shares a name for another reason gives both precise ones.
+# Class names in several files, and in how many: two versions of one manifest describe the same things, and
+# a port is named as what fulfils it. Whoever shares a name for another reason gives both precise ones.
 SHARED_CLASS_NAMES = {
     "PodMetadata": 2,
     "Restart": 2,
