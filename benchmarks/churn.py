@@ -2,7 +2,7 @@
 
     make soak ARGS="--churn --duration 1800"
 
-A graph of plain processes (tests/faults/lab) with clients that check every token. Every few
+A graph of plain processes (checks/faults) with clients that check every token. Every few
 seconds something happens to one of them: it is killed, drained, frozen, cut off, added or taken away. One
 frontend, one prefill and one decode worker survive, and are looked at all the time: resident memory, file
 descriptors, threads, asyncio tasks. A line is fitted to each after the first quarter; it may not rise.
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.lab.clients import Client, sim_question
-from tests.faults.lab.http import get
-from tests.faults.lab.processes import Graph, Part
-from tests.faults.lab.proxy import Weather
+from checks.faults.clients import Client, sim_question
+from checks.faults.http import get
+from checks.faults.processes import Graph, Part
+from tests.proxy import Weather
 
 MODEL = ("--engine", "sim", "--model", "sim", "--sim-speedup", "0.5", "--transfer", "tcp")
 PAUSE_S = (2.0, 6.0)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.kubernetes.cluster import binaries
+from checks.kubernetes.cluster import binaries
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0

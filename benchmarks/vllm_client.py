@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from tests.engines.vllm.live.conftest import cpu_environment
+from checks.vllm.conftest import cpu_environment
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny"
 PROMPT = list(range(5, 105))
@@ -59,9 +59,9 @@ async def by_async_llm(streams: int, tokens: int) -> float:
 
 async def by_engine(streams: int, tokens: int) -> float:
     """Microseconds a token."""
+    from checks.vllm.engine.running import settings
     from penstock.engines.vllm.engine import VllmEngine
     from penstock.shapes import Attempt, Sampling
-    from tests.engines.vllm.live.running import settings
 
     engine = VllmEngine(settings())
     await engine.start()

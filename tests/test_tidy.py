@@ -123,7 +123,7 @@ def read(path: Path) -> Source:
 @cache
 def sources() -> list[Source]:
     """All Python of the repository. Read on first use, and not by whoever only collects tests."""
-    folders = ("penstock", "simulator", "tests", "benchmarks", "examples", "models")
+    folders = ("penstock", "simulator", "tests", "checks", "benchmarks", "examples", "models")
     return [read(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

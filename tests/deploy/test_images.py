@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from checks.kubernetes.cluster import images
 from tests.deploy.manifests import DEPLOY, ROOT
-from tests.kubernetes.cluster import images
 
 DOCKERFILES = ("Dockerfile", "Dockerfile.vllm")
 

@@ -22,7 +22,7 @@ class Watcher:
 
     def __init__(self, discovery: Discovery) -> None:
         self._discovery = discovery
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None]
         self._changed = asyncio.Condition()
         self.latest: Mapping[str, Registration] | None = None
         self.updates = 0
@@ -53,7 +53,7 @@ class Watcher:
     ) -> Mapping[str, Registration]:
         async with asyncio.timeout(within_s), self._changed:
             await self._changed.wait_for(lambda: holds(self.latest))
-            return self.latest
+            return self.latest or {}
 
 
 class DiscoveryContract:

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from tests.e2e.conftest import ROOT, START_S, Process
-from tests.faults.lab.proxy import Proxy
 from tests.ports import free_port
+from tests.proxy import Proxy
 from tests.waiting import wait_until
 
 SHIFTED = """

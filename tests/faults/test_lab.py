@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.faults.lab import report
-from tests.faults.lab.clients import Client, Question, drawn, sim_question
-from tests.faults.lab.episode import SIM_PHASES, Row
-from tests.faults.lab.faults import FAULTS
-from tests.faults.lab.proxy import Proxy, Weather
+from checks.faults import report
+from checks.faults.clients import Client, Question, drawn, sim_question
+from checks.faults.episode import SIM_PHASES, Row
+from checks.faults.faults import FAULTS
+from tests.proxy import Proxy, Weather
 
 
 def test_every_fault_is_in_the_page() -> None:

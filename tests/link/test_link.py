@@ -21,7 +21,7 @@ from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
 from penstock.shapes import Incarnation, Load, Output
 from penstock.wire.messages import Bounce, Step
-from tests.faults.lab.proxy import Proxy, Weather
+from tests.proxy import Proxy, Weather
 
 
 def send_step(server: Any, worker: Any, stored: int) -> None:

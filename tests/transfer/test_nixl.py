@@ -1,4 +1,4 @@
-"""What can be tested of `transfer/nixl.py` without NIXL; `with_nixl.py` has the rest."""
+"""What can be tested of `transfer/nixl.py` without NIXL; `checks/nixl.py` has the rest."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,21 +13,9 @@ from penstock.shapes import Incarnation
 from penstock.transfer.messages import MAX_FRAME_BYTES, PROTOCOL, Granted, Read, frame
 from penstock.transfer.stream import Stream
 from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
+from tests.transfer import contract
 from tests.waiting import wait_until
 
-
-def _load_contract():
-    """The suite shared by all transports' tests: tests are no package, so it is loaded by path."""
-    spec = importlib.util.spec_from_file_location(
-        "transfer_contract", Path(__file__).parent / "contract.py"
-    )
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "TransferContract"):
-        spec.loader.exec_module(module)
-    return module
-
-
-contract = _load_contract()
 Worker, changed, handoff = (
     contract.Worker,
     contract.changed,

@@ -1,5 +1,5 @@
 """What an engine holds for decode workers. vLLM's workers are played here, to say things at awkward times;
-tests/engines/vllm/live/handoffs.py has the real ones."""
+checks/vllm/engine/handoffs.py has the real ones."""
 
 from __future__ import annotations
 
