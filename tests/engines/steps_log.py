@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from penstock.clock import MonotonicClock, VirtualClock
 from penstock.ports import Engine
-from penstock.shapes import Attempt, EngineStep, Output, Sampling
+from penstock.shapes import EngineStep, Output
+from tests import builders
 
-
-def attempt(attempt_id: str, length: int = 100, **sampling: object) -> Attempt:
-    sampling = {"max_tokens": 10, **sampling}
-    return Attempt(attempt_id, attempt_id, list(range(length)), length, Sampling(**sampling))  # type: ignore[arg-type]
+attempt = partial(builders.attempt, prompt=100, max_tokens=10)
 
 
 class StepsLog:

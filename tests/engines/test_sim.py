@@ -95,7 +95,7 @@ async def test_an_unknown_cost_model_is_refused():
 async def test_steps_take_the_models_time_on_a_virtual_clock():
     clock = VirtualClock()
     async with running(sim_engine(SimSettings(vocab_size=1000), clock=clock), clock) as log:
-        log.engine.submit(attempt("a", length=1000))
+        log.engine.submit(attempt("a", prompt=1000))
         await clock.advance(10)
     costs = cost_model("qwen3-32b/h200/tp2")
     times = [at for at, _ in log.outputs("a")]
@@ -115,7 +115,7 @@ async def test_the_same_work_is_the_same_on_both_clocks():
         settings = SimSettings(vocab_size=1000, speedup=1000.0)
         async with running(sim_engine(settings, clock=clock), measured) as log:
             for i in range(5):
-                log.engine.submit(attempt(f"{i}", length=50 + i, seed=i))
+                log.engine.submit(attempt(f"{i}", prompt=50 + i, seed=i))
             async with asyncio.timeout(5):
                 while not all(log.text(f"{i}")[9:] for i in range(5)):
                     if clock is not None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import msgspec
 import pytest
@@ -15,7 +16,8 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError, RemoteError
 from penstock.ports import Pulled
-from penstock.shapes import Attempt, EngineStep, FinishReason, Handoff, Incarnation, Output, Sampling
+from penstock.shapes import EngineStep, FinishReason, Handoff, Incarnation, Output
+from tests import builders
 from tests.engines.rig import CARD, PROMPT, continued, next_token
 
 
@@ -113,10 +115,7 @@ class Reader:
         return [t for o in self.outputs if o.attempt_id == attempt_id for t in o.token_ids]
 
 
-def attempt(attempt_id: str, **fields: object) -> Attempt:
-    sampling = Sampling(max_tokens=fields.pop("max_tokens", 5))  # type: ignore[arg-type]
-    token_ids = fields.pop("token_ids", PROMPT)
-    return Attempt(attempt_id, attempt_id, token_ids, len(PROMPT), sampling, **fields)  # type: ignore[arg-type]
+attempt = partial(builders.attempt, prompt=PROMPT)
 
 
 @pytest.fixture
@@ -157,7 +156,7 @@ async def test_computes_in_a_thread_of_its_own(start: Start):
 
 async def test_tells_the_load_without_computing(start: Start):
     engine = await start()
-    engine.submit(attempt("a", token_ids=[]))
+    engine.submit(attempt("a", prompt=[]))
     reader = Reader(engine)
     await reader.end("a")
     assert reader.steps[-1].load.submitted == 1
@@ -204,7 +203,7 @@ async def test_hands_over_and_pulls(start: Start, caplog: pytest.LogCaptureFixtu
     assert output.handoff is not None
     assert output.handoff.address == "p"
     assert output.handoff.transport == "test"
-    decode.submit(attempt("d", token_ids=[*PROMPT, *output.token_ids], handoff=output.handoff))
+    decode.submit(attempt("d", generated=output.token_ids, handoff=output.handoff))
     second = Reader(decode)
     await second.end("d")
     assert second.text("d") == continued(PROMPT, 5)[1:]
@@ -228,7 +227,7 @@ async def test_errors_of_the_transfer_are_answers(start: Start):
     assert refused is not None
     assert refused.error == "KV transfer cannot export: no memory"
     other = await start(transfer=transfer)
-    other.submit(attempt("d", token_ids=[*PROMPT, *output.token_ids], handoff=output.handoff))
+    other.submit(attempt("d", generated=output.token_ids, handoff=output.handoff))
     second = Reader(other)
     await second.end("d")
     assert second.text("d") == continued(PROMPT, 5)[1:]

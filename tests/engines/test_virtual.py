@@ -38,13 +38,13 @@ async def test_two_engines_hand_over_on_a_virtual_clock():
         sim_engine(SimSettings(), SimTransfer(settings, network, name, clock), clock) for name in "pd"
     ]
     async with running(engines[0], clock) as prefill, running(engines[1], clock) as decode:
-        first = attempt("p", length=160)
+        first = attempt("p", prompt=160)
         first.prefill_only = True
         prefill.engine.submit(first)
         await clock.advance(1.0)
         [(_, output)] = prefill.outputs("p")
         assert output.handoff is not None
-        second = attempt("d", length=160)
+        second = attempt("d", prompt=160)
         second.token_ids += output.token_ids
         second.handoff = output.handoff
         sent_at = clock.now()
@@ -57,7 +57,7 @@ async def test_two_engines_hand_over_on_a_virtual_clock():
         assert at - sent_at == pytest.approx(pull_s + step_s)
         assert first_output.transferred_blocks == 10
         assert prefill.steps[-1][1].load.held_handoffs == 0
-        whole = attempt("w", length=160)
+        whole = attempt("w", prompt=160)
         prefill.engine.submit(whole)
         await clock.advance(1.0)
         assert prefill.text("w") == prefill.text("p") + decode.text("d")

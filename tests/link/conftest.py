@@ -14,10 +14,11 @@ from penstock.link.client import LinkClient
 from penstock.link.peer import Peer
 from penstock.link.server import LinkServer
 from penstock.link.settings import ClientSettings, ServerSettings, TlsSettings
-from penstock.shapes import Attempt, Card, Load, Sampling
+from penstock.shapes import Attempt, Card, Load
 from penstock.wire.frames import FrameDecoder, encode
 from penstock.wire.messages import Bounce, Step
 from tests import cards
+from tests.builders import attempt
 from tests.waiting import until
 
 
@@ -173,10 +174,6 @@ class FakeTransport(asyncio.Transport):
 
     def receive(self, message: Any) -> None:
         self.protocol.data_received(encode(message))
-
-
-def attempt(attempt_id: str = "a1", tokens: int = 3) -> Attempt:
-    return Attempt(attempt_id, "r1", list(range(tokens)), tokens, Sampling(max_tokens=5))
 
 
 class LinkBench:

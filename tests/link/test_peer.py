@@ -182,14 +182,14 @@ async def test_nothing_comes_before_the_hello(bench: Any, message: Any) -> None:
 
 
 async def test_frames_are_small_before_the_hello_and_long_after_it(bench: Any) -> None:
-    long = encode(Generate(seq=1, attempt=bench.attempt(tokens=100_000)))
+    long = encode(Generate(seq=1, attempt=bench.attempt(prompt=100_000)))
     case = Case(bench)
     case.transport.protocol.data_received(long[:4])
     assert "expected 1 to 1024" in await case.ended()
     case = Case(bench)
     await case.go_live()
     case.transport.protocol.data_received(long)
-    assert case.worker.generated == [("f1", "a1")]
+    assert case.worker.generated == [("f1", "a.1")]
 
 
 async def test_a_refusal_is_sent_and_then_the_connection_closes(bench: Any) -> None:

@@ -189,7 +189,7 @@ async def test_a_long_prompt_on_a_slow_line_is_only_on_its_way(bench: Any) -> No
     """Whether it still waits here or in the kernel: part after part arrives."""
     case = Case(bench, silence_s=1.0, ping_s=0.25)
     case.go_live()
-    case.session.generate(bench.attempt(tokens=10_000))
+    case.session.generate(bench.attempt(prompt=10_000))
     for second in range(20):
         case.transport.receive(told(100 + second))
         for _ in range(4):
@@ -241,7 +241,7 @@ async def test_an_attempt_too_long_for_a_frame_takes_no_seq(bench: Any) -> None:
     case = Case(bench, max_frame_bytes=10_000)
     case.go_live()
     with pytest.raises(ProtocolError, match="too long for a frame"):
-        case.session.generate(bench.attempt(tokens=10_000))
+        case.session.generate(bench.attempt(prompt=10_000))
     assert case.session.generate(bench.attempt()) == 1
     assert len(case.take()) == 1
 
@@ -265,7 +265,7 @@ async def test_attempts_that_find_the_link_full_go_elsewhere_and_do_not_end_it(b
     sent = 0
     with pytest.raises(RemoteError, match="its link is full"):  # noqa: PT012
         while True:
-            case.session.generate(bench.attempt(tokens=3000))
+            case.session.generate(bench.attempt(prompt=3000))
             sent += 1
     assert sent > 5
     assert case.session.live

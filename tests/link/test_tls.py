@@ -74,7 +74,7 @@ async def exchange(bench: Any, worker_tls: TlsSettings, frontend_tls: TlsSetting
         await bench.until(lambda: client.up)
         assert listener.cached == worker.cached
         assert await client.asset(name) == content
-        client.generate(bench.attempt(tokens=50_000))
+        client.generate(bench.attempt(prompt=50_000))
         await bench.until(lambda: worker.generated)
         await server.close("done")
         await bench.until(lambda: listener.downs)

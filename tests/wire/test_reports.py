@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
 
 from penstock.errors import ProtocolError
 from penstock.shapes import (
-    Attempt,
     FinishReason,
     Handoff,
     Incarnation,
     Load,
     Output,
     Role,
-    Sampling,
     TokenLogprob,
 )
 from penstock.wire.messages import Bounce, Step
 from penstock.wire.reports import MAX_OPEN, Reports
+from tests import builders
 from tests.cards import card
 
 CARD = card("w0", Role.PREFILL, epoch=7, vocab_size=50)
 LOAD = Load(running=1, used_blocks=3, total_blocks=100, steps=10, submitted=5)
 
 
-def attempt(attempt_id: str, **fields: object) -> Attempt:
-    sampling = Sampling(max_tokens=4, logprobs=fields.pop("logprobs", None))  # type: ignore[arg-type]
-    return Attempt(attempt_id, "r", [1, 2, 3], 2, sampling, **fields)  # type: ignore[arg-type]
+attempt = partial(builders.attempt, prompt=2, generated=[3], max_tokens=4)
 
 
 def handoff(attempt_id: str = "p.1", **fields: object) -> Handoff:

@@ -30,10 +30,10 @@ from penstock.shapes import (
     Output,
     Rates,
     Role,
-    Sampling,
 )
 from penstock.wire.messages import Bounce, Step
 from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
+from tests.builders import attempt
 from tests.waiting import until
 
 ASSETS = Assets({"tokenizer.json": b"{}"})
@@ -162,10 +162,6 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         await frontend.hang_up()
 
 
-def attempt(number: int) -> Attempt:
-    return Attempt(f"a.{number}", "a", [1, 2, 3], 3, Sampling(max_tokens=5))
-
-
 async def test_a_frontend_gets_card_snapshot_and_the_changes_since(stage: Stage) -> None:
     frontend = await stage.frontend()
     assert frontend.cards[0].instance_id == "w"
@@ -180,7 +176,7 @@ async def test_a_frontend_gets_card_snapshot_and_the_changes_since(stage: Stage)
 
 async def test_outputs_go_to_their_frontend_and_events_to_all(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
-    mine.client.generate(attempt(1))
+    mine.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     stage.engine.say(Output("a.1", [7], FinishReason.STOP), stored=[9])
     await until(lambda: mine.steps and other.steps)
@@ -192,7 +188,7 @@ async def test_outputs_go_to_their_frontend_and_events_to_all(stage: Stage) -> N
 
 async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Stage) -> None:
     frontend = await stage.frontend()
-    frontend.client.generate(attempt(1))
+    frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     stage.engine.say(load=Load(submitted=0))
     stage.engine.say(load=Load(submitted=1, running=1))
@@ -205,7 +201,7 @@ async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
     assert stage.worker.revision == ""
     frontend = await stage.frontend()
     assert stage.worker.revision
-    frontend.client.generate(replace(attempt(1), prefill_only=True))
+    frontend.client.generate(replace(attempt("a.1"), prefill_only=True))
     await until(lambda: stage.engine.submitted)
     link = LinkServerStatistics(frontends=1, handshakes=0)
     assert stage.worker.statistics() == WorkerStatistics(1, not_in_load=1, handoffs=0, link=link)
@@ -220,7 +216,7 @@ async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
 async def test_bounces_when_full_and_twins(stage: Stage) -> None:
     frontend = await stage.frontend()
     for number in (1, 1, 2, 3):
-        frontend.client.generate(attempt(number))
+        frontend.client.generate(attempt(f"a.{number}"))
     await until(lambda: len(frontend.bounces) == 2)
     assert [bounce.attempt_id for bounce in frontend.bounces] == ["a.1", "a.3"]
     assert "here already" in frontend.bounces[0].reason
@@ -230,16 +226,16 @@ async def test_bounces_when_full_and_twins(stage: Stage) -> None:
 
 async def test_bounces_what_would_wait_too_long(stage: Stage) -> None:
     frontend = await stage.frontend()
-    frontend.client.generate(attempt(1))
+    frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     rates = Rates(prefill_token_ms=0.1)
     stage.engine.say(load=Load(running=1, prefill_tokens=90_000, submitted=1, rates=rates))
     await until(lambda: frontend.steps)
-    frontend.client.generate(attempt(2))
+    frontend.client.generate(attempt("a.2"))
     await until(lambda: len(stage.engine.submitted) == 2)
     stage.engine.say(load=Load(running=2, prefill_tokens=120_000, submitted=2, rates=rates))
     await until(lambda: len(frontend.steps) == 2)
-    frontend.client.generate(attempt(3))
+    frontend.client.generate(attempt("a.3"))
     await until(lambda: frontend.bounces)
     (bounce,) = frontend.bounces
     assert bounce.attempt_id == "a.3"
@@ -250,10 +246,10 @@ async def test_bounces_what_would_wait_too_long(stage: Stage) -> None:
 
 async def test_only_the_owner_cancels(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
-    mine.client.generate(attempt(1))
+    mine.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     other.client.cancel("a.1")
-    other.client.generate(attempt(2))  # what it said before has arrived once this has
+    other.client.generate(attempt("a.2"))  # what it said before has arrived once this has
     await until(lambda: len(stage.engine.submitted) == 2)
     assert stage.engine.cancelled == []
     mine.client.cancel("a.1")
@@ -262,13 +258,13 @@ async def test_only_the_owner_cancels(stage: Stage) -> None:
 
 async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
-    mine.client.generate(replace(attempt(1), prefill_only=True))
+    mine.client.generate(replace(attempt("a.1"), prefill_only=True))
     await until(lambda: stage.engine.submitted)
     handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: mine.steps)
     other.client.release("a.1", sent=False)
-    other.client.generate(attempt(2))
+    other.client.generate(attempt("a.2"))
     await until(lambda: len(stage.engine.submitted) == 2)
     assert stage.engine.released == []
     mine.client.release("a.1", sent=False)
@@ -277,7 +273,7 @@ async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
 
 async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released(stage: Stage) -> None:
     frontend = await stage.frontend()
-    frontend.client.generate(attempt(1))
+    frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     await frontend.hang_up()
     await until(lambda: stage.engine.cancelled == ["a.1"])
@@ -289,7 +285,7 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
 async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> None:
     frontend, other = await stage.frontend(), await stage.frontend("other")
     for number, peer in ((1, frontend), (2, frontend), (3, other)):
-        peer.client.generate(replace(attempt(number), prefill_only=True))
+        peer.client.generate(replace(attempt(f"a.{number}"), prefill_only=True))
         await until(lambda number=number: len(stage.engine.submitted) == number)
         name = f"a.{number}"
         handoff = Handoff(name, Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
@@ -303,13 +299,13 @@ async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> N
 
 async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) -> None:
     frontend = await stage.frontend()
-    frontend.client.generate(attempt(1))
+    frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.engine.submitted)
     assert stage.worker.health()["status"] == "healthy"
     stage.stop.set()
     await until(lambda: frontend.draining)
     assert stage.worker.health()["status"] == "draining"
-    frontend.client.generate(attempt(2))
+    frontend.client.generate(attempt("a.2"))
     await until(lambda: frontend.bounces)
     assert frontend.bounces[0].reason == "draining"
     assert not stage.task.done()
@@ -325,8 +321,8 @@ async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) ->
 
     frontend = await stage.frontend()
     assert busy() == (0, 0, 0, 0)
-    frontend.client.generate(msgspec.structs.replace(attempt(1), prefill_only=True))
-    frontend.client.generate(attempt(2))
+    frontend.client.generate(msgspec.structs.replace(attempt("a.1"), prefill_only=True))
+    frontend.client.generate(attempt("a.2"))
     await until(lambda: len(stage.engine.submitted) == 2)
     assert busy() == (2, 0, 2, 0)  # the engine has said nothing of them yet
     stage.engine.say(load=Load(submitted=2, running=1, waiting=1, steps=1))
@@ -352,7 +348,7 @@ async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
     assert stage.worker.health()["status"] == "starting"
     frontend = await stage.frontend()
     await until(lambda: stage.worker.health()["status"] == "healthy")
-    frontend.client.generate(attempt(1))
+    frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.worker.health()["status"] == "stuck")
     assert stage.worker.health()["engine"].startswith("no step for 0.")
     stage.engine.say(load=Load(submitted=1, running=1, steps=1))

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
 from penstock.shapes import Attempt, FinishReason, Handoff, Output, Sampling
+from tests import builders
 
 GREEDY = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
 SEEDED = Sampling(
@@ -98,8 +100,7 @@ async def running(folder: Path, *, transfer: bool = False, **changes: Any) -> As
             await engine.stop(0.0)
 
 
-def attempt(name: str, prompt: list[int], sampling: Sampling = GREEDY, **more: Any) -> Attempt:
-    return Attempt(name, name, list(prompt), more.pop("prompt_len", len(prompt)), sampling, **more)
+attempt = partial(builders.attempt, sampling=GREEDY)
 
 
 def tokens(outputs: list[Output]) -> list[int]:
@@ -141,12 +142,14 @@ async def test_chunks_and_preemption_change_nothing(
 ) -> None:
     prompts = [prompt[at:] + prompt[:at] for at in range(6)]
     async with running(folder) as client:
-        alone = [await client.run(attempt(str(at), text, sampling)) for at, text in enumerate(prompts)]
+        alone = [
+            await client.run(attempt(str(at), text, sampling=sampling)) for at, text in enumerate(prompts)
+        ]
         block_bytes = load_model(client_settings(folder)).pool.shape[1]
     tight = SchedulerSettings(max_running=6, max_batch_tokens=7)
     caplog.set_level("INFO", logger="penstock.engine")
     async with running(folder, kv_cache_bytes=60 * block_bytes, scheduler=tight) as client:
-        runs = (client.run(attempt(str(at), text, sampling)) for at, text in enumerate(prompts))
+        runs = (client.run(attempt(str(at), text, sampling=sampling)) for at, text in enumerate(prompts))
         crowded = await asyncio.gather(*runs)
     assert "preempted: " in caplog.text
     assert [tokens(outputs) for outputs in crowded] == [tokens(outputs) for outputs in alone]
@@ -160,14 +163,12 @@ def client_settings(folder: Path) -> ReferenceSettings:
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 async def test_disaggregated_is_aggregated(folder: Path, prompt: list[int], sampling: Sampling) -> None:
     async with running(folder) as client:
-        expected = await client.run(attempt("a", prompt, sampling))
+        expected = await client.run(attempt("a", prompt, sampling=sampling))
     async with running(folder, transfer=True) as prefill, running(folder, transfer=True) as decode:
-        prefilled = await prefill.run(attempt("p", prompt, sampling, prefill_only=True))
+        prefilled = await prefill.run(attempt("p", prompt, sampling=sampling, prefill_only=True))
         handoff = prefilled[-1].handoff
         assert prefilled[-1].finish_reason is FinishReason.PREFILLED
-        continued = attempt(
-            "d", [*prompt, *tokens(prefilled)], sampling, prompt_len=len(prompt), handoff=handoff
-        )
+        continued = attempt("d", prompt, sampling=sampling, generated=tokens(prefilled), handoff=handoff)
         decoded = await decode.run(continued)
     assert (decoded[0].cached_tokens, decoded[0].transferred_blocks) == (23, 6)
     assert tokens(prefilled) + tokens(decoded) == tokens(expected)
@@ -176,9 +177,9 @@ async def test_disaggregated_is_aggregated(folder: Path, prompt: list[int], samp
 
 async def test_another_attempt_continues_after_a_lost_worker(folder: Path, prompt: list[int]) -> None:
     async with running(folder) as client:
-        expected = tokens(await client.run(attempt("a", prompt, SEEDED)))
+        expected = tokens(await client.run(attempt("a", prompt, sampling=SEEDED)))
     async with running(folder) as client:
-        rest = await client.run(attempt("b", [*prompt, *expected[:20]], SEEDED, prompt_len=len(prompt)))
+        rest = await client.run(attempt("b", prompt, sampling=SEEDED, generated=expected[:20]))
     assert tokens(rest) == expected[20:]
 
 
