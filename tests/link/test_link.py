@@ -288,8 +288,9 @@ async def test_a_frozen_worker_is_noticed(bench: Any) -> None:
         peer.tick = lambda seconds: None  # connected, but silent
         started = time.monotonic()
         await bench.until(lambda: listener.downs)
-        assert 0.1 < time.monotonic() - started < 1.0
-        assert listener.downs == ["nothing heard in 0.2 s"]
+        assert 0.1 < time.monotonic() - started < 5.0
+        (reason,) = listener.downs  # it tells neither its load nor what of the frontend's has arrived
+        assert reason in ("nothing heard in 0.2 s", "nothing that was sent has arrived in 0.2 s")
 
 
 async def test_a_frozen_frontend_is_noticed(bench: Any) -> None:
