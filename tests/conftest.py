@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -30,3 +31,47 @@ def nothing_holds_up_the_event_loop(request: pytest.FixtureRequest) -> Iterator[
     with LoopWatch() as watch:
         yield
     assert not watch.found, "\n".join(watch.found)
+
+
+# --- in several processes (`make test`) -------------------------------------------------------------
+
+FIRST = "tests/e2e/"
+"""What waits more than it computes: begun first, it has others beside it that compute."""
+
+ALONE = (
+    "tests/faults/test_mutations.py",
+    "tests/faults/test_simulation.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/router/test_waits.py",
+)
+"""Files whose cases compute for long and share nothing: each case goes to whichever process is free."""
+
+SAME_GRAPHS = ("tests/e2e/test_document.py", "tests/e2e/test_equality.py")
+"""Files that use the same graphs of several processes, which are started only once."""
+
+
+def part_of(nodeid: str) -> str:
+    """The part of the tests that runs as a whole in one process: a file, but for those above."""
+    file = nodeid.partition("::")[0]
+    return nodeid if file in ALONE else "graphs" if file in SAME_GRAPHS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InParts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid)
+
+    config.option.loadscopereorder = False  # the number of cases says nothing of how long they take
+    return InParts(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits, then the others, then what computes for long and fills up the time that is left."""
+
+    def turn(item: pytest.Item) -> int:
+        return 0 if item.nodeid.startswith(FIRST) else 2 if item.nodeid.startswith(ALONE) else 1
+
+    items.sort(key=turn)
