@@ -20,7 +20,7 @@ from penstock.frontend.http.server import _connections
 from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import BURST_LINES
 from penstock.net.listening import InheritedListener, listen
-from penstock.shapes import Delta, FinishReason
+from penstock.shapes import Delta, FinishReason, Role
 from tests.frontend.conftest import ScriptedCompleter, serving
 from tests.waiting import until
 
@@ -751,15 +751,15 @@ async def test_inherited_port_is_served_once_healthy_or_when_patience_ends(
     view, byte_level, saying, launcher
 ):
     completer = ScriptedCompleter([view], saying("late"))
-    completer.missing = "decode"
+    completer.absent = [Role.DECODE]
     app_soon = asyncio.create_task(_first_answer(completer, launcher.inherited(patience_s=60)))
     await asyncio.sleep(0.3)
     assert not app_soon.done()
-    completer.missing = ""
+    completer.absent = []
     assert (await asyncio.wait_for(app_soon, 5)).status_code == 200
     assert launcher.was_told_ready(0)
 
-    completer.missing = "decode"
+    completer.absent = [Role.DECODE]
     answer = await asyncio.wait_for(_first_answer(completer, launcher.inherited(patience_s=0.2)), 5)
     assert (answer.status_code, answer.json()["missing"]) == (503, ["decode"])
     assert not launcher.was_told_ready(1)
