@@ -18,7 +18,8 @@ from penstock.core.catalog import Catalog
 from penstock.core.membership import Connect, Disconnect, Member, Membership, State
 from penstock.core.pairing import without_pairs
 from penstock.core.placement import Placement
-from penstock.core.progress import PatientTime, Progress, ProgressLimits
+from penstock.core.progress import PatientTime, Progress
+from penstock.core.settings import RouterSettings
 from penstock.errors import ConfigError, ProtocolError, RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
@@ -74,6 +75,7 @@ class Instances:
         self,
         discovery: Discovery,
         placement: Placement,
+        settings: RouterSettings,
         link_settings: ClientSettings,
         metrics: RouterMetrics,
         clock: Clock,
@@ -81,27 +83,24 @@ class Instances:
         listener: Listener,
         *,
         frontend_id: str,
-        load_retry_s: float,
-        outage_s: float,
-        progress: ProgressLimits,
-        tick_s: float,
     ) -> None:
         self.membership = Membership()
         self._discovery = discovery
         self._placement = placement
+        self._settings = settings
         self._link_settings = link_settings
         self._metrics = metrics
         self._clock = clock
         self._rng = rng
         self._listener = listener
         self._frontend_id = frontend_id
-        self._load_retry_s = load_retry_s
-        self._progress = progress
-        self._time = PatientTime(clock.now(), tick_s)
+        self._time = PatientTime(clock.now(), settings.tick_s)
         self._listed = False  # discovery has said who exists
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
-        self.served_models = ServedModels(self.membership, self._catalog, outage_s, self._has_left)
+        self.served_models = ServedModels(
+            self.membership, self._catalog, settings.deadlines.queue_s, self._has_left
+        )
         self._unpaired: dict[str, str] = {}  # why, by instance id (core/pairing.py)
         self._without_pairs: dict[str, str] = {}  # the same, by model
         self._tasks: asyncio.TaskGroup  # of `run`, as is
@@ -285,7 +284,7 @@ class Instances:
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         if link.incarnation != card.incarnation:
             link.incarnation, link.progress = card.incarnation, None
-        link.progress = link.progress or Progress(self._progress, card.engine.max_batch_tokens)
+        link.progress = link.progress or Progress(self._settings.progress, card.engine.max_batch_tokens)
         link.progress.observe(load, self._time.seconds)
         self._judge(link, link.progress)
 
@@ -293,7 +292,7 @@ class Instances:
         """Fetch what the model needs, then let the instance take part."""
         if card.role.decodes:  # the others' answers are read with the files of those who decode
             while not await self._fetch(link, card):
-                await self._clock.sleep(self._load_retry_s)
+                await self._clock.sleep(self._settings.load_retry_s)
             await self._prepare(self._catalog.publish(card))
         self.membership.loaded(link.instance_id)
         self._elect()

@@ -96,16 +96,13 @@ class Router:
         self.fleet = Instances(
             discovery,
             self.placement,
+            settings,
             link_settings,
             metrics,
             self._clock,
             rng,
             self,
             frontend_id=frontend_id,
-            load_retry_s=settings.load_retry_s,
-            outage_s=settings.deadlines.queue_s,
-            progress=settings.progress,
-            tick_s=settings.tick_s,
         )
         self.membership = self.fleet.membership
         self.dispatcher = Dispatcher(settings, self.membership, self.placement, rng, self._clock.now())
