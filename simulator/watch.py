@@ -44,6 +44,7 @@ class _Suspicion:
     """One fault's: this worker does not answer these frontends."""
 
     worker: SimulatedWorker
+    seen: Seen
     bound_s: float
     since: dict[str, float | None]  # by frontend: when it could know; None: not yet
     late_s: dict[str, float] = field(default_factory=dict)  # by how much news from it came later meanwhile
@@ -74,7 +75,7 @@ class Watch:
         for worker in workers:
             at_once = seen is Seen.AT_ONCE or (seen is Seen.WHEN_BUSY and _busy(worker))
             since: dict[str, float | None] = dict.fromkeys(names, now if at_once else None)
-            opened.append(_Suspicion(worker, self._bound_s(worker), since))
+            opened.append(_Suspicion(worker, seen, self._bound_s(worker), since))
         self._open += opened
         if self._on_write not in self._world.network.taps:
             self._world.network.taps.append(self._on_write)
@@ -110,6 +111,9 @@ class Watch:
                 suspicion.late_s[route[1]] = max(slower_s, suspicion.late_s.get(route[1], 0.0))
             if worker.instance_id != instance_id or frontend not in suspicion.since or worker.exited:
                 continue
+            if suspicion.seen is Seen.WHEN_BUSY and not _busy(worker):
+                # Its last attempt was taken away, and it said so: it looks idle until it has work again.
+                suspicion.since = dict.fromkeys(suspicion.since)
             message = first_message(data)
             if isinstance(message, Hello):
                 self._reconnected(suspicion, frontend)
