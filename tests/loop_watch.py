@@ -8,7 +8,7 @@ Wall-clock time is not judged, since on a busy machine it says more about the ma
   the same system call (a read, a poll, a sleep, an fsync) at every look for LIMIT_S is found; one that is
   ready to run and gets no processor is not. Waiting for a lock looks like waiting for the interpreter (the
   GIL), so it is found only where it goes through Python's own threading, queue or concurrent.futures; and
-  a thread that is being started waits for a processor.
+  a thread that is being started waits for a processor, as does a process (vfork waits until it is).
 
 Only what happens below a function of the package counts, not what a test itself does on the loop. Without
 /proc (not Linux) only computing is found; a uvloop's callbacks are not seen at all.
@@ -35,6 +35,7 @@ LOOK_S = 0.01
 _PACKAGE = str(Path(penstock.__file__).parent)
 _LOCKS = ("/threading.py", "/queue.py", "/concurrent/futures/_base.py")
 _FUTEX = {"x86_64": "202", "aarch64": "98"}
+_VFORK = {"x86_64": "58", "aarch64": "220"}  # there it is a kind of clone
 
 
 class LoopWatch:
@@ -132,6 +133,8 @@ class LoopWatch:
             return ""
         if number in _FUTEX.values() and not frame.f_code.co_filename.endswith(_LOCKS):
             return ""  # for all that can be told, it waits for the GIL
+        if number in _VFORK.values():
+            return ""
         caller = frame.f_back.f_back if frame.f_back is not None else None
         if caller is not None and caller.f_code is threading.Thread.start.__code__:
             return ""
