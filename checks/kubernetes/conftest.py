@@ -17,23 +17,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from checks.kubernetes.cluster import binaries, lifecycle, places
 from checks.kubernetes.cluster.command import ClusterError
+from checks.kubernetes.graphs import DEPLOY, Images, script, wait_gone
 from checks.kubernetes.kubectl import Kubectl
 
 NODES = 2
 REPORT = pytest.StashKey[pytest.TestReport]()
-
-
-@dataclass(frozen=True)
-class Images:
-    penstock: str
-    etcd: str
 
 
 def given_kubeconfig() -> str | None:
@@ -126,8 +120,6 @@ def kubectl(cluster: Kubectl, request: pytest.FixtureRequest) -> Iterator[Kubect
 def platform(cluster: Kubectl, images: Images) -> Iterator[Kubectl]:
     """kubectl in the namespace dynamo-cloud, with the operator installed for all namespaces as deploy.sh
     does it. Afterwards all of it is removed, as cleanup.sh does it, and nothing must be left."""
-    from checks.kubernetes.graphs import DEPLOY, script, wait_gone
-
     kubectl = cluster.within("dynamo-cloud")
     before = cluster_wide(cluster)
     install = [

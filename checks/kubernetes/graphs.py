@@ -16,7 +16,6 @@ import yaml
 
 from checks.kubernetes import client
 from checks.kubernetes.cluster.places import CHECKOUT
-from checks.kubernetes.conftest import Images
 from checks.kubernetes.kubectl import Kubectl, eventually
 from checks.kubernetes.pods import named_pod, pod
 
@@ -36,6 +35,14 @@ MESSAGES = [
     {"role": "user", "content": "What is my name?"},
 ]
 ANSWER = "Your name is Alice."
+
+
+@dataclass(frozen=True)
+class Images:
+    """Names of images that the cluster's nodes can run."""
+
+    penstock: str
+    etcd: str
 
 
 def script(kubectl: Kubectl, *command: str | Path, timeout_s: float = 300, **variables: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from checks.kubernetes import faults
 from checks.kubernetes.cluster import lifecycle
-from checks.kubernetes.conftest import Images
+from checks.kubernetes.graphs import Images
 from checks.kubernetes.kubectl import Kubectl, eventually, is_ready
 from checks.kubernetes.pods import PORT, SERVE, WAIT, deployment, named_pod, pod, service
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from checks.kubernetes.cluster.places import CHECKOUT
-from checks.kubernetes.conftest import Images
+from checks.kubernetes.graphs import Images
 from checks.kubernetes.kubectl import Kubectl
 
 DEPLOY = CHECKOUT / "deploy"

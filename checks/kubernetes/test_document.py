@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checks.kubernetes.conftest import Images
 from checks.kubernetes.graphs import (
     ANSWER,
     DEPLOY,
     SHIPPED,
     UPSTREAM,
+    Images,
     ask,
     manifest,
     script,

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from checks.kubernetes import faults
-from checks.kubernetes.conftest import Images
 from checks.kubernetes.graphs import (
     ANSWER,
     READY_S,
     SHIPPED,
+    Images,
     ask,
     manifest,
     under_load,

@@ -15,7 +15,8 @@ import pytest
 
 from checks.kubernetes.cluster import binaries, boxes, cgroups, lifecycle, places
 from checks.kubernetes.cluster.places import CONTROL
-from checks.kubernetes.conftest import NODES, Images, cluster_command
+from checks.kubernetes.conftest import NODES, cluster_command
+from checks.kubernetes.graphs import Images
 from checks.kubernetes.kubectl import Kubectl, eventually
 from checks.kubernetes.pods import PORT, SERVE, named_pod, pod, service
 

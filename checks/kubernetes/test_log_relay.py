@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from checks.kubernetes.conftest import Images
+from checks.kubernetes.graphs import Images
 from checks.kubernetes.kubectl import Kubectl, eventually
 from checks.kubernetes.pods import named_pod, pod
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from checks.kubernetes import faults
-from checks.kubernetes.conftest import Images
+from checks.kubernetes.graphs import Images
 from checks.kubernetes.kubectl import Kubectl, eventually, is_ready
 
 MANIFEST = Path(__file__).parent / "manifests" / "disaggregated.yaml"
