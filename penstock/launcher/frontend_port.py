@@ -17,7 +17,7 @@ from penstock.net.listening import BACKLOG, INHERITED_VARIABLE, InheritedDescrip
 
 
 class FrontendPort:
-    """One port. It stays open until all that held it have released it.
+    """One port. It is open while something holds it.
 
     Args:
         port: 0 takes a free one.
@@ -27,12 +27,15 @@ class FrontendPort:
     """
 
     def __init__(self, host: str, port: int) -> None:
+        self._host = host
         self.socket = listen(host, port, BACKLOG)
         self.port: int = self.socket.getsockname()[1]
         self._holders: set[object] = set()
 
     def hold(self, holder: object) -> None:
-        """Keep the port open until `holder` releases it."""
+        """Keep the port open until `holder` releases it; open it again if it is closed. Raises OSError."""
+        if self.socket.fileno() < 0:
+            self.socket = listen(self._host, self.port, BACKLOG)
         self._holders.add(holder)
 
     def release(self, holder: object) -> None:

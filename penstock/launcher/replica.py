@@ -154,11 +154,14 @@ class Replica:
                 break
             if code == CONFIG_EXIT_CODE:
                 self._tell(f"{self._last_exit}, not starting it again: {self.last_line}")
+                self._refuse_connections()
                 self._become(ReplicaState.FAILED)
                 await self._stop.wait()
                 break
             pause_s = backoff.pause_after(ran_s)
             self._tell(f"{self._last_exit} after {ran_s:.1f} s, starting again in {pause_s:g} s")
+            if pause_s > self._around.settings.refuse_after_s:
+                self._refuse_connections()
             self._become(ReplicaState.WAITING)
             await self._stopped_within(pause_s)
             self._restarts += 1
@@ -171,6 +174,7 @@ class Replica:
         await self._around.prepare()
         if self.place.port is None:
             return await self._accompany(await start_child(argv, self.launch.env), None)
+        self.place.port.hold(self.place)
         with contextlib.closing(InheritedSockets(self.place.port, self._patience_s())) as sockets:
             child = await start_child(argv, self.launch.env | sockets.variables, sockets.descriptors)
             sockets.close_theirs()
@@ -236,8 +240,7 @@ class Replica:
     async def _stop_when_told(self, child: Child) -> None:
         await self._stop.wait()
         self._become(ReplicaState.STOPPING)
-        if self.place.port is not None:
-            self.place.port.release(self.place)  # without a successor, connections are refused from now on
+        self._refuse_connections()
         child.terminate()
         grace_s = self.launch.drain_s + self._around.settings.kill_margin_s
         try:
@@ -245,6 +248,11 @@ class Replica:
         except TimeoutError:
             self._tell(f"has not ended within {grace_s:g} s of SIGTERM: killed")
         child.kill()
+
+    def _refuse_connections(self) -> None:
+        """Let the port close, unless another replica serves it. Connections would wait too long."""
+        if self.place.port is not None:
+            self.place.port.release(self.place)
 
     async def _stopped_within(self, seconds: float) -> None:
         try:

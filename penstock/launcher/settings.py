@@ -24,6 +24,10 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     stable_s: float = 30.0
     """After a run of this length, the next restart has the shortest pause again."""
 
+    refuse_after_s: float = 2.0
+    """Longest pause before a restart of a frontend during which connections wait for it. They are refused
+    during a longer one: whoever connects had better know."""
+
     accept_after_s: float = 3.0
     """How long a restarted frontend may look for its workers before it accepts connections, which it then
     answers with 503."""

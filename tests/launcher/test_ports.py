@@ -9,8 +9,10 @@ import socket
 import urllib.request
 from urllib.parse import urlsplit
 
+import msgspec
+
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import ask
+from tests.launcher.conftest import QUICK, ask
 from tests.waiting import until
 
 READY = ReplicaState.READY
@@ -43,6 +45,15 @@ async def test_connection_while_the_frontend_is_dead_waits_for_the_next_one(runn
         assert graph.replicas("frontend")[0].state is not READY
         assert b"healthy" in await health(port)
         assert port_of(graph) == port
+
+
+async def test_connection_to_a_frontend_that_keeps_dying_is_refused(running) -> None:
+    settings = msgspec.structs.replace(QUICK, restart_max_s=60.0, refuse_after_s=0.3)
+    async with running(settings, frontend="crash") as graph:
+        await graph.prints("frontend-0 exited with code 1")
+        [replica] = graph.supervisor._fleets[0].replicas
+        await until(lambda: refused(replica.place.port.port))
+        assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
 
 
 async def test_connection_to_a_graph_scaled_to_no_frontend_is_refused(running) -> None:
