@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import penstock
@@ -36,6 +36,10 @@ _PACKAGE = str(Path(penstock.__file__).parent)
 _LOCKS = ("/threading.py", "/queue.py", "/concurrent/futures/_base.py")
 _FUTEX = {"x86_64": "202", "aarch64": "98"}
 _VFORK = {"x86_64": "58", "aarch64": "220"}  # there it is a kind of clone
+
+
+_Call = tuple[CodeType, int | None]
+"""A function that runs, and the line it is at."""
 
 
 class LoopWatch:
@@ -107,13 +111,13 @@ class LoopWatch:
             if callback is None:
                 seen = None
                 continue
-            frame = sys._current_frames().get(self._thread_id)
-            stack = _below_the_package(frame)
+            calls = _calls(sys._current_frames().get(self._thread_id))
+            stack = _below_the_package(calls)
             if self._callback is callback:
                 self._looks += 1
                 self._looks_inside += bool(stack)
                 self._stack = stack or self._stack
-            call = self._waits_in(frame) if stack else ""
+            call = self._waits_in(calls) if stack else ""
             if not call or callback is not self._callback:
                 seen = None
             elif seen != (callback, call):
@@ -122,30 +126,37 @@ class LoopWatch:
                 self.found.append(f"it waited in system call {call.split()[0]}, here:\n{stack}")
                 seen = None
 
-    def _waits_in(self, frame: FrameType | None) -> str:
+    def _waits_in(self, calls: list[_Call]) -> str:
         """The system call in which the loop's thread waits, with its arguments; empty when it does not."""
         try:
             call = self._syscall.read_text().strip()
         except OSError:
             return ""
         number = call.split()[0]
-        if number == "running" or frame is None:
+        if number == "running":
             return ""
-        if number in _FUTEX.values() and not frame.f_code.co_filename.endswith(_LOCKS):
+        if number in _FUTEX.values() and not calls[0][0].co_filename.endswith(_LOCKS):
             return ""  # for all that can be told, it waits for the GIL
         if number in _VFORK.values():
             return ""
-        caller = frame.f_back.f_back if frame.f_back is not None else None
-        if caller is not None and caller.f_code is threading.Thread.start.__code__:
+        if len(calls) > 2 and calls[2][0] is threading.Thread.start.__code__:
             return ""
         return call
 
 
-def _below_the_package(frame: FrameType | None) -> str:
+def _calls(frame: FrameType | None) -> list[_Call]:
+    """The calls that a thread is in, innermost first. They are read in one go, before anything is made of
+    them: the thread goes on at any moment, and what it has left by then is no frame any more."""
+    calls = []
+    while isinstance(frame, FrameType):
+        calls.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return calls
+
+
+def _below_the_package(calls: list[_Call]) -> str:
     """The stack if any function of the package is in it; else empty."""
-    if frame is None:
+    if not any(code.co_filename.startswith(_PACKAGE) for code, _ in calls):
         return ""
-    stack = traceback.extract_stack(frame)
-    if not any(entry.filename.startswith(_PACKAGE) for entry in stack):
-        return ""
-    return "".join(traceback.format_list(stack[-12:]))
+    entries = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in calls[:12]]
+    return "".join(traceback.format_list(entries[::-1]))
