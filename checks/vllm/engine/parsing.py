@@ -10,6 +10,7 @@ import pytest
 
 from penstock.engines.vllm.parsing import VllmParsers
 from penstock.errors import Rejection, RequestRejected
+from penstock.shapes import ModelView
 from tests.frontend.conftest import byte_level_tokenizer
 from tests.frontend.conftest import view_of as make_view
 from tests.frontend.parser_contract import TOOLS, ParserContract
@@ -23,6 +24,13 @@ def byte_level():
 @pytest.fixture
 def view_of():
     return make_view
+
+
+def with_answering(model: ModelView, **fields: str) -> ModelView:
+    """The model, with other values in its card's `answering`."""
+    replace = msgspec.structs.replace
+    answering = replace(model.card.answering, **fields)
+    return replace(model, card=replace(model.card, answering=answering))
 
 
 class TestVllmParsers(ParserContract):
@@ -47,9 +55,9 @@ class TestVllmParsers(ParserContract):
 
     def test_one_parser_will_do(self, parsers, model) -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
-        only_tools = msgspec.structs.replace(model, reasoning_parser="")
+        only_tools = with_answering(model, reasoning_parser="")
         assert parsers.load(only_tools).begin(body).answer([1]).whole("Hi", [300]).content == "Hi"
-        only_reasoning = msgspec.structs.replace(model, tool_parser="")
+        only_reasoning = with_answering(model, tool_parser="")
         assert parsers.load(only_reasoning).begin(body).answer([1]).whole("Hi", [300]).reasoning == "Hi"
 
     @pytest.mark.parametrize("stream", [False, True])
