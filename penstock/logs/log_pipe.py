@@ -157,10 +157,10 @@ class LogPipe(io.TextIOBase):
             self._kept[0] = part[written:]
             self._kept_bytes -= written
         else:
+            if len(self._kept) == 1:
+                self._tell_lost()  # before the last part goes: `finish` waits only while something is kept
             self._kept.popleft()
             self._kept_bytes -= written
-            if not self._kept:
-                self._tell_lost()
         if not self._kept:
             self._writing_pid = 0
         return bool(self._kept)
