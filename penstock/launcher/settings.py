@@ -25,8 +25,8 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     """After a run of this length, the next restart has the shortest pause again."""
 
     refuse_after_s: float = 2.0
-    """Longest pause before a restart of a frontend during which connections wait for it. They are refused
-    during a longer one: whoever connects had better know."""
+    """Longest pause before a restart of a frontend during which connections wait for it. During a longer
+    pause they are refused, so that clients learn at once that nothing answers."""
 
     accept_after_s: float = 3.0
     """How long a restarted frontend may look for its workers before it accepts connections, which it then
