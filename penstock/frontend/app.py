@@ -153,6 +153,7 @@ class App:
 
     def _generate(self, api: type[Endpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
         async def generate(exchange: HttpExchange, scope: Scope) -> None:
+            exchange.error_object = api.error_object
             tenant = self._keys.check(exchange.header(b"authorization"))
             await self._generation.serve(api, exchange, tenant)
 

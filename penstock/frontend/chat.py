@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import msgspec
 
-from penstock.errors import RequestRejected
+from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
 from penstock.frontend.endpoint import Beginning
+from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import openai_messages, template_messages
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
 from penstock.frontend.reply import ReplyRules
@@ -36,6 +37,10 @@ class Chat:
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
         self._request = request  # for the template and the model's parser, which take most of its fields
+
+    @staticmethod
+    def error_object(error: PenstockError) -> JsonObject:
+        return error_object(error)
 
     @classmethod
     def decode(cls, body: bytes) -> Chat:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from penstock.errors import RequestRejected
+from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
 from penstock.frontend.endpoint import Beginning
+from penstock.frontend.http.statuses import error_object
 from penstock.frontend.openai import CompletionRequest, decode_completion, wanted_of
 from penstock.frontend.responses import answer_body, envelope_of
 from penstock.frontend.sampling import check_vocabulary
 from penstock.frontend.sse import Chunks
 from penstock.frontend.text.logprobs import CompletionLogprobs
+from penstock.shapes import JsonObject
 
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
 OBJECT: Final = "text_completion"  # of answers and of chunks
@@ -30,6 +32,10 @@ class Completions:
         self._prompts = request.prompts
         self._special = request.add_special_tokens is not False
         self._include_usage = request.include_usage
+
+    @staticmethod
+    def error_object(error: PenstockError) -> JsonObject:
+        return error_object(error)
 
     @classmethod
     def decode(cls, body: bytes) -> Completions:

@@ -9,7 +9,7 @@ from typing import ClassVar, Final, Protocol, Self
 
 from msgspec.structs import replace
 
-from penstock.errors import RequestRejected
+from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
 from penstock.frontend.reply import Reply, ReplyRules
 from penstock.frontend.sampling import choice_seed, too_long, with_room
@@ -18,7 +18,7 @@ from penstock.frontend.text.model_text import ModelText
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.frontend.text.tokenizing import Caller
 from penstock.frontend.wanted import Wanted
-from penstock.shapes import ModelCard, Request, Sampling
+from penstock.shapes import JsonObject, ModelCard, Request, Sampling
 
 MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
 """Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this
@@ -118,6 +118,9 @@ class AnswerStream(Protocol):
     def end(self, choices: Sequence[Choice]) -> bytes:
         """What follows the last chunk."""
 
+    def failed(self, error: PenstockError) -> bytes:
+        """What ends a stream that has begun and cannot go on."""
+
 
 class Endpoint(Protocol):
     """An API that generates text. Each API is a class, each call an object, with three steps: decode the
@@ -126,6 +129,10 @@ class Endpoint(Protocol):
     name: ClassVar[str]  # in metrics and the log
     id_prefix: ClassVar[str]  # of answers
     wanted: Wanted
+
+    @staticmethod
+    def error_object(error: PenstockError) -> JsonObject:
+        """The body of a response that is an error."""
 
     @classmethod
     def decode(cls, body: bytes) -> Self:

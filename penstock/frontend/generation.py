@@ -22,7 +22,6 @@ from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of
 from penstock.frontend.responses import usage_of
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
-from penstock.frontend.sse import error_event
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
 from penstock.metrics import FrontendMetrics
@@ -47,6 +46,7 @@ class CallRecord:
     call_id: str = ""  # the `id` of the response; the router's request ids begin with it
     limit: asyncio.Timeout | None = None  # of the whole call; also ends it while `call` is None
     call: ClientCall | None = None
+    stream: AnswerStream | None = None  # once there is a call that streams
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
     error: PenstockError | None = None
 
@@ -129,7 +129,7 @@ class GenerationServer:
                 record.error = RequestRejected("Internal error.", kind=Rejection.INTERNAL)
                 raise
             if record.error is not None:
-                await _tell(exchange, record.error)
+                await _tell(exchange, record, record.error)
         finally:
             exchange.close()
             self._account(api, exchange, record)
@@ -204,7 +204,8 @@ class GenerationServer:
         )
         call.start(self._completer)
         if wanted.stream:
-            return await _stream(exchange, call, endpoint.stream(beginning, choices))
+            record.stream = endpoint.stream(beginning, choices)
+            return await _stream(exchange, call, record.stream)
         await call.changed()
         if call.error is not None:
             raise call.error
@@ -304,10 +305,10 @@ async def _stream(exchange: HttpExchange, call: ClientCall, stream: AnswerStream
     await exchange.write(b"".join((*last, stream.end(call.choices))), more=False)
 
 
-async def _tell(exchange: HttpExchange, error: PenstockError) -> None:
-    if exchange.status is not None:
-        await exchange.write(error_event(error), more=False)
-    elif not _left(error):
+async def _tell(exchange: HttpExchange, record: CallRecord, error: PenstockError) -> None:
+    if exchange.status is not None and record.stream is not None:
+        await exchange.write(record.stream.failed(error), more=False)
+    elif exchange.status is None and not _left(error):
         await exchange.reject(error)
 
 

@@ -80,7 +80,6 @@ class Chunks:
             return DONE
         return b"".join((self._head, b'],"usage":', encode(usage_of(choices)), b"}\n\n", DONE))
 
-
-def error_event(error: PenstockError) -> bytes:
-    """Tells of a failure after the response has begun; no [DONE] follows."""
-    return b"data: " + encode(error_object(error)) + b"\n\n"
+    def failed(self, error: PenstockError) -> bytes:
+        """Tells of a failure after the response has begun; no [DONE] follows."""
+        return b"data: " + encode(error_object(error)) + b"\n\n"

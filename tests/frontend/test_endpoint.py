@@ -18,6 +18,10 @@ class Words:
     name: ClassVar = "words"
     id_prefix: ClassVar = "w-"
 
+    @staticmethod
+    def error_object(error):
+        return {"wrong": getattr(error, "field", None), "why": str(error)}
+
     def __init__(self, fields):
         if "text" not in fields:
             raise RequestRejected("Missing required field: `text`.", field="text")
@@ -52,6 +56,9 @@ class WordStream:
     def end(self, choices):
         return b"%d choices" % len(choices)
 
+    def failed(self, error):
+        return f"failed: {error}".encode()
+
 
 @pytest.fixture
 async def served_words(serve_script, monkeypatch):
@@ -76,9 +83,16 @@ async def test_further_api_streams_its_own_chunks(served_words):
     assert (shown.replace("[", "").replace("]", ""), end) == ("abc", "1 choices")
 
 
-async def test_further_api_refuses_its_own_fields(served_words):
+async def test_further_api_says_its_errors_in_its_own_shape(served_words):
     answer = await served_words.http.post("/v1/words", json={"model": "tiny"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {"wrong": "text", "why": "Missing required field: `text`."},
+    )
+    answer = await served_words.http.post(
+        "/v1/words", content=b"{}", headers={"content-type": "text/plain"}
+    )
+    assert (answer.status_code, set(answer.json())) == (415, {"wrong", "why"})
 
 
 async def test_path_of_no_api_names_those_that_are_served(served_words):

@@ -7,7 +7,7 @@ from penstock.frontend.chat import ChatChunks
 from penstock.frontend.choice import Choice
 from penstock.frontend.completions import CompletionChunks
 from penstock.frontend.responses import Envelope
-from penstock.frontend.sse import DONE, error_event
+from penstock.frontend.sse import DONE
 from penstock.shapes import Delta, FinishReason, Request, Sampling
 
 ENVELOPE = Envelope("id-1", "chunk", 123, 'a "model"', "fp_x")
@@ -91,9 +91,8 @@ def test_usage_is_null_until_its_own_chunk():
 
 
 def test_an_error_is_an_event():
-    event = parsed(
-        error_event(RequestRejected("no\nluck", kind=Rejection.WORKERS_FAILED, code="attempts_failed"))
-    )
+    error = RequestRejected("no\nluck", kind=Rejection.WORKERS_FAILED, code="attempts_failed")
+    event = parsed(ChatChunks(ENVELOPE, 1, include_usage=False).failed(error))
     assert event == {
         "error": {"message": "no\nluck", "type": "server_error", "param": None, "code": "attempts_failed"}
     }

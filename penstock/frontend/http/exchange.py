@@ -15,7 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from penstock.errors import PenstockError, Rejection, RequestRejected
-from penstock.frontend.http.statuses import code_of, error_object, status_of
+from penstock.frontend.http.statuses import ErrorObject, code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
@@ -81,6 +81,7 @@ class HttpExchange:
         self, scope: Scope, receive: Receive, send: Send, settings: FrontendSettings, bodies: Bodies
     ) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
+        self.error_object: ErrorObject = error_object  # the endpoint may set its own
         self.accounted = False  # whether it has its line in the log and its place in the metrics
         self._writing_since: float | None = None
         self._scope = scope
@@ -179,7 +180,7 @@ class HttpExchange:
         await self.write(body, more=False)
 
     async def reject(self, error: PenstockError, headers: Sequence[Header] = ()) -> None:
-        """A whole response that says what is wrong, in OpenAI's shape."""
+        """A whole response that says what is wrong, in the shape of the API that was asked."""
         headers = list(headers)
         retry_after_s = getattr(error, "retry_after_s", None)
         if retry_after_s is not None:
@@ -189,7 +190,7 @@ class HttpExchange:
             headers.append((b"www-authenticate", b"Bearer"))
         if code_of(error) == UNSUPPORTED_ENCODING:
             headers.append((b"accept-encoding", b"identity"))
-        await self.respond(status, msgspec.json.encode(error_object(error)), headers)
+        await self.respond(status, msgspec.json.encode(self.error_object(error)), headers)
 
     async def begin_stream(self) -> None:
         """The head of an event stream. From here on a client that takes nothing for

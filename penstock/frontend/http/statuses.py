@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.shapes import JsonObject
+
+ErrorObject = Callable[[PenstockError], JsonObject]
+"""The body of an error, in the shape of one API."""
 
 CLIENT_LEFT_STATUS: Final = 499  # nginx has this status for it; only metrics and logs show it
 
