@@ -29,7 +29,7 @@ class EngineBase(ABC):
 
     def submit(self, attempt: Attempt) -> None:
         """As Engine.submit, once started."""
-        self._post(partial(self.scheduler.add, attempt))
+        self._post(partial(self._started.add, attempt))
 
     def cancel(self, attempt_id: str) -> None:
         """As Engine.cancel."""
@@ -55,8 +55,12 @@ class EngineBase(ABC):
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler. Only the code that runs the turns may change it."""
+        return self._started.scheduler
+
+    @property
+    def _started(self) -> EngineCycle:
         assert self._cycle is not None, "the engine was not started"
-        return self._cycle.scheduler
+        return self._cycle
 
     @abstractmethod
     def _post(self, command: Command) -> None:

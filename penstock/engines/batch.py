@@ -10,7 +10,7 @@ import msgspec
 from penstock.shapes import Sampling, TokenLogprob
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """The tokens of one attempt and where their KV lives.
 

@@ -20,7 +20,7 @@ from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import PenstockError, RemoteError
 from penstock.ports import KvTransfer, Pulled
-from penstock.shapes import EngineCard, EngineStep, Load
+from penstock.shapes import Attempt, EngineCard, EngineStep, Load, Sampling
 
 log = logging.getLogger("penstock.engine")
 
@@ -49,6 +49,10 @@ class LoadedModel(msgspec.Struct):
     pool: memoryview
     """The KV pool, as KvTransfer.start wants it."""
 
+    refusal: Callable[[Sampling], str | None] = lambda sampling: None
+    """Why the runner could not draw tokens in this way, in words; None when it could. Called between turns,
+    for each attempt."""
+
 
 class EngineCycle:
     """Drives a scheduler, a runner and a transfer through steps. Used from one thread at a time.
@@ -57,6 +61,7 @@ class EngineCycle:
         transfer: None when KV never moves; started and stopped by whoever owns the engine.
         now: the clock, in seconds.
         post: takes a Command from any thread, to be applied between two turns.
+        refusal: as LoadedModel's.
     """
 
     def __init__(
@@ -66,12 +71,14 @@ class EngineCycle:
         transfer: KvTransfer | None,
         now: Callable[[], float],
         post: Callable[[Command], None],
+        refusal: Callable[[Sampling], str | None],
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._transfer = transfer
         self._now = now
         self._post = post
+        self._refusal = refusal
         self.failed_steps = 0  # in a row, until now
         self._stop_at: float | None = None
         self._sign_at: float | None = None
@@ -92,6 +99,14 @@ class EngineCycle:
     def broken(self) -> bool:
         """Whether so many steps in a row have failed that the engine was given up."""
         return self.failed_steps >= MAX_FAILED_STEPS
+
+    def add(self, attempt: Attempt, now: float) -> None:
+        """A Command, with the attempt bound: compute it, or end it when its tokens cannot be drawn."""
+        reason = self._refusal(attempt.sampling)
+        if reason is None:
+            self.scheduler.add(attempt, now)
+        else:
+            self.scheduler.refuse(attempt.attempt_id, reason)
 
     def stop(self, deadline: float, now: float) -> None:
         """A Command, with the rest bound: be `finished` by the deadline, or before, once out of work."""
@@ -189,4 +204,4 @@ def build_cycle(
     if transfer is not None:
         transfer.start(model.pool, lambda handoff_id: post(partial(scheduler.pulled, handoff_id)))
     log.info("engine ready: %s", card)
-    return EngineCycle(scheduler, model.runner, transfer, now, post)
+    return EngineCycle(scheduler, model.runner, transfer, now, post, model.refusal)

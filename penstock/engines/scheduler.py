@@ -189,6 +189,11 @@ class Scheduler:
         self._active[attempt_id] = active
         self._enqueue(active)
 
+    def refuse(self, attempt_id: str, reason: str) -> None:
+        """End an attempt that no engine of this kind could serve, with REJECTED."""
+        self._submitted += 1
+        self._outputs.append(Output(attempt_id, finish_reason=FinishReason.REJECTED, error=reason))
+
     def cancel(self, attempt_id: str, now: float) -> None:
         """End an attempt with CANCELLED. Unknown and ended ids are ignored."""
         active = self._active.get(attempt_id)

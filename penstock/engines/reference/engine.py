@@ -13,6 +13,7 @@ from penstock.engines.batch import BatchRow, Sequence
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.reference.checkpoint import weight_paths
+from penstock.engines.reference.grammar import Grammars
 from penstock.engines.reference.kv import KvPool, block_bytes
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.model_config import ModelConfig, read_config
@@ -73,8 +74,10 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         ConfigError: the folder, the model or the settings cannot be served.
     """
     folder = Path(settings.model)
-    assets = Assets(assets_from(folder))
+    files = assets_from(folder)
+    assets = Assets(files)
     config = read_config(folder)
+    grammars = _grammars(files.get("tokenizer.json"), config)
     total_blocks = settings.kv_cache_bytes // block_bytes(config, settings.block_size)
     max_model_len = _max_model_len(settings, config, total_blocks)
     weights = load_weights(folder, config)
@@ -90,16 +93,31 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
             eos_token_ids=sorted(config.eos_token_ids),
             weights=fingerprint,
             assets=assets.digests,
-            answering=Answering(sampling_defaults=config.sampling_defaults),
+            answering=Answering(
+                sampling_defaults=config.sampling_defaults, structured_output=grammars is not None
+            ),
         ),
         block_size=settings.block_size,
         total_blocks=total_blocks,
         layout=kv_layout(config, fingerprint),
         max_running=settings.scheduler.max_running,
     )
-    runner = ReferenceRunner(Model(config, weights, pool, max_model_len), config.eos_token_ids)
+    model = Model(config, weights, pool, max_model_len)
+    runner = ReferenceRunner(model, config.eos_token_ids, grammars)
     _warm_up(runner, pool, settings.block_size)
-    return LoadedModel(card, assets, runner, pool.raw())
+    return LoadedModel(card, assets, runner, pool.raw(), runner.refusal)
+
+
+def _grammars(tokenizer_json: bytes | None, config: ModelConfig) -> Grammars | None:
+    """None when there is no tokenizer, or one whose tokens are not known as bytes: the model is served
+    without structured output then."""
+    if tokenizer_json is None:
+        return None
+    try:
+        return Grammars(tokenizer_json.decode(), config.vocab_size, sorted(config.eos_token_ids))
+    except (ValueError, RuntimeError) as error:  # not UTF-8, or what the library raises
+        log.warning("no structured output: tokenizer.json cannot be used for it: %s", error)
+        return None
 
 
 def _warm_up(runner: ReferenceRunner, pool: KvPool, block_size: int) -> None:

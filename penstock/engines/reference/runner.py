@@ -5,19 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 from penstock.engines.batch import BatchRow, Sampled
+from penstock.engines.reference.grammar import Grammars, InvalidGrammar
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.sampler import Sampler
+from penstock.shapes import Sampling
 
 
 class ReferenceRunner:
     """Implements `penstock.engines.batch.Runner`."""
 
-    def __init__(self, model: Model, eos_token_ids: Items[int]) -> None:
+    def __init__(self, model: Model, eos_token_ids: Items[int], grammars: Grammars | None = None) -> None:
+        """`grammars`: None when the engine has no structured output."""
         self._model = model
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(eos_token_ids, grammars)
+        self._grammars = grammars
 
     def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
         """Compute all rows; one entry per row, None where `sample` is not set."""
         logits = self._model.logits(batch)
         drawn = iter(self._sampler.sample(logits, [row.sequence for row in batch if row.sample]))
         return [next(drawn) if row.sample else None for row in batch]
+
+    def refusal(self, sampling: Sampling) -> str | None:
+        """As LoadedModel.refusal: whether what the answer must look like can be compiled."""
+        if sampling.structured is not None:
+            if self._grammars is None:
+                return "this engine has no structured output for the model's tokenizer"
+            try:
+                self._grammars.begin(sampling.structured)
+            except InvalidGrammar as error:
+                return f"what the answer must look like is not understood: {error}"
+        return None

@@ -1,8 +1,8 @@
 """Drawing the next token from logits, for all sampling rows of a batch at once.
 
-The order is vLLM's: logprobs are taken from the raw logits; then `min_tokens` and `logit_bias`; then
-penalties; then greedy rows take the largest, and the others divide by temperature, filter by min_p,
-top_k and top_p, and draw.
+The order is vLLM's: what the answer's grammar excludes is excluded (grammar.py); logprobs are taken from
+the logits that are left; then `min_tokens` and `logit_bias`; then penalties; then greedy rows take the
+largest, and the others divide by temperature, filter by min_p, top_k and top_p, and draw.
 
 The draw at output position i is the inverse of the cumulative distribution over token ids at a uniform
 number that depends on (seed, i) alone. Going by ids, not by rank, keeps a draw where it is when two
@@ -12,11 +12,13 @@ nearly equal tokens swap ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.engines.batch import Sampled, Sequence
+from penstock.engines.reference.grammar import AnswerGrammar, Grammars
 from penstock.engines.reference.tiles import Floats
 from penstock.shapes import Sampling, TokenLogprob
 
@@ -29,10 +31,13 @@ class Sampler:
 
     Args:
         eos_token_ids: what `min_tokens` holds back unless a request ignores EOS.
+        grammars: compile what answers must look like; needed where any must.
     """
 
-    def __init__(self, eos_token_ids: Items[int]) -> None:
+    def __init__(self, eos_token_ids: Items[int], grammars: Grammars | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammars = grammars
+        self._begun: WeakKeyDictionary[Sequence, AnswerGrammar] = WeakKeyDictionary()
 
     def sample(self, logits: Floats, sequences: list[Sequence]) -> list[Sampled]:
         """One token for each row.
@@ -41,12 +46,13 @@ class Sampler:
             logits: shape (rows, vocab); overwritten.
             sequences: one per row; the drawn token will be number len(token_ids).
         """
+        complete = [self._restrict(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
         logprobs = [
             _log_softmax(row) if sequence.sampling.logprobs is not None else None
             for row, sequence in zip(logits, sequences, strict=True)
         ]
-        for row, sequence in zip(logits, sequences, strict=True):
-            self._adjust(row, sequence)
+        for row, sequence, ends in zip(logits, sequences, complete, strict=True):
+            self._adjust(row, sequence, ends=ends)
         token_ids = logits.argmax(axis=-1)
         drawn = [
             row
@@ -62,10 +68,23 @@ class Sampler:
             for token_id, values, sequence in zip(token_ids.tolist(), logprobs, sequences, strict=True)
         ]
 
-    def _adjust(self, logits: Floats, sequence: Sequence) -> None:
-        """Apply what changes even a greedy choice, in place. Ids outside the vocabulary have no effect."""
+    def _restrict(self, logits: Floats, sequence: Sequence) -> bool:
+        """Exclude, in place, what the answer's grammar does not allow next. Returns whether it allows the
+        end only."""
+        wanted = sequence.sampling.structured
+        if wanted is None:
+            return False
+        assert self._grammars is not None, "a runner refuses what it cannot compile"
+        grammar = self._begun.get(sequence)
+        if grammar is None:
+            grammar = self._begun[sequence] = self._grammars.begin(wanted)
+        return grammar.restrict(logits, sequence)
+
+    def _adjust(self, logits: Floats, sequence: Sequence, *, ends: bool) -> None:
+        """Apply what changes even a greedy choice, in place. Ids outside the vocabulary have no effect.
+        With `ends` nothing but the end may come, also before there are `min_tokens`."""
         sampling = sequence.sampling
-        if len(sequence.token_ids) - sequence.prompt_len < sampling.min_tokens:
+        if not ends and len(sequence.token_ids) - sequence.prompt_len < sampling.min_tokens:
             eos = () if sampling.ignore_eos else self._eos_token_ids
             stops = [*eos, *sampling.stop_token_ids]
             logits[[token_id for token_id in stops if 0 <= token_id < len(logits)]] = -np.inf
