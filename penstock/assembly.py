@@ -16,7 +16,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,10 @@ def _engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
 
 def _reference_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.reference.engine import ReferenceSettings, reference_engine
+    from penstock.frontend.parsers.built_in import REASONING_ENDS, TOOL_FORMATS
 
+    _check_parser("--tool-call-parser", options.tool_call_parser, TOOL_FORMATS)
+    _check_parser("--reasoning-parser", options.reasoning_parser, REASONING_ENDS)
     if not Path(options.model).is_dir():
         raise ConfigError(
             f"--model: {options.model} is not a folder; the reference engine needs a model folder,"
@@ -265,10 +268,18 @@ def _reference_engine(options: WorkerOptions, incarnation: Incarnation) -> Engin
     settings = ReferenceSettings(
         model=options.model,
         served_name=options.served_model_name,
+        tool_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
+        reasoning_end=REASONING_ENDS.get(options.reasoning_parser, ""),
         scheduler=_scheduler(options, incarnation),
         **given,
     )
     return reference_engine(settings, _transfer(options, incarnation))
+
+
+def _check_parser(flag: str, name: str, known: Collection[str]) -> None:
+    if name and name not in known:
+        raise ConfigError(f"{flag}: the reference engine has no parser {name}; it has {', '.join(known)}")
 
 
 def _sim_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
@@ -295,6 +306,8 @@ def _vllm_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     given = _given(options, "block_size", "max_model_len", "max_running", "max_batch_tokens")
     if options.kv_cache_mib is not None:
         given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024
+    flags = {"--tool-call-parser": options.tool_call_parser, "--reasoning-parser": options.reasoning_parser}
+    parsers = [part for flag, name in flags.items() if name for part in (flag, name)]
     settings = VllmSettings(
         model=options.model,
         role=options.role,
@@ -303,14 +316,14 @@ def _vllm_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
         host=options.advertise_host or options.host,
         kv_port=options.kv_port,
         handoff_ttl_s=options.handoff_ttl_s,
-        engine_args=options.engine_args,
+        engine_args=(*parsers, *options.engine_args),
         **given,
     )
     return VllmEngine(settings)
 
 
 def _chat_parsers() -> ChatParsers | None:
-    """vLLM's, where it is installed. It is loaded with the first model that needs it."""
+    """vLLM's, where it is installed; None for the built-in ones."""
     from penstock.engines.vllm.installed import installed_version, is_supported
 
     if not is_supported(installed_version()):

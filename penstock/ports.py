@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from penstock.shapes import (
+    Answering,
     Attempt,
     EngineCard,
     EngineStep,
@@ -172,6 +173,9 @@ class ChatParser(Protocol):
 
 class ChatParsers(Protocol):
     """Parsers by the names that engines give them."""
+
+    def has(self, answering: Answering) -> bool:
+        """Whether the parsers that a model needs are among them, as far as can be said before `load`."""
 
     def load(self, model: ModelView) -> ChatParser:
         """Seconds of work; not on the event loop. Raises ConfigError when this model's tokenizer or

@@ -285,6 +285,20 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         Meta(gt=Deadlines().handoff_margin_s),  # what has less left when it is to be pulled is not used
         flag("Seconds for which a prefill worker keeps KV that nobody has pulled."),
     ] = 30.0
+    tool_call_parser: Annotated[
+        str,
+        flag(
+            "Parser of the model's tool calls: for the reference engine hermes, llama3_json, llama4_json or"
+            " mistral, for vllm any of vLLM's. Without one, tools are refused."
+        ),
+    ] = ""
+    reasoning_parser: Annotated[
+        str,
+        flag(
+            "Parser of the model's reasoning: for the reference engine qwen3 or deepseek_r1, for vllm any"
+            " of vLLM's. Without one, reasoning stays in the content."
+        ),
+    ] = ""
     sim_cost_model: Annotated[
         str, flag("Whose timing the sim engine has, e.g. qwen3-8b/h200/tp1; zero: takes no time.")
     ] = ""
@@ -300,6 +314,9 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
             raise ConfigError(
                 f"{self.engine_args[0]}: the {self.engine} engine takes no arguments after --"
             )
+        if self.engine == "sim" and (self.tool_call_parser or self.reasoning_parser):
+            name = "--tool-call-parser" if self.tool_call_parser else "--reasoning-parser"
+            raise ConfigError(f"{name}: the sim engine writes nothing that could be parsed")
         if self.transfer == "tcp" and self.engine == "vllm":
             raise ConfigError("--transfer: the vllm engine moves KV with nixl only")
         if self.kv_advertise_port and self.engine == "vllm":

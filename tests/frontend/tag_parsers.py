@@ -16,6 +16,9 @@ _ids = count()
 
 
 class TagParsers:
+    def has(self, answering):
+        return True
+
     def load(self, model):
         if "unknown" in (model.card.answering.tool_parser, model.card.answering.reasoning_parser):
             raise ConfigError("there is no parser unknown")

@@ -51,6 +51,15 @@ class ReferenceSettings(msgspec.Struct, frozen=True):
     max_model_len: int | None = None
     """Tokens of prompt and output together; None: what the model was made for, or what the pool holds."""
 
+    tool_parser: str = ""
+    """Name of the parser by which frontends read the model's tool calls; empty: it calls none."""
+
+    reasoning_parser: str = ""
+    """The same for its reasoning; empty: it does not reason."""
+
+    reasoning_end: str = ""
+    """The special token that ends its reasoning."""
+
     scheduler: SchedulerSettings = SchedulerSettings()
 
     def __post_init__(self) -> None:
@@ -77,7 +86,7 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
     files = assets_from(folder)
     assets = Assets(files)
     config = read_config(folder)
-    grammars = _grammars(files.get("tokenizer.json"), config)
+    grammars = _grammars(files.get("tokenizer.json"), config, settings.reasoning_end)
     total_blocks = settings.kv_cache_bytes // block_bytes(config, settings.block_size)
     max_model_len = _max_model_len(settings, config, total_blocks)
     weights = load_weights(folder, config)
@@ -94,7 +103,10 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
             weights=fingerprint,
             assets=assets.digests,
             answering=Answering(
-                sampling_defaults=config.sampling_defaults, structured_output=grammars is not None
+                sampling_defaults=config.sampling_defaults,
+                structured_output=grammars is not None,
+                tool_parser=settings.tool_parser,
+                reasoning_parser=settings.reasoning_parser,
             ),
         ),
         block_size=settings.block_size,
@@ -108,13 +120,14 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
     return LoadedModel(card, assets, runner, pool.raw(), runner.refusal)
 
 
-def _grammars(tokenizer_json: bytes | None, config: ModelConfig) -> Grammars | None:
+def _grammars(tokenizer_json: bytes | None, config: ModelConfig, reasoning_end: str) -> Grammars | None:
     """None when there is no tokenizer, or one whose tokens are not known as bytes: the model is served
     without structured output then."""
     if tokenizer_json is None:
         return None
     try:
-        return Grammars(tokenizer_json.decode(), config.vocab_size, sorted(config.eos_token_ids))
+        eos_token_ids = sorted(config.eos_token_ids)
+        return Grammars(tokenizer_json.decode(), config.vocab_size, eos_token_ids, reasoning_end)
     except (ValueError, RuntimeError) as error:  # not UTF-8, or what the library raises
         log.warning("no structured output: tokenizer.json cannot be used for it: %s", error)
         return None

@@ -47,12 +47,22 @@ class Grammars:
         tokenizer_json: Hugging Face's tokenizer.json.
         vocab_size: rows of the model's output, at least the tokenizer's tokens.
         eos_token_ids: what may follow a complete answer.
+        reasoning_end: the special token that ends the model's reasoning, if it reasons. Raises ValueError
+            when the tokenizer does not have it.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
+    def __init__(
+        self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int], reasoning_end: str = ""
+    ) -> None:
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids
         )
+        self._reasoning_end_id: int | None = None
+        if reasoning_end:
+            ids = self._tokenizer.tokenize_str(reasoning_end, parse_special=True)
+            if len(ids) != 1:
+                raise ValueError(f"it has no token {reasoning_end}")
+            self._reasoning_end_id = ids[0]
         self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
 
     @property
@@ -71,7 +81,8 @@ class Grammars:
                 self._compiled.popitem(last=False)
         else:
             self._compiled.move_to_end(key)
-        return AnswerGrammar(matcher.deep_copy())
+        reasons = wanted.reasoning_ended is False
+        return AnswerGrammar(matcher.deep_copy(), after=self._reasoning_end_id if reasons else None)
 
     def _compile(self, wanted: StructuredOutput) -> llguidance.LLMatcher:
         try:
@@ -92,8 +103,10 @@ class Grammars:
 class AnswerGrammar:
     """Follows the output of one attempt: each call of `restrict` takes the tokens since the last one."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, after: int | None) -> None:
+        """`after`: the token that must have come before the grammar applies, if any must."""
         self._matcher = matcher
+        self._after = after
         self._taken = 0
 
     def restrict(self, logits: Floats, sequence: Sequence) -> bool:
@@ -103,6 +116,11 @@ class AnswerGrammar:
         An output that breaks the grammar can only be ended: it came from an attempt of another engine."""
         output = sequence.token_ids[sequence.prompt_len + self._taken :]
         self._taken += len(output)
+        if self._after is not None:
+            if self._after not in output:
+                return False
+            output = output[output.index(self._after) + 1 :]
+            self._after = None
         self._matcher.consume_tokens(output)
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed: NDArray[np.uint8] = np.unpackbits(packed, count=len(logits), bitorder="little")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from penstock.engines.vllm.installed import prepare_environment
 from penstock.engines.vllm.logs import hear_parsers, one_line, parser_complaints
 from penstock.errors import ConfigError, Rejection, RequestRejected
-from penstock.shapes import JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
+from penstock.shapes import Answering, JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -36,6 +36,10 @@ _T = TypeVar("_T")
 
 class VllmParsers:
     """Loads parsers; importing vLLM, the first time, takes about 10 s of CPU and 450 MB."""
+
+    def has(self, answering: Answering) -> bool:
+        """As ChatParsers.has: `load` finds out."""
+        return True
 
     def load(self, model: ModelView) -> VllmChatParser:
         """As ChatParsers.load."""

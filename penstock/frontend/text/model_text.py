@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from penstock.detached import detached
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.parsers.built_in import BuiltInParsers
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.chat_template import CONFIG_FILE, ChatTemplate, TemplateInput, special_tokens
 from penstock.frontend.text.detokenize import Detokenizer, TableDetokenizer, TokenTable, WindowDetokenizer
@@ -49,7 +50,7 @@ class ModelText:
         cache_bytes: int,
         thread: TokenizerThread,
         turn: TurnBudget,
-        parsers: ChatParsers | None = None,
+        parsers: ChatParsers,
     ) -> None:
         """Loads the files: up to a second of work, and more for the model's parsers, if it has any.
         `thread` and `turn` are those of all models.
@@ -162,9 +163,9 @@ class ModelTexts:
     def __init__(
         self, settings: FrontendSettings, metrics: TokenizerMetrics, parsers: ChatParsers | None = None
     ) -> None:
-        """Without `parsers` all that models say is content."""
+        """`parsers`: None for the built-in ones."""
         self._settings = settings
-        self._parsers = parsers
+        self._parsers = parsers or BuiltInParsers()
         self._loading: OrderedDict[str, _Loading] = OrderedDict()  # by revision
         self._one_at_a_time = asyncio.Lock()
         self._thread = TokenizerThread(settings.tokenizing, metrics)
@@ -213,15 +214,15 @@ class ModelTexts:
             loading.text.cancel()
 
 
-def _parser(view: ModelView, parsers: ChatParsers | None) -> ChatParser | None:
+def _parser(view: ModelView, parsers: ChatParsers) -> ChatParser | None:
     answering = view.card.answering
     names = [name for name in (answering.tool_parser, answering.reasoning_parser) if name]
     if not names:
         return None
-    if parsers is None:
+    if not parsers.has(answering):
         log.warning(
-            "%s needs vLLM's parsers (%s), but vLLM is not installed here: reasoning stays in the content"
-            " of answers, and tools are refused",
+            "%s needs parsers that vLLM has (%s), but vLLM is not installed here: reasoning stays in the"
+            " content of answers, and tools are refused",
             view.card.name,
             ", ".join(names),
         )

@@ -235,6 +235,9 @@ from penstock.metrics import Metrics
 from tests.frontend.conftest import byte_level_tokenizer, view_of
 
 class Parsers:
+    def has(self, answering):
+        return True
+
     def load(self, model):
         print("loading", flush=True)
         time.sleep(60)

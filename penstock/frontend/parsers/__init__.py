@@ -1,0 +1,1 @@
+"""Taking answers apart into reasoning, content and tool calls, without a model server's libraries."""
