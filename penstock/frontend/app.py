@@ -151,16 +151,19 @@ class App:
 
     # --- endpoints --------------------------------------------------------------------------------
 
+    def _tenant(self, exchange: HttpExchange) -> str:
+        """Whose API key the request brings. Raises RequestRejected(UNAUTHENTICATED)."""
+        return self._keys.check(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+
     def _generate(self, api: type[Endpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
         async def generate(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
-            tenant = self._keys.check(exchange.header(b"authorization"))
-            await self._generation.serve(api, exchange, tenant)
+            await self._generation.serve(api, exchange, self._tenant(exchange))
 
         return generate
 
     async def _models(self, exchange: HttpExchange, scope: Scope) -> None:
-        self._keys.check(exchange.header(b"authorization"))
+        self._tenant(exchange)
         models = [model_object(model, self._created) for model in self._completer.models()]
         await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
 
@@ -168,7 +171,7 @@ class App:
         name = scope["path_params"]["name"]
         if not name:
             return await self._models(exchange, scope)
-        self._keys.check(exchange.header(b"authorization"))
+        self._tenant(exchange)
         model = self._completer.model(name)
         await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
 

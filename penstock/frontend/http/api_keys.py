@@ -55,8 +55,9 @@ class ApiKeys:
                 f"API keys {path}", [file], lambda: {**read_api_keys(file), **self._fixed}, clock
             )
 
-    def check(self, authorization: bytes | None) -> str:
-        """The name of the key in an `Authorization` header; "" when no keys are needed.
+    def check(self, authorization: bytes | None, x_api_key: bytes | None = None) -> str:
+        """The name of the key in an `Authorization` header, where OpenAI's clients send it, or else in an
+        `x-api-key` header, where Anthropic's do; "" when no keys are needed.
 
         Raises RequestRejected(UNAUTHENTICATED) unless it brings a key that is known.
         """
@@ -65,8 +66,10 @@ class ApiKeys:
             return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
+            key = x_api_key or b""
+        if not key.strip():
             raise RequestRejected(
-                "An API key is needed: `Authorization: Bearer KEY`.",
+                "An API key is needed: `Authorization: Bearer KEY`, or `x-api-key: KEY`.",
                 kind=Rejection.UNAUTHENTICATED,
                 code="missing_api_key",
             )

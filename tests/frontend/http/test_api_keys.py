@@ -40,6 +40,21 @@ def test_without_keys_everybody_is_let_in():
     assert ApiKeys().check(b"Bearer anything") == ""
 
 
+@pytest.mark.parametrize("authorization", [None, b"", b"Bearer ", b"Basic one"])
+def test_a_key_where_anthropics_clients_send_it_is_as_good(authorization):
+    keys = ApiKeys("one")
+    assert keys.check(authorization, b" one ") == UNNAMED
+    with pytest.raises(RequestRejected) as raised:
+        keys.check(authorization, b"two")
+    assert raised.value.code == "invalid_api_key"
+
+
+def test_of_two_keys_the_one_of_authorization_counts():
+    assert ApiKeys("one").check(b"Bearer one", b"two") == UNNAMED
+    with pytest.raises(RequestRejected, match="not valid"):
+        ApiKeys("one").check(b"Bearer two", b"one")
+
+
 @pytest.mark.parametrize("header", [b"Bearer one", b"bearer one", b"BEARER  one "])
 def test_the_key_of_the_settings(header):
     assert ApiKeys("one").check(header) == UNNAMED
