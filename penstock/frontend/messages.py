@@ -31,6 +31,9 @@ TEXT_PARTS: Final = {
 }
 """Types of content parts that are text, each with the field that holds it."""
 
+_BILLING: Final = "x-anthropic-billing-header:"
+_INSTRUCTING: Final = ("system", "developer")
+
 _MAY_BE_EMPTY = ("assistant", "tool", "function")  # roles whose content may be null or left out
 
 
@@ -84,6 +87,16 @@ def settle(messages: Sequence[Message]) -> None:
         rest = message.tool_calls, message.function_call, message.tools, message.audio
         if type(message.content) is not str or rest != _NOTHING:
             _settle(message, f"messages[{index}]")
+        if message.role in _INSTRUCTING and isinstance(message.content, str):
+            message.content = without_billing_line(message.content)
+
+
+def without_billing_line(text: str) -> str:
+    """A system text without the line that Claude Code puts before it, such as
+    `x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;`. Anthropic's servers
+    take it out for their accounts; it tells a model nothing. Its `cch` differs with each request, so that
+    of two equal prompts not even the first block would be found in a cache."""
+    return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
 def _settle(message: Message, where: str) -> None:
@@ -101,7 +114,8 @@ def _settle(message: Message, where: str) -> None:
     if message.tools is not None:
         check_depth(message.tools, f"{where}.tools")
     for number, call in enumerate(message.tool_calls or ()):
-        call.function.arguments = _arguments(call.function, f"{where}.tool_calls[{number}]")
+        function, place = call.function, f"{where}.tool_calls[{number}].function.arguments"
+        function.arguments = as_arguments(function.arguments, function.name, place)
 
 
 def _joined(parts: Sequence[ContentPart | str], where: str) -> str:
@@ -133,9 +147,9 @@ def _no_text(field: str, kind: str) -> RequestRejected:
     return RequestRejected(message, field=field)
 
 
-def _arguments(function: FunctionCall, where: str) -> JsonObject:
-    """A call's arguments as an object, as templates want them: they write the JSON themselves."""
-    given = function.arguments
+def as_arguments(given: Any, name: str, where: str) -> JsonObject:
+    """What a model gave to the tool of this name, as an object, which templates want: they write the JSON
+    themselves. `where` is the field's path, for the log."""
     if given is None or given == "":
         return {}
     try:
@@ -149,9 +163,9 @@ def _arguments(function: FunctionCall, where: str) -> JsonObject:
     except RequestRejected:
         reason = "nested too deeply"
     _quiet_log.warning(
-        "%s.function.arguments of %r: %s; the chat template gets {} instead",
+        "%s of %r: %s; it counts as {}",
         where,
-        function.name[:80],
+        name[:80],
         reason,
     )
     return {}

@@ -17,6 +17,7 @@ def unused_log(monkeypatch):
     monkeypatch.setattr(chat_messages, "_quiet_log", QuietLog(chat_messages.log))
 
 
+BILLING = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=%s;"
 CUT = '{"city": "Par'
 
 
@@ -172,3 +173,28 @@ def test_in_openais_own_shape_arguments_are_texts_again():
         },
         {"role": "tool", "content": "a\nb"},
     ]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{BILLING}\nYou help.",
+        [{"type": "text", "text": BILLING}, {"type": "text", "text": "You help."}],
+    ],
+)
+def test_a_line_that_differs_with_each_request_of_claude_code_is_not_shown(role, content):
+    given = json.dumps(content)
+    prompts = [
+        shown({"role": role, "content": json.loads(given.replace("%s", nonce))}) for nonce in ("36ee5", "0")
+    ]
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0]["content"] == "You help."
+
+
+def test_a_user_may_write_of_such_a_line():
+    line = BILLING % "36ee5"
+    (user,) = shown({"role": "user", "content": line})
+    assert user["content"] == line
+    (system,) = shown({"role": "system", "content": f"Never write\n{line}"})
+    assert system["content"] == f"Never write\n{line}"
