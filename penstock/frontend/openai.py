@@ -12,13 +12,14 @@ OpenAI-compatible server.
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from penstock.errors import RequestRejected
-from penstock.frontend.http.json_limits import check_depth, check_size
+from penstock.frontend.decoding import decoded, with_integers
+from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.messages import Message, settle
 from penstock.frontend.sampling import MODEL_DEFAULTS, client_seed, top_k_of
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
@@ -167,8 +168,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.prompt  # type: ignore[return-value]
 
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
-
 _CHAT = with_refused(ChatRequest)
 _COMPLETION = with_refused(CompletionRequest)
 _CHAT_DECODER = msgspec.json.Decoder(_CHAT)
@@ -177,7 +176,7 @@ _COMPLETION_DECODER = msgspec.json.Decoder(_COMPLETION)
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Raises RequestRejected naming the field."""
-    request = _decode(body, _CHAT_DECODER, _CHAT)
+    request = decoded(body, _CHAT_DECODER, _CHAT, _rejected)
     _check(request)
     _check_chat(request)
     settle(request.messages)
@@ -186,7 +185,7 @@ def decode_chat(body: bytes) -> ChatRequest:
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Raises RequestRejected naming the field."""
-    request = _decode(body, _COMPLETION_DECODER, _COMPLETION)
+    request = decoded(body, _COMPLETION_DECODER, _COMPLETION, _rejected)
     _check(request)
     choices = len(request.prompts) * (request.n or 1)
     if choices > MAX_CHOICES:
@@ -240,21 +239,6 @@ def wanted_of(
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def _decode(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body]) -> Body:
-    check_size(body)
-    try:
-        try:
-            return decoder.decode(body)
-        except msgspec.ValidationError as error:
-            if "got `float`" not in str(error):
-                raise
-            return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _rejected(body, error, kind) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestRejected(f"The body is not valid JSON: {error}", code="invalid_json") from None
-
-
 def _rejected(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> RequestRejected:
     """Why a body is refused: for a field that is not served rather than for another's value, since such a
     value may be right together with that field."""
@@ -284,17 +268,6 @@ def _is_bias(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
 
 
-def _with_integers(value: Any) -> Any:
-    """The same JSON with 1 for 1.0, which JSON Schema takes for the same number."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_with_integers(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _with_integers(item) for key, item in value.items()}
-    return value
-
-
 # --- what goes together ---------------------------------------------------------------------------
 
 
@@ -316,7 +289,7 @@ def _read_nvext(request: GenerationRequest, given: JsonObject) -> None:
     check_refused(given, NVEXT_REFUSED, "nvext.")
     left = {name: given[name] for name in given.keys() - NVEXT_REFUSED.keys() - NVEXT_HARMLESS.keys()}
     try:
-        served = msgspec.convert(_with_integers(left), NvExt)
+        served = msgspec.convert(with_integers(left), NvExt)
     except msgspec.ValidationError as error:
         raise rejected(error, NvExt, "nvext.") from None
     for name in ("ignore_eos", "top_k", "repetition_penalty", "cache_salt"):
