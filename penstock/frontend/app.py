@@ -1,4 +1,4 @@
-"""The frontend as an ASGI application: paths, keys, and errors in OpenAI's shape.
+"""The frontend as an ASGI application: paths, keys, and errors in the shape of the API that was asked.
 
 Starlette's router finds the endpoint. Its application class is not used: its two middlewares would wrap
 each `send`, once per streamed chunk.
@@ -19,15 +19,17 @@ from starlette.types import Receive, Scope, Send
 
 from penstock import __version__
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.anthropic_messages import CountTokens, Messages
 from penstock.frontend.chat import Chat
 from penstock.frontend.completer import Completer
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import Endpoint
+from penstock.frontend.endpoint import Endpoint, PromptEndpoint
 from penstock.frontend.generation import GenerationServer, outcome_of, why
 from penstock.frontend.http.api_keys import ApiKeys
 from penstock.frontend.http.exchange import Bodies, Header, HttpExchange
-from penstock.frontend.http.statuses import status_of
-from penstock.frontend.responses import model_object
+from penstock.frontend.http.statuses import anthropic_error, status_of
+from penstock.frontend.prompting import PromptServer
+from penstock.frontend.responses import model_list, model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.logs.quiet_log import QuietLog
@@ -43,10 +45,16 @@ MAX_SHOWN_PATH_CHARS: Final = 200  # of a path in an error and in the log
 ENDPOINTS: Final[dict[str, type[Endpoint]]] = {
     "/v1/chat/completions": Chat,
     "/v1/completions": Completions,
+    "/v1/messages": Messages,
 }
 """The APIs that generate text, by path."""
 
-SERVED: Final = (*(f"POST {path}" for path in ENDPOINTS), "GET /v1/models")
+PROMPT_ENDPOINTS: Final[dict[str, type[PromptEndpoint]]] = {
+    "/v1/messages/count_tokens": CountTokens,
+}
+"""Those that need a model's template and tokenizer only."""
+
+SERVED: Final = (*(f"POST {path}" for path in (*ENDPOINTS, *PROMPT_ENDPOINTS)), "GET /v1/models")
 _MODELS: Final = "models"
 _OTHER: Final = "other"
 
@@ -69,10 +77,12 @@ class App:
         self._bodies = Bodies(settings.max_reading_bytes, settings.max_bodies_bytes)
         self._texts = ModelTexts(settings, metrics.tokenizer, parsers)
         self._generation = GenerationServer(completer, self._texts, settings, metrics.frontend)
+        self._prompting = PromptServer(completer, self._texts, settings, metrics.frontend)
         self._created = int(time.time())
         self._router = Router(
             [
                 *(_route("POST", path, self._generate(api)) for path, api in ENDPOINTS.items()),
+                *(_route("POST", path, self._prompt(api)) for path, api in PROMPT_ENDPOINTS.items()),
                 _route("GET", "/v1/models", self._models),
                 _route("GET", "/v1/models/{name:path}", self._model),
                 _route("GET", "/health", self._health),
@@ -143,6 +153,8 @@ class App:
                 error.code,
                 why(error),
             )
+        if exchange.header(b"anthropic-version") is not None:
+            exchange.error_object = anthropic_error
         await exchange.reject(error, headers)
 
     def _count(self, endpoint: str, error: RequestRejected) -> None:
@@ -162,10 +174,17 @@ class App:
 
         return generate
 
+    def _prompt(self, api: type[PromptEndpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
+        async def answer(exchange: HttpExchange, scope: Scope) -> None:
+            exchange.error_object = api.error_object
+            await self._prompting.serve(api, exchange, self._tenant(exchange))
+
+        return answer
+
     async def _models(self, exchange: HttpExchange, scope: Scope) -> None:
         self._tenant(exchange)
         models = [model_object(model, self._created) for model in self._completer.models()]
-        await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
+        await exchange.respond(200, msgspec.json.encode(model_list(models)))
 
     async def _model(self, exchange: HttpExchange, scope: Scope) -> None:
         name = scope["path_params"]["name"]
@@ -216,6 +235,8 @@ def _endpoint_of(path: str) -> str:
     """The endpoint as metrics name it: one of few, whatever is asked for."""
     if path in ENDPOINTS:
         return ENDPOINTS[path].name
+    if path in PROMPT_ENDPOINTS:
+        return PROMPT_ENDPOINTS[path].name
     return _MODELS if path == "/v1/models" or path.startswith("/v1/models/") else _OTHER
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
-from penstock.frontend.endpoint import Beginning
+from penstock.frontend.endpoint import Beginning, PromptEncoder
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import openai_messages, template_messages
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
@@ -48,10 +48,14 @@ class Chat:
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
         rules = self._reply_rules(beginning)
-        prompt = beginning.text.chat_prompt(beginning.model.name, template_input_of(self._request))
+        prompt = await self.prompt(beginning)
+        return beginning.choices([prompt], ChatLogprobs, rules)
+
+    async def prompt(self, prompts: PromptEncoder) -> list[int]:
+        """The token ids of the conversation, as the model's template writes it. Raises RequestRejected."""
+        text = prompts.text.chat_prompt(prompts.model.name, template_input_of(self._request))
         special = bool(self._request.add_special_tokens)
-        prompts = await beginning.encode([prompt], add_special_tokens=special)
-        return beginning.choices(prompts, ChatLogprobs, rules)
+        return (await prompts.encode([text], add_special_tokens=special))[0]
 
     def _reply_rules(self, beginning: Beginning) -> ReplyRules | None:
         """How the answers are taken apart; None when they are plain text."""

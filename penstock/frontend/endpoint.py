@@ -29,21 +29,13 @@ MAX_CHARS_PER_TOKEN: Final = 16
 takes a second for each million characters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Beginning:
-    """One beginning of a call, with one revision of its model. When another revision replaces this one
-    before the client has received anything, the call begins again."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEncoder:
+    """Tokenizes one call's prompts with one revision of its model."""
 
-    answer_id: str  # as clients see it
-    router_key: str  # what the router's names of the choices begin with
-    wanted: Wanted
-    sampling: Sampling  # of all choices, but for what depends on the prompt and the choice
     model: ModelCard
-    revision: str
     text: ModelText
     caller: Caller
-    default_max_tokens: int
-    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Each prompt's token ids. Raises RequestRejected: INVALID for a prompt that is too long to be
@@ -54,6 +46,21 @@ class Beginning:
                 chars = f"your prompt has {len(text)} characters, more than {limit}"
                 raise too_long(self.model.max_model_len, chars)
         return await self.text.encode(texts, self.caller, add_special_tokens=add_special_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning(PromptEncoder):
+    """One beginning of a call, with one revision of its model. When another revision replaces this one
+    before the client has received anything, the call begins again."""
+
+    answer_id: str  # as clients see it
+    router_key: str  # what the router's names of the choices begin with
+    http_request_id: str  # for APIs whose errors repeat it
+    wanted: Wanted
+    sampling: Sampling  # of all choices, but for what depends on the prompt and the choice
+    revision: str
+    default_max_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def choices(
         self,
@@ -107,6 +114,25 @@ class Beginning:
                 )
                 choices.append(choice)
         return choices
+
+
+class PromptEndpoint(Protocol):
+    """An API that needs no worker, only a model's template and tokenizer. Each API is a class, each call an
+    object."""
+
+    name: ClassVar[str]  # in metrics and the log
+    model: str
+
+    @staticmethod
+    def error_object(error: PenstockError) -> JsonObject:
+        """The body of a response that is an error."""
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        """Raises RequestRejected naming the field at fault."""
+
+    async def answer(self, prompts: PromptEncoder) -> JsonObject:
+        """The body of the response. Raises RequestRejected."""
 
 
 class AnswerStream(Protocol):

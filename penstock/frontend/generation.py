@@ -183,6 +183,7 @@ class GenerationServer:
         beginning = Beginning(
             answer_id=record.call_id,
             router_key=record.router_key,
+            http_request_id=exchange.request_id.decode(),
             wanted=wanted,
             sampling=sampling,
             model=view.card,

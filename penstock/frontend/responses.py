@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -70,11 +71,24 @@ def answer_body(envelope: Envelope, shown: list[JsonObject], choices: Sequence[C
 
 
 def model_object(model: ModelView, created: int) -> JsonObject:
-    """A model as /v1/models shows it."""
+    """A model as /v1/models shows it: OpenAI's fields, vLLM's `max_model_len`, and Anthropic's fields."""
+    limit = model.card.max_model_len
     return {
         "id": model.card.name,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
-        "max_model_len": model.card.max_model_len,
+        "max_model_len": limit,
+        "type": "model",
+        "display_name": model.card.name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": limit,
+        "max_tokens": limit,
     }
+
+
+def model_list(models: Sequence[JsonObject]) -> JsonObject:
+    """All models, in one page: OpenAI's list, with what Anthropic's has beside it."""
+    first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
+    return {"object": "list", "data": models, "has_more": False, "first_id": first, "last_id": last}

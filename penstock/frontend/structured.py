@@ -80,8 +80,8 @@ def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None)
         message = "`response_format` and `structured_outputs` cannot be used together."
         raise RequestRejected(message, field="structured_outputs")
     if format is not None:
-        return _checked(_of_format(format), "response_format")
-    return _checked(_of_outputs(outputs), "structured_outputs") if outputs is not None else None
+        return checked(_of_format(format), "response_format")
+    return checked(_of_outputs(outputs), "structured_outputs") if outputs is not None else None
 
 
 def _of_format(format: ResponseFormat) -> StructuredOutput:
@@ -115,7 +115,8 @@ def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
     return msgspec.convert({"kind": kind, "spec": spec}, StructuredOutput)
 
 
-def _checked(output: StructuredOutput, field: str) -> StructuredOutput:
+def checked(output: StructuredOutput, field: str) -> StructuredOutput:
+    """The same. Raises RequestRejected, naming this field, when it is too long or too deep."""
     if len(output.spec) > MAX_SPEC_CHARS:
         message = f"`{field}` has {len(output.spec)} characters, more than {MAX_SPEC_CHARS}."
         raise RequestRejected(message, field=field)

@@ -204,6 +204,8 @@ def example(kind):
             return "user" if "user" in kind.values else kind.values[0]
         case inspect.StrType():
             return "text"
+        case inspect.IntType():
+            return 1
         case inspect.ListType():
             return [example(kind.item_type)]
         case inspect.DictType():

@@ -171,6 +171,7 @@ def _begun(api: type[Endpoint], data: bytes) -> None:
         beginning = Beginning(
             answer_id="a",
             router_key="c",
+            http_request_id="h",
             wanted=call.wanted,
             sampling=sampling_of(call.wanted, _view().card, random.Random(1)),
             model=_view().card,

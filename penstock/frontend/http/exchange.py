@@ -15,7 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from penstock.errors import PenstockError, Rejection, RequestRejected
-from penstock.frontend.http.statuses import ErrorObject, code_of, error_object, status_of
+from penstock.frontend.http.statuses import REQUEST_ID, ErrorObject, code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
 ABORT_EXTENSION = "penstock.abort"
@@ -190,7 +190,10 @@ class HttpExchange:
             headers.append((b"www-authenticate", b"Bearer"))
         if code_of(error) == UNSUPPORTED_ENCODING:
             headers.append((b"accept-encoding", b"identity"))
-        await self.respond(status, msgspec.json.encode(self.error_object(error)), headers)
+        body = self.error_object(error)
+        if REQUEST_ID in body:
+            body[REQUEST_ID] = self.request_id.decode()
+        await self.respond(status, msgspec.json.encode(body), headers)
 
     async def begin_stream(self) -> None:
         """The head of an event stream. From here on a client that takes nothing for
@@ -225,7 +228,8 @@ class HttpExchange:
 
     async def _begin(self, status: int, headers: list[Header]) -> None:
         self.status = status
-        headers.append((b"x-request-id", self.request_id))
+        # Under the second name Anthropic's clients look for it.
+        headers += [(b"x-request-id", self.request_id), (b"request-id", self.request_id)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _check_stall(self) -> None:

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the status of each kind of rejection, and the body in OpenAI's shape."""
+"""Errors as HTTP: the status of each kind of rejection, and the body in the shape of each API."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from typing import Any, Final
 from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.shapes import JsonObject
 
+REQUEST_ID: Final = "request_id"
+
 ErrorObject = Callable[[PenstockError], JsonObject]
-"""The body of an error, in the shape of one API."""
+"""The body of an error, in the shape of one API. Where it has a REQUEST_ID, the exchange fills that in."""
 
 CLIENT_LEFT_STATUS: Final = 499  # nginx has this status for it; only metrics and logs show it
 
 _INVALID: Final = "invalid_request_error"
 _SERVER: Final = "server_error"
 
-_STATUSES: Final[dict[Rejection, tuple[int, str]]] = {
-    Rejection.INVALID: (400, _INVALID),
-    Rejection.UNAUTHENTICATED: (401, "authentication_error"),
-    Rejection.NOT_FOUND: (404, _INVALID),
-    Rejection.METHOD_NOT_ALLOWED: (405, _INVALID),
-    Rejection.BODY_TOO_SLOW: (408, _INVALID),
-    Rejection.BODY_TOO_LARGE: (413, _INVALID),
-    Rejection.UNSUPPORTED_CONTENT: (415, _INVALID),
-    Rejection.OVERLOADED: (429, "rate_limit_error"),
-    Rejection.HEAD_TOO_LARGE: (431, _INVALID),
-    Rejection.CLIENT_LEFT: (CLIENT_LEFT_STATUS, _INVALID),
-    Rejection.INTERNAL: (500, _SERVER),
-    Rejection.WORKERS_FAILED: (502, _SERVER),
-    Rejection.UNAVAILABLE: (503, _SERVER),
-    Rejection.TIMED_OUT: (504, _SERVER),
+_STATUSES: Final[dict[Rejection, tuple[int, str, str]]] = {
+    Rejection.INVALID: (400, _INVALID, _INVALID),
+    Rejection.UNAUTHENTICATED: (401, "authentication_error", "authentication_error"),
+    Rejection.NOT_FOUND: (404, _INVALID, "not_found_error"),
+    Rejection.METHOD_NOT_ALLOWED: (405, _INVALID, _INVALID),
+    Rejection.BODY_TOO_SLOW: (408, _INVALID, "timeout_error"),
+    Rejection.BODY_TOO_LARGE: (413, _INVALID, "request_too_large"),
+    Rejection.UNSUPPORTED_CONTENT: (415, _INVALID, _INVALID),
+    Rejection.OVERLOADED: (429, "rate_limit_error", "rate_limit_error"),
+    Rejection.HEAD_TOO_LARGE: (431, _INVALID, "request_too_large"),
+    Rejection.CLIENT_LEFT: (CLIENT_LEFT_STATUS, _INVALID, _INVALID),
+    Rejection.INTERNAL: (500, _SERVER, "api_error"),
+    Rejection.WORKERS_FAILED: (502, _SERVER, "api_error"),
+    Rejection.UNAVAILABLE: (503, _SERVER, "overloaded_error"),
+    Rejection.TIMED_OUT: (504, _SERVER, "timeout_error"),
 }
-"""By kind: the HTTP status, and OpenAI's type of error."""
+"""By kind: the HTTP status, OpenAI's type of error, and Anthropic's."""
 
 
 def kind_of(error: PenstockError) -> Rejection:
@@ -53,5 +55,12 @@ def code_of(error: PenstockError) -> str:
 def error_object(error: PenstockError) -> JsonObject:
     """An error in OpenAI's shape."""
     field: Any = getattr(error, "field", None)
-    _, error_type = _STATUSES[kind_of(error)]
+    _, error_type, _ = _STATUSES[kind_of(error)]
     return {"error": {"message": str(error), "type": error_type, "param": field, "code": code_of(error)}}
+
+
+def anthropic_error(error: PenstockError, request_id: str = "") -> JsonObject:
+    """An error in Anthropic's shape. Its messages name the field at fault, for which there is no place."""
+    _, _, error_type = _STATUSES[kind_of(error)]
+    shown = {"type": error_type, "message": str(error)}
+    return {"type": "error", "error": shown, REQUEST_ID: request_id}
