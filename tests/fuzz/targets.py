@@ -22,11 +22,12 @@ from uvicorn.server import ServerState
 
 from penstock.discovery.file import DirectoryScan, FileDiscoverySettings
 from penstock.errors import ConfigError, ProtocolError, RequestRejected
+from penstock.frontend.anthropic_messages import CountTokens, Messages
 from penstock.frontend.app import App
 from penstock.frontend.chat import Chat
 from penstock.frontend.choice import Choice
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import Beginning, Endpoint
+from penstock.frontend.endpoint import Beginning, Endpoint, PromptEncoder
 from penstock.frontend.http.api_keys import read_api_keys
 from penstock.frontend.http.connection import connection_class
 from penstock.frontend.sampling import sampling_of
@@ -39,7 +40,7 @@ from penstock.link.peer import Peer
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
-from penstock.shapes import ModelView
+from penstock.shapes import JsonObject, ModelView
 from penstock.transfer import messages as kv
 from penstock.wire.frames import MAX_FRAME_BYTES, encode
 from penstock.wire.handshake import FrontendHandshake, WorkerHandshake
@@ -198,6 +199,19 @@ def chat(data: bytes) -> None:
     _begun(Chat, data)
 
 
+def message(data: bytes) -> None:
+    """A body of /v1/messages, and of /v1/messages/count_tokens."""
+    _begun(Messages, data)
+
+    async def count() -> JsonObject:
+        caller = Caller("tenant", 0, time.perf_counter(), 60.0)
+        encoder = PromptEncoder(model=_view().card, text=await _texts().of(_view()), caller=caller)
+        return await CountTokens.decode(data).answer(encoder)
+
+    with contextlib.suppress(RequestRejected):
+        assert loop().run_until_complete(count())["input_tokens"] >= 0
+
+
 def completion(data: bytes) -> None:
     """A body of /v1/completions."""
     _begun(Completions, data)
@@ -306,6 +320,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         to_engine,
         kv_transfer,
         chat,
+        message,
         completion,
         http,
         graph,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from penstock.frontend.anthropic import MessagesRequest
 from penstock.frontend.openai import ChatRequest, CompletionRequest
 from penstock.wire.messages import ToFrontend, ToWorker
 from tests.fuzz.targets import TARGETS
@@ -61,7 +62,10 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize(("name", "struct"), [("chat", ChatRequest), ("completion", CompletionRequest)])
+@pytest.mark.parametrize(
+    ("name", "struct"),
+    [("chat", ChatRequest), ("message", MessagesRequest), ("completion", CompletionRequest)],
+)
 def test_bodies_of_known_fields(name: str, struct: type[msgspec.Struct]) -> None:
     """Fields that exist, with values that need not fit."""
     fields = st.sampled_from(struct.__struct_fields__)
