@@ -241,13 +241,15 @@ FRONTEND_FLAGS = _table(
         ),
         **_ignored(
             """
-            dyn-debug-perf enable-auto-tool-choice strip-anthropic-preamble tokenizer-fallback
-            trust-remote-code
+            dyn-debug-perf enable-auto-tool-choice tokenizer-fallback trust-remote-code
             """,
             switch=True,
         ),
+        **_ignored(
+            "strip-anthropic-preamble", "Claude Code's billing line is always left out", switch=True
+        ),
         **_ignored("metrics-prefix", "metrics are called penstock_..."),
-        **_ignored("enable-anthropic-api", "/v1/messages is not served", switch=True),
+        **_ignored("enable-anthropic-api", "/v1/messages is always served", switch=True),
         **_refused("chat-template", "a model's own template is used; put this one into the model's folder"),
         **_refused("exp-python-factory frontend-route-extension", "code of your own is not loaded"),
         **_refused(

@@ -306,7 +306,7 @@ def test_what_is_ignored_is_told_in_a_line_a_service() -> None:
     worker = service("W", "[python3, -m, dynamo.vllm, --model, m]", "envs: [{name: DYN_NEW, value: x}], ")
     assert graph_of(small(f"{frontend}\n{worker}")).notes == (
         "F: --router-kv-events: ignored, no meaning here",
-        "F: --enable-anthropic-api: ignored, /v1/messages is not served",
+        "F: --enable-anthropic-api: ignored, /v1/messages is always served",
         "W: DYN_NEW: ignored, no meaning here",
     )
 

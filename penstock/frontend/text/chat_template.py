@@ -96,7 +96,7 @@ class ChatTemplate:
         template = self._tools_template if tools else self._template
         knows_developer = self._tools_know_developer if tools else self._knows_developer
         if not knows_developer and any(message["role"] == "developer" for message in messages):
-            messages = _without_developers(messages)
+            messages = _with_one_system(messages)
         if conversation.continue_final_message:
             messages[-1]["content"] += _END_MARK
         variables: JsonObject = {**self._special_tokens, **conversation.variables}
@@ -107,17 +107,29 @@ class ChatTemplate:
             add_generation_prompt=conversation.add_generation_prompt,
         )
         try:
-            # As Template.render does, but for looking through the environment's globals each time.
-            context = template.new_context({**self._globals, **variables}, shared=True)
-            prompt = "".join(template.root_render_func(context))
+            prompt = self._written(template, variables)
         except _TEMPLATE_ERRORS as error:
-            reason = str(error) or type(error).__name__
-            raise RequestRejected(
-                f"The model's chat template refused the messages: {reason}",
-                code="rejected_by_template",
-                field="messages",
-            ) from None
+            if not _has_later_system(conversation):
+                raise _refusal(error) from None
+            # Agents remind a model in the middle of a conversation; some templates want all of the
+            # system's at the front.
+            variables["messages"] = _with_one_system(messages)
+            try:
+                prompt = self._written(template, variables)
+            except _TEMPLATE_ERRORS:
+                raise _refusal(error) from None
         return _up_to_mark(prompt) if conversation.continue_final_message else prompt
+
+    def _written(self, template: jinja2.Template, variables: JsonObject) -> str:
+        """As Template.render does it, but for looking through the environment's globals each time."""
+        context = template.new_context({**self._globals, **variables}, shared=True)
+        return "".join(template.root_render_func(context))
+
+
+def _refusal(error: Exception) -> RequestRejected:
+    reason = str(error) or type(error).__name__
+    message = f"The model's chat template refused the messages: {reason}"
+    return RequestRejected(message, code="rejected_by_template", field="messages")
 
 
 def special_tokens(config: JsonObject) -> dict[str, str]:
@@ -142,7 +154,13 @@ def _knows_developer(source: str) -> bool:
     return '"developer"' in source or "'developer'" in source
 
 
-def _without_developers(messages: Sequence[JsonObject]) -> list[JsonObject]:
+def _has_later_system(conversation: TemplateInput) -> bool:
+    """Whether a system message could go to the front. One that is to be continued could not."""
+    end = -1 if conversation.continue_final_message else None
+    return any(message["role"] == "system" for message in conversation.messages[1:end])
+
+
+def _with_one_system(messages: Sequence[JsonObject]) -> list[JsonObject]:
     """The same for a template that has only `system`, perhaps only as the first message, and may drop any
     other role: what developers say is the system's, and all of the system's is one message at the front."""
     system = [message for message in messages if message["role"] in ("system", "developer")]

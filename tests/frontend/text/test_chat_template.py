@@ -169,6 +169,23 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer():
     )
 
 
+def test_a_later_system_message_goes_to_the_front_where_the_template_wants_it_there():
+    reminded = turns(("system", "A"), ("user", "x"), ("system", "B"), ("user", "y"))
+    assert render(SYSTEM_FIRST, reminded) == "[A\n\nB]<x><y>"
+    assert render(SYSTEM_FIRST, reminded[1:]) == "[B]<x><y>"
+    anywhere = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    assert render(anywhere, reminded) == "sAuxsBuy"
+
+
+def test_a_refusal_for_another_reason_keeps_its_words():
+    source = "{{ raise_exception('%s' | format(messages[0].content)) }}"
+    with pytest.raises(RequestRejected, match="refused the messages: x"):
+        render(source, turns(("user", "x"), ("system", "B")))
+    continued = {"add_generation_prompt": False, "continue_final_message": True}
+    with pytest.raises(RequestRejected, match="system must come first"):
+        render(SYSTEM_FIRST, turns(("user", "x"), ("system", "B")), **continued)
+
+
 def test_a_developer_stays_one_where_the_template_knows_the_role():
     source = "{% for m in messages %}{{ m.role if m.role == 'developer' }}{{ m.tools }}{% endfor %}"
     assert render(source, turns(("developer", "B"))) == "developerNone"
