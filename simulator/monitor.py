@@ -140,8 +140,7 @@ class Monitor:
         for request_id, record in router.dispatcher.records.items():
             life = record.life
             awaited: Awaited = life.awaited
-            waits = 1 if awaited in (Awaited.NEXT_TOKEN, Awaited.WORKER) else 1 + limits.busy_waits
-            if life.waited_s(now) > waits * limits.of(awaited):
+            if life.waited_s(now) > limits.of(awaited):
                 what = f"{frontend.name}: {request_id} waits for more than {awaited.value} allows"
                 yield "deadlines are kept", LATE_S, what
             if life.phase is Phase.QUEUED:

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.core.admission import AdmissionSettings
 from penstock.core.deadlines import Deadlines
 from penstock.core.progress import ProgressLimits
 from penstock.core.settings import RouterSettings
@@ -104,21 +103,6 @@ async def test_a_router_that_was_held_up_blames_nobody(tmp_path: Path) -> None:
         assert {state(it, "a0"), state(it, "a1")} == {"ready"}
         for answer in answers:
             assert len(await answer.tokens()) == 300
-
-
-async def test_a_request_in_an_engines_queue_is_late_only_when_the_queue_stands(tmp_path: Path) -> None:
-    """Two places, and more requests than that, each of which takes longer than a first token may."""
-    settings = msgspec.structs.replace(
-        SETTINGS,
-        deadlines=Deadlines(first_token_s=1.0, busy_waits=100),
-        admission=AdmissionSettings(max_wait_ms=1e6, dispatch_wait_ms=1e6),
-    )
-    sim = {**SLOW, "scheduler": {"max_running": 2}}
-    async with cluster(tmp_path, {"a0": AGGREGATED}, settings, sim, max_wait_ms=1e6) as it:
-        answers = [it.ask([seed, *PROMPT], max_tokens=250, seed=seed)[0] for seed in range(6)]
-        for answer in answers:
-            assert len(await answer.tokens()) == 250
-        assert "penstock_retries_total 0.0" in it.metrics.render().decode()
 
 
 async def test_a_late_first_token_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ class Deadlines:
     count from when the frontend had read the request: tokenizing it is part of them."""
 
     prefill_s: float = 120.0
-    """Seconds from sending a prompt to a prefill worker until its KV is ready, that engine's queue included
-    (see `busy_waits`). Dead, frozen and stuck workers are noticed within seconds; this and the next two are
-    for engines that lost a request."""
+    """Seconds from sending a prompt to a prefill worker until its KV is ready, that engine's queue
+    included: admission keeps it short (core/admission.py). Dead, frozen and stuck workers are noticed
+    within seconds; this and the next two are for engines that lost a request."""
 
     transfer_s: float = 60.0
     """Seconds from handing KV to a decode worker to its first output: its queue, the pull (which the
@@ -61,10 +61,6 @@ class Deadlines:
 
     request_s: float = 1800.0
     """Seconds for the whole request, whatever happens."""
-
-    busy_waits: int = 4
-    """So many times a late first output is waited for again while that engine advances and has others
-    waiting: in a queue that moves nothing is lost, and elsewhere it would begin at the end of one."""
 
     max_attempts: int = 4
     """Attempts in a row that may fail without progress before the request does: one bad instance, a bad

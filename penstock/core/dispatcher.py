@@ -156,7 +156,7 @@ class Dispatcher:
     def tick(self, record: RequestRecord, now: float) -> list[Effect]:
         """Its deadline or its rest may be over."""
         before, life = record.life.phase, record.life
-        effects = life.handle(Tick(queued=self._waits_in_a_moving_queue(life)), now)
+        effects = life.handle(Tick(), now)
         if record.resting:
             effects = [*effects, *self._place(record, now)]
         return self._follow(record, before, effects, now)
@@ -352,8 +352,3 @@ class Dispatcher:
         life = record.life
         expected = self._placement.expected_output_tokens(life.request) - life.output_tokens
         return work_tokens(len(life.token_ids), max(0.0, expected))
-
-    def _waits_in_a_moving_queue(self, life: Lifecycle) -> bool:
-        """Whether its instance gets on with its work, and has more than it can do at once."""
-        instance_id = life.instance_id
-        return self._membership.advances(instance_id) and self._placement.load(instance_id).waiting > 0

@@ -52,9 +52,7 @@ class InstanceStuck(msgspec.Struct):
 
 
 class Tick(msgspec.Struct):
-    """Time has passed. `queued`: the instance that has the attempt advances, and has others waiting."""
-
-    queued: bool = False
+    """Time has passed."""
 
 
 class ClientGone(msgspec.Struct):

@@ -91,7 +91,6 @@ class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
     __slots__ = (
-        "_busy_waits",
         "_cached_reported",
         "_failed",
         "_handoff_at",
@@ -142,7 +141,6 @@ class Lifecycle:
         self._handoff_at = 0.0
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
         self._failed = ""  # why the last attempt failed, until the next one is placed
-        self._busy_waits = 0
         self._cached_reported = False
 
     @property
@@ -227,7 +225,6 @@ class Lifecycle:
         self.attempts += 1
         self.attempt_id = self.attempt_id_of(self.attempts)
         self._instance_id = instance_id
-        self._busy_waits = 0
         if prefill_only:
             self._await(Awaited.PREFILL, now)
         else:
@@ -414,13 +411,13 @@ class Lifecycle:
         self.awaited, self.since = awaited, now
         self.deadline = min(now + self._limits.of(awaited), self._request_deadline)
 
-    def _on_tick(self, event: Tick, now: float) -> list[Effect]:
+    def _on_tick(self, _: Tick, now: float) -> list[Effect]:
         if now < self.deadline or self.phase is Phase.DONE:
             return []
         if now >= self._request_deadline:
             where = f" from {self._instance_id}" if self._instance_id else ""
             message = f"request took longer than {self._limits.request_s:g} s"
-            message += f": {self.awaited.missing}{where} for {_seconds(self.waited_s(now))}"
+            message += f": {self.awaited.missing}{where} for {round(self.waited_s(now), 1):g} s"
             return [*self._abandon(), *self.fail(RequestRejected(message, kind=Rejection.TIMED_OUT))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
@@ -428,14 +425,7 @@ class Lifecycle:
             return self.fail(
                 RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=5.0)
             )
-        started = self.awaited is Awaited.NEXT_TOKEN
-        if event.queued and self._busy_waits < self._limits.busy_waits and not started:
-            self._busy_waits += 1
-            self.deadline = min(now + self._limits.of(self.awaited), self._request_deadline)
-            return []
         late = f"{self.awaited.missing} within {self._limits.of(self.awaited):g} s"
-        if self._busy_waits:  # the deadline alone would be a fraction of it
-            late = f"{self.awaited.missing} for {_seconds(self.waited_s(now))}, in a queue that moved"
         return [*self._abandon(), *self._lost(late, now, code=f"{self.awaited.value}_timeout")]
 
     def _on_client_gone(self, event: ClientGone, now: float) -> list[Effect]:
@@ -460,10 +450,6 @@ class Lifecycle:
         if handoff is None:
             return []
         return [ReleaseKv(handoff.holder.instance_id, handoff.handoff_id, sent)]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{round(seconds, 1):g} s"
 
 
 def _release_late(output: Output) -> list[Effect]:

@@ -185,11 +185,6 @@ class Membership:
         """Whether new requests for the model go to another revision than this one."""
         return self.served.get(model, revision) != revision
 
-    def advances(self, instance_id: str) -> bool:
-        """Whether its engine gets on with what it has, as far as is known."""
-        member = self.members.get(instance_id)
-        return member is not None and member.up and not member.stuck
-
     def may_return(self, model: str, revision: str) -> bool:
         """Whether an instance that takes no attempts now may decode for this revision soon: it has it, or
         it has not said yet what it has."""

@@ -546,17 +546,6 @@ def test_requests_leave_a_worker_that_stands_still_if_others_can_serve_them() ->
     assert (stage.on("a0"), stage.on("a1")) == ([], ["r0"])
 
 
-def test_an_attempt_that_is_late_in_a_queue_that_moves_is_waited_for() -> None:
-    stage = Stage({"a0": AGGREGATED})
-    record = stage.ask()
-    stage.placement.reported("a0", 9, Load(running=1, waiting=1))
-    stage.wait(120.0)
-    assert stage.on("a0") == ["r0"]
-    stage.placement.reported("a0", 9, Load(running=1))
-    stage.wait(120.0)
-    assert record.life.strikes.failures == 1
-
-
 def test_a_client_that_leaves_gives_its_place_away() -> None:
     stage = Stage({"a0": AGGREGATED})
     running = stage.ask()

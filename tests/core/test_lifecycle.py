@@ -420,23 +420,6 @@ def test_late_attempts_end_in_an_error_that_names_each() -> None:
     )
 
 
-def test_a_request_in_a_queue_that_moves_is_not_taken_for_lost() -> None:
-    life = lifecycle()
-    life.place("d0", None, 0.0)
-    for again in range(1, LIMITS.busy_waits + 1):
-        assert life.handle(Tick(queued=True), 120.0 * again) == []
-        assert life.deadline == 120.0 * (again + 1)
-    assert isinstance(life.handle(Tick(queued=True), life.deadline)[0], CancelAttempt)
-    assert life.trouble == "d0: no first token for 600 s, in a queue that moved"  # not: within 120
-
-
-def test_one_that_has_begun_does_not_wait_for_others() -> None:
-    life = lifecycle()
-    attempt = sent(life.place("d0", None, 0.0)).attempt
-    life.handle(Output(attempt.attempt_id, [10]), 1.0)
-    assert life.handle(Tick(queued=True), 61.0)[0] == CancelAttempt("d0", attempt.attempt_id)
-
-
 def test_standing_still_moves_a_request_so_often_and_never_fails_it() -> None:
     life = lifecycle()
     for number in range(LIMITS.max_moves):

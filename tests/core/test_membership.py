@@ -274,16 +274,3 @@ def test_a_model_that_nobody_knows_yet_may_be_any() -> None:
     assert membership.incarnations() == {Incarnation("d0", 1500)}
     membership.down("d0")
     assert membership.members["d0"].model == "m"  # it probably comes back with the same
-
-
-def test_an_engine_advances_while_its_link_is_up_and_it_is_not_stuck() -> None:
-    membership = Membership()
-    assert not membership.advances("d0")
-    ready(membership, "d0")
-    assert membership.advances("d0")
-    membership.stuck("d0", "no step")
-    assert not membership.advances("d0")
-    membership.advancing("d0")
-    assert membership.advances("d0")
-    membership.down("d0")
-    assert not membership.advances("d0")
