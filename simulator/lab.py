@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import process_time
 from typing import Any
 
-from penstock.core.deadlines import Awaited
+from penstock.core.deadlines import MISSING
 from penstock.shapes import Sampling
 from simulator import settled
 from simulator.checked_engine import InjectedFault
@@ -44,7 +44,7 @@ ERRORS_ALLOWED = {
     "no_worker",
     "overloaded",
     "request_timeout",
-} | {f"{awaited.value}_timeout" for awaited in Awaited}
+} | {f"{phase.value}_timeout" for phase in MISSING}
 """In scenarios that are not gentle."""
 
 

@@ -11,8 +11,8 @@ import asyncio
 import math
 from collections.abc import Iterator
 
-from penstock.core.deadlines import Awaited
-from penstock.core.lifecycle import Lifecycle, Phase
+from penstock.core.deadlines import Phase
+from penstock.core.lifecycle import Lifecycle
 from penstock.core.membership import State
 from penstock.core.pairing import KvFormat, kv_format
 from simulator.processes import SimulatedFrontend, SimulatedWorker
@@ -139,9 +139,8 @@ class Monitor:
         limits = world.scenario.deadlines
         for request_id, record in router.dispatcher.records.items():
             life = record.life
-            awaited: Awaited = life.awaited
-            if life.waited_s(now) > limits.of(awaited):
-                what = f"{frontend.name}: {request_id} waits for more than {awaited.value} allows"
+            if life.waited_s(now) > limits.of(life.phase):
+                what = f"{frontend.name}: {request_id} waits for more than {life.phase.value} allows"
                 yield "deadlines are kept", LATE_S, what
             if life.phase is Phase.QUEUED:
                 if request_id not in record.queue and self._could_run(frontend, life):

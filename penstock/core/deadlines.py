@@ -1,4 +1,4 @@
-"""How long each phase of a request may take, and how often it may be tried again."""
+"""The phases of a request, how long each may take, and how often a request may be tried again."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ from penstock.checked import shown, suggestion
 from penstock.errors import ConfigError
 
 
-class Awaited(Enum):
-    """What a request waits for: the phases that have a deadline. The value is its name in `--deadlines`."""
+class Phase(Enum):
+    """Where a request is. The value is the name of the phase's deadline in `--deadlines`."""
 
-    WORKER = "queue"  # no instance has it
+    QUEUED = "queue"  # no instance has it
     PREFILL = "prefill"  # a prefill worker computes its prompt
     TRANSFER = "transfer"  # a decode worker was handed its KV, and has said nothing yet
-    FIRST_TOKEN = "first_token"  # a worker computes its prompt to go on by itself
-    NEXT_TOKEN = "stall"  # a worker generates
-
-    @property
-    def missing(self) -> str:
-        """What has not come, in words."""
-        return _MISSING[self]
+    FIRST_TOKEN = "first_token"  # a decode or aggregated worker computes its prompt
+    DECODE = "stall"  # a worker generates
+    DONE = "done"  # it has ended, and has no deadline
 
 
-_MISSING = {
-    Awaited.WORKER: "no worker",
-    Awaited.PREFILL: "no prefill",
-    Awaited.TRANSFER: "no token after the KV transfer",
-    Awaited.FIRST_TOKEN: "no first token",
-    Awaited.NEXT_TOKEN: "no next token",
+MISSING = {
+    Phase.QUEUED: "no worker",
+    Phase.PREFILL: "no prefill",
+    Phase.TRANSFER: "no token after the KV transfer",
+    Phase.FIRST_TOKEN: "no first token",
+    Phase.DECODE: "no next token",
 }
+"""What has not come when a phase takes too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +78,9 @@ class Deadlines:
     handoff_margin_s: float = 1.0
     """A handoff with less life than this is not used: the pull could not finish."""
 
-    def of(self, awaited: Awaited) -> float:
+    def of(self, phase: Phase) -> float:
         """The deadline of this phase, in seconds from its beginning."""
-        seconds: float = getattr(self, f"{awaited.value}_s")
+        seconds: float = getattr(self, f"{phase.value}_s")
         return seconds
 
 
@@ -91,7 +88,7 @@ def parse_deadlines(text: str, otherwise: Deadlines) -> Deadlines:
     """`first_token=60,stall=20`, in seconds, as Deadlines; whatever it does not name is as in `otherwise`.
 
     Raises ConfigError, which names the flag and the phase."""
-    names = [awaited.value for awaited in Awaited] + ["request"]
+    names = [phase.value for phase in MISSING] + ["request"]
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))

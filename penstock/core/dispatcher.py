@@ -8,16 +8,16 @@ which instances may take a request (core/membership.py, core/suspects.py) and wh
     phase of the record  event                       what happens
     -------------------  --------------------------  ------------------------------------------------------
     (none)               `submit`                    QUEUED, in the queue; or a Refusal
-    QUEUED, in queue     `place`: its turn, or it    PREFILL or DECODE, when some instance could begin it
-                         has just come               soon; else it waits on
+    QUEUED, in queue     `place`: its turn, or it    on an instance, when some could begin it soon; else it
+                         has just come               waits on
     QUEUED, in queue     `place`, and only suspects  QUEUED, resting: others may go where it must not
                          are where it could go
     QUEUED               `place`, and its revision   DONE, failed; QUEUED, resting, if it has tokens and
                          was replaced                such a worker may return
     QUEUED, resting      `tick`, its rest is over    back at the head of the queue, and as `place`
-    PREFILL, DECODE      its attempt ended early     QUEUED: resting after repeated losses; else at the
+    on an instance       its attempt ended early     QUEUED: resting after repeated losses; else at the
                                                      head of the queue, and as `place`
-    PREFILL, DECODE      its answer is complete      DONE
+    on an instance       its answer is complete      DONE
     any                  `tick`, a deadline is over  as in core/lifecycle.py
     any                  ClientGone                  DONE
 
@@ -38,6 +38,7 @@ from random import Random
 from typing import Any
 
 from penstock.core.admission import AdmissionQueue, AdmissionQueues, waiting_bytes, work_tokens
+from penstock.core.deadlines import Phase
 from penstock.core.events import (
     Bounced,
     DeliverOutput,
@@ -48,7 +49,7 @@ from penstock.core.events import (
     NoteChoice,
     Tick,
 )
-from penstock.core.lifecycle import Lifecycle, Phase
+from penstock.core.lifecycle import Lifecycle
 from penstock.core.membership import Membership, decoders
 from penstock.core.placement import Placed, Placement
 from penstock.core.policy import Decision, Path

@@ -5,48 +5,43 @@ the tokens it already gave: the next attempt continues from prompt + tokens so f
 penalties, seeds, min_tokens and max_tokens go on as if nothing had happened (shapes.Attempt). Outputs
 of any attempt but the current one are therefore noise: they are dropped, and KV they offer is released.
 
-    phase     event                      next      effects
-    --------  -------------------------  --------  ------------------------------------------------
-    QUEUED    placed, with prefill       PREFILL   SendAttempt(prefill attempt)
-    QUEUED    placed, without            DECODE    SendAttempt(with the handoff if one is held)
-    QUEUED    placed, local              DECODE    ReleaseKv, SendAttempt
-    QUEUED    failed                     DONE      ReleaseKv, FailRequest
-    PREFILL   Output, prefilled          DECODE    SendAttempt(with handoff) to the decode worker,
-                                                   DeliverOutput; QUEUED if that worker is gone
-    PREFILL   Output, stop or length     DONE      DeliverOutput
-    DECODE    Output, no finish          DECODE    DeliverOutput
-    DECODE    Output, stop or length     DONE      DeliverOutput
-    PREFILL,  Output, rejected           DONE      FailRequest: no other instance would take it either
-    DECODE
-    PREFILL,  Output, error;             QUEUED    none; avoids that instance and, from the second time on,
-    DECODE    InstanceLost; phase late             rests (FailRequest after the limit: core/suspects.py)
-    PREFILL,  Output, cancelled          QUEUED    none; avoids that instance, which is leaving
-    DECODE
-    PREFILL,  InstanceStuck, up to       QUEUED    CancelAttempt; avoids that instance
-    DECODE    `max_moves` times
-    PREFILL,  Bounced                    QUEUED    none; a handoff stays valid
-    DECODE
-    PREFILL,  TooLong                    DONE      FailRequest: it would be too long for every instance
-    DECODE
-    any       request deadline, queue    DONE      CancelAttempt, ReleaseKv, FailRequest
+    phase     event                      next         effects
+    --------  -------------------------  -----------  ------------------------------------------------
+    QUEUED    placed, with prefill       PREFILL      SendAttempt(prefill attempt)
+    QUEUED    placed, handoff held       TRANSFER     SendAttempt(with the handoff)
+    QUEUED    placed, local              FIRST_TOKEN  ReleaseKv, SendAttempt
+    QUEUED    failed                     DONE         ReleaseKv, FailRequest
+    PREFILL   Output, prefilled          TRANSFER     SendAttempt(with handoff) to the decode worker,
+                                                      DeliverOutput; QUEUED if that worker is gone
+    on one    Output, no finish          DECODE       DeliverOutput
+    on one    Output, stop or length     DONE         DeliverOutput
+    on one    Output, rejected           DONE         FailRequest: no other instance would take it either
+    on one    Output, error;             QUEUED       none; avoids that instance and, from the second time
+              InstanceLost; phase late                on, rests (FailRequest after the limit:
+                                                      core/suspects.py)
+    on one    Output, cancelled          QUEUED       none; avoids that instance, which is leaving
+    on one    InstanceStuck, up to       QUEUED       CancelAttempt; avoids that instance
+              `max_moves` times
+    on one    Bounced                    QUEUED       none; a handoff stays valid
+    on one    TooLong                    DONE         FailRequest: it would be too long for every instance
+    any       request deadline, queue    DONE         CancelAttempt, ReleaseKv, FailRequest
               deadline
-    any       ClientGone                 DONE      CancelAttempt, ReleaseKv
+    any       ClientGone                 DONE         CancelAttempt, ReleaseKv
 
-When a request is QUEUED, core/dispatcher.py finds the instances for its next attempt (`place`), once
-`rests_until` is over. Every phase has a deadline (core/deadlines.py): `deadline` says when `Tick` must be
-called at the latest.
+"on one": on an instance, which is in PREFILL, TRANSFER, FIRST_TOKEN and DECODE. When a request is QUEUED,
+core/dispatcher.py finds the instances for its next attempt (`place`), once `rests_until` is over. Every
+phase has a deadline (core/deadlines.py): `deadline` says when `Tick` must be called at the latest.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import msgspec
 
-from penstock.core.deadlines import Awaited, Deadlines
+from penstock.core.deadlines import MISSING, Deadlines, Phase
 from penstock.core.events import (
     KILLER,
     Bounced,
@@ -67,16 +62,7 @@ from penstock.core.suspects import Strikes
 from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import Attempt, Delta, FinishReason, Handoff, Incarnation, Output, Request
 
-
-class Phase(Enum):
-    QUEUED = "queued"  # no instance has it
-    PREFILL = "prefill"  # a prefill worker computes the prompt
-    DECODE = "decode"  # a decode or aggregated worker has it, its prompt still to compute or pull
-    DONE = "done"
-
-
-_NEXT_TOKEN = Awaited.NEXT_TOKEN  # looked up with every token
-
+_DECODE = Phase.DECODE  # looked up with every token
 
 REST_S = 1.0
 """Pause after the second death in a row under a request, doubling with each further one. A busy machine
@@ -91,7 +77,6 @@ class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
     __slots__ = (
-        "_cached_reported",
         "_failed",
         "_handoff_at",
         "_instance_id",
@@ -102,7 +87,6 @@ class Lifecycle:
         "attempt_id",
         "attempts",
         "avoided",
-        "awaited",
         "bounces",
         "complete",
         "deadline",
@@ -132,8 +116,7 @@ class Lifecycle:
         self.avoided: set[str] = set()  # instances that get no attempt while there are others
         self.bounces = 0  # since it last got on
         self.rests_until = -math.inf  # the next attempt is placed only after that
-        self.awaited = Awaited.WORKER
-        self.since = now  # when it began to wait for that
+        self.since = now  # when the phase began, or the latest output came
         self._limits = limits
         self._queue_deadline = self.deadline
         self._request_deadline = now + limits.request_s
@@ -141,7 +124,6 @@ class Lifecycle:
         self._handoff_at = 0.0
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
         self._failed = ""  # why the last attempt failed, until the next one is placed
-        self._cached_reported = False
 
     @property
     def instance_id(self) -> str:
@@ -164,7 +146,7 @@ class Lifecycle:
         return instance_id in places or any(it and it.holder.instance_id == instance_id for it in handoffs)
 
     def waited_s(self, now: float) -> float:
-        """For how long it has waited for what it waits for."""
+        """For how long it has been in its phase; in DECODE, since the latest output."""
         return now - self.since
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -181,9 +163,8 @@ class Lifecycle:
         if prefill is None:
             dropped = self._drop_handoff() if local else []
             return [*dropped, *self._send_decode(decode, now)]
-        self.phase = Phase.PREFILL
         self.decode_id = decode
-        return [*self._drop_handoff(), self._send(prefill, now, prefill_only=True)]
+        return [*self._drop_handoff(), self._send(prefill, Phase.PREFILL, now)]
 
     def unplaced(self, reason: str) -> None:
         """No instance can take a queued request. The instances that it avoids may be the only ones that are
@@ -204,7 +185,6 @@ class Lifecycle:
         return failed
 
     def _send_decode(self, instance_id: str, now: float) -> list[Effect]:
-        self.phase = Phase.DECODE
         self.decode_id = ""
         handoff, self.handoff = self.handoff, None
         effects: list[Effect] = []
@@ -216,26 +196,24 @@ class Lifecycle:
             else:
                 self._sent_handoff = handoff
                 handoff = msgspec.structs.replace(handoff, ttl_s=left_s)
-        effects.append(self._send(instance_id, now, handoff=handoff))
+        phase = Phase.FIRST_TOKEN if handoff is None else Phase.TRANSFER
+        effects.append(self._send(instance_id, phase, now, handoff))
         return effects
 
     def _send(
-        self, instance_id: str, now: float, *, prefill_only: bool = False, handoff: Handoff | None = None
+        self, instance_id: str, phase: Phase, now: float, handoff: Handoff | None = None
     ) -> SendAttempt:
         self.attempts += 1
         self.attempt_id = self.attempt_id_of(self.attempts)
         self._instance_id = instance_id
-        if prefill_only:
-            self._await(Awaited.PREFILL, now)
-        else:
-            self._await(Awaited.FIRST_TOKEN if handoff is None else Awaited.TRANSFER, now)
+        self._enter(phase, now)
         attempt = Attempt(
             attempt_id=self.attempt_id,
             request_id=self.request.request_id,
             token_ids=list(self.token_ids),
             prompt_len=len(self.request.token_ids),
             sampling=self.request.sampling,
-            prefill_only=prefill_only,
+            prefill_only=phase is Phase.PREFILL,
             handoff=handoff,
             cache_salt=self.request.cache_salt,
             priority=self.request.priority,
@@ -257,10 +235,10 @@ class Lifecycle:
                 if len(self.token_ids) >= strikes.acquitted_at:
                     strikes.acquit()
                     self._settle()
-            elif self.awaited is not _NEXT_TOKEN:
+            elif self.phase is not _DECODE:
                 self._settle()
-            # As `_await` does, which would cost this more than all the rest.
-            self.awaited, self.since = _NEXT_TOKEN, now
+            # As `_enter` does, which would cost this more than all the rest.
+            self.phase, self.since = _DECODE, now
             deadline, last = now + self._limits.stall_s, self._request_deadline
             self.deadline = deadline if deadline < last else last
             return [self._emit(output, None)] if output.token_ids else []
@@ -295,11 +273,11 @@ class Lifecycle:
         self.trouble = ""
 
     def _emit(self, output: Output, reason: FinishReason | None) -> DeliverOutput:
-        cached = None
-        if not self._cached_reported and output.cached_tokens is not None:
-            # Later attempts find the request's own earlier work cached: not what the client means.
-            cached = min(output.cached_tokens, len(self.request.token_ids))
-            self._cached_reported = True
+        cached = output.cached_tokens
+        if cached is not None:
+            # Whoever continues finds the request's own earlier work cached: not what the client means.
+            begins = self.output_tokens == len(output.token_ids)
+            cached = min(cached, len(self.request.token_ids)) if begins else None
         return DeliverOutput(Delta(output.token_ids, output.logprobs, reason, cached))
 
     def _on_bounced(self, event: Bounced, now: float) -> list[Effect]:
@@ -399,17 +377,15 @@ class Lifecycle:
         return effects
 
     def _queue(self, now: float) -> None:
-        self.phase = Phase.QUEUED
         self.attempt_id = self._instance_id = self.decode_id = ""
-        self._await(Awaited.WORKER, now)
+        self._enter(Phase.QUEUED, now)
         self._queue_deadline = self.deadline
 
     # --- time and the client --------------------------------------------------------------------
 
-    def _await(self, awaited: Awaited, now: float) -> None:
-        """Wait for this from now on."""
-        self.awaited, self.since = awaited, now
-        self.deadline = min(now + self._limits.of(awaited), self._request_deadline)
+    def _enter(self, phase: Phase, now: float) -> None:
+        self.phase, self.since = phase, now
+        self.deadline = min(now + self._limits.of(phase), self._request_deadline)
 
     def _on_tick(self, _: Tick, now: float) -> list[Effect]:
         if now < self.deadline or self.phase is Phase.DONE:
@@ -417,7 +393,7 @@ class Lifecycle:
         if now >= self._request_deadline:
             where = f" from {self._instance_id}" if self._instance_id else ""
             message = f"request took longer than {self._limits.request_s:g} s"
-            message += f": {self.awaited.missing}{where} for {round(self.waited_s(now), 1):g} s"
+            message += f": {MISSING[self.phase]}{where} for {round(self.waited_s(now), 1):g} s"
             return [*self._abandon(), *self.fail(RequestRejected(message, kind=Rejection.TIMED_OUT))]
         if self.phase is Phase.QUEUED:
             message = f"no worker could take the request within {self._limits.queue_s:g} s"
@@ -425,8 +401,8 @@ class Lifecycle:
             return self.fail(
                 RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=5.0)
             )
-        late = f"{self.awaited.missing} within {self._limits.of(self.awaited):g} s"
-        return [*self._abandon(), *self._lost(late, now, code=f"{self.awaited.value}_timeout")]
+        late = f"{MISSING[self.phase]} within {self._limits.of(self.phase):g} s"
+        return [*self._abandon(), *self._lost(late, now, code=f"{self.phase.value}_timeout")]
 
     def _on_client_gone(self, event: ClientGone, now: float) -> list[Effect]:
         if self.phase is Phase.DONE:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.core.deadlines import Phase
 from penstock.core.dispatcher import Dispatcher, RequestRecord
 from penstock.core.events import (
     KILLER,
@@ -30,7 +31,6 @@ from penstock.core.events import (
     SendAttempt,
     TooLong,
 )
-from penstock.core.lifecycle import Phase
 from penstock.core.placement import Placement, explain
 from penstock.core.settings import RouterSettings
 from penstock.core.wait_prediction import Refusal

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.core.deadlines import Awaited, Deadlines, parse_deadlines
+from penstock.core.deadlines import MISSING, Deadlines, parse_deadlines
 from penstock.errors import ConfigError
 
 
@@ -10,7 +10,7 @@ def test_every_phase_can_be_set() -> None:
     assert parse_deadlines("", Deadlines(queue_s=7)) == Deadlines(queue_s=7)
     text = "queue=1, prefill=2,transfer=3,first_token=4,stall=0.5,request=6,"
     found = parse_deadlines(text, Deadlines())
-    assert [found.of(awaited) for awaited in Awaited] == [1, 2, 3, 4, 0.5]
+    assert [found.of(phase) for phase in MISSING] == [1, 2, 3, 4, 0.5]
     assert found.request_s == 6
     assert parse_deadlines("stall=5", Deadlines(queue_s=7)) == Deadlines(queue_s=7, stall_s=5)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from penstock.core.admission import AdmissionSettings, Refusal
 from penstock.core.catalog import revision_of
-from penstock.core.deadlines import Deadlines
+from penstock.core.deadlines import Deadlines, Phase
 from penstock.core.dispatcher import Dispatcher, RequestRecord
 from penstock.core.events import (
     KILLER,
@@ -28,7 +28,7 @@ from penstock.core.events import (
     SendAttempt,
     TooLong,
 )
-from penstock.core.lifecycle import REST_S, Phase
+from penstock.core.lifecycle import REST_S
 from penstock.core.membership import Membership
 from penstock.core.placement import Placement
 from penstock.core.settings import RouterSettings

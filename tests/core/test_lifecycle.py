@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.deadlines import Deadlines
+from penstock.core.deadlines import Deadlines, Phase
 from penstock.core.events import (
     KILLER,
     Bounced,
@@ -23,7 +23,7 @@ from penstock.core.events import (
     Tick,
     TooLong,
 )
-from penstock.core.lifecycle import REST_S, Lifecycle, Phase
+from penstock.core.lifecycle import REST_S, Lifecycle
 from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import FinishReason, Handoff, Incarnation, Output, Request, Sampling
 
@@ -133,7 +133,7 @@ def test_prefill_token_is_emitted_and_decode_continues_with_the_handoff() -> Non
     assert send.attempt.prompt_len == len(PROMPT)
     assert send.attempt.handoff is not None
     assert send.attempt.handoff.num_tokens == len(PROMPT)
-    assert life.phase is Phase.DECODE
+    assert life.phase is Phase.TRANSFER
 
 
 def test_first_token_that_ends_the_request_needs_no_decode_worker() -> None:
@@ -429,7 +429,7 @@ def test_standing_still_moves_a_request_so_often_and_never_fails_it() -> None:
         assert life.phase is Phase.QUEUED
     life.place("d9", None, 4.0)
     assert life.handle(InstanceStuck("d9", "no step for 3 s"), 7.0) == []
-    assert life.phase is Phase.DECODE
+    assert life.phase is Phase.FIRST_TOKEN
     assert life.strikes.failures == 0
 
 
@@ -541,7 +541,7 @@ class Story:
         for effect in effects:
             match effect:
                 case SendAttempt(_, attempt):
-                    assert self.life.phase in (Phase.PREFILL, Phase.DECODE)
+                    assert self.life.phase in (Phase.PREFILL, Phase.TRANSFER, Phase.FIRST_TOKEN)
                     assert attempt.token_ids == [*PROMPT, *self.emitted] or self.emission_follows(attempt)
                     self.running[attempt.attempt_id] = effect
                     if attempt.handoff is not None:

@@ -16,9 +16,10 @@ import pytest
 
 from penstock.core import lifecycle, membership
 from penstock.core.admission import AdmissionQueue
+from penstock.core.deadlines import Phase
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.fair_queue import FairQueue
-from penstock.core.lifecycle import Lifecycle, Phase
+from penstock.core.lifecycle import Lifecycle
 from penstock.core.load import LoadBook
 from penstock.core.membership import Membership
 from penstock.core.pairing import KvFormat
