@@ -193,7 +193,7 @@ class Monitor:
         ready = router.membership.ready(model, revision)
         idle = []
         for card in ready:
-            load = router.placement.loads.view(card.instance_id)
+            load = router.placement.loads[card.instance_id].assumed()
             full = router.dispatcher.full_until.get(card.instance_id, now) > now
             if not (load.running or load.waiting or full):
                 idle.append(card)
@@ -214,9 +214,9 @@ class Monitor:
             and ahead.get(kv_format(card.engine), True)
             and card.instance_id not in avoided
         ]
-        books = router.placement.loads.statistics()
+        loads = router.placement.loads
         return {
-            name: f"{frontend.name} has had nothing for {name} since no. {books[name].sent}"
+            name: f"{frontend.name} has had nothing for {name} since no. {loads[name].sent}"
             for name in names
         }
 

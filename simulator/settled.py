@@ -69,13 +69,13 @@ def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     parts = [router, dispatcher, dispatcher.suspects, instances, instances.served_models]
     for queue in dispatcher.queues.values():
         parts += [queue, queue.waiting, queue.prediction]
-    parts += [placement, placement.loads, placement.overlap_check]
+    parts += [placement, placement.overlap_check]
     lasting = {"queues", "_recent", "_served", "_gone", "_lost", "_without_pairs"}
     lasting |= set(router.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
-    for instance_id, account in placement.loads.statistics().items():
-        if any((account.on_the_way, account.booked, account.uncached_tokens, account.context_tokens)):
-            complaints.append(f"{frontend.name} has {account} of {instance_id}")
+    for instance_id, load in placement.loads.items():
+        if any((load.on_the_way, load.booked, load.uncached_tokens, load.context_tokens)):
+            complaints.append(f"{frontend.name} has {load} of {instance_id}")
     for worker in world.live_workers():
         name = worker.instance_id
         if placement.load(name) != worker.worker.load():

@@ -15,6 +15,7 @@ from penstock.core.dispatcher import Dispatcher
 from penstock.core.events import InstanceLost
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.placement import Placement
+from penstock.core.prefix_index import PrefixIndex
 from penstock.discovery.file import FileDiscovery
 from penstock.errors import Rejection, RequestRejected
 from penstock.link.client import LinkClient
@@ -47,7 +48,7 @@ async def fails(ask: Callable[[], Answer]) -> None:
 
 def books_are_closed(it: Cluster) -> bool:
     dispatcher = it.router.dispatcher
-    booked = any(account.booked for account in it.router.placement.loads.statistics().values())
+    booked = any(load.booked for load in it.router.placement.loads.values())
     waiting = sum(map(len, dispatcher.queues.values()))
     return not (dispatcher.records or dispatcher.attempts or waiting or booked)
 
@@ -124,7 +125,7 @@ async def test_a_tick_that_fails_is_followed_by_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with cluster(tmp_path, AGGREGATED) as it:
-        monkeypatch.setattr(Placement, "tick", defect)
+        monkeypatch.setattr(PrefixIndex, "sweep", defect)
         await until(lambda: caplog.text.count("a tick was not finished") >= 10)
         assert len(await it.complete(PROMPT)) == 8
         await asyncio.sleep(0.5)

@@ -14,7 +14,6 @@ they left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 
 import msgspec
@@ -188,14 +187,7 @@ class AdmissionQueue:
         return wait_ms <= min(self._settings.dispatch_wait_ms, self._settings.max_wait_ms) and not crowded
 
     def dispatch(
-        self,
-        request_id: str,
-        wait_ms: float,
-        workers: int,
-        now: float,
-        *,
-        crowded: bool,
-        service_ms: Callable[[], float],
+        self, request_id: str, wait_ms: float, workers: int, now: float, *, ahead: int, crowded: bool
     ) -> float | None:
         """Send the request that is next, if it fits. Returns the seconds for which it waited here; None
         when it has to wait on.
@@ -203,25 +195,22 @@ class AdmissionQueue:
         Args:
             wait_ms: the least time in which one of the workers could begin it.
             workers: how many there are that can end it.
+            ahead: how many requests that worker would begin before.
             crowded: whether each of them has as many requests as it should have, whatever waits.
-            service_ms: how long a worker is thought to take for it: the pace until one is measured;
-                0 if no worker has measured anything yet.
         """
         if request_id in self._following:
             del self._following[request_id]
             return 0.0
         prediction, entry = self.prediction, self.waiting[request_id]
+        work = entry.work
         prediction.head_ms = wait_ms
         prediction.servers = max(1, workers)
         if not self.fits(request_id, wait_ms, crowded):
             self._measure(entry.flow, now)
             if not prediction.pace.known:
-                prediction.pace.guess(service_ms(), entry.members[request_id])
-            if not prediction.pace.known:
-                prediction.head_ms = 0.0  # what workers say of their wait is a guess too
+                prediction.pace.guess(wait_ms / (ahead + 1), work)
             return None
         waited_s = now - self._entered[request_id][0]
-        work = entry.work
         self.waiting.charge(entry, work)
         prediction.flow_served(entry.flow, work, now)
         # Requests that came back pass however full the workers are: no measure of their pace.

@@ -21,13 +21,10 @@ of both kinds alike, however it weighs them, gives up cached prefixes for balanc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable
-
 import msgspec
 
 from penstock.core.pairing import KvFormat
-from penstock.shapes import EngineCard, Load, Role
+from penstock.shapes import Load, Role
 
 STEP_TOKENS = 8192
 """Prompt tokens that an engine is assumed to compute in one step (`max_num_batched_tokens` of vLLM on a
@@ -49,10 +46,6 @@ GROWTH_SHARE = 0.25
 come on average, but others end meanwhile. On one simulated Qwen3-32B (2 x H200) that is short of blocks,
 with outputs of 1,150 tokens after prompts of 125, it takes away 6 of 7 preemptions and half of the time
 between tokens, for 7 % of the throughput; with outputs of 225 tokens, for 2 %."""
-
-DOUBLING = 256.0
-"""Requests that double what a step takes, as is assumed where more would be a guess: 36 on Qwen3-32B
-(2 x H200), 400 on Qwen3-8B (one)."""
 
 LENGTHS_FORGETTING = 0.99
 LENGTHS_PRIOR = 8.0
@@ -152,36 +145,14 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
         stay_ms = stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
-        stay_ms += (
-            load.running * rates.prefill_token_ms * candidate.prompt_tokens
-        )  # those that begin meanwhile
+        # The prompts of those that begin meanwhile.
+        stay_ms += load.running * rates.prefill_token_ms * candidate.prompt_tokens
     return ahead * stay_ms / max(1, load.running + load.held_handoffs)
 
 
 def _stay_tokens(query: Query, candidate: Candidate) -> float:
     """How long the outputs are of requests that have a place there already, as far as that is known."""
     return max(1.0, candidate.output_tokens or query.expected_output_tokens)
-
-
-def service_ms(engine: EngineCard, load: Load, prompt_tokens: int, output_tokens: float) -> float:
-    """For how long a worker that is always full is busy on account of one more request, at the least, in
-    ms.
-
-    Each step begins n requests, as many as there are places that become free and as their tokens fit in:
-    n = min(places / output, batch tokens / (prompt + output)). They share what a step takes anyway:
-
-        prefill_token_ms * prompt + decode_request_ms * output + step_ms / n
-
-    At the least, because a worker that has served one request at a time cannot tell what another one adds
-    to a step: it is taken for no more than step_ms / DOUBLING.
-    """
-    rates, tokens = load.rates, prompt_tokens + output_tokens
-    places = engine.max_running or math.inf
-    if load.total_blocks:
-        places = min(places, load.total_blocks * engine.block_size / tokens)
-    begun = min(places / max(1.0, output_tokens), (engine.max_batch_tokens or STEP_TOKENS) / tokens)
-    decode_ms = min(rates.decode_request_ms, rates.step_ms / DOUBLING) * output_tokens
-    return rates.prefill_token_ms * prompt_tokens + decode_ms + rates.step_ms / begun
 
 
 def crowded(query: Query, candidate: Candidate) -> bool:
@@ -200,21 +171,20 @@ def crowded(query: Query, candidate: Candidate) -> bool:
 
 
 class OutputLengths:
-    """How long outputs are, on average, by a key of the caller's."""
+    """How long outputs are, on average, by model and tenant."""
 
     def __init__(self) -> None:
-        self._sums: dict[Hashable, tuple[float, float]] = {}  # of tokens, and of weights
+        self._sums: dict[tuple[str, str], tuple[float, float]] = {}  # of tokens, and of weights
 
-    def ended(self, key: Hashable, tokens: int, prior: float = EXPECTED_OUTPUT_TOKENS) -> None:
+    def ended(self, model: str, tenant: str, tokens: int, prior: float) -> None:
         """An output ended after so many tokens; `prior`: what was expected before any had."""
-        total, weight = self._sums.get(key, (prior * LENGTHS_PRIOR, LENGTHS_PRIOR))
-        self._sums[key] = (total * LENGTHS_FORGETTING + tokens, weight * LENGTHS_FORGETTING + 1.0)
+        total, weight = self._sums.get((model, tenant), (prior * LENGTHS_PRIOR, LENGTHS_PRIOR))
+        self._sums[model, tenant] = total * LENGTHS_FORGETTING + tokens, weight * LENGTHS_FORGETTING + 1.0
 
-    def forget(self, gone: Callable[[Hashable], bool]) -> None:
-        """Drop the keys for which `gone` is true."""
-        self._sums = {key: sums for key, sums in self._sums.items() if not gone(key)}
+    def forget(self, model: str) -> None:
+        self._sums = {key: sums for key, sums in self._sums.items() if key[0] != model}
 
-    def mean(self, key: Hashable) -> float | None:
+    def mean(self, model: str, tenant: str) -> float | None:
         """In tokens; at least 1. None: none has ended."""
-        total, weight = self._sums.get(key, (0.0, 0.0))
+        total, weight = self._sums.get((model, tenant), (0.0, 0.0))
         return max(1.0, total / weight) if weight else None

@@ -37,86 +37,49 @@ class Path(StrEnum):
     REMOTE = "remote"  # its prompt on a prefill worker, then its output on a decode worker
 
 
-class Scored(msgspec.Struct, frozen=True, gc=False):
-    """What a request would cost with this candidate to decode it, and of what that consists.
+class Plan(msgspec.Struct, frozen=True, gc=False):
+    """How a request would be served with this candidate to decode it, and what that would cost."""
 
-    `total_ms`, lower is better, is the sum of the terms before it; on the remote path `queue_ms` is the
-    prefill worker's, or what of the candidate's own is left when the prompt is ready.
-    """
-
-    instance_id: str
+    here: Costs  # of the candidate
+    first: Costs | None  # of the prefill worker that goes first; None: none does, or none any more
     path: Path
-    overlap_blocks: int  # this and the next: of the candidate itself, on either path
-    uncached_tokens: int
-    queue_ms: float
+    queue_ms: (
+        float  # on the remote path the prefill worker's, or what is left of the candidate's own by then
+    )
     prefill_ms: float
-    inflicted_ms: float
-    transfer_ms: float
-    decode_ms: float
-    total_ms: float
-    other_ms: float | None = None  # until the first token by the path not taken; None: there was none
+    inflicted_ms: float = 0.0
+    transfer_ms: float = 0.0
+    other_start_ms: float | None = None  # `start_ms` of the path not taken; None: there was none
+
+    @property
+    def instance_id(self) -> str:
+        return self.here.candidate.instance_id
 
     @property
     def start_ms(self) -> float:
         """Until the first token, with what that costs the others."""
-        return self.total_ms - self.decode_ms
+        return self.queue_ms + self.prefill_ms + self.inflicted_ms + self.transfer_ms
+
+    @property
+    def total_ms(self) -> float:
+        """Lower is better."""
+        return self.start_ms + self.here.decode_ms
 
 
-def plan(query: Query, here: Costs, first: Costs | None, disagg: Disagg) -> Scored:
+def plan(query: Query, here: Costs, first: Costs | None, disagg: Disagg) -> Plan:
     """The better plan with the candidate of `here` decoding; `first` is of the prefill worker to use, if
     there is one for it."""
-    if query.handed is not None and query.handed == here.candidate.kv_format:
-        return _remote(here, None)
-    if first is None or disagg is Disagg.NEVER or here.candidate.role is Role.AGGREGATED:
-        return _local(here)
+    candidate = here.candidate
+    if query.handed is not None and query.handed == candidate.kv_format:  # the prompt is computed already
+        return Plan(here, None, Path.REMOTE, here.queue_ms, 0.0, transfer_ms=here.transfer_ms)
+    alone = Path.AGGREGATED if candidate.role is Role.AGGREGATED else Path.LOCAL
+    local = Plan(here, None, alone, here.queue_ms, here.prefill_ms, here.inflicted_ms)
+    if first is None or disagg is Disagg.NEVER or candidate.role is Role.AGGREGATED:
+        return local
+    queue_ms = max(first.ready_ms, here.queue_ms) - first.prefill_ms
+    remote = Plan(here, first, Path.REMOTE, queue_ms, first.prefill_ms, transfer_ms=here.transfer_ms)
     if disagg is Disagg.ALWAYS:
-        return _remote(here, first)
-    local, remote = _local(here), _remote(here, first)
-    if here.uncached_tokens < here.candidate.block_size or local.start_ms <= remote.start_ms:
-        return msgspec.structs.replace(local, other_ms=remote.start_ms)
-    return msgspec.structs.replace(remote, other_ms=local.start_ms)
-
-
-def _local(here: Costs) -> Scored:
-    return _scored(
-        here,
-        Path.AGGREGATED if here.candidate.role is Role.AGGREGATED else Path.LOCAL,
-        queue_ms=here.queue_ms,
-        prefill_ms=here.prefill_ms,
-        inflicted_ms=here.inflicted_ms,
-    )
-
-
-def _remote(here: Costs, first: Costs | None) -> Scored:
-    """`first` is None when the prompt has been computed already."""
-    if first is None:
-        queue_ms, prefill_ms = here.queue_ms, 0.0
-    else:
-        queue_ms = max(first.ready_ms, here.queue_ms) - first.prefill_ms
-        prefill_ms = first.prefill_ms
-    return _scored(
-        here, Path.REMOTE, queue_ms=queue_ms, prefill_ms=prefill_ms, transfer_ms=here.transfer_ms
-    )
-
-
-def _scored(
-    here: Costs,
-    path: Path,
-    *,
-    queue_ms: float,
-    prefill_ms: float,
-    inflicted_ms: float = 0.0,
-    transfer_ms: float = 0.0,
-) -> Scored:
-    return Scored(
-        instance_id=here.candidate.instance_id,
-        path=path,
-        overlap_blocks=here.candidate.overlap_blocks,
-        uncached_tokens=here.uncached_tokens,
-        queue_ms=queue_ms,
-        prefill_ms=prefill_ms,
-        inflicted_ms=inflicted_ms,
-        transfer_ms=transfer_ms,
-        decode_ms=here.decode_ms,
-        total_ms=queue_ms + prefill_ms + inflicted_ms + transfer_ms + here.decode_ms,
-    )
+        return remote
+    if here.uncached_tokens < candidate.block_size or local.start_ms <= remote.start_ms:
+        return msgspec.structs.replace(local, other_start_ms=remote.start_ms)
+    return msgspec.structs.replace(remote, other_start_ms=local.start_ms)

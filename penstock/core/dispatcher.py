@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -307,8 +306,8 @@ class Dispatcher:
             decision.wait_ms,
             workers,
             patience,
+            ahead=decision.ahead,
             crowded=decision.crowded,
-            service_ms=partial(self._placement.service_ms, request, decision, everybody),
         )
         if waited_s is None:
             return []

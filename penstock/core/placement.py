@@ -1,7 +1,7 @@
 """What one frontend knows of all workers' caches and loads, and the choices made from it.
 
-Brings the index, the load book and the overlap check together behind the few words that the router
-needs: an instance came up, said something, went away; choose for this request; this attempt was sent.
+Brings the index, the loads and the overlap check together behind the few words that the router needs: an
+instance came up, said something, went away; choose for this request; this attempt was sent.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, OutputLengths, service_ms
+from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, OutputLengths
 from penstock.core.disagg import Disagg
 from penstock.core.hashing import root_hash, sequence_hashes
-from penstock.core.load import LoadBook
+from penstock.core.load import WorkerLoad
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.pairing import kv_format, unpaired
-from penstock.core.policy import Candidate, Decision, Query, Scored, choose
+from penstock.core.policy import Candidate, Decision, Path, Plan, Query, choose
 from penstock.core.prefix_index import PrefixIndex, most_blocks
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, Handoff, Load, Rates, Request
-
-UNMEASURED = Rates()
-"""What a worker reports that has measured nothing yet."""
+from penstock.shapes import Attempt, Card, Handoff, Load, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -47,11 +44,9 @@ class Placement:
         self._max_itl_ms = max_itl_ms
         self._rng = rng
         self.index = PrefixIndex()
-        self.loads = LoadBook()
+        self.loads: dict[str, WorkerLoad] = {}  # of the connected instances
         self.overlap_check = OverlapCheck()
-        self._block_sizes: dict[str, int] = {}  # of the connected instances
-        self._most_blocks: dict[str, int] = {}  # that each of them may have cached
-        self._models: dict[str, str] = {}  # theirs
+        self._cards: dict[str, Card] = {}  # theirs
         self._lengths = OutputLengths()
         self._ordinal = 0
 
@@ -66,23 +61,15 @@ class Placement:
 
     def up(self, card: Card, load: Load) -> None:
         """An instance is connected; what it has cached was told before."""
-        self._block_sizes[card.instance_id] = card.engine.block_size
-        self._most_blocks[card.instance_id] = most_blocks(card.engine.total_blocks)
-        self._models[card.instance_id] = card.model.name
+        self._cards[card.instance_id] = card
         self.index.add_worker(card.instance_id)
-        self.loads.reported(card.instance_id, 0, load)
-
-    def held_blocks(self, instance_id: str) -> int:
-        """How many blocks an instance has cached, as far as is known. KeyError for one not told of."""
-        return self.index.held(instance_id)
+        self.loads[card.instance_id] = WorkerLoad(load)
 
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""
-        self._block_sizes.pop(instance_id, None)
-        self._most_blocks.pop(instance_id, None)
-        self._models.pop(instance_id, None)
+        self._cards.pop(instance_id, None)
+        self.loads.pop(instance_id, None)
         self.index.remove_worker(instance_id)
-        self.loads.forget(instance_id)
         self.overlap_check.forget(instance_id)
 
     def cache_changed(
@@ -101,25 +88,24 @@ class Placement:
                 )
         if stored:
             self.index.stored(instance_id, stored)
-            held, most = self.index.held(instance_id), self._most_blocks[instance_id]
+            held = self.index.held(instance_id)
+            most = most_blocks(self._cards[instance_id].engine.total_blocks)
             if held > most:
                 raise ProtocolError(f"step.stored: {held} blocks are cached, expected {most} at most")
 
     def reported(self, instance_id: str, seen: int, load: Load) -> None:
         """Its load, which includes every attempt up to `seen`."""
-        self.loads.reported(instance_id, seen, load)
-
-    def tick(self) -> None:
-        """Forget a little more of what instances left behind; an event does as much by itself."""
-        self.index.sweep()
+        self.loads[instance_id].report(seen, load)
 
     def load(self, instance_id: str) -> Load:
         """The load that the instance itself last reported."""
-        return self.loads.reported_load(instance_id)
+        known = self.loads.get(instance_id)
+        return known.reported if known is not None else Load()
 
     def requests(self, instance_id: str) -> int:
         """How many attempts it has, whoever sent them: as last reported, and on their way."""
-        return self.loads.requests(instance_id)
+        known = self.loads.get(instance_id)
+        return known.requests if known is not None else 0
 
     def unpaired(self, cards: Sequence[Card]) -> dict[str, str]:
         """As in core/pairing.py; nobody where no prefill worker is to be used."""
@@ -127,7 +113,7 @@ class Placement:
 
     def forget_model(self, model: str) -> None:
         """Nobody serves this model any more."""
-        self._lengths.forget(lambda key: isinstance(key, tuple) and key[0] == model)
+        self._lengths.forget(model)
 
     # --- a request ----------------------------------------------------------------------------------
 
@@ -156,7 +142,7 @@ class Placement:
         """The decode worker of a disaggregated request is booked until `sent`, `unbook` or `ended`."""
         if decision.prefill is not None:
             placed.booked_on = decision.decode
-            self.loads.book(decision.decode, placed.request.request_id, len(tokens))
+            self.loads[decision.decode].book(placed.request.request_id, len(tokens))
 
     def _candidates(self, placed: Placed, tokens: list[int], cards: list[Card]) -> list[Candidate]:
         overlaps = {
@@ -169,17 +155,18 @@ class Placement:
             # An engine computes the last token again at least, and with it that token's block.
             found = min(overlap, (len(tokens) - 1) // card.engine.block_size)
             placed.overlap_tokens[card.instance_id] = found * card.engine.block_size
-            prompt_tokens, output_tokens = self.loads.mean_tokens(card.instance_id)
+            load = self.loads[card.instance_id]
             candidates.append(
                 Candidate(
                     instance_id=card.instance_id,
                     role=card.role,
-                    load=self.loads.view(card.instance_id),
+                    load=load.assumed(),
                     block_size=card.engine.block_size,
                     overlap_blocks=overlap if self.overlap_check.trusted(card.instance_id) else 0,
                     max_running=card.engine.max_running,
-                    prompt_tokens=prompt_tokens,
-                    output_tokens=output_tokens,
+                    prompt_tokens=load.prompt_tokens,
+                    # It knows best itself, once some have ended there.
+                    output_tokens=load.reported.output_tokens or load.output_tokens,
                     kv_format=kv_format(card.engine),
                 )
             )
@@ -191,7 +178,7 @@ class Placement:
         overlap = min(placed.overlap_tokens.get(instance_id, 0), tokens - 1)
         have = overlap if attempt.handoff is None else max(overlap, attempt.handoff.num_tokens)
         output_tokens = self.expected_output_tokens(placed.request)
-        self.loads.sent(instance_id, seq, max(1, tokens - have), tokens, output_tokens)
+        self.loads[instance_id].send(seq, max(1, tokens - have), tokens, output_tokens)
         if placed.booked_on == instance_id:
             self.unbook(placed)
         placed.runs_on = instance_id
@@ -204,51 +191,26 @@ class Placement:
         if placed.runs_on and output_tokens is not None:
             request = placed.request
             prior = self._usual_output_tokens(request.model)
-            self._lengths.ended((request.model, request.tenant), output_tokens, prior)
+            self._lengths.ended(request.model, request.tenant, output_tokens, prior)
 
     def expected_output_tokens(self, request: Request) -> float:
         """How long its output will be, going by its tenant's others, or by what workers report of all."""
-        mean = self._lengths.mean((request.model, request.tenant))
+        mean = self._lengths.mean(request.model, request.tenant)
         if mean is None:
             mean = self._usual_output_tokens(request.model)
         return min(mean, request.sampling.max_tokens)
 
     def _usual_output_tokens(self, model: str) -> float:
-        loads = [self.load(it) for it, served in self._models.items() if served == model]
+        loads = [load.reported for it, load in self.loads.items() if self._cards[it].model.name == model]
         lengths = [load.output_tokens for load in loads if load.output_tokens]
         return fmean(lengths) if lengths else EXPECTED_OUTPUT_TOKENS
 
-    def service_ms(self, request: Request, decision: Decision, cards: list[Card]) -> float:
-        """For how long each worker that decodes is busy on account of such a request while all are full, as
-        far as workers have measured what they do; 0: none has. In ms."""
-        output_tokens = self.expected_output_tokens(request)
-        prompt_tokens = decision.scores[0].uncached_tokens
-        whole, prompts, outputs = 0.0, 0.0, 0.0  # requests per ms
-        decoders = 0
-        read = {kv_format(card.engine) for card in cards if card.role.decodes}
-        for card in cards:
-            load = self.load(card.instance_id)
-            if load.rates == UNMEASURED:
-                continue
-            if card.role.decodes:
-                decoders += 1
-                whole += 1.0 / service_ms(card.engine, load, prompt_tokens, output_tokens)
-                outputs += 1.0 / service_ms(card.engine, load, 1, output_tokens)
-            elif kv_format(card.engine) in read:
-                prompts += 1.0 / service_ms(card.engine, load, prompt_tokens, 1.0)
-        if not whole:
-            return 0.0
-        apart = min(prompts, outputs)
-        served = {Disagg.NEVER: whole, Disagg.ALWAYS: apart or whole}.get(
-            Disagg(self._disagg), max(whole, apart)
-        )
-        return decoders / served
-
     def unbook(self, placed: Placed) -> None:
         """No instance is promised to it any more."""
-        if placed.booked_on:
-            self.loads.release(placed.booked_on, placed.request.request_id)
-            placed.booked_on = ""
+        load = self.loads.get(placed.booked_on)
+        if load is not None:
+            load.release(placed.request.request_id)
+        placed.booked_on = ""
 
     def cached(
         self, placed: Placed, instance_id: str, cached_tokens: int
@@ -259,11 +221,11 @@ class Placement:
         if predicted is None or placed.runs_on != instance_id:
             return None
         placed.predicted_tokens = None
-        size = self._block_sizes[instance_id]
+        size = self._cards[instance_id].engine.block_size
         known = predicted
         if (
             cached_tokens > predicted
-        ):  # of a burst with one prefix, the first one's blocks may have come since
+        ):  # the blocks of an earlier request with this prefix may have come since
             overlap = self.index.overlaps(placed.hashes.get(size, ())).get(instance_id, 0)
             known = max(predicted, min(cached_tokens, overlap * size))
         verdict = self.overlap_check.observe(
@@ -282,19 +244,27 @@ def _hashes(placed: Placed, tokens: list[int], block_size: int) -> list[int]:
 
 
 def explain(request_id: str, decision: Decision, avoided: Collection[str] = ()) -> str:
-    """The decision and every candidate's reasons, on one line."""
+    """The decision and what each candidate would have cost, on one line."""
     line = (
         f"routing decision: request={request_id} path={decision.path} decode={decision.decode} "
-        f"prefill={decision.prefill or '-'} reason={decision.reason!r} candidates="
-        + " ".join(map(_explain_one, decision.scores))
+        f"prefill={decision.prefill or '-'} candidates=" + " ".join(map(_explain_one, decision.plans))
     )
     return f"{line} avoided={','.join(sorted(avoided))}" if avoided else line
 
 
-def _explain_one(scored: Scored) -> str:
-    terms = " ".join(
-        f"{term}_ms={getattr(scored, f'{term}_ms'):.1f}"
-        for term in ("queue", "prefill", "inflicted", "transfer", "decode", "total")
-    )
-    overlap = f"overlap={scored.overlap_blocks} uncached={scored.uncached_tokens}"
-    return f"[{scored.instance_id} {scored.path} {overlap} {terms}]"
+def _explain_one(plan: Plan) -> str:
+    here = plan.here
+    terms = {
+        "queue": plan.queue_ms,
+        "prefill": plan.prefill_ms,
+        "inflicted": plan.inflicted_ms,
+        "transfer": plan.transfer_ms,
+        "decode": here.decode_ms,
+        "total": plan.total_ms,
+    }
+    if plan.other_start_ms is not None:  # why this path: what the first token costs by either
+        other = Path.LOCAL if plan.path is Path.REMOTE else Path.REMOTE
+        terms |= {plan.path.value: plan.start_ms, other.value: plan.other_start_ms}
+    overlap = f"overlap={here.candidate.overlap_blocks} uncached={here.uncached_tokens}"
+    costs = " ".join(f"{term}_ms={ms:.1f}" for term, ms in terms.items())
+    return f"[{plan.instance_id} {plan.path} {overlap} {costs}]"

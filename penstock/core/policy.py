@@ -24,30 +24,43 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from penstock.core.costs import Candidate, Costs, Query, costs, crowded
-from penstock.core.disagg import Disagg, Path, Scored, plan
+from penstock.core.disagg import Disagg, Path, Plan, plan
 from penstock.core.pairing import KvFormat
 
-__all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Query", "Scored", "choose"]
+__all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Plan", "Query", "choose"]
+
+_Item = TypeVar("_Item")
+_queue_ms = attrgetter("queue_ms")
+_ready_ms = attrgetter("ready_ms")
+_total_ms = attrgetter("total_ms")
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `scores` are
-    the plans that were compared, cheapest first. `wait_ms` is the least time in which workers could begin
-    it, if not necessarily these: one may be busier, and yet the better choice for what it has cached.
-    `crowded`: on each of them, it would slow down the others' tokens too much."""
+    """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `plans` are those
+    that were compared, cheapest first. `wait_ms` is the least time in which workers could begin it, and
+    `ahead` how many requests they would begin before: not necessarily those that are chosen, as one may be
+    busier and yet the better choice for what it has cached. `crowded`: on each of them, it would slow down
+    the others' tokens too much."""
 
     decode: str
     prefill: str | None
     path: Path
-    reason: str
-    scores: list[Scored]
-    wait_ms: float = 0.0
-    crowded: bool = False
+    plans: list[Plan]
+    wait_ms: float
+    ahead: int
+    crowded: bool
+
+
+class _Prefill(NamedTuple):
+    """Of the prefill workers with KV of one format: the one to use, and the one that could begin first."""
+
+    chosen: Costs
+    soonest: Costs
 
 
 Shortlist = Callable[[Query, Sequence[Candidate], Random], Sequence[Candidate]]
@@ -71,77 +84,53 @@ def choose(
     Returns:
         None when no candidate can decode.
     """
-    shortlist = POLICIES[policy]
-    mode = Disagg(disagg)
+    shortlist, mode = POLICIES[policy], Disagg(disagg)
     decoders = [candidate for candidate in candidates if candidate.role.decodes]
     if not decoders:
         return None
     free = [candidate for candidate in decoders if not crowded(query, candidate)]
     decoders = free or decoders
     takers = [it for it in decoders if it.kv_format == query.handed] if query.handed else []
-    firsts = {}
+    prefills: dict[KvFormat, _Prefill] = {}
     if mode is not Disagg.NEVER and not takers:
-        firsts = _firsts(query, candidates, decoders, shortlist, rng)
-    here = [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
-    plans = [_plan(query, it, firsts.get(it.candidate.kv_format), mode) for it in here]
-    best, first = _least(plans, _plan_ms, rng)
-    wait_ms = _least_wait_ms(query, decoders, here)
-    if first is not None:
-        wait_ms = max(wait_ms, first.wait_ms)
+        prefills = _prefills(query, candidates, decoders, shortlist, rng)
+    plans, here = [], [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
+    for each in here:
+        prefill = prefills.get(each.candidate.kv_format)
+        plans.append(plan(query, each, prefill.chosen if prefill is not None else None, mode))
+    best = _least(plans, _total_ms, rng)
+    soonest = _soonest(query, decoders, here)
+    if best.first is not None:
+        soonest = max(soonest, prefills[best.here.candidate.kv_format].soonest, key=_queue_ms)
     return Decision(
         decode=best.instance_id,
-        prefill=first.costs.candidate.instance_id if first is not None else None,
+        prefill=best.first.candidate.instance_id if best.first is not None else None,
         path=best.path,
-        reason=_reason(best),
-        scores=sorted((scored for scored, _ in plans), key=_total_ms),
-        wait_ms=wait_ms,
+        plans=sorted(plans, key=_total_ms),
+        wait_ms=soonest.queue_ms,
+        ahead=soonest.candidate.load.waiting,
         crowded=not free,
     )
 
 
-class _First(msgspec.Struct, frozen=True):
-    """The prefill worker to use among those with KV of one format; `wait_ms`: the least of any of them."""
-
-    costs: Costs
-    wait_ms: float
-
-
-def _firsts(
+def _prefills(
     query: Query,
     candidates: Sequence[Candidate],
     decoders: Sequence[Candidate],
     shortlist: Shortlist,
     rng: Random,
-) -> dict[KvFormat, _First]:
+) -> dict[KvFormat, _Prefill]:
     """For each format that a decode worker reads, if there are prefill workers with it."""
     pools: dict[KvFormat, list[Candidate]] = {}
     read = {candidate.kv_format for candidate in decoders}
     for candidate in candidates:
         if not candidate.role.decodes and candidate.kv_format in read:
             pools.setdefault(candidate.kv_format, []).append(candidate)
-    firsts = {}
+    prefills = {}
     for kv_format, pool in pools.items():
-        ahead = [costs(query, candidate) for candidate in shortlist(query, pool, rng)]
-        firsts[kv_format] = _First(_least(ahead, _ready_ms, rng), _least_wait_ms(query, pool, ahead))
-    return firsts
-
-
-def _plan(query: Query, here: Costs, first: _First | None, mode: Disagg) -> tuple[Scored, _First | None]:
-    """The better plan with this candidate decoding, and the prefill worker that is used in it."""
-    if first is None:
-        return plan(query, here, None, mode), None
-    scored = plan(query, here, first.costs, mode)
-    return scored, first if scored.path is Path.REMOTE else None
-
-
-def _plan_ms(found: tuple[Scored, _First | None]) -> float:
-    return found[0].total_ms
-
-
-_Item = TypeVar("_Item")
-_total_ms = attrgetter("total_ms")
-_ready_ms = attrgetter("ready_ms")
-_queue_ms = attrgetter("queue_ms")
+        listed = [costs(query, candidate) for candidate in shortlist(query, pool, rng)]
+        prefills[kv_format] = _Prefill(_least(listed, _ready_ms, rng), _soonest(query, pool, listed))
+    return prefills
 
 
 def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> _Item:
@@ -151,24 +140,12 @@ def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> 
     return rng.choice([item for item, its in zip(items, keys, strict=True) if its == least])
 
 
-def _least_wait_ms(query: Query, pool: Sequence[Candidate], known: Sequence[Costs]) -> float:
-    """Of the whole pool, however few of it are on the shortlist (`known`): nobody is told to wait, or sent
-    away, because a policy drew a busy worker."""
-    if len(known) < len(pool):
-        known = [costs(query, candidate) for candidate in pool]
-    return min(it.queue_ms for it in known)
-
-
-def _reason(best: Scored) -> str:
-    """In words for the log, e.g. `remote: uncached 96 tokens, local 21.3 ms > remote 14.2 ms`."""
-    reason = f"{best.path}: uncached {best.uncached_tokens} tokens, "
-    if best.other_ms is None:
-        return reason + f"{best.start_ms:.1f} ms"
-    if best.path is Path.REMOTE:
-        return reason + f"local {best.other_ms:.1f} ms > remote {best.start_ms:.1f} ms"
-    if best.start_ms <= best.other_ms:
-        return reason + f"local {best.start_ms:.1f} ms <= remote {best.other_ms:.1f} ms"
-    return reason + "less than a block"
+def _soonest(query: Query, pool: Sequence[Candidate], listed: Sequence[Costs]) -> Costs:
+    """Who of the whole pool could begin first, however few of it are on the shortlist: nobody is told to
+    wait, or sent away, because a policy drew a busy worker."""
+    if len(listed) < len(pool):
+        listed = [costs(query, candidate) for candidate in pool]
+    return min(listed, key=_queue_ms)
 
 
 # --- shortlists -----------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ class Instances:
             card.role,
             card.model.name,
             card.engine.name,
-            self._placement.held_blocks(link.instance_id),
+            self._placement.index.held(link.instance_id),
         )
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         if link.incarnation != card.incarnation:

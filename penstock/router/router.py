@@ -197,7 +197,7 @@ class Router:
         for record in self.dispatcher.due(now):
             self._do(record, self.dispatcher.tick)
         self._place(self.dispatcher.turns(now))
-        self.placement.tick()
+        self.placement.index.sweep()
         self._forget_models()
 
     def _forget_models(self) -> None:

@@ -39,10 +39,8 @@ def dispatch(
     crowded: bool = False,
 ) -> bool:
     """Whether the request was sent."""
-    sent = it.dispatch(
-        request_id, wait_ms, workers, now, crowded=crowded, service_ms=lambda: 100 * TOKEN_MS
-    )
-    return sent is not None
+    ahead = int(wait_ms / (100 * TOKEN_MS)) - 1  # each takes so long as one of 100 tokens
+    return it.dispatch(request_id, wait_ms, workers, now, ahead=ahead, crowded=crowded) is not None
 
 
 def request(request_id: str, tenant: str = "", priority: int = 0, *, call_id: str = "") -> Request:
@@ -104,7 +102,7 @@ def test_only_request_is_sent_at_once_and_the_next_waits_until_a_worker_can_begi
 def test_seconds_waited_are_returned_when_a_request_is_sent() -> None:
     it = queue()
     enter(it, "a", now=1.0)
-    assert it.dispatch("a", 0.0, 1, 3.5, crowded=False, service_ms=float) == 2.5
+    assert it.dispatch("a", 0.0, 1, 3.5, ahead=0, crowded=False) == 2.5
 
 
 def test_requests_go_by_priority_and_then_by_arrival() -> None:

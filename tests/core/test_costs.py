@@ -89,13 +89,15 @@ def test_a_decision_says_how_long_the_least_busy_workers_take_to_begin() -> None
 
 def test_output_lengths_are_learned() -> None:
     lengths = OutputLengths()
-    assert lengths.mean("m") is None
-    lengths.ended("m", 20, prior=110.0)
-    assert lengths.mean("m") == pytest.approx(100.0, rel=0.01)
+    assert lengths.mean("m", "t") is None
+    lengths.ended("m", "t", 20, prior=110.0)
+    assert lengths.mean("m", "t") == pytest.approx(100.0, rel=0.01)
     for _ in range(500):
-        lengths.ended("m", 20)
-    assert lengths.mean("m") == pytest.approx(20, rel=0.05)
-    assert lengths.mean("other") is None
+        lengths.ended("m", "t", 20, prior=110.0)
+    assert lengths.mean("m", "t") == pytest.approx(20, rel=0.05)
+    assert lengths.mean("m", "other") is None
     for _ in range(2000):
-        lengths.ended("m", 0)
-    assert lengths.mean("m") == 1.0
+        lengths.ended("m", "t", 0, prior=110.0)
+    assert lengths.mean("m", "t") == 1.0
+    lengths.forget("m")
+    assert lengths.mean("m", "t") is None

@@ -241,8 +241,8 @@ class Stage:
                 assert self.running[life.attempt_id][0] == life.instance_id
             assert record.client.tokens == life.token_ids[len(PROMPT) :]
         promised = Counter(record.placed.booked_on for record in dispatcher.records.values())
-        for instance_id, account in self.placement.loads.statistics().items():
-            assert account.booked <= promised[instance_id]
+        for instance_id, load in self.placement.loads.items():
+            assert len(load.booked) <= promised[instance_id]
         assert sum(map(len, dispatcher.queues.values())) <= len(self.waiting)
 
     def check_closed(self) -> None:

@@ -3,93 +3,62 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from penstock.core.load import AccountStatistics, LoadBook
+from penstock.core.load import WorkerLoad
 from penstock.shapes import Load
 
 
-def test_an_unknown_instance_is_idle() -> None:
-    book = LoadBook()
-    assert book.view("w") == Load()
-    assert book.reported_load("w") == Load()
-    book.release("w", "r")
-    book.forget("w")
-
-
 def test_what_was_sent_counts_until_a_report_includes_it() -> None:
-    book = LoadBook()
+    worker = WorkerLoad()
+    assert worker.assumed() == Load()
     reported = Load(running=3, waiting=1, prefill_tokens=100, context_tokens=1000)
-    book.reported("w", 0, reported)
-    book.sent("w", 1, uncached_tokens=40, context_tokens=200)
-    book.sent("w", 2, uncached_tokens=60, context_tokens=300)
-    view = book.view("w")
-    assert (view.running, view.waiting, view.prefill_tokens, view.context_tokens) == (3, 3, 200, 1500)
-    assert book.reported_load("w") == reported
-    book.reported("w", 1, reported)
-    view = book.view("w")
-    assert (view.waiting, view.prefill_tokens, view.context_tokens) == (2, 160, 1300)
-    book.reported("w", 2, reported)
-    assert book.view("w") is reported
-
-
-def test_statistics_are_what_is_added_to_the_report() -> None:
-    book = LoadBook()
-    book.sent("w", 1, uncached_tokens=40, context_tokens=200)
-    book.sent("w", 2, uncached_tokens=60, context_tokens=300)
-    book.book("w", "r1", 500)
-    book.reported("w", 1, Load())
-    assert book.statistics() == {"w": AccountStatistics(1, 1, 60, 800, sent=2)}
-    book.forget("w")
-    assert book.statistics() == {}
+    worker.report(0, reported)
+    worker.send(1, uncached_tokens=40, context_tokens=200)
+    worker.send(2, uncached_tokens=60, context_tokens=300)
+    load = worker.assumed()
+    assert (load.running, load.waiting, load.prefill_tokens, load.context_tokens) == (3, 3, 200, 1500)
+    assert worker.reported == reported
+    worker.report(1, reported)
+    load = worker.assumed()
+    assert (load.waiting, load.prefill_tokens, load.context_tokens) == (2, 160, 1300)
+    worker.report(2, reported)
+    assert worker.assumed() is reported
 
 
 def test_a_booking_counts_as_waiting_until_released() -> None:
-    book = LoadBook()
-    book.book("w", "r1", 500)
-    book.book("w", "r1", 600)
-    view = book.view("w")
-    assert (view.waiting, view.context_tokens, view.prefill_tokens) == (1, 600, 0)
-    book.release("w", "r1")
-    book.release("w", "r1")
-    assert book.view("w") == Load()
-
-
-def test_forgetting_forgets_everything() -> None:
-    book = LoadBook()
-    book.sent("w", 1, 10, 10)
-    book.book("w", "r", 10)
-    book.reported("w", 0, Load(running=5))
-    book.forget("w")
-    assert book.view("w") == Load()
-    book.sent("w", 1, 10, 20)  # a new connection counts from 1 again
-    book.reported("w", 1, Load())
-    assert book.view("w") == Load()
+    worker = WorkerLoad()
+    worker.book("r1", 500)
+    worker.book("r1", 600)
+    load = worker.assumed()
+    assert (load.waiting, load.context_tokens, load.prefill_tokens) == (1, 600, 0)
+    worker.release("r1")
+    worker.release("r1")
+    assert worker.assumed() == Load()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 50)), max_size=50))
-def test_the_view_is_the_report_plus_what_it_has_not_seen(events: list[tuple[bool, int]]) -> None:
-    book = LoadBook()
+def test_the_assumed_load_is_the_report_plus_what_it_has_not_seen(events: list[tuple[bool, int]]) -> None:
+    worker = WorkerLoad()
     sent: list[int] = []
     seen = 0
     for is_sent, amount in events:
         if is_sent:
             sent.append(amount)
-            book.sent("w", len(sent), amount, 2 * amount)
+            worker.send(len(sent), amount, 2 * amount)
         else:
             seen = min(len(sent), seen + amount)
-            book.reported("w", seen, Load(waiting=7))
-    view = book.view("w")
+            worker.report(seen, Load(waiting=7))
+    load = worker.assumed()
     missing = sent[seen:]
-    assert view.prefill_tokens == sum(missing)
-    assert view.context_tokens == 2 * sum(missing)
-    assert view.waiting == len(missing) + (7 if any(not is_sent for is_sent, _ in events) else 0)
+    assert load.prefill_tokens == sum(missing)
+    assert load.context_tokens == 2 * sum(missing)
+    assert load.waiting == len(missing) + (7 if any(not is_sent for is_sent, _ in events) else 0)
 
 
 def test_the_attempts_of_an_instance_are_those_reported_and_those_on_their_way() -> None:
-    book = LoadBook()
-    assert book.requests("w") == 0
+    worker = WorkerLoad()
     for seq in (1, 2):
-        book.sent("w", seq, 100, 100)
-    book.book("w", "r", 50)  # promised, and not sent
-    assert book.requests("w") == 2
-    book.reported("w", 1, Load(running=3, waiting=4))
-    assert book.requests("w") == 8
+        worker.send(seq, 100, 100)
+    worker.book("r", 50)  # promised, and not sent
+    assert worker.requests == 2
+    worker.report(1, Load(running=3, waiting=4))
+    assert worker.requests == 8

@@ -12,7 +12,7 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, Handoff, Incarnation, Load, Rates, Request, Role, Sampling
+from penstock.shapes import Attempt, Card, Handoff, Incarnation, Load, Request, Role, Sampling
 from tests import cards
 
 TOKENS = list(range(160))
@@ -59,7 +59,9 @@ def test_a_cache_salt_keeps_prompts_apart() -> None:
     cards = [card("d0"), card("d1")]
     it = placement(*cards)
     it.cache_changed("d1", HASHES, [], False)
-    assert {scored.overlap_blocks for scored in choose(it, placed(salt="s"), *cards).scores} == {0}
+    assert {plan.here.candidate.overlap_blocks for plan in choose(it, placed(salt="s"), *cards).plans} == {
+        0
+    }
 
 
 def test_block_sizes_may_differ_between_instances() -> None:
@@ -68,7 +70,10 @@ def test_block_sizes_may_differ_between_instances() -> None:
     it.cache_changed("d1", sequence_hashes(TOKENS, 32, root_hash("m")), [], False)
     decision = choose(it, placed(), *cards)
     assert decision.decode == "d1"
-    assert {scored.instance_id: scored.overlap_blocks for scored in decision.scores} == {"d0": 0, "d1": 5}
+    assert {plan.instance_id: plan.here.candidate.overlap_blocks for plan in decision.plans} == {
+        "d0": 0,
+        "d1": 5,
+    }
 
 
 def test_an_instance_that_went_down_is_forgotten() -> None:
@@ -77,7 +82,7 @@ def test_an_instance_that_went_down_is_forgotten() -> None:
     it.cache_changed("d1", HASHES, [], False)
     it.down("d1")
     it.up(cards[1], Load(total_blocks=1000))
-    assert {scored.overlap_blocks for scored in choose(it, placed(), *cards).scores} == {0}
+    assert {plan.here.candidate.overlap_blocks for plan in choose(it, placed(), *cards).plans} == {0}
 
 
 def test_what_was_sent_counts_until_the_worker_has_seen_it() -> None:
@@ -98,7 +103,7 @@ def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
     assert booked.prefill == "p0"
     assert choose(it, placed("r1"), *cards).decode != booked.decode
     it.ended(first, 0)
-    loads = {scored.instance_id: scored.decode_ms for scored in choose(it, placed("r2"), *cards).scores}
+    loads = {plan.instance_id: plan.here.decode_ms for plan in choose(it, placed("r2"), *cards).plans}
     assert loads[booked.decode] < max(loads.values())
 
 
@@ -124,21 +129,6 @@ def test_where_nobody_reads_the_held_kv_the_prompt_is_placed_anew(held: Handoff)
     assert (decision.path, decision.prefill) == (Path.REMOTE, "p1") or decision.decode == "d1"
     decision = choose(it, placed(), cards[1], handoff=held)
     assert (decision.path, decision.prefill, decision.decode) == (Path.LOCAL, None, "d0")
-
-
-def test_prefill_workers_without_a_partner_do_no_share_of_the_service() -> None:
-    rates = Rates(step_ms=1.0, prefill_token_ms=1.0, decode_request_ms=0.01)
-    cards = [card("p0", Role.PREFILL), card("d0")]
-    other = card("p0", Role.PREFILL, block_size=32)
-    it = placement()
-    for each in cards:
-        it.up(each, Load(total_blocks=1000, rates=rates))
-    decision = choose(it, placed(), *cards)
-    with_prefill, alone = it.service_ms(placed().request, decision, cards), [cards[1]]
-    assert with_prefill < it.service_ms(placed().request, decision, alone)
-    assert it.service_ms(placed().request, decision, [other, *alone]) == pytest.approx(
-        it.service_ms(placed().request, decision, alone)
-    )
 
 
 def test_lasting_differences_lose_the_trust_and_agreement_wins_it_back() -> None:
@@ -231,9 +221,9 @@ def test_a_snapshot_in_parts_begins_anew_with_its_first() -> None:
     it = placement()
     it.snapshot("a0", [1, 2], first=True)
     it.snapshot("a0", [3], first=False)
-    assert it.held_blocks("a0") == 3
+    assert it.index.held("a0") == 3
     it.snapshot("a0", [], first=True)  # its link broke in between
-    assert it.held_blocks("a0") == 0
+    assert it.index.held("a0") == 0
     it.down("a0")
     with pytest.raises(KeyError):
-        it.held_blocks("a0")
+        it.index.held("a0")

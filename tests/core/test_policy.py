@@ -66,9 +66,9 @@ def test_the_cached_prefix_wins_on_equal_load() -> None:
     assert decision.decode == "b"
     assert decision.prefill is None
     assert decision.path is Path.AGGREGATED
-    assert decision.scores[0].uncached_tokens == 200
-    assert decision.scores[0].instance_id == "b"
-    assert decision.scores[0].total_ms < decision.scores[1].total_ms
+    assert decision.plans[0].here.uncached_tokens == 200
+    assert decision.plans[0].instance_id == "b"
+    assert decision.plans[0].total_ms < decision.plans[1].total_ms
 
 
 def test_a_long_queue_outweighs_the_cache() -> None:
@@ -111,7 +111,7 @@ def test_full_blocks_are_avoided() -> None:
     assert decide(Query(1000), full, free).decode == "free"
     alone = decide(Query(1000), full)
     assert alone.decode == "full"
-    assert alone.scores[0].queue_ms > 100
+    assert alone.plans[0].queue_ms > 100
 
 
 def test_ties_are_broken_by_the_generator() -> None:
@@ -147,15 +147,20 @@ def test_less_than_a_block_to_compute_stays_local(prefill_token_ms: float) -> No
     )
     decision = decide(Query(175), *pool)
     assert (decision.path, decision.decode, decision.prefill) == (Path.LOCAL, "d", None)
-    assert "uncached 15 tokens" in decision.reason
+    assert decision.plans[0].here.uncached_tokens == 15
 
 
-def test_the_reason_shows_both_costs() -> None:
-    decision = decide(Query(96), *PD)
-    assert decision.reason == "remote: uncached 96 tokens, local 29.8 ms > remote 18.5 ms"
+def test_a_plan_has_the_costs_of_both_paths() -> None:
+    (remote,) = decide(Query(96), *PD).plans
+    assert (remote.path, remote.start_ms, remote.other_start_ms) == (
+        Path.REMOTE,
+        pytest.approx(18.5, abs=0.05),
+        pytest.approx(29.8, abs=0.05),
+    )
     busy_prefill = worker("p", Role.PREFILL, prefill_tokens=10_000)
-    decision = decide(Query(96), busy_prefill, PD[1])
-    assert decision.reason.startswith("local: uncached 96 tokens, local 29.8 ms <= remote 15")
+    (local,) = decide(Query(96), busy_prefill, PD[1]).plans
+    assert local.other_start_ms is not None
+    assert (local.path, local.start_ms < local.other_start_ms) == (Path.LOCAL, True)
 
 
 def test_a_conversation_that_the_decode_worker_knows_needs_no_prefill_worker() -> None:
@@ -377,11 +382,11 @@ def test_every_decision_can_be_carried_out(
         assert formats[decision.decode] == handed
     else:
         assert handed not in [formats[name] for name, role in roles.items() if role.decodes]
-    for score in decision.scores:
-        parts = (score.queue_ms, score.prefill_ms, score.inflicted_ms, score.transfer_ms, score.decode_ms)
-        assert min(parts) >= 0.0
-        assert score.total_ms == pytest.approx(sum(parts))
-        assert score.uncached_tokens >= 1
+    for plan in decision.plans:
+        start = (plan.queue_ms, plan.prefill_ms, plan.inflicted_ms, plan.transfer_ms)
+        assert min(start) >= 0.0
+        assert plan.total_ms == pytest.approx(sum(start) + plan.here.decode_ms)
+        assert plan.here.uncached_tokens >= 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -14,7 +14,7 @@ from random import Random
 from statistics import mean
 
 from penstock.core.hashing import sequence_hashes
-from penstock.core.load import LoadBook
+from penstock.core.load import WorkerLoad
 from penstock.core.policy import Candidate, Query, choose
 from penstock.core.prefix_index import PrefixIndex
 from penstock.shapes import Load, Rates, Role
@@ -102,7 +102,7 @@ class Simulation:
         self.index = PrefixIndex()
         for name in self.workers:
             self.index.add_worker(name)
-        self.book = LoadBook()
+        self.loads = {name: WorkerLoad() for name in self.workers}
         self.report = Report()
         self.sent = dict.fromkeys(self.workers, 0)
         self.order = itertools.count()
@@ -130,7 +130,7 @@ class Simulation:
         turn.hashes = sequence_hashes(turn.tokens, BLOCK, root=7)
         overlaps = self.index.overlaps(turn.hashes)
         pool = [
-            Candidate(name, Role.AGGREGATED, self.book.view(name), BLOCK, overlaps.get(name, 0))
+            Candidate(name, Role.AGGREGATED, self.loads[name].assumed(), BLOCK, overlaps.get(name, 0))
             for name in self.workers
         ]
         query = Query(len(turn.tokens), sum(self.sent.values()), OUTPUT_TOKENS)
@@ -139,7 +139,7 @@ class Simulation:
         worker = self.workers[decision.decode]
         self.sent[worker.name] += 1
         uncached = len(turn.tokens) - overlaps.get(worker.name, 0) * BLOCK
-        self.book.sent(worker.name, self.sent[worker.name], uncached, len(turn.tokens))
+        self.loads[worker.name].send(self.sent[worker.name], uncached, len(turn.tokens))
         worker.queue.append(turn)
         worker.seen += 1
         if not worker.busy:
@@ -163,7 +163,7 @@ class Simulation:
             stored, removed = worker.store(turn.hashes)
             self.index.removed(worker.name, removed)
             self.index.stored(worker.name, stored)
-        self.book.reported(worker.name, worker.seen, worker.load())
+        self.loads[worker.name].report(worker.seen, worker.load())
         self.step(worker, now)
 
     def next_turn(self, turn: Turn, now: float) -> None:

@@ -75,12 +75,6 @@ def test_time_in_which_nothing_waits_does_not_count() -> None:
     assert pace.ms_per_unit == pytest.approx(100.0, rel=0.01)
 
 
-def test_guess_of_nothing_is_no_pace() -> None:
-    pace = Pace(5.0)
-    pace.guess(0.0, 1.0)
-    assert (pace.known, pace.ms_per_unit) == (False, 0.0)
-
-
 def prediction() -> WaitPrediction:
     return WaitPrediction(FairQueue(), "a worker", 10_000.0, Random(1))
 

@@ -20,7 +20,7 @@ from penstock.core.deadlines import Phase
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.fair_queue import FairQueue
 from penstock.core.lifecycle import Lifecycle
-from penstock.core.load import LoadBook
+from penstock.core.load import WorkerLoad
 from penstock.core.membership import Membership
 from penstock.core.pairing import KvFormat
 from penstock.core.placement import Placement
@@ -93,10 +93,10 @@ def bookings_stay(patch: pytest.MonkeyPatch) -> None:
 
 
 def reports_do_not_settle_what_was_sent(patch: pytest.MonkeyPatch) -> None:
-    def reported(self: Any, instance_id: str, seen: int, load: Any) -> None:
-        self._account(instance_id).load = load
+    def report(self: Any, seen: int, load: Any) -> None:
+        self.reported = load
 
-    patch.setattr(LoadBook, "reported", reported)
+    patch.setattr(WorkerLoad, "report", report)
 
 
 def the_index_keeps_a_lost_worker(patch: pytest.MonkeyPatch) -> None:
@@ -436,13 +436,13 @@ def blocks_leak_until_an_engine_is_idle(patch: pytest.MonkeyPatch) -> None:
 
 
 def idle_workers_are_not_believed(patch: pytest.MonkeyPatch) -> None:
-    real = LoadBook.reported
+    real = WorkerLoad.report
 
-    def reported(self: Any, instance_id: str, seen: int, load: Any) -> None:
-        before = self.reported_load(instance_id)
-        real(self, instance_id, seen, load if load.running or not before.steps else before)
+    def report(self: Any, seen: int, load: Any) -> None:
+        before = self.reported
+        real(self, seen, load if load.running or not before.steps else before)
 
-    patch.setattr(LoadBook, "reported", reported)
+    patch.setattr(WorkerLoad, "report", report)
 
 
 def requests_go_to_any_revision_of_their_model(patch: pytest.MonkeyPatch) -> None:

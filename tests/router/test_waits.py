@@ -83,10 +83,10 @@ def test_burst_that_ends_within_the_bound_is_served(name: str) -> None:
 LONGER_BURSTS = {
     "short answers": Burst(6000, 160, 4, first=[20, 20]),
     "short answers, again": Burst(6000, 160, 4, first=[3000]),
-    "long answers": Burst(4000, 160, 200, first=[50]),
+    "long answers": Burst(4000, 160, 200, first=[600]),
     "all end at once": Burst(8000, 8, 64, first=[600]),
-    "long prompts": Burst(400, 4000, 4, first=[5]),
-    "few places": Burst(1000, 500, 64, max_running=32),
+    "long prompts": Burst(400, 4000, 4, first=[80]),
+    "few places": Burst(1000, 500, 64, max_running=32, first=[350]),
 }
 
 
