@@ -1,11 +1,13 @@
-"""Attempts for tests, in one line each. Cards: tests/cards.py."""
+"""Attempts, handoffs and registrations for tests, in one line each. Cards: tests/cards.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from penstock.shapes import Attempt, Sampling
+import msgspec
+
+from penstock.shapes import Attempt, Handoff, Incarnation, Registration, Role, Sampling
 
 
 def attempt(
@@ -24,3 +26,17 @@ def attempt(
         sampling = Sampling(**{"max_tokens": 5, **given})
     request_id = attempt_id.partition(".")[0]
     return Attempt(attempt_id, request_id, [*token_ids, *generated], len(token_ids), sampling, **fields)
+
+
+def handoff(handoff_id: str = "h", instance_id: str = "p0", *, epoch: int = 1, **fields: Any) -> Handoff:
+    """The right to pull the KV of three tokens over TCP. `fields` are the handoff's others."""
+    holder = Incarnation(instance_id, epoch)
+    usual = Handoff(handoff_id, holder, 3, 16, 1, "layout", 30.0, "tcp", "127.0.0.1:1")
+    return msgspec.structs.replace(usual, **fields)
+
+
+def registration(instance_id: str = "w-0", epoch: int = 1, **fields: Any) -> Registration:
+    """A decode worker, on another machine, where each of its epochs listens on another port. `fields` are
+    the registration's others."""
+    usual = Registration(instance_id, epoch, Role.DECODE, "m", f"10.0.0.7:{epoch}", host="h")
+    return msgspec.structs.replace(usual, **fields)

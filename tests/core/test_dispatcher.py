@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,8 +38,6 @@ from penstock.errors import ModelReplaced, Rejection, RequestRejected
 from penstock.shapes import (
     Attempt,
     FinishReason,
-    Handoff,
-    Incarnation,
     Load,
     Output,
     Rates,
@@ -47,9 +46,11 @@ from penstock.shapes import (
     Role,
     Sampling,
 )
+from tests import builders
 from tests.cards import card
 
 PROMPT = list(range(1, 41))
+KV: dict[str, Any] = {"block_size": 4, "layout": "l", "transport": "tcp"}  # its format
 AGGREGATED, PREFILL, DECODE = Role.AGGREGATED, Role.PREFILL, Role.DECODE
 SETTINGS = RouterSettings()
 ALWAYS = RouterSettings(disagg="always")
@@ -92,9 +93,8 @@ class Stage:
 
     def up(self, instance_id: str, role: Role = AGGREGATED, **fields: int) -> None:
         epoch = next(self.epochs)
-        sizes = {"block_size": 4, "total_blocks": 1000, "layout": "l", "transport": "tcp", **fields}
-        it = card(instance_id, role, epoch=epoch, **sizes)
-        self.registrations[instance_id] = Registration(instance_id, epoch, role, "m", "h:1")
+        it = card(instance_id, role, epoch=epoch, **{"total_blocks": 1000, **KV, **fields})
+        self.registrations[instance_id] = builders.registration(instance_id, epoch, role=role)
         self.membership.discovered(self.registrations)
         self.membership.up(instance_id, it)
         self.membership.loaded(instance_id)
@@ -184,17 +184,7 @@ class Stage:
         attempt_id, handoff = record.life.attempt_id, None
         instance_id, attempt = self.running[attempt_id]
         if end is FinishReason.PREFILLED:
-            handoff = Handoff(
-                attempt_id,
-                Incarnation(instance_id, 1),
-                len(attempt.token_ids),
-                4,
-                9,
-                "l",
-                30.0,
-                "tcp",
-                "h:1",
-            )
+            handoff = builders.handoff(attempt_id, instance_id, num_tokens=len(attempt.token_ids), **KV)
             self.held.add(attempt_id)
         if end is not None:
             del self.running[attempt_id]
@@ -456,7 +446,7 @@ def test_no_output_comes_after_an_error() -> None:
     record = stage.ask()
     attempt_id = record.life.attempt_id
     stage.running.clear()
-    handoff = Handoff(attempt_id, Incarnation("p0", 1), len(PROMPT), 4, 9, "l", 30.0, "tcp", "h:1")
+    handoff = builders.handoff(attempt_id, num_tokens=len(PROMPT), **KV)
     output = Output(attempt_id, [5], FinishReason.PREFILLED, handoff=handoff)
     effects = stage.dispatcher.output(record, output, stage.now)
     stage.handle(record, TooLong(record.life.attempt_id, "20 bytes"))

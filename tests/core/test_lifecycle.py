@@ -26,6 +26,7 @@ from penstock.core.events import (
 from penstock.core.lifecycle import REST_S, Lifecycle
 from penstock.errors import Rejection, RequestRejected
 from penstock.shapes import FinishReason, Handoff, Incarnation, Output, Request, Sampling
+from tests import builders
 
 LIMITS = Deadlines(
     queue_s=30,
@@ -45,9 +46,7 @@ def lifecycle() -> Lifecycle:
 
 
 def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Handoff:
-    return Handoff(
-        attempt_id, Incarnation(instance_id, 1), len(PROMPT), 4, 99, "layout", ttl_s, "tcp", "127.0.0.1:1"
-    )
+    return builders.handoff(attempt_id, instance_id, num_tokens=len(PROMPT), block_size=4, ttl_s=ttl_s)
 
 
 def sent(effects: list[Effect]) -> SendAttempt:

@@ -7,12 +7,8 @@ import pytest
 from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
 from penstock.shapes import Card, Incarnation, Registration, Role
+from tests.builders import registration
 from tests.cards import card
-
-
-def registration(instance_id: str, epoch: int = 1, role: Role = Role.DECODE) -> Registration:
-    return Registration(instance_id, epoch, role, "m", f"127.0.0.1:{epoch}")
-
 
 REVISION = revision_of(card("any"))
 
@@ -134,7 +130,7 @@ def join(
 ) -> None:
     """Another worker comes, and is loaded."""
     found = {name: member.registration for name, member in membership.members.items()}
-    membership.discovered({**found, instance_id: registration(instance_id, epoch, role)})
+    membership.discovered({**found, instance_id: registration(instance_id, epoch, role=role)})
     membership.up(instance_id, versioned(vocabulary, instance_id, epoch, role))
     membership.loaded(instance_id)
     membership.elect()

@@ -7,8 +7,8 @@ import pytest
 
 from penstock.core.pairing import KvFormat, kv_format, unpaired, without_pairs
 from penstock.engines.active import mismatch
-from penstock.shapes import Attempt, Card, Handoff, Incarnation, Role, Sampling
-from tests import cards
+from penstock.shapes import Attempt, Card, Role, Sampling
+from tests import builders, cards
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 
@@ -24,7 +24,7 @@ OLD_P, OLD_D, NEW_P, NEW_D = card("p0", P), card("d0", D), card("p1", P, 32), ca
 @pytest.mark.parametrize("field", KvFormat._fields)
 def test_engines_refuse_what_differs_in_the_format_of_its_kv_and_frontends_know_it(field: str) -> None:
     engine = cards.changed(cards.ENGINE, layout="l", transport="tcp")
-    handoff = Handoff("h", Incarnation("p0", 1), 1, 16, 0, "l", 9.0, "tcp", "h:1")
+    handoff = builders.handoff(num_tokens=1, layout="l")
     attempt = Attempt("a", "r", [1, 2, 3], 3, Sampling(max_tokens=1))
     same = mismatch(handoff, attempt, engine)
     assert same is not None

@@ -12,8 +12,8 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, Handoff, Incarnation, Load, Request, Role, Sampling
-from tests import cards
+from penstock.shapes import Attempt, Card, Handoff, Load, Request, Role, Sampling
+from tests import builders, cards
 
 TOKENS = list(range(160))
 HASHES = sequence_hashes(TOKENS, 16, root_hash("m"))
@@ -107,27 +107,28 @@ def test_a_decode_worker_is_booked_while_its_prompt_is_prefilled() -> None:
     assert loads[booked.decode] < max(loads.values())
 
 
-def handoff(block_size: int = 16, layout: str = "", transport: str = "") -> Handoff:
-    return Handoff("h", Incarnation("p0", 1), len(TOKENS), block_size, 0, layout, 30.0, transport, "")
+def held(block_size: int = 16, layout: str = "", transport: str = "") -> Handoff:
+    """The KV of TOKENS, as the cards' engines can read it."""
+    return builders.handoff(
+        num_tokens=len(TOKENS), block_size=block_size, layout=layout, transport=transport
+    )
 
 
 def test_a_held_prompt_goes_to_a_decode_worker_that_reads_its_kv() -> None:
     cards = [card("p1", Role.PREFILL), card("d0", block_size=32), card("d1")]
     it = placement(*cards)
     it.cache_changed("d0", sequence_hashes(TOKENS, 32, root_hash("m")), [], False)  # otherwise the best
-    decision = choose(it, placed(), *cards, handoff=handoff())
+    decision = choose(it, placed(), *cards, handoff=held())
     assert (decision.path, decision.prefill, decision.decode) == (Path.REMOTE, None, "d1")
 
 
-@pytest.mark.parametrize(
-    "held", [handoff(block_size=8), handoff(layout="other"), handoff(transport="other")]
-)
-def test_where_nobody_reads_the_held_kv_the_prompt_is_placed_anew(held: Handoff) -> None:
+@pytest.mark.parametrize("handoff", [held(block_size=8), held(layout="other"), held(transport="other")])
+def test_where_nobody_reads_the_held_kv_the_prompt_is_placed_anew(handoff: Handoff) -> None:
     cards = [card("p1", Role.PREFILL), card("d0"), card("d1", block_size=32)]
     it = placement(*cards, disagg="always")
-    decision = choose(it, placed(), *cards, handoff=held)
+    decision = choose(it, placed(), *cards, handoff=handoff)
     assert (decision.path, decision.prefill) == (Path.REMOTE, "p1") or decision.decode == "d1"
-    decision = choose(it, placed(), cards[1], handoff=held)
+    decision = choose(it, placed(), cards[1], handoff=handoff)
     assert (decision.path, decision.prefill, decision.decode) == (Path.LOCAL, None, "d0")
 
 
@@ -152,9 +153,7 @@ def test_pulled_blocks_are_not_held_against_the_index() -> None:
     it = placement(only)
     request = placed()
     choose(it, request, only)
-    it.sent(
-        request, "d0", 1, attempt(Handoff("h", Incarnation("p0", 1), 160, 16, 0, "l", 30, "tcp", "a:1"))
-    )
+    it.sent(request, "d0", 1, attempt(builders.handoff(num_tokens=160)))
     assert it.cached(request, "d0", 160) is None
 
 

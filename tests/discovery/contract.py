@@ -7,14 +7,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from penstock.ports import Discovery
-from penstock.shapes import Registration, Role
+from penstock.shapes import Registration
+from tests.builders import registration
 
 OpenDiscovery = Callable[[], Discovery]
 CHANGE_S = 5.0  # how long a change may take to be seen
-
-
-def registration(instance_id: str = "w-0", epoch: int = 1, port: int = 7001) -> Registration:
-    return Registration(instance_id, epoch, Role.DECODE, "tiny", f"10.0.0.7:{port}", host="h")
 
 
 class Watcher:
@@ -71,7 +68,7 @@ class DiscoveryContract:
         return found is not None and {name: self.essence(one) for name, one in found.items()} == essences
 
     async def test_a_watch_starts_with_the_whole_set(self, open_discovery: OpenDiscovery) -> None:
-        first, second = registration("w-0", port=1), registration("w-1", port=2)
+        first, second = registration("w-0"), registration("w-1")
         await open_discovery().register(first)
         await open_discovery().register(second)
         async with Watcher(open_discovery()) as watcher:
@@ -93,9 +90,9 @@ class DiscoveryContract:
 
     async def test_a_new_incarnation_replaces_the_old(self, open_discovery: OpenDiscovery) -> None:
         async with Watcher(open_discovery()) as watcher:
-            old = await open_discovery().register(registration(epoch=1, port=1))
+            old = await open_discovery().register(registration(epoch=1))
             await watcher.until("w-0")
-            newer = registration(epoch=2, port=2)
+            newer = registration(epoch=2)
             await open_discovery().register(newer)
             await watcher.until_true(lambda latest: self.same(latest, newer))
             await old.close()  # the old owner's farewell must not take the new one along
@@ -130,7 +127,7 @@ class DiscoveryContract:
             assert [update async for update in updates] == []
 
     async def test_any_address_is_kept_as_it_is(self, open_discovery: OpenDiscovery) -> None:
-        await open_discovery().register(registration(self.odd_id, port=9))
+        await open_discovery().register(registration(self.odd_id))
         async with Watcher(open_discovery()) as watcher:
             seen = await watcher.until(self.odd_id)
-            assert seen[self.odd_id].address == "10.0.0.7:9"
+            assert seen[self.odd_id].address == "10.0.0.7:1"

@@ -20,7 +20,8 @@ from penstock.discovery.etcd_client import OUT_OF_RANGE, EtcdClient, EtcdError, 
 from penstock.discovery.etcd_settings import EtcdSettings
 from penstock.errors import ConfigError
 from penstock.shapes import Registration
-from tests.discovery.contract import DiscoveryContract, Watcher, registration
+from tests.builders import registration
+from tests.discovery.contract import DiscoveryContract, Watcher
 from tests.discovery.etcd_server import Etcd, running_cluster, running_etcd
 from tests.waiting import until
 
@@ -141,7 +142,9 @@ async def test_garbage_is_named_once_and_ignored(etcd: Etcd, opened: Open, caplo
     etcd.ctl("put", settings.prefix + "half", '{"instance_id"')
     etcd.ctl("put", settings.prefix + "huge", "x" * (settings.value_bytes_max + 1))
     etcd.ctl("put", settings.prefix + "deep", '{"x":' + 8000 * "[" + 8000 * "]" + "}")
-    etcd.ctl("put", settings.prefix + "alias", msgspec.json.encode(registration(port=666)).decode())
+    etcd.ctl(
+        "put", settings.prefix + "alias", msgspec.json.encode(registration(address="10.0.0.7:666")).decode()
+    )
     await opened(settings).register(registration())
     async with Watcher(opened(settings)) as watcher:
         assert (await watcher.until("w-0"))["w-0"] == registration()
@@ -165,8 +168,8 @@ async def test_instances_beyond_the_limit_are_ignored(etcd: Etcd, opened: Open, 
 
 async def test_an_older_incarnation_gives_way(etcd: Etcd, opened: Open, caplog) -> None:
     settings = quick(etcd.endpoint)
-    old = await opened(settings).register(registration(epoch=1, port=1))
-    await opened(settings).register(registration(epoch=2, port=2))
+    old = await opened(settings).register(registration(epoch=1))
+    await opened(settings).register(registration(epoch=2))
     await until(lambda: old.trouble == "a newer incarnation took over")
     async with Watcher(opened(settings)) as watcher:
         assert (await watcher.until("w-0"))["w-0"].epoch == 2

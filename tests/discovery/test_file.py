@@ -17,7 +17,8 @@ import pytest
 
 from penstock.discovery.file import FileDiscovery, FileDiscoverySettings
 from penstock.errors import ConfigError
-from tests.discovery.contract import DiscoveryContract, Watcher, registration
+from tests.builders import registration
+from tests.discovery.contract import DiscoveryContract, Watcher
 
 FAST = FileDiscoverySettings(lease_s=0.9, poll_s=0.05)
 
@@ -209,8 +210,8 @@ async def test_files_beyond_the_limit_are_ignored(tmp_path, open_discovery, capl
 
 
 async def test_an_older_incarnation_gives_way(tmp_path, open_discovery, caplog) -> None:
-    await open_discovery().register(registration(epoch=1, port=1))
-    await open_discovery().register(registration(epoch=2, port=2))
+    await open_discovery().register(registration(epoch=1))
+    await open_discovery().register(registration(epoch=2))
     await asyncio.sleep(FAST.lease_s)
     assert json.loads((tmp_path / "discovery" / "w-0.json").read_bytes())["registration"]["epoch"] == 2
     assert any("took over" in record.message for record in caplog.records)

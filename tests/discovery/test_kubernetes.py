@@ -11,7 +11,8 @@ from penstock.discovery.kubernetes import KubernetesDiscovery, registration_of
 from penstock.kubernetes.api import Object
 from penstock.kubernetes.kinds import PODS
 from penstock.shapes import Registration, Role
-from tests.discovery.contract import DiscoveryContract, Watcher, registration
+from tests.builders import registration
+from tests.discovery.contract import DiscoveryContract, Watcher
 from tests.discovery.pods import GRAPH, QUICK, PodMakingDiscovery, essence, pod, running, tell
 from tests.kubernetes_double import KubernetesDouble
 
@@ -166,7 +167,7 @@ async def test_an_outage_of_the_api_server(
     server: KubernetesDouble, opened: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "penstock")
-    leases = [await opened().register(registration(f"w-{number}", port=7000 + number)) for number in (0, 1)]
+    leases = [await opened().register(registration(f"w-{number}")) for number in (0, 1)]
     async with Watcher(watching := opened()) as watcher:
         before = await watcher.until("w-0", "w-1")
         server.disconnect("connection refused")

@@ -21,8 +21,6 @@ from penstock.shapes import (
     Attempt,
     Card,
     FinishReason,
-    Handoff,
-    Incarnation,
     Load,
     Output,
     Rates,
@@ -31,6 +29,7 @@ from penstock.shapes import (
     Sampling,
 )
 from penstock.wire.messages import Bounce, Generate, Heartbeat, Release, Step
+from tests import builders
 from tests.cards import card as card_of
 from tests.cluster import MODEL, Cluster, cluster
 
@@ -217,9 +216,7 @@ async def test_cards_that_lie_are_not_taken(tmp_path: Path, caplog: pytest.LogCa
 
 
 def handed(attempt: Attempt) -> Output:
-    elsewhere = Handoff(
-        attempt.attempt_id, Incarnation("good", 1), 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1"
-    )
+    elsewhere = builders.handoff(attempt.attempt_id, "good")
     return Output(attempt.attempt_id, [1], FinishReason.PREFILLED, handoff=elsewhere)
 
 

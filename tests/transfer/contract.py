@@ -20,6 +20,7 @@ import pytest
 
 from penstock.ports import KvTransfer, Pulled
 from penstock.shapes import Handoff, Incarnation
+from tests.builders import handoff
 from tests.waiting import wait_until
 
 BLOCKS = 64
@@ -47,7 +48,8 @@ class Worker:
 
     def export(self, handoff_id: str, block_ids: list[int]) -> Handoff:
         address, params = self.transfer.export(handoff_id, block_ids)
-        return handoff(self.transfer.name, self.instance_id, handoff_id, address, params)
+        transport = self.transfer.name
+        return handoff(handoff_id, self.instance_id, transport=transport, address=address, params=params)
 
     def pull(
         self, given: Handoff, indices: list[int], block_ids: list[int], timeout_s: float = SOON_S
@@ -78,21 +80,6 @@ class Outcome:
     def result(self, within_s: float = SOON_S + LITTLE_S) -> Pulled:
         assert self._there.wait(within_s), "on_done was not called"
         return self.calls[0]
-
-
-def handoff(transport: str, instance_id: str, handoff_id: str, address: str, params: bytes) -> Handoff:
-    return Handoff(
-        handoff_id=handoff_id,
-        holder=Incarnation(instance_id, 1),
-        num_tokens=1,
-        block_size=1,
-        last_hash=0,
-        layout="",
-        ttl_s=60.0,
-        transport=transport,
-        address=address,
-        params=params,
-    )
 
 
 def changed(given: Handoff, **fields: object) -> Handoff:
@@ -331,7 +318,7 @@ class TransferContract:
         reader = workers("reader", max_pulls=1, max_waiting_pulls=2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
-            given = handoff(self.transport, "holder", "h", address, b"")
+            given = handoff(instance_id="holder", transport=self.transport, address=address)
             first = reader.begin_pull(given, [0], [0], timeout_s=1.0)
             time.sleep(0.1)
             begun = time.monotonic()
@@ -398,7 +385,7 @@ class TransferContract:
         reader = Worker(make("reader", max_pulls=1), "reader")
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
-            given = handoff(self.transport, "holder", "h", address, b"")
+            given = handoff(instance_id="holder", transport=self.transport, address=address)
             outcomes = [reader.begin_pull(given, [0], [0]) for _ in range(3)]
             time.sleep(0.1)
             begun = time.monotonic()

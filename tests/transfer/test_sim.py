@@ -7,8 +7,9 @@ import pytest
 from penstock.clock import VirtualClock
 from penstock.errors import ConfigError
 from penstock.ports import Pulled
-from penstock.shapes import Handoff, Incarnation
+from penstock.shapes import Handoff
 from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings, SimTransferStatistics
+from tests.builders import handoff
 
 SETTINGS = SimTransferSettings(bytes_per_block=1_000_000, gigabytes_per_s=1.0, setup_ms=5.0)
 
@@ -29,7 +30,7 @@ class Pair:
 
     def offer(self, handoff_id: str) -> Handoff:
         address, params = self.holder.export(handoff_id, range(10))
-        return Handoff(handoff_id, Incarnation("p", 1), 8, 4, 0, "", 30.0, "sim", address, params)
+        return handoff(handoff_id, "p", transport="sim", address=address, params=params)
 
     def pull(self, handoff: Handoff, blocks: int = 10, timeout_s: float = 1.0) -> None:
         ids = range(blocks)

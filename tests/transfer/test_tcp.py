@@ -13,16 +13,11 @@ from penstock.shapes import Incarnation
 from penstock.transfer.messages import MAX_FRAME_BYTES, PROTOCOL, Granted, Read, frame
 from penstock.transfer.stream import Stream
 from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
+from tests.builders import handoff
 from tests.transfer import contract
 from tests.waiting import wait_until
 
-Worker, changed, handoff = (
-    contract.Worker,
-    contract.changed,
-    contract.handoff,
-)
-
-
+Worker, changed = contract.Worker, contract.changed
 HOLDER = Incarnation("holder", 1)
 
 
@@ -160,7 +155,7 @@ class TestTcpTransfer(contract.TransferContract):
             thread = threading.Thread(target=impostor)
             thread.start()
             address = f"127.0.0.1:{listener.getsockname()[1]}"
-            pulled = reader.pull(handoff("tcp", "holder", "h", address, b"k"), [0], [0])
+            pulled = reader.pull(handoff(instance_id="holder", address=address, params=b"k"), [0], [0])
             thread.join()
         assert "closed" in pulled.error
         assert pulled.blocks == 0

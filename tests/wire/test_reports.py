@@ -31,8 +31,7 @@ attempt = partial(builders.attempt, prompt=2, generated=[3], max_tokens=4)
 
 
 def handoff(attempt_id: str = "p.1", **fields: object) -> Handoff:
-    good = Handoff(attempt_id, Incarnation("w0", 7), 3, 16, 1, "l", 30.0, "tcp", "127.0.0.1:1")
-    return replace(good, **fields)
+    return builders.handoff(attempt_id, "w0", epoch=7, **fields)
 
 
 def reports() -> Reports:

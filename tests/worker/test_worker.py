@@ -23,7 +23,6 @@ from penstock.shapes import (
     EngineCard,
     EngineStep,
     FinishReason,
-    Handoff,
     Incarnation,
     Load,
     ModelCard,
@@ -33,6 +32,7 @@ from penstock.shapes import (
 )
 from penstock.wire.messages import Bounce, Step
 from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
+from tests import builders
 from tests.builders import attempt
 from tests.waiting import until
 
@@ -207,7 +207,7 @@ async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
     assert stage.worker.statistics() == WorkerStatistics(1, not_in_load=1, handoffs=0, link=link)
     (peer,) = stage.worker.peers
     assert dict(stage.worker.attempts) == {"a.1": peer}
-    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = builders.handoff("a.1", "w")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: frontend.steps)
     assert stage.worker.statistics() == WorkerStatistics(0, not_in_load=0, handoffs=1, link=link)
@@ -260,7 +260,7 @@ async def test_only_the_owner_of_a_handoff_releases_it(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
     mine.client.generate(replace(attempt("a.1"), prefill_only=True))
     await until(lambda: stage.engine.submitted)
-    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = builders.handoff("a.1", "w")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: mine.steps)
     other.client.release("a.1", sent=False)
@@ -277,7 +277,7 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
     await until(lambda: stage.engine.submitted)
     await frontend.hang_up()
     await until(lambda: stage.engine.cancelled == ["a.1"])
-    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = builders.handoff("a.1", "w")
     stage.engine.say(Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: stage.engine.released == ["a.1"])
 
@@ -288,7 +288,7 @@ async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> N
         peer.client.generate(replace(attempt(f"a.{number}"), prefill_only=True))
         await until(lambda number=number: len(stage.engine.submitted) == number)
         name = f"a.{number}"
-        handoff = Handoff(name, Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
+        handoff = builders.handoff(name, "w")
         stage.engine.say(Output(name, [7], FinishReason.PREFILLED, handoff=handoff))
     await until(lambda: frontend.steps and other.steps)
     frontend.client.release("a.2", sent=False)
@@ -327,7 +327,7 @@ async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) ->
     assert busy() == (2, 0, 2, 0)  # the engine has said nothing of them yet
     stage.engine.say(load=Load(submitted=2, running=1, waiting=1, steps=1))
     await until(lambda: busy() == (2, 1, 1, 0))
-    handoff = Handoff("a.1", Incarnation("w", 1), 3, 16, 0, "l", 30, "tcp", "a:1")
+    handoff = builders.handoff("a.1", "w")
     prefilled = Output("a.1", [7], FinishReason.PREFILLED, handoff=handoff)
     done = Output("a.2", [7], FinishReason.STOP)
     stage.engine.say(prefilled, done, load=Load(submitted=2, held_handoffs=1, steps=2))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.engines.vllm.continuation import continuation, folded
-from penstock.shapes import Attempt, Handoff, Incarnation, Sampling, StructuredOutput
+from penstock.shapes import Attempt, Sampling, StructuredOutput
+from tests import builders
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 SAMPLED = Sampling(max_tokens=10, seed=7)
@@ -26,7 +27,7 @@ def attempt(
     """`prompt` tokens of the client's, `done` of output; KV of `handed` tokens can be pulled."""
     handoff = None
     if handed is not None:
-        handoff = Handoff("h", Incarnation("p0", 1), handed, 16, 0, "", 30.0, "vllm-nixl", "127.0.0.1:1")
+        handoff = builders.handoff(num_tokens=handed, transport="vllm-nixl")
     token_ids = list(range(prompt + done))
     return Attempt("a", "r", token_ids, prompt, sampling, prefill_only=prefill, handoff=handoff)
 

@@ -15,6 +15,7 @@ from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.vllm import handoffs
 from penstock.engines.vllm.handoffs import MAX_LEFT_S, MIN_LEFT_S, UsedHandoffs, engine_id, lease_s, pack
 from penstock.shapes import Attempt, EngineCard, Handoff, Incarnation, JsonObject, ModelCard, Sampling
+from tests import builders
 
 BLOCK_SIZE = 32
 PROMPT = list(range(100))  # three whole blocks and a part
@@ -48,19 +49,18 @@ PARAMS: JsonObject = {
 
 def handoff(params: bytes | JsonObject = PARAMS, ttl_s: float = 30.0, **fields: Any) -> Handoff:
     num_tokens = fields.pop("num_tokens", len(PROMPT))
-    whole = Handoff(
-        handoff_id="a1",
-        holder=Incarnation("p0", 7),
+    return builders.handoff(
+        fields.pop("handoff_id", "a1"),
+        epoch=7,
         num_tokens=num_tokens,
         block_size=BLOCK_SIZE,
         last_hash=last_hash(PROMPT[:num_tokens], BLOCK_SIZE, root_hash("m")),
-        layout="layout",
         ttl_s=ttl_s,
         transport="vllm-nixl",
         address="127.0.0.1:5600",
         params=params if isinstance(params, bytes) else pack(params, ttl_s),
+        **fields,
     )
-    return msgspec.structs.replace(whole, **fields)
 
 
 def accept(
