@@ -32,6 +32,7 @@ from penstock.frontend.prompting import PromptServer
 from penstock.frontend.responses import model_list, model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
+from penstock.frontend.tokenization import Detokenize, Tokenize
 from penstock.logs.quiet_log import QuietLog
 from penstock.metrics import METRICS_CONTENT_TYPE, Metrics
 from penstock.ports import ChatParsers
@@ -51,6 +52,10 @@ ENDPOINTS: Final[dict[str, type[Endpoint]]] = {
 
 PROMPT_ENDPOINTS: Final[dict[str, type[PromptEndpoint]]] = {
     "/v1/messages/count_tokens": CountTokens,
+    "/tokenize": Tokenize,
+    "/detokenize": Detokenize,
+    "/v1/tokenize": Tokenize,
+    "/v1/detokenize": Detokenize,
 }
 """Those that need a model's template and tokenizer only."""
 

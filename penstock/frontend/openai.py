@@ -178,8 +178,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     """Raises RequestRejected naming the field."""
     request = decoded(body, _CHAT_DECODER, _CHAT, _rejected)
     _check(request)
-    _check_chat(request)
-    settle(request.messages)
+    check_chat(request)
     return request
 
 
@@ -299,7 +298,9 @@ def _read_nvext(request: GenerationRequest, given: JsonObject) -> None:
         request.temperature = 0.0
 
 
-def _check_chat(request: ChatRequest) -> None:
+def check_chat(request: ChatRequest) -> None:
+    """Put a conversation into the form that templates get. Raises RequestRejected for fields that
+    contradict each other."""
     check_tools(request.tools, request.tool_choice)
     if request.chat_template_args is not None:
         if request.chat_template_kwargs is not None:
@@ -316,3 +317,4 @@ def _check_chat(request: ChatRequest) -> None:
             "`continue_final_message` needs `add_generation_prompt` set to false.",
             field="continue_final_message",
         )
+    settle(request.messages)

@@ -38,6 +38,7 @@ TOKENIZER_FILE = "tokenizer.json"
 NOT_LOADED = "tokenizer_not_loaded"
 LOAD_RETRY_MIN_S = 1.0  # after a failure that may pass; doubles up to the next
 LOAD_RETRY_MAX_S = 60.0
+MAX_TOKENS_AT_ONCE = 8192  # decoded on the event loop in 1 ms; more go to the tokenizer's thread
 MAX_LOADED_MODELS = 16  # texts kept in memory; the least recently used one is loaded again when needed
 
 
@@ -99,6 +100,15 @@ class ModelText:
         if self._table is not None:
             return self._table.raw_pieces.get(token_id, b"")
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary has them; empty for ids that no token has."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+    async def decode(self, token_ids: list[int], caller: Caller) -> str:
+        """The text of these ids alone, special tokens by their names."""
+        work = partial(self._tokenizer.decode, token_ids, skip_special_tokens=False)
+        return work() if len(token_ids) <= MAX_TOKENS_AT_ONCE else await caller.wait(self._thread.run(work))
 
     def chat_prompt(self, model: str, conversation: TemplateInput) -> str:
         """The prompt of a chat with the model of this name. The template writes the special tokens itself.

@@ -11,7 +11,7 @@ import random
 import time
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +118,10 @@ class TokenizerThread:
             self._queue.leave(job_id)
         self._metrics.waited(time.perf_counter() - began - job.worked_s)
         return job.token_ids
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which takes no longer than some slices, after the slice under way."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def close(self) -> None:
         """End the thread; the slice that it works on is finished first."""
