@@ -103,6 +103,7 @@ def run_frontend(options: FrontendOptions) -> None:
         api_key=options.api_key,
         api_keys_file=options.api_keys_file,
         max_body_bytes=options.max_body_bytes,
+        sse_keep_alive_s=options.sse_keep_alive_s,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
         tokenizing=msgspec.structs.replace(FrontendSettings().tokenizing, max_wait_ms=options.max_wait_ms),

@@ -47,6 +47,7 @@ class CallRecord:
     limit: asyncio.Timeout | None = None  # of the whole call; also ends it while `call` is None
     call: ClientCall | None = None
     stream: AnswerStream | None = None  # once there is a call that streams
+    answering: bool = False  # part of its answer is sent
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
     error: PenstockError | None = None
 
@@ -163,7 +164,7 @@ class GenerationServer:
                     try:
                         return await self._answer(endpoint, exchange, record, view, caller)
                     except ModelReplaced:
-                        if exchange.status is not None or record.beginnings == MAX_BEGINNINGS:
+                        if record.answering or record.beginnings == MAX_BEGINNINGS:
                             raise
                         record.forget_call()
                         view = self._completer.model(wanted.model)
@@ -206,7 +207,7 @@ class GenerationServer:
         call.start(self._completer)
         if wanted.stream:
             record.stream = endpoint.stream(beginning, choices)
-            return await _stream(exchange, call, record.stream)
+            return await _stream(exchange, record, call, record.stream)
         await call.changed()
         if call.error is not None:
             raise call.error
@@ -273,13 +274,23 @@ class GenerationServer:
         )
 
 
-async def _stream(exchange: HttpExchange, call: ClientCall, stream: AnswerStream) -> None:
-    """The response begins with the first token, so that a failure before it still has its HTTP status."""
-    changed = await call.changed()
+async def _stream(
+    exchange: HttpExchange, record: CallRecord, call: ClientCall, stream: AnswerStream
+) -> None:
+    """The response begins with the first token, so that a failure before it still has its HTTP status; or
+    without it, before a proxy takes the silence for the end of the connection."""
+    silence_s = exchange.allowed_silence_s if exchange.status is None else None
+    try:
+        async with asyncio.timeout(silence_s):
+            changed = await call.changed()
+    except TimeoutError:
+        await exchange.begin_stream()
+        changed = await call.changed()
     if call.error is not None:
         raise call.error
-    if not call.gone:
+    if not call.gone and exchange.status is None:
         await exchange.begin_stream()
+    record.answering = True
     left = b""  # what `push` could not write
 
     def push(changed: Sequence[Choice]) -> bool:

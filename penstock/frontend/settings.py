@@ -68,6 +68,11 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     client_stall_s: float = 60.0
     """How long a stream's client may take no bytes at all before its request is cancelled."""
 
+    sse_keep_alive_s: float = 40.0
+    """How long a stream may send nothing before its response begins without a token, or has a comment.
+    0: as long as it likes. Common proxies cut a connection after 60 s; a request that waits in vain for a
+    worker is answered after 30 s, and should have its HTTP status."""
+
     max_unsent_chars: int = 1024 * 1024
     """Text a stream may hold for a client that reads too slowly, before its request is cancelled."""
 

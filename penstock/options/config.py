@@ -157,6 +157,11 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         ),
     ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
+    sse_keep_alive_s: Annotated[
+        float,
+        Meta(ge=0),
+        flag("Longest silence of a stream, in seconds, before it sends a comment; 0: no comments."),
+    ] = 40.0
     router_mode: Annotated[
         Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],
         flag("Routing policy: how a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),

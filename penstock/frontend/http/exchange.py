@@ -27,6 +27,7 @@ returns False when the client is behind."""
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment in an event stream, which clients ignore
 UNSUPPORTED_ENCODING = "unsupported_content_encoding"
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -92,6 +93,8 @@ class HttpExchange:
         self._body_bytes = 0  # that arrived
         self._write_now: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._silent = False  # since the last look at it
         given = self.header(b"x-request-id") or b""
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
@@ -196,21 +199,30 @@ class HttpExchange:
         await self.respond(status, msgspec.json.encode(body), headers)
 
     async def begin_stream(self) -> None:
-        """The head of an event stream. From here on a client that takes nothing for
-        `client_stall_s` is dropped."""
+        """The head of an event stream. From here on a client that takes nothing for `client_stall_s` is
+        dropped, and one that would be sent nothing for `sse_keep_alive_s` is sent a comment."""
         # Proxies such as nginx would otherwise collect the events into large pieces.
         uncached = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._begin(200, [(b"content-type", EVENT_STREAM), *uncached])
         self._check_stall()
+        if self.allowed_silence_s is not None:
+            self._check_silence(self.allowed_silence_s / 2)
+
+    @property
+    def allowed_silence_s(self) -> float | None:
+        """How long a stream may send nothing; None: as long as it likes."""
+        return self._settings.sse_keep_alive_s or None
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """Send a part of the body; waits while the client is behind."""
         self._writing_since = time.monotonic()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self._writing_since = None
+        self._silent = False
 
     def write_now(self, body: bytes) -> bool:
         """Send a part of a begun stream without waiting. False: nothing is sent, use `write`."""
+        self._silent = False
         return self._write_now is not None and self._write_now(body)
 
     def abort(self) -> None:
@@ -225,6 +237,8 @@ class HttpExchange:
         self._body_bytes = 0
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
 
     async def _begin(self, status: int, headers: list[Header]) -> None:
         self.status = status
@@ -241,6 +255,13 @@ class HttpExchange:
             return
         loop = asyncio.get_running_loop()
         self._stall_timer = loop.call_later(allowed_s - stalled_s, self._check_stall)
+
+    def _check_silence(self, pause_s: float) -> None:
+        """Look twice within the allowed silence, so that sending costs no more than a note of it."""
+        if self._silent and self._writing_since is None:
+            self.write_now(KEEP_ALIVE)
+        self._silent = True
+        self._silence_timer = asyncio.get_running_loop().call_later(pause_s, self._check_silence, pause_s)
 
 
 def _shown(value: bytes) -> str:
