@@ -103,6 +103,7 @@ def run_frontend(options: FrontendOptions) -> None:
         api_key=options.api_key,
         api_keys_file=options.api_keys_file,
         max_body_bytes=options.max_body_bytes,
+        cors_origins=options.cors_origins,
         sse_keep_alive_s=options.sse_keep_alive_s,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,

@@ -26,7 +26,8 @@ from penstock.frontend.completions import Completions
 from penstock.frontend.endpoint import Endpoint, PromptEndpoint
 from penstock.frontend.generation import GenerationServer, outcome_of, why
 from penstock.frontend.http.api_keys import ApiKeys
-from penstock.frontend.http.exchange import Bodies, Header, HttpExchange
+from penstock.frontend.http.cors import Header
+from penstock.frontend.http.exchange import Bodies, HttpExchange
 from penstock.frontend.http.statuses import anthropic_error, status_of
 from penstock.frontend.prompting import PromptServer
 from penstock.frontend.responses import model_list, model_object
@@ -103,6 +104,8 @@ class App:
         scope["app"] = self  # makes the router raise for what it does not find
         try:
             exchange.check_host()
+            if await exchange.answer_preflight():
+                return
             await self._router(scope, receive, send)
         except RequestRejected as error:
             await self._reject(scope, exchange, error)

@@ -28,6 +28,9 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     api_keys_file: str = ""
     """File with the hashes of others (frontend/http/api_keys.py). Neither: none needed."""
 
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the frontend from a browser; `*`: any."""
+
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body: a prompt of a million token ids fits."""
 

@@ -34,6 +34,7 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
 _ETCD_MEMBER = re.compile(
     r"(?P<host>[-\w]{1,63}(\.[-\w]{1,63})*|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?", re.ASCII
 )
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.ASCII)
 _ETCD_PORT = 2379
 
 
@@ -157,6 +158,13 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         ),
     ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
+    cors_origin: Annotated[
+        str,
+        flag(
+            "Origins of web pages that may use the frontend from a browser, e.g. https://chat.example.com,"
+            "http://localhost:3000; * for any."
+        ),
+    ] = ""
     sse_keep_alive_s: Annotated[
         float,
         Meta(ge=0),
@@ -194,6 +202,7 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         _both(self, "http_tls_cert", "http_tls_key")
         CommonOptions.__post_init__(self)
         self.expected_roles  # noqa: B018 - checks it
+        self.cors_origins  # noqa: B018 - likewise
         parse_deadlines(self.deadlines, Deadlines())
 
     @property
@@ -204,6 +213,17 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
             if name not in list(Role):
                 raise ConfigError(f"--expect: expected roles of {', '.join(Role)}, got {shown(name)}")
         return tuple(Role(name) for name in names)
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """`cors_origin` as origins, in lower case as browsers write them."""
+        origins = tuple(name.strip().lower() for name in self.cors_origin.split(",") if name.strip())
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origin: expected https://HOST[:PORT] without a path, or *, got {shown(origin)}"
+                )
+        return origins
 
 
 class WorkerOptions(CommonOptions, frozen=True, kw_only=True):

@@ -118,6 +118,12 @@ def test_a_password_in_an_address_is_refused_and_not_shown(url: str) -> None:
             {"expect": "prefill,foo"},
             "--expect: expected roles of prefill, decode, aggregated",
         ),
+        (
+            FrontendOptions,
+            {"cors-origin": "https://a.example/x"},
+            "--cors-origin: expected https://HOST[:PORT]",
+        ),
+        (FrontendOptions, {"cors-origin": "a.example"}, "--cors-origin: expected https://HOST[:PORT]"),
         (FrontendOptions, {"http-tls-key": "k"}, "--http-tls-key: needs --http-tls-cert too"),
         (FrontendOptions, {"link-tls-cert": "k"}, "--link-tls-cert: needs --link-tls-key too"),
         (FrontendOptions, {"namespace": "../x"}, "--namespace: expected letters, digits, -, _ and ., got"),

@@ -15,6 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from penstock.errors import PenstockError, Rejection, RequestRejected
+from penstock.frontend.http.cors import Header, allows, answer_headers, preflight_headers
 from penstock.frontend.http.statuses import REQUEST_ID, ErrorObject, code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 
@@ -34,8 +35,6 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _JSON_TYPE = re.compile(rb"application/(?:[a-z0-9!#$&^_.+-]+\+)?json", re.IGNORECASE)
 _HOST = re.compile(rb"(?:\[[0-9a-z:.%_~-]+\]|[a-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.IGNORECASE)
 _SHOWN_CHARS = 100  # of a header's value in an error
-
-Header = tuple[bytes, bytes]
 
 
 class Bodies:
@@ -182,6 +181,18 @@ class HttpExchange:
         await self._begin(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, more=False)
 
+    async def answer_preflight(self) -> bool:
+        """Tell a browser that a page may send its request; False when this is no such question, or the page
+        may not."""
+        asked = self.header(b"access-control-request-method") is not None
+        if self._scope["method"] != "OPTIONS" or not asked:
+            return False
+        if not allows(self._settings.cors_origins, self.header(b"origin")):
+            return False
+        await self._begin(204, preflight_headers(self.header(b"access-control-request-headers")))
+        await self.write(b"", more=False)
+        return True
+
     async def reject(self, error: PenstockError, headers: Sequence[Header] = ()) -> None:
         """A whole response that says what is wrong, in the shape of the API that was asked."""
         headers = list(headers)
@@ -244,6 +255,8 @@ class HttpExchange:
         self.status = status
         # Under the second name Anthropic's clients look for it.
         headers += [(b"x-request-id", self.request_id), (b"request-id", self.request_id)]
+        if self._settings.cors_origins:
+            headers += answer_headers(self._settings.cors_origins, self.header(b"origin"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _check_stall(self) -> None:
