@@ -84,21 +84,30 @@ class Chat:
             message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
             if choice.reply is not None:
                 message.update(_taken_apart(choice.reply.whole()))
-            shown.append(
-                {
-                    "index": choice.index,
-                    "message": message,
-                    "logprobs": choice.render_logprobs(logprobs),
-                    "finish_reason": finish_name(choice),
-                    "stop_reason": choice.stop_reason,
-                }
-            )
-        return answer_body(envelope_of(beginning, "chat.completion"), shown, choices)
+            fields = {
+                "index": choice.index,
+                "message": message,
+                "logprobs": choice.render_logprobs(logprobs),
+                "finish_reason": finish_name(choice),
+                "stop_reason": choice.stop_reason,
+            }
+            if choice.shows_token_ids:
+                fields["token_ids"] = choice.take_token_ids()
+            shown.append(fields)
+        prompt: JsonObject = {}
+        if choices[0].shows_token_ids:
+            prompt["prompt_token_ids"] = choices[0].request.token_ids
+        return answer_body(envelope_of(beginning, "chat.completion"), shown, choices, prompt)
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> ChatChunks:
         kind = ChatChunks if choices[0].reply is None else ReplyChunks
         envelope = envelope_of(beginning, "chat.completion.chunk")
-        return kind(envelope, len(choices), include_usage=self._request.include_usage)
+        return kind(
+            envelope,
+            len(choices),
+            include_usage=self._request.include_usage,
+            continuous_usage=self._request.continuous_usage,
+        )
 
 
 class ChatChunks(Chunks):
@@ -107,19 +116,23 @@ class ChatChunks(Chunks):
     before = b'"delta":{"content":'
     first = b'"delta":{"role":"assistant","content":'
     close = b"}"
+    prompt_in_choice = False
 
 
 class ReplyChunks(ChatChunks):
     """Chunks of replies: answers that the model's parser takes apart."""
 
-    def __init__(self, envelope: Envelope, choices: int, *, include_usage: bool) -> None:
-        super().__init__(envelope, choices, include_usage=include_usage)
+    def __init__(
+        self, envelope: Envelope, choices: int, *, include_usage: bool, continuous_usage: bool = False
+    ) -> None:
+        super().__init__(envelope, choices, include_usage=include_usage, continuous_usage=continuous_usage)
         self._begun: set[int] = set()  # choices that have had a chunk
 
     def chunk(self, choice: Choice) -> bytes:
         """One chunk for each part of what is new; the last one says how the answer goes on."""
         _, logprobs = choice.take()
-        deltas = _deltas(choice, logprobs)
+        token_ids = choice.take_token_ids()
+        deltas = _deltas(choice, logprobs, token_ids)
         if not deltas:
             return b""
         if choice.index not in self._begun:
@@ -127,7 +140,7 @@ class ReplyChunks(ChatChunks):
             deltas[0] = {"role": "assistant", **deltas[0]}
         opening = self.opening(choice.index) + b'"delta":'
         chunks = [b"".join((opening, encode(delta), self.going_on)) for delta in deltas[:-1]]
-        return b"".join((*chunks, opening, encode(deltas[-1]), self.ending(choice, logprobs)))
+        return b"".join((*chunks, opening, encode(deltas[-1]), self.ending(choice, logprobs, token_ids)))
 
 
 def template_input_of(request: ChatRequest) -> TemplateInput:
@@ -142,20 +155,24 @@ def template_input_of(request: ChatRequest) -> TemplateInput:
     )
 
 
-def _deltas(choice: Choice, logprobs: Sequence[TokenLogprob]) -> list[JsonObject]:
+def _deltas(
+    choice: Choice, logprobs: Sequence[TokenLogprob], token_ids: list[int] | None
+) -> list[JsonObject]:
     """What is new of a reply, with an empty one when there is more to say of the choice than that."""
     parts: Sequence[Parsed] = choice.reply.take() if choice.reply is not None else ()
     deltas = [_delta(parsed) for parsed in parts]
-    if not deltas and (choice.finish_reason is not None or (logprobs and choice.shows_logprobs)):
+    tokens_shown = bool(token_ids or (logprobs and choice.shows_logprobs))
+    if not deltas and (choice.finish_reason is not None or tokens_shown):
         deltas.append({})
     return deltas
 
 
 def _delta(parsed: Parsed) -> JsonObject:
-    """A part of an answer, as OpenAI's `delta`, with `reasoning` beside `content` as vLLM has it."""
+    """A part of an answer, as OpenAI's `delta`. Reasoning is beside `content` under both of its names:
+    vLLM's `reasoning`, and `reasoning_content`, which SGLang's and Dynamo's clients read."""
     delta: JsonObject = {}
     if parsed.reasoning is not None:
-        delta["reasoning"] = parsed.reasoning
+        delta["reasoning"] = delta["reasoning_content"] = parsed.reasoning
     if parsed.content is not None:
         delta["content"] = parsed.content
     if parsed.tool_calls:
@@ -173,8 +190,13 @@ def _call_delta(call: ToolCallDelta) -> JsonObject:
 
 
 def _taken_apart(parsed: Parsed) -> JsonObject:
-    """`content`, `reasoning` (vLLM's name for it) and, if there are any, `tool_calls` of a message."""
-    message: JsonObject = {"content": parsed.content, "reasoning": parsed.reasoning}
+    """`content`, `reasoning` (under both of its names) and, if there are any, `tool_calls` of a message."""
+    reasoning = parsed.reasoning
+    message: JsonObject = {
+        "content": parsed.content,
+        "reasoning": reasoning,
+        "reasoning_content": reasoning,
+    }
     if parsed.tool_calls:
         message["tool_calls"] = [
             {

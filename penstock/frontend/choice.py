@@ -10,7 +10,9 @@ from penstock.frontend.text.logprobs import LogprobFormat
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.shapes import Delta, FinishReason, JsonObject, Request, TokenLogprob
 
-LOGPROB_CHARS = 128  # about what one token's log-probabilities add to an answer not yet sent
+# About what one token adds to an answer not yet sent: its log-probabilities, its id.
+LOGPROB_CHARS = 128
+TOKEN_ID_CHARS = 8
 
 
 class Choice:
@@ -28,6 +30,7 @@ class Choice:
         "_parts",
         "_stop_tokens",
         "_stops",
+        "_token_ids",
         "cached_tokens",
         "finish_reason",
         "first_of_prompt",
@@ -53,10 +56,12 @@ class Choice:
         eos_tokens: Collection[int] = (),
         reply: Reply | None = None,
         logprob_format: LogprobFormat | None = None,
+        shows_token_ids: bool = False,
     ) -> None:
         """`first_of_prompt`: the usage counts each prompt once, with this choice. `stop_tokens` are those
         that end it, the model's own `eos_tokens` among them. `reply` gets the text instead of whoever calls
-        `take`, to take it apart. Without a `logprob_format` log-probabilities are not shown."""
+        `take`, to take it apart. Without a `logprob_format` log-probabilities are not shown.
+        `shows_token_ids`: `take_token_ids` gives them."""
         self.index = index
         self.request = request
         self.first_of_prompt = first_of_prompt
@@ -75,6 +80,7 @@ class Choice:
         self._logprob_format = logprob_format
         self._parts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._token_ids: list[int] | None = [] if shows_token_ids else None
 
     def feed(self, delta: Delta) -> None:
         """Take one step's tokens. Must not be called once `finish_reason` is set. Raises RequestRejected
@@ -86,6 +92,9 @@ class Choice:
         if delta.logprobs is not None:
             self._logprobs += delta.logprobs
             self.unsent_chars += LOGPROB_CHARS * len(delta.logprobs)
+        if self._token_ids is not None:
+            self._token_ids += token_ids
+            self.unsent_chars += TOKEN_ID_CHARS * len(token_ids)
         reason = delta.finish_reason
         if reason is not None:
             if reason is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_tokens:
@@ -120,6 +129,18 @@ class Choice:
             self._logprobs = []
         self.unsent_chars = 0
         return parts[0] if len(parts) == 1 else "".join(parts), logprobs
+
+    def take_token_ids(self) -> list[int] | None:
+        """The token ids since the last call, whatever ended the answer among them; None when they are not
+        shown."""
+        token_ids = self._token_ids
+        if token_ids:
+            self._token_ids = []
+        return token_ids
+
+    @property
+    def shows_token_ids(self) -> bool:
+        return self._token_ids is not None
 
     @property
     def shows_logprobs(self) -> bool:

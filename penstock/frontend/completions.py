@@ -31,7 +31,7 @@ class Completions:
         self.wanted = wanted_of(request, max_tokens=most, logprobs=request.logprobs)
         self._prompts = request.prompts
         self._special = request.add_special_tokens is not False
-        self._include_usage = request.include_usage
+        self._request = request
 
     @staticmethod
     def error_object(error: PenstockError) -> JsonObject:
@@ -56,23 +56,31 @@ class Completions:
         shown = []
         for choice in choices:
             text, logprobs = choice.take()
-            shown.append(
-                {
-                    "index": choice.index,
-                    "text": text,
-                    "logprobs": choice.render_logprobs(logprobs),
-                    "finish_reason": choice.finish_reason,
-                    "stop_reason": choice.stop_reason,
-                }
-            )
+            fields = {
+                "index": choice.index,
+                "text": text,
+                "logprobs": choice.render_logprobs(logprobs),
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+            }
+            if choice.shows_token_ids:
+                fields["token_ids"] = choice.take_token_ids()
+                fields["prompt_token_ids"] = choice.request.token_ids
+            shown.append(fields)
         return answer_body(envelope_of(beginning, OBJECT), shown, choices)
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> CompletionChunks:
         envelope = envelope_of(beginning, OBJECT)
-        return CompletionChunks(envelope, len(choices), include_usage=self._include_usage)
+        return CompletionChunks(
+            envelope,
+            len(choices),
+            include_usage=self._request.include_usage,
+            continuous_usage=self._request.continuous_usage,
+        )
 
 
 class CompletionChunks(Chunks):
     """Chunks whose text is in `text`."""
 
     before = first = b'"text":'
+    prompt_in_choice = True

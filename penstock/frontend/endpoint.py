@@ -75,10 +75,12 @@ class Beginning(PromptEncoder):
             message = f"`n` times prompts have {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
             raise RequestRejected(message, field="n")
         age_s = time.perf_counter() - self.caller.since
-        special = wanted.show_special_tokens
+        special, shows_token_ids = wanted.show_special_tokens, wanted.show_token_ids
+        token_bytes = _id_bytes if wanted.tokens_as_ids else self.text.token_bytes
         if rules is not None:
             special = not rules.parser.skip_special_tokens
             top = top if rules.show_tokens else None
+            shows_token_ids = shows_token_ids and rules.show_tokens
         stop_tokens = frozenset((*model.eos_token_ids, *self.sampling.stop_token_ids))
         choices: list[Choice] = []
         for prompt in prompts:
@@ -110,10 +112,16 @@ class Beginning(PromptEncoder):
                     stop_tokens=stop_tokens,
                     eos_tokens=model.eos_token_ids,
                     reply=Reply(rules, prompt) if rules is not None else None,
-                    logprob_format=None if top is None else logprob_format(self.text.token_bytes, top),
+                    logprob_format=None if top is None else logprob_format(token_bytes, top),
+                    shows_token_ids=shows_token_ids,
                 )
                 choices.append(choice)
         return choices
+
+
+def _id_bytes(token_id: int) -> bytes:
+    """A token under its id, as vLLM writes it."""
+    return b"token_id:%d" % token_id
 
 
 class PromptEndpoint(Protocol):

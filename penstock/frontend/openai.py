@@ -103,12 +103,20 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log-probabilities
     best_of: int | None = None  # only what `n` says
     nvext: JsonObject | None = None
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has a usage. Counts only with the other option, as in vLLM."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -229,6 +237,8 @@ def wanted_of(
         stops=tuple(stops),
         include_stop=bool(request.include_stop_str_in_output),
         show_special_tokens=request.skip_special_tokens is False,
+        show_token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
         stream=bool(request.stream),
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
@@ -277,8 +287,6 @@ def _check(request: GenerationRequest) -> None:
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestRejected("`stream_options` needs `stream`.", field="stream_options")
-    if options is not None and options.continuous_usage_stats:
-        raise unsupported("stream_options.continuous_usage_stats")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise unsupported("best_of", " other than `n`")
 

@@ -64,10 +64,16 @@ def finish_name(choice: Choice) -> str | None:
     return choice.reply.finish_name(reason)
 
 
-def answer_body(envelope: Envelope, shown: list[JsonObject], choices: Sequence[Choice]) -> bytes:
-    """A whole answer; `shown` are its choices as JSON."""
+def answer_body(
+    envelope: Envelope,
+    shown: list[JsonObject],
+    choices: Sequence[Choice],
+    more: JsonObject | None = None,
+) -> bytes:
+    """A whole answer; `shown` are its choices as JSON, `more` is beside them."""
     usage = usage_of(choices)
-    return msgspec.json.encode({**msgspec.structs.asdict(envelope), "choices": shown, "usage": usage})
+    answer = {**msgspec.structs.asdict(envelope), "choices": shown, "usage": usage, **(more or {})}
+    return msgspec.json.encode(answer)
 
 
 def model_object(model: ModelView, created: int) -> JsonObject:

@@ -31,18 +31,25 @@ class Chunks:
         envelope: what each chunk repeats.
         choices: number of choices.
         include_usage: whether chunks have a `usage`, null in all but the last.
+        continuous_usage: whether it is null in none, and says what its choice has cost so far.
     """
+
+    prompt_in_choice: ClassVar[bool]  # where the prompt's token ids are shown: in the choice, or beside it
 
     before: ClassVar[bytes]  # the text of a choice
     first: ClassVar[bytes]  # the same, before the choice's first text
     close: ClassVar[bytes] = b""  # after it
 
-    def __init__(self, envelope: Envelope, choices: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, envelope: Envelope, choices: int, *, include_usage: bool, continuous_usage: bool = False
+    ) -> None:
         self._head = b"data: " + encode(envelope)[:-1] + b',"choices":['
         openings = [self.opening(index) for index in range(choices)]
         self._later_opens = [opening + self.before for opening in openings]
         self._opens = [opening + self.first for opening in openings]  # of each choice's next chunk
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._prompts_due = set(range(choices))  # choices whose prompt's token ids are still to be shown
         self._tail = b"}]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
         self.going_on = b',"logprobs":null,"finish_reason":null' + self._tail
         self._plain = self.close + self.going_on
@@ -50,12 +57,13 @@ class Chunks:
     def chunk(self, choice: Choice) -> bytes:
         """What is new of a choice; empty when nothing is."""
         text, logprobs = choice.take()
-        if choice.finish_reason is None and not logprobs:
+        token_ids = choice.take_token_ids()
+        if choice.finish_reason is None and not logprobs and not token_ids:
             if not text:
                 return b""
-            after = self._plain
+            after = self._plain if not self._continuous_usage else self.close + self.ending(choice, ())
         else:
-            after = self.close + self.ending(choice, logprobs)
+            after = self.close + self.ending(choice, logprobs, token_ids)
         index = choice.index
         opening = self._opens[index]
         self._opens[index] = self._later_opens[index]
@@ -65,14 +73,32 @@ class Chunks:
         """How a chunk of a choice begins."""
         return self._head + b'{"index":%d,' % index
 
-    def ending(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> bytes:
+    def ending(
+        self, choice: Choice, logprobs: Sequence[TokenLogprob], token_ids: list[int] | None = None
+    ) -> bytes:
         """What follows the delta or text where there is more to say than that it goes on."""
         rendered = encode(choice.render_logprobs(logprobs)) if logprobs else b"null"
         finish = _FINISH[finish_name(choice)]
         stop = b""
         if choice.finish_reason is not None:
             stop = b',"stop_reason":' + encode(choice.stop_reason)
-        return b"".join((b',"logprobs":', rendered, b',"finish_reason":', finish, stop, self._tail))
+        ids, tail = b"", self._tail
+        if token_ids is not None:
+            ids, tail = self._with_token_ids(choice, token_ids)
+        if self._continuous_usage:
+            tail = tail.replace(b',"usage":null', b',"usage":' + encode(usage_of([choice])))
+        return b"".join((b',"logprobs":', rendered, b',"finish_reason":', finish, stop, ids, tail))
+
+    def _with_token_ids(self, choice: Choice, token_ids: list[int]) -> tuple[bytes, bytes]:
+        """What a chunk's choice ends with, and what follows it; the first of a choice has its prompt's."""
+        ids, tail = b',"token_ids":' + encode(token_ids), self._tail
+        if choice.index in self._prompts_due:
+            self._prompts_due.remove(choice.index)
+            prompt = b',"prompt_token_ids":' + encode(choice.request.token_ids)
+            if self.prompt_in_choice:
+                return ids + prompt, tail
+            return ids, b"}]" + prompt + tail.removeprefix(b"}]")
+        return ids, tail
 
     def end(self, choices: Sequence[Choice]) -> bytes:
         """The extra last chunk that `include_usage` asks for, and OpenAI's end of a stream."""

@@ -58,8 +58,6 @@ REFUSED: Final[dict[str, RefusedField]] = {
     "prompt_logprobs": _OFF,
     "repetition_detection": RefusedField(),
     "return_prompt_text": _OFF,
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
     "thinking_token_budget": RefusedField((-1,)),
     "truncate_prompt_tokens": RefusedField(),
     "use_beam_search": _OFF,

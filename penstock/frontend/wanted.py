@@ -32,6 +32,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a stop string that ends an answer is part of it."""
 
     show_special_tokens: bool = False
+    show_token_ids: bool = False
+    """Whether the token ids of prompts and answers are shown."""
+
+    tokens_as_ids: bool = False
+    """Whether log-probabilities are shown with token ids in place of texts."""
+
     stream: bool = False
     priority: int = 0
     cache_salt: str = ""

@@ -149,10 +149,6 @@ def test_whole_floats_are_integers():
         ({"messages": [{"role": "user", "content": ["x", 3]}]}, "messages[0].content[1]"),
         ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
         ({"tools": [{"function": {"name": "f"}}], "tool_choice": "any"}, "tool_choice"),
-        (
-            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-            "stream_options.continuous_usage_stats",
-        ),
         ({"nvext": {"max_thinking_tokens": 5}}, "nvext.max_thinking_tokens"),
         ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
         ({"nvext": {"never_heard_of": 1}}, "nvext"),

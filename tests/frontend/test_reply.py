@@ -54,6 +54,7 @@ def joined(events):
         delta = choice["delta"]
         message["content"] += delta.get("content", "")
         message["reasoning"] += delta.get("reasoning", "")
+        assert delta.get("reasoning_content") == delta.get("reasoning")
         message["tool_calls"] += delta.get("tool_calls", [])
     return message, choices[-1]["finish_reason"], chunks[-1]
 
