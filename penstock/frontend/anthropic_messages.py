@@ -33,7 +33,7 @@ _DELTAS: Final = {
 
 
 class Messages:
-    """An Endpoint: Anthropic's Messages in terms of a Chat."""
+    """A GenerationApi whose objects are Endpoints: Anthropic's Messages in terms of a Chat."""
 
     name: ClassVar = "messages"
     id_prefix: ClassVar = "msg_"
@@ -56,7 +56,7 @@ class Messages:
     async def choices(self, beginning: Beginning) -> list[Choice]:
         return await self._chat.choices(beginning)
 
-    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+    async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         (choice,) = choices
         text, _ = choice.take()
         parsed = Parsed(text) if choice.reply is None else choice.reply.whole()
@@ -121,7 +121,7 @@ class MessageEvents:
                 self._add_call(call, events)
         return b"".join(events)
 
-    def end(self, choices: Sequence[Choice]) -> bytes:
+    async def end(self, choices: Sequence[Choice]) -> bytes:
         """The end of the last block and of the message. A message has one block at least."""
         (choice,) = choices
         events: list[bytes] = []

@@ -22,15 +22,15 @@ from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.anthropic_messages import CountTokens, Messages
 from penstock.frontend.chat import Chat
 from penstock.frontend.completer import Completer
+from penstock.frontend.completion_objects import model_list, model_object
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import Endpoint, PromptEndpoint
+from penstock.frontend.endpoint import GenerationApi, PromptEndpoint
 from penstock.frontend.generation import GenerationServer, outcome_of, why
 from penstock.frontend.http.api_keys import ApiKeys
 from penstock.frontend.http.cors import Header
 from penstock.frontend.http.exchange import Bodies, HttpExchange
 from penstock.frontend.http.statuses import anthropic_error, status_of
 from penstock.frontend.prompting import PromptServer
-from penstock.frontend.responses import model_list, model_object
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.tokenization import Detokenize, Tokenize
@@ -44,7 +44,7 @@ log = logging.getLogger("penstock.frontend")
 _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
 
 MAX_SHOWN_PATH_CHARS: Final = 200  # of a path in an error and in the log
-ENDPOINTS: Final[dict[str, type[Endpoint]]] = {
+ENDPOINTS: Final[dict[str, GenerationApi]] = {
     "/v1/chat/completions": Chat,
     "/v1/completions": Completions,
     "/v1/messages": Messages,
@@ -175,7 +175,7 @@ class App:
         """Whose API key the request brings. Raises RequestRejected(UNAUTHENTICATED)."""
         return self._keys.check(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
 
-    def _generate(self, api: type[Endpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
+    def _generate(self, api: GenerationApi) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
         async def generate(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
             await self._generation.serve(api, exchange, self._tenant(exchange))

@@ -9,12 +9,12 @@ import msgspec
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
+from penstock.frontend.completion_objects import Envelope, answer_body, envelope_of, finish_name
 from penstock.frontend.endpoint import Beginning, PromptEncoder
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import openai_messages, template_messages
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
 from penstock.frontend.reply import ReplyRules
-from penstock.frontend.responses import Envelope, answer_body, envelope_of, finish_name
 from penstock.frontend.sse import Chunks, encode
 from penstock.frontend.text.chat_template import TemplateInput
 from penstock.frontend.text.logprobs import ChatLogprobs
@@ -23,7 +23,7 @@ from penstock.shapes import JsonObject, Parsed, TokenLogprob, ToolCallDelta
 
 
 class Chat:
-    """An Endpoint: messages in, the next message out."""
+    """A GenerationApi whose objects are Endpoints: messages in, the next message out."""
 
     name: ClassVar = "chat_completions"
     id_prefix: ClassVar = "chatcmpl-"
@@ -77,7 +77,7 @@ class Chat:
             show_tokens=request.include_reasoning is not False,
         )
 
-    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+    async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         shown = []
         for choice in choices:
             text, logprobs = choice.take()

@@ -7,10 +7,10 @@ from typing import ClassVar, Final
 
 from penstock.errors import PenstockError, RequestRejected
 from penstock.frontend.choice import Choice
+from penstock.frontend.completion_objects import answer_body, envelope_of
 from penstock.frontend.endpoint import Beginning
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.openai import CompletionRequest, decode_completion, wanted_of
-from penstock.frontend.responses import answer_body, envelope_of
 from penstock.frontend.sampling import check_vocabulary
 from penstock.frontend.sse import Chunks
 from penstock.frontend.text.logprobs import CompletionLogprobs
@@ -21,7 +21,7 @@ OBJECT: Final = "text_completion"  # of answers and of chunks
 
 
 class Completions:
-    """An Endpoint: texts or token ids in, their continuations out."""
+    """A GenerationApi whose objects are Endpoints: texts or token ids in, their continuations out."""
 
     name: ClassVar = "completions"
     id_prefix: ClassVar = "cmpl-"
@@ -52,7 +52,7 @@ class Completions:
             raise RequestRejected("A prompt is empty.", field="prompt")
         return beginning.choices(prompts, CompletionLogprobs)
 
-    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+    async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         shown = []
         for choice in choices:
             text, logprobs = choice.take()

@@ -149,7 +149,7 @@ class AnswerStream(Protocol):
     def chunk(self, choice: Choice) -> bytes:
         """What is new of a choice; empty when nothing is."""
 
-    def end(self, choices: Sequence[Choice]) -> bytes:
+    async def end(self, choices: Sequence[Choice]) -> bytes:
         """What follows the last chunk."""
 
     def failed(self, error: PenstockError) -> bytes:
@@ -157,26 +157,29 @@ class AnswerStream(Protocol):
 
 
 class Endpoint(Protocol):
-    """An API that generates text. Each API is a class, each call an object, with three steps: decode the
-    body, turn it into choices, write the response."""
+    """One call of an API that generates text, with its body decoded. Two steps follow: turn it into
+    choices, write the response."""
 
-    name: ClassVar[str]  # in metrics and the log
-    id_prefix: ClassVar[str]  # of answers
     wanted: Wanted
-
-    @staticmethod
-    def error_object(error: PenstockError) -> JsonObject:
-        """The body of a response that is an error."""
-
-    @classmethod
-    def decode(cls, body: bytes) -> Self:
-        """Raises RequestRejected naming the field at fault."""
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
         """Tokenize the prompts. Raises RequestRejected. May be called again, for another revision."""
 
-    def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+    async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         """The whole response, once all choices are complete."""
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> AnswerStream:
         """The response in parts."""
+
+
+class GenerationApi(Protocol):
+    """An API that generates text: a class whose objects are its calls, or an object that makes them."""
+
+    name: str  # in metrics and the log
+    id_prefix: str  # of answers
+
+    def error_object(self, error: PenstockError) -> JsonObject:
+        """The body of a response that is an error."""
+
+    def decode(self, body: bytes) -> Endpoint:
+        """A body as a call. Raises RequestRejected naming the field at fault."""

@@ -16,10 +16,10 @@ from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestReje
 from penstock.frontend.call import ClientCall, LoopTurn
 from penstock.frontend.choice import Choice
 from penstock.frontend.completer import Completer
-from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint
+from penstock.frontend.completion_objects import usage_of
+from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint, GenerationApi
 from penstock.frontend.http.exchange import HttpExchange
 from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
-from penstock.frontend.responses import usage_of
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
@@ -112,7 +112,7 @@ class GenerationServer:
             for record in list(self._watching):
                 record.fail(_leaving())
 
-    async def serve(self, api: type[Endpoint], exchange: HttpExchange, tenant: str) -> None:
+    async def serve(self, api: GenerationApi, exchange: HttpExchange, tenant: str) -> None:
         """Answer one request, be it with an error."""
         record = CallRecord(time.perf_counter(), tenant)
         self._inflight += 1
@@ -138,7 +138,7 @@ class GenerationServer:
             if self._inflight == 0:
                 self._idle.set()
 
-    async def _serve(self, api: type[Endpoint], exchange: HttpExchange, record: CallRecord) -> None:
+    async def _serve(self, api: GenerationApi, exchange: HttpExchange, record: CallRecord) -> None:
         if self.draining:
             raise _leaving()
         if self._inflight > self._settings.max_inflight:
@@ -212,7 +212,7 @@ class GenerationServer:
         if call.error is not None:
             raise call.error
         if not call.gone:
-            await exchange.respond(200, endpoint.body(beginning, choices))
+            await exchange.respond(200, await endpoint.body(beginning, choices))
 
     @contextlib.asynccontextmanager
     async def _watched(self, record: CallRecord, exchange: HttpExchange) -> AsyncIterator[None]:
@@ -233,7 +233,7 @@ class GenerationServer:
             watcher.cancel()
             await asyncio.wait([watcher])
 
-    def _account(self, api: type[Endpoint], exchange: HttpExchange, record: CallRecord) -> None:
+    def _account(self, api: GenerationApi, exchange: HttpExchange, record: CallRecord) -> None:
         ended = time.perf_counter()
         call, error = record.call, record.error
         gone = (call is not None and call.gone) or (error is not None and _left(error))
@@ -314,7 +314,7 @@ async def _stream(
     if call.error is not None:
         await exchange.write(b"".join(last))
         raise call.error
-    await exchange.write(b"".join((*last, stream.end(call.choices))), more=False)
+    await exchange.write(b"".join((*last, await stream.end(call.choices))), more=False)
 
 
 async def _tell(exchange: HttpExchange, record: CallRecord, error: PenstockError) -> None:

@@ -13,9 +13,9 @@ import msgspec
 
 from penstock.errors import PenstockError
 from penstock.frontend.choice import Choice
+from penstock.frontend.completion_objects import Envelope, finish_name, usage_of
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.reply import TOOL_CALLS
-from penstock.frontend.responses import Envelope, finish_name, usage_of
 from penstock.shapes import FinishReason, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
@@ -100,7 +100,7 @@ class Chunks:
             return ids, b"}]" + prompt + tail.removeprefix(b"}]")
         return ids, tail
 
-    def end(self, choices: Sequence[Choice]) -> bytes:
+    async def end(self, choices: Sequence[Choice]) -> bytes:
         """The extra last chunk that `include_usage` asks for, and OpenAI's end of a stream."""
         if not self._include_usage:
             return DONE

@@ -41,7 +41,7 @@ class Words:
         prompts = await beginning.encode([self._text], add_special_tokens=False)
         return beginning.choices(prompts, ChatLogprobs)
 
-    def body(self, beginning, choices):
+    async def body(self, beginning, choices):
         return json.dumps({"id": beginning.answer_id, "words": [c.take()[0] for c in choices]}).encode()
 
     def stream(self, beginning, choices):
@@ -53,7 +53,7 @@ class WordStream:
         text, _ = choice.take()
         return f"[{text}]".encode() if text else b""
 
-    def end(self, choices):
+    async def end(self, choices):
         return b"%d choices" % len(choices)
 
     def failed(self, error):

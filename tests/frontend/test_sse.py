@@ -1,12 +1,13 @@
 """Chunks, byte by byte."""
 
+import asyncio
 import json
 
 from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.chat import ChatChunks
 from penstock.frontend.choice import Choice
+from penstock.frontend.completion_objects import Envelope
 from penstock.frontend.completions import CompletionChunks
-from penstock.frontend.responses import Envelope
 from penstock.frontend.sse import DONE
 from penstock.shapes import Delta, FinishReason, Request, Sampling
 
@@ -41,7 +42,7 @@ def chunks_of(kind, *, include_usage=False, texts=('He said "hi"\n\u2028', "", "
         answer.feed(Delta([token_id]))
         found.append(chunks.chunk(answer))
     answer.feed(Delta([], finish_reason=FinishReason.STOP))
-    return [*found, chunks.chunk(answer)], chunks.end([answer])
+    return [*found, chunks.chunk(answer)], asyncio.run(chunks.end([answer]))
 
 
 def parsed(event):

@@ -27,7 +27,7 @@ from penstock.frontend.app import App
 from penstock.frontend.chat import Chat
 from penstock.frontend.choice import Choice
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import Beginning, Endpoint, PromptEncoder
+from penstock.frontend.endpoint import Beginning, GenerationApi, PromptEncoder
 from penstock.frontend.http.api_keys import read_api_keys
 from penstock.frontend.http.connection import connection_class
 from penstock.frontend.sampling import sampling_of
@@ -164,7 +164,7 @@ def _texts() -> ModelTexts:
     return ModelTexts(FrontendSettings(), Metrics().tokenizer)
 
 
-def _begun(api: type[Endpoint], data: bytes) -> None:
+def _begun(api: GenerationApi, data: bytes) -> None:
     """A body, up to the attempts that would be sent."""
 
     async def begin() -> list[Choice]:

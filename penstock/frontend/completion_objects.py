@@ -1,4 +1,4 @@
-"""What the responses of OpenAI's APIs have in common."""
+"""What the answers of OpenAI's two completion APIs have in common, and the list of models."""
 
 from __future__ import annotations
 
