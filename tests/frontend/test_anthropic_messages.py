@@ -245,6 +245,9 @@ class Interrupting:
 
     skip_special_tokens = True
 
+    def has(self, answering):
+        return True
+
     def load(self, model):
         return self
 
