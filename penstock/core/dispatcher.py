@@ -264,11 +264,6 @@ class Dispatcher:
                 leaving.append((record, InstanceStuck(instance_id, reason)))
         return leaving
 
-    def of_model(self, model: str) -> list[RequestRecord]:
-        """Those of a model that no instance has. They may have to end when its revision is replaced."""
-        records = self.records.values()
-        return [it for it in records if it.life.phase is Phase.QUEUED and it.life.request.model == model]
-
     def unused_queues(self) -> list[tuple[str, str]]:
         """The models and revisions of queues that no request needs now."""
         used = {id(record.queue) for record in self.records.values()}

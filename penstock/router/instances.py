@@ -61,9 +61,6 @@ class Listener(Protocol):
     def on_stuck(self, instance_id: str, reason: str) -> None:
         """An instance's engine does not advance. Said again and again while that lasts."""
 
-    def on_revision(self, model: str) -> None:
-        """New requests for this model go to another revision of it from now on."""
-
 
 class Instances:
     """The instances that discovery shows, with what the placement needs to know of them kept up to date.
@@ -200,8 +197,6 @@ class Instances:
                     why = self.served_models.other_revision(member.card)
                     log.log(level, "instance on standby: %s: %s", instance_id, why)
         self._pair()
-        for model in replaced:
-            self._listener.on_revision(model)
 
     def _pair(self) -> None:
         """See who has no partner to hand prompts to, or to take them from; say where nobody has one."""

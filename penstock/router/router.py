@@ -345,9 +345,6 @@ class Router:
         for record, event in self.dispatcher.stuck(instance_id, reason):
             self.handle(record, event)
 
-    def on_revision(self, model: str) -> None:
-        self._place(self.dispatcher.of_model(model))
-
     def _compare(self, record: RequestRecord, instance_id: str, output: Output) -> None:
         """Hold the predicted overlap against what the engine found cached (invariant 9)."""
         assert output.cached_tokens is not None
