@@ -180,7 +180,7 @@ async def test_a_model_that_cannot_be_prepared_keeps_one_worker_out(tmp_path: Pa
 
     async with cluster(tmp_path, AGGREGATED, prepare=prepare) as it:
         assert len(await it.complete(PROMPT)) == 8  # the one it was comes back, and tries again
-    assert "its model cannot be used" in caplog.text
+    assert "the link ends because of an error in this process" in caplog.text
 
 
 async def test_discovery_is_watched_again_after_a_defect(

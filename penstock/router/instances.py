@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from typing import ParamSpec, Protocol
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 from penstock.clock import Clock
 from penstock.core.catalog import Catalog
@@ -33,8 +34,6 @@ log = logging.getLogger("penstock.instances")
 
 WATCH_AGAIN_S = 1.0
 """Seconds before discovery is watched again after an error of ours ended the watch."""
-
-_P = ParamSpec("_P")
 
 Prepare = Callable[[ModelView], Awaitable[None]]
 """Gets ready to serve a model; must not raise."""
@@ -92,30 +91,18 @@ class Instances:
         self._listener = listener
         self._frontend_id = frontend_id
         self._time = PatientTime(clock.now(), settings.tick_s)
-        self._listed = False  # discovery has said who exists
         self._links: dict[str, _Link] = {}
         self._catalog = Catalog()
         self.served_models = ServedModels(
             self.membership, self._catalog, settings.deadlines.queue_s, self._has_left
         )
+        self._shown: dict[str, tuple[Role, State]] = {}  # as metrics and log have it, by instance id
         self._unpaired: dict[str, str] = {}  # why, by instance id (core/pairing.py)
         self._without_pairs: dict[str, str] = {}  # the same, by model
         self._tasks: asyncio.TaskGroup  # of `run`, as is
         self._prepare: Prepare
 
     # --- who is there -----------------------------------------------------------------------------
-
-    def models(self) -> list[ModelView]:
-        """Models that can be served."""
-        return self.served_models.models()
-
-    def model(self, name: str) -> ModelView:
-        """The model in the revision that new requests get. Raises RequestRejected; see ServedModels."""
-        return self.served_models.model(name, listed=self._listed)
-
-    def serves(self, name: str, revision: str | None = None) -> bool:
-        """Whether new requests may come for the model, or for this revision of it; see ServedModels."""
-        return self.served_models.serves(name, revision)
 
     def views(self) -> list[InstanceView]:
         """All known instances, for /health."""
@@ -133,10 +120,6 @@ class Instances:
             )
             for instance_id, member in sorted(self.membership.members.items())
         ]
-
-    def discovery(self) -> str:
-        """Why there may be instances that are not known here; empty when there are none."""
-        return self._discovery.trouble
 
     def _why_idle(self, instance_id: str, member: Member) -> str:
         link = self._links.get(instance_id)
@@ -162,7 +145,8 @@ class Instances:
         self.served_models.tick(now)
         for link in self._links.values():
             if link.up and link.progress is not None:
-                link.guard(self._judge, link, link.progress)
+                with link.guard():
+                    self._judge(link, link.progress)
 
     def _judge(self, link: _Link, progress: Progress) -> None:
         member = self.membership.members[link.instance_id]
@@ -172,30 +156,34 @@ class Instances:
                 log.warning("instance quarantined: %s: %s", link.instance_id, reason)
                 link.stuck_at = self._clock.now()
             self.membership.stuck(link.instance_id, reason)
-            self._elect()
+            self._changed()
             self._listener.on_stuck(link.instance_id, reason)
         elif member.stuck:
             self.membership.advancing(link.instance_id)
-            self._elect()
+            self._changed()
             log.info("instance back: %s after_s=%.1f", link.instance_id, self._clock.now() - link.stuck_at)
             self._listener.on_ready(link.instance_id)
-        else:
-            return
-        self._metrics.state(link.instance_id, link.role, member.state)
 
-    def _elect(self) -> None:
-        """After any change of a member: see which revision of each model new requests get."""
-        members = self.membership.members.items()
-        before = {instance_id: member.state for instance_id, member in members}
+    def _changed(self) -> None:
+        """After any change of a member: see which revision of each model new requests get, and tell
+        metrics and log what is new."""
         replaced = self.served_models.elect(self._clock.now())
-        for instance_id, member in members:
-            if member.state is not before[instance_id]:
-                self._metrics.state(instance_id, member.registration.role, member.state)
-                if member.card is not None and member.state is State.STANDBY:
-                    # When most workers have become other ones, the rest are there on purpose.
-                    level = logging.INFO if member.card.model.name in replaced else logging.WARNING
-                    why = self.served_models.other_revision(member.card)
-                    log.log(level, "instance on standby: %s: %s", instance_id, why)
+        for instance_id in self._shown.keys() - self.membership.members.keys():
+            del self._shown[instance_id]
+            self._metrics.instance_gone(instance_id)
+        for instance_id, member in self.membership.members.items():
+            shown = member.registration.role, member.state
+            if shown == self._shown.get(instance_id):
+                continue
+            self._shown[instance_id] = shown
+            self._metrics.state(instance_id, *shown)
+            if member.state is State.READY:
+                log.info("instance ready: %s", instance_id)
+            elif member.state is State.STANDBY and member.card is not None:
+                # When most workers have become other ones, the rest are there on purpose.
+                level = logging.INFO if member.card.model.name in replaced else logging.WARNING
+                why = self.served_models.other_revision(member.card)
+                log.log(level, "instance on standby: %s: %s", instance_id, why)
         self._pair()
 
     def _pair(self) -> None:
@@ -230,9 +218,9 @@ class Instances:
         the whole set, so nothing is missed."""
         try:
             async for current in self._discovery.watch():
-                self._listed = True
+                self.served_models.listed = True
                 effects = self.membership.discovered(current)
-                self._elect()
+                self._changed()
                 self._apply(effects)
         except Exception:  # a defect in reading or applying one set must not end what is connected
             log.exception("discovery is watched again, after an error in this process")
@@ -251,10 +239,8 @@ class Instances:
                         # Now: the next incarnation may be up before this connection has ended.
                         link.on_down("another process bears its name", orderly=True)
                     self._placement.down(instance_id)  # what a snapshot that never ended has left
-                    self._metrics.instance_gone(instance_id)
 
     def _connect(self, registration: Registration) -> None:
-        self._metrics.state(registration.instance_id, registration.role, State.CONNECTING)
         try:
             self._links[registration.instance_id] = _Link(self, registration, self._tasks)
         except ConfigError as error:  # what somebody else registered must not end this process
@@ -264,10 +250,9 @@ class Instances:
 
     def _up(self, link: _Link, card: Card, load: Load) -> None:
         self.membership.up(link.instance_id, card)
-        self._elect()
+        self._changed()
         self._placement.up(card, load)
         self.served_models.found(link.instance_id)
-        self._metrics.state(link.instance_id, card.role, State.LOADING)
         log.info(
             "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
             link.instance_id,
@@ -285,17 +270,14 @@ class Instances:
 
     async def _fetch_and_admit(self, link: _Link, card: Card) -> None:
         """Fetch what the model needs, then let the instance take part."""
-        if card.role.decodes:  # the others' answers are read with the files of those who decode
-            while not await self._fetch(link, card):
-                await self._clock.sleep(self._settings.load_retry_s)
-            await self._prepare(self._catalog.publish(card))
-        self.membership.loaded(link.instance_id)
-        self._elect()
-        state = self.membership.members[link.instance_id].state
-        self._metrics.state(link.instance_id, card.role, state)
-        if state is not State.STANDBY:
-            log.info("instance ready: %s", link.instance_id)
-        self._listener.on_ready(link.instance_id)
+        with link.guard():
+            if card.role.decodes:  # the others' answers are read with the files of those who decode
+                while not await self._fetch(link, card):
+                    await self._clock.sleep(self._settings.load_retry_s)
+                await self._prepare(self._catalog.publish(card))
+            self.membership.loaded(link.instance_id)
+            self._changed()
+            self._listener.on_ready(link.instance_id)
 
     async def _fetch(self, link: _Link, card: Card) -> bool:
         try:
@@ -309,16 +291,14 @@ class Instances:
     def _draining(self, link: _Link, reason: str) -> None:
         log.info("instance draining: %s (%s)", link.instance_id, reason)
         self.membership.draining(link.instance_id)
-        self._elect()
-        self._metrics.state(link.instance_id, link.role, State.DRAINING)
+        self._changed()
 
     def _down(self, link: _Link, reason: str, orderly: bool) -> None:
         instance_id = link.instance_id
         effects: list[Connect | Disconnect] = []
         if self._links.get(instance_id) is link:  # else what bears its name now is not this incarnation
             effects = self.membership.down(instance_id)
-            self._elect()
-            self._metrics.state(instance_id, link.role, State.CONNECTING)
+            self._changed()
         requests = self._placement.requests(instance_id)
         self._placement.down(instance_id)
         if orderly:
@@ -388,22 +368,14 @@ class _Link:
         self.model = card.model.name
         self._instances._up(self, card, load)
         self._fetching = self._tasks.create_task(
-            self._fetch_and_admit(card), name=f"model of {self.instance_id}"
+            self._instances._fetch_and_admit(self, card), name=f"model of {self.instance_id}"
         )
 
-    async def _fetch_and_admit(self, card: Card) -> None:
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """An error of ours, met with this instance, ends this link and no other."""
         try:
-            await self._instances._fetch_and_admit(self, card)
-        except Exception as error:  # a defect met with one worker's model must not end the others' links
-            log.exception(
-                "%s: its model cannot be used, because of an error in this process", self.instance_id
-            )
-            self.client.cut(f"an error in this process: {error!r}")
-
-    def guard(self, call: Callable[_P, None], *args: _P.args, **options: _P.kwargs) -> None:
-        """Do something about this instance. What it raises ends this link, and no other."""
-        try:
-            call(*args, **options)
+            yield
         except Exception as error:
             log.exception("%s: the link ends because of an error in this process", self.instance_id)
             self.client.cut(f"an error in this process: {error!r}")

@@ -54,13 +54,12 @@ OnError = Callable[[PenstockError], None]
 class Ticket:
     """A submitted request, for its client, who may want to end it early."""
 
-    __slots__ = ("_router", "broken", "error", "on_delta", "on_error", "record")
+    __slots__ = ("_router", "broken", "on_delta", "on_error", "record")
 
     def __init__(self, router: Router, on_delta: OnDelta, on_error: OnError) -> None:
         self.on_delta = on_delta
         self.on_error = on_error
         self.record: RequestRecord
-        self.error: RequestRejected | None = None  # that ended it
         self.broken = False  # by an error in this process
         self._router = router
 
@@ -87,6 +86,7 @@ class Router:
         clock: Clock | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        self._discovery = discovery
         self._settings = settings
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
@@ -104,40 +104,30 @@ class Router:
             self,
             frontend_id=frontend_id,
         )
-        self.membership = self.fleet.membership
+        self.membership, self.served_models = self.fleet.membership, self.fleet.served_models
         self.dispatcher = Dispatcher(settings, self.membership, self.placement, rng, self._clock.now())
         metrics.queues_from(self.queues)
 
-    # --- for the frontend -------------------------------------------------------------------------
+    # --- for the frontend: implements Completer (frontend/completer.py), which says what these do --------
 
     def models(self) -> list[ModelView]:
-        """Models that some ready instance serves."""
-        return self.fleet.models()
+        return self.served_models.models()
 
     def model(self, name: str) -> ModelView:
-        """The model in the revision that new requests get. Raises RequestRejected: NOT_FOUND
-        for a model never seen, UNAVAILABLE for one that no worker has served for as long as a request may
-        queue."""
-        return self.fleet.model(name)
+        return self.served_models.model(name)
 
     def instances(self) -> list[InstanceView]:
-        """All known instances, for /health."""
         return self.fleet.views()
 
     def missing(self) -> Sequence[Role]:
-        """The roles that the graph needs and no connected instance has."""
         return self.membership.missing(self._settings.expect)
 
     def discovery(self) -> str:
-        """Why there may be instances that are not known here; empty when there are none."""
-        return self.fleet.discovery()
+        return self._discovery.trouble
 
     def submit(self, request: Request, on_delta: OnDelta, on_error: OnError) -> Ticket:
-        """Serve a request. `on_delta` gets its output, step by step, the last with a finish_reason; or
-        `on_error` is called once. Neither is called before this has returned. Raises RequestRejected when
-        the request would have to wait too long, or cannot be served at all. The choices of a call must be
-        submitted one directly after the other."""
-        record = self.dispatcher.submit(request, Ticket(self, on_delta, self._not_yet), self._clock.now())
+        errors: list[PenstockError] = []  # that end it before this has returned
+        record = self.dispatcher.submit(request, Ticket(self, on_delta, errors.append), self._clock.now())
         if isinstance(record, Refusal):
             raise self._overloaded(record)
         ticket: Ticket = record.client
@@ -147,21 +137,12 @@ class Router:
         if refusal is not None:
             ticket.cancel()
             raise self._overloaded(refusal)
-        if ticket.error is not None:
-            raise ticket.error
+        if errors:
+            raise errors[0]
         ticket.on_error = on_error
         return ticket
 
-    def queues(self) -> list[QueueView]:
-        """What waits here for the revision of each model that new requests get, for /metrics."""
-        return [
-            QueueView(model, len(queue), queue.saturation_ms())
-            for (model, revision), queue in self.dispatcher.queues.items()
-            if self.fleet.serves(model, revision)
-        ]
-
     def check(self, model: str, tenant: str, priority: int) -> None:
-        """Raises RequestRejected(OVERLOADED) when any request would have to wait too long."""
         revision = self.model(model).revision
         refusal = self.dispatcher.refusal(model, revision, tenant, priority, self._clock.now())
         if refusal is not None:
@@ -171,8 +152,13 @@ class Router:
         self._metrics.rejected(refusal.reason)
         return RequestRejected(str(refusal), kind=Rejection.OVERLOADED, retry_after_s=refusal.retry_after_s)
 
-    def _not_yet(self, error: PenstockError) -> None:
-        """The `on_error` of a request that is being submitted: `submit` raises the error."""
+    def queues(self) -> list[QueueView]:
+        """What waits here for the revision of each model that new requests get, for /metrics."""
+        return [
+            QueueView(model, len(queue), queue.saturation_ms())
+            for (model, revision), queue in self.dispatcher.queues.items()
+            if self.served_models.serves(model, revision)
+        ]
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -203,10 +189,10 @@ class Router:
     def _forget_models(self) -> None:
         """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
         for model, revision in self.dispatcher.unused_queues():
-            if self.fleet.serves(model, revision):
+            if self.served_models.serves(model, revision):
                 continue
             del self.dispatcher.queues[model, revision]
-            if not self.fleet.serves(model):
+            if not self.served_models.serves(model):
                 self.placement.forget_model(model)
                 self._metrics.model_gone(model)
 
@@ -280,12 +266,8 @@ class Router:
         request_id, decision = record.request_id, choice.decision
         if choice.failed:
             self._metrics.retried()
-            log.info(
-                "request %s: trying again after %d tokens: %s",
-                request_id,
-                record.life.output_tokens,
-                choice.failed,
-            )
+            words = "request %s: trying again after %d tokens: %s"
+            log.info(words, request_id, record.life.output_tokens, choice.failed)
         self._metrics.waited(choice.waited_s)
         self._metrics.decided(self._settings.policy, decision.path)
         if log.isEnabledFor(logging.DEBUG):
@@ -293,7 +275,6 @@ class Router:
 
     def _fail(self, record: RequestRecord, error: RequestRejected) -> None:
         ticket: Ticket = record.client
-        ticket.error = error
         if error.code == KILLER:
             what = f"{record.life.strikes.describe()} prompt_tokens={len(record.life.request.token_ids)}"
             log.error("request %s kills workers, and is stopped: %s", record.request_id, what)

@@ -52,6 +52,7 @@ class ServedModels:
         self._catalog = catalog
         self._outage_s = outage_s
         self._has_left = has_left
+        self.listed = False  # discovery has said who exists
         self._served: dict[str, _Served] = {}  # by model
         self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
         self._lost: dict[str, tuple[str, float]] = {}  # instance -> its model, and when it was lost
@@ -62,8 +63,8 @@ class ServedModels:
         servable = self._servable()
         return [served.view for name, served in self._served.items() if name in servable]
 
-    def model(self, name: str, *, listed: bool) -> ModelView:
-        """The model in the revision that new requests get. `listed`: discovery has said who exists.
+    def model(self, name: str) -> ModelView:
+        """The model in the revision that new requests get.
 
         Raises RequestRejected: NOT_FOUND for a model that no worker serves or served; UNAVAILABLE for one
         whose first workers are still connecting, whose workers have all said that they leave, or that no
@@ -80,7 +81,7 @@ class ServedModels:
                 retry_after_s=5.0,
             )
         members = self._membership.members.values()
-        if not listed or any(member.model in (name, "") for member in members):
+        if not self.listed or any(member.model in (name, "") for member in members):
             message = f"The workers of `{name}` are still connecting."
             raise RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=1.0)
         names = ", ".join(f"`{view.card.name}`" for view in self.models()[:MAX_NAMED_MODELS])
