@@ -39,7 +39,6 @@ from typing import Any
 from penstock.core.admission import AdmissionQueue, AdmissionQueues, waiting_bytes, work_tokens
 from penstock.core.deadlines import Phase
 from penstock.core.events import (
-    Bounced,
     DeliverOutput,
     Effect,
     Event,
@@ -135,8 +134,6 @@ class Dispatcher:
     def handle(self, record: RequestRecord, event: Event, now: float) -> list[Effect]:
         """Any event of one request."""
         before = record.life.phase
-        if type(event) is Bounced and event.unsent:
-            self.full_until[record.life.instance_id] = now + self._settings.tick_s
         return self._follow(record, before, record.life.handle(event, now), now)
 
     def output(self, record: RequestRecord, output: Output, now: float) -> list[Effect]:
@@ -229,7 +226,7 @@ class Dispatcher:
             record.life.avoided.discard(instance_id)
 
     def refused(self, instance_id: str, until: float) -> None:
-        """An instance refused an attempt, and should get no other one until then."""
+        """An instance refused an attempt, or its link is full: it should get no other one until then."""
         self.full_until[instance_id] = until
 
     def lost(

@@ -252,6 +252,7 @@ class Router:
         except ProtocolError as error:
             self.handle(record, TooLong(attempt.attempt_id, str(error)))
         except RemoteError as error:  # its link is full, or just broke: nothing was lost there
+            self.dispatcher.refused(instance_id, self._clock.now() + self._settings.tick_s)
             self.handle(record, Bounced(attempt.attempt_id, str(error), unsent=True))
         else:
             self.dispatcher.sent(record, instance_id, seq, attempt)

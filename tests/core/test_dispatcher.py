@@ -172,6 +172,7 @@ class Stage:
     def _send(self, record: RequestRecord, instance_id: str, attempt: Attempt) -> None:
         assert self.membership.members[instance_id].loaded
         if instance_id in self.full:
+            self.dispatcher.refused(instance_id, self.now + 0.1)
             self.handle(record, Bounced(attempt.attempt_id, self.full[instance_id], unsent=True))
             return
         self.running[attempt.attempt_id] = instance_id, attempt
