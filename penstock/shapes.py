@@ -41,7 +41,6 @@ TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 BlockHash = Annotated[int, Meta(ge=0)]
 """64 bits, unsigned: msgpack has no larger numbers."""
 
-Number = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 MeanTokens = Annotated[float, Meta(ge=0, le=2**31)]
@@ -53,7 +52,11 @@ Logprob = Annotated[float, Meta(le=MAX_LOGPROB)]
 MAX_LOGPROBS = 128
 """Most alternatives per token; clients may ask for 20."""
 
+# How the next token is drawn, see Sampling.
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=100)]
 
 Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 """Of an instance, a model, a request. Names stand in logs and metrics: no control characters."""
@@ -130,15 +133,15 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
     max_tokens: Count
     min_tokens: Count = 0
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0 is greedy
-    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    temperature: Temperature = 1.0  # 0 is greedy
+    top_p: Probability = 1.0
     top_k: Count = 0  # 0: off
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_p: Probability = 0.0
     seed: Annotated[int, Meta(ge=0)] = 0
     presence_penalty: Penalty = 0.0  # over output tokens, as in OpenAI's API
     frequency_penalty: Penalty = 0.0
     # Over prompt and output tokens, as in CTRL (arXiv 1909.05858).
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    repetition_penalty: RepetitionPenalty = 1.0
     logit_bias: Annotated[dict[TokenId, Penalty], Meta(max_length=1024)] = {}
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()  # beside the model's EOS
     ignore_eos: bool = False
@@ -274,11 +277,23 @@ class EngineStep(msgspec.Struct):
     load: Load = Load()
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Values of Sampling that a model's generation_config.json recommends: requests that leave them out are
+    sent with them. None: nothing is recommended."""
+
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: Count | None = None
+    min_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+
+
 class Answering(msgspec.Struct, frozen=True):
     """How a model's answers are drawn and read. Workers that only prefill need not know it."""
 
-    # From generation_config.json: temperature, top_p, ...
-    sampling_defaults: Annotated[dict[Word, Number], Meta(max_length=64)] = {}
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     structured_output: bool = False  # whether the engine takes Sampling.structured
     tool_parser: Word = ""  # name of vLLM's parser for this model's tool calls; empty: none
     reasoning_parser: Word = ""  # the same for its reasoning

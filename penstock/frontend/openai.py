@@ -21,7 +21,7 @@ from penstock.errors import RequestRejected
 from penstock.frontend.decoding import decoded, with_integers
 from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.messages import Message, settle
-from penstock.frontend.sampling import MODEL_DEFAULTS, client_seed, top_k_of
+from penstock.frontend.sampling import client_seed
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
 from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
 from penstock.frontend.unserved import (
@@ -35,7 +35,7 @@ from penstock.frontend.unserved import (
 )
 from penstock.frontend.wanted import Wanted
 from penstock.frontend.wording import rejected, wrong_entries
-from penstock.shapes import JsonObject, Sampling
+from penstock.shapes import JsonObject, Sampling, SamplingDefaults
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16
@@ -211,9 +211,10 @@ def wanted_of(
 ) -> Wanted:
     """What a body asks for, apart from its prompts. `logprobs`: how many alternatives beside each token's
     log-probability; None for none at all."""
-    given = {name: value for name in MODEL_DEFAULTS if (value := getattr(request, name)) is not None}
+    defaults = SamplingDefaults.__struct_fields__  # what models may recommend for requests without it
+    given = {name: value for name in defaults if (value := getattr(request, name)) is not None}
     if "top_k" in given:
-        given["top_k"] = top_k_of(given["top_k"])
+        given["top_k"] = max(0, given["top_k"])  # -1 means off, as 0 does
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return Wanted(
         model=request.model,
@@ -230,7 +231,7 @@ def wanted_of(
             reproducible=request.seed is not None,
             **given,
         ),
-        left_out=tuple(name for name in MODEL_DEFAULTS if name not in given),
+        left_out=tuple(name for name in defaults if name not in given),
         max_tokens=max_tokens,
         max_tokens_field=max_tokens_field,
         structured_field="response_format" if request.response_format is not None else "structured_outputs",

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any, Final
 
 import msgspec
 
 from penstock.errors import RequestRejected
 from penstock.frontend.wanted import Wanted
 from penstock.shapes import ModelCard, Sampling
-
-MODEL_DEFAULTS: Final = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
-"""Fields of Sampling for which a model's generation_config.json may have defaults."""
 
 _SEED_BITS = 63  # what every engine takes for a seed: a non-negative int64
 _SEED_MASK = (1 << _SEED_BITS) - 1
@@ -46,17 +34,10 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
             field=field,
         )
     defaults = model.answering.sampling_defaults
-    changes: dict[str, Any] = {name: defaults[name] for name in wanted.left_out if name in defaults}
-    if "top_k" in changes:
-        changes["top_k"] = top_k_of(changes["top_k"])
+    changes = {name: value for name in wanted.left_out if (value := getattr(defaults, name)) is not None}
     if not sampling.reproducible:
         changes["seed"] = rng.getrandbits(_SEED_BITS)
     return msgspec.structs.replace(sampling, **changes)
-
-
-def top_k_of(value: float) -> int:
-    """-1 means off, as 0 does."""
-    return max(0, int(value))
 
 
 def with_room(

@@ -14,8 +14,8 @@ import msgspec
 
 from penstock.checked import field_path
 from penstock.errors import ProtocolError
-from penstock.wire.checks import CHECKS
-from penstock.wire.messages import ToFrontend, ToWorker
+from penstock.wire.checks import check_attempt
+from penstock.wire.messages import Generate, ToFrontend, ToWorker
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """Longest body between peers that know each other: a prompt of three million tokens."""
@@ -50,9 +50,8 @@ def _decode(decoder: msgspec.msgpack.Decoder[_MessageT], body: bytes | memoryvie
         message = decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         raise ProtocolError(f"not a message: {_complaint(error, body)}") from error
-    check = CHECKS.get(type(message))
-    if check is not None:
-        check(message)
+    if isinstance(message, Generate):
+        check_attempt(message.attempt)
     return message
 
 

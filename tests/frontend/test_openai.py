@@ -8,9 +8,8 @@ from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.chat import Chat
 from penstock.frontend.completions import Completions
 from penstock.frontend.openai import MAX_CHOICES, MAX_STOPS, decode_chat, decode_completion
-from penstock.frontend.sampling import MODEL_DEFAULTS
 from penstock.frontend.tools import MAX_TOOLS
-from penstock.shapes import Sampling
+from penstock.shapes import Sampling, SamplingDefaults
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -76,7 +75,7 @@ def test_defaults():
     wanted = Chat(chat()).wanted
     assert (wanted.choices, wanted.max_tokens, wanted.stops, wanted.stream) == (1, None, (), False)
     assert wanted.sampling == Sampling(max_tokens=0)
-    assert wanted.left_out == MODEL_DEFAULTS
+    assert wanted.left_out == SamplingDefaults.__struct_fields__
     assert Chat(chat(logprobs=True)).wanted.sampling.logprobs == 0
     assert Chat(chat(logprobs=False)).wanted.sampling.logprobs is None
     assert Completions(completion()).wanted.max_tokens == 16

@@ -11,13 +11,12 @@ from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.chat import Chat
 from penstock.frontend.completions import Completions
 from penstock.frontend.sampling import choice_seed, sampling_of, with_room
-from penstock.shapes import Answering, Attempt, ModelCard, ModelView
-from penstock.wire.checks import check_card
-from penstock.wire.frames import decode_to_worker, encode
-from penstock.wire.messages import Generate
+from penstock.shapes import Answering, Attempt, ModelCard, ModelView, SamplingDefaults
+from penstock.wire.frames import decode_to_frontend, decode_to_worker, encode
+from penstock.wire.messages import Generate, Welcome
 from tests.cards import card, changed
 
-DEFAULTS_OF_MODEL = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "unknown": 3}
+DEFAULTS_OF_MODEL = SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20)
 MODEL = ModelView(ModelCard("m", 100, 50, [0], answering=Answering(DEFAULTS_OF_MODEL)), "f", {})
 
 
@@ -146,7 +145,7 @@ EDGES = {
 DEFAULTS = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
-    "top_k": (-1.0, 2.0**31 - 1),
+    "top_k": (0, 2**31 - 1),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (1e-3, 100.0),
 }
@@ -161,8 +160,9 @@ DEFAULTS = {
 def test_whatever_clients_and_models_may_say_is_taken_by_workers(fields, defaults):
     """A worker cuts off a frontend that sends it anything else."""
     asked = chat(**fields, **({"logprobs": True} if "top_logprobs" in fields else {}))
-    model = changed(WIDE, sampling_defaults=defaults)
-    check_card(card(sampling_defaults=defaults))
+    welcome = Welcome(card(**defaults), b"")
+    assert decode_to_frontend(encode(welcome)[4:]) == welcome
+    model = changed(WIDE, **defaults)
     sampling = fitted(asked, 10, model, 9)
     sent = Attempt("a.1", "a", [1], 1, sampling, cache_salt="s" * 256)
     body = encode(Generate(1, sent))[4:]

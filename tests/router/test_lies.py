@@ -162,7 +162,7 @@ CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "a file outside": ({"assets": {"../../etc/passwd": "0" * 64}}, "card.engine.model.assets"),
     "a file of no hash": ({"assets": {"tokenizer.json": "0" * 63}}, "card.engine.model.assets"),
     "a default that no request may have": (
-        {"sampling_defaults": {"temperature": -1.0}},
+        {"temperature": -1.0},
         "card.engine.model.answering.sampling_defaults.temperature",
     ),
 }

@@ -61,7 +61,7 @@ CARD = card(
     Role.PREFILL,
     epoch=1_700_000_000_000,
     eos_token_ids=[2],
-    sampling_defaults={"temperature": 0.6},
+    temperature=0.6,
     assets={"tokenizer.json": SHA256},
 )
 LOAD = Load(1, 2, 3, 4, 5, 6, 7, 8, Rates(), 9, 10)
@@ -115,14 +115,13 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
         "card.engine.model.eos_token_ids": (*TOKENS, [1] * 1025),
         "card.engine.layout": WORD,
         "card.engine.transport": WORD,
-        "card.engine.model.answering.sampling_defaults": (
-            {"temperature": math.nan},
-            {"temperature": -1.0},
-            {"top_p": 1.5},
-            {"top_k": 1e12},
-            {"repetition_penalty": 0.0},
-            {str(number): 1.0 for number in range(65)},
-        ),
+        "card.engine.model.answering.sampling_defaults.temperature": (math.nan, -1.0),
+        "card.engine.model.answering.sampling_defaults.top_p": (1.5,),
+        "card.engine.model.answering.sampling_defaults.top_k": (-1, 2**31, 1.5),
+        "card.engine.model.answering.sampling_defaults.min_p": (1.5,),
+        "card.engine.model.answering.sampling_defaults.presence_penalty": (-101.0,),
+        "card.engine.model.answering.sampling_defaults.frequency_penalty": (101.0,),
+        "card.engine.model.answering.sampling_defaults.repetition_penalty": (0.0,),
         "card.engine.model.assets": (
             {"../secret": SHA256},
             {"a/b": SHA256},

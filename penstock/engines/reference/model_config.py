@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from penstock.errors import ConfigError
+from penstock.shapes import SamplingDefaults
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 24  # far above any real model; keeps products of sizes sane
@@ -55,7 +56,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     qk_norm: bool
     rope: Rope
     eos_token_ids: tuple[int, ...] = ()
-    sampling_defaults: dict[str, float] = {}
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
     @property
     def group(self) -> int:
@@ -100,7 +101,7 @@ def read_config(folder: Path) -> ModelConfig:
         qk_norm=_QK_NORM[architecture],
         rope=_rope(source),
         eos_token_ids=_eos_token_ids([source, generation] if generation else [source], vocab_size),
-        sampling_defaults=_sampling_defaults(generation) if generation else {},
+        sampling_defaults=_sampling_defaults(generation) if generation else SamplingDefaults(),
     )
 
 
@@ -246,11 +247,13 @@ def _eos_token_ids(sources: list[_Fields], vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _sampling_defaults(generation: _Fields) -> dict[str, float]:
+def _sampling_defaults(generation: _Fields) -> SamplingDefaults:
     """What the model's makers recommend. `do_sample: false` is how transformers spells greedy."""
-    defaults = {
+    defaults: dict[str, Any] = {
         name: generation.number(name) for name in _SAMPLING_FIELDS if generation.get(name) is not None
     }
+    if "top_k" in defaults:
+        defaults["top_k"] = max(0, int(defaults["top_k"]))  # -1 means off, as 0 does
     if not generation.flag("do_sample", True):
         defaults["temperature"] = 0.0
-    return defaults
+    return SamplingDefaults(**defaults)

@@ -26,6 +26,7 @@ from penstock.engines.reference.checkpoint import Checkpoint, open_checkpoint
 from penstock.engines.reference.model_config import ModelConfig
 from penstock.engines.reference.tiles import Floats, TiledMatrix
 from penstock.errors import ConfigError
+from penstock.shapes import SamplingDefaults
 
 _KV_FORMAT = "float32, rotary pairs adjacent, (layers, 2, block_size, kv_heads, head_dim), version 1"
 
@@ -76,9 +77,8 @@ def kv_layout(config: ModelConfig, weights: str) -> str:
     """What two workers must share for the KV of one to mean anything to the other: the geometry, the
     format of a block, and the weights (engines/fingerprint.py)."""
     digest = hashlib.sha256(_KV_FORMAT.encode())
-    digest.update(
-        msgspec.json.encode(msgspec.structs.replace(config, eos_token_ids=(), sampling_defaults={}))
-    )
+    geometry = msgspec.structs.replace(config, eos_token_ids=(), sampling_defaults=SamplingDefaults())
+    digest.update(msgspec.json.encode(geometry))
     digest.update(weights.encode())
     return digest.hexdigest()
 

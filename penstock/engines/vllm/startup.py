@@ -25,7 +25,7 @@ from penstock.engines.vllm.logs import last_words, one_line
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.errors import ConfigError, RemoteError
 from penstock.net.address import is_loopback
-from penstock.shapes import Answering, EngineCard, ModelCard, Role
+from penstock.shapes import Answering, EngineCard, ModelCard, Role, SamplingDefaults
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -270,11 +270,10 @@ def _model(
     folder = _folder(model)
     assets = Assets(assets_from(folder))
     files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
-    sampling_defaults = {
-        name: float(value)
-        for name, value in model.get_diff_sampling_param().items()
-        if name != "max_tokens"
-    }
+    recommended = model.get_diff_sampling_param()
+    recommended.pop("max_tokens", None)
+    if "top_k" in recommended:
+        recommended["top_k"] = max(0, recommended["top_k"])  # -1 means off, as 0 does
     card = ModelCard(
         name=settings.served_name or Path(settings.model).name,
         max_model_len=model.max_model_len,
@@ -283,7 +282,7 @@ def _model(
         weights=weights_fingerprint(files),
         assets=assets.digests,
         answering=Answering(
-            sampling_defaults=sampling_defaults,
+            sampling_defaults=SamplingDefaults(**recommended),
             structured_output=not model.skip_tokenizer_init,
             tool_parser=arguments.tool_call_parser,
             reasoning_parser=config.structured_outputs_config.reasoning_parser or "",

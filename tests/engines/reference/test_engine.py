@@ -190,7 +190,7 @@ def test_the_card(checkpoint: Path) -> None:
     card, model = loaded.card, loaded.card.model
     assert (model.name, model.vocab_size, model.max_model_len) == ("model", 128, 256)
     assert (card.block_size, card.total_blocks) == (4, (1 << 22) // (3 * 2 * 4 * 2 * 32 * 4))
-    assert (model.eos_token_ids, model.answering.sampling_defaults) == ([1, 2], {"top_k": 5.0})
+    assert (model.eos_token_ids, model.answering.sampling_defaults.top_k) == ([1, 2], 5)
     assert sorted(model.assets) == ["config.json", "generation_config.json", "tokenizer.json"]
     assert loaded.assets.get(model.assets["tokenizer.json"]) == b"{}"
     assert len(card.layout) == 64

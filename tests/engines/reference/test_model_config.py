@@ -10,6 +10,7 @@ import pytest
 
 from penstock.engines.reference.model_config import MAX_CONFIG_BYTES, ModelConfig, Rope, read_config
 from penstock.errors import ConfigError
+from penstock.shapes import SamplingDefaults
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,7 +44,7 @@ def test_what_is_left_out_is_derived(tmp_path: Path) -> None:
     assert (config.qk_norm, config.tied_embeddings) == (False, False)
     assert config.rope == Rope(10000.0)
     assert config.eos_token_ids == ()
-    assert config.sampling_defaults == {}
+    assert config.sampling_defaults == SamplingDefaults()
 
 
 def test_explicit_head_dim_and_groups(tmp_path: Path) -> None:
@@ -72,11 +73,11 @@ def test_eos_ids_of_both_files_and_sampling_defaults(tmp_path: Path) -> None:
     generation = {"eos_token_id": [7, 3], "temperature": 0.6, "top_k": 20, "do_sample": True}
     config = read(tmp_path, generation, eos_token_id=3)
     assert config.eos_token_ids == (3, 7)
-    assert config.sampling_defaults == {"temperature": 0.6, "top_k": 20.0}
+    assert config.sampling_defaults == SamplingDefaults(temperature=0.6, top_k=20)
 
 
 def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
-    assert read(tmp_path, {"do_sample": False}).sampling_defaults == {"temperature": 0.0}
+    assert read(tmp_path, {"do_sample": False}).sampling_defaults == SamplingDefaults(temperature=0.0)
 
 
 @pytest.mark.parametrize(
