@@ -27,6 +27,7 @@ from simulator.loop import Process, VirtualLoop
 from simulator.network import Network
 
 MODEL = "sim"
+VOCABULARY = range(1000)  # token ids
 READY_S = 1.0  # virtual; links are up long before
 
 
@@ -76,7 +77,7 @@ class Frontend:
             f"{self._name}-{next(self._numbers)}",
             MODEL,
             self.router.model(MODEL).revision,
-            [self._rng.randrange(1000) for _ in range(prompt_tokens)],
+            self._rng.choices(VOCABULARY, k=prompt_tokens),
             Sampling(max_tokens=max_tokens),
             tenant=tenant,
         )
@@ -131,7 +132,7 @@ class VirtualCluster:
         settings = SimSettings(
             model=MODEL,
             cost_model=cost_model,
-            vocab_size=1000,
+            vocab_size=len(VOCABULARY),
             max_model_len=32_768,
             total_blocks=16_384,
             scheduler=SchedulerSettings(max_running=max_running),

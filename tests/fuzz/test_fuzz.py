@@ -16,12 +16,21 @@ from penstock.wire.messages import ToFrontend, ToWorker
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.test_corpus import INPUTS
 
+GRAPHS = ("to_router", "to_engine")
+"""Targets that run a whole graph for every input, 40 ms of it: half as many inputs."""
+
 SHORT = settings(
     max_examples=200,
     deadline=None,  # test_corpus.py bounds the time of each input; a slow machine must not fail here
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def short(name: str) -> settings:
+    """How far a target is searched."""
+    return settings(SHORT, max_examples=SHORT.max_examples // 2) if name in GRAPHS else SHORT
+
 
 SEEDS = {name: [path.read_bytes() for path in INPUTS if path.parent.name == name] for name in TARGETS}
 
@@ -47,7 +56,7 @@ def mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_near_the_corpus(name: str) -> None:
-    @SHORT
+    @short(name)
     @given(mutated(SEEDS[name]) | st.binary(max_size=200))
     def search(data: bytes) -> None:
         TARGETS[name](data)
@@ -92,7 +101,7 @@ def test_bodies_of_known_fields(name: str, struct: type[msgspec.Struct]) -> None
 def test_messages_of_known_shape(name: str, message: Any) -> None:
     """Messages as their types say, in any order: right in shape, wrong in all else."""
 
-    @SHORT
+    @short(name)
     @given(st.lists(st.one_of([_message(kind) for kind in message.__args__]), max_size=4))
     def search(messages: list[dict[str, Any]]) -> None:
         bodies = [msgspec.msgpack.encode(body) for body in messages]

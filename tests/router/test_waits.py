@@ -80,13 +80,14 @@ def test_burst_that_ends_within_the_bound_is_served(name: str) -> None:
     assert not refused(burst.serve(BOUND_S * 1e3))
 
 
+# Half as many again as can be served in time: who lets in too many is seen.
 LONGER_BURSTS = {
-    "short answers": Burst(6000, 160, 4, first=[20, 20]),
-    "short answers, again": Burst(6000, 160, 4, first=[3000]),
-    "long answers": Burst(4000, 160, 200, first=[600]),
-    "all end at once": Burst(8000, 8, 64, first=[600]),
-    "long prompts": Burst(400, 4000, 4, first=[80]),
-    "few places": Burst(1000, 500, 64, max_running=32, first=[350]),
+    "short answers": Burst(3600, 160, 4, first=[20, 20]),
+    "short answers, again": Burst(3600, 160, 4, first=[3000]),
+    "long answers": Burst(1200, 160, 200, first=[600]),
+    "all end at once": Burst(5800, 8, 64, first=[600]),
+    "long prompts": Burst(140, 4000, 4, first=[80]),
+    "few places": Burst(600, 500, 64, max_running=32, first=[350]),
 }
 
 
@@ -96,6 +97,7 @@ def test_longer_burst_is_cut_about_where_waits_exceed_the_bound(name: str) -> No
     waits = [it.ttft_s for it in served(burst.serve(UNBOUNDED_MS))]
     in_time = sum(wait < ACCEPT_SHARE * BOUND_S for wait in waits)
     let_in = served(burst.serve(BOUND_S * 1e3))
+    assert 1.25 * in_time < burst.count
     assert 0.75 * in_time < len(let_in) < 1.25 * in_time
     assert max(it.ttft_s for it in let_in) < 1.2 * BOUND_S
 
@@ -126,7 +128,7 @@ def test_fresh_frontend_predicts_from_what_workers_measured() -> None:
     assert max(it.ttft_s for it in let_in) < BOUND_S
 
 
-@pytest.mark.parametrize("times", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("times", [1.0, 3.0])
 @pytest.mark.parametrize("frontends", [1, 2])
 def test_overloaded_graph_serves_accepted_requests_in_time_and_no_worker_idles(
     times: float, frontends: int
