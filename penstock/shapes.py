@@ -123,6 +123,14 @@ class StructuredOutput(msgspec.Struct, frozen=True):
     """What the chat template was told beside the messages: some models reason or not by that."""
 
 
+MAX_BAD_SEQUENCES = 128
+"""As many as vLLM takes."""
+
+MAX_ALLOWED_TOKENS = 16 * 1024
+
+TokenSequence = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=1024)]
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token is drawn. The same shape and defaults for every engine.
 
@@ -149,6 +157,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     structured: StructuredOutput | None = None  # only for engines whose card says `structured_output`
     reproducible: bool = False  # the client gave the seed: the same tokens whatever happens on the way
+    # Sequences of tokens that the output must not contain: the last of each is held back.
+    bad_words: Annotated[tuple[TokenSequence, ...], Meta(max_length=MAX_BAD_SEQUENCES)] = ()
+    # Empty: all.
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKENS)] = ()
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):

@@ -280,6 +280,7 @@ USED_PRIVATE_MEMBERS = {
         "_bookkeeping_sync",
         "_sample",
     },  # replaces parts of vLLM
+    "penstock/engines/vllm/sampling.py": {"_bad_words_token_ids"},  # vLLM tokenizes them itself otherwise
     "simulator/loop.py": {"_context", "_run"},  # asyncio offers its event loops nothing else
 }
 

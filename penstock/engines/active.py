@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from penstock.core.hashing import last_hash, root_hash
 from penstock.core.pairing import KvFormat, kv_format
@@ -85,11 +86,17 @@ def fault(attempt: Attempt, card: EngineCard) -> str | None:
     low, high = min(attempt.token_ids), max(attempt.token_ids)
     if low < 0 or high >= card.model.vocab_size:
         return f"token id {low if low < 0 else high} is not in the vocabulary of {card.model.vocab_size}"
-    named = (*attempt.sampling.stop_token_ids, *attempt.sampling.logit_bias)
-    if named and not 0 <= min(named) <= max(named) < card.model.vocab_size:
-        return f"stop_token_ids or logit_bias: not in the vocabulary of {card.model.vocab_size}"
-    if attempt.sampling.max_tokens < 1:
-        return f"max_tokens is {attempt.sampling.max_tokens}; at least 1 is needed"
+    sampling = attempt.sampling
+    for field, named in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", tuple(sampling.logit_bias)),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
+    ):
+        if named and not 0 <= min(named) <= max(named) < card.model.vocab_size:
+            return f"{field}: not in the vocabulary of {card.model.vocab_size}"
+    if sampling.max_tokens < 1:
+        return f"max_tokens is {sampling.max_tokens}; at least 1 is needed"
     if attempt.prefill_only and not card.transport:
         return "this engine has no KV transfer to hand a prompt over with"
     return None

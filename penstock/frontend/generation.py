@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import replace
+
 from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestRejected
 from penstock.frontend.call import ClientCall, LoopTurn
 from penstock.frontend.choice import Choice
@@ -20,7 +22,7 @@ from penstock.frontend.completion_objects import usage_of
 from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint, GenerationApi
 from penstock.frontend.http.exchange import HttpExchange
 from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
-from penstock.frontend.sampling import sampling_of
+from penstock.frontend.sampling import bad_sequences, bad_word_texts, sampling_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
@@ -181,6 +183,10 @@ class GenerationServer:
         record.beginnings += 1
         wanted = endpoint.wanted
         sampling = sampling_of(wanted, view.card, self._rng)  # refuses before the work of tokenizing
+        text = await self._texts.of(view, caller)
+        if wanted.bad_words:
+            words = await text.encode(bad_word_texts(wanted.bad_words), caller, add_special_tokens=False)
+            sampling = replace(sampling, bad_words=bad_sequences(words))
         beginning = Beginning(
             answer_id=record.call_id,
             router_key=record.router_key,
@@ -189,7 +195,7 @@ class GenerationServer:
             sampling=sampling,
             model=view.card,
             revision=view.revision,
-            text=await self._texts.of(view, caller),
+            text=text,
             caller=caller,
             default_max_tokens=self._settings.default_max_tokens,
         )

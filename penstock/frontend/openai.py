@@ -35,13 +35,15 @@ from penstock.frontend.unserved import (
 )
 from penstock.frontend.wanted import Wanted
 from penstock.frontend.wording import rejected, wrong_entries
-from penstock.shapes import JsonObject, Sampling, SamplingDefaults
+from penstock.shapes import MAX_ALLOWED_TOKENS, MAX_BAD_SEQUENCES, JsonObject, Sampling, SamplingDefaults
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 4096
 MAX_STOP_TOKENS: Final = 128
 MAX_LOGIT_BIASES: Final = 1024
+MAX_BAD_WORDS: Final = MAX_BAD_SEQUENCES // 2  # each may be two sequences: with a space before it
+MAX_BAD_WORD_CHARS: Final = 256
 MAX_MESSAGES: Final = 4096
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SALT_CHARS: Final = 256
@@ -53,6 +55,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
@@ -96,6 +99,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     cache_salt: Salt | None = None
@@ -226,6 +233,7 @@ def wanted_of(
             logit_bias=request.logit_bias or {},
             stop_token_ids=tuple(request.stop_token_ids or ()),
             ignore_eos=bool(request.ignore_eos),
+            allowed_token_ids=tuple(request.allowed_token_ids or ()),
             logprobs=logprobs,
             structured=constraint(request.response_format, request.structured_outputs),
             reproducible=request.seed is not None,
@@ -236,6 +244,7 @@ def wanted_of(
         max_tokens_field=max_tokens_field,
         structured_field="response_format" if request.response_format is not None else "structured_outputs",
         stops=tuple(stops),
+        bad_words=tuple(request.bad_words or ()),
         include_stop=bool(request.include_stop_str_in_output),
         show_special_tokens=request.skip_special_tokens is False,
         show_token_ids=bool(request.return_token_ids),

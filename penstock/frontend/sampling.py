@@ -26,6 +26,7 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
     sampling = wanted.sampling
     check_vocabulary("logit_bias", sampling.logit_bias, model.vocab_size)
     check_vocabulary("stop_token_ids", sampling.stop_token_ids, model.vocab_size)
+    check_vocabulary("allowed_token_ids", sampling.allowed_token_ids, model.vocab_size)
     if sampling.structured is not None and not model.answering.structured_output:
         field = wanted.structured_field
         raise RequestRejected(
@@ -38,6 +39,27 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
     if not sampling.reproducible:
         changes["seed"] = rng.getrandbits(_SEED_BITS)
     return msgspec.structs.replace(sampling, **changes)
+
+
+def bad_word_texts(words: Iterable[str]) -> list[str]:
+    """What to tokenize for `bad_sequences`: each word as it begins a text, and as it follows others."""
+    return [text for word in dict.fromkeys(words) for text in (word.lstrip(), " " + word.lstrip())]
+
+
+def bad_sequences(encoded: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    """The sequences of tokens to hold back, from the tokens of `bad_word_texts`. As in vLLM, the form with
+    a space counts where that makes another first token and no more of them.
+
+    Raises RequestRejected for a word that has no tokens.
+    """
+    found: list[tuple[int, ...]] = []
+    for first, later in zip(encoded[::2], encoded[1::2], strict=True):
+        if not first:
+            raise RequestRejected("`bad_words`: one of them has no tokens.", field="bad_words")
+        found.append(tuple(first))
+        if len(later) == len(first) and later[0] != first[0]:
+            found.append(tuple(later))
+    return tuple(found)
 
 
 def with_room(

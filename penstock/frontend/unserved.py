@@ -46,8 +46,6 @@ REFUSED: Final[dict[str, RefusedField]] = {
     "verbosity": RefusedField(("medium",)),
     "web_search_options": RefusedField(),
     # vLLM
-    "allowed_token_ids": RefusedField(),
-    "bad_words": RefusedField(([],)),
     "chat_template": RefusedField(),
     "ec_transfer_params": _KV,
     "kv_transfer_params": _KV,

@@ -28,6 +28,9 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     structured_field: str = ""
     stops: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    """Texts that no answer may contain."""
+
     include_stop: bool = False
     """Whether a stop string that ends an answer is part of it."""
 

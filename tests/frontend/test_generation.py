@@ -105,6 +105,19 @@ async def test_what_the_router_is_told(served):
     assert (sampling.temperature, sampling.seed, sampling.max_tokens, sampling.top_k) == (0.5, 7, 9, 4)
 
 
+async def test_bad_words_reach_the_engine_as_tokens_and_allowed_tokens_as_they_are(served, byte_level):
+    await chat(served, extra_body={"bad_words": ["Hello"], "allowed_token_ids": [3, 5]})
+    sampling = served.completer.requests[0].sampling
+    assert sampling.bad_words[0] == tuple(byte_level.encode("Hello").ids)
+    assert sampling.allowed_token_ids == (3, 5)
+    for field, value in (("allowed_token_ids", [10**6]), ("allowed_token_ids", []), ("bad_words", [""])):
+        response = await served.http.post(
+            "/v1/completions", json={"model": "tiny", "prompt": "Hi", field: value}
+        )
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith(field)
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 

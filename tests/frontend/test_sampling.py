@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.chat import Chat
 from penstock.frontend.completions import Completions
-from penstock.frontend.sampling import choice_seed, sampling_of, with_room
+from penstock.frontend.sampling import bad_sequences, bad_word_texts, choice_seed, sampling_of, with_room
 from penstock.shapes import Answering, Attempt, ModelCard, ModelView, SamplingDefaults
 from penstock.wire.frames import decode_to_frontend, decode_to_worker, encode
 from penstock.wire.messages import Generate, Welcome
@@ -167,3 +167,12 @@ def test_whatever_clients_and_models_may_say_is_taken_by_workers(fields, default
     sent = Attempt("a.1", "a", [1], 1, sampling, cache_salt="s" * 256)
     body = encode(Generate(1, sent))[4:]
     assert decode_to_worker(body).attempt == sent
+
+
+def test_a_bad_word_counts_with_and_without_a_space_before_it():
+    assert bad_word_texts(["a", " b", "a"]) == ["a", " a", "b", " b"]
+    encoded = [[1], [2], [3], [9, 3], [4, 5], [6, 5], [7], [7]]
+    assert bad_sequences(encoded) == ((1,), (2,), (3,), (4, 5), (6, 5), (7,))
+    with pytest.raises(RequestRejected) as raised:
+        bad_sequences([[], [1]])
+    assert raised.value.field == "bad_words"

@@ -1,8 +1,9 @@
 """Drawing the next token from logits, for all sampling rows of a batch at once.
 
 The order is vLLM's: what the answer's grammar excludes is excluded (grammar.py); logprobs are taken from
-the logits that are left; then `min_tokens` and `logit_bias`; then penalties; then greedy rows take the
-largest, and the others divide by temperature, filter by min_p, top_k and top_p, and draw.
+the logits that are left; then `allowed_token_ids`, `bad_words`, `min_tokens` and `logit_bias`; then
+penalties; then greedy rows take the largest, and the others divide by temperature, filter by min_p, top_k
+and top_p, and draw.
 
 The draw at output position i is the inverse of the cumulative distribution over token ids at a uniform
 number that depends on (seed, i) alone. Going by ids, not by rank, keeps a draw where it is when two
@@ -84,6 +85,11 @@ class Sampler:
         """Apply what changes even a greedy choice, in place. Ids outside the vocabulary have no effect.
         With `ends` nothing but the end may come, also before there are `min_tokens`."""
         sampling = sequence.sampling
+        if not ends and (sampling.allowed_token_ids or sampling.bad_words):
+            _exclude(logits, sequence)
+            if logits.max() == -np.inf:  # the grammar allows nothing else: the answer can only end
+                logits[list(self._eos_token_ids)] = 0.0
+                ends = True
         if not ends and len(sequence.token_ids) - sequence.prompt_len < sampling.min_tokens:
             eos = () if sampling.ignore_eos else self._eos_token_ids
             stops = [*eos, *sampling.stop_token_ids]
@@ -98,6 +104,8 @@ class Sampler:
             counts = np.bincount(output, minlength=len(logits)).astype(np.float32)
             logits -= np.float32(sampling.frequency_penalty) * counts
             logits -= np.float32(sampling.presence_penalty) * (counts > 0)
+        if sampling.allowed_token_ids and logits.max() == -np.inf:
+            logits[list(sampling.allowed_token_ids)] = 0.0  # all were excluded: these still may come
 
 
 def draw(logits: Floats, sequences: list[Sequence]) -> NDArray[np.int64]:
@@ -171,6 +179,21 @@ def _least_within_mass(logits: Floats, top_p: Floats) -> Floats:
     excluded = weights <= (1.0 - top_p.astype(np.float64)) * weights[:, -1:]
     first = np.minimum(excluded.sum(axis=-1, keepdims=True), logits.shape[-1] - 1)
     return np.take_along_axis(ranked, first, axis=-1)
+
+
+def _exclude(logits: Floats, sequence: Sequence) -> None:
+    """Set to -inf, in place, what `allowed_token_ids` does not name and what would complete a bad word."""
+    sampling, output_start = sequence.sampling, sequence.prompt_len
+    if sampling.allowed_token_ids:
+        allowed = list(sampling.allowed_token_ids)
+        kept = logits[allowed]
+        logits[:] = -np.inf
+        logits[allowed] = kept
+    length = len(sequence.token_ids)
+    for word in sampling.bad_words:
+        before = length - len(word) + 1  # where the word would begin
+        if before >= output_start and tuple(sequence.token_ids[before:]) == word[:-1]:
+            logits[word[-1]] = -np.inf
 
 
 def _penalise_repetition(logits: Floats, token_ids: list[int], penalty: float) -> None:

@@ -56,6 +56,7 @@ def _depends_on_history(sampling: Sampling) -> bool:
         sampling.structured is not None
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0
+        or any(len(word) > 1 for word in sampling.bad_words)
         or (sampling.reproducible and sampling.temperature > 0.0)
     )
 

@@ -37,7 +37,7 @@ def sampling_params(
         extra[REPLAY_ARG] = list(replay)
     if transfer is not None:
         extra["kv_transfer_params"] = transfer
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
@@ -52,12 +52,16 @@ def sampling_params(
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        allowed_token_ids=list(sampling.allowed_token_ids) or None,
         structured_outputs=None if sampling.structured is None else _structured(sampling.structured),
         extra_args=extra or None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # it is this request's own
     )
+    if sampling.bad_words:  # as vLLM's own tokenizer would set it
+        params._bad_words_token_ids = [list(word) for word in sampling.bad_words]
+    return params
 
 
 def _structured(wanted: StructuredOutput) -> StructuredOutputsParams:

@@ -106,6 +106,11 @@ def test_complete_answer_ends_before_min_tokens(grammars: Grammars) -> None:
     assert written(grammars, choice, min_tokens=50) == "yes"
 
 
+def test_answer_ends_where_the_grammar_and_the_allowed_tokens_leave_nothing(grammars: Grammars) -> None:
+    choice = StructuredOutput("choice", '["yes"]')
+    assert written(grammars, choice, allowed_token_ids=(7,), min_tokens=5) == ""
+
+
 def test_output_that_breaks_the_grammar_can_only_end(grammars: Grammars) -> None:
     broken = TOKENIZER.encode("no json", add_special_tokens=False).ids
     sequence = Sequence("a", [5, *broken], 1, Sampling(max_tokens=99, structured=AS_PERSON))

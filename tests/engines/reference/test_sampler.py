@@ -227,3 +227,40 @@ def test_uniform_numbers_are_uniform_over_seeds_and_positions() -> None:
         assert len(counts) == 100
         assert ((counts - 100) ** 2 / 100).sum() < 99 + 5 * np.sqrt(2 * 99)
         assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.05
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    logits = random_logits(3) / 4
+    allowed = (4, 9, 31)
+    assert token(logits, sequence(temperature=0.0, allowed_token_ids=allowed)) == max(
+        allowed, key=lambda token_id: logits[token_id]
+    )
+    expected = np.zeros(VOCAB)
+    expected[list(allowed)] = softmax(logits[list(allowed)])
+    assert_distributed(frequencies(logits, allowed_token_ids=allowed), expected)
+
+
+def test_allowed_tokens_that_are_all_excluded_still_come() -> None:
+    """The other rows of a batch must not suffer from a request that excludes everything."""
+    wish = {"allowed_token_ids": (EOS,), "min_tokens": 5, "bad_words": ((EOS,),)}
+    one, other = sample(random_logits(3), sequence(**wish), sequence(temperature=0.0))
+    assert one.token_id == EOS
+    assert other.token_id == random_logits(3).argmax()
+
+
+@given(
+    output=st.lists(st.integers(0, 3), max_size=4),
+    words=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=4),
+)
+def test_what_would_complete_a_bad_word_in_the_output_is_excluded(
+    output: list[int], words: list[tuple[int, ...]]
+) -> None:
+    prompt = [0, 1, 2, 3]
+    completes = {
+        word[-1]
+        for word in words
+        if len(output) >= len(word) - 1 and (*output, word[-1])[len(output) + 1 - len(word) :] == word
+    }
+    logits = random_logits(5, vocab=5)  # token 4 is in no word
+    expected = max(set(range(5)) - completes, key=lambda token_id: logits[token_id])
+    assert token(logits, sequence(output, prompt, temperature=0.0, bad_words=tuple(words))) == expected

@@ -16,6 +16,7 @@ SAMPLED = Sampling(max_tokens=10, seed=7)
 HISTORY = [
     msgspec.structs.replace(SAMPLED, reproducible=True),
     msgspec.structs.replace(GREEDY, presence_penalty=0.5),
+    msgspec.structs.replace(GREEDY, bad_words=((1, 2),)),
     msgspec.structs.replace(GREEDY, frequency_penalty=-0.5),
     msgspec.structs.replace(GREEDY, structured=StructuredOutput("regex", "a+")),
 ]
