@@ -3,11 +3,13 @@
 import asyncio
 import io
 import logging
+import platform
 import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock import __version__
 from penstock.errors import ConfigError
 from penstock.logs.setup import LineFormatter, setup_logging
 from penstock.metrics import Metrics
@@ -107,6 +109,22 @@ def test_every_metric_is_named_before_anything_happens():
         "penstock_decisions_total",
     ):
         assert f"# TYPE {name} " in text
+
+
+def test_metrics_tell_of_the_process_and_nothing_of_when_series_began():
+    metrics = Metrics()
+    metrics.frontend.of("tiny").request_duration.observe(0.1)
+    families = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
+    (build,) = families["penstock_build_info"].samples
+    assert build.labels == {"version": __version__, "python": platform.python_version()}
+    assert families["process_resident_memory_bytes"].samples[0].value > 1e6
+    assert "process_cpu_seconds" in families
+    assert [name for name in families if name.endswith("_created")] == []
+
+
+def test_metrics_have_base_units():
+    names = [family.name for family in text_string_to_metric_families(Metrics().render().decode())]
+    assert [name for name in names if re.search(r"_(ms|us|mib|kib|percent)(_|$)", name)] == []
 
 
 def test_latencies_fall_into_buckets_by_upper_bound():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from penstock.metrics import process_registry
 
 RECONCILE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STATES = ("pending", "successful", "failed")
@@ -17,7 +19,7 @@ class OperatorMetrics:
     """The metrics of one operator, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = process_registry()
         self._reconciled = Counter(
             "penstock_operator_reconciles",
             "Times that a graph was looked at, by outcome: done, failed (tried again), defect.",

@@ -70,7 +70,7 @@ async def test_who_would_wait_too_long_hears_so_at_once_with_figures(tmp_path: P
         exposition = it.metrics.render().decode()
         assert 'penstock_rejected_total{reason="wait"} 2.0' in exposition
         assert f'penstock_queued{{model="sim"}} {float(it.queued)}' in exposition
-        assert 'penstock_saturation_ms{model="sim"}' in exposition
+        assert 'penstock_saturation_seconds{model="sim"}' in exposition
         running.cancel()
         await until(lambda: it.queued == 0)
         await it.wait_idle()

@@ -149,7 +149,12 @@ async def test_long_prompts_of_one_key_do_not_delay_another_key(serving):
         ages_s = [request.age_s for request in served.completer.requests if request.tenant == "greedy"]
         assert max(ages_s) == ages_s[-1]
         assert metric(served, "queue_seconds_count") == 6
-        assert metric(served, "queued ") == metric(served, "queued_chars") == metric(served, "wait_ms") == 0
+        assert (
+            metric(served, "queued ")
+            == metric(served, "queued_chars")
+            == metric(served, "wait_seconds")
+            == 0
+        )
 
 
 async def test_short_prompts_of_one_call_wait_for_the_thread_when_they_are_long_together(
