@@ -304,7 +304,7 @@ class Dispatcher:
         if waited_s is None:
             return []
         self._placement.book(record.placed, decision, life.token_ids)
-        note = NoteChoice(decision, waited_s, life.take_failure(), frozenset(life.avoided))
+        note = NoteChoice(decision, waited_s, life.failed, frozenset(life.avoided))
         local = decision.path is not Path.REMOTE
         return [note, *life.place(decision.decode, decision.prefill, now, local=local)]
 

@@ -77,7 +77,6 @@ class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
     __slots__ = (
-        "_failed",
         "_handoff_at",
         "_instance_id",
         "_limits",
@@ -91,6 +90,7 @@ class Lifecycle:
         "complete",
         "deadline",
         "decode_id",
+        "failed",
         "handoff",
         "phase",
         "request",
@@ -108,6 +108,7 @@ class Lifecycle:
         self.deadline = now + limits.queue_s
         self.complete = False  # it has ended, and its output is all that there was to be
         self.trouble = ""  # why the last attempt ended, for logs and the final error
+        self.failed = ""  # why the last attempt failed, if it did and no other one was placed since
         self.strikes = Strikes()
         self.attempts = 0  # so far, whose ids are `attempt_id_of(1)` and so on
         self.attempt_id = ""  # the current attempt; empty when there is none
@@ -123,7 +124,6 @@ class Lifecycle:
         self._instance_id = ""  # of the current attempt, or of the one that ended last
         self._handoff_at = 0.0
         self._sent_handoff: Handoff | None = None  # given to the current attempt, not yet pulled for sure
-        self._failed = ""  # why the last attempt failed, until the next one is placed
 
     @property
     def instance_id(self) -> str:
@@ -179,11 +179,6 @@ class Lifecycle:
         self.attempt_id = ""
         return [*effects, FailRequest(error)]
 
-    def take_failure(self) -> str:
-        """Why the last attempt failed, if it did and nothing has been placed since."""
-        failed, self._failed = self._failed, ""
-        return failed
-
     def _send_decode(self, instance_id: str, now: float) -> list[Effect]:
         self.decode_id = ""
         handoff, self.handoff = self.handoff, None
@@ -206,6 +201,7 @@ class Lifecycle:
         self.attempts += 1
         self.attempt_id = self.attempt_id_of(self.attempts)
         self._instance_id = instance_id
+        self.failed = ""
         self._enter(phase, now)
         attempt = Attempt(
             attempt_id=self.attempt_id,
@@ -310,7 +306,7 @@ class Lifecycle:
             )
         if migrates:
             self.avoided.add(self._instance_id)
-            self._failed = self.trouble
+            self.failed = self.trouble
         self._queue(now)
         return []
 
@@ -336,7 +332,7 @@ class Lifecycle:
         self.strikes.moved(event.instance_id, event.reason, len(self.token_ids))
         self.trouble = f"{self._instance_id}: {event.reason}"
         self.avoided.add(self._instance_id)
-        self._failed = self.trouble
+        self.failed = self.trouble
         effects = [*self._abandon(), *self._drop_handoff()]
         self._queue(now)
         return effects
@@ -366,7 +362,7 @@ class Lifecycle:
             kind = Rejection.TIMED_OUT if code else Rejection.WORKERS_FAILED
             failed = RequestRejected(message, kind=kind, code=code or "attempts_failed")
             return [*effects, *self.fail(failed)]
-        self._failed = self.trouble
+        self.failed = self.trouble
         self._queue(now)
         if died is not None or strikes.count > 1:
             self.rests_until = now

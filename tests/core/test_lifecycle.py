@@ -57,7 +57,7 @@ def sent(effects: list[Effect]) -> SendAttempt:
 def waits(life: Lifecycle, *avoided: str, failed: str = "") -> bool:
     """Whether the next attempt may be placed now, elsewhere than on these, after this failure."""
     assert life.avoided == {*avoided}
-    assert life.take_failure() == failed
+    assert life.failed == failed
     return life.phase is Phase.QUEUED
 
 
@@ -270,7 +270,7 @@ def test_a_request_rests_after_a_death_and_longer_after_more() -> None:
             life.handle(InstanceLost(f"d{deaths}", "reset", died=Incarnation(f"d{deaths}", 1)), now) == []
         )
         assert life.rests_until == now + rest_s
-        assert life.take_failure() == f"d{deaths}: reset"
+        assert life.failed == f"d{deaths}: reset"
         now += rest_s
 
 
