@@ -373,11 +373,11 @@ def evictions_are_indexed_late(patch: pytest.MonkeyPatch) -> None:
         late.setdefault(id(self), []).append((worker, hashes))
 
     ticks: dict[int, int] = {}
-    real_tick = Placement.tick
+    real_tick = Router._tick
 
     def tick(self: Any) -> None:
         real_tick(self)
-        index = self.index
+        index = self.placement.index
         ticks[id(index)] = ticks.get(id(index), 0) + 1
         if ticks[id(index)] % 100 == 0:
             for worker, hashes in late.pop(id(index), []):
@@ -385,12 +385,12 @@ def evictions_are_indexed_late(patch: pytest.MonkeyPatch) -> None:
                     real(index, worker, hashes)
 
     patch.setattr(PrefixIndex, "removed", removed)
-    patch.setattr(Placement, "tick", tick)
+    patch.setattr(Router, "_tick", tick)
 
 
 def everything_is_indexed_late(patch: pytest.MonkeyPatch) -> None:
     """What an index has is what the worker had once."""
-    change, up, look = Placement.cache_changed, Placement.up, Placement.tick
+    change, up, look = Placement.cache_changed, Placement.up, Router._tick
     late: dict[int, list[tuple[int, str, tuple[Any, ...]]]] = {}
     ticks: Counter[int] = Counter()
 
@@ -403,17 +403,18 @@ def everything_is_indexed_late(patch: pytest.MonkeyPatch) -> None:
 
     def tick(self: Any) -> None:
         look(self)
-        ticks[id(self)] += 1
-        changes, late[id(self)] = late.get(id(self), []), []
+        placement = self.placement
+        ticks[id(placement)] += 1
+        changes, late[id(placement)] = late.get(id(placement), []), []
         for it in changes:
-            if it[0] > ticks[id(self)]:
-                late[id(self)].append(it)
+            if it[0] > ticks[id(placement)]:
+                late[id(placement)].append(it)
             else:
-                change(self, it[1], *it[2])
+                change(placement, it[1], *it[2])
 
     patch.setattr(Placement, "cache_changed", cache_changed)
     patch.setattr(Placement, "up", comes_up)
-    patch.setattr(Placement, "tick", tick)
+    patch.setattr(Router, "_tick", tick)
 
 
 def blocks_leak_until_an_engine_is_idle(patch: pytest.MonkeyPatch) -> None:
@@ -510,7 +511,7 @@ def blocks_that_were_not_there_may_go(patch: pytest.MonkeyPatch) -> None:
 
 
 def messages_are_not_looked_at_as_a_whole(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(frames, "CHECKS", {})
+    patch.setattr(frames, "check_attempt", lambda attempt: None)
 
 
 def a_defect_ends_more_than_its_request(patch: pytest.MonkeyPatch) -> None:
