@@ -45,7 +45,6 @@ from penstock.core.events import (
     InstanceLost,
     InstanceStuck,
     NoteChoice,
-    Tick,
 )
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.membership import Membership, decoders
@@ -153,7 +152,7 @@ class Dispatcher:
     def tick(self, record: RequestRecord, now: float) -> list[Effect]:
         """Its deadline or its rest may be over."""
         before, life = record.life.phase, record.life
-        effects = life.handle(Tick(), now)
+        effects = life.tick(now)
         if record.resting:
             effects = [*effects, *self._place(record, now)]
         return self._follow(record, before, effects, now)

@@ -51,10 +51,6 @@ class InstanceStuck(msgspec.Struct):
     reason: str
 
 
-class Tick(msgspec.Struct):
-    """Time has passed."""
-
-
 class ClientGone(msgspec.Struct):
     """The client does not want the rest. `complete`: because the answer ends here, at a stop string."""
 
@@ -105,5 +101,5 @@ class FailRequest(msgspec.Struct):
     error: RequestRejected
 
 
-Event = Bounced | TooLong | InstanceLost | InstanceStuck | Tick | ClientGone | Output
+Event = Bounced | TooLong | InstanceLost | InstanceStuck | ClientGone | Output
 Effect = NoteChoice | SendAttempt | CancelAttempt | ReleaseKv | DeliverOutput | FailRequest

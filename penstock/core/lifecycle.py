@@ -30,7 +30,7 @@ of any attempt but the current one are therefore noise: they are dropped, and KV
 
 "on one": on an instance, which is in PREFILL, TRANSFER, FIRST_TOKEN and DECODE. When a request is QUEUED,
 core/dispatcher.py finds the instances for its next attempt (`place`), once `rests_until` is over. Every
-phase has a deadline (core/deadlines.py): `deadline` says when `Tick` must be called at the latest.
+phase has a deadline (core/deadlines.py): `deadline` says when `tick` must be called at the latest.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ from penstock.core.events import (
     InstanceStuck,
     ReleaseKv,
     SendAttempt,
-    Tick,
     TooLong,
 )
 from penstock.core.suspects import Strikes
@@ -383,7 +382,8 @@ class Lifecycle:
         self.phase, self.since = phase, now
         self.deadline = min(now + self._limits.of(phase), self._request_deadline)
 
-    def _on_tick(self, _: Tick, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[Effect]:
+        """A deadline may be over."""
         if now < self.deadline or self.phase is Phase.DONE:
             return []
         if now >= self._request_deadline:
@@ -437,6 +437,5 @@ _HANDLERS: dict[type, Callable[[Lifecycle, Any, float], list[Effect]]] = {
     TooLong: Lifecycle._on_too_long,
     InstanceLost: Lifecycle._on_instance_lost,
     InstanceStuck: Lifecycle._on_instance_stuck,
-    Tick: Lifecycle._on_tick,
     ClientGone: Lifecycle._on_client_gone,
 }

@@ -20,7 +20,6 @@ from penstock.core.events import (
     InstanceStuck,
     ReleaseKv,
     SendAttempt,
-    Tick,
     TooLong,
 )
 from penstock.core.lifecycle import REST_S, Lifecycle
@@ -343,8 +342,8 @@ def test_a_suspect_goes_on_avoiding_until_it_is_acquitted() -> None:
 def test_queue_deadline_names_the_trouble() -> None:
     life = lifecycle()
     life.unplaced("no decode worker is ready")
-    assert life.handle(Tick(), 29.9) == []
-    (fail,) = life.handle(Tick(), 30.0)
+    assert life.tick(29.9) == []
+    (fail,) = life.tick(30.0)
     assert fail.error.kind is Rejection.UNAVAILABLE
     assert "no decode worker is ready" in fail.error.message
 
@@ -373,7 +372,7 @@ def test_stalled_attempt_is_cancelled_and_tried_elsewhere() -> None:
     life = lifecycle()
     attempt = sent(life.place("d0", None, 0.0)).attempt
     life.handle(Output(attempt.attempt_id, [10]), 1.0)
-    effects = life.handle(Tick(), 61.0)
+    effects = life.tick(61.0)
     late = "d0: no next token within 60 s"
     assert effects == [CancelAttempt("d0", attempt.attempt_id)]
     assert waits(life, "d0", failed=late)
@@ -398,8 +397,8 @@ def test_every_phase_has_its_own_deadline_and_says_so(remote: bool, tokens: int,
             life.handle(Output(attempt.attempt_id, [10]), 0.0)
     seconds = float(late.split()[-2])
     assert life.deadline == seconds
-    assert life.handle(Tick(), seconds - 0.1) == []
-    effects = life.handle(Tick(), seconds)
+    assert life.tick(seconds - 0.1) == []
+    effects = life.tick(seconds)
     assert isinstance(effects[0], CancelAttempt)
     assert life.trouble == late
     assert waits(life, late[:2], failed=late)
@@ -411,7 +410,7 @@ def test_late_attempts_end_in_an_error_that_names_each() -> None:
     for instance in ("d0", "d1", "d2"):
         life.place(instance, None, now)
         now = life.deadline
-        effects = life.handle(Tick(), now)
+        effects = life.tick(now)
     error = effects[-1].error
     assert (error.kind, error.code) == (Rejection.TIMED_OUT, "first_token_timeout")
     assert str(error) == "3 attempts failed: " + "; ".join(
@@ -474,7 +473,7 @@ def test_request_deadline_bounds_everything() -> None:
     attempt = sent(life.place("d0", None, 0.0)).attempt
     for second in range(0, 1000, 50):
         life.handle(Output(attempt.attempt_id, [second]), float(second))
-    cancel, fail = life.handle(Tick(), 1000.0)
+    cancel, fail = life.tick(1000.0)
     assert cancel == CancelAttempt("d0", attempt.attempt_id)
     assert fail.error.kind is Rejection.TIMED_OUT
     assert str(fail.error) == "request took longer than 1000 s: no next token from d0 for 50 s"
@@ -488,7 +487,7 @@ def test_client_gone_cancels_and_releases() -> None:
         ReleaseKv("p0", "r.1", sent=True),
     ]
     assert life.handle(ClientGone(), 3.0) == []
-    assert life.handle(Tick(), 1e6) == []
+    assert life.tick(1e6) == []
 
 
 def test_an_output_is_complete_unless_something_cut_it_short() -> None:
@@ -581,7 +580,7 @@ class Story:
             self.answer(action, send)
         elif action == "tick":
             self.now += 50.0
-            self.perform(self.life.handle(Tick(), self.now))
+            self.perform(self.life.tick(self.now))
 
     def handed(self) -> bool:
         return self.life.handoff is not None

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.core import lifecycle, membership
+from penstock.core import membership
 from penstock.core.admission import AdmissionQueue
 from penstock.core.deadlines import Phase
 from penstock.core.dispatcher import Dispatcher
@@ -85,7 +85,7 @@ def the_next_attempt_forgets_what_was_generated(patch: pytest.MonkeyPatch) -> No
 
 def a_lost_request_is_never_asked_for_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Router, "on_lost", lambda self, *args: None)
-    patch.setitem(lifecycle._HANDLERS, lifecycle.Tick, lambda self, event, now: [])
+    patch.setattr(Lifecycle, "tick", lambda self, now: [])
 
 
 def bookings_stay(patch: pytest.MonkeyPatch) -> None:
@@ -279,13 +279,13 @@ def requests_wait_beside_idle_workers(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_stall_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
-    real = Lifecycle._on_tick
+    real = Lifecycle.tick
 
-    def on_tick(self: Any, event: Any, now: float) -> Any:
+    def tick(self: Any, now: float) -> Any:
         late = self.phase is Phase.QUEUED or now >= self._request_deadline
-        return real(self, event, now) if late else []
+        return real(self, now) if late else []
 
-    patch.setitem(lifecycle._HANDLERS, lifecycle.Tick, on_tick)
+    patch.setattr(Lifecycle, "tick", tick)
 
 
 def a_quarantine_lasts_too_long(patch: pytest.MonkeyPatch) -> None:
