@@ -32,6 +32,7 @@ from penstock.frontend.http.exchange import Bodies, HttpExchange
 from penstock.frontend.http.statuses import anthropic_error, status_of
 from penstock.frontend.prompting import PromptServer
 from penstock.frontend.settings import FrontendSettings
+from penstock.frontend.start_page import START_PAGE_HEADERS, START_PAGE_TYPE, start_page
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.tokenization import Detokenize, Tokenize
 from penstock.logs.quiet_log import QuietLog
@@ -91,7 +92,9 @@ class App:
                 *(_route("POST", path, self._prompt(api)) for path, api in PROMPT_ENDPOINTS.items()),
                 _route("GET", "/v1/models", self._models),
                 _route("GET", "/v1/models/{name:path}", self._model),
+                _route("GET", "/", self._start_page),
                 _route("GET", "/health", self._health),
+                _route("GET", "/ping", self._health),
                 _route("GET", "/live", self._live),
                 _route("GET", "/metrics", self._render_metrics),
                 _route("GET", "/version", self._version),
@@ -201,6 +204,12 @@ class App:
         self._tenant(exchange)
         model = self._completer.model(name)
         await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
+
+    async def _start_page(self, exchange: HttpExchange, scope: Scope) -> None:
+        host = exchange.header(b"host") or b"localhost"
+        models = [model.card.name for model in self._completer.models()]
+        page = start_page(f"{scope['scheme']}://{host.decode('ascii')}", models, self._completer.missing())
+        await exchange.respond(200, page, START_PAGE_HEADERS, START_PAGE_TYPE)
 
     async def _health(self, exchange: HttpExchange, scope: Scope) -> None:
         missing = self._completer.missing()

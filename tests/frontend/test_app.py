@@ -1,8 +1,10 @@
 """Paths, keys, health, and bad requests of all kinds, over a real server."""
 
 import asyncio
+import html
 import json
 import re
+import shlex
 
 import pytest
 
@@ -59,6 +61,33 @@ async def test_live_version_and_metrics(served):
     assert "penstock_requests_total" in metrics.text
 
 
+async def test_ping_answers_as_health(served):
+    assert (await served.http.get("/ping")).status_code == 200
+    served.completer.absent = [Role.DECODE]
+    assert (await served.http.get("/ping")).status_code == 503
+
+
+async def test_a_browser_gets_a_page_with_the_models_and_a_line_to_try(serve_script, view_of, byte_level):
+    name = "a<b>'s/model"
+    async with serve_script("x", views=[view_of(byte_level, name=name)]) as served:
+        page = await served.http.get("/")
+        served.completer.absent = [Role.PREFILL]
+        unhealthy = await served.http.get("/")
+        served.completer.views = []
+        empty = await served.http.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"] == "default-src 'none'"
+    assert "Health: healthy" in page.text
+    assert "missing: prefill" in unhealthy.text
+    assert "none yet" in empty.text
+    assert "<b>" not in page.text
+    assert "<script" not in page.text
+    line = html.unescape(re.search("<pre>(.*)</pre>", page.text)[1])
+    words = shlex.split(line)
+    assert words[1] == f"{served.url}/v1/chat/completions"
+    assert json.loads(words[-1])["model"] == name
+
+
 async def test_a_head_request_has_no_body(served):
     response = await served.http.head("/health")
     assert (response.status_code, response.content) == (200, b"")
@@ -67,7 +96,8 @@ async def test_a_head_request_has_no_body(served):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
+        ("GET", "/index.html", 404),
         ("GET", "/v2/models", 404),
         ("POST", "/v1/chat", 404),
         ("GET", "/v1/models/none", 404),
@@ -198,7 +228,7 @@ def counted(served, endpoint, status, outcome="rejected", model=""):
     [
         ("POST", "/v1/responses", 404, "other", "not_found"),
         ("POST", "/chat/completions", 404, "other", "not_found"),
-        ("GET", "/", 404, "other", "not_found"),
+        ("GET", "/index.html", 404, "other", "not_found"),
         ("GET", "/v1/models/none", 404, "models", "model_not_found"),
         ("GET", "/v1/chat/completions", 405, "chat_completions", "method_not_allowed"),
         ("DELETE", "/health", 405, "other", "method_not_allowed"),
