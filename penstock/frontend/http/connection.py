@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, cast
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from penstock.errors import ProtocolError, Rejection, RequestRejected
-from penstock.frontend.http.exchange import ABORT_EXTENSION, WRITE_EXTENSION
+from penstock.frontend.http.exchange import ABORT_EXTENSION, LENGTH_EXTENSION, WRITE_EXTENSION
 from penstock.frontend.http.statuses import error_object, status_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import QuietLog
@@ -135,6 +136,11 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._head_complete()
         super().on_headers_complete()
+        if (
+            self.parser.get_http_version() == "1.0"
+        ):  # which knows no chunks: a stream ends with its connection
+            plain = {WRITE_EXTENSION: self._write_plain, LENGTH_EXTENSION: partial(_set_length, self.cycle)}
+            cast(dict[str, Any], self.scope)["extensions"].update(plain)
         if self.leaving:
             self.cycle.keep_alive = False
 
@@ -186,6 +192,13 @@ class HttpConnection(HttpToolsProtocol):
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
+    def _write_plain(self, body: bytes) -> bool:
+        """The same for a client of HTTP/1.0."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(body)
+        return True
+
     def _refuse(self, error: RequestRejected) -> None:
         """Answer what is not even a request, and end the connection."""
         if self._refused or self.transport.is_closing():
@@ -230,6 +243,12 @@ class HttpConnection(HttpToolsProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
+
+
+def _set_length(cycle: RequestResponseCycle, length: int) -> None:
+    """So much of a response's body is to come, and it is not cut into chunks."""
+    cycle.chunked_encoding = False
+    cycle.expected_content_length = length
 
 
 def connection_class(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ ABORT_EXTENSION = "penstock.abort"
 WRITE_EXTENSION = "penstock.write"
 """ASGI extension (http/connection.py): a function that writes a part of a streamed body at once, or
 returns False when the client is behind."""
+
+LENGTH_EXTENSION = "penstock.length"
+"""ASGI extension (http/connection.py) of requests in HTTP/1.0: a function that says how much of a body is
+to come, which is then not cut into chunks."""
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -91,6 +96,7 @@ class HttpExchange:
         self._bodies = bodies
         self._body_bytes = 0  # that arrived
         self._write_now: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_EXTENSION)
+        self._set_length: Callable[[int], None] | None = None  # of a stream in HTTP/1.0
         self._stall_timer: asyncio.TimerHandle | None = None
         self._silence_timer: asyncio.TimerHandle | None = None
         self._silent = False  # since the last look at it
@@ -212,6 +218,9 @@ class HttpExchange:
     async def begin_stream(self) -> None:
         """The head of an event stream. From here on a client that takes nothing for `client_stall_s` is
         dropped, and one that would be sent nothing for `sse_keep_alive_s` is sent a comment."""
+        self._set_length = self._scope.get("extensions", {}).get(LENGTH_EXTENSION)
+        if self._set_length is not None:
+            self._set_length(sys.maxsize)
         # Proxies such as nginx would otherwise collect the events into large pieces.
         uncached = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._begin(200, [(b"content-type", EVENT_STREAM), *uncached])
@@ -226,6 +235,8 @@ class HttpExchange:
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """Send a part of the body; waits while the client is behind."""
+        if self._set_length is not None and not more:
+            self._set_length(len(body))
         self._writing_since = time.monotonic()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self._writing_since = None

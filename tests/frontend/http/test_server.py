@@ -54,6 +54,37 @@ async def everything(reader, within_s=5.0):
         return await reader.read()
 
 
+# --- other versions of HTTP -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.3])
+async def test_a_stream_over_http_1_0_is_plain_and_ends_with_its_connection(serve_script, deltas, step_s):
+    def script(request):
+        return deltas(request.token_ids[:6])
+
+    settings = {"step_s": step_s, "sse_keep_alive_s": 0.2} if step_s else {}
+    async with serve_script(script, **settings) as served, connection(served) as (reader, writer):
+        request = post({**CHAT, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0")
+        writer.write(request)
+        head, _, body = (await everything(reader)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in head
+    assert b"transfer-encoding" not in head
+    assert b"content-length" not in head
+    events = body.decode().split("\n\n")
+    assert all(event.startswith("data: ") or event == ": keep-alive" for event in events[:-1])
+    assert (": keep-alive" in events) == (step_s > 0)
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+async def test_an_answer_over_http_1_0_has_its_length(serve_script):
+    async with serve_script("x") as served, connection(served) as (reader, writer):
+        writer.write(post(CHAT).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = (await everything(reader)).partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head
+    assert json.loads(body)["object"] == "chat.completion"
+
+
 # --- slow and broken connections ------------------------------------------------------------------
 
 
