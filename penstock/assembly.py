@@ -85,7 +85,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
 
 def run_frontend(options: FrontendOptions) -> None:
     """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
-    setup_logging(options.log_level)
+    setup_logging(options.log_level, options.log_format)
     from penstock.core.admission import AdmissionSettings
     from penstock.core.deadlines import Deadlines, parse_deadlines
     from penstock.core.settings import RouterSettings
@@ -146,7 +146,7 @@ def run_frontend(options: FrontendOptions) -> None:
 
 def run_worker(options: WorkerOptions) -> None:
     """Serve attempts until a signal, then drain. Raises ConfigError; RemoteError when the engine dies."""
-    setup_logging(options.log_level)
+    setup_logging(options.log_level, options.log_format)
     from penstock.worker.worker import Worker, WorkerSettings
 
     instance_id = options.instance_id or _unique_name(options.role)

@@ -2,9 +2,11 @@
 
 import asyncio
 import io
+import json
 import logging
 import platform
 import re
+from datetime import datetime
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -67,6 +69,24 @@ def test_a_message_stays_on_one_line_and_a_traceback_follows():
 def test_the_flag_wins_over_the_variables(level, environ, expected):
     _lines(level, environ)
     assert logging.getLogger("penstock").level == expected
+
+
+def test_json_lines_have_the_same_parts_as_text_and_one_object_each():
+    stream = io.StringIO()
+    setup_logging(None, "json", environ={}, stream=stream)
+    logging.getLogger("penstock.router").info("placed request=%s", "r-1\nINFO forged \ud800")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("penstock.frontend").exception("failed")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert datetime.fromisoformat(first.pop("time")).tzinfo is not None
+    assert first == {
+        "level": "INFO",
+        "component": "router",
+        "message": "placed request=r-1\nINFO forged ?",
+    }
+    assert second["traceback"].endswith("ValueError: broken")
 
 
 def test_components_can_have_levels_of_their_own():

@@ -1,6 +1,7 @@
 """Sets up the logging of a process.
 
-Log lines are one line each, `time level component message`, with values as key=value.
+Log lines are one line each, `time level component message`, with values as key=value; or each line is one
+JSON object with the same parts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Literal, TextIO
+
+import msgspec
 
 from penstock.errors import ConfigError
 from penstock.logs.log_pipe import unblocked
@@ -24,6 +27,8 @@ LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
+LogFormat = Literal["text", "json"]
+
 LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second is Dynamo's
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -38,11 +43,8 @@ class LineFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        when = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        )
+        when, component = _when(record), _component(record)
         level = f"{record.levelname:<7}"
-        component = record.name.removeprefix("penstock.")
         if self._colour:
             when, component = f"{_DIM}{when}{_RESET}", f"{_DIM}{component}{_RESET}"
             level = f"{_COLOURS.get(record.levelno, '')}{level}{_RESET}"
@@ -54,8 +56,38 @@ class LineFormatter(logging.Formatter):
         return line
 
 
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object in one line, with a traceback as a text in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        parts = {
+            "time": _when(record),
+            "level": record.levelname,
+            "component": _component(record),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            parts["traceback"] = self.formatException(record.exc_info)
+        # A client may choose parts of a message, and half a surrogate is no text of JSON.
+        whole = {name: part.encode("utf-8", "replace").decode() for name, part in parts.items()}
+        return msgspec.json.encode(whole).decode()
+
+
+def _when(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
+
+
+def _component(record: logging.LogRecord) -> str:
+    return record.name.removeprefix("penstock.")
+
+
 def setup_logging(
-    level: str | None = None, *, environ: Mapping[str, str] = os.environ, stream: TextIO | None = None
+    level: str | None = None,
+    form: LogFormat = "text",
+    *,
+    environ: Mapping[str, str] = os.environ,
+    stream: TextIO | None = None,
 ) -> None:
     """Send this process's logs to `stream` (default: standard error).
 
@@ -69,7 +101,8 @@ def setup_logging(
     root_level, components = _parse_levels(source, wanted or "info")
     stream = stream or sys.stderr
     handler = logging.StreamHandler(unblocked(stream))
-    handler.setFormatter(LineFormatter(colour=stream.isatty() and "NO_COLOR" not in environ))
+    colour = stream.isatty() and "NO_COLOR" not in environ
+    handler.setFormatter(JsonFormatter() if form == "json" else LineFormatter(colour))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

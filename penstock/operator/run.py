@@ -35,7 +35,7 @@ START_S = 120.0
 
 def run_operator(options: OperatorOptions) -> None:
     """Manage graphs until a signal. Raises ConfigError if the operator cannot start."""
-    setup_logging(options.log_level)
+    setup_logging(options.log_level, options.log_format)
     api = connect(options.kubeconfig)
     namespace = options.lease_namespace or own_namespace(options.kubeconfig)
 

@@ -18,6 +18,7 @@ from msgspec import Meta
 from penstock.checked import shown
 from penstock.core.deadlines import Deadlines, parse_deadlines
 from penstock.errors import ConfigError
+from penstock.logs.setup import LogFormat
 from penstock.shapes import Role
 
 PORT_MAX = 65535
@@ -108,6 +109,9 @@ class CommonOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         str | None, flag("debug, info, warning or error (also PENSTOCK_LOG, DYN_LOG).")
     ] = None
+    log_format: Annotated[
+        LogFormat, flag("text, or json: one object in each line.", "PENSTOCK_LOG_FORMAT")
+    ] = "text"
 
     def __post_init__(self) -> None:
         if not _NAMESPACE.fullmatch(self.namespace):
@@ -423,6 +427,9 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         str | None, flag("debug, info, warning or error (also PENSTOCK_LOG, DYN_LOG).")
     ] = None
+    log_format: Annotated[
+        LogFormat, flag("text, or json: one object in each line.", "PENSTOCK_LOG_FORMAT")
+    ] = "text"
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):
