@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import platform
 import re
 from datetime import datetime
@@ -87,6 +88,20 @@ def test_json_lines_have_the_same_parts_as_text_and_one_object_each():
         "message": "placed request=r-1\nINFO forged ?",
     }
     assert second["traceback"].endswith("ValueError: broken")
+
+
+def test_the_line_about_lost_lines_has_the_form_of_all_lines():
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream, open(reader, "rb") as lines:
+        setup_logging(None, "json", environ={}, stream=stream)
+        for _ in range(2000):
+            logging.getLogger("penstock.router").info("x" * 200)
+        messages = []
+        while not (messages and "lines_lost=" in messages[-1]):
+            messages.append(json.loads(lines.readline())["message"])
+        logging.getLogger().handlers[0].stream.close()
+    lost = int(re.fullmatch(r"lines_lost=(\d+): nobody read them", messages[-1])[1])
+    assert len(messages) - 1 + lost == 2000
 
 
 def test_components_can_have_levels_of_their_own():

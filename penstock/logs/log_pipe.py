@@ -30,11 +30,17 @@ LAST_LINES_S = 1.0
 """How long a process that ends waits for a slow reader to take the kept lines."""
 
 
+def _lost_line(count: int) -> str:
+    return f"lines_lost={count}: nobody read them"
+
+
 class LogPipe(io.TextIOBase):
     """A stream for a logging handler, over a descriptor that other processes may share. `write` never
     waits."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, lost_line: Callable[[int], str] = _lost_line) -> None:
+        """`lost_line` makes the line that says how many are missing in its place."""
+        self._lost_line = lost_line
         self._close_own: Callable[[], None] | None = None
         self._never_waits = True
         self._descriptor, self._write_some = descriptor, self._writer(descriptor)
@@ -120,7 +126,7 @@ class LogPipe(io.TextIOBase):
 
     def _tell_lost(self) -> None:
         if self._lost:
-            self._append(f"lines_lost={self._lost}: nobody read them\n".encode())
+            self._append(f"{self._lost_line(self._lost)}\n".encode())
             self._lost = 0
 
     def _append(self, data: bytes) -> None:
@@ -166,7 +172,7 @@ class LogPipe(io.TextIOBase):
         return bool(self._kept)
 
 
-def unblocked(stream: TextIO) -> TextIO:
+def unblocked(stream: TextIO, lost_line: Callable[[int], str] = _lost_line) -> TextIO:
     """The stream to log to in place of `stream`: a LogPipe, or the stream itself if it is a regular
     file."""
     try:
@@ -174,4 +180,4 @@ def unblocked(stream: TextIO) -> TextIO:
     except (OSError, ValueError):
         return stream  # it has no descriptor
     waits = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stream.isatty()
-    return cast(TextIO, LogPipe(stream.fileno())) if waits else stream
+    return cast(TextIO, LogPipe(stream.fileno(), lost_line)) if waits else stream

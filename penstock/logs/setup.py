@@ -100,9 +100,17 @@ def setup_logging(
             source, wanted = name, environ[name]
     root_level, components = _parse_levels(source, wanted or "info")
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(unblocked(stream))
     colour = stream.isatty() and "NO_COLOR" not in environ
-    handler.setFormatter(JsonFormatter() if form == "json" else LineFormatter(colour))
+    formatter = JsonFormatter() if form == "json" else LineFormatter(colour)
+
+    def lost_line(count: int) -> str:
+        message = "lines_lost=%d: nobody read them"
+        return formatter.format(
+            logging.LogRecord("penstock.logs", logging.WARNING, __file__, 0, message, (count,), None)
+        )
+
+    handler = logging.StreamHandler(unblocked(stream, lost_line))
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
