@@ -12,7 +12,7 @@ objects that are made here are not checked. A range also refuses NaN and infinit
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -391,12 +391,18 @@ class Registration(msgspec.Struct, frozen=True):
         return epoch == self.epoch if self.epoch else epoch >= self.started_ms > 0
 
 
+class ModelKey(NamedTuple):
+    """One revision of a model. A request runs only on workers of the one that it was tokenized for."""
+
+    name: str
+    revision: str  # core/catalog.py
+
+
 class Request(msgspec.Struct):
     """One choice of a client's call, checked and tokenized: what the router serves."""
 
     request_id: str
-    model: str
-    revision: str  # of the model, for which it was tokenized (core/catalog.py)
+    model: ModelKey
     token_ids: list[int]
     sampling: Sampling
     cache_salt: str = ""
@@ -421,6 +427,10 @@ class ModelView(msgspec.Struct):
     card: ModelCard
     revision: str  # core/catalog.py
     assets: dict[str, bytes]  # file name -> content
+
+    @property
+    def key(self) -> ModelKey:
+        return ModelKey(self.card.name, self.revision)
 
 
 class InstanceView(msgspec.Struct):

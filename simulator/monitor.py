@@ -15,6 +15,7 @@ from penstock.core.deadlines import Phase
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.membership import State
 from penstock.core.pairing import KvFormat, kv_format
+from penstock.shapes import ModelKey
 from simulator.processes import SimulatedFrontend, SimulatedWorker
 from simulator.world import World
 
@@ -80,12 +81,12 @@ class Monitor:
     def idle_s(self, frontend: SimulatedFrontend) -> float:
         """For how long some worker could have begun a request, going by what this frontend knows."""
         now = self._world.loop.time()
-        served = frontend.router.membership.served.items()
+        served = [ModelKey(*it) for it in frontend.router.membership.served.items()]
         idle = [
             what
             for key in served
             if key in frontend.router.dispatcher.queues
-            for what in self._idle(frontend, *key).values()
+            for what in self._idle(frontend, key).values()
         ]
         return max((now - self._since.get(what, now) for what in idle), default=0.0)
 
@@ -167,30 +168,30 @@ class Monitor:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
         membership, request = frontend.router.membership, life.request
         begun = len(life.token_ids) > len(request.token_ids)
-        other = membership.served.get(request.model, request.revision) != request.revision
-        return not begun and other and not membership.ready(request.model, request.revision)
+        other = membership.replaced(request.model)
+        return not begun and other and not membership.ready(request.model)
 
     def _could_run(self, frontend: SimulatedFrontend, life: Lifecycle) -> bool:
         """Whether there is a worker for it."""
         request = life.request
-        cards = frontend.router.membership.ready(request.model, request.revision)
+        cards = frontend.router.membership.ready(request.model)
         return any(card.role.decodes and card.instance_id not in life.avoided for card in cards)
 
     def _waiting(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """Nobody waits while workers that could begin at once have nothing to do."""
-        for model, revision in list(frontend.router.dispatcher.queues):
-            for what in self._idle(frontend, model, revision).values():
+        for model, queue in list(frontend.router.dispatcher.queues.items()):
+            for what in self._idle(frontend, model).values():
                 yield "", math.inf, what
-                request_id = frontend.router.dispatcher.queues[model, revision].next()
+                request_id = queue.next()
                 if request_id is not None:
                     yield "no worker idles", IDLE_S, f"{request_id} waits, and {what}"
 
-    def _idle(self, frontend: SimulatedFrontend, model: str, revision: str) -> dict[str, str]:
+    def _idle(self, frontend: SimulatedFrontend, model: ModelKey) -> dict[str, str]:
         """Those who could end a request of this revision and have nothing to do, going by what a frontend
         knows; with words for it. None of those for whom prompts are computed where there is a queue, and
         none that the first in the queue avoids after an attempt that was lost there."""
         router, now = frontend.router, frontend.process.clock.now()
-        ready = router.membership.ready(model, revision)
+        ready = router.membership.ready(model)
         idle = []
         for card in ready:
             load = router.placement.loads[card.instance_id].assumed()
@@ -205,7 +206,7 @@ class Monitor:
                 ahead[kind] = ahead.get(kind, False) or card in idle
         if ahead and not any(ahead.values()):
             return {}
-        heads = [router.dispatcher.records.get(router.dispatcher.queues[model, revision].next() or "")]
+        heads = [router.dispatcher.records.get(router.dispatcher.queues[model].next() or "")]
         avoided = {name for record in heads if record is not None for name in record.life.avoided}
         names = [
             card.instance_id

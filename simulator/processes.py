@@ -17,7 +17,7 @@ from penstock.core.dispatcher import RequestRecord
 from penstock.errors import PenstockError, RequestRejected
 from penstock.metrics import Metrics
 from penstock.router.router import Router
-from penstock.shapes import Attempt, Incarnation, ModelView, Request, Role
+from penstock.shapes import Attempt, Incarnation, ModelKey, ModelView, Request, Role
 from penstock.worker.worker import Worker, WorkerSettings
 from simulator.checked_engine import CheckedEngine, EngineClock
 from simulator.checked_transfer import CheckedTransfer, CheckedTransferNetwork
@@ -297,8 +297,8 @@ class SimulatedFrontend:
             self._numbers += 1
             request = Request(
                 f"{self.name}-{self._numbers}",
-                self._surroundings.scenario.sim.model,
-                "",  # known once it is submitted
+                # Its revision is known once it is submitted.
+                ModelKey(self._surroundings.scenario.sim.model, ""),
                 list(call.token_ids),
                 sampling,
                 cache_salt=call.cache_salt,
@@ -341,8 +341,8 @@ class SimulatedFrontend:
         version = self._version()
         loop = self._surroundings.loop
         age_s = loop.time() - asked.at
-        revision = self._models.revision(version)
-        asked.request = replace(asked.request, revision=revision, age_s=age_s)
+        model = asked.request.model._replace(revision=self._models.revision(version))
+        asked.request = replace(asked.request, model=model, age_s=age_s)
         prompt, sampling = asked.request.token_ids, asked.request.sampling
         asked.wanted, asked.reason = self._models.oracles[version].answer(len(prompt), sampling)
         try:

@@ -43,7 +43,7 @@ class SendingChecks:
             read = decode.card if decode is not None else None
             self._check_kv(attempt.attempt_id, prefill, made, read)
         life, request = record.life, record.life.request
-        revision = request.revision
+        revision = request.model.revision
         same = member is not None and worker.epoch == member.registration.epoch
         if same and worker.revision and not serves(worker.revision, revision):
             what = f"{attempt.attempt_id} of {revision} goes to {instance_id} of {worker.revision}"

@@ -21,7 +21,7 @@ from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
 from penstock.router.instances import Prepare
 from penstock.router.router import Router
-from penstock.shapes import Delta, FinishReason, Incarnation, Request, Role, Sampling
+from penstock.shapes import Delta, FinishReason, Incarnation, ModelKey, Request, Role, Sampling
 from penstock.transfer.tcp import TcpTransfer
 from penstock.worker.worker import Worker, WorkerSettings
 from tests.waiting import until
@@ -212,8 +212,7 @@ class Cluster:
         answer = Answer()
         request = Request(
             f"r{next(self.ids)}",
-            MODEL,
-            revision or self.revision,
+            ModelKey(MODEL, revision or self.revision),
             tokens,
             Sampling(max_tokens=max_tokens, seed=seed, **sampling),
             tenant=tenant,

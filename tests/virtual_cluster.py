@@ -75,8 +75,7 @@ class Frontend:
         asked = Asked(self._loop.time())
         request = Request(
             f"{self._name}-{next(self._numbers)}",
-            MODEL,
-            self.router.model(MODEL).revision,
+            self.router.model(MODEL).key,
             self._rng.choices(VOCABULARY, k=prompt_tokens),
             Sampling(max_tokens=max_tokens),
             tenant=tenant,

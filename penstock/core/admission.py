@@ -20,7 +20,7 @@ import msgspec
 
 from penstock.core.fair_queue import FairQueue, Flow
 from penstock.core.wait_prediction import Refusal, WaitPrediction
-from penstock.shapes import Request
+from penstock.shapes import ModelKey, Request
 
 TENANT_FLOWS = 2
 """A tenant may have this many times as many calls in all priorities together as in one of them."""
@@ -260,8 +260,8 @@ class AdmissionQueue:
             self.prediction.stop()
 
 
-class AdmissionQueues(dict[tuple[str, str], AdmissionQueue]):
-    """The queues by model and revision. Requests of one revision do not wait behind those of another, whose
+class AdmissionQueues(dict[ModelKey, AdmissionQueue]):
+    """The queues of all models. Requests of one revision do not wait behind those of another, whose
     workers they could not use. All share one budget of memory."""
 
     def __init__(self, settings: AdmissionSettings, rng: Random) -> None:
@@ -270,9 +270,9 @@ class AdmissionQueues(dict[tuple[str, str], AdmissionQueue]):
         self._rng = rng
         self._memory = MemoryBudget(settings.max_queued_bytes)
 
-    def of(self, model: str, revision: str) -> AdmissionQueue:
+    def of(self, model: ModelKey) -> AdmissionQueue:
         """The queue of this revision, made when it is first asked for."""
-        queue = self.get((model, revision))
+        queue = self.get(model)
         if queue is None:
-            queue = self[model, revision] = AdmissionQueue(self._settings, self._rng, self._memory)
+            queue = self[model] = AdmissionQueue(self._settings, self._rng, self._memory)
         return queue

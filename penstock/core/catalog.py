@@ -16,21 +16,21 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict, replace
 
-from penstock.shapes import Answering, Card, ModelCard, ModelView
+from penstock.shapes import Answering, Card, ModelCard, ModelKey, ModelView
 
 _encoder = msgspec.json.Encoder(order="deterministic")  # equal cards are equal bytes
 
 
 class Catalog:
-    """Model views by name and revision, and the contents of their files by sha256. Pure."""
+    """Model views, and the contents of their files by sha256. Pure."""
 
     def __init__(self) -> None:
         self._assets: dict[str, bytes] = {}
-        self._views: dict[tuple[str, str], ModelView] = {}
+        self._views: dict[ModelKey, ModelView] = {}
 
-    def view(self, name: str, revision: str) -> ModelView | None:
+    def view(self, key: ModelKey) -> ModelView | None:
         """The view of one revision of a model; None when it is not here."""
-        return self._views.get((name, revision))
+        return self._views.get(key)
 
     def wanted(self, card: Card) -> list[str]:
         """The sha256 of this card's assets that are not here yet."""
@@ -41,13 +41,13 @@ class Catalog:
 
     def publish(self, card: Card) -> ModelView:
         """Make the view of the card's model and revision. All its assets must be here (`wanted`)."""
-        revision = revision_of(card)
         files = {name: self._assets[sha256] for name, sha256 in card.model.assets.items()}
-        view = self._views[card.model.name, revision] = ModelView(card.model, revision, files)
+        view = ModelView(card.model, revision_of(card), files)
+        self._views[view.key] = view
         return view
 
-    def keep(self, cards: Mapping[tuple[str, str], Card]) -> None:
-        """Drop all views and files but those of these cards, which are given by model and revision."""
+    def keep(self, cards: Mapping[ModelKey, Card]) -> None:
+        """Drop all views and files but those of these cards."""
         files = {sha256 for card in cards.values() for sha256 in card.model.assets.values()}
         self._views = {key: view for key, view in self._views.items() if key in cards}
         self._assets = {sha256: content for sha256, content in self._assets.items() if sha256 in files}

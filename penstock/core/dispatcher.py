@@ -55,7 +55,7 @@ from penstock.core.settings import RouterSettings
 from penstock.core.suspects import HOLD_S, Suspects, alone_from
 from penstock.core.wait_prediction import Refusal
 from penstock.errors import ModelReplaced
-from penstock.shapes import Attempt, Card, Incarnation, Output, Request
+from penstock.shapes import Attempt, Card, Incarnation, ModelKey, Output, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +105,7 @@ class Dispatcher:
     def submit(self, request: Request, client: Any, now: float) -> RequestRecord | Refusal:
         """Let a request into its queue; `place` and then `hopeless` must follow. A Refusal when it would
         have to wait too long. The choices of a call must be submitted one directly after the other."""
-        queue = self.queues.of(request.model, request.revision)
+        queue = self.queues.of(request.model)
         size = waiting_bytes(request)
         patience = self._patient.look(now)
         refusal = queue.refusal(
@@ -119,9 +119,9 @@ class Dispatcher:
         self.records[request.request_id] = record
         return record
 
-    def refusal(self, model: str, revision: str, tenant: str, priority: int, now: float) -> Refusal | None:
+    def refusal(self, model: ModelKey, tenant: str, priority: int, now: float) -> Refusal | None:
         """Why a request would be refused, whatever it asks; None when it would be let in."""
-        queue = self.queues.get((model, revision))
+        queue = self.queues.get(model)
         return queue.refusal(tenant, priority, self._patient.look(now)) if queue is not None else None
 
     def hopeless(self, record: RequestRecord) -> Refusal | None:
@@ -253,15 +253,15 @@ class Dispatcher:
         for record in self.records.values():
             life, request = record.life, record.life.request
             if life.instance_id == instance_id:
-                leaves = decoders(self._membership.ready(request.model, request.revision)) > 0
+                leaves = decoders(self._membership.ready(request.model)) > 0
             else:
                 leaves = life.decode_id == instance_id
             if leaves:
                 leaving.append((record, InstanceStuck(instance_id, reason)))
         return leaving
 
-    def unused_queues(self) -> list[tuple[str, str]]:
-        """The models and revisions of queues that no request needs now."""
+    def unused_queues(self) -> list[ModelKey]:
+        """The models whose queues no request needs now."""
         used = {id(record.queue) for record in self.records.values()}
         return [key for key, queue in self.queues.items() if id(queue) not in used]
 
@@ -271,9 +271,9 @@ class Dispatcher:
         life, queue, request = record.life, record.queue, record.life.request
         if life.phase is not Phase.QUEUED or now <= life.rests_until:
             return []
-        everybody = self._membership.ready(request.model, request.revision)
+        everybody = self._membership.ready(request.model)
         workers = decoders(everybody)
-        if not workers and self._membership.replaced(request.model, request.revision):
+        if not workers and self._membership.replaced(request.model):
             return self._without_its_revision(record)
         patience = self._patient.look(now)
         if record.resting:  # it was sent before
@@ -290,7 +290,7 @@ class Dispatcher:
             if able or not workers:
                 queue.hold(record.request_id, workers, patience)
             if not able:
-                life.unplaced(f"no worker is ready to decode for {request.model}")
+                life.unplaced(f"no worker is ready to decode for {request.model.name}")
             return []
         waited_s = queue.dispatch(
             record.request_id,
@@ -334,8 +334,8 @@ class Dispatcher:
         """It waits for workers of its revision that may return, if it has tokens already. Otherwise it had
         better be tokenized for the revision that is served."""
         life, request = record.life, record.life.request
-        if not (life.output_tokens and self._membership.may_return(request.model, request.revision)):
-            return life.fail(ModelReplaced(request.model))
+        if not (life.output_tokens and self._membership.may_return(request.model)):
+            return life.fail(ModelReplaced(request.model.name))
         return self._rest(record)
 
     def _work(self, record: RequestRecord) -> float:

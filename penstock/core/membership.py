@@ -33,7 +33,7 @@ from enum import StrEnum
 import msgspec
 
 from penstock.core.catalog import revision_of, serves
-from penstock.shapes import Card, Incarnation, Registration, Role
+from penstock.shapes import Card, Incarnation, ModelKey, Registration, Role
 
 
 class State(StrEnum):
@@ -170,29 +170,29 @@ class Membership:
             member.state = State.STANDBY if stands_by else State.READY
         return [model for model in before | self.served if before.get(model) != self.served.get(model)]
 
-    def ready(self, model: str, revision: str) -> list[Card]:
+    def ready(self, model: ModelKey) -> list[Card]:
         """Who may get a new attempt of a request that was tokenized for this revision of the model."""
         return [
             member.card
             for member in self.members.values()
             if member.loaded
             and member.card is not None
-            and member.card.model.name == model
-            and serves(member.revision, revision)
+            and member.card.model.name == model.name
+            and serves(member.revision, model.revision)
         ]
 
-    def replaced(self, model: str, revision: str) -> bool:
+    def replaced(self, model: ModelKey) -> bool:
         """Whether new requests for the model go to another revision than this one."""
-        return self.served.get(model, revision) != revision
+        return self.served.get(model.name, model.revision) != model.revision
 
-    def may_return(self, model: str, revision: str) -> bool:
+    def may_return(self, model: ModelKey) -> bool:
         """Whether an instance that takes no attempts now may decode for this revision soon: it has it, or
         it has not said yet what it has."""
         return any(
-            member.model in (model, "")
+            member.model in (model.name, "")
             and member.state in (State.CONNECTING, State.LOADING, State.QUARANTINED)
             and member.registration.role.decodes
-            and (not member.revision or member.revision == revision)
+            and (not member.revision or member.revision == model.revision)
             for member in self.members.values()
         )
 

@@ -190,14 +190,14 @@ class Placement:
         self.unbook(placed)
         if placed.runs_on and output_tokens is not None:
             request = placed.request
-            prior = self._usual_output_tokens(request.model)
-            self._lengths.ended(request.model, request.tenant, output_tokens, prior)
+            prior = self._usual_output_tokens(request.model.name)
+            self._lengths.ended(request.model.name, request.tenant, output_tokens, prior)
 
     def expected_output_tokens(self, request: Request) -> float:
         """How long its output will be, going by its tenant's others, or by what workers report of all."""
-        mean = self._lengths.mean(request.model, request.tenant)
+        mean = self._lengths.mean(request.model.name, request.tenant)
         if mean is None:
-            mean = self._usual_output_tokens(request.model)
+            mean = self._usual_output_tokens(request.model.name)
         return min(mean, request.sampling.max_tokens)
 
     def _usual_output_tokens(self, model: str) -> float:
@@ -238,7 +238,7 @@ def _hashes(placed: Placed, tokens: list[int], block_size: int) -> list[int]:
     """The block hashes of a prompt, computed once per request (again only if it grew by a block)."""
     hashes = placed.hashes.get(block_size)
     if hashes is None or len(hashes) != len(tokens) // block_size:
-        root = root_hash(placed.request.model, placed.request.cache_salt)
+        root = root_hash(placed.request.model.name, placed.request.cache_salt)
         hashes = placed.hashes[block_size] = sequence_hashes(tokens, block_size, root)
     return hashes
 

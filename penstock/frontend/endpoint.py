@@ -18,7 +18,7 @@ from penstock.frontend.text.model_text import ModelText
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.frontend.text.tokenizing import Caller
 from penstock.frontend.wanted import Wanted
-from penstock.shapes import JsonObject, ModelCard, Request, Sampling
+from penstock.shapes import JsonObject, ModelCard, ModelKey, Request, Sampling
 
 MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
 """Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this
@@ -92,8 +92,7 @@ class Beginning(PromptEncoder):
                 seed = choice_seed(sampling.seed, number)
                 request = Request(
                     request_id=f"{self.router_key}-{index}",
-                    model=model.name,
-                    revision=self.revision,
+                    model=ModelKey(model.name, self.revision),
                     token_ids=prompt,
                     sampling=sampling if number == 0 else replace(sampling, seed=seed),
                     cache_salt=wanted.cache_salt,

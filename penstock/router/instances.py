@@ -27,7 +27,16 @@ from penstock.link.settings import ClientSettings
 from penstock.metrics import RouterMetrics
 from penstock.ports import Discovery
 from penstock.router.served_models import ServedModels
-from penstock.shapes import Card, Incarnation, InstanceView, Load, ModelView, Output, Registration, Role
+from penstock.shapes import (
+    Card,
+    Incarnation,
+    InstanceView,
+    Load,
+    ModelView,
+    Output,
+    Registration,
+    Role,
+)
 from penstock.wire.messages import Bounce, Step
 
 log = logging.getLogger("penstock.instances")

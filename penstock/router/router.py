@@ -143,8 +143,7 @@ class Router:
         return ticket
 
     def check(self, model: str, tenant: str, priority: int) -> None:
-        revision = self.model(model).revision
-        refusal = self.dispatcher.refusal(model, revision, tenant, priority, self._clock.now())
+        refusal = self.dispatcher.refusal(self.model(model).key, tenant, priority, self._clock.now())
         if refusal is not None:
             raise self._overloaded(refusal)
 
@@ -155,9 +154,9 @@ class Router:
     def queues(self) -> list[QueueView]:
         """What waits here for the revision of each model that new requests get, for /metrics."""
         return [
-            QueueView(model, len(queue), queue.saturation_ms())
-            for (model, revision), queue in self.dispatcher.queues.items()
-            if self.served_models.serves(model, revision)
+            QueueView(model.name, len(queue), queue.saturation_ms())
+            for model, queue in self.dispatcher.queues.items()
+            if self.served_models.serves_revision(model)
         ]
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -188,13 +187,13 @@ class Router:
 
     def _forget_models(self) -> None:
         """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
-        for model, revision in self.dispatcher.unused_queues():
-            if self.served_models.serves(model, revision):
+        for model in self.dispatcher.unused_queues():
+            if self.served_models.serves_revision(model):
                 continue
-            del self.dispatcher.queues[model, revision]
-            if not self.served_models.serves(model):
-                self.placement.forget_model(model)
-                self._metrics.model_gone(model)
+            del self.dispatcher.queues[model]
+            if not self.served_models.serves(model.name):
+                self.placement.forget_model(model.name)
+                self._metrics.model_gone(model.name)
 
     # --- requests ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from penstock.core.catalog import Catalog, differences
 from penstock.core.membership import Membership, State
 from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import Card, ModelView
+from penstock.shapes import Card, ModelKey, ModelView
 
 log = logging.getLogger("penstock.instances")
 
@@ -88,11 +88,15 @@ class ServedModels:
         message = f"The model `{name}` does not exist; served: {names or 'none'}."
         raise RequestRejected(message, kind=Rejection.NOT_FOUND, code="model_not_found", field="model")
 
-    def serves(self, name: str, revision: str | None = None) -> bool:
-        """Whether new requests may come for the model, or for this revision of it: it is served, or was so
-        recently enough for requests to wait."""
-        served = self._served.get(name)
-        return served is not None and revision in (None, served.view.revision)
+    def serves(self, name: str) -> bool:
+        """Whether new requests may come for the model: it is served, or was so recently enough for requests
+        to wait."""
+        return name in self._served
+
+    def serves_revision(self, model: ModelKey) -> bool:
+        """The same, and whether they get this revision of it."""
+        served = self._served.get(model.name)
+        return served is not None and served.view.key == model
 
     def other_revision(self, card: Card) -> str:
         """What keeps new requests from a worker of another revision than the served one."""
@@ -107,10 +111,10 @@ class ServedModels:
         for model in self._membership.elect():
             revision = self._membership.served.get(model)
             before = self._served.get(model)
-            view = self._catalog.view(model, revision) if revision is not None else None
+            view = self._catalog.view(ModelKey(model, revision)) if revision is not None else None
             if view is None or (before is not None and before.view.revision == revision):
                 continue  # nobody serves it, or the same revision again
-            cards = self._membership.ready(model, view.revision)
+            cards = self._membership.ready(view.key)
             self._served[model] = _Served(view, next(card for card in cards if card.role.decodes), now)
             self._gone.pop(model, None)
             if before is not None:
@@ -145,9 +149,11 @@ class ServedModels:
             self._gone.popitem(last=False)
         members = self._membership.members.values()
         cards = {
-            (member.card.model.name, member.revision): member.card for member in members if member.card
+            ModelKey(member.card.model.name, member.revision): member.card
+            for member in members
+            if member.card
         }
-        cards |= {(name, served.view.revision): served.card for name, served in self._served.items()}
+        cards |= {served.view.key: served.card for served in self._served.values()}
         self._catalog.keep(cards)
 
     def _servable(self) -> set[str]:

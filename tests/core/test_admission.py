@@ -18,7 +18,7 @@ from penstock.core.admission import (
     MemoryBudget,
     waiting_bytes,
 )
-from penstock.shapes import Request, Sampling, StructuredOutput
+from penstock.shapes import ModelKey, Request, Sampling, StructuredOutput
 
 BUSY_MS = 1000.0  # at the workers: beyond the gate
 TOKEN_MS = 1.0
@@ -26,7 +26,7 @@ TOKEN_MS = 1.0
 
 def queue(**changes: object) -> AdmissionQueue:
     settings = AdmissionSettings(**changes)  # type: ignore[arg-type]
-    return AdmissionQueues(settings, random.Random(1)).of("model", "revision")
+    return AdmissionQueues(settings, random.Random(1)).of(ModelKey("model", "revision"))
 
 
 def dispatch(
@@ -46,7 +46,7 @@ def dispatch(
 def request(request_id: str, tenant: str = "", priority: int = 0, *, call_id: str = "") -> Request:
     sampling = Sampling(max_tokens=8)
     fields = {"tenant": tenant, "priority": priority, "call_id": call_id}
-    return Request(request_id, "model", "revision", [1], sampling, **fields)  # type: ignore[arg-type]
+    return Request(request_id, ModelKey("model", "revision"), [1], sampling, **fields)  # type: ignore[arg-type]
 
 
 def enter(
@@ -476,8 +476,8 @@ def test_request_of_any_size_may_wait_alone() -> None:
 
 def test_request_takes_memory_for_its_tokens_and_its_schema() -> None:
     spec = StructuredOutput("json", "x" * 5000)
-    plain = Request("r", "m", "v", [1] * 1000, Sampling(max_tokens=8))
-    shaped = Request("r", "m", "v", [1] * 1000, Sampling(max_tokens=8, structured=spec))
+    plain = Request("r", ModelKey("m", "v"), [1] * 1000, Sampling(max_tokens=8))
+    shaped = Request("r", ModelKey("m", "v"), [1] * 1000, Sampling(max_tokens=8, structured=spec))
     assert waiting_bytes(plain) == REQUEST_BYTES + 1000 * TOKEN_BYTES
     assert waiting_bytes(shaped) == waiting_bytes(plain) + 5000
 
@@ -487,7 +487,7 @@ SIZE = waiting_bytes(request("r"))
 
 def test_queues_of_all_models_share_the_memory() -> None:
     queues = AdmissionQueues(AdmissionSettings(max_queued_bytes=SIZE * 5 // 2), random.Random(1))
-    first, second = queues.of("first", ""), queues.of("second", "")
+    first, second = queues.of(ModelKey("first", "")), queues.of(ModelKey("second", ""))
     enter(first, "a", "t")
     assert second.refusal("t", 0, 0.0, size=SIZE // 2) is None
     refused = second.refusal("t", 0, 0.0, size=SIZE // 2 + 1)

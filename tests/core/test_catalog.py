@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from penstock.core.catalog import Catalog, differences, revision_of, serves
-from penstock.shapes import Card, Role
+from penstock.shapes import Card, ModelKey, Role
 from tests import cards
 from tests.cards import changed
 
@@ -22,18 +22,18 @@ def put(catalog: Catalog, **files: bytes) -> None:
 
 
 def keep(catalog: Catalog, *cards: Card) -> None:
-    catalog.keep({(each.model.name, revision_of(each)): each for each in cards})
+    catalog.keep({ModelKey(each.model.name, revision_of(each)): each for each in cards})
 
 
 def test_a_model_has_a_view_once_its_files_are_here() -> None:
     catalog = Catalog()
     first = card(tokenizer=b"t", template=b"x")
     assert len(catalog.wanted(first)) == 2
-    assert catalog.view("m", revision_of(first)) is None
+    assert catalog.view(ModelKey("m", revision_of(first))) is None
     put(catalog, tokenizer=b"t", template=b"x")
     assert catalog.wanted(first) == []
     view = catalog.publish(first)
-    assert catalog.view("m", revision_of(first)) is view
+    assert catalog.view(ModelKey("m", revision_of(first))) is view
     assert view.assets == {"tokenizer": b"t", "template": b"x"}
     assert view.revision == revision_of(first)
 
@@ -53,7 +53,7 @@ def test_two_revisions_of_a_model_have_a_view_each() -> None:
     put(catalog, tokenizer=b"new")
     for each in cards:
         catalog.publish(each)
-    views = [catalog.view("m", revision_of(each)) for each in cards]
+    views = [catalog.view(ModelKey("m", revision_of(each))) for each in cards]
     assert [view and view.assets for view in views] == [{"tokenizer": b"old"}, {"tokenizer": b"new"}]
 
 
@@ -65,8 +65,8 @@ def test_what_no_kept_card_needs_is_dropped() -> None:
     catalog.publish(old)
     catalog.publish(new)
     keep(catalog, new)
-    assert catalog.view("m", revision_of(old)) is None
-    assert catalog.view("m", revision_of(new)) is not None
+    assert catalog.view(ModelKey("m", revision_of(old))) is None
+    assert catalog.view(ModelKey("m", revision_of(new))) is not None
     assert len(catalog.wanted(old)) == 1  # the template is the new one's as well
     keep(catalog)
     assert len(catalog.wanted(new)) == 2

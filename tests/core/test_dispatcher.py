@@ -39,6 +39,7 @@ from penstock.shapes import (
     Attempt,
     FinishReason,
     Load,
+    ModelKey,
     Output,
     Rates,
     Registration,
@@ -132,8 +133,7 @@ class Stage:
     def ask(self, *, settled: bool = True, **fields: object) -> RequestRecord:
         request = Request(
             f"r{next(self.ids)}",
-            "m",
-            self.membership.served.get("m", "v"),
+            ModelKey("m", self.membership.served.get("m", "v")),
             list(PROMPT),
             Sampling(max_tokens=4000),
             **fields,  # type: ignore[arg-type]
@@ -326,12 +326,13 @@ def test_a_request_that_would_wait_too_long_is_refused_when_it_comes() -> None:
     stage.fill()
     for _ in range(3):
         stage.ask()
-    request = Request("r", "m", stage.membership.served["m"], PROMPT, Sampling(max_tokens=8))
+    model = ModelKey("m", stage.membership.served["m"])
+    request = Request("r", model, PROMPT, Sampling(max_tokens=8))
     refused = stage.dispatcher.submit(request, None, stage.now)
     assert isinstance(refused, Refusal)
     assert (refused.reason, refused.limit) == ("full", "calls")
     assert "r" not in stage.dispatcher.records
-    again = stage.dispatcher.refusal("m", stage.membership.served["m"], "", 0, stage.now)
+    again = stage.dispatcher.refusal(model, "", 0, stage.now)
     assert isinstance(again, Refusal)
 
 

@@ -24,7 +24,7 @@ from penstock.core.events import (
 )
 from penstock.core.lifecycle import REST_S, Lifecycle
 from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import FinishReason, Handoff, Incarnation, Output, Request, Sampling
+from penstock.shapes import FinishReason, Handoff, Incarnation, ModelKey, Output, Request, Sampling
 from tests import builders
 
 LIMITS = Deadlines(
@@ -41,7 +41,9 @@ PROMPT = [1, 2, 3, 4, 5]
 
 
 def lifecycle() -> Lifecycle:
-    return Lifecycle(Request("r", "m", "v", list(PROMPT), Sampling(max_tokens=8, seed=7)), LIMITS, now=0.0)
+    return Lifecycle(
+        Request("r", ModelKey("m", "v"), list(PROMPT), Sampling(max_tokens=8, seed=7)), LIMITS, now=0.0
+    )
 
 
 def handoff(attempt_id: str, instance_id: str = "p0", ttl_s: float = 30.0) -> Handoff:

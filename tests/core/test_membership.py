@@ -6,7 +6,7 @@ import pytest
 
 from penstock.core.catalog import revision_of
 from penstock.core.membership import Connect, Disconnect, Membership, State
-from penstock.shapes import Card, Incarnation, Registration, Role
+from penstock.shapes import Card, Incarnation, ModelKey, Registration, Role
 from tests.builders import registration
 from tests.cards import card
 
@@ -34,19 +34,19 @@ def test_connects_to_what_is_discovered_once() -> None:
 def test_takes_part_only_when_loaded() -> None:
     membership = Membership()
     membership.discovered({"d0": registration("d0")})
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
     membership.up("d0", card("d0"))
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
     membership.loaded("d0")
-    assert [card.instance_id for card in membership.ready("m", REVISION)] == ["d0"]
-    assert membership.ready("other", REVISION) == []
+    assert [card.instance_id for card in membership.ready(ModelKey("m", REVISION))] == ["d0"]
+    assert membership.ready(ModelKey("other", REVISION)) == []
 
 
 def test_discovery_going_blank_does_not_touch_what_is_connected() -> None:
     membership = Membership()
     ready(membership, "d0")
     assert membership.discovered({}) == []
-    assert len(membership.ready("m", REVISION)) == 1
+    assert len(membership.ready(ModelKey("m", REVISION))) == 1
     assert membership.down("d0") == [Disconnect("d0")]
     assert membership.members == {}
 
@@ -62,7 +62,7 @@ def test_a_listed_instance_stays_when_its_link_drops() -> None:
     ready(membership, "d0")
     assert membership.down("d0") == []
     assert membership.members["d0"].state is State.CONNECTING
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
 
 
 def test_a_new_epoch_replaces_the_old_incarnation() -> None:
@@ -70,16 +70,16 @@ def test_a_new_epoch_replaces_the_old_incarnation() -> None:
     ready(membership, "d0")
     again = registration("d0", epoch=2)
     assert membership.discovered({"d0": again}) == [Disconnect("d0"), Connect(again)]
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
 
 
 def test_draining_takes_no_more() -> None:
     membership = Membership()
     ready(membership, "d0")
     membership.draining("d0")
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
     membership.loaded("d0")  # a late asset does not undo it
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
 
 
 def test_missing_roles() -> None:
@@ -97,10 +97,10 @@ def test_a_stuck_instance_takes_nothing_until_it_advances() -> None:
     ready(membership, "d0")
     membership.stuck("d0", "no step for 3 s")
     assert membership.members["d0"].state is State.QUARANTINED
-    assert membership.ready("m", REVISION) == []
+    assert membership.ready(ModelKey("m", REVISION)) == []
     assert membership.missing([Role.DECODE]) == [Role.DECODE]
     membership.advancing("d0")
-    assert len(membership.ready("m", REVISION)) == 1
+    assert len(membership.ready(ModelKey("m", REVISION))) == 1
 
 
 def test_a_stuck_instance_that_loads_or_drains_is_not_taken_for_ready() -> None:
@@ -145,7 +145,9 @@ def states(membership: Membership) -> dict[str, State]:
 
 
 def takers(membership: Membership, vocabulary: int) -> list[str]:
-    return [each.instance_id for each in membership.ready("m", revision_of(versioned(vocabulary)))]
+    return [
+        each.instance_id for each in membership.ready(ModelKey("m", revision_of(versioned(vocabulary))))
+    ]
 
 
 def test_of_two_workers_with_different_revisions_the_older_one_serves() -> None:
@@ -211,20 +213,20 @@ def test_workers_of_a_revision_may_return_while_one_could_still_have_it() -> Non
     join(membership, "new", NEW, epoch=2)
     revision = revision_of(versioned(OLD))
     membership.down("old")  # its link; discovery still lists it
-    assert membership.may_return("m", revision)
+    assert membership.may_return(ModelKey("m", revision))
     found = {name: member.registration for name, member in membership.members.items()}
     membership.discovered({**found, "old": registration("old", epoch=3)})  # a new process, silent so far
-    assert membership.may_return("m", revision)
+    assert membership.may_return(ModelKey("m", revision))
     membership.up("old", versioned(NEW, "old", 3))
-    assert not membership.may_return("m", revision)
-    assert not membership.may_return("another", revision)
+    assert not membership.may_return(ModelKey("m", revision))
+    assert not membership.may_return(ModelKey("another", revision))
 
 
 def test_a_draining_worker_does_not_return() -> None:
     membership = Membership()
     join(membership, "old", OLD)
     membership.draining("old")
-    assert not membership.may_return("m", revision_of(versioned(OLD)))
+    assert not membership.may_return(ModelKey("m", revision_of(versioned(OLD))))
 
 
 def pod(instance_id: str, process: str = "uid/0", started_ms: int = 1000, port: int = 7000) -> Registration:
@@ -263,10 +265,10 @@ def test_instances_of_which_discovery_knows_no_epoch(
 def test_a_model_that_nobody_knows_yet_may_be_any() -> None:
     membership = Membership()
     membership.discovered({"d0": pod("d0")})
-    assert membership.may_return("m", REVISION)
+    assert membership.may_return(ModelKey("m", REVISION))
     membership.up("d0", at(1500))
     assert membership.members["d0"].model == "m"
-    assert not membership.may_return("another", REVISION)
+    assert not membership.may_return(ModelKey("another", REVISION))
     assert membership.incarnations() == {Incarnation("d0", 1500)}
     membership.down("d0")
     assert membership.members["d0"].model == "m"  # it probably comes back with the same

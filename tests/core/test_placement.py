@@ -12,7 +12,7 @@ from penstock.core.placement import Placed, Placement, explain
 from penstock.core.policy import Decision, Path
 from penstock.core.prefix_index import most_blocks
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, Handoff, Load, Request, Role, Sampling
+from penstock.shapes import Attempt, Card, Handoff, Load, ModelKey, Request, Role, Sampling
 from tests import builders, cards
 
 TOKENS = list(range(160))
@@ -31,7 +31,7 @@ def placement(*cards: Card, policy: str = "kv", disagg: str = "auto") -> Placeme
 
 
 def placed(request_id: str = "r", salt: str = "") -> Placed:
-    return Placed(Request(request_id, "m", "r", TOKENS, Sampling(max_tokens=10), cache_salt=salt))
+    return Placed(Request(request_id, ModelKey("m", "r"), TOKENS, Sampling(max_tokens=10), cache_salt=salt))
 
 
 def attempt(handoff: Handoff | None = None) -> Attempt:

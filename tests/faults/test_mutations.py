@@ -451,7 +451,7 @@ def requests_go_to_any_revision_of_their_model(patch: pytest.MonkeyPatch) -> Non
 
 
 def requests_wait_for_revisions_that_are_gone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Membership, "replaced", lambda self, model, revision: False)
+    patch.setattr(Membership, "replaced", lambda self, model: False)
 
 
 def replaced_revisions_go_on_being_served(patch: pytest.MonkeyPatch) -> None:

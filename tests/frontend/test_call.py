@@ -10,7 +10,7 @@ from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.frontend.call import ClientCall, LoopTurn
 from penstock.frontend.choice import Choice
 from penstock.metrics import Metrics
-from penstock.shapes import Delta, FinishReason, Request, Sampling
+from penstock.shapes import Delta, FinishReason, ModelKey, Request, Sampling
 
 LOST = RequestRejected("lost", kind=Rejection.UNAVAILABLE, code="no_worker")
 
@@ -67,7 +67,7 @@ def begin(metrics):
         router = router or Router()
         clock = Clock()
         sampling = Sampling(max_tokens=9)
-        requests = [Request(str(index), "m", "r", [1], sampling) for index in range(choices)]
+        requests = [Request(str(index), ModelKey("m", "r"), [1], sampling) for index in range(choices)]
         call = ClientCall(
             [Choice(index, request, Echo()) for index, request in enumerate(requests)],
             metrics=metrics.frontend.of("m"),

@@ -7,9 +7,9 @@ import pytest
 from penstock.frontend.choice import Choice
 from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
 from penstock.frontend.text.stop_strings import StopMatcher
-from penstock.shapes import Delta, FinishReason, Request, Sampling, TokenLogprob
+from penstock.shapes import Delta, FinishReason, ModelKey, Request, Sampling, TokenLogprob
 
-REQUEST = Request("r", "m", "v", [1], Sampling(max_tokens=9))
+REQUEST = Request("r", ModelKey("m", "v"), [1], Sampling(max_tokens=9))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class ReplacedModel(ScriptedCompleter):
 
     def submit(self, request, on_delta, on_error):
         def on_failure(error):
-            if isinstance(error, ModelReplaced) and request.revision == self.views[0].revision:
+            if isinstance(error, ModelReplaced) and request.model.revision == self.views[0].revision:
                 self.views = self.views[1:] or self.views
             on_error(error)
 
@@ -40,7 +40,7 @@ def replaced(byte_level):
 
     def build(*given: Delta, views=views):
         def script(request):
-            return [*given, ModelReplaced("tiny")] if request.revision == "old" else answer(request)
+            return [*given, ModelReplaced("tiny")] if request.model.revision == "old" else answer(request)
 
         return ReplacedModel(list(views), script)
 
@@ -70,7 +70,7 @@ async def test_a_call_without_tokens_is_tokenized_for_the_new_revision(replaced,
             assert answer.system_fingerprint == "fp_new"
         assert [text.strip() for text in texts] == [ANSWER] * choices
         first, last = served.completer.requests[0], served.completer.requests[-1]
-        assert (first.revision, last.revision) == ("old", "new")
+        assert (first.model.revision, last.model.revision) == ("old", "new")
         assert first.token_ids != last.token_ids
         assert first.request_id != last.request_id  # late outputs of the first are not the last one's
     metrics = served.metrics.render().decode()  # once all is told

@@ -9,7 +9,7 @@ from penstock.frontend.choice import Choice
 from penstock.frontend.completion_objects import Envelope
 from penstock.frontend.completions import CompletionChunks
 from penstock.frontend.sse import DONE
-from penstock.shapes import Delta, FinishReason, Request, Sampling
+from penstock.shapes import Delta, FinishReason, ModelKey, Request, Sampling
 
 ENVELOPE = Envelope("id-1", "chunk", 123, 'a "model"', "fp_x")
 SHARED = {
@@ -36,7 +36,7 @@ class Says:
 
 def chunks_of(kind, *, include_usage=False, texts=('He said "hi"\n\u2028', "", "é😀\x00")):
     chunks = kind(ENVELOPE, 2, include_usage=include_usage)
-    answer = Choice(1, Request("r", "m", "v", [1, 2], Sampling(max_tokens=9)), Says(texts))
+    answer = Choice(1, Request("r", ModelKey("m", "v"), [1, 2], Sampling(max_tokens=9)), Says(texts))
     found = []
     for token_id in range(len(texts)):
         answer.feed(Delta([token_id]))

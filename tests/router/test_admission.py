@@ -11,7 +11,7 @@ import pytest
 from penstock.core.admission import AdmissionSettings, waiting_bytes
 from penstock.core.settings import RouterSettings
 from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import Rates, Request, Role, Sampling
+from penstock.shapes import ModelKey, Rates, Request, Role, Sampling
 from tests.cluster import WAIT_S, Cluster, cluster
 
 ONE = {"a0": Role.AGGREGATED}
@@ -26,7 +26,7 @@ def limits(**admission: float) -> RouterSettings:
 
 
 def request_of(token_ids: list[int]) -> Request:
-    return Request("r", "sim", "", token_ids, Sampling(max_tokens=8))
+    return Request("r", ModelKey("sim", ""), token_ids, Sampling(max_tokens=8))
 
 
 async def until(condition: Callable[[], bool]) -> None:

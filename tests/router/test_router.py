@@ -16,6 +16,7 @@ from penstock.shapes import (
     Attempt,
     Delta,
     FinishReason,
+    ModelKey,
     ModelView,
     Registration,
     Request,
@@ -285,7 +286,7 @@ async def test_a_callback_that_fails_ends_its_request_alone_and_says_so(tmp_path
             raise ValueError("a mistake")
 
         it.router.submit(
-            Request("mistaken", MODEL, it.revision, PROMPT, Sampling(max_tokens=40)),
+            Request("mistaken", ModelKey(MODEL, it.revision), PROMPT, Sampling(max_tokens=40)),
             on_delta,
             answer.on_error,
         )
@@ -329,7 +330,7 @@ async def test_a_request_that_fails_while_it_is_submitted_raises(
 
     async with cluster(tmp_path, {"a0": AGGREGATED}) as it:
         answer = Answer()
-        request = Request("r", MODEL, it.revision, PROMPT, Sampling(max_tokens=8))
+        request = Request("r", ModelKey(MODEL, it.revision), PROMPT, Sampling(max_tokens=8))
         with monkeypatch.context() as patch:
             patch.setattr(LinkClient, "generate", fails)
             with pytest.raises(RequestRejected, match="too long to be sent"):
