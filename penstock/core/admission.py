@@ -148,7 +148,7 @@ class AdmissionQueue:
             limit = "calls"
         elif not self._memory.fits(tenant, size):
             limit = "bytes"
-        return self.prediction.refuse(*self.prediction.newcomer(tenant, priority, now), limit)
+        return self.prediction.refuse(self.prediction.newcomer_ms(tenant, priority, now), limit)
 
     def hopeless(self, request_id: str) -> Refusal | None:
         """Why a newcomer is refused after the first try to send it: nothing else waits, and the wait at the

@@ -45,15 +45,6 @@ class Flow:
     work: float = 0.0
 
 
-@dataclass(slots=True)
-class Ahead:
-    """What is served before a newcomer."""
-
-    work: float = 0.0
-    entries: float = 0.0  # parts of them count
-    own_work: float = 0.0  # of `work`, that of the newcomer's flow
-
-
 class FairQueue:
     """What waits. Pure: it knows no time.
 
@@ -134,20 +125,19 @@ class FairQueue:
                 del self._flows[flow.priority], self._virtual_times[flow.priority]
         return flow
 
-    def ahead(self, tenant: str, priority: int, work: float = 0.0) -> Ahead:
-        """What is served before a newcomer of this flow, if nothing else comes. `work` is the newcomer's,
-        if others may be served between its parts: then it is what is served before the last part."""
-        ahead = Ahead()
+    def ahead(self, tenant: str, priority: int, work: float = 0.0) -> tuple[float, float]:
+        """The work that is served before a newcomer of this flow, if nothing else comes, and how much of it
+        is the flow's own. `work` is the newcomer's, if others may be served between its parts: then it is
+        what is served before the last part."""
+        ahead = 0.0
         own = self._flows.get(priority, {}).get(tenant)
         tag = self._virtual_times.get(priority, 0.0)  # of the newcomer
         if own is not None:
-            ahead.own_work = own.work
             tag = max(tag, own.start_tag) + own.work
         for level, flows in self._flows.items():
             for flow in flows.values() if level <= priority else ():
                 share = 1.0
                 if level == priority and flow is not own and flow.work:
                     share = min(1.0, max(0.0, (tag + work - flow.start_tag) / flow.work))
-                ahead.work += share * flow.work
-                ahead.entries += share * len(flow.entries)
-        return ahead
+                ahead += share * flow.work
+        return ahead, own.work if own is not None else 0.0

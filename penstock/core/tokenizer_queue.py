@@ -67,10 +67,10 @@ class TokenizerQueue:
     def enter(self, job_id: str, tenant: str, priority: int, chars: float, now: float) -> Refusal | None:
         """A prompt comes. Returns why it is refused, if it is."""
         self._prediction.head_ms = self._busy_ms(now)
-        wait_ms, place = self._prediction.newcomer(tenant, priority, now, chars)
+        wait_ms = self._prediction.newcomer_ms(tenant, priority, now, chars)
         own_chars = chars + sum(flow.work for flow in self._queue.flows_of(tenant))
         limit = "characters" if own_chars > self._max_chars - self._queue.work else ""
-        refusal = self._prediction.refuse(wait_ms, place, limit)
+        refusal = self._prediction.refuse(wait_ms, limit)
         if refusal is None:
             flow = self._queue.add(job_id, job_id, tenant, priority, chars).flow
             if self._slice is not None:

@@ -101,7 +101,6 @@ class Refusal(msgspec.Struct, frozen=True):
     reason: str  # wait: predicted too long; full: a limit is reached
     wait_ms: float  # as predicted for it
     bound_ms: float
-    place: int  # how many entries would be served before it
     retry_after_s: float  # whole seconds
     awaited: str  # what it would wait for
     limit: str = ""  # if full: what there are too many of
@@ -110,7 +109,7 @@ class Refusal(msgspec.Struct, frozen=True):
         limit = f" limit={self.limit}" if self.limit else ""
         return (
             f"Too many requests are waiting for {self.awaited} (reason={self.reason}{limit} "
-            f"wait_ms={self.wait_ms:.0f} bound_ms={self.bound_ms:.0f} place={self.place})."
+            f"wait_ms={self.wait_ms:.0f} bound_ms={self.bound_ms:.0f})."
         )
 
 
@@ -138,18 +137,18 @@ class WaitPrediction:
         self._flows: dict[tuple[int, str], Pace] = {}  # of those that had to wait
         self._recent: dict[int, tuple[float, float]] = {}  # work by priority, a sum that halves; as of when
 
-    def newcomer(self, tenant: str, priority: int, now: float, work: float = 0.0) -> tuple[float, int]:
-        """The milliseconds that a newcomer would wait, by the formula above, and how many entries would be
-        served before it. `work` is its own, if it is served in parts: then the wait is for the last one."""
-        ahead = self._queue.ahead(tenant, priority, work)
+    def newcomer_ms(self, tenant: str, priority: int, now: float, work: float = 0.0) -> float:
+        """How long a newcomer would wait, by the formula above. `work` is its own, if it is served in
+        parts: then the wait is for the last one."""
+        work_ahead, own_work = self._queue.ahead(tenant, priority, work)
         recent = sum(self._recent_work(other, now) for other in self._recent if other < priority)
         share_before = self.served_in_ms(recent * math.log(2) / self._half_life_s) / 1e3
-        ahead_ms = self.served_in_ms(ahead.work) / (1.0 - min(LARGEST_SHARE, share_before))
+        ahead_ms = self.served_in_ms(work_ahead) / (1.0 - min(LARGEST_SHARE, share_before))
         own = self._flows.get((priority, tenant))
-        own_ms = own.ms_per_unit * ahead.own_work if own is not None else 0.0
-        return self.head_ms + max(ahead_ms, own_ms), round(ahead.entries)
+        own_ms = own.ms_per_unit * own_work if own is not None else 0.0
+        return self.head_ms + max(ahead_ms, own_ms)
 
-    def refuse(self, wait_ms: float, place: int = 0, limit: str = "") -> Refusal | None:
+    def refuse(self, wait_ms: float, limit: str = "") -> Refusal | None:
         """The refusal of a newcomer, if it would wait too long or there are too many of `limit`. It may
         come back when the wait will be within the bound, each newcomer at another moment."""
         over_s = min(max(0.0, wait_ms - ACCEPT_SHARE * self._bound_ms) / 1e3, MAX_RETRY_S)
@@ -157,9 +156,7 @@ class WaitPrediction:
             return None
         reason, limit = ("wait", "") if over_s else ("full", limit)
         retry_after_s = math.ceil(over_s + self._rng.random() * max(1.0, over_s / 4))
-        return Refusal(
-            reason, wait_ms, self._bound_ms, place, float(max(1, retry_after_s)), self._awaited, limit
-        )
+        return Refusal(reason, wait_ms, self._bound_ms, float(max(1, retry_after_s)), self._awaited, limit)
 
     def served_in_ms(self, work: float) -> float:
         """How long the servers take for so much work."""

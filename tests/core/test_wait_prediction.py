@@ -85,9 +85,9 @@ def test_newcomer_within_the_bound_is_not_refused() -> None:
 
 def test_refused_newcomers_may_come_back_at_different_times_when_the_wait_is_within_the_bound() -> None:
     it = prediction()
-    refusals = [refusal for _ in range(50) if (refusal := it.refuse(28_000.0, 7)) is not None]
+    refusals = [refusal for _ in range(50) if (refusal := it.refuse(28_000.0)) is not None]
     assert len(refusals) == 50
-    assert {(refusal.reason, refusal.place) for refusal in refusals} == {("wait", 7)}
+    assert {refusal.reason for refusal in refusals} == {"wait"}
     seconds = {refusal.retry_after_s for refusal in refusals}
     assert (min(seconds), max(seconds)) == (21.0, 25.0)
     assert len(seconds) == 5

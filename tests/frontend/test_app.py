@@ -416,7 +416,7 @@ async def test_a_key_stands_for_a_tenant_who_cannot_put_itself_before_others(ser
 async def test_who_would_wait_too_long_is_told_before_anything_is_done(serve_script, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     async with serve_script("x") as served:
-        reason = "Too many (reason=wait wait_ms=12000 bound_ms=10000 place=7)."
+        reason = "Too many (reason=wait wait_ms=12000 bound_ms=10000)."
         served.completer.check_error = RequestRejected(reason, kind=Rejection.OVERLOADED, retry_after_s=3.0)
         # Its prompt is not looked at: the same without an error would be a 400.
         body = {**CHAT, "max_tokens": 10**9}

@@ -62,7 +62,7 @@ async def test_who_would_wait_too_long_hears_so_at_once_with_figures(tmp_path: P
         assert refused.retry_after_s is not None
         assert refused.retry_after_s >= 1
         assert "reason=wait" in refused.message
-        assert f"bound_ms=3000 place={it.queued}" in refused.message
+        assert "bound_ms=3000" in refused.message
         with pytest.raises(RequestRejected):
             it.router.check("sim", "", 0)
         it.router.check("sim", "", -1)
