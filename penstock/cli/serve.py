@@ -60,7 +60,7 @@ def _with_flags(struct: type[Options], run: Callable[[Options], None]) -> Callab
     flags = flags_of(struct)
 
     def command(engine_args: list[str] | None = None, **given: str | None) -> None:
-        from penstock.launcher.guard import die_with_supervisor
+        from penstock.launcher.parent_death import die_with_supervisor
 
         die_with_supervisor()
         texts = {flag.name: text for flag in flags.values() if (text := given[flag.field]) is not None}

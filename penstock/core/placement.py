@@ -14,11 +14,11 @@ from statistics import fmean
 from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, OutputLengths
 from penstock.core.disagg import Disagg
 from penstock.core.hashing import root_hash, sequence_hashes
-from penstock.core.load import WorkerLoad
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.pairing import kv_format, unpaired
 from penstock.core.policy import Candidate, Decision, Path, Plan, Query, choose
 from penstock.core.prefix_index import PrefixIndex, most_blocks
+from penstock.core.worker_load import WorkerLoad
 from penstock.errors import ProtocolError
 from penstock.shapes import Attempt, Card, Handoff, Load, Request
 

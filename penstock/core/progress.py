@@ -39,8 +39,8 @@ class ProgressLimits(msgspec.Struct, frozen=True):
     """Seconds that such a step may take in addition."""
 
     measured_steps: int = 16
-    """After so many steps the rates are measured ones (core/load.py); before, a prompt's token may take
-    `unmeasured_token_s`."""
+    """After so many steps the rates are measured ones (core/worker_load.py); before, a prompt's token may
+    take `unmeasured_token_s`."""
 
     unmeasured_token_s: float = 0.005
     """Seconds per prompt token where nothing is known: a model of a billion parameters on a few cores."""

@@ -4,7 +4,7 @@
 `Graph`.
 """
 
-from penstock.graph.command import ServiceKind
+from penstock.graph.container_command import ServiceKind
 from penstock.graph.manifest import Manifest, checked_manifest, parse_manifest
 from penstock.graph.services import ClusterRules, Graph, Overrides, Service, build_graph, load_graph
 

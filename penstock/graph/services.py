@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.graph.command import (
+from penstock.graph.container_command import (
     Command,
     ServiceKind,
     expand_references,

@@ -14,9 +14,9 @@ from random import Random
 from statistics import mean
 
 from penstock.core.hashing import sequence_hashes
-from penstock.core.load import WorkerLoad
 from penstock.core.policy import Candidate, Query, choose
 from penstock.core.prefix_index import PrefixIndex
+from penstock.core.worker_load import WorkerLoad
 from penstock.shapes import Load, Rates, Role
 
 BLOCK = 64

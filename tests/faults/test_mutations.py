@@ -20,13 +20,13 @@ from penstock.core.deadlines import Phase
 from penstock.core.dispatcher import Dispatcher
 from penstock.core.fair_queue import FairQueue
 from penstock.core.lifecycle import Lifecycle
-from penstock.core.load import WorkerLoad
 from penstock.core.membership import Membership
 from penstock.core.pairing import KvFormat
 from penstock.core.placement import Placement
 from penstock.core.prefix_index import PrefixIndex
 from penstock.core.progress import Progress
 from penstock.core.suspects import Strikes, Suspects
+from penstock.core.worker_load import WorkerLoad
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls

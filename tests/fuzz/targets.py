@@ -35,7 +35,7 @@ from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
 from penstock.graph import Overrides, build_graph, parse_manifest
-from penstock.graph.command import parse_command
+from penstock.graph.container_command import parse_command
 from penstock.link.peer import Peer
 from penstock.link.session import Session
 from penstock.link.settings import ClientSettings, ServerSettings

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 from penstock.discovery.file import FileDiscovery
-from penstock.launcher.guard import die_with_supervisor
+from penstock.launcher.parent_death import die_with_supervisor
 from penstock.net.listening import inherited_listener
 from penstock.shapes import Registration, Role
 

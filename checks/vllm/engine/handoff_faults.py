@@ -27,7 +27,7 @@ from checks.vllm.engine.pair import (
 )
 from checks.vllm.engine.running import Running, running, settings
 from penstock.engines.vllm.event_feed import free_ports
-from penstock.engines.vllm.handoffs import lease_s
+from penstock.engines.vllm.handoff_params import lease_s
 from penstock.shapes import Attempt, Handoff, Output, Role
 from tests.waiting import until
 

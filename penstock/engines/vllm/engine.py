@@ -26,7 +26,7 @@ from penstock.engines.active import fault
 from penstock.engines.outbox import Outbox, merge
 from penstock.engines.vllm.continuation import Continuation, continuation, folded
 from penstock.engines.vllm.event_feed import EventFeed
-from penstock.engines.vllm.handoffs import UsedHandoffs, pack
+from penstock.engines.vllm.handoff_params import UsedHandoffs, pack
 from penstock.engines.vllm.held_handoffs import VllmHeldHandoffs
 from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.kv_events import CacheEvents, Changes

@@ -18,7 +18,7 @@ import msgspec
 from penstock.engines.assets import ASSET_NAMES, Assets, assets_from
 from penstock.engines.fingerprint import weights_fingerprint
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
-from penstock.engines.vllm.handoffs import engine_id, lease_s
+from penstock.engines.vllm.handoff_params import engine_id, lease_s
 from penstock.engines.vllm.inside.guard import own_engines
 from penstock.engines.vllm.installed import installed_version, prepare_environment
 from penstock.engines.vllm.logs import last_words, one_line

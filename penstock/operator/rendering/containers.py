@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.graph.command import unresolved_reference
+from penstock.graph.container_command import unresolved_reference
 from penstock.graph.manifest import Env
 from penstock.graph.placeholders import for_kubelet, has_placeholder
 from penstock.kubernetes.api import Object

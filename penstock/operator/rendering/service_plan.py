@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.graph.command import ServiceKind
+from penstock.graph.container_command import ServiceKind
 from penstock.graph.manifest import Env, Manifest, ServiceSpec
 from penstock.graph.placeholders import for_kubelet, placeholder, with_references
 from penstock.graph.services import Graph, Service

@@ -5,8 +5,8 @@ What is wrong with the original, as of vLLM 0.32 and NIXL 1.5:
 Late reads. A decode engine never asks whether the prefill engine still keeps the blocks that it has read.
 One that was frozen, or whose network was, reads whatever is there by then, goes on with it, and caches it
 under the hashes of the prompt it should have been, for everybody. Here every read carries a deadline,
-before which the prefill engine's lease cannot have ended (handoffs.py): a read that has not ended by then
-counts as failed, and vLLM computes its blocks (kv_load_failure_policy=recompute).
+before which the prefill engine's lease cannot have ended (handoff_params.py): a read that has not ended by
+then counts as failed, and vLLM computes its blocks (kv_load_failure_policy=recompute).
 
 Releasing. A prefill engine could not be told that nobody will read; now it can.
 

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from penstock.core.load import WorkerLoad
+from penstock.core.worker_load import WorkerLoad
 from penstock.shapes import Load
 
 

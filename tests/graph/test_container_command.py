@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
-from penstock.graph.command import Command, ServiceKind, parse_command
+from penstock.graph.container_command import Command, ServiceKind, parse_command
 from penstock.graph.dynamo import FRONTEND_FLAGS, MOCKER_FLAGS, WORKER_FLAGS, meaning_of
 
 

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.hashing import last_hash, root_hash
-from penstock.engines.vllm import handoffs
-from penstock.engines.vllm.handoffs import MAX_LEFT_S, MIN_LEFT_S, UsedHandoffs, engine_id, lease_s, pack
+from penstock.engines.vllm import handoff_params
+from penstock.engines.vllm.handoff_params import (
+    MAX_LEFT_S,
+    MIN_LEFT_S,
+    UsedHandoffs,
+    engine_id,
+    lease_s,
+    pack,
+)
 from penstock.shapes import Attempt, EngineCard, Handoff, Incarnation, JsonObject, ModelCard, Sampling
 from tests import builders
 
@@ -228,7 +235,7 @@ def test_one_that_was_refused_may_still_be_used() -> None:
 
 def test_used_ones_are_remembered_until_they_have_expired(monkeypatch: pytest.MonkeyPatch) -> None:
     used, now = UsedHandoffs(), 1000.0
-    monkeypatch.setattr(handoffs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(handoff_params.time, "monotonic", lambda: now)
     for i in range(5):
         assert accept(handoff(handoff_id=str(i)), used=used)[0] is not None
     now += 29.0
@@ -241,7 +248,7 @@ def test_used_ones_are_remembered_until_they_have_expired(monkeypatch: pytest.Mo
 def test_when_too_many_are_in_use_more_are_refused_and_none_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handoffs, "MAX_USED", 3)
+    monkeypatch.setattr(handoff_params, "MAX_USED", 3)
     used = UsedHandoffs()
     for i in range(3):
         assert accept(handoff(handoff_id=str(i)), used=used)[0] is not None
