@@ -134,9 +134,14 @@ class Supervisor:
     def interrupt(self) -> None:
         """Begin to stop all replicas in order; the second call kills them."""
         if self._stopping.is_set():
-            for replica in self._replicas():
+            for replica in self.replicas:
                 replica.kill()
         self.stop()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every service has all its replicas, and they are ready."""
+        return all(fleet.is_ready for fleet in self._fleets)
 
     def notice(self, text: str) -> None:
         """Write a line of the supervisor's own to the terminal and to its log."""
@@ -146,7 +151,9 @@ class Supervisor:
 
     # --- replicas -----------------------------------------------------------------------------------
 
-    def _replicas(self) -> list[Replica]:
+    @property
+    def replicas(self) -> list[Replica]:
+        """The replicas of all services, those that are ending included."""
         return [replica for fleet in self._fleets for replica in fleet.replicas]
 
     def start(self, fleet: Fleet, place: Place) -> Replica:
@@ -223,7 +230,7 @@ class Supervisor:
     def _look(self) -> None:
         """Called after each change of a replica."""
         self._changed.set()
-        failed = [replica for replica in self._replicas() if replica.state is ReplicaState.FAILED]
+        failed = [replica for replica in self.replicas if replica.state is ReplicaState.FAILED]
         if failed and not self._was_ready and not self._failure:
             self._fail(f"{failed[0].launch.name} refused to start: {failed[0].last_line}")
 
@@ -232,11 +239,8 @@ class Supervisor:
         self._failure = reason
         self._stopping.set()
 
-    def _is_ready(self) -> bool:
-        return all(fleet.is_ready for fleet in self._fleets)
-
     async def _announce(self) -> None:
-        await self.until(self._is_ready)
+        await self.until(lambda: self.is_ready)
         self._was_ready = True
         model = next((registration.model for registration in self._registered.values()), "MODEL")
         for line in ready_lines(self._urls(), model, time.monotonic() - self._started_at):
@@ -366,7 +370,7 @@ class Supervisor:
         return LocalGraphStatus(
             graph=self._graph.name,
             pid=os.getpid(),
-            ready=self._is_ready() and not self._stopping.is_set(),
+            ready=self.is_ready and not self._stopping.is_set(),
             uptime_s=round(time.monotonic() - self._started_at, 1),
             services=[fleet.status() for fleet in self._fleets],
             health=dict(zip(urls, answers, strict=True)),

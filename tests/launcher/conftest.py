@@ -102,8 +102,9 @@ class RunningGraph:
         self.task = asyncio.create_task(self.supervisor.run())
 
     def replicas(self, label: str) -> list:
-        fleet = next(fleet for fleet in self.supervisor._fleets if fleet.label == label)
-        return [replica.status() for replica in fleet.replicas]
+        """Those of a service."""
+        replicas = self.supervisor.replicas
+        return [it.status() for it in replicas if it.launch.name.rpartition("-")[0] == label]
 
     async def prints(self, text: str) -> None:
         await until(lambda: text in self.out.getvalue() or self.task.done(), f"never printed {text!r}")
@@ -124,7 +125,7 @@ def running(folder: StateFolder):
         with folder.locked():
             graph = RunningGraph(toy_graph(**changes), folder, settings, gpus)
             try:
-                await until(lambda: graph.supervisor._replicas() or graph.task.done())
+                await until(lambda: graph.supervisor.replicas or graph.task.done())
                 yield graph
             finally:
                 if not graph.task.done():

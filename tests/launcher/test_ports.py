@@ -51,7 +51,7 @@ async def test_connection_to_a_frontend_that_keeps_dying_is_refused(running) -> 
     settings = msgspec.structs.replace(QUICK, restart_max_s=60.0, refuse_after_s=0.3)
     async with running(settings, frontend="crash") as graph:
         await graph.prints("frontend-0 exited with code 1")
-        [replica] = graph.supervisor._fleets[0].replicas
+        [replica] = [each for each in graph.supervisor.replicas if each.launch.name == "frontend-0"]
         await until(lambda: refused(replica.place.port.port))
         assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
 
@@ -64,7 +64,7 @@ async def test_connection_to_a_graph_scaled_to_no_frontend_is_refused(running) -
         await until(lambda: not graph.replicas("frontend"))
         assert refused(port)
         await ask(graph, op="scale", replicas={"Frontend": 1})
-        await until(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor.is_ready)
         assert port_of(graph) == port
         await ask(graph, op="down")
         await asyncio.wait_for(graph.task, 15)

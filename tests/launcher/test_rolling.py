@@ -31,7 +31,7 @@ async def test_a_rolling_restart_replaces_all_and_is_never_short(running) -> Non
                 fewest = min(fewest, len(ready) - wanted)
             await asyncio.sleep(0.01)
         assert fewest == 0, "a worker left before its successor was ready"
-        assert graph.supervisor._is_ready()
+        assert graph.supervisor.is_ready
         for label, old in before.items():
             new = graph.replicas(label)
             assert len(new) == len(old)

@@ -62,7 +62,7 @@ async def test_a_crash_loop_slows_down(running) -> None:
         await until(lambda: graph.replicas("prefill")[0].restarts >= 4)
         [replica] = graph.replicas("prefill")
         assert replica.last_exit == "exited with code 1"
-        assert not graph.supervisor._is_ready()
+        assert not graph.supervisor.is_ready
     pauses = [
         line.rpartition("again in ")[2] for line in graph.out.getvalue().splitlines() if "again in" in line
     ]
@@ -73,7 +73,7 @@ async def test_a_refused_setting_ends_the_start_with_its_reason(running) -> None
     async with running(STUB="refuse") as graph:
         with pytest.raises(ConfigError, match=r"^prefill-0 refused to start: --model: no such folder$"):
             await asyncio.wait_for(graph.task, 15)
-    assert not graph.supervisor._replicas()
+    assert not graph.supervisor.replicas
 
 
 async def test_one_that_ignores_sigterm_is_killed_after_its_grace(running) -> None:
@@ -107,7 +107,7 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         await graph.prints("Ready: ")
         answer = await ask(graph, op="scale", replicas={"prefill": 3, "DecodeWorker": 2})
         assert answer.scaled == {"PrefillWorker": (1, 3), "DecodeWorker": (1, 2)}
-        await until(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor.is_ready)
         assert [replica.name for replica in graph.replicas("prefill")] == [
             "prefill-0",
             "prefill-1",
@@ -126,7 +126,7 @@ async def test_scaling_up_and_down_newest_first(running) -> None:
         await until(lambda: len(graph.replicas("prefill")) == 2)
         assert "SIGKILL" not in graph.out.getvalue()
         await ask(graph, op="scale", replicas={"Frontend": 2})
-        await until(lambda: graph.supervisor._is_ready())
+        await until(lambda: graph.supervisor.is_ready)
         assert len((await ask(graph, op="status")).status.health) == 2
 
 
@@ -197,4 +197,4 @@ async def test_a_graph_whose_folder_is_anothers_stops_in_order(running) -> None:
             ),
         ):
             await asyncio.wait_for(graph.task, 15)
-        assert not graph.supervisor._replicas()
+        assert not graph.supervisor.replicas
