@@ -69,7 +69,7 @@ class Load:
         return stream.follow()
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        answers = [answer.result(timeout=ANSWERED_S) for answer in self._answers]
+        answers = self.wait_for_answers()
         self._pool.shutdown()
         if failed is None:
             assert [differs_at(*both) for both in zip(answers, self._expected, strict=True)] == [
@@ -77,10 +77,8 @@ class Load:
             ] * len(LONG)
             assert answers == self._expected
 
-    def wait_for_answers(self) -> None:
-        """Until every answer is there."""
-        for answer in self._answers:
-            answer.result(timeout=ANSWERED_S)
+    def wait_for_answers(self) -> list[Answer]:
+        return [answer.result(timeout=ANSWERED_S) for answer in self._answers]
 
     def wait_for_tokens(self, count: int) -> None:
         """Until every answer has so many."""
