@@ -125,7 +125,7 @@ def test_bad_arguments_name_their_field(arguments: list[str], field: str) -> Non
     assert str(result.exception).startswith(f"{field}: ")
 
 
-def test_no_server(server: Any) -> None:
+def test_a_server_that_does_not_answer_is_an_error_of_the_url(server: Any) -> None:
     result = run("--url", "http://127.0.0.1:9", "--requests", "1")
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith("url: ")

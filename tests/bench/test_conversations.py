@@ -39,7 +39,7 @@ def test_built_in_questions() -> None:
 @pytest.mark.parametrize(
     ("text", "per_s"), [("10", 10.0), ("10/s", 10.0), ("0.5/s", 0.5), ("600/m", 10.0), ("36/h", 0.01)]
 )
-def test_rates(text: str, per_s: float) -> None:
+def test_a_rate_is_read_as_requests_per_second(text: str, per_s: float) -> None:
     assert Rate.parse(text).per_s == pytest.approx(per_s)
 
 

@@ -128,7 +128,9 @@ def test_an_interrupted_answer_is_kept(server: Server) -> None:
     assert talk.messages[-1] == {"role": "assistant", "content": "Hello"}
 
 
-def test_the_command(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_question_on_the_command_line_is_answered_with_its_options(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.script = [[delta("Hi."), "[DONE]"]]
     words = ["--url", server.url.removeprefix("http://"), "--api-key", "k", "--temperature", "0"]
     assert run(["chat", "Hello", *words]) == 0

@@ -74,7 +74,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"Usage: penstock {command}" in capsys.readouterr().out
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed_by_the_command_and_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("version", "--version"):
         assert run([word]) == 0
         assert capsys.readouterr().out == f"{penstock.__version__}\n"

@@ -168,7 +168,9 @@ def test_nothing_listens_beyond_loopback_unless_told_to(deployment: Deployment) 
         assert listening(pid) == {"0100007F"}, name  # 127.0.0.1
 
 
-def test_keys(deployment: Deployment) -> None:
+def test_keys_of_the_file_and_of_the_environment_are_accepted_and_others_get_401(
+    deployment: Deployment,
+) -> None:
     assert deployment.complete()[0] == 200
     assert deployment.complete("the-key-of-the-environment")[0] == 200
     assert deployment.complete("another-key-that-is-wrong")[0] == 401

@@ -21,13 +21,13 @@ def decoding(context: int) -> BatchRow:
 COSTS = CostModel(c0=2, c1=0.5, c2=0.01, a0=5, a1=0.1, a2=0.001)
 
 
-def test_prompts_only():
+def test_a_step_of_prompts_costs_their_tokens_and_their_attention():
     assert COSTS.step_ms([prompt(100, 10), prompt(0, 20)]) == pytest.approx(
         2 + 0.5 * 30 + 0.01 * (10 * 105 + 20 * 10)
     )
 
 
-def test_decoding_only():
+def test_a_step_of_decoding_costs_its_sequences_and_their_context():
     assert COSTS.step_ms([decoding(100), decoding(50)]) == pytest.approx(5 + 0.1 * 2 + 0.001 * 150)
 
 

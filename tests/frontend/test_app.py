@@ -318,7 +318,7 @@ async def test_a_list_of_models_may_end_with_a_slash(served):
 # --- keys -----------------------------------------------------------------------------------------
 
 
-async def test_keys(serve_script, tmp_path):
+async def test_calls_with_a_key_are_answered_and_others_get_401(serve_script, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(key_line("team", "second-" * 4) + "\n")
     async with serve_script("x", api_key="first", api_keys_file=str(keys)) as served:

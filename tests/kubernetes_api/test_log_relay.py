@@ -179,5 +179,5 @@ async def test_an_idle_relay_does_nothing(relayed: Relayed) -> None:
         ("", 0),
     ],
 )
-def test_times(time: str, expected: int) -> None:
+def test_a_time_of_a_log_line_is_read_to_the_nanosecond(time: str, expected: int) -> None:
     assert nanoseconds_of(time) == expected

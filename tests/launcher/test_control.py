@@ -70,7 +70,7 @@ async def test_a_caller_that_leaves_harms_nothing(folder: StateFolder) -> None:
     assert await asyncio.to_thread(call, folder, ControlRequest(op="status"))
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_a_call_without_a_supervisor_says_that_it_is_not_running(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, "toy")
     with pytest.raises(ConfigError, match=r"^toy is not running$"):
         call(folder, ControlRequest(op="status"))

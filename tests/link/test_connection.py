@@ -146,7 +146,9 @@ async def test_an_orderly_close_keeps_its_reason(
     assert owner.calls.count(("ended", "done")) == 1
 
 
-async def test_ticks(connection: Connection, transport: Any) -> None:
+async def test_received_bytes_end_the_silence_but_not_the_phase(
+    connection: Connection, transport: Any
+) -> None:
     connection.tick(1.5)
     connection.tick(1.5)
     assert (connection.silent_s, connection.phase_s) == (3.0, 3.0)

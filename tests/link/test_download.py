@@ -12,7 +12,7 @@ NAME = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize("part", [1, 3, 10])
-async def test_parts_add_up(part: int) -> None:
+async def test_parts_of_a_file_are_joined_to_the_whole(part: int) -> None:
     download = Download(NAME, len(CONTENT))
     for start in range(0, len(CONTENT), part):
         assert not download.done.done()

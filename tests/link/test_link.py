@@ -333,7 +333,7 @@ async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -
             assert len(server.peers) == 1
 
 
-async def test_secrets(bench: Any) -> None:
+async def test_a_frontend_without_the_secret_of_the_worker_is_refused(bench: Any) -> None:
     right, wrong, none = bench.listener(), bench.listener(), bench.listener()
     async with (
         bench.server(bench.worker(), secret=LinkSecret("s" * 16)) as server,

@@ -15,16 +15,16 @@ from penstock.net.renewed import RECHECK_S
 OLD, NEW = "old secret of 16+", "new secret of 16+"
 
 
-def test_none_is_open() -> None:
+def test_without_a_secret_none_is_asked_for() -> None:
     assert LinkSecret().accepted() == ()
 
 
-def test_one_per_line() -> None:
+def test_each_line_is_a_secret_and_empty_ones_are_none() -> None:
     assert LinkSecret(f"\n {OLD} \n\n{NEW}\n").accepted() == (OLD, NEW)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "short", f"{OLD}\nshort", f"{OLD}\n" * 9])
-def test_what_will_not_do(text: str, tmp_path: Path) -> None:
+def test_secrets_that_are_missing_short_or_too_many_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"^link secret: ") as raised:

@@ -121,7 +121,7 @@ def test_malformed_hellos_are_refused(hello: Hello, reason: str) -> None:
     assert reason in reply.reason
 
 
-def test_order() -> None:
+def test_handshake_messages_out_of_order_are_refused() -> None:
     frontend = FrontendHandshake("", NONCE_F, "f1")
     with pytest.raises(ProtocolError, match="before the Challenge"):
         frontend.finish(Welcome(card=CARD, proof=b""))

@@ -114,7 +114,7 @@ def test_any_damage_is_a_config_error_or_harmless(
         file.close()
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_tensors_are_read_from_the_file_that_the_index_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.safetensors", {name: entry("F32", [6], 0, 24)}, VALUES.tobytes())
     index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}

@@ -183,7 +183,7 @@ async def test_another_attempt_continues_after_a_lost_worker(folder: Path, promp
     assert tokens(rest) == expected[20:]
 
 
-def test_the_card(checkpoint: Path) -> None:
+def test_the_card_tells_what_the_checkpoint_and_the_settings_say(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
     (checkpoint / "generation_config.json").write_text(json.dumps({"top_k": 5, "eos_token_id": [1, 2]}))
     loaded = load_model(client_settings(checkpoint))

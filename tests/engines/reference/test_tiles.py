@@ -39,5 +39,5 @@ def test_a_row_does_not_depend_on_its_place_or_neighbours(inner: int, columns: i
     assert positions_agree(matrix)
 
 
-def test_padding() -> None:
+def test_rows_are_padded_to_a_multiple_of_eight() -> None:
     assert [padded_rows(count) for count in (0, 1, 8, 9)] == [0, 8, 8, 16]

@@ -86,7 +86,9 @@ for number in range(2000):
         ("Request was preempted", logging.WARNING, True),
     ],
 )
-def test_notices(message: str, level: int, passes: bool) -> None:
+def test_vllms_notices_pass_only_at_info_and_other_lines_always(
+    message: str, level: int, passes: bool
+) -> None:
     logging.getLogger("vllm").setLevel(level)
     record = logging.LogRecord("vllm.config", logging.WARNING, __file__, 1, "%s", (message,), None)
     assert NoNotices().filter(record) is passes

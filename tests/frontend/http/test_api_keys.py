@@ -136,7 +136,7 @@ def test_one_key_has_one_name(path):
         read_api_keys(path)
 
 
-def test_new_keys():
+def test_new_keys_are_unique_and_accepted_in_a_file_of_keys():
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
     assert all(len(key) == 46 and key_line("a", key) for key in keys)

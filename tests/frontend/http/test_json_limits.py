@@ -25,7 +25,7 @@ def nested(depth):
 @pytest.mark.parametrize(
     "item", [b"[]", b"{}", b'{"a":[1]}', b"1", b'"a"', rb'"\""', rb'"\\"', b'"[{,"'], ids=repr
 )
-def test_too_many_values(item):
+def test_a_body_with_too_many_values_is_refused(item):
     body = b'{"model":"m","prompt":[%s]}' % b",".join([item] * (MAX_VALUES + 10))
     with pytest.raises(RequestRejected, match="values"):
         check_size(body)
@@ -70,7 +70,7 @@ DEEP = DEEP if isinstance(DEEP, dict) else {"a": DEEP}
         ),
     ],
 )
-def test_too_deep(fields, field):
+def test_a_field_nested_too_deeply_is_refused_by_name(fields, field):
     with pytest.raises(RequestRejected, match="nested to more than 64 levels") as raised:
         decode_chat(json.dumps({**CHAT, **fields}).encode())
     assert raised.value.field == field
