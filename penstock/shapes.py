@@ -126,6 +126,10 @@ class StructuredOutput(msgspec.Struct, frozen=True):
 MAX_BAD_SEQUENCES = 128
 """As many as vLLM takes."""
 
+MAX_PROMPT_LOGPROBS = 256 * 1024
+"""Most numbers in the log-probabilities of a prompt: one for each token and alternative. As a message they
+have a third of a frame's limit."""
+
 MAX_ALLOWED_TOKENS = 16 * 1024
 
 TokenSequence = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=1024)]
@@ -161,10 +165,12 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     bad_words: Annotated[tuple[TokenSequence, ...], Meta(max_length=MAX_BAD_SEQUENCES)] = ()
     # Empty: all.
     allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKENS)] = ()
+    # As `logprobs`, of the prompt's tokens. For them the whole prompt is computed, whatever is cached.
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
-    """One output token's log-probability and the alternatives' (natural logarithm)."""
+    """One token's log-probability and the alternatives' (natural logarithm)."""
 
     token_id: TokenId
     logprob: Logprob
@@ -249,6 +255,8 @@ class Output(msgspec.Struct, array_like=True):
     handoff: Handoff | None = None  # with PREFILLED
     error: Text | None = None  # with ERROR and REJECTED
     transferred_blocks: Count | None = None  # on the first output: blocks pulled from a prefill worker
+    # With the first token of all, when asked for: those of the prompt's tokens, from its second one on.
+    prompt_logprobs: Annotated[list[TokenLogprob], Meta(max_length=MAX_PROMPT_LOGPROBS)] | None = None
 
 
 class Rates(msgspec.Struct, array_like=True, frozen=True):
@@ -419,6 +427,7 @@ class Delta(msgspec.Struct):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None  # STOP or LENGTH, on the last delta
     cached_tokens: int | None = None  # on the first delta
+    prompt_logprobs: list[TokenLogprob] | None = None  # as in Output
 
 
 class ModelView(msgspec.Struct):

@@ -273,7 +273,9 @@ class Lifecycle:
             # Whoever continues finds the request's own earlier work cached: not what the client means.
             begins = self.output_tokens == len(output.token_ids)
             cached = min(cached, len(self.request.token_ids)) if begins else None
-        return DeliverOutput(Delta(output.token_ids, output.logprobs, reason, cached))
+        return DeliverOutput(
+            Delta(output.token_ids, output.logprobs, reason, cached, output.prompt_logprobs)
+        )
 
     def _on_bounced(self, event: Bounced, now: float) -> list[Effect]:
         if event.attempt_id != self.attempt_id:

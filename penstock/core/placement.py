@@ -152,6 +152,8 @@ class Placement:
         candidates = []
         for card in cards:
             overlap = overlaps[card.engine.block_size].get(card.instance_id, 0)
+            if placed.request.sampling.prompt_logprobs is not None:
+                overlap = 0  # its prompt is computed whole, whatever is cached
             # An engine computes the last token again at least, and with it that token's block.
             found = min(overlap, (len(tokens) - 1) // card.engine.block_size)
             placed.overlap_tokens[card.instance_id] = found * card.engine.block_size
@@ -183,7 +185,8 @@ class Placement:
             self.unbook(placed)
         placed.runs_on = instance_id
         # What the engine reports after a handoff includes the blocks it pulled: not the index's doing.
-        placed.predicted_tokens = overlap if attempt.handoff is None else None
+        checkable = attempt.handoff is None and attempt.sampling.prompt_logprobs is None
+        placed.predicted_tokens = overlap if checkable else None
 
     def ended(self, placed: Placed, output_tokens: int | None) -> None:
         """The request wants nothing more. None: its output was cut short, which says nothing of lengths."""

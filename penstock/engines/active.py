@@ -57,6 +57,8 @@ class ActiveAttempt(Sequence):
 def activate(attempt: Attempt, card: EngineCard, order: int) -> ActiveAttempt:
     """The attempt as the scheduler keeps it, with a copy of its tokens. `fault` must have found nothing."""
     sampling = attempt.sampling
+    # With output there is no need: they came with its first token.
+    scored = sampling.prompt_logprobs is not None and len(attempt.token_ids) == attempt.prompt_len
     stops = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stops = stops.union(card.model.eos_token_ids)
@@ -64,6 +66,7 @@ def activate(attempt: Attempt, card: EngineCard, order: int) -> ActiveAttempt:
         attempt_id=attempt.attempt_id,
         token_ids=list(attempt.token_ids),
         prompt_len=attempt.prompt_len,
+        prompt_logprobs=[] if scored else None,
         sampling=sampling,
         rank=(attempt.priority, order),
         prefill_only=attempt.prefill_only,

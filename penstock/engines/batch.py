@@ -24,6 +24,8 @@ class Sequence:
     sampling: Sampling
     block_ids: list[int] = field(default_factory=list)
     computed: int = 0
+    # While the prompt is computed and its log-probabilities are wanted: those of token_ids[1:computed + 1].
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class BatchRow(msgspec.Struct):
@@ -37,6 +39,13 @@ class BatchRow(msgspec.Struct):
     sample: bool
 
 
+def scored_tokens(row: BatchRow) -> range:
+    """The positions of the prompt's tokens whose log-probabilities this row is to give."""
+    if row.sequence.prompt_logprobs is None:
+        return range(0)
+    return range(row.start + 1, min(row.start + row.count + 1, row.sequence.prompt_len))
+
+
 class Sampled(msgspec.Struct):
     """The token drawn for a row with `sample` set."""
 
@@ -48,4 +57,5 @@ class Runner(Protocol):
     """Computes batches. Owns the weights and reads and writes the KV pool."""
 
     def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
-        """Compute all rows; one entry per row, None where `sample` is not set."""
+        """Compute all rows; one entry per row, None where `sample` is not set. Appends to the
+        `prompt_logprobs` of sequences that have them."""

@@ -184,7 +184,7 @@ class Scheduler:
         if len(active.token_ids) >= active.max_len:
             self._outputs.append(Output(attempt_id, finish_reason=FinishReason.LENGTH))
             return
-        if attempt.handoff is not None:
+        if attempt.handoff is not None and active.prompt_logprobs is None:
             self._pull(self.pulls.accept(active, attempt, now))
         self._active[attempt_id] = active
         self._enqueue(active)
@@ -352,7 +352,7 @@ class Scheduler:
         """Give the first in the queue its blocks. False when there are too few."""
         pool = self.pool
         length = len(active.token_ids)
-        hits = pool.match(active.token_ids, active.cache_salt, (length - 1) // pool.block_size)
+        hits = self._cached(active)
         needed = self._blocks_for(length) - len(hits)
         reserved = min(len(self._running), int(pool.total_blocks * RESERVED_SHARE))
         if needed + reserved > pool.available_besides(hits):
@@ -394,6 +394,7 @@ class Scheduler:
             active.answered = True
             output.cached_tokens = min(active.reused_tokens or 0, active.prompt_len)
             output.transferred_blocks = active.transferred_blocks
+            output.prompt_logprobs, active.prompt_logprobs = active.prompt_logprobs, None
         reason = active.end_reason(token_id)
         if reason is None:
             self._outputs.append(output)
@@ -424,14 +425,20 @@ class Scheduler:
     # --- moving attempts --------------------------------------------------------------------------
 
     def _enqueue(self, active: ActiveAttempt) -> None:
-        size, length = self.pool.block_size, len(active.token_ids)
-        hits = self.pool.match(active.token_ids, active.cache_salt, (length - 1) // size)
-        there = len(hits) * size
+        length = len(active.token_ids)
+        there = len(self._cached(active)) * self.pool.block_size
         if active.handoff is not None:
             there = max(there, active.handoff.num_tokens)
         active.uncached_tokens = length - there
         self._waiting_tokens += active.uncached_tokens
         insort(self._waiting, active, key=_rank)
+
+    def _cached(self, active: ActiveAttempt) -> list[int]:
+        """The cached blocks that it can begin with; none where it is to score its prompt."""
+        if active.prompt_logprobs is not None:
+            return []
+        limit = (len(active.token_ids) - 1) // self.pool.block_size
+        return self.pool.match(active.token_ids, active.cache_salt, limit)
 
     def _dequeue(self, active: ActiveAttempt) -> None:
         self._waiting_tokens -= active.uncached_tokens
@@ -442,6 +449,8 @@ class Scheduler:
         active.phase = AttemptPhase.WAITING
         active.block_ids = []
         active.capacity = active.cached_blocks = active.cache_at = active.computed = 0
+        if active.prompt_logprobs:
+            active.prompt_logprobs = []
         self._enqueue(active)
 
     def _join(self, active: ActiveAttempt, pulled_blocks: int) -> None:

@@ -19,7 +19,7 @@ from penstock import __version__
 from penstock.clock import Clock
 from penstock.engines import byte_tokenizer
 from penstock.engines.assets import Assets, assets_from
-from penstock.engines.batch import BatchRow, Sampled, Sequence
+from penstock.engines.batch import BatchRow, Sampled, Sequence, scored_tokens
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import LoadedModel
 from penstock.engines.settings import SchedulerSettings
@@ -112,6 +112,9 @@ class SimRunner:
         """As Runner.run."""
         if self._duration_s is not None:
             time.sleep(self._duration_s(batch))
+        for row in batch:
+            if row.sequence.prompt_logprobs is not None:
+                self._score_prompt(row, row.sequence.prompt_logprobs)
         return [self._sample(row.sequence) if row.sample else None for row in batch]
 
     def _sample(self, sequence: Sequence) -> Sampled:
@@ -122,6 +125,10 @@ class SimRunner:
         place = token_id - self._token_ids.start
         top = [(self._token_id(place + more), self._logprob) for more in range(sequence.sampling.logprobs)]
         return Sampled(token_id, TokenLogprob(token_id, self._logprob, top))
+
+    def _score_prompt(self, row: BatchRow, logprobs: list[TokenLogprob]) -> None:
+        token_ids = [row.sequence.token_ids[position] for position in scored_tokens(row)]
+        logprobs += [TokenLogprob(token_id, self._logprob) for token_id in token_ids]
 
     def draw(self, position: int, sampling: Sampling) -> int:
         """The token at this output position, from 0: a function of it and of the request's seed alone, but

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.reply import Reply
 from penstock.frontend.text.detokenize import Detokenizer
-from penstock.frontend.text.logprobs import LogprobFormat
+from penstock.frontend.text.logprobs import NO_LOGPROB, LogprobFormat
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.shapes import Delta, FinishReason, JsonObject, Request, TokenLogprob
 
@@ -27,7 +28,9 @@ class Choice:
         "_logprob_format",
         "_logprobs",
         "_min_tokens",
+        "_needs_prompt_logprobs",
         "_parts",
+        "_shows_output",
         "_stop_tokens",
         "_stops",
         "_token_ids",
@@ -57,11 +60,14 @@ class Choice:
         reply: Reply | None = None,
         logprob_format: LogprobFormat | None = None,
         shows_token_ids: bool = False,
+        echo: str | None = None,
+        shows_output: bool = True,
     ) -> None:
         """`first_of_prompt`: the usage counts each prompt once, with this choice. `stop_tokens` are those
         that end it, the model's own `eos_tokens` among them. `reply` gets the text instead of whoever calls
         `take`, to take it apart. Without a `logprob_format` log-probabilities are not shown.
-        `shows_token_ids`: `take_token_ids` gives them."""
+        `shows_token_ids`: `take_token_ids` gives them. `echo` is what the answer begins with; without
+        `shows_output` that is all."""
         self.index = index
         self.request = request
         self.first_of_prompt = first_of_prompt
@@ -78,13 +84,20 @@ class Choice:
         self._stop_tokens = stop_tokens
         self._eos_tokens = eos_tokens
         self._logprob_format = logprob_format
-        self._parts: list[str] = []
+        self._needs_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        self._shows_output = shows_output
+        self._parts: list[str] = [echo] if echo else []
         self._logprobs: list[TokenLogprob] = []
         self._token_ids: list[int] | None = [] if shows_token_ids else None
 
     def feed(self, delta: Delta) -> None:
         """Take one step's tokens. Must not be called once `finish_reason` is set. Raises RequestRejected
         when the answer cannot be taken apart."""
+        if self._needs_prompt_logprobs and delta.token_ids:
+            self._add_prompt_logprobs(delta)
+        if not self._shows_output:
+            ended = None if delta.finish_reason is None else FinishReason.LENGTH
+            delta = Delta([], None, ended, delta.cached_tokens)
         token_ids = delta.token_ids
         self.output_tokens += len(token_ids)
         if delta.cached_tokens is not None:
@@ -112,6 +125,15 @@ class Choice:
             self.reply.add(text, delta.token_ids, finished=self.finish_reason is not None)
         elif text:
             self._parts.append(text)
+
+    def _add_prompt_logprobs(self, delta: Delta) -> None:
+        """They come with the first token, and go before it. Their number is limited by itself."""
+        self._needs_prompt_logprobs = False
+        if delta.prompt_logprobs is None:
+            message = "The worker gave no log-probabilities of the prompt."
+            raise RequestRejected(message, kind=Rejection.INTERNAL)
+        self._logprobs.append(TokenLogprob(self.request.token_ids[0], NO_LOGPROB))
+        self._logprobs += delta.prompt_logprobs
 
     def _match(self, stops: StopMatcher, text: str) -> str:
         text = stops.push(text)

@@ -50,7 +50,13 @@ class Completions:
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in self._prompts]
         if not all(prompts):
             raise RequestRejected("A prompt is empty.", field="prompt")
-        return beginning.choices(prompts, CompletionLogprobs)
+        echoes = None
+        if beginning.wanted.echo:
+            echoes = [
+                sent if isinstance(sent, str) else beginning.text.text_of(prompt)
+                for sent, prompt in zip(self._prompts, prompts, strict=True)
+            ]
+        return beginning.choices(prompts, CompletionLogprobs, echoes=echoes)
 
     async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         shown = []

@@ -18,7 +18,7 @@ from penstock.frontend.text.model_text import ModelText
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.frontend.text.tokenizing import Caller
 from penstock.frontend.wanted import Wanted
-from penstock.shapes import JsonObject, ModelCard, ModelKey, Request, Sampling
+from penstock.shapes import MAX_PROMPT_LOGPROBS, JsonObject, ModelCard, ModelKey, Request, Sampling
 
 MAX_CALL_TOKENS: Final = 4 * 1024 * 1024
 """Prompt tokens of all choices of a call. Each choice's prompt goes to its worker by itself, and with this
@@ -67,13 +67,19 @@ class Beginning(PromptEncoder):
         prompts: Sequence[list[int]],
         logprob_format: Callable[[TokenBytes, int], LogprobFormat],
         rules: ReplyRules | None = None,
+        echoes: Sequence[str] | None = None,
     ) -> list[Choice]:
-        """The choices of each prompt. Without `rules` answers are plain text. Raises RequestRejected."""
+        """The choices of each prompt. Without `rules` answers are plain text. `echoes`: what the answers to
+        each prompt begin with. Raises RequestRejected."""
         wanted, model, top = self.wanted, self.model, self.sampling.logprobs
         tokens = sum(map(len, prompts)) * wanted.choices
         if tokens > MAX_CALL_TOKENS:
             message = f"`n` times prompts have {tokens} prompt tokens, more than {MAX_CALL_TOKENS}."
             raise RequestRejected(message, field="n")
+        numbers = tokens * ((self.sampling.prompt_logprobs or 0) + 1)
+        if self.sampling.prompt_logprobs is not None and numbers > MAX_PROMPT_LOGPROBS:
+            message = f"The prompts have {numbers} log-probabilities, more than {MAX_PROMPT_LOGPROBS}."
+            raise RequestRejected(message, field="echo")
         age_s = time.perf_counter() - self.caller.since
         special, shows_token_ids = wanted.show_special_tokens, wanted.show_token_ids
         token_bytes = _id_bytes if wanted.tokens_as_ids else self.text.token_bytes
@@ -83,7 +89,7 @@ class Beginning(PromptEncoder):
             shows_token_ids = shows_token_ids and rules.show_tokens
         stop_tokens = frozenset((*model.eos_token_ids, *self.sampling.stop_token_ids))
         choices: list[Choice] = []
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
             sampling = with_room(self.sampling, wanted, model, len(prompt), self.default_max_tokens)
             if rules is not None:
                 sampling = replace(sampling, structured=rules.parser.structured(prompt))
@@ -113,6 +119,8 @@ class Beginning(PromptEncoder):
                     reply=Reply(rules, prompt) if rules is not None else None,
                     logprob_format=None if top is None else logprob_format(token_bytes, top),
                     shows_token_ids=shows_token_ids,
+                    echo=None if echoes is None else echoes[place],
+                    shows_output=wanted.max_tokens != 0,
                 )
                 choices.append(choice)
         return choices

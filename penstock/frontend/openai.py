@@ -110,6 +110,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
+    echo: bool | None = None  # of completions; see `decode_chat`
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log-probabilities
     best_of: int | None = None  # only what `n` says
@@ -164,6 +165,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions. `prompt` is a text, token ids, or a list of either."""
 
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # 0 only with `echo`
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     logprobs: TopLogprobs | None = None
     add_special_tokens: bool | None = None
@@ -193,6 +195,8 @@ def decode_chat(body: bytes) -> ChatRequest:
     """Raises RequestRejected naming the field."""
     request = decoded(body, _CHAT_DECODER, _CHAT, _rejected)
     _check(request)
+    if request.echo:
+        raise unsupported("echo", instead="/v1/completions has it")
     check_chat(request)
     return request
 
@@ -201,6 +205,8 @@ def decode_completion(body: bytes) -> CompletionRequest:
     """Raises RequestRejected naming the field."""
     request = decoded(body, _COMPLETION_DECODER, _COMPLETION, _rejected)
     _check(request)
+    if request.max_tokens == 0 and not request.echo:
+        raise RequestRejected("`max_tokens` must be at least 1 without `echo`.", field="max_tokens")
     choices = len(request.prompts) * (request.n or 1)
     if choices > MAX_CHOICES:
         raise RequestRejected(
@@ -235,6 +241,7 @@ def wanted_of(
             ignore_eos=bool(request.ignore_eos),
             allowed_token_ids=tuple(request.allowed_token_ids or ()),
             logprobs=logprobs,
+            prompt_logprobs=logprobs if request.echo else None,
             structured=constraint(request.response_format, request.structured_outputs),
             reproducible=request.seed is not None,
             **given,
@@ -247,6 +254,7 @@ def wanted_of(
         bad_words=tuple(request.bad_words or ()),
         include_stop=bool(request.include_stop_str_in_output),
         show_special_tokens=request.skip_special_tokens is False,
+        echo=bool(request.echo),
         show_token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
         stream=bool(request.stream),

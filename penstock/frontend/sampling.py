@@ -78,7 +78,8 @@ def with_room(
         raise RequestRejected(message, field=field)
     if prompt_tokens >= limit:
         raise too_long(limit, f"your prompt has {prompt_tokens} tokens, and at least 1 must be generated")
-    max_tokens = min(most if most is not None else default_max_tokens, limit - prompt_tokens)
+    # An engine gives one token at least, which a call that wants none does not show.
+    max_tokens = min(max(1, most) if most is not None else default_max_tokens, limit - prompt_tokens)
     if sampling.min_tokens > max_tokens:
         raise RequestRejected(f"`min_tokens` is above the {max_tokens} tokens allowed.", field="min_tokens")
     return msgspec.structs.replace(sampling, max_tokens=max_tokens)

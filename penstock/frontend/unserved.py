@@ -37,7 +37,6 @@ _KV: Final = RefusedField(({},), "KV is moved between workers of this deployment
 REFUSED: Final[dict[str, RefusedField]] = {
     # OpenAI
     "audio": RefusedField(),
-    "echo": _OFF,
     "function_call": RefusedField(("none", "auto"), _TOOLS),
     "functions": RefusedField(([],), _TOOLS),
     "moderation": RefusedField(),

@@ -35,6 +35,9 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a stop string that ends an answer is part of it."""
 
     show_special_tokens: bool = False
+    echo: bool = False
+    """Whether an answer begins with its prompt. With `max_tokens` 0 that is all of it."""
+
     show_token_ids: bool = False
     """Whether the token ids of prompts and answers are shown."""
 

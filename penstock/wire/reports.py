@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, FinishReason, Handoff, Load, Output
+from penstock.shapes import Attempt, Card, FinishReason, Handoff, Load, Output, TokenLogprob
 from penstock.wire.messages import Bounce, Step
 
 MAX_OPEN = 64 * 1024
@@ -29,6 +29,7 @@ class _Open:
     tokens: int  # that it was sent with
     left: int  # tokens that it may still give
     logprobs: int | None
+    prompt_logprobs: int | None  # None also once they have come
     prefill_only: bool
 
 
@@ -58,7 +59,10 @@ class Reports:
         self._sent += 1
         tokens, sampling = len(attempt.token_ids), attempt.sampling
         left = max(0, attempt.prompt_len + sampling.max_tokens - tokens)
-        self._open[attempt.attempt_id] = _Open(tokens, left, sampling.logprobs, attempt.prefill_only)
+        prompt_logprobs = sampling.prompt_logprobs if tokens == attempt.prompt_len else None
+        self._open[attempt.attempt_id] = _Open(
+            tokens, left, sampling.logprobs, prompt_logprobs, attempt.prefill_only
+        )
 
     def bounce(self, bounce: Bounce) -> None:
         """It does not take an attempt."""
@@ -98,6 +102,8 @@ class Reports:
                 raise _wrong(output, "token_ids", f"{-left} more than were asked for")
             if output.logprobs is not None:
                 self._check_logprobs(output, attempt)
+            if output.prompt_logprobs is not None:
+                self._check_prompt_logprobs(output, output.prompt_logprobs, attempt)
             if output.cached_tokens is not None:
                 self._check_reuse(output, attempt)
             if output.finish_reason is not None:
@@ -108,14 +114,24 @@ class Reports:
         logprobs = output.logprobs or []
         if attempt.logprobs is None or len(logprobs) != len(output.token_ids):
             raise _wrong(output, "logprobs", f"{len(logprobs)}, for {len(output.token_ids)} token_ids")
+        self._check_alternatives(output, "logprobs", logprobs, attempt.logprobs)
+
+    def _check_prompt_logprobs(self, output: Output, logprobs: list[TokenLogprob], attempt: _Open) -> None:
+        asked, attempt.prompt_logprobs = attempt.prompt_logprobs, None
+        if asked is None or len(logprobs) != attempt.tokens - 1:
+            problem = f"{len(logprobs)}, for a prompt of {attempt.tokens} tokens"
+            raise _wrong(output, "prompt_logprobs", problem)
+        self._check_alternatives(output, "prompt_logprobs", logprobs, asked)
+
+    def _check_alternatives(
+        self, output: Output, field: str, logprobs: list[TokenLogprob], most: int
+    ) -> None:
         for it in logprobs:
-            if len(it.top) > attempt.logprobs:
-                raise _wrong(output, "logprobs", f"{len(it.top)} alternatives of {attempt.logprobs}")
+            if len(it.top) > most:
+                raise _wrong(output, field, f"{len(it.top)} alternatives of {most}")
             largest = max((token_id for token_id, _ in it.top), default=0)
             if max(it.token_id, largest) >= self._card.model.vocab_size:
-                raise _wrong(
-                    output, "logprobs", f"a token beyond the {self._card.model.vocab_size} there are"
-                )
+                raise _wrong(output, field, f"a token beyond the {self._card.model.vocab_size} there are")
 
     def _check_reuse(self, output: Output, attempt: _Open) -> None:
         if (output.cached_tokens or 0) > attempt.tokens:

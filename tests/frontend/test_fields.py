@@ -94,10 +94,23 @@ def test_zero_is_not_false():
 
 
 def test_a_refused_field_is_named_before_the_value_of_another():
-    """lm-eval asks for `echo` with `max_tokens: 0`, which would be right with it."""
+    """`max_tokens: 0` might be right with it."""
     with pytest.raises(RequestRejected) as raised:
-        decode("completions", echo=True, max_tokens=0, logprobs=1)
-    assert raised.value.field == "echo"
+        decode("chat", prompt_logprobs=1, max_tokens=0)
+    assert raised.value.field == "prompt_logprobs"
+
+
+def test_echo_is_of_completions_and_only_with_it_no_token_may_be_asked_for():
+    assert decode("completions", echo=True, max_tokens=0, logprobs=1).max_tokens == 0
+    for endpoint, fields, field in (
+        ("completions", {"max_tokens": 0}, "max_tokens"),
+        ("chat", {"max_tokens": 0}, "max_tokens"),
+        ("chat", {"echo": True}, "echo"),
+    ):
+        with pytest.raises(RequestRejected) as raised:
+            decode(endpoint, **fields)
+        assert raised.value.field == field
+    assert decode("chat", echo=False).echo is False
 
 
 def test_every_member_of_nvext_has_one_place():

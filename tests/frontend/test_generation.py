@@ -494,3 +494,60 @@ async def test_a_call_that_is_failed_while_its_time_runs_out_ends_once() -> None
     with pytest.raises(TimeoutError):
         await run_out()
     assert record.error is None
+
+
+# --- echo -----------------------------------------------------------------------------------------
+
+
+def scored(request):
+    """An engine that gives log-probabilities of its prompt, and answers with token 40."""
+    wanted, entries = request.sampling, None
+    if wanted.prompt_logprobs is not None:
+        entries = [TokenLogprob(token_id, -1.0, [(41, -0.5)]) for token_id in request.token_ids[1:]]
+    logprobs = [TokenLogprob(40, -2.0)] if wanted.logprobs is not None else None
+    return [Delta([40], logprobs, FinishReason.STOP, 0, entries)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("max_tokens", "rest"), [(0, []), (1, [-2.0])])
+async def test_echo_shows_the_prompt_with_its_log_probabilities(
+    serve_script, byte_level, stream, max_tokens, rest
+):
+    prompt = byte_level.encode("Hi 你!").ids
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "n": 2}
+    async with serve_script(scored) as served:
+        response = await complete(served, stream=stream, **body)
+        choices = await collect(response) if stream else [response]
+        for choice in (choice for answer in choices for choice in answer.choices):
+            text = "Hi 你!" + (byte_level.decode([40]) if rest else "")
+            assert choice.text == text
+            logprobs = choice.logprobs
+            assert logprobs.token_logprobs == [None] + [-1.0] * (len(prompt) - 1) + rest
+            assert logprobs.top_logprobs[0] is None
+            assert logprobs.text_offset[:2] == [0, 1]
+            assert len(logprobs.tokens) == len(logprobs.text_offset) == len(prompt) + len(rest)
+            assert choice.finish_reason == ("stop" if rest else "length")
+        if not stream:
+            assert response.usage.completion_tokens == 2 * len(rest)
+
+
+async def test_echo_without_log_probabilities_asks_the_engine_for_none(serve_script):
+    async with serve_script(scored) as served:
+        answer = await complete(served, prompt=["Hi", "You"], echo=True, max_tokens=0)
+        assert [choice.text for choice in answer.choices] == ["Hi", "You"]
+        assert [choice.logprobs for choice in answer.choices] == [None, None]
+        assert all(request.sampling.prompt_logprobs is None for request in served.completer.requests)
+
+
+async def test_a_worker_that_gives_no_log_probabilities_of_the_prompt_fails_the_call(served):
+    body = {"model": "tiny", "prompt": "Hi", "echo": True, "logprobs": 1}
+    response = await served.http.post("/v1/completions", json=body)
+    assert response.status_code == 500
+
+
+async def test_too_many_log_probabilities_of_prompts_are_refused(serve_script, view):
+    async with serve_script(scored, views=[view]) as served:
+        body = {"prompt": [[5] * 600] * 25, "echo": True, "logprobs": 20, "max_tokens": 0}
+        response = await served.http.post("/v1/completions", json={"model": "tiny", **body})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "echo"

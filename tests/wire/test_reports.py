@@ -35,17 +35,19 @@ def handoff(attempt_id: str = "p.1", **fields: object) -> Handoff:
 
 
 def reports() -> Reports:
-    """Of a worker that has four attempts: plain, ended, with log-probabilities, and only to prefill."""
+    """Of a worker that has five attempts: plain, ended, with log-probabilities of its output or of
+    its prompt, and only to prefill."""
     it = Reports(CARD, LOAD)
     it.sent(attempt("a.1"))
     it.sent(attempt("e.1"))
     it.sent(attempt("l.1", logprobs=2))
+    it.sent(attempt("s.1", prompt=3, generated=[], prompt_logprobs=1))
     it.sent(attempt("p.1", prefill_only=True))
     it.step(step(Output("a.1", [5], cached_tokens=3), Output("e.1", [6], FinishReason.STOP), seen=2))
     return it
 
 
-def step(*outputs: Output, seen: int = 4, load: Load = LOAD) -> Step:
+def step(*outputs: Output, seen: int = 5, load: Load = LOAD) -> Step:
     return Step(seen, load, list(outputs))
 
 
@@ -59,6 +61,9 @@ TRUE: dict[str, Step] = {
     "the end": step(Output("a.1", [7], FinishReason.LENGTH)),
     "an end without a token": step(Output("a.1", [], FinishReason.CANCELLED)),
     "an error": step(Output("a.1", [], FinishReason.ERROR, error="failed")),
+    "log-probabilities of a prompt": step(
+        Output("s.1", [7], prompt_logprobs=[TokenLogprob(7, -1.0, [(49, -1.0)])] * 2)
+    ),
     "log-probabilities": step(Output("l.1", [7], logprobs=[TokenLogprob(7, -1.0, [(49, -1.0)])])),
     "a handoff": step(prefilled(handoff())),
     "a prompt that ends at once": step(Output("p.1", [5], FinishReason.STOP)),
@@ -96,6 +101,25 @@ LIES: dict[str, tuple[Step, str]] = {
         step(Output("l.1", [5], logprobs=[TokenLogprob(5, -1.0, [(50, -1.0)])])),
         "outputs.logprobs",
     ),
+    "log-probabilities of a prompt that nobody asked for": (
+        step(Output("a.1", [5], prompt_logprobs=[])),
+        "outputs.prompt_logprobs",
+    ),
+    "too few log-probabilities of a prompt": (
+        step(Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)])),
+        "outputs.prompt_logprobs",
+    ),
+    "log-probabilities of a prompt twice": (
+        step(
+            Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)] * 2),
+            Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)] * 2),
+        ),
+        "outputs.prompt_logprobs",
+    ),
+    "a prompt's alternatives beyond the vocabulary": (
+        step(Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0, [(50, -1.0)])] * 2)),
+        "outputs.prompt_logprobs",
+    ),
     "more cached than there is": (step(Output("a.1", [5], cached_tokens=4)), "outputs.cached_tokens"),
     "more pulled than there is": (
         step(Output("a.1", [5], cached_tokens=0, transferred_blocks=2)),
@@ -118,7 +142,7 @@ LIES: dict[str, tuple[Step, str]] = {
     "blocks of another size": (step(prefilled(handoff(block_size=32))), "outputs.handoff.block_size"),
     "KV of more than the prompt": (step(prefilled(handoff(num_tokens=4))), "outputs.handoff.num_tokens"),
     "KV of nothing": (step(prefilled(handoff(num_tokens=0))), "outputs.handoff.num_tokens"),
-    "more seen than was sent": (step(seen=5), "seen"),
+    "more seen than was sent": (step(seen=6), "seen"),
     "less seen than before": (step(seen=1), "seen"),
     "steps that shrink": (step(load=replace(LOAD, steps=9)), "load.steps"),
     "fewer submitted than before": (step(load=replace(LOAD, submitted=4)), "load.submitted"),
@@ -155,7 +179,7 @@ def test_an_attempt_that_was_bounced_may_be_sent_again() -> None:
     it = reports()
     it.bounce(Bounce("a.1", "full"))
     it.sent(attempt("a.1"))
-    it.step(step(Output("a.1", [1, 2, 3]), seen=5))
+    it.step(step(Output("a.1", [1, 2, 3]), seen=6))
 
 
 def test_a_name_that_nobody_knows_is_cut_for_the_log() -> None:

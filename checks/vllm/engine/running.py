@@ -110,6 +110,7 @@ def _joined(outputs: list[Output]) -> Output:
         handoff=last.handoff,
         error=last.error,
         transferred_blocks=first.transferred_blocks,
+        prompt_logprobs=first.prompt_logprobs,
     )
 
 

@@ -75,7 +75,8 @@ class Window:
 class FlatBatch:
     """Tokens of all rows; padded to whole tiles of tokens, `count` of them real.
 
-    `last[i]` is the index of the last token of the i-th row that samples. `fresh_blocks` are blocks
+    `last[i]` is the index of the last token of the i-th row that samples. `scored` has the rows that give
+    log-probabilities of their prompt, each with the index of its first token. `fresh_blocks` are blocks
     that get their first token in this batch without being filled by it.
     """
 
@@ -85,6 +86,7 @@ class FlatBatch:
     block_ids: Integers  # of each token
     windows: list[Window] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
+    scored: list[tuple[BatchRow, int]] = field(default_factory=list)
     fresh_blocks: list[int] = field(default_factory=list)
 
 
@@ -113,6 +115,9 @@ def flatten(batch: list[BatchRow], cut: Cut) -> FlatBatch:
     ends = np.cumsum([row.count for row in ordered]).tolist()
     last = {id(row): end - 1 for row, end in zip(ordered, ends, strict=True)}
     flat.last = [last[id(row)] for row in batch if row.sample]
+    flat.scored = [
+        (row, last[id(row)] + 1 - row.count) for row in batch if row.sequence.prompt_logprobs is not None
+    ]
     flat.fresh_blocks = [
         row.sequence.block_ids[end // block_size]
         for row, end in ((row, row.start + row.count) for row in batch)

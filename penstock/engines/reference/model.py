@@ -8,16 +8,23 @@ bit for bit: see `tiles` and `flat_batch`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.engines.batch import BatchRow
+from penstock.engines.batch import BatchRow, Sequence, scored_tokens
 from penstock.engines.reference.flat_batch import Cut, FlatBatch, QueryTile, Window, flatten
 from penstock.engines.reference.kv import Integers, KvPool
 from penstock.engines.reference.model_config import ModelConfig, Rope
 from penstock.engines.reference.tiles import Floats, padded_rows, tiles
 from penstock.engines.reference.weights import LayerWeights, Weights
+
+_SCORED_AT_ONCE = 32  # tokens of a prompt: logits of a large vocabulary take a megabyte for each
+
+Score = Callable[[Sequence, range, Floats], None]
+"""Called with a sequence, positions of its tokens, and the logits of each, shape (positions, vocab), which
+are valid during the call."""
 
 
 class Model:
@@ -36,8 +43,11 @@ class Model:
         self._causal = np.triu(np.full((self._cut.span, self._cut.span), -np.inf, np.float32), 1)
         self._scratch = Scratch()
 
-    def logits(self, batch: list[BatchRow]) -> Floats:
+    def logits(self, batch: list[BatchRow], score: Score | None = None) -> Floats:
         """Compute the KV of all rows, and the logits of those that sample.
+
+        Args:
+            score: gets the logits of the prompt's tokens whose log-probabilities are wanted.
 
         Returns:
             Shape (rows that sample, vocab), in the batch's order; valid until the next call.
@@ -48,7 +58,18 @@ class Model:
         # A strongly negative gate overflows exp() to infinity, which then gives the right zero.
         with np.errstate(over="ignore"):
             hidden = self._decode(flat)
+        if score is not None:
+            for row, first in flat.scored:
+                self._score(row, first, hidden, score)
         return self._head(hidden, flat.last)
+
+    def _score(self, row: BatchRow, first: int, hidden: Floats, score: Score) -> None:
+        """`first` is the index of the row's first token in the batch: its logits are the next token's."""
+        positions = scored_tokens(row)
+        for at in range(0, len(positions), _SCORED_AT_ONCE):
+            piece = positions[at : at + _SCORED_AT_ONCE]
+            places = range(first + at, first + at + len(piece))
+            score(row.sequence, piece, self._head(hidden, list(places)))
 
     def _decode(self, flat: FlatBatch) -> Floats:
         """The residual stream after all layers, shape (padded tokens, hidden)."""

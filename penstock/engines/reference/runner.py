@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.reference.grammar import Grammars, InvalidGrammar
 from penstock.engines.reference.model import Model
-from penstock.engines.reference.sampler import Sampler
+from penstock.engines.reference.sampler import Sampler, score_prompt
 from penstock.shapes import Sampling
 
 
@@ -21,8 +21,8 @@ class ReferenceRunner:
         self._grammars = grammars
 
     def run(self, batch: list[BatchRow]) -> list[Sampled | None]:
-        """Compute all rows; one entry per row, None where `sample` is not set."""
-        logits = self._model.logits(batch)
+        """As Runner.run."""
+        logits = self._model.logits(batch, score_prompt)
         drawn = iter(self._sampler.sample(logits, [row.sequence for row in batch if row.sample]))
         return [next(drawn) if row.sample else None for row in batch]
 

@@ -64,7 +64,10 @@ class Sampler:
             token_ids[drawn] = draw(logits[drawn], [sequences[row] for row in drawn])
         return [
             Sampled(
-                token_id, None if values is None else _token_logprob(values, token_id, sequence.sampling)
+                token_id,
+                None
+                if values is None
+                else _token_logprob(values, token_id, sequence.sampling.logprobs or 0),
             )
             for token_id, values, sequence in zip(token_ids.tolist(), logprobs, sequences, strict=True)
         ]
@@ -106,6 +109,16 @@ class Sampler:
             logits -= np.float32(sampling.presence_penalty) * (counts > 0)
         if sampling.allowed_token_ids and logits.max() == -np.inf:
             logits[list(sampling.allowed_token_ids)] = 0.0  # all were excluded: these still may come
+
+
+def score_prompt(sequence: Sequence, positions: range, logits: Floats) -> None:
+    """Append the log-probabilities of the prompt's tokens at these positions, of which these are the
+    logits."""
+    assert sequence.prompt_logprobs is not None, "nobody asked for them"
+    count = sequence.sampling.prompt_logprobs or 0
+    for position, row in zip(positions, logits, strict=True):
+        token_id = sequence.token_ids[position]
+        sequence.prompt_logprobs.append(_token_logprob(_log_softmax(row), token_id, count))
 
 
 def draw(logits: Floats, sequences: list[Sequence]) -> NDArray[np.int64]:
@@ -203,8 +216,8 @@ def _penalise_repetition(logits: Floats, token_ids: list[int], penalty: float) -
     logits[seen] = np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
 
 
-def _token_logprob(values: Floats, token_id: int, sampling: Sampling) -> TokenLogprob:
-    count = min(sampling.logprobs or 0, len(values))
+def _token_logprob(values: Floats, token_id: int, alternatives: int) -> TokenLogprob:
+    count = min(alternatives, len(values))
     top: list[tuple[int, float]] = []
     if count:
         least = len(values) - count

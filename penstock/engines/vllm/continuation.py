@@ -68,8 +68,11 @@ def _from(attempt: Attempt, end: int) -> Sampling:
     max_tokens = sampling.max_tokens - folded
     if attempt.prefill_only:
         max_tokens = min(max_tokens, len(attempt.token_ids) - end + 1)
+    # Where there is output, they came with its first token.
+    wants_prompt = len(attempt.token_ids) == attempt.prompt_len
     return msgspec.structs.replace(
         sampling,
+        prompt_logprobs=sampling.prompt_logprobs if wants_prompt else None,
         max_tokens=max_tokens,
         min_tokens=min(max(0, sampling.min_tokens - folded), max_tokens),
         seed=_seed(sampling.seed, folded),

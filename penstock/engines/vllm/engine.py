@@ -32,7 +32,7 @@ from penstock.engines.vllm.installed import check_version
 from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.logs import one_line
-from penstock.engines.vllm.outputs import check_tokens, finish_reason, token_logprobs
+from penstock.engines.vllm.outputs import check_tokens, finish_reason, prompt_logprobs, token_logprobs
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
@@ -252,7 +252,7 @@ class VllmEngine:
             request.reasoning_ended = structured.reasoning_ended
             request.reasoning_parser_kwargs = {"chat_template_kwargs": structured.template_variables}
         pulls = transfer is not None and not attempt.prefill_only
-        uncached = 0 if pulls else len(plan.prompt) - self._cached(attempt, plan.prompt)
+        uncached = 0 if pulls else len(plan.prompt) - self._cached(plan, attempt.cache_salt)
         self._active[core_id] = _Active(attempt, core_id, plan, monotonic(), uncached, pulls)
         self._core_ids[attempt.attempt_id] = core_id
         self._load.began(uncached)
@@ -264,10 +264,12 @@ class VllmEngine:
         assert self._core is not None
         return attempt.sampling.reproducible or not self._core.config.model_config.logits_processors
 
-    def _cached(self, attempt: Attempt, prompt: list[int]) -> int:
-        """About how many of the prompt's tokens vLLM will find in its cache."""
-        block_size = self._card.block_size
-        root = root_hash(self._card.model.name, attempt.cache_salt)
+    def _cached(self, plan: Continuation, cache_salt: str) -> int:
+        """About how many of the prompt's tokens vLLM will take from its cache."""
+        prompt, block_size = plan.prompt, self._card.block_size
+        if plan.sampling.prompt_logprobs is not None:
+            return 0
+        root = root_hash(self._card.model.name, cache_salt)
         blocks = self._outbox.leading_cached(sequence_hashes(prompt, block_size, root))
         return min(blocks, (len(prompt) - 1) // block_size) * block_size
 
@@ -372,6 +374,7 @@ class VllmEngine:
             logprobs = logprobs[len(again) :] if logprobs else logprobs
         active.given += len(token_ids)
         output = Output(attempt.attempt_id, token_ids, finish_reason(core_output), logprobs=logprobs)
+        output.prompt_logprobs = prompt_logprobs(core_output, attempt.sampling.prompt_logprobs)
         if not active.answered:
             self._answer(active, core_output, output)
         else:

@@ -10,7 +10,7 @@ from penstock.shapes import MAX_LOGPROB, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
-    from vllm.v1.outputs import LogprobsLists
+    from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 REASONS = {
     "stop": FinishReason.STOP,
@@ -42,10 +42,22 @@ def token_logprobs(lists: LogprobsLists, asked: int) -> list[TokenLogprob]:
 
     Raises ProtocolError for values that are no numbers.
     """
-    if not (lists.logprobs <= MAX_LOGPROB).all():
-        raise ProtocolError("new_logprobs: not numbers, or out of range")
+    return _token_logprobs("new_logprobs", lists, asked)
+
+
+def prompt_logprobs(output: EngineCoreOutput, asked: int | None) -> list[TokenLogprob] | None:
+    """The same of a prompt's tokens, from its second one on; None where they are not in this output."""
+    tensors = output.new_prompt_logprobs_tensors
+    if tensors is None or asked is None:
+        return None
+    return _token_logprobs("new_prompt_logprobs_tensors", tensors, asked)
+
+
+def _token_logprobs(field: str, rows: LogprobsLists | LogprobsTensors, asked: int) -> list[TokenLogprob]:
+    if not (rows.logprobs <= MAX_LOGPROB).all():
+        raise ProtocolError(f"{field}: not numbers, or out of range")
     return [
         TokenLogprob(token_ids[0], values[0], list(zip(token_ids[1:end], values[1:end], strict=True)))
         for end in (asked + 1,)
-        for token_ids, values in zip(lists.logprob_token_ids.tolist(), lists.logprobs.tolist(), strict=True)
+        for token_ids, values in zip(rows.logprob_token_ids.tolist(), rows.logprobs.tolist(), strict=True)
     ]

@@ -52,6 +52,7 @@ def sampling_params(
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         allowed_token_ids=list(sampling.allowed_token_ids) or None,
         structured_outputs=None if sampling.structured is None else _structured(sampling.structured),
         extra_args=extra or None,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from penstock.shapes import JsonObject, TokenLogprob
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; what OpenAI documents for a token that is ruled out
+
+NO_LOGPROB = math.nan  # of a prompt's first token, which follows nothing
 
 TokenBytes = Callable[[int], bytes]  # what a token id stands for
 
@@ -56,16 +59,25 @@ class CompletionLogprobs:
         self._offset = 0  # in characters of the answer, as far as its tokens are whole
 
     def render(self, tokens: Sequence[TokenLogprob]) -> JsonObject:
-        offsets, names, logprobs, alternatives = [], [], [], []
+        offsets: list[int] = []
+        names: list[str] = []
+        logprobs: list[float | None] = []
+        alternatives: list[dict[str, float] | None] = []
         for token in tokens:
             name = self._name(token.token_id)
-            logprob = max(token.logprob, LEAST_LOGPROB)
-            top = {self._name(other): max(value, LEAST_LOGPROB) for other, value in token.top[: self._top]}
-            top.setdefault(name, logprob)
             offsets.append(self._offset)
             names.append(name)
-            logprobs.append(logprob)
-            alternatives.append(top)
+            if math.isnan(token.logprob):
+                logprobs.append(None)
+                alternatives.append(None)
+            else:
+                logprob = max(token.logprob, LEAST_LOGPROB)
+                top = {
+                    self._name(other): max(value, LEAST_LOGPROB) for other, value in token.top[: self._top]
+                }
+                top.setdefault(name, logprob)
+                logprobs.append(logprob)
+                alternatives.append(top)
             self._offset += len(self._token_bytes(token.token_id).decode("utf-8", "ignore"))
         return {
             "tokens": names,

@@ -95,6 +95,11 @@ class ModelText:
             return TableDetokenizer(self._table, special=special)
         return WindowDetokenizer(self._tokenizer, prompt_ids, special=special)
 
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that came as token ids, special tokens by their names."""
+        detokenizer = self.detokenizer((), special=True)
+        return detokenizer.push(token_ids) + detokenizer.flush()
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, special tokens by their names; for logprobs."""
         if self._table is not None:

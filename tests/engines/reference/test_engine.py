@@ -20,6 +20,7 @@ from penstock.errors import ConfigError
 from penstock.ports import Pulled
 from penstock.shapes import Attempt, FinishReason, Handoff, Output, Sampling
 from tests import builders
+from tests.cards import changed
 
 GREEDY = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
 SEEDED = Sampling(
@@ -213,3 +214,27 @@ def test_the_card_tells_what_the_checkpoint_and_the_settings_say(checkpoint: Pat
 def test_bad_settings_are_refused(checkpoint: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load_model(ReferenceSettings(**{"model": str(checkpoint), **changes}))
+
+
+@pytest.mark.parametrize("max_batch_tokens", [3, 64])
+async def test_a_prompts_log_probabilities_are_those_of_its_tokens_one_by_one(
+    checkpoint: Path, max_batch_tokens: int
+) -> None:
+    """Also when the prompt is cached, which must not be made use of; and they come once."""
+    prompt = [5, 9, 2, 7, 7, 1, 30, 4, 11]
+    scheduler = SchedulerSettings(max_batch_tokens=max_batch_tokens, max_running=2)
+    async with running(checkpoint, scheduler=scheduler) as client:
+        expected = []
+        for end in range(1, len(prompt)):
+            forced = changed(GREEDY, max_tokens=1, allowed_token_ids=(prompt[end],), logprobs=2)
+            (output,) = await client.run(attempt(f"prefix-{end}", prompt[:end], sampling=forced))
+            expected += output.logprobs or []
+        scoring = changed(GREEDY, max_tokens=3, prompt_logprobs=2)
+        first, *rest = await client.run(attempt("whole", prompt, sampling=scoring))
+        assert first.prompt_logprobs == expected
+        assert first.cached_tokens == 0
+        assert [output.prompt_logprobs for output in rest] == [None] * len(rest)
+        known = attempt("continued", prompt, sampling=scoring, generated=first.token_ids)
+        outputs = await client.run(known)
+        assert [output.prompt_logprobs for output in outputs] == [None] * len(outputs)
+        assert tokens([first, *rest]) == [*first.token_ids, *tokens(outputs)]
