@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server in front of the router."""
+"""The HTTP server in front of the router, with the APIs of OpenAI and Anthropic."""

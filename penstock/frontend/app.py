@@ -31,6 +31,9 @@ from penstock.frontend.http.cors import Header
 from penstock.frontend.http.exchange import Bodies, HttpExchange
 from penstock.frontend.http.statuses import anthropic_error, status_of
 from penstock.frontend.prompting import PromptServer
+from penstock.frontend.responses_api.create import ResponsesApi
+from penstock.frontend.responses_api.store import MemoryResponseStore
+from penstock.frontend.responses_api.stored import StoredResponses
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.start_page import START_PAGE_HEADERS, START_PAGE_TYPE, start_page
 from penstock.frontend.text.model_text import ModelTexts
@@ -41,6 +44,8 @@ from penstock.ports import ChatParsers
 from penstock.shapes import InstanceView, JsonObject, ModelView
 
 log = logging.getLogger("penstock.frontend")
+
+Handler = Callable[[HttpExchange, Scope], Awaitable[None]]
 
 _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
 
@@ -61,7 +66,11 @@ PROMPT_ENDPOINTS: Final[dict[str, type[PromptEndpoint]]] = {
 }
 """Those that need a model's template and tokenizer only."""
 
-SERVED: Final = (*(f"POST {path}" for path in (*ENDPOINTS, *PROMPT_ENDPOINTS)), "GET /v1/models")
+RESPONSES_PATH: Final = "/v1/responses"
+"""The one API that keeps something: its object has the store."""
+
+_GENERATING: Final = (*ENDPOINTS, RESPONSES_PATH, *PROMPT_ENDPOINTS)
+SERVED: Final = (*(f"POST {path}" for path in _GENERATING), "GET /v1/models")
 _MODELS: Final = "models"
 _OTHER: Final = "other"
 
@@ -86,9 +95,14 @@ class App:
         self._generation = GenerationServer(completer, self._texts, settings, metrics.frontend)
         self._prompting = PromptServer(completer, self._texts, settings, metrics.frontend)
         self._created = int(time.time())
+        store = MemoryResponseStore(
+            settings.max_stored_responses, settings.max_stored_bytes, settings.stored_response_age_s
+        )
+        apis: dict[str, GenerationApi] = {**ENDPOINTS, RESPONSES_PATH: ResponsesApi(store)}
         self._router = Router(
             [
-                *(_route("POST", path, self._generate(api)) for path, api in ENDPOINTS.items()),
+                *(_route("POST", path, self._generate(api)) for path, api in apis.items()),
+                *self._stored_routes(StoredResponses(store)),
                 *(_route("POST", path, self._prompt(api)) for path, api in PROMPT_ENDPOINTS.items()),
                 _route("GET", "/v1/models", self._models),
                 _route("GET", "/v1/models/{name:path}", self._model),
@@ -178,19 +192,34 @@ class App:
         """Whose API key the request brings. Raises RequestRejected(UNAUTHENTICATED)."""
         return self._keys.check(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
 
-    def _generate(self, api: GenerationApi) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
+    def _generate(self, api: GenerationApi) -> Handler:
         async def generate(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
             await self._generation.serve(api, exchange, self._tenant(exchange))
 
         return generate
 
-    def _prompt(self, api: type[PromptEndpoint]) -> Callable[[HttpExchange, Scope], Awaitable[None]]:
+    def _prompt(self, api: type[PromptEndpoint]) -> Handler:
         async def answer(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
             await self._prompting.serve(api, exchange, self._tenant(exchange))
 
         return answer
+
+    def _stored_routes(self, stored: StoredResponses) -> list[Route]:
+        def of_tenant(handle: Callable[[HttpExchange, Scope, str], Awaitable[None]]) -> Handler:
+            async def handle_own(exchange: HttpExchange, scope: Scope) -> None:
+                await handle(exchange, scope, self._tenant(exchange))
+
+            return handle_own
+
+        one = RESPONSES_PATH + "/{id}"
+        return [
+            _route("GET", one, of_tenant(stored.retrieve)),
+            _route("DELETE", one, of_tenant(stored.delete)),
+            _route("POST", one + "/cancel", of_tenant(stored.cancel)),
+            _route("GET", one + "/input_items", of_tenant(stored.input_items)),
+        ]
 
     async def _models(self, exchange: HttpExchange, scope: Scope) -> None:
         self._tenant(exchange)
@@ -254,6 +283,8 @@ def _endpoint_of(path: str) -> str:
         return ENDPOINTS[path].name
     if path in PROMPT_ENDPOINTS:
         return PROMPT_ENDPOINTS[path].name
+    if path == RESPONSES_PATH or path.startswith(f"{RESPONSES_PATH}/"):
+        return ResponsesApi.name
     return _MODELS if path == "/v1/models" or path.startswith("/v1/models/") else _OTHER
 
 
@@ -270,12 +301,12 @@ def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
 class _Endpoint:
     """An endpoint as an ASGI application; Starlette would wrap a plain function in more."""
 
-    def __init__(self, handle: Callable[[HttpExchange, Scope], Awaitable[None]]) -> None:
+    def __init__(self, handle: Handler) -> None:
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._handle(scope[_EXCHANGE], scope)
 
 
-def _route(method: str, path: str, handle: Callable[[HttpExchange, Scope], Awaitable[None]]) -> Route:
+def _route(method: str, path: str, handle: Handler) -> Route:
     return Route(path, endpoint=_Endpoint(handle), methods=[method])

@@ -101,7 +101,7 @@ def without_billing_line(text: str) -> str:
 
 def _settle(message: Message, where: str) -> None:
     if isinstance(message.content, list):
-        message.content = _joined(message.content, f"{where}.content")
+        message.content = joined_text(message.content, f"{where}.content")
     if message.content is None:
         message.content = message.refusal
     if message.content is None and message.role not in _MAY_BE_EMPTY:
@@ -118,7 +118,7 @@ def _settle(message: Message, where: str) -> None:
         function.arguments = as_arguments(function.arguments, function.name, place)
 
 
-def _joined(parts: Sequence[ContentPart | str], where: str) -> str:
+def joined_text(parts: Sequence[ContentPart | str], where: str) -> str:
     """Text parts as one string: every template takes that, not every one takes a list."""
     texts = []
     for number, part in enumerate(parts):

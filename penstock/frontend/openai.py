@@ -79,14 +79,11 @@ class NvExt(msgspec.Struct, forbid_unknown_fields=True):
     greed_sampling: bool | None = None  # true: temperature 0, whatever else is said
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What both kinds of completion share. None and absence mean the model's or the API's default."""
+class SampledRequest(msgspec.Struct, kw_only=True):
+    """What all of OpenAI's APIs share. None and absence mean the model's or the API's default."""
 
     model: Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_CHARS)]
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -107,9 +104,17 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     cache_salt: Salt | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
+
+
+class GenerationRequest(SampledRequest, kw_only=True):
+    """What both kinds of completion share."""
+
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    response_format: ResponseFormat | None = None
     echo: bool | None = None  # of completions; see `decode_chat`
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log-probabilities

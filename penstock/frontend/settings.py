@@ -98,3 +98,13 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     prepare_timeout_s: float = 30.0
     """From a request's last byte until its prompts are token ids: its tokenizer's loading, its turn, and
     the tokenizing itself."""
+
+    max_stored_responses: int = 10_000
+    """Responses of /v1/responses that this frontend keeps for their owners. What was not used for longest
+    goes first, of the tenant who keeps most bytes."""
+
+    max_stored_bytes: int = 256 * 1024 * 1024
+    """The same, in bytes; a response that has more by itself is not kept."""
+
+    stored_response_age_s: float = 24 * 3600.0
+    """How long such a response is kept after it was made or last used."""

@@ -8,6 +8,7 @@ tests/frontend/test_fields.py. Fields that are on neither list are nobody's, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -176,9 +177,9 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 _NOTHING: Final = (None,) * len(REFUSED)
 
 
-def with_refused(kind: type[_Body]) -> type[_Body]:
+def with_refused(kind: type[_Body], refused: Mapping[str, RefusedField] = REFUSED) -> type[_Body]:
     """The same request with the refused fields after its own, for `refuse` to look at."""
-    fields = [(name, Any, None) for name in REFUSED]
+    fields = [(name, Any, None) for name in refused]
     return cast(type[_Body], msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True))
 
 
@@ -195,7 +196,7 @@ def refuse(request: msgspec.Struct) -> None:
         check_refused(dict(zip(REFUSED, values, strict=True)), REFUSED)
 
 
-def check_refused(given: JsonObject, refused: dict[str, RefusedField], prefix: str = "") -> None:
+def check_refused(given: JsonObject, refused: Mapping[str, RefusedField], prefix: str = "") -> None:
     """As `refuse`, for fields in an object. `prefix` is the path to it."""
     for name, value in given.items():
         rule = refused.get(name)

@@ -100,7 +100,7 @@ async def test_what_the_router_is_told(served):
         extra_body={"cache_salt": "s", "priority": -3, "top_k": 4},
     )
     (request,) = served.completer.requests
-    assert (request.model, request.cache_salt, request.priority) == ("tiny", "s", -3)
+    assert (request.model.name, request.cache_salt, request.priority) == ("tiny", "s", -3)
     sampling = request.sampling
     assert (sampling.temperature, sampling.seed, sampling.max_tokens, sampling.top_k) == (0.5, 7, 9, 4)
 

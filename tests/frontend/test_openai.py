@@ -206,7 +206,7 @@ def test_a_wrong_chat_field_is_named(fields, field):
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
     ],
 )

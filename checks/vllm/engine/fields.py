@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from vllm.entrypoints.generate.base.protocol import FunctionDefinition, StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionToolsParam
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -22,6 +23,7 @@ RECORDED = json.loads(Path("tests/frontend/peer_fields.json").read_text())["vllm
     [
         ("chat", ChatCompletionRequest),
         ("completions", CompletionRequest),
+        ("responses", ResponsesRequest),
         ("stream_options", StreamOptions),
         ("tool", ChatCompletionToolsParam),
         ("function", FunctionDefinition),

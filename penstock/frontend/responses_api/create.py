@@ -1,0 +1,295 @@
+"""POST /v1/responses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.chat import Chat
+from penstock.frontend.choice import Choice
+from penstock.frontend.endpoint import Beginning
+from penstock.frontend.http.statuses import error_object
+from penstock.frontend.messages import Message
+from penstock.frontend.openai import MAX_MESSAGES, ChatRequest, SampledRequest
+from penstock.frontend.responses_api.input_items import (
+    MESSAGE,
+    REFERENCE,
+    PlacedItem,
+    kind_of_item,
+    messages_of,
+)
+from penstock.frontend.responses_api.output_items import OutputItems, item_id
+from penstock.frontend.responses_api.request_body import (
+    ENCRYPTED_REASONING,
+    LOGPROBS,
+    MAX_ID_CHARS,
+    FlatSchemaFormat,
+    InputItem,
+    ResponsesRequest,
+    decode_response_request,
+)
+from penstock.frontend.responses_api.response_object import ResponseObject
+from penstock.frontend.responses_api.store import ResponseStore, StoredResponse
+from penstock.frontend.responses_api.tool_names import OfferedTools, offered_tools
+from penstock.frontend.responses_api.truncation import fitting
+from penstock.frontend.sse import encode
+from penstock.frontend.structured import JsonSchemaFormat, NamedSchema, ResponseFormat
+from penstock.shapes import FinishReason, JsonObject, Parsed
+
+MAX_TURNS: Final = 512
+"""Responses that continue each other, in one conversation."""
+
+_ITEM_ID: Final = re.compile(r"[a-z]+_([0-9a-f]{32})_(?:in)?\d+")
+_ITEMS: Final = msgspec.json.Decoder(list[InputItem])
+_FIELDS: Final = {
+    "response_format": "text.format",
+    "messages": "input",
+}
+"""Names of a chat's fields, and what they are here."""
+
+
+class _Output(msgspec.Struct):
+    """What is read of a stored response to go on from it."""
+
+    output: list[InputItem]
+
+
+_OUTPUT: Final = msgspec.json.Decoder(_Output)
+
+
+class ResponsesApi:
+    """A GenerationApi, with the store of its responses."""
+
+    name = "responses"
+    id_prefix = "resp_"
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    def error_object(self, error: PenstockError) -> JsonObject:
+        return error_object(error)
+
+    def decode(self, body: bytes) -> ResponseCall:
+        return ResponseCall(decode_response_request(body), self._store)
+
+
+class ResponseCall:
+    """An Endpoint: items in, the next items out."""
+
+    def __init__(self, request: ResponsesRequest, store: ResponseStore) -> None:
+        self._request = request
+        self._store = store
+        self._tools = offered_tools(request)
+        self._own_items: list[PlacedItem] = []
+        self._chat_request = _chat_request(request, self._tools)
+        structured = "structured_outputs" if request.structured_outputs is not None else "text.format"
+        try:
+            wanted = self._chat_of([]).wanted
+        except RequestRejected as error:
+            raise _in_own_words(error) from None
+        self.wanted = replace(wanted, max_tokens_field="max_output_tokens", structured_field=structured)
+
+    async def choices(self, beginning: Beginning) -> list[Choice]:
+        messages = messages_of(await self._conversation(beginning.caller.tenant))
+        if self._request.instructions is not None:
+            messages.insert(0, Message("system", self._request.instructions))
+        if not messages:
+            raise RequestRejected("`input` has no item.", field="input")
+        try:
+            if self._request.truncation == "auto":
+                messages = await fitting(messages, self._chat_of, beginning)
+            return await self._chat_of(messages).choices(beginning)
+        except RequestRejected as error:
+            raise _in_own_words(error) from None
+
+    async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
+        return encode(await ResponseEvents(self, beginning).whole(choices))
+
+    def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> ResponseEvents:
+        return ResponseEvents(self, beginning)
+
+    def object(self, beginning: Beginning) -> ResponseObject:
+        return ResponseObject(self._request, beginning)
+
+    def output(self, beginning: Beginning) -> OutputItems:
+        return OutputItems(
+            beginning.answer_id, self._tools.by_name, carries=self._request.includes(ENCRYPTED_REASONING)
+        )
+
+    async def keep(self, tenant: str, response: JsonObject) -> None:
+        """Store the response, unless the client does not want it."""
+        if self._request.store is False:
+            return
+        own = [item for item, _ in self._own_items]
+        items = [_identified(item, response["id"], index) for index, item in enumerate(own)]
+        stored = StoredResponse(
+            response["id"], encode(response), encode(items), self._request.previous_response_id or ""
+        )
+        await self._store.put(tenant, stored)
+
+    def _chat_of(self, messages: list[Message]) -> Chat:
+        return Chat(replace(self._chat_request, messages=messages))
+
+    async def _conversation(self, tenant: str) -> list[PlacedItem]:
+        """All items, the earliest first, each with its path. Raises RequestRejected when one of them is not
+        there any more."""
+        self._own_items = await self._resolved(tenant)
+        turns: list[StoredResponse] = []
+        previous = self._request.previous_response_id or ""
+        while previous:
+            stored = await self._store.get(tenant, previous)
+            if stored is None or len(turns) == MAX_TURNS:
+                raise _no_response(previous)
+            turns.append(stored)
+            previous = stored.previous_id
+        earlier: list[PlacedItem] = []
+        for turn in reversed(turns):
+            items = (*_ITEMS.decode(turn.items), *_OUTPUT.decode(turn.response).output)
+            earlier += [(item, "previous_response_id") for item in items]
+        found = [*earlier, *self._own_items]
+        if len(found) > MAX_MESSAGES:
+            message = f"The conversation has {len(found)} items, more than {MAX_MESSAGES}."
+            raise RequestRejected(message, field="input")
+        return found
+
+    async def _resolved(self, tenant: str) -> list[PlacedItem]:
+        """The request's own items, with those in place that it only refers to."""
+        given = self._request.input
+        if isinstance(given, str):
+            return [(InputItem(MESSAGE, role="user", content=given), "input")]
+        items: list[PlacedItem] = []
+        for index, item in enumerate(given or ()):
+            where = f"input[{index}]"
+            if kind_of_item(item) == REFERENCE:
+                item = await self._referred(tenant, item.id or "", f"{where}.id")
+            items.append((item, where))
+        return items
+
+    async def _referred(self, tenant: str, item_id: str, where: str) -> InputItem:
+        match = _ITEM_ID.fullmatch(item_id)
+        stored = await self._store.get(tenant, f"resp_{match[1]}") if match is not None else None
+        if stored is not None:
+            for item in (*_ITEMS.decode(stored.items), *_OUTPUT.decode(stored.response).output):
+                if item.id == item_id:
+                    return item
+        raise RequestRejected(
+            f"Item with id '{item_id[:MAX_ID_CHARS]}' not found.", code="item_not_found", field=where
+        )
+
+
+class ResponseEvents:
+    """Writes the answer as OpenAI's events."""
+
+    def __init__(self, call: ResponseCall, beginning: Beginning) -> None:
+        self._call = call
+        self._tenant = beginning.caller.tenant
+        self._object = call.object(beginning)
+        self._output = call.output(beginning)
+        self._begun = False
+
+    def chunk(self, choice: Choice, *, whole: bool = False) -> bytes:
+        """What is new, or the `whole` answer, as one event for each part."""
+        text, logprobs = choice.take()
+        if choice.reply is None:
+            parts = [Parsed(text)]
+        else:
+            parts = [choice.reply.whole()] if whole else choice.reply.take()
+        shown = choice.render_logprobs(logprobs) if logprobs else None
+        entries = shown["content"] if shown is not None else ()
+        events = [self._opening()]
+        for part in parts or [Parsed()]:
+            events.append(self._output.add(part, entries))
+            entries = ()
+        return b"".join(events)
+
+    async def end(self, choices: Sequence[Choice]) -> bytes:
+        opening, last = self._opening(), self._close(choices)
+        response = await self._response(choices)
+        name = f"response.{response['status']}"
+        return b"".join((opening, last, self._output.event(name, {"response": response})))
+
+    async def whole(self, choices: Sequence[Choice]) -> JsonObject:
+        """The response to a call that does not stream."""
+        self.chunk(choices[0], whole=True)
+        self._close(choices)
+        return await self._response(choices)
+
+    def _close(self, choices: Sequence[Choice]) -> bytes:
+        return self._output.end(complete=choices[0].finish_reason is not FinishReason.LENGTH)
+
+    async def _response(self, choices: Sequence[Choice]) -> JsonObject:
+        """The complete response, which is stored with this."""
+        response = self._object.ended(choices, self._output.items)
+        await self._call.keep(self._tenant, response)
+        return response
+
+    def failed(self, error: PenstockError) -> bytes:
+        response = self._object.failed(error, self._output.items)
+        opening = self._opening()
+        return opening + self._output.event("response.failed", {"response": response})
+
+    def _opening(self) -> bytes:
+        if self._begun:
+            return b""
+        self._begun = True
+        response = {"response": self._object.begun()}
+        event = self._output.event
+        return event("response.created", response) + event("response.in_progress", response)
+
+
+def _chat_request(request: ResponsesRequest, tools: OfferedTools) -> ChatRequest:
+    """The same, but for its messages, which may have to be looked up."""
+    effort = request.reasoning.effort if request.reasoning is not None else None
+    shows_logprobs = request.includes(LOGPROBS)
+    return ChatRequest(
+        **{name: getattr(request, name) for name in SampledRequest.__struct_fields__},
+        messages=[],
+        max_completion_tokens=request.max_output_tokens,
+        response_format=_response_format(request),
+        logprobs=shows_logprobs or None,
+        top_logprobs=request.top_logprobs if shows_logprobs else None,
+        tools=tools.tools,
+        tool_choice=tools.choice,
+        parallel_tool_calls=request.parallel_tool_calls,
+        reasoning_effort=effort,
+        include_reasoning=request.include_reasoning,
+        chat_template_kwargs=request.chat_template_kwargs,
+    )
+
+
+def _response_format(request: ResponsesRequest) -> ResponseFormat | None:
+    format = request.text.format if request.text is not None else None
+    if isinstance(format, FlatSchemaFormat):
+        schema = NamedSchema(format.name, format.schema, format.description, format.strict)
+        return JsonSchemaFormat(schema)
+    return format
+
+
+def _identified(item: InputItem, response_id: str, index: int) -> JsonObject:
+    """An input item as it is listed: with a type and an id."""
+    kind = kind_of_item(item)
+    shown: JsonObject = msgspec.to_builtins(item)
+    return {**shown, "type": kind, "id": item.id or item_id(kind, response_id, f"in{index}")}
+
+
+def _no_response(response_id: str) -> RequestRejected:
+    return RequestRejected(
+        f"Previous response with id '{response_id}' not found.",
+        code="previous_response_not_found",
+        field="previous_response_id",
+    )
+
+
+def _in_own_words(error: RequestRejected) -> RequestRejected:
+    """The same error, with the names that the fields have here."""
+    for name, own in _FIELDS.items():
+        if error.field == name or (error.field or "").startswith((f"{name}.", f"{name}[")):
+            error.field = own
+        error.message = error.message.replace(f"`{name}`", f"`{own}`")
+    error.args = (error.message,)
+    return error
