@@ -230,6 +230,18 @@ async def test_reference_stands_for_the_stored_item(serve_script, byte_level):
     assert status == (400, "input[0].id", "item_not_found")
 
 
+async def test_few_bytes_that_name_many_are_refused(serve_script, monkeypatch):
+    monkeypatch.setattr("penstock.frontend.responses_api.create.MAX_CONVERSATION_BYTES", 20_000)
+    async with serve_script("Hello!") as served:
+        first = await create(served, input="x" * 1000)
+        listed = await served.client.responses.input_items.list(first.id)
+        items = [{"id": listed.data[0].id}] * 40
+        assert await error_of(served, input=items) == (400, "input[15].id", "invalid_value")
+        monkeypatch.setattr("penstock.frontend.responses_api.create.MAX_CONVERSATION_BYTES", 1000)
+        status = await error_of(served, previous_response_id=first.id)
+        assert status == (400, "previous_response_id", "invalid_value")
+
+
 async def test_response_that_is_not_stored_cannot_be_continued(served):
     first = await create(served, store=False)
     expected = (400, "previous_response_id", "previous_response_not_found")

@@ -30,6 +30,8 @@ from penstock.frontend.completions import Completions
 from penstock.frontend.endpoint import Beginning, GenerationApi, PromptEncoder
 from penstock.frontend.http.api_keys import read_api_keys
 from penstock.frontend.http.connection import connection_class
+from penstock.frontend.responses_api.create import ResponsesApi
+from penstock.frontend.responses_api.store import MemoryResponseStore
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
@@ -218,6 +220,16 @@ def completion(data: bytes) -> None:
 
 
 @cache
+def _responses_api() -> ResponsesApi:
+    return ResponsesApi(MemoryResponseStore(10, 1_000_000, 60.0))
+
+
+def responses(data: bytes) -> None:
+    """A body of /v1/responses."""
+    _begun(_responses_api(), data)
+
+
+@cache
 def _server() -> tuple[uvicorn.Config, type[asyncio.Protocol]]:
     settings = FrontendSettings(max_body_bytes=100_000, api_key="key")
     completer = ScriptedCompleter([_view()], saying(byte_level_tokenizer(), "Hi"))
@@ -322,6 +334,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         chat,
         message,
         completion,
+        responses,
         http,
         graph,
         command,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from penstock.frontend.anthropic import MessagesRequest
 from penstock.frontend.openai import ChatRequest, CompletionRequest
+from penstock.frontend.responses_api.request_body import ResponsesRequest
 from penstock.wire.messages import ToFrontend, ToWorker
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.test_corpus import INPUTS
@@ -73,7 +74,12 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize(
     ("name", "struct"),
-    [("chat", ChatRequest), ("message", MessagesRequest), ("completion", CompletionRequest)],
+    [
+        ("chat", ChatRequest),
+        ("message", MessagesRequest),
+        ("completion", CompletionRequest),
+        ("responses", ResponsesRequest),
+    ],
 )
 def test_bodies_of_known_fields(name: str, struct: type[msgspec.Struct]) -> None:
     """Fields that exist, with values that need not fit."""

@@ -44,6 +44,9 @@ from penstock.shapes import FinishReason, JsonObject, Parsed
 MAX_TURNS: Final = 512
 """Responses that continue each other, in one conversation."""
 
+MAX_CONVERSATION_BYTES: Final = 16 * 1024 * 1024
+"""Of stored items in one conversation, as much as a body may have: a few bytes can name a lot of them."""
+
 _ITEM_ID: Final = re.compile(r"[a-z]+_([0-9a-f]{32})_(?:in)?\d+")
 _ITEMS: Final = msgspec.json.Decoder(list[InputItem])
 _FIELDS: Final = {
@@ -86,6 +89,7 @@ class ResponseCall:
         self._store = store
         self._tools = offered_tools(request)
         self._own_items: list[PlacedItem] = []
+        self._stored_bytes = 0  # of the conversation
         self._chat_request = _chat_request(request, self._tools)
         structured = "structured_outputs" if request.structured_outputs is not None else "text.format"
         try:
@@ -96,7 +100,7 @@ class ResponseCall:
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
         messages = messages_of(await self._conversation(beginning.caller.tenant))
-        if self._request.instructions is not None:
+        if self._request.instructions:
             messages.insert(0, Message("system", self._request.instructions))
         if not messages:
             raise RequestRejected("`input` has no item.", field="input")
@@ -138,6 +142,7 @@ class ResponseCall:
     async def _conversation(self, tenant: str) -> list[PlacedItem]:
         """All items, the earliest first, each with its path. Raises RequestRejected when one of them is not
         there any more."""
+        self._stored_bytes = 0
         self._own_items = await self._resolved(tenant)
         turns: list[StoredResponse] = []
         previous = self._request.previous_response_id or ""
@@ -145,12 +150,12 @@ class ResponseCall:
             stored = await self._store.get(tenant, previous)
             if stored is None or len(turns) == MAX_TURNS:
                 raise _no_response(previous)
+            self._count(stored.size, "previous_response_id")
             turns.append(stored)
             previous = stored.previous_id
         earlier: list[PlacedItem] = []
         for turn in reversed(turns):
-            items = (*_ITEMS.decode(turn.items), *_OUTPUT.decode(turn.response).output)
-            earlier += [(item, "previous_response_id") for item in items]
+            earlier += [(item, "previous_response_id") for item in _items_of(turn)]
         found = [*earlier, *self._own_items]
         if len(found) > MAX_MESSAGES:
             message = f"The conversation has {len(found)} items, more than {MAX_MESSAGES}."
@@ -163,23 +168,37 @@ class ResponseCall:
         if isinstance(given, str):
             return [(InputItem(MESSAGE, role="user", content=given), "input")]
         items: list[PlacedItem] = []
+        known: dict[str, dict[str, InputItem]] = {}
         for index, item in enumerate(given or ()):
             where = f"input[{index}]"
             if kind_of_item(item) == REFERENCE:
-                item = await self._referred(tenant, item.id or "", f"{where}.id")
+                item = await self._referred(tenant, item.id or "", f"{where}.id", known)
             items.append((item, where))
         return items
 
-    async def _referred(self, tenant: str, item_id: str, where: str) -> InputItem:
+    async def _referred(
+        self, tenant: str, item_id: str, where: str, known: dict[str, dict[str, InputItem]]
+    ) -> InputItem:
+        """The stored item. `known` has the items by id of those responses that were looked at before."""
         match = _ITEM_ID.fullmatch(item_id)
-        stored = await self._store.get(tenant, f"resp_{match[1]}") if match is not None else None
-        if stored is not None:
-            for item in (*_ITEMS.decode(stored.items), *_OUTPUT.decode(stored.response).output):
-                if item.id == item_id:
-                    return item
-        raise RequestRejected(
-            f"Item with id '{item_id[:MAX_ID_CHARS]}' not found.", code="item_not_found", field=where
-        )
+        response_id = f"resp_{match[1]}" if match is not None else ""
+        if response_id not in known:
+            stored = await self._store.get(tenant, response_id)
+            if stored is not None:
+                self._count(stored.size, where)
+            known[response_id] = {item.id or "": item for item in _items_of(stored)} if stored else {}
+        item = known[response_id].get(item_id)
+        if item is None:
+            message = f"Item with id '{item_id[:MAX_ID_CHARS]}' not found."
+            raise RequestRejected(message, code="item_not_found", field=where)
+        self._count(len(encode(item)), where)
+        return item
+
+    def _count(self, size: int, where: str) -> None:
+        self._stored_bytes += size
+        if self._stored_bytes > MAX_CONVERSATION_BYTES:
+            message = f"`{where}`: the stored items have more than {MAX_CONVERSATION_BYTES} bytes."
+            raise RequestRejected(message, field=where)
 
 
 class ResponseEvents:
@@ -260,6 +279,11 @@ def _chat_request(request: ResponsesRequest, tools: OfferedTools) -> ChatRequest
         include_reasoning=request.include_reasoning,
         chat_template_kwargs=request.chat_template_kwargs,
     )
+
+
+def _items_of(stored: StoredResponse) -> list[InputItem]:
+    """What a response answered, and its answer."""
+    return [*_ITEMS.decode(stored.items), *_OUTPUT.decode(stored.response).output]
 
 
 def _response_format(request: ResponsesRequest) -> ResponseFormat | None:
