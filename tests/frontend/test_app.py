@@ -226,7 +226,7 @@ def counted(served, endpoint, status, outcome="rejected", model=""):
 @pytest.mark.parametrize(
     ("method", "path", "status", "endpoint", "code"),
     [
-        ("POST", "/v1/responses", 404, "other", "not_found"),
+        ("POST", "/v1/embeddings", 404, "other", "not_found"),
         ("POST", "/chat/completions", 404, "other", "not_found"),
         ("GET", "/index.html", 404, "other", "not_found"),
         ("GET", "/v1/models/none", 404, "models", "model_not_found"),
@@ -247,9 +247,9 @@ async def test_paths_that_are_not_served_are_logged_and_counted(
 
 
 async def test_a_path_that_is_not_served_is_told_what_is(served):
-    error = error_of(await served.http.post("/v1/responses", json={}))
+    error = error_of(await served.http.post("/v1/embeddings", json={}))
     assert error["message"].startswith(
-        "Penstock does not serve `POST /v1/responses`; it serves POST /v1/chat"
+        "Penstock does not serve `POST /v1/embeddings`; it serves POST /v1/chat"
     )
     assert "use POST" in error_of(await served.http.get("/v1/completions"))["message"]
 
