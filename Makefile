@@ -47,9 +47,9 @@ test-wheel: wheel ## that it installs into an empty environment, and runs there
 	cd / && $(CURDIR)/.venv-wheel/bin/penstock --version
 	cd / && $(CURDIR)/.venv-wheel/bin/penstock worker --help > /dev/null
 
-# Many tests wait more than they compute: four processes keep two cores busy. ARGS="-n 0" is one process.
+# Many tests wait more than they compute: three processes keep two cores busy. ARGS="-n 0" is one process.
 test: $(VENV)/.dev ## all tests
-	$(BIN)/pytest -n 4 $(ARGS)
+	$(BIN)/pytest -n 3 $(ARGS)
 
 # NIXL's packages declare torch and CUDA builds that moving memory needs nothing of: --no-deps.
 test-nixl: $(VENV)/.dev ## KV moved over NIXL, in parts and in a graph (installs it: 330 MB)
