@@ -168,8 +168,9 @@ class Monitor:
         """Whether only another revision of its model is served, for which it could be tokenized anew."""
         membership, request = frontend.router.membership, life.request
         begun = len(life.token_ids) > len(request.token_ids)
-        other = membership.replaced(request.model)
-        return not begun and other and not membership.ready(request.model)
+        model = request.model
+        other = membership.served.get(model.name, model.revision) != model.revision
+        return not begun and other and not membership.ready(model)
 
     def _could_run(self, frontend: SimulatedFrontend, life: Lifecycle) -> bool:
         """Whether there is a worker for it."""
