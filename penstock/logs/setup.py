@@ -27,7 +27,6 @@ LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
-LogFormat = Literal["text", "json"]
 
 LEVEL_VARIABLES = ("PENSTOCK_LOG", "DYN_LOG")  # the second is Dynamo's
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}
@@ -84,7 +83,7 @@ def _component(record: logging.LogRecord) -> str:
 
 def setup_logging(
     level: str | None = None,
-    form: LogFormat = "text",
+    form: Literal["text", "json"] = "text",
     *,
     environ: Mapping[str, str] = os.environ,
     stream: TextIO | None = None,

@@ -18,7 +18,6 @@ from msgspec import Meta
 from penstock.checked import shown
 from penstock.core.deadlines import Deadlines, parse_deadlines
 from penstock.errors import ConfigError
-from penstock.logs.setup import LogFormat
 from penstock.shapes import Role
 
 PORT_MAX = 65535
@@ -37,6 +36,8 @@ _ETCD_MEMBER = re.compile(
 )
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.ASCII)
 _ETCD_PORT = 2379
+
+LogFormat = Literal["text", "json"]  # as logs/setup.py has them, whose import would load asyncio
 
 
 def flag(help_text: str, *variables: str, protects: bool = False) -> Meta:
