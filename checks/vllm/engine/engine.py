@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from checks.vllm.engine.running import ENGINE_ARGS, Running, reached, running, settings
+from penstock.engines.vllm.continuation import continuation
 from penstock.engines.vllm.engine import VllmEngine
 from penstock.engines.vllm.outputs import REASONS
 from penstock.errors import ConfigError, RemoteError
@@ -160,7 +161,8 @@ async def test_many_at_once(one: Running) -> None:
 async def test_the_mirror_of_the_cache_is_what_vllm_finds_cached(one: Running) -> None:
     prompt = [300 + i for i in range(200)]
     await one.ask("fill", prompt, GREEDY)
-    await until(lambda: one.engine._cached(Attempt("", "", prompt, 200, GREEDY), prompt) == 192)
+    plan = continuation(Attempt("", "", prompt, 200, GREEDY), pulls=False)
+    await until(lambda: one.engine._cached(plan, "") == 192)
     assert (await one.ask("find", prompt, GREEDY)).cached_tokens == 192
 
 

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from checks.vllm.engine.pair import GREEDY, prompt_of
 from checks.vllm.engine.running import Running, running, settings
+from penstock.engines.vllm.continuation import continuation
 from penstock.shapes import Attempt, Sampling
 from tests.waiting import until
 
@@ -29,7 +30,7 @@ async def small() -> AsyncIterator[Running]:
 
 def foreseen(engine: Running, prompt: list[int], salt: str = "") -> int:
     attempt = Attempt("", "", prompt, len(prompt), GREEDY, cache_salt=salt)
-    return engine.engine._cached(attempt, prompt)
+    return engine.engine._cached(continuation(attempt, pulls=False), attempt.cache_salt)
 
 
 async def settled(small: Running) -> None:
