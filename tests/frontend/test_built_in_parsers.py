@@ -57,6 +57,7 @@ NAMED = '{"name": "get", "arguments": ' + ARGUMENTS + "}"
         ("hermes", '<tool_call>{"name": "get", "arguments": {}, "id": [1]}</tool_call>', "", [("get", {})]),
         ("hermes", '<tool_call>{"name": "g\\u0065t", "arguments": {}}</tool_call>', "", [("get", {})]),
         ("hermes", "<tool_call>no call</tool_call>", "<tool_call>no call</tool_call>", []),
+        ("hermes", "Hm <tool_call>", "Hm <tool_call>", []),
         ("hermes", '<tool_call>{"nam', '<tool_call>{"nam', []),
         ("llama3_json", f"{NAMED}; {NAMED}", "", [GET, GET]),
         ("llama3_json", '{"name": "get", "parameters": {"a": 1}}', "", [("get", {"a": 1})]),

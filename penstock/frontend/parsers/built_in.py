@@ -60,7 +60,7 @@ class BuiltInParsers:
             if end_id is None:
                 message = f"parser {answering.reasoning_parser}: the tokenizer has no token {reasoning_end}"
                 raise ConfigError(message)
-        return BuiltInChatParser(answering, TOOL_FORMATS.get(answering.tool_parser), reasoning_end, end_id)
+        return BuiltInChatParser(TOOL_FORMATS.get(answering.tool_parser), reasoning_end, end_id)
 
 
 def _token_id(model: ModelView, token: str) -> int | None:
@@ -73,7 +73,6 @@ def _token_id(model: ModelView, token: str) -> int | None:
 class BuiltInChatParser:
     """A ChatParser."""
 
-    answering: Answering
     format: CallFormat | None
     reasoning_end: str  # empty: the model does not reason
     reasoning_end_id: int | None
@@ -109,16 +108,13 @@ class BuiltInCallParser:
 
     def structured(self, prompt_ids: Sequence[int]) -> StructuredOutput | None:
         """As CallParser.structured."""
-        reasoning_ended = not self.reasons
-        if self.named:
-            spec = json.dumps(self.tools[self.named], ensure_ascii=False)
-            return StructuredOutput("json", spec, reasoning_ended=reasoning_ended)
-        if self.required:
-            spec = json.dumps(self._list_of_calls(), ensure_ascii=False)
-            return StructuredOutput("json", spec, reasoning_ended=reasoning_ended)
-        if self._given is not None:
-            return msgspec.structs.replace(self._given, reasoning_ended=reasoning_ended)
-        return None
+        wanted = self._given
+        if self.named or self.required:
+            schema = self.tools[self.named] if self.named else self._list_of_calls()
+            wanted = StructuredOutput("json", json.dumps(schema, ensure_ascii=False))
+        if wanted is None:
+            return None
+        return msgspec.structs.replace(wanted, reasoning_ended=not self.reasons)
 
     def _list_of_calls(self) -> JsonObject:
         calls = [
@@ -158,9 +154,7 @@ class BuiltInAnswerParser:
             reasoning, text = self._read_reasoning(text, finished=finished)
             if self._call.shows_reasoning:
                 parsed.reasoning = reasoning or None
-        if self._reasoning:
-            pass  # `text` is empty
-        elif self._scanner is None:
+        if self._scanner is None:
             parsed.content = text or None
         elif self._call.named:
             parsed.tool_calls += self._named_call(text)

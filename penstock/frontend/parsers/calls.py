@@ -102,6 +102,7 @@ class CallScanner:
         self._value = JsonEnd()
         self._calls = 0
         self._opened = False  # where calls begin without an opening: whether this was decided
+        self._only_opened = False  # whether nothing but separators has followed the opening
         self._closed = False  # whether only white space has come since the last call
         self._call_text = ""  # of the call that is being read, for an answer that is cut within it
         self._news = Parsed(tool_calls=[])
@@ -118,7 +119,7 @@ class CallScanner:
         """What was held back in case that more comes."""
         if self._state is _State.CONTENT:
             self._content(self._text)
-        elif self._state is _State.HEADER:
+        elif self._state is _State.HEADER or (self._state is _State.BETWEEN and self._only_opened):
             self._content(self._format.opening + self._text)
         self._text = ""
         news, self._news = self._news, Parsed(tool_calls=[])
@@ -158,7 +159,7 @@ class CallScanner:
         before, found, after = self._text.partition(opening)
         if found:
             self._content(before)
-            self._text, self._state = after, _State.BETWEEN
+            self._text, self._state, self._only_opened = after, _State.BETWEEN, True
             return True
         kept = overlap(self._text, opening)
         self._content(self._text[: len(self._text) - kept])
@@ -189,6 +190,7 @@ class CallScanner:
             return False
         if self._text[0] == "{":
             self._state, self._value, self._scanned = _State.HEADER, JsonEnd(), 0
+            self._only_opened = False
             return True
         return self._no_call(self._format.opening + self._text)
 
