@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 
 import anthropic
 import httpx2
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter
 
 from penstock.errors import Rejection, RemoteError, RequestRejected
 from penstock.shapes import Delta, FinishReason, Parsed, ToolCallDelta
+from tests.frontend.named_events import named_events
 from tests.frontend.tag_parsers import TagParsers
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -55,20 +55,9 @@ def ask(serve_script, saying, model):
     return ask
 
 
-def raw_events(text):
-    """Each event's name and data; both must name the same type."""
-    events = []
-    for event in text.strip().split("\n\n"):
-        name, data = event.split("\n")
-        fields = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {fields['type']}"
-        events.append(fields)
-    return events
-
-
 def events_of(text):
     """The events as the official client's types, in an order that Anthropic gives them."""
-    raw = raw_events(text)
+    raw = named_events(text)
     assert [event["type"] for event in raw[:2]] == ["message_start", "ping"]
     events = [EVENTS.validate_python(event, **STRICT) for event in raw if event["type"] != "ping"]
     assert [event.type for event in events[-2:]] == ["message_delta", "message_stop"]
@@ -278,7 +267,7 @@ async def test_text_within_a_call_comes_after_it(serve_script, deltas, model):
         answer = await served.http.post("/v1/messages", json=BODY | {"tools": TOOLS, "stream": True})
     shown = [
         (event["type"].removeprefix("content_block_"), event["index"], *event.get("delta", {}).values())
-        for event in raw_events(answer.text)
+        for event in named_events(answer.text)
         if "index" in event
     ]
     assert shown == [
@@ -371,7 +360,7 @@ async def test_an_error_after_the_beginning_is_an_event(serve_script):
     script = [Delta([40]), RemoteError("the worker died")]
     async with serve_script(lambda request: script) as served:
         answer = await served.http.post("/v1/messages", json=BODY | {"stream": True})
-        events = raw_events(answer.text)
+        events = named_events(answer.text)
         assert events[-1] == {
             "type": "error",
             "error": {"type": "api_error", "message": "the worker died"},

@@ -17,6 +17,7 @@ from penstock.frontend.responses_api.request_body import (
     decode_response_request,
 )
 from penstock.shapes import Delta, FinishReason, TokenLogprob
+from tests.frontend.named_events import named_events
 from tests.frontend.tag_parsers import TagParsers
 
 BODY = {"model": "tiny", "input": "Hi"}
@@ -29,12 +30,7 @@ EVENTS = TypeAdapter(responses.ResponseStreamEvent)
 
 def events_of(text):
     """The events as the official client's types, numbered from 0 on."""
-    events = []
-    for event in text.strip().split("\n\n"):
-        name, data = event.split("\n")
-        fields = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {fields['type']}"
-        events.append(EVENTS.validate_python(fields, **STRICT))
+    events = [EVENTS.validate_python(fields, **STRICT) for fields in named_events(text)]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     return events
 
