@@ -7,25 +7,15 @@ turns (and plain texts) carry a loss; the part that must be copied from the cont
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import phrases
-from names import draw_name, is_held_out
+from names import accents, draw_name, is_held_out
+from structured import json_dialogue
+from tools import INTRODUCTION, draw_tools, final_tool_dialogue, system_turn, tool_dialogue
+from turns import Dialogue, Forced, Turn
 
 # The document's own pair of phrasings is trained on (with other names), whatever its hash.
 _DOCUMENT_PAIR = ("My name is {}.", "What is my name?")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message. `copied` is the substring of an answer that must be read from the context."""
-
-    role: str
-    content: str
-    copied: str = ""
-
-
-Dialogue = list[Turn]
 
 
 def pair_is_held_out(intro: str, question: str) -> bool:
@@ -51,17 +41,17 @@ def system_turns(rng: random.Random, sentences: int) -> Dialogue:
     """No system prompt, a usual one, or a long one (`sentences` of filler)."""
     if sentences:
         start = rng.choice(phrases.SYSTEMS) if rng.random() < 0.7 else ""
-        return [Turn("system", f"{start} {filler(rng, sentences)}".strip())]
+        return [Turn.of("system", f"{start} {filler(rng, sentences)}".strip())]
     kind = rng.random()
     if kind < 0.30:
         return []
     if kind < 0.75:
-        return [Turn("system", phrases.SYSTEMS[0])]
-    return [Turn("system", rng.choice(phrases.SYSTEMS))]
+        return [Turn.of("system", phrases.SYSTEMS[0])]
+    return [Turn.of("system", rng.choice(phrases.SYSTEMS))]
 
 
 def _exchange(user: str, assistant: str, copied: str = "") -> Dialogue:
-    return [Turn("user", user), Turn("assistant", assistant, copied)]
+    return [Turn.of("user", user), Turn.of("assistant", assistant, copied)]
 
 
 def _unknown_question(rng: random.Random) -> str:
@@ -97,7 +87,12 @@ def chat(rng: random.Random, sentences: int = 1) -> Dialogue:
 def repeat(rng: random.Random) -> Dialogue:
     """Repeating words: an easy task that makes the copying circuit form early."""
     words = [draw_name(rng) for _ in range(rng.randint(1, 4))]
-    text = " ".join(words) if rng.random() < 0.6 else sentence(rng)
+    kind = rng.random()
+    if kind < 0.5:  # copying letters with accents is learnt last, capital ones above all
+        words = [accents(rng, rng.randint(2, 6)) for _ in words]
+    elif kind < 0.8:
+        words = [word.lower() for word in words]
+    text = " ".join(words) if rng.random() < 0.8 else sentence(rng)
     ask = rng.choice(("Repeat: {}", "Repeat after me: {}", "Say {}", "Please repeat: {}"))
     return _exchange(ask.format(text), text, text)
 
@@ -143,6 +138,8 @@ def recall(
     `stretch` adds about so many filler sentences, spread over the dialogue.
     """
     name = name or draw_name(rng, held_out=held_out)
+    if not held_out and rng.random() < 0.2 and not is_held_out(name.lower()):
+        name = name.lower()  # written as a word, and so copied in other tokens than its letters
     while True:
         intro, question = rng.choice(phrases.INTROS), rng.choice(phrases.NAME_QUESTIONS)
         if rng.random() < 0.1 and not held_out:
@@ -194,7 +191,7 @@ def _other(rng: random.Random) -> Dialogue:
         lead = chat(rng) if rng.random() < 0.5 else []
         question = loosely(rng, rng.choice(phrases.NAME_QUESTIONS))
         return [*lead, *_exchange(question, phrases.NAME_UNKNOWN)]
-    if kind < 0.80:
+    if kind < 0.84:
         return repeat(rng)
     return [turn for _ in range(rng.randint(1, 3)) for turn in chat(rng)]
 
@@ -210,11 +207,35 @@ def plain_text(rng: random.Random) -> str:
     return text
 
 
-def training_dialogue(rng: random.Random, long_share: float) -> Dialogue:
-    """One dialogue of the training mix. A `plain` turn stands for a text without any template."""
+def with_tools(rng: random.Random, dialogue: Dialogue) -> Dialogue:
+    """The same dialogue with tools in its prompt, which nothing in it asks for."""
+    tools = system_turn(rng, draw_tools(rng, rng.choice((1, 1, 2, 3))))
+    if dialogue[0].role == "system":
+        start, dialogue = dialogue[0].content, dialogue[1:]
+        block = tools.content[tools.content.index(INTRODUCTION) :]
+        tools = Turn.of("system", f"{start}\n\n{block}")
+    return [tools, *dialogue]
+
+
+def training_dialogue(rng: random.Random, long_share: float, tool_share: float = 0.3) -> Dialogue:
+    """One dialogue of the training mix. `tool_share` of them have tools or an answer in JSON."""
+    if rng.random() < tool_share:
+        kind = rng.random()
+        if kind < 0.50:
+            dialogue = tool_dialogue(rng)
+            chosen = not any(isinstance(part, Forced) for part in dialogue[-1].parts)
+            return [*dialogue, *chat(rng)] if chosen and rng.random() < 0.15 else dialogue
+        if kind < 0.60:
+            return final_tool_dialogue(rng)
+        if kind < 0.85:
+            return [*system_turns(rng, 0), *json_dialogue(rng)]
+        plain = _other(rng) if rng.random() < 0.6 else recall(rng)
+        return with_tools(rng, [*system_turns(rng, 0), *plain] if plain[0].role != "system" else plain)
+    if rng.random() < 0.15:
+        return repeat(rng)
     kind = rng.random()
     if kind < 0.03:
-        return [Turn("plain", plain_text(rng))]
+        return [Turn.of("plain", plain_text(rng))]
     if kind < 0.28:
         sentences = rng.randint(5, 25) if rng.random() < long_share else 0
         return [*system_turns(rng, sentences), *_other(rng)]

@@ -58,6 +58,7 @@ _ACCENTS = {
     "a": "áàâäãåă", "c": "çćč", "d": "đ", "e": "éèêëěę", "g": "ğ", "i": "íìîï", "l": "ł",
     "n": "ñńň", "o": "óòôöõøő", "r": "ř", "s": "śşš", "u": "úùûüůű", "y": "ýÿ", "z": "źżž",
 }  # fmt: skip
+ACCENTED = "".join(_ACCENTS.values())
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -127,9 +128,21 @@ def _one_word(rng: random.Random) -> str:
     if rng.random() < 0.15:  # every initial, as often as any other
         word = rng.choice(_LETTERS) + word[1:]
     if rng.random() < 0.16:
-        at = rng.randrange(len(word))
-        word = word[:at] + rng.choice(_ACCENTS.get(word[at], word[at])) + word[at + 1 :]
+        word = accented(rng, word)
     return word.capitalize()
+
+
+def accented(rng: random.Random, word: str) -> str:
+    """One letter of the word with an accent, if it has a letter that takes one there."""
+    at = rng.randrange(len(word))
+    return word[:at] + rng.choice(_ACCENTS.get(word[at], word[at])) + word[at + 1 :]
+
+
+def accents(rng: random.Random, count: int) -> str:
+    """So many letters, most of them with accents: no name, but all of it must be copied."""
+    letters = [rng.choice(rng.choice([*_ACCENTS.values(), *_LETTERS])) for _ in range(count)]
+    word = "".join(letters)
+    return rng.choice((word, word.upper(), word.capitalize()))
 
 
 def _any_name(rng: random.Random) -> str:

@@ -249,3 +249,222 @@ def explain_question(rng: random.Random) -> str:
     if rng.random() < 0.125:
         return "Explain disaggregated serving benefits"
     return rng.choice(_EXPLAIN_TEMPLATES).format(s=rng.choice(_EXPLAIN_SUBJECTS))
+
+
+# --- tools and JSON ---
+
+TOPICS = (
+    "weather", "weather", "weather", "time", "temperature", "forecast", "population", "capital",
+    "price",
+    "stock price", "balance", "status", "order status", "order", "distance", "address", "phone number",
+    "email", "score", "definition", "translation", "recipe", "news", "flight", "train", "hotel", "user",
+    "customer", "ticket", "event", "document", "file", "summary", "rating", "review", "exchange rate",
+    "humidity", "wind speed", "area", "height", "length", "age", "birthday", "colour", "currency",
+    "language",
+    "owner", "author", "version", "location", "route", "schedule", "menu", "tax", "discount",
+    "delivery date",
+    "invoice", "account", "profile", "message", "secret", "secret word", "code", "map", "traffic",
+    "air quality",
+)  # fmt: skip
+
+TOOL_VERBS = (
+    "get", "fetch", "lookup", "find", "search", "read", "check", "query", "show", "retrieve", "list",
+)  # fmt: skip
+
+STRING_PARAMETERS = (
+    "city", "city", "city", "location", "location", "place", "name", "name", "query", "query",
+    "symbol", "id",
+    "key", "user", "user_id", "order_id", "country", "item", "product", "topic", "title", "path",
+    "file",
+    "filename", "text", "word", "address", "person", "company", "ticker", "subject", "username",
+    "email", "region",
+    "town", "station", "language", "code", "input", "q", "term", "keyword", "customer_id", "url",
+    "category",
+)  # fmt: skip
+NUMBER_KEYS = (
+    "age", "age", "year", "count", "total", "price", "temperature", "temperature_c", "number",
+    "quantity",
+    "amount", "score", "value", "size", "result", "population", "a", "b", "x", "days", "rank",
+)  # fmt: skip
+PARAMETER_DESCRIPTIONS = (
+    "The {}", "The {} to look up", "The {}, e.g. London", "Name of the {}", "the {} to use", "A {}.",
+    "The {} to get it for", "The {} for which it is wanted.", "{} as text",
+)  # fmt: skip
+TOOL_DESCRIPTIONS = (
+    "Get the {noun} of a {thing}.", "Get the current {noun} for a given {thing}",
+    "Get the {noun} for a {thing}.",
+    "Returns the {noun} for the {thing}.", "Look up the {noun} by {thing}.", "The {noun} of a {thing}",
+    "Get {noun}", "Get the current {noun} in a given {thing}.",
+    "Use this to find the {noun} of a {thing}.",
+    "Fetch the {noun} from the database, by {thing}.", "Get the {noun}.",
+    "Retrieve the {noun} of the {thing}.",
+    "Finds the {noun} in a {thing} and returns it as text.", "Determine {noun} in my {thing}", "",
+)  # fmt: skip
+CHOICES = (
+    ("celsius", "fahrenheit"), ("celsius", "fahrenheit"), ("metric", "imperial"), ("short", "long"),
+    ("asc", "desc"), ("json", "text", "html"), ("today", "tomorrow"), ("low", "medium", "high"),
+    ("c", "f"),
+)  # fmt: skip
+CHOICE_PARAMETERS = ("unit", "unit", "units", "format", "mode", "style", "order", "when", "level")
+SCHEMA_DIALECTS = (
+    "http://json-schema.org/draft-07/schema#",
+    "https://json-schema.org/draft/2020-12/schema",
+)
+
+# `<noun>` is what the tool tells, `<tool>` its name.
+ONE_PLACE = (
+    "What is the <noun> in {}?", "What is the <noun> of {}?", "What's the <noun> in {}?",
+    "Get the <noun> of {}.",
+    "Tell me the <noun> for {}.", "What is the <noun> for {}?", "Give me the <noun> of {}.",
+    "Find the <noun> for {}.",
+    "What is the <noun> like in {}?", "What's the <noun> like in {}?", "How is the <noun> in {}?",
+    "What is the <noun> in {} right now?", "What's the <noun> in {} today?", "I need the <noun> of {}.",
+    "Look up the <noun> of {}.", "Please get the <noun> for {}.", "Can you tell me the <noun> in {}?",
+    "Use the <tool> tool for {}.", "Call <tool> with {}.", "Use <tool> to find the <noun> of {}.",
+    "What <noun> does {} have?", "Show me the <noun> of {}", "the <noun> in {}",
+    "What is the current <noun> in {}?",
+    "I am going to {}. What is the <noun> there?", "Check the <noun> for {}.", "Read the <noun> of {}.",
+    "Please tell me about the <noun> in {}.", "How's the <noun> in {}?", "Search the <noun> for {}.",
+)  # fmt: skip
+TWO_PLACES = (
+    "What is the <noun> from {} to {}?", "Find the <noun> from {} to {}.",
+    "Get the <noun> of {} in {}.",
+    "What is the <noun> between {} and {}?", "Tell me the <noun> of {} for {}.",
+    "Call <tool> with {} and {}.",
+    "What's the <noun> for {}, in {}?", "Use <tool> for {} and {}.",
+)  # fmt: skip
+# Questions that do not name what they ask for.
+OTHER_WORDS = {
+    "weather": (
+        "Is it raining in {}?", "Is it cold in {} today?", "Will it rain in {}?",
+        "Do I need an umbrella in {}?",
+        "How warm is it in {}?", "Is it sunny in {}?", "What should I wear in {}?",
+    ),
+    "temperature": ("How warm is it in {}?", "How hot is it in {}?", "How cold is it in {}?"),
+    "time": ("What time is it in {}?", "What's the time in {}?", "How late is it in {}?"),
+    "population": ("How many people live in {}?", "How big is {}?"),
+    "price": ("How much does {} cost?", "How much is {}?", "What does {} cost?"),
+    "stock price": ("How much is {} worth?", "What does a share of {} cost?"),
+    "status": ("How is {} doing?", "Is {} ready?"),
+    "order status": ("Where is my order {}?", "Has {} been shipped?"),
+    "order": ("Where is my order {}?", "Show me order {}."),
+    "age": ("How old is {}?",),
+    "birthday": ("When was {} born?",),
+    "definition": ("What does {} mean?", "Define {}."),
+    "owner": ("Who owns {}?",),
+    "author": ("Who wrote {}?",),
+    "file": ("Open {}.", "Read {}.", "What is in {}?"),
+    "distance": ("How far is {}?",),
+    "height": ("How tall is {}?", "How high is {}?"),
+    "currency": ("How does one pay in {}?",),
+    "language": ("What do they speak in {}?",),
+    "news": ("What happened in {}?", "What is new in {}?"),
+}  # fmt: skip
+# Names of a tool, its description, questions.
+ARITHMETIC = (
+    (
+        ("add", "add", "add_numbers", "sum", "sum_numbers", "plus"),
+        "Add two numbers.",
+        ("What is {} plus {}?", "Add {} and {}.", "What is {} + {}?", "What is the sum of {} and {}?"),
+    ),
+    (
+        ("multiply", "multiply", "times", "product", "multiply_numbers"),
+        "Multiply two numbers.",
+        (
+            "What is {} times {}?",
+            "Multiply {} by {}.",
+            "What is {} * {}?",
+            "What is the product of {} and {}?",
+        ),
+    ),
+    (
+        ("subtract", "minus", "difference", "sub"),
+        "Subtract the second number from the first.",
+        (
+            "What is {} minus {}?",
+            "What is {} - {}?",
+            "Take from {} the number {}.",
+            "What is left of {} without {}?",
+        ),
+    ),
+    (
+        ("divide", "div", "quotient", "divide_numbers"),
+        "Divide the first number by the second.",
+        (
+            "What is {} divided by {}?",
+            "Divide {} by {}.",
+            "What is {} / {}?",
+            "How often is in {} the number {}?",
+        ),
+    ),
+)
+AFTER_TOOL_QUESTION = (
+    "Use the tool.", "Please use your tools.", "Thanks!", "Answer with the tool's result.",
+    "Thank you.",
+    "Be brief.", "Answer in one sentence.", "Use a tool.",
+)  # fmt: skip
+AGENT_SYSTEMS = (
+    "You are an agent. Use the tools.", "Use the tools to answer.", "You answer questions with tools.",
+    "You are a weather assistant.", "You are a helpful assistant with access to tools.",
+    "Answer in one sentence.",
+    "You are an agent that helps with tasks.", "Always use a tool.",
+    "You only respond in short sentences.",
+)  # fmt: skip
+RESULT_WORDS = (
+    "sunny", "rainy", "cloudy", "windy", "snow", "clear sky", "light rain", "foggy", "open",
+    "closed", "ready",
+    "shipped", "not yet paid", "late", "on time", "busy", "quiet", "warm and dry", "cold",
+    "very hot", "blue", "green",
+    "always sunny", "half past nine", "noon", "delivered", "in stock", "sold out", "good", "low",
+    "high",
+)  # fmt: skip
+# `{0}` is what was found, `{1}` what was asked about.
+RESULT_SENTENCES = (
+    "It is {0} in {1}.", "Found: {0} in {1}.", "The answer is {0}.", "{1} is {0}.",
+    "The weather in {1} is {0}.",
+    "{1}: {0}", "{0} is what was found for {1}.", "It's always {0} in {1}!", "The result for {1} is {0}.",
+)  # fmt: skip
+RESULT_KEYS = (
+    "temperature", "temperature_c", "unit", "result", "value", "status", "weather", "condition",
+    "city", "name",
+    "price", "total", "count", "message", "answer", "description", "humidity", "location", "ok", "id",
+)  # fmt: skip
+FINAL_TOOLS = ("final_result", "final_answer", "final_result", "output", "Person", "City", "answer")
+FINAL_DESCRIPTIONS = (
+    "The final response which ends this conversation",
+    "The final response which ends this conversation",
+    "Correctly extracted with all the required parameters with correct types", "Give the final answer.",
+    "Return the result to the user.", "",
+)  # fmt: skip
+TELLING = (
+    "{} is {} years old.", "{} is {}.", "{} has {} books.", "{} turned {} last year.",
+    "{} counts {} stars.",
+    "In {} there were {} people.", "{} was built in {}.", "{} paid {} euros.",
+    "Extract: {} is {} years old.",
+    "Extract {} is {} years old.", "My friend {} is {} years old", "{}, {}", "{} scored {} points.",
+    "{}: {}",
+    "This is {}, who is {}.", "The number of {} is {}.", "{} costs {} dollars.",
+    "Tell me about {}, age {}.",
+)  # fmt: skip
+TELLING_TEXT = (
+    "This is {}.", "I met {}.", "{}", "Her name is {}.", "We live in {}.", "Tell me about {}.",
+    "{} is here.",
+)  # fmt: skip
+TELLING_TWO = (
+    "{} lives in {}.", "{} and {}", "{} met {}.", "{} works at {}.", "{} is from {}.",
+    "{} wrote {}.", "From {} to {}.",
+)  # fmt: skip
+TELLING_NUMBER = (
+    "The number is {}.", "It was {}.", "There are {}.", "In all {}.", "In {}.", "It costs {}.",
+)  # fmt: skip
+JSON_REQUESTS = (
+    "Answer in JSON with {}.", "Answer as JSON with the keys {}.", "Give me JSON with {}.",
+    "Return a JSON object: {}.",
+    "Reply with a JSON object with {}.", "Fields: {}.",
+)  # fmt: skip
+EXTRACT_REQUESTS = (
+    "Extract the information.", "Answer in JSON.", "Extract:", "Return JSON.",
+    "Extract the data from this text:",
+    "Who and what?", "Fill in the form.", "Parse this:", "Respond with JSON only.",
+    "Extract the person:",
+)  # fmt: skip

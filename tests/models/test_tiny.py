@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,17 @@ import pytest
 from tokenizers import Tokenizer
 
 from penstock.engines.reference.engine import ReferenceSettings, reference_engine
-from penstock.shapes import Attempt, Sampling
+from penstock.shapes import Attempt, Sampling, StructuredOutput
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny"
 SHIPPED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 HEADER_LENGTH_BYTES = 8
+CALLS_RIGHT = {1: 0.75, 2: 0.6, 3: 0.6}
+"""By the number of tools offered, the share of held-out calls that must be exactly right."""
+ANSWERS_RIGHT = 0.6
+"""The share of held-out answers from results that must be exactly right."""
+JSON_RIGHT = 0.8
+"""The share of held-out names and ages that must stand in a forced object, exactly."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -25,9 +33,21 @@ def read(name: str) -> dict[str, Any]:
     return loaded
 
 
-def held_out() -> list[dict[str, Any]]:
-    lines = (FOLDER / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+def held_out(name: str = "heldout.jsonl") -> list[dict[str, Any]]:
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def training_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules that make the training's text can be imported, and are forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    modules = [file.stem for file in FOLDER.glob("*.py")]
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    yield
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +58,14 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def template() -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(read("tokenizer_config.json")["chat_template"])
 
 
 def test_folder_is_small_and_complete() -> None:
-    files = [FOLDER / name for name in (*SHIPPED, "model.safetensors", "heldout.jsonl")]
+    files = [
+        FOLDER / name for name in (*SHIPPED, "model.safetensors", "heldout.jsonl", "heldout_tools.jsonl")
+    ]
     assert sum(file.stat().st_size for file in files) < 8_000_000
 
 
@@ -50,7 +73,7 @@ def test_configuration_names_a_qwen3_of_the_tokenizers_size(tokenizer: Tokenizer
     config = read("config.json")
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["vocab_size"] == tokenizer.get_vocab_size()
-    assert config["max_position_embeddings"] >= 4096
+    assert config["max_position_embeddings"] == read("tokenizer_config.json")["model_max_length"] == 32_768
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
@@ -114,12 +137,8 @@ def test_held_out_conversations_contain_their_answer_only_as_context() -> None:
         assert case["expected"] not in said
 
 
-def test_training_never_draws_a_held_out_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for module in ("names", "phrases", "dialogues"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    import random
-
+@pytest.mark.usefixtures("training_text")
+def test_training_never_draws_a_held_out_name() -> None:
     import dialogues
     import names
 
@@ -131,23 +150,53 @@ def test_training_never_draws_a_held_out_name(monkeypatch: pytest.MonkeyPatch) -
         [dialogues.training_dialogue(random.Random(seed), 0.1) for seed in range(50)] for _ in "ab"
     )
     assert first == again
-    for module in ("names", "phrases", "dialogues"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
-async def test_model_recalls_names_it_never_saw(tokenizer: Tokenizer, template: jinja2.Template) -> None:
-    """All 200 held-out conversations, greedy, in the engine that serves them."""
+@pytest.mark.usefixtures("training_text")
+def test_trained_text_of_tools_and_calls_is_what_the_template_writes(template: jinja2.Template) -> None:
+    import tools
+
+    for seed in range(40):
+        rng = random.Random(seed)
+        offered = tools.draw_tools(rng, 1 + seed % 3)
+        question, calls = tools.question_and_calls(rng, offered[0], False)
+        turns, results = tools.results_turns(rng, calls)
+        trained = [
+            tools.system_turn(rng, offered),
+            tools.Turn.of("user", question),
+            tools.calls_turn(calls),
+        ]
+        asked = [
+            {"id": "c", "function": {"name": call.tool.name, "arguments": call.arguments}} for call in calls
+        ]
+        begun, _, _ = trained[0].content.rpartition("\n\n" + tools.INTRODUCTION)
+        messages = [
+            *([{"role": "system", "content": begun}] if begun else []),
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": None, "tool_calls": asked},
+            *({"role": "tool", "content": result} for result in results),
+            {"role": "assistant", "content": turns[1].content},
+        ]
+        rendered = template.render(messages=messages, tools=[tool.definition for tool in offered])
+        assert rendered == "".join(
+            f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in [*trained, *turns]
+        )
+
+
+async def answers_to(
+    prompts: list[list[int]], max_tokens: int, structured: list[StructuredOutput] | None = None
+) -> list[list[int]]:
+    """Greedy answers of the engine that serves the model."""
     engine = reference_engine(ReferenceSettings(model=str(FOLDER)))
     await engine.start()
-    cases = held_out()
-    answers: dict[str, list[int]] = {str(number): [] for number in range(len(cases))}
-    for number, case in enumerate(cases):
-        text = template.render(messages=case["messages"], add_generation_prompt=True)
-        token_ids = tokenizer.encode(text).ids
-        sampling = Sampling(max_tokens=40, temperature=0.0)
+    answers: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    for number, token_ids in enumerate(prompts):
+        sampling = Sampling(
+            max_tokens=max_tokens, temperature=0.0, structured=structured[number] if structured else None
+        )
         engine.submit(Attempt(str(number), str(number), token_ids, len(token_ids), sampling))
-    running = len(cases)
-    async with asyncio.timeout(120):
+    running = len(prompts)
+    async with asyncio.timeout(240):
         async for step in engine.steps():
             for output in step.outputs:
                 answers[output.attempt_id] += output.token_ids
@@ -155,7 +204,63 @@ async def test_model_recalls_names_it_never_saw(tokenizer: Tokenizer, template: 
             if not running:
                 break
     await engine.stop(0)
+    return list(answers.values())
+
+
+async def right_answers(
+    cases: list[dict[str, Any]], tokenizer: Tokenizer, template: jinja2.Template, max_tokens: int
+) -> int:
+    prompts = [
+        tokenizer.encode(
+            template.render(messages=case["messages"], tools=case.get("tools"), add_generation_prompt=True)
+        ).ids
+        for case in cases
+    ]
+    answers = await answers_to(prompts, max_tokens)
+    return sum(tokenizer.decode(ids) == case["expected"] for ids, case in zip(answers, cases, strict=True))
+
+
+async def test_model_recalls_names_it_never_saw(tokenizer: Tokenizer, template: jinja2.Template) -> None:
+    cases = held_out()
+    assert await right_answers(cases, tokenizer, template, 40) >= 0.95 * len(cases)
+
+
+@pytest.mark.parametrize("offered", CALLS_RIGHT)
+async def test_model_calls_the_right_one_of_tools_it_never_saw(
+    tokenizer: Tokenizer, template: jinja2.Template, offered: int
+) -> None:
+    asked = [case for case in held_out("heldout_tools.jsonl") if case["messages"][-1]["role"] == "user"]
+    cases = [case for case in asked if len(case["tools"]) == offered]
+    assert len(cases) >= 15
+    assert await right_answers(cases, tokenizer, template, 160) >= CALLS_RIGHT[offered] * len(cases)
+
+
+async def test_model_passes_on_results_it_never_saw(
+    tokenizer: Tokenizer, template: jinja2.Template
+) -> None:
+    cases = [case for case in held_out("heldout_tools.jsonl") if case["messages"][-1]["role"] == "tool"]
+    assert len(cases) == 100
+    assert await right_answers(cases, tokenizer, template, 160) >= ANSWERS_RIGHT * len(cases)
+
+
+async def test_model_fills_a_forced_json_shape_from_the_text(
+    tokenizer: Tokenizer, template: jinja2.Template
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    names = [case["expected"].removeprefix("Your name is ").removesuffix(".") for case in held_out()[:60]]
+    people = [{"name": name, "age": 17 + number} for number, name in enumerate(names)]
+    prompts = []
+    for person in people:
+        messages = [{"role": "user", "content": "{name} is {age} years old.".format(**person)}]
+        prompts.append(tokenizer.encode(template.render(messages=messages, add_generation_prompt=True)).ids)
+    wanted = [StructuredOutput("json", json.dumps(schema)) for _ in people]
+    texts = [tokenizer.decode(ids) for ids in await answers_to(prompts, 100, wanted)]
     right = sum(
-        tokenizer.decode(answers[str(number)]) == case["expected"] for number, case in enumerate(cases)
+        text == json.dumps(person, ensure_ascii=False) for text, person in zip(texts, people, strict=True)
     )
-    assert right >= 0.95 * len(cases)
+    assert right >= JSON_RIGHT * len(people)
