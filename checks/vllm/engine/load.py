@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
+from penstock.core.prompt_work import NO_WORK, PromptWork
 from penstock.engines.vllm.load import CoreLoad
 from penstock.shapes import EngineCard, Load, ModelCard
 
@@ -24,12 +25,15 @@ def stats(running: int, usage: float, fetching: int = 0, **details: Any) -> Sche
         "num_generation_tokens": 0,
         "elapsed_ms": 1.0,
     }
-    return SchedulerStats(
+    found = SchedulerStats(
         num_running_reqs=running,
         kv_cache_usage=usage,
-        num_kv_fetch_reqs_by_stage={"waiting_to_start": fetching} if fetching else {},
+        num_skipped_waiting_reqs=fetching,
         iteration_details=SchedulerIterationDetails(**(step | details)) if details else None,
     )
+    if hasattr(found, "num_kv_fetch_reqs_by_stage"):  # since 0.32
+        found.num_kv_fetch_reqs_by_stage = {"waiting_to_start": fetching} if fetching else {}
+    return found
 
 
 def counts(load: Load) -> tuple[int, int, int, int]:
@@ -39,80 +43,81 @@ def counts(load: Load) -> tuple[int, int, int, int]:
 def test_an_attempt_from_its_submission_to_its_end() -> None:
     load = CoreLoad(CARD)
     load.submitted()
-    load.began(100)
-    assert counts(load.load()) == (0, 1, 100, 0)
+    load.began()
+    assert counts(load.load(PromptWork(100, 5000))) == (0, 1, 100, 0)
+    assert load.load(PromptWork(100, 5000)).prefill_context_tokens == 5000
     load.observe(0, stats(running=1, usage=0.02, num_ctx_tokens=100), now=0.0)
-    load.answered(100, 101)
-    assert counts(load.load()) == (1, 0, 0, 101)
-    assert load.load().used_blocks == 4
+    load.grew(101)
+    assert counts(load.load(NO_WORK)) == (1, 0, 0, 101)
+    assert load.load(NO_WORK).used_blocks == 4
     load.grew(1)
-    assert load.load().context_tokens == 102
-    load.ended(0, 102)
-    assert counts(load.load()) == (0, 0, 0, 0)
-    assert load.load().submitted == 1
+    assert load.load(NO_WORK).context_tokens == 102
+    load.ended(102)
+    assert counts(load.load(NO_WORK)) == (0, 0, 0, 0)
+    assert load.load(NO_WORK).submitted == 1
 
 
 def test_an_attempt_that_ends_before_its_first_token_leaves_nothing() -> None:
     load = CoreLoad(CARD)
-    load.began(100)
-    load.ended(100, 0)
-    assert counts(load.load()) == (0, 0, 0, 0)
+    load.began()
+    load.ended(0)
+    assert counts(load.load(NO_WORK)) == (0, 0, 0, 0)
 
 
 def test_one_that_never_began_counts_as_submitted_only() -> None:
     load = CoreLoad(CARD)
     load.submitted()
-    assert counts(load.load()) == (0, 0, 0, 0)
-    assert load.load().submitted == 1
+    assert counts(load.load(NO_WORK)) == (0, 0, 0, 0)
+    assert load.load(NO_WORK).submitted == 1
 
 
 def test_those_whose_kv_is_on_its_way_hold_blocks() -> None:
     load = CoreLoad(CARD)
     for _ in range(3):
-        load.began(0)
+        load.began()
     load.observe(0, stats(running=1, usage=0.5, fetching=1), now=0.0)
-    assert counts(load.load())[:2] == (2, 1)
+    assert counts(load.load(NO_WORK))[:2] == (2, 1)
 
 
 def test_what_has_ended_here_does_not_run_there() -> None:
     """vLLM's word is a step old."""
     load = CoreLoad(CARD)
-    load.began(0)
+    load.began()
     load.observe(0, stats(running=4, usage=0.1), now=0.0)
-    assert counts(load.load())[:2] == (1, 0)
+    assert counts(load.load(NO_WORK))[:2] == (1, 0)
 
 
 def test_empty_steps_are_signs_of_life_now_and_then_while_there_is_work() -> None:
     load = CoreLoad(CARD)
     load.observe(0, stats(0, 0.0), now=0.0)
-    assert load.load().steps == 0
-    load.began(0)
+    assert load.load(NO_WORK).steps == 0
+    load.began()
     for i in range(100):
         load.observe(0, stats(0, 0.0), now=0.01 * i)
-    assert load.load().steps == 2
+    assert load.load(NO_WORK).steps == 2
     load.responded()
-    assert load.load().steps == 3
+    assert load.load(NO_WORK).steps == 3
 
 
 def test_steps_that_compute_are_counted() -> None:
     load = CoreLoad(CARD)
     load.observe(0, stats(0, 0.0), now=0.0)
     load.observe(0, stats(0, 0.0, num_ctx_tokens=0, is_dummy=True), now=0.0)
-    assert load.load().steps == 0
+    assert load.load(NO_WORK).steps == 0
     load.observe(0, stats(1, 0.0, num_generation_requests=1), now=0.0)
-    assert load.load().steps == 1
+    assert load.load(NO_WORK).steps == 1
 
 
 def test_data_parallel_ranks_are_added_up() -> None:
     load = CoreLoad(CARD, ranks=2)
     for _ in range(5):
-        load.began(0)
+        load.began()
     load.observe(0, stats(running=3, usage=0.5), now=0.0)
-    assert (load.load().used_blocks, load.load().running) == (50, 3)
+    assert (load.load(NO_WORK).used_blocks, load.load(NO_WORK).running) == (50, 3)
     load.observe(1, stats(running=1, usage=0.25), now=0.0)
-    assert (load.load().used_blocks, load.load().running) == (75, 4)
+    assert (load.load(NO_WORK).used_blocks, load.load(NO_WORK).running) == (75, 4)
     load.observe(0, stats(running=0, usage=0.0), now=0.0)
-    assert (load.load().used_blocks, load.load().running) == (25, 1)
+    assert (load.load(NO_WORK).used_blocks, load.load(NO_WORK).running) == (25, 1)
 
 
 def test_rates_are_measured() -> None:
@@ -121,6 +126,6 @@ def test_rates_are_measured() -> None:
         step = stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=5.0)
         load.observe(0, step, now=0.0)
         load.observe_transfer(4, 20.0)
-    rates = load.load().rates
+    rates = load.load(NO_WORK).rates
     assert rates.step_ms == pytest.approx(5.0, rel=0.2)
     assert rates.transfer_ms + 4 * rates.transfer_block_ms == pytest.approx(20.0, rel=0.2)

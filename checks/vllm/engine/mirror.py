@@ -11,8 +11,7 @@ import pytest_asyncio
 
 from checks.vllm.engine.pair import GREEDY, prompt_of
 from checks.vllm.engine.running import Running, running, settings
-from penstock.engines.vllm.continuation import continuation
-from penstock.shapes import Attempt, Sampling
+from penstock.shapes import Sampling
 from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -29,8 +28,7 @@ async def small() -> AsyncIterator[Running]:
 
 
 def foreseen(engine: Running, prompt: list[int], salt: str = "") -> int:
-    attempt = Attempt("", "", prompt, len(prompt), GREEDY, cache_salt=salt)
-    return engine.engine._cached(continuation(attempt, pulls=False), attempt.cache_salt)
+    return engine.engine._prompts.cached_tokens(prompt, salt)
 
 
 async def settled(small: Running) -> None:

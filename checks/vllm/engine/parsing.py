@@ -8,9 +8,11 @@ import logging
 import msgspec
 import pytest
 
+from penstock.engines.vllm import differences, installed
 from penstock.engines.vllm.parsing import VllmParsers
-from penstock.errors import Rejection, RequestRejected
-from penstock.shapes import ModelView
+from penstock.errors import ConfigError, Rejection, RequestRejected
+from penstock.frontend.reply import Reply, ReplyRules, joined
+from penstock.shapes import FinishReason, ModelView
 from tests.frontend.conftest import byte_level_tokenizer
 from tests.frontend.conftest import view_of as make_view
 from tests.frontend.parser_contract import TOOLS, ParserContract
@@ -88,3 +90,45 @@ class TestVllmParsers(ParserContract):
         lines = [record for record in caplog.records if record.name == "penstock.frontend"]
         assert len(lines) <= 1
         assert all((line.levelname, line.exc_info) == ("INFO", None) for line in lines)
+
+    @pytest.mark.parametrize("length", range(4, 57, 4))
+    def test_a_forced_call_that_the_model_breaks_off_is_the_same_whole_and_streamed(
+        self, parsers, model, length
+    ) -> None:
+        text = '[{"name": "get", "parameters": {"city": "Paris"}}]\n'[:length]
+        found = []
+        for stream in (False, True):
+            body = {
+                "model": "m",
+                "messages": [{"role": "user", "content": "Hi"}],
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "stream": stream,
+                "chat_template_kwargs": {"enable_thinking": False},
+            }
+            rules = ReplyRules(
+                parsers.load(model).begin(body), stream=stream, required=True, auto=False, show_tokens=True
+            )
+            reply = Reply(rules, [1])
+            for at, piece in enumerate(text):
+                reply.add(piece, [300], finished=at == len(text) - 1)
+            parsed = joined(reply.take()) if stream else reply.whole(cut=False)
+            calls = [(call.name, call.arguments) for call in parsed.tool_calls]
+            found.append((parsed.content or "", calls, reply.finish_name(FinishReason.STOP)))
+        assert found[0] == found[1]
+
+    def test_those_of_an_unknown_version_are_tried_out(self, parsers, model, monkeypatch, caplog) -> None:
+        monkeypatch.setattr(installed, "NEWEST_TESTED", (0, 1))
+        parsers.load(model)
+        assert "its parsers have passed a self-test" in caplog.text
+
+    def test_those_of_an_unknown_version_are_refused_when_they_have_another_interface(
+        self, parsers, model, monkeypatch
+    ) -> None:
+        def other(*args: object) -> None:
+            raise TypeError("set_prompt_token_ids() takes 1 positional argument")
+
+        monkeypatch.setattr(installed, "NEWEST_TESTED", (0, 1))
+        monkeypatch.setattr(differences, "tell_prompt", other)
+        with pytest.raises(ConfigError, match=r"its parsers cannot be used: .*1 positional argument"):
+            parsers.load(model)

@@ -37,7 +37,7 @@ def settings(
         "role": role,
         "incarnation": Incarnation(name, epoch),
         "block_size": 32,
-        "kv_cache_bytes": 64 << 20,
+        "kv_cache_bytes": 128 << 20,
         "engine_args": ENGINE_ARGS,
         **given,
     }

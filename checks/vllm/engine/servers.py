@@ -18,8 +18,8 @@ from checks.vllm.conftest import GRAPH, cpu_environment
 from checks.vllm.engine.running import ENGINE_ARGS
 from tests.ports import free_port
 
-LIMITS = ("--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20))
-START_S = 180.0  # also on a machine that is busy with something else
+LIMITS = ("--block-size", "32", "--kv-cache-memory-bytes", str(128 << 20))
+START_S = 300.0  # also on a machine that is busy with something else
 STOP_S = 60.0
 
 

@@ -23,9 +23,9 @@ VLLM_START_S = 300.0  # 25 s for two on two idle cores
 
 CHOICES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Explain disaggregated serving benefits"}],
-    "n": 3,
+    "n": 6,
     "seed": 11,
-    "temperature": 0.8,
+    "temperature": 1.5,  # the model is so sure of itself that it mostly says the same below that
     "max_tokens": 60,
     "stop": ["decode", "."],
 }

@@ -14,7 +14,7 @@ import httpx
 
 Answer = dict[str, Any]
 
-CALL_ID_PREFIX = "chatcmpl-tool-"
+CALL_ID_PREFIXES = ("chatcmpl-tool-", "call_")  # of vLLM and of Penstock
 
 
 def ask(server: httpx.Client, path: str, body: dict[str, Any], *, stream: bool) -> Answer:
@@ -40,16 +40,22 @@ def _whole(answer: dict[str, Any]) -> Answer:
     for choice in answer["choices"]:
         message = choice.get("message", {"content": choice.get("text")})
         calls = message.get("tool_calls") or []
-        assert all(call["id"].startswith(CALL_ID_PREFIX) for call in calls)
+        assert all(call["id"].startswith(CALL_ID_PREFIXES) for call in calls)
         choices[choice["index"]] = {
             "content": message["content"],
             "reasoning": message.get("reasoning"),
             "tool_calls": [call["function"] for call in calls],
             "logprobs": _logprobs(choice["logprobs"]),
+            "prompt_logprobs": _prompt_logprobs(choice.get("prompt_logprobs")),
             "finish_reason": choice["finish_reason"],
             "stop_reason": choice["stop_reason"],
         }
-    return {"status": 200, "choices": choices, "usage": _usage(answer["usage"])}
+    return {
+        "status": 200,
+        "choices": choices,
+        "prompt_logprobs": _prompt_logprobs(answer.get("prompt_logprobs")),
+        "usage": _usage(answer["usage"]),
+    }
 
 
 def _streamed(chunks: list[dict[str, Any]]) -> Answer:
@@ -81,7 +87,7 @@ class _Streamed:
         for call in delta.get("tool_calls") or ():
             if call.get("id"):
                 assert call["index"] == len(self.calls)
-                assert call["id"].startswith(CALL_ID_PREFIX)
+                assert call["id"].startswith(CALL_ID_PREFIXES)
                 assert call["type"] == "function"
                 self.calls[call["index"]] = {"name": call["function"]["name"], "arguments": ""}
             self.calls[call["index"]]["arguments"] += call["function"].get("arguments") or ""
@@ -113,6 +119,15 @@ def _logprobs(logprobs: dict[str, Any] | None) -> Any:
         for name in [name for name in alternatives if not name or name.startswith("bytes:")]:
             del alternatives[name]
     return _rounded({name: value for name, value in logprobs.items() if value})
+
+
+def _prompt_logprobs(entries: list[dict[str, Any] | None] | None) -> Any:
+    """Without the texts of tokens that are parts of characters, which vLLM shows with the next token's."""
+    for entry in entries or ():
+        for token in (entry or {}).values():
+            if not token["decoded_token"].isascii():
+                token["decoded_token"] = ""
+    return _rounded(entries)
 
 
 def _forget_parts(entries: list[dict[str, Any]]) -> None:

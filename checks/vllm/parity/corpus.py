@@ -261,6 +261,27 @@ CORPUS: dict[str, tuple[str, dict[str, Any]]] = {
     "text stop": _text("Explain disaggregated serving benefits", stop=[" ", "e"], max_tokens=40),
     "text regex": _text(structured_outputs={"regex": "[a-z]{4}"}),
     "text json_schema": _text(response_format=_json_schema(PERSON), max_tokens=60),
+    # What is said of prompts.
+    "prompt_logprobs": _plain(prompt_logprobs=2, max_tokens=2),
+    "prompt_logprobs, none but the prompt's": _plain(prompt_logprobs=0, max_tokens=2),
+    "text prompt_logprobs": _text(
+        ["My name is", "Zoë 你好"], prompt_logprobs=1, n=2, seed=4, temperature=0.5
+    ),
+    "too many prompt_logprobs": _text(prompt_logprobs=21),
+    "prompt_logprobs of all tokens": _text(prompt_logprobs=-1),
+    # Reasoning that is limited: what the model's own mark begins.
+    "thinking_token_budget": _text("<think>My name is", thinking_token_budget=6, max_tokens=24),
+    "thinking_token_budget of 0": _text("<think>", thinking_token_budget=0, max_tokens=8),
+    "thinking_token_budget, no reasoning": _plain(thinking_token_budget=2),
+    "thinking_token_budget below -1": _plain(thinking_token_budget=-2),
+    # Prompts that are shortened.
+    "cut": _plain(truncate_prompt_tokens=40),
+    "cut at the right": _plain(truncate_prompt_tokens=40, truncation_side="right"),
+    "cut to what fits": _plain([{"role": "user", "content": "word " * 9000}], truncate_prompt_tokens=-1),
+    "text cut": _text("one two three four five", truncate_prompt_tokens=3),
+    "text of ids cut": _text([10, 20, 30, 300, 301], truncate_prompt_tokens=2, truncation_side="left"),
+    "cut to more than the context": _plain(truncate_prompt_tokens=CONTEXT + 1),
+    "cut to less than nothing": _plain(truncate_prompt_tokens=-2),
     # What is wrong: the status must be the same.
     "bad role": _chat([{"role": "king", "content": "x"}]),
     "bad temperature": _chat(temperature=-1),

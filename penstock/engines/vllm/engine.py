@@ -16,30 +16,41 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from penstock.core.hashing import last_hash, root_hash, sequence_hashes
 from penstock.engines.active import fault
 from penstock.engines.outbox import Outbox, merge
+from penstock.engines.vllm.active_request import ActiveRequest
 from penstock.engines.vllm.continuation import Continuation, continuation, folded
+from penstock.engines.vllm.differences import ask_all_ranks, core_error
 from penstock.engines.vllm.event_feed import EventFeed
-from penstock.engines.vllm.handoff_params import UsedHandoffs, pack
+from penstock.engines.vllm.handoff_params import PREFILL_ONLY, UsedHandoffs, handoff_of
 from penstock.engines.vllm.held_handoffs import VllmHeldHandoffs
-from penstock.engines.vllm.installed import check_version
+from penstock.engines.vllm.installed import check_installed
 from penstock.engines.vllm.kv_events import CacheEvents, Changes
 from penstock.engines.vllm.load import CoreLoad
 from penstock.engines.vllm.logs import one_line
-from penstock.engines.vllm.outputs import check_tokens, finish_reason, prompt_logprobs, token_logprobs
+from penstock.engines.vllm.metrics import CoreMetrics, CoreTimes
+from penstock.engines.vllm.open_prompts import OpenPrompts
+from penstock.engines.vllm.outputs import (
+    NO_GRAMMAR,
+    check_tokens,
+    finish_reason,
+    is_grammar_error,
+    prompt_logprobs,
+    token_logprobs,
+)
+from penstock.engines.vllm.self_test import tried_out
 from penstock.engines.vllm.settings import VllmSettings
 from penstock.engines.vllm.startup import Core, start_core
 from penstock.errors import RemoteError
+from penstock.ports import EngineStep
 from penstock.shapes import (
     Attempt,
+    AttemptReport,
     EngineCard,
-    EngineStep,
     FinishReason,
     Handoff,
     JsonObject,
@@ -52,37 +63,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("penstock.engine")
 
-PREFILL_ONLY: JsonObject = {"do_remote_decode": True, "do_remote_prefill": False}
-"""What tells vLLM to keep a request's KV for somebody else when it ends."""
-
-
-@dataclass(slots=True)
-class _Active:
-    """An attempt that vLLM works on."""
-
-    attempt: Attempt
-    core_id: str  # its name there
-    continuation: Continuation
-    began: float
-    uncached_tokens: int  # an estimate of what will be computed before the first token
-    pulls: bool = False  # it was given a handoff's KV to pull
-    replayed: int = 0
-    given: int = 0  # tokens of its own
-    context_tokens: int = 0  # as counted in the load
-    answered: bool = False
-    told: bool = False  # its first output has been handed out
-
 
 class VllmEngine:
-    """An Engine around one vLLM. Raises ConfigError unless a version of it is here that is supported."""
+    """An Engine around one vLLM. Raises ConfigError unless vLLM is installed."""
 
     def __init__(self, settings: VllmSettings) -> None:
-        check_version()
+        check_installed()
         self._settings = settings
         self._outbox = Outbox()
         self._core: Core | None = None
         self._feed: EventFeed | None = None
-        self._active: dict[str, _Active] = {}  # by core id
+        self._active: dict[str, ActiveRequest] = {}  # by core id
         self._core_ids: dict[str, str] = {}  # attempt id -> core id
         self._cancelled = asyncio.Event()  # since vLLM was last asked whether it is there
         self._fewer = asyncio.Event()  # an attempt ended, or a handoff is not held any more
@@ -93,12 +84,22 @@ class VllmEngine:
         self._step_at = 0.0  # when the core made the message that is being taken, by the monotonic clock
         self._pending: EngineStep | None = None  # KV events that wait for a step
         self._pushed = Load()
+        self._ended: list[AttemptReport] = []  # since the latest push
+        self._metrics: CoreMetrics | None = None
         self._due: asyncio.TimerHandle | None = None  # the next push, if nothing happens before
 
     # --- the port -----------------------------------------------------------------------------------
 
     async def start(self) -> EngineCard:
-        """As Engine.start: starts vLLM, in seconds to minutes."""
+        """As Engine.start: starts vLLM, in seconds to minutes, and tries out an unknown version of it."""
+        card = await tried_out(self, self._start)
+        assert self._core is not None
+        self._metrics = CoreMetrics(self._core.config, self._core.ranks)
+        self._load = CoreLoad(card, self._core.ranks)  # without the requests by which it was tried out
+        log.info("engine ready: %s", card)
+        return card
+
+    async def _start(self) -> EngineCard:
         self._outbox.open()
         starting = asyncio.ensure_future(asyncio.to_thread(start_core, self._settings))
         try:
@@ -110,6 +111,7 @@ class VllmEngine:
         self._load = CoreLoad(core.card, core.ranks)
         self._held = VllmHeldHandoffs(core.client, self._settings.held_interval_s, self._on_fewer_held)
         events = CacheEvents(core.card.model.name, core.card.block_size, core.card.total_blocks)
+        self._prompts = OpenPrompts(core.card, events)
         self._feed = EventFeed(events, core.events, self._on_changes)
         await self._feed.start()
         self._tasks = [
@@ -121,10 +123,9 @@ class VllmEngine:
                 ("signs of life", self._ask_after_cancelling),
             )
         ]
-        log.info("engine ready: %s", core.card)
         return core.card
 
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> int:
         """As Engine.submit."""
         self._load.submitted()
         reason = fault(attempt, self._card)
@@ -137,7 +138,8 @@ class VllmEngine:
         ):
             self._push([Output(attempt.attempt_id, finish_reason=FinishReason.LENGTH)])
         else:
-            self._begin(attempt)
+            return self._begin(attempt)
+        return 0
 
     def cancel(self, attempt_id: str) -> None:
         """As Engine.cancel."""
@@ -161,6 +163,10 @@ class VllmEngine:
     def asset(self, sha256: str) -> bytes | None:
         """As Engine.asset."""
         return self._core.assets.get(sha256) if self._core is not None else None
+
+    def exposition(self) -> bytes:
+        """As Engine.exposition."""
+        return self._metrics.exposition() if self._metrics is not None else b""
 
     def steps(self) -> AsyncIterator[EngineStep]:
         """As Engine.steps, for one reader. RemoteError when vLLM died."""
@@ -194,14 +200,14 @@ class VllmEngine:
         assert self._core is not None, "the engine was not started"
         return self._core.card
 
-    def _begin(self, attempt: Attempt) -> None:
+    def _begin(self, attempt: Attempt) -> int:
         transfer: JsonObject | None = None
         if attempt.handoff is not None:
             transfer = self._accept(attempt, attempt.handoff)
         plan = continuation(attempt, pulls=transfer is not None)
         if attempt.prefill_only:
             transfer = dict(PREFILL_ONLY)
-        self._request(attempt, attempt.attempt_id, plan, transfer)
+        return self._request(attempt, attempt.attempt_id, plan, transfer)
 
     def _accept(self, attempt: Attempt, handoff: Handoff) -> JsonObject | None:
         """What vLLM needs to pull the handoff's KV; None when it must not, so that it computes instead."""
@@ -219,8 +225,8 @@ class VllmEngine:
 
     def _request(
         self, attempt: Attempt, core_id: str, plan: Continuation, transfer: JsonObject | None
-    ) -> None:
-        """Hand a request to vLLM, or end the attempt with why it cannot be."""
+    ) -> int:
+        """Hand a request to vLLM, or end the attempt with why it cannot be. Returns as `submit`."""
         from vllm.exceptions import VLLMClientError
 
         from penstock.engines.vllm.sampling import sampling_params
@@ -241,37 +247,30 @@ class VllmEngine:
             reason = one_line(error)
             rejected = Output(attempt.attempt_id, finish_reason=FinishReason.REJECTED, error=reason)
             self._push([rejected])
-            return
+            return 0
         except Exception as error:  # whatever else vLLM's checks raise is this attempt's, not everybody's
             log.exception("attempt %s could not be given to vLLM", attempt.attempt_id)
             failed = Output(attempt.attempt_id, finish_reason=FinishReason.ERROR, error=repr(error))
             self._push([failed])
-            return
+            return 0
         structured = plan.sampling.structured
         if structured is not None:
             request.reasoning_ended = structured.reasoning_ended
             request.reasoning_parser_kwargs = {"chat_template_kwargs": structured.template_variables}
-        pulls = transfer is not None and not attempt.prefill_only
-        uncached = 0 if pulls else len(plan.prompt) - self._cached(plan, attempt.cache_salt)
-        self._active[core_id] = _Active(attempt, core_id, plan, monotonic(), uncached, pulls)
+        self._active[core_id] = ActiveRequest(attempt, core_id, plan, CoreTimes(monotonic()))
         self._core_ids[attempt.attempt_id] = core_id
-        self._load.began(uncached)
+        self._load.began()
         self._commands.put_nowait(partial(self._core.client.add_request_async, request))
+        if transfer is not None and not attempt.prefill_only:  # it pulls all but the last token
+            return 0
+        scored = plan.sampling.prompt_logprobs is not None
+        return self._prompts.begin(core_id, plan.prompt, attempt.cache_salt, scored=scored)
 
     def _seeded(self, attempt: Attempt) -> bool:
         """Whether it must draw the same tokens as others do for this request: because the client asked for
         that, or because it cannot be held to those that the client has read already."""
         assert self._core is not None
         return attempt.sampling.reproducible or not self._core.config.model_config.logits_processors
-
-    def _cached(self, plan: Continuation, cache_salt: str) -> int:
-        """About how many of the prompt's tokens vLLM will take from its cache."""
-        prompt, block_size = plan.prompt, self._card.block_size
-        if plan.sampling.prompt_logprobs is not None:
-            return 0
-        root = root_hash(self._card.model.name, cache_salt)
-        blocks = self._outbox.leading_cached(sequence_hashes(prompt, block_size, root))
-        return min(blocks, (len(prompt) - 1) // block_size) * block_size
 
     def _abort(self, core_id: str) -> None:
         assert self._core is not None
@@ -308,7 +307,7 @@ class VllmEngine:
         while True:
             await self._cancelled.wait()
             self._cancelled.clear()
-            await self._core.client.call_utility_all_async("is_scheduler_paused")
+            await ask_all_ranks(self._core.client, "is_scheduler_paused")
             self._load.responded()
             self._push([])
 
@@ -330,6 +329,8 @@ class VllmEngine:
                 self._forget_late(core_output)
             elif (output := self._advance_guarded(active, core_output)) is not None:
                 outputs.append(output)
+        if self._metrics is not None:
+            self._metrics.observe(step, self._ended)
         if step.scheduler_stats is not None:
             self._load.observe(step.engine_index, step.scheduler_stats, monotonic())
         if outputs:
@@ -342,7 +343,7 @@ class VllmEngine:
         if core_output.kv_transfer_params is not None:
             self._held.let_go(core_output.request_id)
 
-    def _advance_guarded(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
+    def _advance_guarded(self, active: ActiveRequest, core_output: EngineCoreOutput) -> Output | None:
         """As `_advance`. What cannot be made sense of ends its attempt, and not the engine."""
         try:
             return self._advance(active, core_output)
@@ -355,7 +356,7 @@ class VllmEngine:
             self._forget_late(core_output)
             return Output(attempt_id, finish_reason=FinishReason.ERROR, error=f"vLLM's output: {error!r}")
 
-    def _advance(self, active: _Active, core_output: EngineCoreOutput) -> Output | None:
+    def _advance(self, active: ActiveRequest, core_output: EngineCoreOutput) -> Output | None:
         """What one step gave to one attempt; None when its replay went astray and it begins again."""
         attempt, replay = active.attempt, active.continuation.replay
         token_ids, logprobs = core_output.new_token_ids, None
@@ -375,7 +376,7 @@ class VllmEngine:
         active.given += len(token_ids)
         output = Output(attempt.attempt_id, token_ids, finish_reason(core_output), logprobs=logprobs)
         output.prompt_logprobs = prompt_logprobs(core_output, attempt.sampling.prompt_logprobs)
-        if not active.answered:
+        if active.times.first_token_at is None:
             self._answer(active, core_output, output)
         else:
             self._load.grew(len(token_ids))
@@ -384,13 +385,13 @@ class VllmEngine:
             self._finish(active, core_output, output)
         return output
 
-    def _answer(self, active: _Active, core_output: EngineCoreOutput, output: Output) -> None:
+    def _answer(self, active: ActiveRequest, core_output: EngineCoreOutput, output: Output) -> None:
         """The first output of an attempt: what was cached, and the load's books."""
         attempt, stats = active.attempt, core_output.prefill_stats
-        active.answered = True
+        active.times.answered(core_output, monotonic())
         active.context_tokens = len(active.continuation.prompt) + len(core_output.new_token_ids)
-        self._load.answered(active.uncached_tokens, active.context_tokens)
-        active.uncached_tokens = 0
+        self._load.grew(active.context_tokens)
+        self._prompts.end(active.core_id)
         if stats is None or active.told:
             return
         active.told = True
@@ -399,7 +400,7 @@ class VllmEngine:
             blocks = -(-stats.num_external_cached_tokens // self._card.block_size)
             output.transferred_blocks = blocks
             if blocks:
-                ms = (monotonic() - active.began) * 1e3
+                ms = (monotonic() - active.times.submitted_at) * 1e3
                 self._load.observe_transfer(blocks, ms)
                 log.info(
                     "KV transfer done: attempt=%s transport=%s blocks=%d from=%s first_token_ms=%.1f",
@@ -410,16 +411,19 @@ class VllmEngine:
                     ms,
                 )
 
-    def _finish(self, active: _Active, core_output: EngineCoreOutput, output: Output) -> None:
+    def _finish(self, active: ActiveRequest, core_output: EngineCoreOutput, output: Output) -> None:
         """The attempt's last output: fill in how it ended."""
         attempt = active.attempt
         self._end(active)
         if not attempt.prefill_only:
             self._load.observe_output(len(attempt.token_ids) - attempt.prompt_len + active.given)
-        if output.finish_reason is FinishReason.ERROR:
-            output.error = f"vLLM ended it: {core_output.finish_reason}"
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.REJECTED):
+            output.error = core_error(core_output)[1] or f"vLLM ended it: {core_output.finish_reason}"
+            if output.finish_reason is FinishReason.ERROR and is_grammar_error(active, core_output):
+                output.finish_reason, output.error = FinishReason.REJECTED, NO_GRAMMAR
+            return
         params = core_output.kv_transfer_params
-        if not attempt.prefill_only or output.finish_reason is FinishReason.ERROR:
+        if not attempt.prefill_only:
             return
         length = len(attempt.token_ids) + active.given
         limit = min(attempt.prompt_len + attempt.sampling.max_tokens, self._card.model.max_model_len)
@@ -430,44 +434,30 @@ class VllmEngine:
             output.finish_reason, output.error = FinishReason.ERROR, "vLLM kept no KV to hand over"
             return
         output.finish_reason = FinishReason.PREFILLED
-        output.handoff = self._handoff(active, params)
+        lease_end = self._step_at + self._settings.handoff_ttl_s
+        output.handoff = handoff_of(attempt, self._card, self._settings.incarnation, params, lease_end)
         self._held.add(attempt.attempt_id, active.core_id)
         self._load.held_handoffs = len(self._held)
 
-    def _handoff(self, active: _Active, params: JsonObject) -> Handoff:
-        attempt, card = active.attempt, self._card
-        # The lease began when the core said so, however long that message lay somewhere.
-        ttl_s = max(0.0, self._settings.handoff_ttl_s - max(0.0, monotonic() - self._step_at))
-        root = root_hash(card.model.name, attempt.cache_salt)
-        return Handoff(
-            handoff_id=attempt.attempt_id,
-            holder=self._settings.incarnation,
-            num_tokens=len(attempt.token_ids),
-            block_size=card.block_size,
-            last_hash=last_hash(attempt.token_ids, card.block_size, root),
-            layout=card.layout,
-            ttl_s=ttl_s,
-            transport=card.transport,
-            address=f"{params['remote_host']}:{params['remote_port']}",
-            params=pack(params, ttl_s),
-        )
-
-    def _begin_again(self, active: _Active) -> None:
+    def _begin_again(self, active: ActiveRequest) -> None:
         """vLLM generated another token than the one that the client has read already, which can happen
         where it cannot be held to it (forced.py). What the client has read becomes part of the prompt."""
         attempt = active.attempt
         log.warning("attempt %s: vLLM drew another token; starting it again", attempt.attempt_id)
         self._end(active)
+        self._ended.pop()  # it goes on
         self._abort(active.core_id)
         transfer = dict(PREFILL_ONLY) if attempt.prefill_only else None
         self._request(attempt, f"{active.core_id}+", folded(attempt), transfer)
         if (again := self._active.get(f"{active.core_id}+")) is not None:
             again.told = active.told
 
-    def _end(self, active: _Active) -> None:
+    def _end(self, active: ActiveRequest) -> None:
         del self._active[active.core_id]
         del self._core_ids[active.attempt.attempt_id]
-        self._load.ended(active.uncached_tokens, active.context_tokens)
+        self._ended.append(active.times.report(active.attempt.attempt_id, active.given, monotonic()))
+        self._load.ended(active.context_tokens)
+        self._prompts.end(active.core_id)
         self._fewer.set()
 
     # --- handing out --------------------------------------------------------------------------------
@@ -492,9 +482,10 @@ class VllmEngine:
         due, self._due = self._due, None
         if due is not None:
             due.cancel()
-        load, pending = self._load.load(), self._pending
+        load, pending = self._load.load(self._prompts.work()), self._pending
         if not outputs and pending is None and load == self._pushed:
             return
-        step, self._pending = EngineStep(outputs=outputs, load=load), None
+        step, self._pending = EngineStep(outputs=outputs, load=load, ended=self._ended), None
+        self._ended = []
         self._pushed = load
         self._outbox.push(merge(pending, step) if pending is not None else step)

@@ -14,6 +14,7 @@ from math import ceil
 
 import msgspec
 
+from penstock.core.hashing import last_hash, root_hash
 from penstock.engines.active import mismatch
 from penstock.shapes import Attempt, EngineCard, Handoff, Incarnation, JsonObject
 
@@ -32,6 +33,10 @@ MAX_RANKS = 4096
 
 LEASE_FACTOR = 1.5
 LEASE_EXTRA_S = 5.0
+
+
+PREFILL_ONLY: JsonObject = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What tells vLLM to keep a request's KV for somebody else when it ends."""
 
 
 def lease_s(handoff_ttl_s: float) -> int:
@@ -73,6 +78,27 @@ def pack(params: JsonObject, ttl_s: float) -> bytes:
     checked = msgspec.convert(params, Params)
     checked.expires_at = time.time() + ttl_s
     return msgspec.msgpack.encode(checked)
+
+
+def handoff_of(
+    attempt: Attempt, card: EngineCard, holder: Incarnation, params: JsonObject, lease_end: float
+) -> Handoff:
+    """The handoff of a prompt that was computed, with vLLM's params for it. `lease_end`: by the monotonic
+    clock, since the lease began when the core said so, however long that message lay somewhere."""
+    ttl_s = max(0.0, lease_end - time.monotonic())
+    root = root_hash(card.model.name, attempt.cache_salt)
+    return Handoff(
+        handoff_id=attempt.attempt_id,
+        holder=holder,
+        num_tokens=len(attempt.token_ids),
+        block_size=card.block_size,
+        last_hash=last_hash(attempt.token_ids, card.block_size, root),
+        layout=card.layout,
+        ttl_s=ttl_s,
+        transport=card.transport,
+        address=f"{params['remote_host']}:{params['remote_port']}",
+        params=pack(params, ttl_s),
+    )
 
 
 class UsedHandoffs:

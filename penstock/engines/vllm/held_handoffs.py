@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from penstock.engines.vllm.differences import ask_all_ranks
+
 if TYPE_CHECKING:
     from vllm.v1.engine.core_client import AsyncMPClient
 
@@ -63,8 +65,8 @@ class VllmHeldHandoffs:
     async def _ask(self) -> None:
         asked, unwanted = dict(self._core_ids), self._unwanted
         self._unwanted = []
-        ranks = await self._client.call_utility_all_async(
-            "collective_rpc", "penstock_held", None, (unwanted,), None
+        ranks = await ask_all_ranks(
+            self._client, "collective_rpc", "penstock_held", None, (unwanted,), None
         )
         kept = {core_id for workers in ranks for worker in workers for core_id in worker}
         gone = [handoff_id for handoff_id, core_id in asked.items() if core_id not in kept]

@@ -105,6 +105,10 @@ class CacheEvents:
     def __len__(self) -> int:
         return len(self._holders)
 
+    def __contains__(self, sequence_hash: object) -> bool:
+        """Whether any rank has this block."""
+        return sequence_hash in self._holders
+
     def apply(self, rank: int, payload: bytes) -> None:
         """Take one payload. Raises ProtocolError when it makes no sense, or the rank has more blocks than
         there can be: then nothing that is known of that rank is of use any more."""

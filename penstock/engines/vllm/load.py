@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.engines.step_times import StepTimes
+from penstock.core.prompt_work import NO_WORK, PromptWork
+from penstock.engines.step_times import StepTimes, StepWork
+from penstock.engines.vllm.differences import pulling
 from penstock.shapes import EngineCard, Load
 
 SIGN_S = 0.5
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CoreLoad:
-    """Counts attempts and tokens as they come and go, and measures what steps take.
+    """Counts attempts and their context as they come and go, and measures what steps take.
 
     Args:
         ranks: data parallel ones, each with an equal part of the blocks.
@@ -32,48 +34,50 @@ class CoreLoad:
         self._usage: dict[int, float] = {}  # by rank: share of its blocks
         self._steps = 0
         self._sign_at = 0.0  # when the next empty step counts
-        self._prefill_tokens = 0
         self._context_tokens = 0
+        self._prompts = NO_WORK  # what was left to compute when the load was last asked for
         self.held_handoffs = 0
 
     def submitted(self) -> None:
         """One more attempt, whether or not it begins."""
         self._submitted += 1
 
-    def began(self, uncached_tokens: int) -> None:
-        """It went to vLLM, with so many tokens to compute before its first."""
+    def began(self) -> None:
+        """It went to vLLM."""
         self._attempts += 1
-        self._prefill_tokens += uncached_tokens
-
-    def answered(self, uncached_tokens: int, context_tokens: int) -> None:
-        """Its first token came."""
-        self._prefill_tokens -= uncached_tokens
-        self._context_tokens += context_tokens
 
     def grew(self, tokens: int) -> None:
-        """More of its output came."""
+        """So many more of its tokens have KV: those of its prompt once its first token came, and its output
+        since then."""
         self._context_tokens += tokens
 
-    def ended(self, uncached_tokens: int, context_tokens: int) -> None:
+    def ended(self, context_tokens: int) -> None:
         """It is gone, with what was still counted for it."""
         self._attempts -= 1
-        self._prefill_tokens -= uncached_tokens
         self._context_tokens -= context_tokens
 
     def observe(self, rank: int, stats: SchedulerStats, now: float) -> None:
         """A step's statistics, which came now (seconds)."""
         self._usage[rank] = stats.kv_cache_usage
         # Those whose KV is on its way hold blocks already; vLLM counts them among those it skipped.
-        pulling = sum(stats.num_kv_fetch_reqs_by_stage.values())
-        self._running[rank] = stats.num_running_reqs + pulling
+        self._running[rank] = stats.num_running_reqs + pulling(stats)
         details = stats.iteration_details
         computed = details is not None and not details.is_dummy
         if computed or (self._attempts and now >= self._sign_at):
             self._steps += 1
             self._sign_at = now + SIGN_S
         if details is not None and not details.is_dummy:
-            decodes = details.num_generation_requests
-            self._times.observe(details.num_ctx_tokens, decodes, details.elapsed_ms)
+            prompts = self._prompts
+            work = StepWork(
+                prefill_tokens=details.num_ctx_tokens,
+                # vLLM does not say of which prompts these are: an average one of those that were left.
+                prefill_context_tokens=details.num_ctx_tokens
+                * prompts.context_tokens
+                / max(1, prompts.tokens),
+                decode_requests=details.num_generation_requests,
+                decode_context_tokens=self._context_tokens // self._ranks,
+            )
+            self._times.observe(work, details.elapsed_ms)
 
     def responded(self) -> None:
         """It answered a question between two steps: it is not stuck."""
@@ -87,14 +91,15 @@ class CoreLoad:
         """An output ended after so many tokens."""
         self._times.observe_output(tokens)
 
-    def load(self) -> Load:
-        """The load as of now."""
+    def load(self, prompts: PromptWork) -> Load:
+        """The load as of now, with what is left to compute of prompts."""
+        self._prompts = prompts
         running = min(sum(self._running.values()), self._attempts)
         used = sum(self._usage.values()) / self._ranks * self._card.total_blocks
         return Load(
             running=running,
             waiting=self._attempts - running,
-            prefill_tokens=self._prefill_tokens,
+            prefill_tokens=prompts.tokens,
             used_blocks=round(used),
             total_blocks=self._card.total_blocks,
             context_tokens=self._context_tokens,
@@ -103,4 +108,5 @@ class CoreLoad:
             rates=self._times.rates(),
             submitted=self._submitted,
             output_tokens=self._times.output_tokens,
+            prefill_context_tokens=prompts.context_tokens,
         )

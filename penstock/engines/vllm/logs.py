@@ -33,6 +33,7 @@ NOTICES = (
     "Model Runner V2 requires Triton",
     "libtcmalloc is not found",
     "libiomp is not found",
+    "Reset SSM cache type to float32",
 )
 """Beginnings of vLLM's warnings that warn of nothing."""
 

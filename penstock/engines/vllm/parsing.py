@@ -10,16 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock.engines.vllm.installed import prepare_environment
+from penstock.engines.vllm import differences
+from penstock.engines.vllm.installed import TESTED, installed_version, is_tested, prepare_environment
 from penstock.engines.vllm.logs import hear_parsers, one_line, parser_complaints
 from penstock.errors import ConfigError, Rejection, RequestRejected
-from penstock.shapes import Answering, JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
+from penstock.ports import CALL_ID_PREFIX
+from penstock.shapes import (
+    Answering,
+    JsonObject,
+    ModelView,
+    Parsed,
+    StructuredOutput,
+    ToolCallDelta,
+)
 
 if TYPE_CHECKING:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -30,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("penstock.frontend")
 
 KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")  # of StructuredOutput, with a spec
+
+VLLM_CALL_ID_PREFIX: Final = "chatcmpl-tool-"  # of ids that say nothing to the model
 
 _T = TypeVar("_T")
 
@@ -57,7 +69,25 @@ class VllmParsers:
         answering = model.card.answering
         parser = parser_class(answering.tool_parser, answering.reasoning_parser, tokenizer)
         hear_parsers()
-        return VllmChatParser(partial(parser, tokenizer, model_config=_model_config(model)), parser)
+        chat_parser = VllmChatParser(partial(parser, tokenizer, model_config=_model_config(model)), parser)
+        if not is_tested(installed_version()):
+            _try_out(chat_parser, model.card.name)
+        return chat_parser
+
+
+def _try_out(parser: VllmChatParser, model: str) -> None:
+    """Use the parser once. Raises ConfigError when an unknown version of vLLM has parsers that cannot be
+    used like those of the versions that Penstock is tested with."""
+    unknown = f"vllm {installed_version()} is not a version that Penstock is tested with ({TESTED})"
+    try:
+        call = parser.begin({"model": model, "messages": [{"role": "user", "content": "Hi"}]})
+        call.structured([0])
+        call.answer([0]).push("Hi", [0], finished=True)
+        call.answer([0]).whole("Hi", [0])
+        call.answer([0]).reasoning_tokens([0])
+    except Exception as error:
+        raise ConfigError(f"{unknown}, and its parsers cannot be used: {one_line(error)}") from error
+    log.warning("%s; its parsers have passed a self-test", unknown)
 
 
 def _model_config(model: ModelView) -> SimpleNamespace:
@@ -76,14 +106,12 @@ def _model_config(model: ModelView) -> SimpleNamespace:
 def parser_class(tool_parser: str, reasoning_parser: str, tokenizer: Any) -> Any:
     """vLLM's Parser for these two names, of which one may be empty. Raises ConfigError when vLLM does not
     have them, or they cannot read what this tokenizer writes."""
-    from vllm.parser import ParserManager
-
     try:
-        return ParserManager.get_parser(
+        return differences.parser_class(
+            tokenizer,
             tool_parser_name=tool_parser,
             reasoning_parser_name=reasoning_parser,
             enable_auto_tools=bool(tool_parser),
-            tokenizer=tokenizer,
         )
     except Exception as error:  # each parser has its own, and so has each parser's import
         raise ConfigError(f"--tool-call-parser, --reasoning-parser: {one_line(error)}") from error
@@ -135,10 +163,10 @@ class VllmCallParser:
         self._request = request
         self._make = partial(make, request.tools, chat_template_kwargs=variables)
         self._first = self._make()
-        adjusts = kind.always_adjust_request or kind.reasoning_parser_cls is not None
+        adjusts = differences.always_adjusts(kind) or kind.reasoning_parser_cls is not None
         if adjusts or request.tool_choice != "none":
             self._make().adjust_request(request)  # in place; as there, what it returns is not looked at
-        self.skip_special_tokens: bool = request.skip_special_tokens
+        self.skip_special_tokens = request.skip_special_tokens is not False  # None: vLLM 0.33 decides later
 
     def structured(self, prompt_ids: Sequence[int]) -> StructuredOutput | None:
         """As CallParser.structured."""
@@ -150,8 +178,10 @@ class VllmCallParser:
         return StructuredOutput(
             kind,
             spec,
-            reasoning_ended=self._request.resolve_reasoning_ended(self._first, list(prompt_ids)),
+            reasoning_ended=differences.reasoning_ended(self._request, self._first, list(prompt_ids)),
             template_variables=self._variables if reasons else {},
+            disable_any_whitespace=params.disable_any_whitespace,
+            whitespace_pattern=params.whitespace_pattern or "",
         )
 
     def answer(self, prompt_ids: Sequence[int]) -> VllmAnswerParser:
@@ -180,7 +210,7 @@ class VllmAnswerParser:
         calls = [
             ToolCallDelta(
                 call.index,
-                call.id,
+                _call_id(call.id) if call.id is not None else None,
                 call.function.name if call.function else None,
                 call.function.arguments if call.function else None,
             )
@@ -193,9 +223,7 @@ class VllmAnswerParser:
 
     def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
         """As AnswerParser.whole."""
-        from vllm.renderers.chat_utils import make_tool_call_id
-
-        self._parser.set_prompt_token_ids(self._prompt_ids)
+        differences.tell_prompt(self._parser, self._prompt_ids)
         reasoning, content, calls = self._guarded(
             lambda: self._parser.parse(
                 text, self._request, enable_auto_tools=True, model_output_token_ids=token_ids
@@ -209,7 +237,7 @@ class VllmAnswerParser:
             content,
             reasoning if self._request.include_reasoning else None,
             [
-                ToolCallDelta(index, call.id or make_tool_call_id(), call.name, call.arguments)
+                ToolCallDelta(index, _call_id(call.id), call.name, call.arguments)
                 for index, call in enumerate(calls or ())
             ],
         )
@@ -237,6 +265,14 @@ class VllmAnswerParser:
                 "vLLM's parser could not read a part of an answer, which stays text: %s", complaints[0]
             )
         return parsed
+
+
+def _call_id(given: str | None) -> str:
+    """In OpenAI's form, unless the model's format has ids of its own."""
+    if given is None:
+        return f"{CALL_ID_PREFIX}{uuid.uuid4().hex[:24]}"
+    is_vllms = given.startswith(VLLM_CALL_ID_PREFIX)
+    return given.replace(VLLM_CALL_ID_PREFIX, CALL_ID_PREFIX, 1) if is_vllms else given
 
 
 def _constraint(params: StructuredOutputsParams) -> tuple[Any, str]:

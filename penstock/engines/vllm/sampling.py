@@ -15,6 +15,8 @@ from penstock.shapes import JsonObject, Sampling, StructuredOutput
 GREEDY_BELOW = 1e-5
 """vLLM samples greedily below this temperature."""
 
+ANY_OBJECT = '{"type": "object"}'
+
 
 def sampling_params(
     sampling: Sampling,
@@ -32,6 +34,10 @@ def sampling_params(
 
     Raises vLLM's VLLMValidationError, or ValueError, for what vLLM would not take.
     """
+    if sampling.logprob_token_ids:  # vLLM would give them to all requests of the same step
+        raise ValueError(
+            "`logprob_token_ids` is not supported by vLLM without changing other requests' answers"
+        )
     extra: dict[str, Any] = {}
     if replay:
         extra[REPLAY_ARG] = list(replay)
@@ -53,6 +59,7 @@ def sampling_params(
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        thinking_token_budget=sampling.thinking_budget,
         allowed_token_ids=list(sampling.allowed_token_ids) or None,
         structured_outputs=None if sampling.structured is None else _structured(sampling.structured),
         extra_args=extra or None,
@@ -66,6 +73,10 @@ def sampling_params(
 
 
 def _structured(wanted: StructuredOutput) -> StructuredOutputsParams:
+    if wanted.whitespace_pattern:
+        raise ValueError("`structured_outputs.whitespace_pattern` is not supported by vLLM")
+    if wanted.disable_any_whitespace:
+        return StructuredOutputsParams(grammar=_compact_grammar(wanted.spec or ANY_OBJECT))
     match wanted.kind:
         case "json_object":
             return StructuredOutputsParams(json_object=True)
@@ -73,3 +84,19 @@ def _structured(wanted: StructuredOutput) -> StructuredOutputsParams:
             return StructuredOutputsParams(choice=json.loads(wanted.spec))
         case kind:
             return StructuredOutputsParams(**{kind: wanted.spec})
+
+
+def _compact_grammar(schema: str) -> str:
+    """A grammar of this schema's JSON, without white space. vLLM has only a flag of its server for that,
+    which makes xgrammar compile schemas so. Raises ValueError for what xgrammar cannot compile."""
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    if has_xgrammar_unsupported_json_features(json.loads(schema)):
+        raise ValueError(
+            "`structured_outputs.disable_any_whitespace`: xgrammar does not know all of the schema"
+        )
+    try:
+        return str(xgrammar.Grammar.from_json_schema(schema, any_whitespace=False, separators=(",", ":")))
+    except RuntimeError as error:
+        raise ValueError(f"`structured_outputs.json`: {error}") from error

@@ -17,6 +17,7 @@ import msgspec
 
 from penstock.engines.assets import ASSET_NAMES, Assets, assets_from
 from penstock.engines.fingerprint import weights_fingerprint
+from penstock.engines.vllm.differences import ask_all_ranks, client_sockets
 from penstock.engines.vllm.event_feed import EventEndpoints, EventSources, free_ports
 from penstock.engines.vllm.handoff_params import engine_id, lease_s
 from penstock.engines.vllm.inside.guard import own_engines
@@ -74,9 +75,7 @@ class Core:
         """Make what vLLM itself compares a part of the card's layout. On the event loop."""
         if not self.card.transport:
             return
-        ranks = await self.client.call_utility_all_async(
-            "collective_rpc", "penstock_compared", None, (), None
-        )
+        ranks = await ask_all_ranks(self.client, "collective_rpc", "penstock_compared", None, (), None)
         parts = [self.card.layout, *sorted({compared for workers in ranks for compared in workers})]
         layout = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
         self.card = msgspec.structs.replace(self.card, layout=layout)
@@ -84,18 +83,9 @@ class Core:
     async def close(self) -> None:
         """End vLLM's processes, and close what its client has open here. On the event loop."""
         await asyncio.to_thread(self.client.shutdown, SHUTDOWN_S)
-        resources = self.client.resources
-        sockets = (
-            resources.input_socket,
-            resources.output_socket,
-            resources.first_req_send_socket,
-            resources.first_req_rcv_socket,
-            resources.stats_update_socket,
-        )
-        for socket in sockets:  # whoever watches over dead processes may not have come so far
-            if socket is not None:
-                socket.close(linger=0)
-        ending = Thread(target=resources.ctx.term, name="vllm sockets", daemon=True)
+        for socket in client_sockets(self.client):  # whoever watches over dead processes may not be so far
+            socket.close(linger=0)
+        ending = Thread(target=self.client.resources.ctx.term, name="vllm sockets", daemon=True)
         ending.start()
         await asyncio.to_thread(ending.join, SHUTDOWN_S)
 
@@ -119,6 +109,7 @@ def start_core(settings: VllmSettings) -> Core:
             config = _config(settings, arguments, events.ranks[0])
             inputs = InputProcessor(config)
             _check_parsers(arguments, config, inputs)
+            _settle_grammar_library(config, inputs)
             own_engines(events.directory)
             with _listening(settings, config):
                 client = EngineCoreClient.make_async_mp_client(
@@ -221,6 +212,18 @@ def _check_parsers(arguments: Any, config: VllmConfig, inputs: InputProcessor) -
         parser_class(arguments.tool_call_parser, reasoning_parser, inputs.renderer.tokenizer)
 
 
+def _settle_grammar_library(config: VllmConfig, inputs: InputProcessor) -> None:
+    """Have one library compile all grammars. By "auto" vLLM's core uses the one that suited the first of
+    them, also for those that only the other can compile: the same request would be served, served wrong or
+    fail, as its worker's first request was. (Mistral's own tokenizer needs "auto": its tool calls have
+    another grammar.)"""
+    from vllm.utils.mistral import is_mistral_tokenizer
+
+    structured = config.structured_outputs_config
+    if structured.backend == "auto" and not is_mistral_tokenizer(inputs.renderer.tokenizer):
+        structured.backend = "xgrammar"
+
+
 @contextlib.contextmanager
 def _listening(settings: VllmSettings, config: VllmConfig) -> Iterator[None]:
     """vLLM's processes take the address under which peers ask for their KV layout from the environment that
@@ -286,6 +289,7 @@ def _model(
             structured_output=not model.skip_tokenizer_init,
             tool_parser=arguments.tool_call_parser,
             reasoning_parser=config.structured_outputs_config.reasoning_parser or "",
+            thinking_budget=config.reasoning_config is not None and config.reasoning_config.enabled,
         ),
     )
     return card, assets

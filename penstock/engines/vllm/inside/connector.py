@@ -52,7 +52,7 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         if any(meta.local_block_ids) and _late(meta):
             log.warning("request %s: its KV may have been freed by now; computing the prompt", req_id)
-            self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
+            self._handle_failed_transfer(req_id, None, self._recv_failures)
             return
         super()._read_blocks_for_req(req_id, meta)
 
