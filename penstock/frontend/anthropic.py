@@ -23,19 +23,49 @@ from penstock.frontend.openai import (
     MAX_STOPS,
     Count,
     Salt,
+    SessionName,
     StopString,
     TopK,
 )
 from penstock.frontend.tools import MAX_TOOLS, FunctionName
-from penstock.frontend.unserved import REFUSED, RefusedField, check_refused, unsupported
+from penstock.frontend.unserved import (
+    HARMLESS,
+    REFUSED,
+    RefusedField,
+    check_refused,
+    unsupported,
+    with_refused,
+)
 from penstock.frontend.wording import rejected
 from penstock.shapes import JsonObject
+
+_INSTEAD: Final = "/v1/chat/completions has it"
+_OF_CHATS: Final = RefusedField((), _INSTEAD)
 
 ANTHROPIC_REFUSED: Final[dict[str, RefusedField]] = {
     "compaction": RefusedField((), "send the whole conversation"),
     "container": RefusedField((), "there is no code execution"),
     "mcp_servers": RefusedField(([],), "connect to the servers yourself, and send their tools as `tools`"),
     "thread": RefusedField((), "nothing is stored; send the whole conversation"),
+    # Of OpenAI's API, and vLLM's fields of it
+    "allowed_token_ids": _OF_CHATS,
+    "bad_words": RefusedField(([],), _INSTEAD),
+    "frequency_penalty": RefusedField((0, 0.0), _INSTEAD),
+    "ignore_eos": RefusedField((False,), _INSTEAD),
+    "logit_bias": RefusedField(({},), _INSTEAD),
+    "logprobs": RefusedField((False,), _INSTEAD),
+    "max_completion_tokens": RefusedField((), "use `max_tokens`"),
+    "min_p": RefusedField((0, 0.0), _INSTEAD),
+    "min_tokens": RefusedField((0,), _INSTEAD),
+    "n": RefusedField((1,), _INSTEAD),
+    "presence_penalty": RefusedField((0, 0.0), _INSTEAD),
+    "reasoning_effort": RefusedField((), "use `output_config.effort`"),
+    "repetition_penalty": RefusedField((1, 1.0), _INSTEAD),
+    "response_format": RefusedField((), "use `output_config.format`"),
+    "seed": _OF_CHATS,
+    "stop": RefusedField(([],), "use `stop_sequences`"),
+    "stop_token_ids": RefusedField(([],), _INSTEAD),
+    "structured_outputs": RefusedField((), "use `output_config.format`"),
     # vLLM
     "ec_transfer_params": REFUSED["ec_transfer_params"],
     "kv_transfer_params": REFUSED["kv_transfer_params"],
@@ -56,7 +86,8 @@ ANTHROPIC_HARMLESS: Final[dict[str, str]] = {
     "fallback_credit_token": _PAYMENT,
     "fallbacks": "names models for what the first one declines; nothing is declined here",
     "inference_geo": _ELSEWHERE,
-    "metadata": "names a user; API keys do that here",
+    "mm_payload": HARMLESS["mm_payload"],
+    "return_mm_kwargs": HARMLESS["return_mm_kwargs"],
     "service_tier": _PAYMENT,
     "speed": _PAYMENT,
     "user_profile_id": _PAYMENT,
@@ -110,8 +141,6 @@ class AnthropicToolChoice(msgspec.Struct):
 
 
 class Thinking(msgspec.Struct):
-    """`budget_tokens` is no limit here: no engine has one for reasoning alone."""
-
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Count | None = None
     display: Literal["summarized", "omitted", "updates"] | None = None
@@ -130,6 +159,12 @@ class OutputConfig(msgspec.Struct):
     task_budget: Any = None
 
 
+class AnthropicMetadata(msgspec.Struct):
+    """Of a request."""
+
+    user_id: SessionName | None = None
+
+
 class ConversationRequest(msgspec.Struct, kw_only=True):
     """POST /v1/messages/count_tokens, and what it shares with /v1/messages."""
 
@@ -142,15 +177,7 @@ class ConversationRequest(msgspec.Struct, kw_only=True):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its older place
     chat_template_kwargs: JsonObject | None = None
-
-    compaction: Any = None
-    container: Any = None
-    mcp_servers: Any = None
-    thread: Any = None
-    ec_transfer_params: Any = None
-    kv_transfer_params: Any = None
-    vllm_xargs: Any = None
-    watermarking: Any = None
+    metadata: AnthropicMetadata | None = None
 
 
 class MessagesRequest(ConversationRequest, kw_only=True):
@@ -166,20 +193,22 @@ class MessagesRequest(ConversationRequest, kw_only=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
 
 
-_MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
-_CONVERSATION_DECODER = msgspec.json.Decoder(ConversationRequest)
+_MESSAGES: Final = with_refused(MessagesRequest, ANTHROPIC_REFUSED)
+_CONVERSATION: Final = with_refused(ConversationRequest, ANTHROPIC_REFUSED)
+_MESSAGES_DECODER: Final = msgspec.json.Decoder(_MESSAGES)
+_CONVERSATION_DECODER: Final = msgspec.json.Decoder(_CONVERSATION)
 
 
 def decode_messages(body: bytes) -> MessagesRequest:
     """Raises RequestRejected naming the field."""
-    request = decoded(body, _MESSAGES_DECODER, MessagesRequest, _explained)
+    request = decoded(body, _MESSAGES_DECODER, _MESSAGES, _explained)
     _check(request)
     return request
 
 
 def decode_conversation(body: bytes) -> ConversationRequest:
     """Raises RequestRejected naming the field."""
-    request = decoded(body, _CONVERSATION_DECODER, ConversationRequest, _explained)
+    request = decoded(body, _CONVERSATION_DECODER, _CONVERSATION, _explained)
     _check(request)
     return request
 

@@ -27,7 +27,7 @@ from penstock.frontend.anthropic import (
 from penstock.frontend.messages import FunctionCall, Message, ToolCall, as_arguments, without_billing_line
 from penstock.frontend.openai import ChatRequest
 from penstock.frontend.structured import JsonSchemaFormat, NamedSchema, checked
-from penstock.frontend.tools import Function, NamedFunction, NamedTool, Tool
+from penstock.frontend.tools import Function, Tool, ToolChoice, selection_of
 from penstock.shapes import JsonObject, StructuredOutput
 
 _SERVED: Final = {
@@ -66,12 +66,16 @@ def chat_request(request: ConversationRequest) -> ChatRequest:
         reasoning_effort=config.effort if config is not None else None,
         chat_template_kwargs=_template_variables(request),
     )
+    if request.metadata is not None:
+        chat.prompt_cache_key = request.metadata.user_id
     last = messages[-1]
     if last.role == "assistant" and not last.tool_calls:  # the beginning of the answer
         chat.add_generation_prompt, chat.continue_final_message = False, True
     if isinstance(request, MessagesRequest):
         chat.max_tokens = request.max_tokens
         chat.stop = request.stop_sequences
+        if request.thinking is not None and request.thinking.type == "enabled":
+            chat.thinking_token_budget = request.thinking.budget_tokens
         for name in ("stream", "temperature", "top_p", "top_k", "cache_salt", "priority"):
             setattr(chat, name, getattr(request, name))
     return chat
@@ -96,9 +100,9 @@ def _tool(tool: AnthropicTool) -> Tool:
     return Tool(function)
 
 
-def _choice(choice: AnthropicToolChoice) -> NamedTool | Literal["auto", "required", "none"]:
+def _choice(choice: AnthropicToolChoice) -> ToolChoice:
     if choice.name is not None and choice.type == "tool":
-        return NamedTool(NamedFunction(choice.name))
+        return selection_of(choice.name)
     return _CHOICES[choice.type]
 
 

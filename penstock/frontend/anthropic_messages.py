@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 from msgspec.structs import replace
 
 from penstock.errors import PenstockError
+from penstock.frontend.answers import AnthropicErrorAnswer, MessageAnswer, TokenCount
 from penstock.frontend.anthropic import (
     ConversationRequest,
     MessagesRequest,
@@ -17,10 +18,12 @@ from penstock.frontend.anthropic import (
 from penstock.frontend.anthropic_chat import chat_request
 from penstock.frontend.chat import Chat
 from penstock.frontend.choice import Choice
-from penstock.frontend.endpoint import Beginning, PromptEncoder
+from penstock.frontend.endpoint import Beginning, Operation, PromptEncoder
 from penstock.frontend.http.statuses import anthropic_error
 from penstock.frontend.messages import as_arguments
 from penstock.frontend.sse import encode
+from penstock.frontend.tool_shapes import ToolShape, naming_tool_shapes
+from penstock.ports import CALL_ID_PREFIX
 from penstock.shapes import FinishReason, JsonObject, Parsed, ToolCallDelta
 
 _DELTA_EVENT: Final = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":'
@@ -37,11 +40,20 @@ class Messages:
 
     name: ClassVar = "messages"
     id_prefix: ClassVar = "msg_"
+    operation: ClassVar = Operation(
+        summary="Answers a chat in the form of Anthropic's Messages API, whole or streamed.",
+        request=MessagesRequest,
+        answer=MessageAnswer,
+        error=AnthropicErrorAnswer,
+        streams=True,
+    )
 
     def __init__(self, request: MessagesRequest) -> None:
         self._chat = Chat(chat_request(request))
         place = "output_format" if request.output_format is not None else "output_config.format"
-        self.wanted = replace(self._chat.wanted, structured_field=place)
+        self.wanted = replace(
+            self._chat.wanted, structured_field=place, needs_reasoning=False, any_max_tokens=True
+        )
         thinking = request.thinking
         self._shows_thinking = thinking is None or thinking.display != "omitted"
 
@@ -51,7 +63,8 @@ class Messages:
 
     @classmethod
     def decode(cls, body: bytes) -> Messages:
-        return cls(decode_messages(body))
+        with naming_tool_shapes(body, ToolShape.MESSAGES):
+            return cls(decode_messages(body))
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
         return await self._chat.choices(beginning)
@@ -59,7 +72,7 @@ class Messages:
     async def body(self, beginning: Beginning, choices: Sequence[Choice]) -> bytes:
         (choice,) = choices
         text, _ = choice.take()
-        parsed = Parsed(text) if choice.reply is None else choice.reply.whole()
+        parsed = Parsed(text) if choice.reply is None else choice.whole_reply(choice.reply)
         blocks = _blocks(parsed, beginning.answer_id, shows_thinking=self._shows_thinking)
         message = _message(beginning, choice, blocks)
         return encode({**message, **_stop(choice, called=bool(parsed.tool_calls))})
@@ -69,9 +82,15 @@ class Messages:
 
 
 class CountTokens:
-    """A PromptEndpoint: how many tokens the prompt of such a message has."""
+    """A PromptApi whose objects are PromptEndpoints: how many tokens the prompt of such a message has."""
 
     name: ClassVar = "count_tokens"
+    operation: ClassVar = Operation(
+        summary="Counts the tokens of a chat's prompt.",
+        request=ConversationRequest,
+        answer=TokenCount,
+        error=AnthropicErrorAnswer,
+    )
 
     def __init__(self, request: ConversationRequest) -> None:
         self.model = request.model
@@ -83,7 +102,8 @@ class CountTokens:
 
     @classmethod
     def decode(cls, body: bytes) -> CountTokens:
-        return cls(decode_conversation(body))
+        with naming_tool_shapes(body, ToolShape.MESSAGES):
+            return cls(decode_conversation(body))
 
     async def answer(self, prompts: PromptEncoder) -> JsonObject:
         return {"input_tokens": len(await self._chat.prompt(prompts))}
@@ -158,7 +178,7 @@ class MessageEvents:
     def _add_call(self, call: ToolCallDelta, events: list[bytes]) -> None:
         if call.name is not None and (self._open != "tool_use" or self._call != call.index):
             self._called, self._call = True, call.index
-            self._start("tool_use", {"id": call.id, "name": call.name, "input": {}}, events)
+            self._start("tool_use", {"id": _use_id(call), "name": call.name, "input": {}}, events)
         if call.arguments:
             events.append(self._delta(call.arguments))
 
@@ -214,8 +234,14 @@ def _blocks(parsed: Parsed, signature: str, *, shows_thinking: bool) -> list[Jso
     for call in parsed.tool_calls:
         name = call.name or ""
         given = as_arguments(call.arguments, name, "the input of an answer's tool_use")
-        blocks.append({"type": "tool_use", "id": call.id, "name": name, "input": given})
+        blocks.append({"type": "tool_use", "id": _use_id(call), "name": name, "input": given})
     return blocks or [{"type": "text", "text": ""}]
+
+
+def _use_id(call: ToolCallDelta) -> str:
+    """A call's id in Anthropic's form, unless the model's format has ids of its own."""
+    given = call.id or ""
+    return given.replace(CALL_ID_PREFIX, "toolu_", 1) if given.startswith(CALL_ID_PREFIX) else given
 
 
 def _stop(choice: Choice, *, called: bool) -> JsonObject:

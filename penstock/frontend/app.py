@@ -6,6 +6,7 @@ each `send`, once per streamed chunk.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -14,25 +15,41 @@ from typing import Final
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
+from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
 from penstock import __version__
+from penstock.core.explanation import Explanation
+from penstock.core.misses import Misses
 from penstock.errors import Rejection, RequestRejected
+from penstock.frontend.answers import (
+    DeletedResponse,
+    Health,
+    ItemList,
+    Live,
+    ModelList,
+    ModelObject,
+    ResponseAnswer,
+    Version,
+)
 from penstock.frontend.anthropic_messages import CountTokens, Messages
 from penstock.frontend.chat import Chat
 from penstock.frontend.completer import Completer
 from penstock.frontend.completion_objects import model_list, model_object
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import GenerationApi, PromptEndpoint
+from penstock.frontend.endpoint import GenerationApi, Operation, PromptApi, Shape
+from penstock.frontend.explaining import DryRuns, Explaining
 from penstock.frontend.generation import GenerationServer, outcome_of, why
-from penstock.frontend.http.api_keys import ApiKeys
+from penstock.frontend.http.api_keys import ADMIN, ApiKeys
 from penstock.frontend.http.cors import Header
 from penstock.frontend.http.exchange import Bodies, HttpExchange
 from penstock.frontend.http.statuses import anthropic_error, status_of
+from penstock.frontend.openapi import JSON_TYPE, DescribedRoute, docs_page, openapi_document
+from penstock.frontend.paths import MAX_SHOWN_PATH_CHARS, Paths, without_prefix, wrong_method
 from penstock.frontend.prompting import PromptServer
-from penstock.frontend.responses_api.create import ResponsesApi
-from penstock.frontend.responses_api.store import MemoryResponseStore
+from penstock.frontend.recording import RECORDINGS_PATH, Recordings
+from penstock.frontend.responses_api.create import InputTokensApi, ResponsesApi
+from penstock.frontend.responses_api.memory_store import MemoryResponseStore
 from penstock.frontend.responses_api.stored import StoredResponses
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.start_page import START_PAGE_HEADERS, START_PAGE_TYPE, start_page
@@ -40,7 +57,7 @@ from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.tokenization import Detokenize, Tokenize
 from penstock.logs.quiet_log import QuietLog
 from penstock.metrics import METRICS_CONTENT_TYPE, Metrics
-from penstock.ports import ChatParsers
+from penstock.ports import ChatParsers, ResponseStore, Tracing
 from penstock.shapes import InstanceView, JsonObject, ModelView
 
 log = logging.getLogger("penstock.frontend")
@@ -49,7 +66,6 @@ Handler = Callable[[HttpExchange, Scope], Awaitable[None]]
 
 _EXCHANGE = "penstock.exchange"  # in the scope, for the endpoints
 
-MAX_SHOWN_PATH_CHARS: Final = 200  # of a path in an error and in the log
 ENDPOINTS: Final[dict[str, GenerationApi]] = {
     "/v1/chat/completions": Chat,
     "/v1/completions": Completions,
@@ -57,7 +73,7 @@ ENDPOINTS: Final[dict[str, GenerationApi]] = {
 }
 """The APIs that generate text, by path."""
 
-PROMPT_ENDPOINTS: Final[dict[str, type[PromptEndpoint]]] = {
+PROMPT_ENDPOINTS: Final[dict[str, PromptApi]] = {
     "/v1/messages/count_tokens": CountTokens,
     "/tokenize": Tokenize,
     "/detokenize": Detokenize,
@@ -66,17 +82,23 @@ PROMPT_ENDPOINTS: Final[dict[str, type[PromptEndpoint]]] = {
 }
 """Those that need a model's template and tokenizer only."""
 
+EXPLAIN_PATH: Final = "/v1/explain"
+
 RESPONSES_PATH: Final = "/v1/responses"
 """The one API that keeps something: its object has the store."""
 
-_GENERATING: Final = (*ENDPOINTS, RESPONSES_PATH, *PROMPT_ENDPOINTS)
-SERVED: Final = (*(f"POST {path}" for path in _GENERATING), "GET /v1/models")
+INPUT_TOKENS_PATH: Final = f"{RESPONSES_PATH}/input_tokens"
+
+_EXPLAIN: Final = "explain"
 _MODELS: Final = "models"
 _OTHER: Final = "other"
+_RECORDINGS: Final = "recordings"
 
 
 class App:
-    """The ASGI application. Call `close` after its last request."""
+    """The frontend over a router, as an ASGI application. Without a `store`, its memory keeps responses.
+
+    Must be made inside the event loop that will serve it. Call `close` after its last request."""
 
     def __init__(
         self,
@@ -84,6 +106,8 @@ class App:
         settings: FrontendSettings,
         metrics: Metrics,
         parsers: ChatParsers | None = None,
+        store: ResponseStore | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._completer = completer
         self._settings = settings
@@ -92,45 +116,58 @@ class App:
         self._keys = ApiKeys(settings.api_key, settings.api_keys_file)
         self._bodies = Bodies(settings.max_reading_bytes, settings.max_bodies_bytes)
         self._texts = ModelTexts(settings, metrics.tokenizer, parsers)
-        self._generation = GenerationServer(completer, self._texts, settings, metrics.frontend)
+        self._generation = GenerationServer(completer, self._texts, settings, metrics.frontend, tracing)
         self._prompting = PromptServer(completer, self._texts, settings, metrics.frontend)
+        self._recordings = Recordings(completer)
         self._created = int(time.time())
-        store = MemoryResponseStore(
-            settings.max_stored_responses, settings.max_stored_bytes, settings.stored_response_age_s
-        )
+        if store is None:
+            store = MemoryResponseStore(
+                settings.max_stored_responses, settings.max_stored_bytes, settings.stored_response_age_s
+            )
         apis: dict[str, GenerationApi] = {**ENDPOINTS, RESPONSES_PATH: ResponsesApi(store)}
-        self._router = Router(
-            [
-                *(_route("POST", path, self._generate(api)) for path, api in apis.items()),
-                *self._stored_routes(StoredResponses(store)),
-                *(_route("POST", path, self._prompt(api)) for path, api in PROMPT_ENDPOINTS.items()),
-                _route("GET", "/v1/models", self._models),
-                _route("GET", "/v1/models/{name:path}", self._model),
-                _route("GET", "/", self._start_page),
-                _route("GET", "/health", self._health),
-                _route("GET", "/ping", self._health),
-                _route("GET", "/live", self._live),
-                _route("GET", "/metrics", self._render_metrics),
-                _route("GET", "/version", self._version),
-            ],
-            redirect_slashes=False,
-        )
+        prompt_apis: dict[str, PromptApi] = {
+            **PROMPT_ENDPOINTS,
+            INPUT_TOKENS_PATH: InputTokensApi(store),
+            EXPLAIN_PATH: DryRuns(completer, settings.default_max_tokens),
+        }
+        routes = [
+            *(_route("POST", path, self._generate(api), api.operation) for path, api in apis.items()),
+            *(_route("POST", path, self._prompt(api), api.operation) for path, api in prompt_apis.items()),
+            *self._stored_routes(StoredResponses(store)),
+            *self._explaining_routes(Explaining(completer)),
+            _route("POST", RECORDINGS_PATH, self._record, Recordings.operation),
+            _route(
+                "GET",
+                "/v1/models",
+                self._models,
+                Operation(summary="Lists the served models.", answer=ModelList),
+            ),
+            _route(
+                "GET",
+                "/v1/models/{name:path}",
+                self._model,
+                Operation(summary="One of the served models.", answer=ModelObject),
+            ),
+            *self._open_routes(),
+        ]
+        self._described = routes
+        self._made_descriptions: tuple[bytes, bytes] | None = None
+        self._paths = Paths(routes)
+        self._router = Router(routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = scope[_EXCHANGE] = HttpExchange(scope, receive, send, self._settings, self._bodies)
         scope["app"] = self  # makes the router raise for what it does not find
+        scope["path"] = without_prefix(scope["path"], self._settings.root_path)
         try:
-            exchange.check_host()
+            exchange.check_head()
             if await exchange.answer_preflight():
                 return
             await self._router(scope, receive, send)
         except RequestRejected as error:
             await self._reject(scope, exchange, error)
-        except HTTPException as error:
-            headers = [
-                (name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()
-            ]
-            await self._reject(scope, exchange, _no_endpoint(scope, error), headers)
+        except HTTPException:
+            await self._answer_other(scope, exchange)
         except Exception:  # the top of the request's task: a bug of ours, which must not end the process
             log.exception("request_id=%s failed", exchange.request_id.decode())
             if exchange.status is not None:
@@ -155,10 +192,25 @@ class App:
     async def drain(self, grace_s: float) -> None:
         """/health turns 503, new calls are refused, calls under way may finish for `grace_s`."""
         await self._generation.drain(grace_s)
+        self._recordings.close()
 
     def close(self) -> None:
         """Free the tokenizer threads."""
         self._texts.close()
+
+    async def _answer_other(self, scope: Scope, exchange: HttpExchange) -> None:
+        """A path that is not served, or not with this method."""
+        method, path = scope["method"], scope["path"]
+        allowed = self._paths.methods(path)
+        if allowed:
+            error = wrong_method(method, path, allowed)
+            await self._reject(scope, exchange, error, [(b"allow", ", ".join(allowed).encode())])
+        elif path.endswith("/") and path != "//" and self._paths.methods(path[:-1]):
+            # Relative, and so right behind any proxy, whatever prefix that one cuts off.
+            *_, last, _ = scope["raw_path"].split(b"/")
+            await exchange.redirect(b"../" + last, scope["query_string"])
+        else:
+            await self._reject(scope, exchange, self._paths.not_served(method, path))
 
     async def _reject(
         self, scope: Scope, exchange: HttpExchange, error: RequestRejected, headers: Sequence[Header] = ()
@@ -192,6 +244,11 @@ class App:
         """Whose API key the request brings. Raises RequestRejected(UNAUTHENTICATED)."""
         return self._keys.check(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
 
+    def _owner(self, exchange: HttpExchange) -> str | None:
+        """Whose requests may be told of to who asks; None: everybody's. Raises as `_tenant`."""
+        tenant = self._tenant(exchange)
+        return None if tenant in ("", ADMIN) else tenant
+
     def _generate(self, api: GenerationApi) -> Handler:
         async def generate(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
@@ -199,14 +256,49 @@ class App:
 
         return generate
 
-    def _prompt(self, api: type[PromptEndpoint]) -> Handler:
+    def _prompt(self, api: PromptApi) -> Handler:
         async def answer(exchange: HttpExchange, scope: Scope) -> None:
             exchange.error_object = api.error_object
             await self._prompting.serve(api, exchange, self._tenant(exchange))
 
         return answer
 
-    def _stored_routes(self, stored: StoredResponses) -> list[Route]:
+    def _open_routes(self) -> list[DescribedRoute]:
+        """Those that need no API key."""
+        page = START_PAGE_TYPE.decode()
+        described: list[tuple[str, Handler, Operation]] = [
+            ("/", self._start_page, _open("A page for browsers.", page)),
+            ("/docs", self._docs, _open("This description as a page for browsers.", page)),
+            ("/openapi.json", self._openapi, _open("This description.", JSON_TYPE)),
+            (
+                "/health",
+                self._health,
+                _open("Whether every expected role is connected: 200 or 503.", Health),
+            ),
+            ("/ping", self._health, _open("The same as /health.", Health)),
+            ("/live", self._live, _open("Answers while the process responds.", Live)),
+            ("/metrics", self._render_metrics, _open("Metrics for Prometheus.", METRICS_CONTENT_TYPE)),
+            ("/version", self._version, _open("The version of Penstock.", Version)),
+        ]
+        return [_route("GET", path, handle, operation) for path, handle, operation in described]
+
+    def _explaining_routes(self, explaining: Explaining) -> list[DescribedRoute]:
+        def for_owner(handle: Callable[[HttpExchange, Scope, str | None], Awaitable[None]]) -> Handler:
+            async def handle_own(exchange: HttpExchange, scope: Scope) -> None:
+                await handle(exchange, scope, self._owner(exchange))
+
+            return handle_own
+
+        one = Operation(summary="Why a request went where it did, and what came of it.", answer=Explanation)
+        misses = Operation(
+            summary="Where cached prompts were lost, and why.", answer=Misses, query=("minutes",)
+        )
+        return [
+            _route("GET", EXPLAIN_PATH + "/misses", for_owner(explaining.misses), misses),
+            _route("GET", EXPLAIN_PATH + "/{id:path}", for_owner(explaining.one), one),
+        ]
+
+    def _stored_routes(self, stored: StoredResponses) -> list[DescribedRoute]:
         def of_tenant(handle: Callable[[HttpExchange, Scope, str], Awaitable[None]]) -> Handler:
             async def handle_own(exchange: HttpExchange, scope: Scope) -> None:
                 await handle(exchange, scope, self._tenant(exchange))
@@ -214,16 +306,29 @@ class App:
             return handle_own
 
         one = RESPONSES_PATH + "/{id}"
+        retrieve = Operation(summary="A stored response.", answer=ResponseAnswer)
+        delete = Operation(summary="Deletes a stored response.", answer=DeletedResponse)
+        cancel = Operation(summary="Refused: no response runs in the background.", answer=ResponseAnswer)
+        items = Operation(
+            summary="Lists the input items of a stored response.",
+            answer=ItemList,
+            query=("after", "limit", "order"),
+        )
         return [
-            _route("GET", one, of_tenant(stored.retrieve)),
-            _route("DELETE", one, of_tenant(stored.delete)),
-            _route("POST", one + "/cancel", of_tenant(stored.cancel)),
-            _route("GET", one + "/input_items", of_tenant(stored.input_items)),
+            _route("GET", one, of_tenant(stored.retrieve), retrieve),
+            _route("DELETE", one, of_tenant(stored.delete), delete),
+            _route("POST", one + "/cancel", of_tenant(stored.cancel), cancel),
+            _route("GET", one + "/input_items", of_tenant(stored.input_items), items),
         ]
+
+    async def _record(self, exchange: HttpExchange, scope: Scope) -> None:
+        await self._recordings.serve(exchange, self._owner(exchange))
 
     async def _models(self, exchange: HttpExchange, scope: Scope) -> None:
         self._tenant(exchange)
-        models = [model_object(model, self._created) for model in self._completer.models()]
+        models = [
+            model_object(name, model, self._created) for name, model in self._completer.models().items()
+        ]
         await exchange.respond(200, msgspec.json.encode(model_list(models)))
 
     async def _model(self, exchange: HttpExchange, scope: Scope) -> None:
@@ -232,12 +337,33 @@ class App:
             return await self._models(exchange, scope)
         self._tenant(exchange)
         model = self._completer.model(name)
-        await exchange.respond(200, msgspec.json.encode(model_object(model, self._created)))
+        await exchange.respond(200, msgspec.json.encode(model_object(name, model, self._created)))
 
     async def _start_page(self, exchange: HttpExchange, scope: Scope) -> None:
         host = exchange.header(b"host") or b"localhost"
-        models = [model.card.name for model in self._completer.models()]
-        page = start_page(f"{scope['scheme']}://{host.decode('ascii')}", models, self._completer.missing())
+        models = list(self._completer.models())
+        origin = f"{scope['scheme']}://{host.decode('ascii')}"
+        page = start_page(origin, self._settings.root_path, models, self._completer.missing())
+        await exchange.respond(200, page, START_PAGE_HEADERS, START_PAGE_TYPE)
+
+    async def _descriptions(self) -> tuple[bytes, bytes]:
+        """What this frontend serves, for programs and for browsers. Made once, in a thread: it takes as
+        long as hundreds of steps of streams."""
+        if self._made_descriptions is None:
+            self._made_descriptions = await asyncio.to_thread(self._make_descriptions)
+        return self._made_descriptions
+
+    def _make_descriptions(self) -> tuple[bytes, bytes]:
+        keys = bool(self._settings.api_key or self._settings.api_keys_file)
+        document = openapi_document(self._described, self._settings.root_path, keys=keys)
+        return msgspec.json.encode(document), docs_page(document)
+
+    async def _openapi(self, exchange: HttpExchange, scope: Scope) -> None:
+        document, _ = await self._descriptions()
+        await exchange.respond(200, document)
+
+    async def _docs(self, exchange: HttpExchange, scope: Scope) -> None:
+        _, page = await self._descriptions()
         await exchange.respond(200, page, START_PAGE_HEADERS, START_PAGE_TYPE)
 
     async def _health(self, exchange: HttpExchange, scope: Scope) -> None:
@@ -263,13 +389,6 @@ class App:
         await exchange.respond(200, self._metrics.render(), content_type=METRICS_CONTENT_TYPE.encode())
 
 
-def create_app(
-    router: Completer, settings: FrontendSettings, metrics: Metrics, parsers: ChatParsers | None = None
-) -> App:
-    """The frontend over a router. Must be called inside the event loop that will serve it."""
-    return App(router, settings, metrics, parsers)
-
-
 def _instance_object(instance: InstanceView) -> JsonObject:
     """The view with its load by names; on the link it is an array, to be short."""
     rates = msgspec.structs.asdict(instance.load.rates)
@@ -283,19 +402,15 @@ def _endpoint_of(path: str) -> str:
         return ENDPOINTS[path].name
     if path in PROMPT_ENDPOINTS:
         return PROMPT_ENDPOINTS[path].name
+    if path == INPUT_TOKENS_PATH:
+        return InputTokensApi.name
     if path == RESPONSES_PATH or path.startswith(f"{RESPONSES_PATH}/"):
         return ResponsesApi.name
+    if path == RECORDINGS_PATH:
+        return _RECORDINGS
+    if path == EXPLAIN_PATH or path.startswith(f"{EXPLAIN_PATH}/"):
+        return _EXPLAIN
     return _MODELS if path == "/v1/models" or path.startswith("/v1/models/") else _OTHER
-
-
-def _no_endpoint(scope: Scope, error: HTTPException) -> RequestRejected:
-    """For a path that is not served, or not with this method."""
-    asked = f"`{scope['method']} {scope['path'][:MAX_SHOWN_PATH_CHARS]}`"
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return RequestRejected(f"{asked} is not served; use {allowed}.", kind=Rejection.METHOD_NOT_ALLOWED)
-    message = f"Penstock does not serve {asked}; it serves {', '.join(SERVED)}."
-    return RequestRejected(message, kind=Rejection.NOT_FOUND)
 
 
 class _Endpoint:
@@ -308,5 +423,12 @@ class _Endpoint:
         await self._handle(scope[_EXCHANGE], scope)
 
 
-def _route(method: str, path: str, handle: Handler) -> Route:
-    return Route(path, endpoint=_Endpoint(handle), methods=[method])
+def _open(summary: str, answer: Shape | str) -> Operation:
+    """Of an endpoint that needs no API key. `answer`: the class of its JSON, or another type of content."""
+    if isinstance(answer, str):
+        return Operation(summary=summary, content_type=answer, needs_key=False)
+    return Operation(summary=summary, answer=answer, needs_key=False)
+
+
+def _route(method: str, path: str, handle: Handler, operation: Operation) -> DescribedRoute:
+    return DescribedRoute(method, path, _Endpoint(handle), operation)

@@ -92,6 +92,7 @@ class ClientCall:
                 return
             ticket = completer.submit(choice.request, partial(self._on_delta, choice), self.fail)
             self._tickets[choice.index] = ticket
+            choice.attempts, choice.explain = ticket.attempts, ticket.explain
 
     def push_with(self, push: Push) -> None:
         """From now on call `push` with what is new while the writer waits in `changed`, which then returns

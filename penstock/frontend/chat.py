@@ -8,17 +8,27 @@ from typing import ClassVar
 import msgspec
 
 from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.allowed_calls import AllowedCallParser
+from penstock.frontend.answers import ChatAnswer
 from penstock.frontend.choice import Choice
-from penstock.frontend.completion_objects import Envelope, answer_body, envelope_of, finish_name
-from penstock.frontend.endpoint import Beginning, PromptEncoder
+from penstock.frontend.completion_objects import (
+    answer_body,
+    envelope_of,
+    finish_name,
+    prompt_logprobs_of,
+)
+from penstock.frontend.endpoint import Beginning, Operation, PromptEncoder
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import openai_messages, template_messages
+from penstock.frontend.nvext import nvext_fields, nvext_of
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
-from penstock.frontend.reply import ReplyRules
+from penstock.frontend.reply import ReplyRules, text_alone
 from penstock.frontend.sse import Chunks, encode
 from penstock.frontend.text.chat_template import TemplateInput
 from penstock.frontend.text.logprobs import ChatLogprobs
+from penstock.frontend.tool_shapes import ToolShape, naming_tool_shapes
 from penstock.frontend.tools import template_tools
+from penstock.ports import CallParser
 from penstock.shapes import JsonObject, Parsed, TokenLogprob, ToolCallDelta
 
 
@@ -27,6 +37,9 @@ class Chat:
 
     name: ClassVar = "chat_completions"
     id_prefix: ClassVar = "chatcmpl-"
+    operation: ClassVar = Operation(
+        summary="Answers a chat, whole or streamed.", request=ChatRequest, answer=ChatAnswer, streams=True
+    )
 
     def __init__(self, request: ChatRequest) -> None:
         newer = request.max_completion_tokens is not None
@@ -37,6 +50,7 @@ class Chat:
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
         self._request = request  # for the template and the model's parser, which take most of its fields
+        self._beside: JsonObject = {}  # what is shown of the prompt, beside the choices
 
     @staticmethod
     def error_object(error: PenstockError) -> JsonObject:
@@ -44,7 +58,8 @@ class Chat:
 
     @classmethod
     def decode(cls, body: bytes) -> Chat:
-        return cls(decode_chat(body))
+        with naming_tool_shapes(body, ToolShape.CHAT):
+            return cls(decode_chat(body))
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
         rules = self._reply_rules(beginning)
@@ -54,6 +69,8 @@ class Chat:
     async def prompt(self, prompts: PromptEncoder) -> list[int]:
         """The token ids of the conversation, as the model's template writes it. Raises RequestRejected."""
         text = prompts.text.chat_prompt(prompts.model.name, template_input_of(self._request))
+        if self._request.return_prompt_text:
+            self._beside = {"prompt_text": text}
         special = bool(self._request.add_special_tokens)
         return (await prompts.encode([text], add_special_tokens=special))[0]
 
@@ -69,11 +86,15 @@ class Chat:
             raise RequestRejected(message, code="unsupported_value", field="tools")
         if parser is None:
             return None
+        call_parser: CallParser = parser.begin(_set_fields(request))
+        allowed, choice = request.allowed_tools, request.tool_choice
+        if allowed is not None:
+            call_parser, choice = AllowedCallParser(call_parser, allowed.names), allowed.mode
         return ReplyRules(
-            parser.begin(_set_fields(request)),
+            call_parser,
             stream=bool(request.stream),
-            required=request.tool_choice == "required",
-            auto=request.calls_tools and request.tool_choice in (None, "auto"),
+            required=choice == "required",
+            auto=request.calls_tools and choice in (None, "auto"),
             show_tokens=request.include_reasoning is not False,
         )
 
@@ -83,7 +104,8 @@ class Chat:
             text, logprobs = choice.take()
             message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
             if choice.reply is not None:
-                message.update(_taken_apart(choice.reply.whole()))
+                parsed = choice.whole_reply(choice.reply)
+                message.update(_taken_apart(parsed, reasoned=choice.reply.reasoning_tokens > 0))
             fields = {
                 "index": choice.index,
                 "message": message,
@@ -94,10 +116,11 @@ class Chat:
             if choice.shows_token_ids:
                 fields["token_ids"] = choice.take_token_ids()
             shown.append(fields)
-        prompt: JsonObject = {}
+        more = nvext_fields(beginning, choices) | await prompt_logprobs_of(beginning, choices[0])
+        more |= self._beside
         if choices[0].shows_token_ids:
-            prompt["prompt_token_ids"] = choices[0].request.token_ids
-        return answer_body(envelope_of(beginning, "chat.completion"), shown, choices, prompt)
+            more["prompt_token_ids"] = choices[0].request.token_ids
+        return answer_body(envelope_of(beginning, "chat.completion"), shown, choices, more)
 
     def stream(self, beginning: Beginning, choices: Sequence[Choice]) -> ChatChunks:
         kind = ChatChunks if choices[0].reply is None else ReplyChunks
@@ -107,6 +130,8 @@ class Chat:
             len(choices),
             include_usage=self._request.include_usage,
             continuous_usage=self._request.continuous_usage,
+            nvext=nvext_of(beginning),
+            beside_first=self._beside,
         )
 
 
@@ -122,25 +147,31 @@ class ChatChunks(Chunks):
 class ReplyChunks(ChatChunks):
     """Chunks of replies: answers that the model's parser takes apart."""
 
-    def __init__(
-        self, envelope: Envelope, choices: int, *, include_usage: bool, continuous_usage: bool = False
-    ) -> None:
-        super().__init__(envelope, choices, include_usage=include_usage, continuous_usage=continuous_usage)
-        self._begun: set[int] = set()  # choices that have had a chunk
-
     def chunk(self, choice: Choice) -> bytes:
         """One chunk for each part of what is new; the last one says how the answer goes on."""
         _, logprobs = choice.take()
         token_ids = choice.take_token_ids()
-        deltas = _deltas(choice, logprobs, token_ids)
+        parts = choice.reply.take() if choice.reply is not None else []
+        says_more = choice.finish_reason is not None or logprobs or token_ids or self._continuous_usage
+        later_opening = self._later_opens[choice.index]
+        begun = self._opens[choice.index] is later_opening
+        if len(parts) == 1 and not says_more and begun:
+            text = text_alone(parts[0])
+            if text is not None:
+                return b"".join((later_opening, encode(text), self._plain))
+        deltas = _deltas(choice, parts, logprobs, token_ids)
         if not deltas:
             return b""
-        if choice.index not in self._begun:
-            self._begun.add(choice.index)
+        if not begun:
+            self._opens[choice.index] = later_opening
             deltas[0] = {"role": "assistant", **deltas[0]}
         opening = self.opening(choice.index) + b'"delta":'
         chunks = [b"".join((opening, encode(delta), self.going_on)) for delta in deltas[:-1]]
-        return b"".join((*chunks, opening, encode(deltas[-1]), self.ending(choice, logprobs, token_ids)))
+        chunks.append(b"".join((opening, encode(deltas[-1]), self.ending(choice, logprobs, token_ids))))
+        if not begun:
+            first = self.opening(choice.index, first=True) + b'"delta":'
+            chunks[0] = first + chunks[0].removeprefix(opening)
+        return b"".join(chunks)
 
 
 def template_input_of(request: ChatRequest) -> TemplateInput:
@@ -156,10 +187,12 @@ def template_input_of(request: ChatRequest) -> TemplateInput:
 
 
 def _deltas(
-    choice: Choice, logprobs: Sequence[TokenLogprob], token_ids: list[int] | None
+    choice: Choice,
+    parts: Sequence[Parsed],
+    logprobs: Sequence[TokenLogprob],
+    token_ids: list[int] | None,
 ) -> list[JsonObject]:
     """What is new of a reply, with an empty one when there is more to say of the choice than that."""
-    parts: Sequence[Parsed] = choice.reply.take() if choice.reply is not None else ()
     deltas = [_delta(parsed) for parsed in parts]
     tokens_shown = bool(token_ids or (logprobs and choice.shows_logprobs))
     if not deltas and (choice.finish_reason is not None or tokens_shown):
@@ -189,11 +222,13 @@ def _call_delta(call: ToolCallDelta) -> JsonObject:
     return {"id": call.id, "type": "function", **delta} if call.id is not None else delta
 
 
-def _taken_apart(parsed: Parsed) -> JsonObject:
-    """`content`, `reasoning` (under both of its names) and, if there are any, `tool_calls` of a message."""
+def _taken_apart(parsed: Parsed, *, reasoned: bool) -> JsonObject:
+    """`content`, `reasoning` (under both of its names) and, if there are any, `tool_calls` of a message.
+    An answer that is nothing else, and no reasoning that is hidden from the client, is an empty text."""
     reasoning = parsed.reasoning
+    is_empty = parsed.content is None and not reasoned and not parsed.tool_calls
     message: JsonObject = {
-        "content": parsed.content,
+        "content": "" if is_empty else parsed.content,
         "reasoning": reasoning,
         "reasoning_content": reasoning,
     }
@@ -210,8 +245,12 @@ def _taken_apart(parsed: Parsed) -> JsonObject:
 
 
 def _set_fields(request: ChatRequest) -> JsonObject:
-    """What the client has set, as JSON."""
+    """What the client has set, as JSON; with the tools that may be called as the only ones."""
     given = {name: getattr(request, name) for name in request.__struct_fields__ if name != "messages"}
     fields = {name: value for name, value in given.items() if value is not None}
     shown: JsonObject = msgspec.to_builtins(fields, str_keys=True)
+    allowed = request.allowed_tools
+    if allowed is not None:
+        shown["tools"] = [tool for tool in shown["tools"] if tool["function"]["name"] in allowed.names]
+        shown["tool_choice"] = allowed.mode
     return shown | {"messages": openai_messages(request.messages)}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 import msgspec
 
 from penstock.frontend.choice import Choice
 from penstock.frontend.endpoint import Beginning
+from penstock.frontend.text.logprobs import prompt_entries
 from penstock.shapes import JsonObject, ModelView
 
-OWNER = "penstock"
+OWNER: Final = "penstock"
+
+NUMBERS_AT_ONCE: Final = 2048
+"""Log-probabilities that are written without letting other calls run."""
 
 
 class Envelope(msgspec.Struct):
@@ -56,6 +62,21 @@ def usage_of(choices: Sequence[Choice]) -> CallUsage:
     return usage
 
 
+async def prompt_logprobs_of(beginning: Beginning, choice: Choice) -> JsonObject:
+    """`prompt_logprobs` as vLLM has them; nothing where they are not shown. Other calls run meanwhile:
+    there may be many."""
+    top, tokens = beginning.wanted.prompt_logprobs, choice.prompt_logprobs
+    if top is None or tokens is None:
+        return {}
+    parts = [b"[null"]  # the first token follows nothing
+    at_once = max(1, NUMBERS_AT_ONCE // (top + 1))
+    for at in range(0, len(tokens), at_once):
+        entries = prompt_entries(tokens[at : at + at_once], beginning.text.token_bytes, top)
+        parts.append(msgspec.json.encode(entries)[1:-1])
+        await asyncio.sleep(0)
+    return {"prompt_logprobs": msgspec.Raw(b",".join(parts) + b"]")}
+
+
 def finish_name(choice: Choice) -> str | None:
     """OpenAI's finish_reason; None as long as the answer goes on."""
     reason = choice.finish_reason
@@ -76,17 +97,18 @@ def answer_body(
     return msgspec.json.encode(answer)
 
 
-def model_object(model: ModelView, created: int) -> JsonObject:
-    """A model as /v1/models shows it: OpenAI's fields, vLLM's `max_model_len`, and Anthropic's fields."""
+def model_object(name: str, model: ModelView, created: int) -> JsonObject:
+    """A model as /v1/models shows it under one of its names: OpenAI's fields, vLLM's `max_model_len`, and
+    Anthropic's fields."""
     limit = model.card.max_model_len
     return {
-        "id": model.card.name,
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
         "max_model_len": limit,
         "type": "model",
-        "display_name": model.card.name,
+        "display_name": name,
         "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
         "lifecycle": "active",
         "max_input_tokens": limit,

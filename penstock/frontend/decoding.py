@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -11,6 +13,13 @@ from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_size
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+
+MAX_HALVES: Final = 10_000
+"""Halves of characters that are replaced in a body. One with as many is no valid JSON."""
+
+_HIGH: Final = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"
+_LOW: Final = rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALF: Final = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 
 Explain = Callable[[bytes, msgspec.ValidationError, type[msgspec.Struct]], RequestRejected]
 """Says why a body is not of its kind."""
@@ -20,6 +29,7 @@ def decoded(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body], 
     """The body as a struct of this kind, which is the decoder's. Raises RequestRejected for what is no JSON
     or too much of it; `explain` makes the error for what is not of this kind."""
     check_size(body)
+    body = body.removeprefix(codecs.BOM_UTF8)  # as editors on Windows begin a file
     try:
         try:
             return decoder.decode(body)
@@ -30,7 +40,20 @@ def decoded(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body], 
     except msgspec.ValidationError as error:
         raise explain(body, error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestRejected(f"The body is not valid JSON: {error}", code="invalid_json") from None
+        mended = _without_halves(body)
+        if mended == body:
+            raise RequestRejected(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    return decoded(mended, decoder, kind, explain)
+
+
+def _without_halves(body: bytes) -> bytes:
+    """The body with U+FFFD in place of each half of a character, such as `\\ud83d` alone. JavaScript writes
+    that where a text was cut within an emoji, and a conversation must not end because of it."""
+    if b"\0" in body:
+        return body
+    marked = body.replace(b"\\\\", b"\0\0")  # an escaped backslash is no beginning of another escape
+    mended, halves = _HALF.subn(rb"\\ufffd", marked, MAX_HALVES)
+    return body if halves in (0, MAX_HALVES) else mended.replace(b"\0\0", b"\\\\")
 
 
 def with_integers(value: Any) -> Any:

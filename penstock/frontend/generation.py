@@ -9,24 +9,29 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
 
+from penstock.core.spans import Attributes, request_span
 from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestRejected
 from penstock.frontend.call import ClientCall, LoopTurn
 from penstock.frontend.choice import Choice
 from penstock.frontend.completer import Completer
 from penstock.frontend.completion_objects import usage_of
 from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint, GenerationApi
+from penstock.frontend.explaining import explanation_asked, explanation_headers
 from penstock.frontend.http.exchange import HttpExchange
 from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
-from penstock.frontend.sampling import bad_sequences, bad_word_texts, sampling_of
+from penstock.frontend.sampling import bad_sequences, bad_word_texts, name_field, sampling_of
+from penstock.frontend.sessions import session_in_headers
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
 from penstock.metrics import FrontendMetrics
+from penstock.ports import BegunTrace, Tracing
 from penstock.shapes import ModelView
 
 log = logging.getLogger("penstock.frontend")
@@ -42,7 +47,7 @@ MAX_BEGINNINGS: Final = 4
 class CallRecord:
     """What the log line and the metrics of a call need, and what can end it from outside."""
 
-    began: float  # perf_counter, once the request was read
+    received_at: float  # perf_counter, as all times here
     tenant: str  # the name of its API key; empty where none are needed
     model: str = ""  # only when it is known to exist: metrics keep a series per model
     call_id: str = ""  # the `id` of the response; the router's request ids begin with it
@@ -50,8 +55,15 @@ class CallRecord:
     call: ClientCall | None = None
     stream: AnswerStream | None = None  # once there is a call that streams
     answering: bool = False  # part of its answer is sent
+    began: float = field(init=False)  # once the request was read; until then, when it was received
+    tokenized_at: float | None = None  # of the latest beginning
+    trace: BegunTrace | None = None  # where traces are collected
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
+    explains: bool = False  # the answer's headers are to say where it went
     error: PenstockError | None = None
+
+    def __post_init__(self) -> None:
+        self.began = self.received_at
 
     @property
     def router_key(self) -> str:
@@ -90,13 +102,19 @@ class GenerationServer:
     """Serves the endpoints that generate text, and knows every call that is under way."""
 
     def __init__(
-        self, completer: Completer, texts: ModelTexts, settings: FrontendSettings, metrics: FrontendMetrics
+        self,
+        completer: Completer,
+        texts: ModelTexts,
+        settings: FrontendSettings,
+        metrics: FrontendMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._completer = completer
         self._texts = texts
         self._rng = random.Random()
         self._settings = settings
         self._metrics = metrics
+        self._tracing = tracing
         self._watching: set[CallRecord] = set()
         self._turn = LoopTurn()
         self._inflight = 0
@@ -117,6 +135,8 @@ class GenerationServer:
     async def serve(self, api: GenerationApi, exchange: HttpExchange, tenant: str) -> None:
         """Answer one request, be it with an error."""
         record = CallRecord(time.perf_counter(), tenant)
+        if self._tracing is not None:
+            record.trace = self._tracing.begin(api.name, exchange.trace_context(), record.received_at)
         self._inflight += 1
         self._idle.clear()
         try:
@@ -148,7 +168,8 @@ class GenerationServer:
                 "Too many requests at a time.", kind=Rejection.OVERLOADED, retry_after_s=RETRY_AFTER_S
             )
         content = await exchange.body()
-        endpoint = api.decode(content)
+        endpoint, record.explains = api.decode(content), explanation_asked(exchange)
+        session = session_in_headers(exchange)
         if len(content) > LONG_BODY_BYTES:
             await asyncio.sleep(0)  # let other calls run first: rendering takes as long as decoding did
         record.began = time.perf_counter()
@@ -160,8 +181,19 @@ class GenerationServer:
         self._completer.check(view.card.name, record.tenant, priority)  # before the work of tokenizing
         with self._metrics.of(view.card.name).inflight.track_inprogress():
             record.call_id = api.id_prefix + uuid.uuid4().hex
+            log.debug(
+                "received: request_id=%s id=%s endpoint=%s model=%s body_bytes=%d stream=%s tenant=%s",
+                exchange.request_id.decode(),
+                record.call_id,
+                api.name,
+                record.model,
+                len(content),
+                wanted.stream,
+                record.tenant or "-",
+            )
             async with self._watched(record, exchange):
-                caller = Caller(record.tenant, priority, record.began, self._settings.prepare_timeout_s)
+                limit_s = self._settings.prepare_timeout_s
+                caller = Caller(record.tenant, priority, record.began, limit_s, session)
                 while True:
                     try:
                         return await self._answer(endpoint, exchange, record, view, caller)
@@ -197,9 +229,12 @@ class GenerationServer:
             revision=view.revision,
             text=text,
             caller=caller,
+            cut=wanted.cut,
             default_max_tokens=self._settings.default_max_tokens,
+            trace=record.trace.context if record.trace is not None else exchange.trace_context(),
         )
         choices = await endpoint.choices(beginning)
+        record.tokenized_at = time.perf_counter()
         if record.error is not None:  # the client left, or the frontend ends
             raise record.error
         record.call = call = ClientCall(
@@ -211,12 +246,18 @@ class GenerationServer:
             turn=self._turn,
         )
         call.start(self._completer)
-        if wanted.stream:
-            record.stream = endpoint.stream(beginning, choices)
-            return await _stream(exchange, record, call, record.stream)
-        await call.changed()
-        if call.error is not None:
-            raise call.error
+        if record.explains:
+            exchange.more_headers = partial(explanation_headers, choices[0])
+        try:
+            if wanted.stream:
+                record.stream = endpoint.stream(beginning, choices)
+                return await _stream(exchange, record, call, record.stream)
+            await call.changed()
+            if call.error is not None:
+                raise call.error
+        except RequestRejected as error:
+            name_field(error, wanted, choices[0].request.sampling)
+            raise
         if not call.gone:
             await exchange.respond(200, await endpoint.body(beginning, choices))
 
@@ -278,6 +319,27 @@ class GenerationServer:
             _finish(record, gone),
             why(record.error, record.tenant),
         )
+        if record.trace is not None and record.trace.recording:
+            counts = {"input_tokens": prompt, "output_tokens": output, "cached_tokens": cached}
+            attributes: Attributes = {
+                "http.response.status_code": status,
+                "gen_ai.request.model": record.model,
+                **{f"gen_ai.usage.{name}": count for name, count in counts.items()},
+                "penstock.request_id": exchange.request_id.decode(),
+                "penstock.id": record.call_id,
+                "penstock.outcome": outcome,
+            }
+            span = request_span(
+                api.name,
+                record.received_at,
+                ended,
+                attributes=attributes,
+                error=_finish(record, gone) if outcome == "failed" else "",
+                read_at=record.began,
+                tokenized_at=record.tokenized_at,
+                choices=[choice.attempts for choice in call.choices] if call is not None else (),
+            )
+            record.trace.end(span)
 
 
 async def _stream(

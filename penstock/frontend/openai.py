@@ -21,9 +21,11 @@ from penstock.errors import RequestRejected
 from penstock.frontend.decoding import decoded, with_integers
 from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.messages import Message, settle
+from penstock.frontend.prompt_cut import PromptCut, Side
 from penstock.frontend.sampling import client_seed
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
-from penstock.frontend.tools import MAX_TOOLS, NamedTool, Tool, check_tools
+from penstock.frontend.text.repetition import RepetitionDetection
+from penstock.frontend.tools import MAX_TOOLS, AllowedTools, Tool, ToolChoice, ToolSelection, check_tools
 from penstock.frontend.unserved import (
     NVEXT_HARMLESS,
     NVEXT_REFUSED,
@@ -35,7 +37,14 @@ from penstock.frontend.unserved import (
 )
 from penstock.frontend.wanted import Wanted
 from penstock.frontend.wording import rejected, wrong_entries
-from penstock.shapes import MAX_ALLOWED_TOKENS, MAX_BAD_SEQUENCES, JsonObject, Sampling, SamplingDefaults
+from penstock.shapes import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_SEQUENCES,
+    MAX_LOGPROBS,
+    JsonObject,
+    Sampling,
+    SamplingDefaults,
+)
 
 MAX_CHOICES: Final = 128  # n times prompts
 MAX_STOPS: Final = 16
@@ -47,19 +56,25 @@ MAX_BAD_WORD_CHARS: Final = 256
 MAX_MESSAGES: Final = 4096
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SALT_CHARS: Final = 256
+MAX_SESSION_CHARS: Final = 512
 MAX_MODEL_CHARS: Final = 256  # an error repeats it
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default for /v1/completions
+
+MAX_EXTRA_FIELDS: Final = 16
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+ExtraField = Literal["worker_id", "timing", "explanation"]
 BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
+ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS)]
+SessionName = Annotated[str, Meta(max_length=MAX_SESSION_CHARS)]
 
 
 class StreamOptions(msgspec.Struct):
@@ -70,12 +85,15 @@ class StreamOptions(msgspec.Struct):
 
 
 class NvExt(msgspec.Struct, forbid_unknown_fields=True):
-    """What is served of `nvext`, Dynamo's own object: older places of fields that count before these."""
+    """What is served of `nvext`, Dynamo's own object: older places of fields that count before these, and
+    what the answer is to tell of itself."""
 
     ignore_eos: bool | None = None
     top_k: TopK | None = None
     repetition_penalty: RepetitionPenalty | None = None
     cache_salt: Salt | None = None
+    extra_fields: Annotated[list[ExtraField], Meta(max_length=MAX_EXTRA_FIELDS)] | None = None
+    max_thinking_tokens: ThinkingBudget | None = None
     greed_sampling: bool | None = None  # true: temperature 0, whatever else is said
 
 
@@ -103,6 +121,8 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     cache_salt: Salt | None = None
+    prompt_cache_key: SessionName | None = None
+    session_id: SessionName | None = None  # vLLM's name for the same
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
@@ -115,9 +135,16 @@ class GenerationRequest(SampledRequest, kw_only=True):
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     response_format: ResponseFormat | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Side | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    # Whose log-probabilities are shown, in place of the most likely tokens'.
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_LOGPROBS)] | None = None
+    thinking_token_budget: ThinkingBudget | None = None  # -1: no limit
     echo: bool | None = None  # of completions; see `decode_chat`
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log-probabilities
+    repetition_detection: RepetitionDetection | None = None
     best_of: int | None = None  # only what `n` says
     nvext: JsonObject | None = None
 
@@ -142,11 +169,12 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    return_prompt_text: bool | None = None  # the text that the template made
     chat_template_kwargs: JsonObject | None = None
     chat_template_args: JsonObject | None = None  # Dynamo's name for the same
     documents: list[JsonObject] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     include_reasoning: bool | None = None
@@ -155,6 +183,12 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def calls_tools(self) -> bool:
         """Whether an answer may be a call of a tool."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def allowed_tools(self) -> AllowedTools | None:
+        """Those tools that an answer may call; None when it may call each of them."""
+        choice = self.tool_choice
+        return choice.allowed_tools if isinstance(choice, ToolSelection) else None
 
     @property
     def template_variables(self) -> JsonObject:
@@ -233,6 +267,15 @@ def wanted_of(
     given = {name: value for name in defaults if (value := getattr(request, name)) is not None}
     if "top_k" in given:
         given["top_k"] = max(0, given["top_k"])  # -1 means off, as 0 does
+    budget = request.thinking_token_budget
+    kept = request.truncate_prompt_tokens
+    echoed = logprobs if request.echo else None
+    named = tuple(request.logprob_token_ids or ())
+    if named:
+        _check_named(request, logprobs)
+        logprobs = len(named)
+    scores = [top for top in (request.prompt_logprobs, echoed) if top is not None]
+    repetition = request.repetition_detection
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return Wanted(
         model=request.model,
@@ -246,26 +289,43 @@ def wanted_of(
             ignore_eos=bool(request.ignore_eos),
             allowed_token_ids=tuple(request.allowed_token_ids or ()),
             logprobs=logprobs,
-            prompt_logprobs=logprobs if request.echo else None,
+            logprob_token_ids=named,
+            prompt_logprobs=max(scores, default=None),
+            thinking_budget=None if budget == -1 else budget,
             structured=constraint(request.response_format, request.structured_outputs),
             reproducible=request.seed is not None,
             **given,
         ),
         left_out=tuple(name for name in defaults if name not in given),
         max_tokens=max_tokens,
+        cut=None if kept is None else PromptCut(kept, request.truncation_side),
         max_tokens_field=max_tokens_field,
         structured_field="response_format" if request.response_format is not None else "structured_outputs",
         stops=tuple(stops),
+        repetition=repetition if repetition is not None and repetition.max_pattern_size else None,
         bad_words=tuple(request.bad_words or ()),
         include_stop=bool(request.include_stop_str_in_output),
         show_special_tokens=request.skip_special_tokens is False,
         echo=bool(request.echo),
+        prompt_logprobs=request.prompt_logprobs,
         show_token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        extra_fields=tuple((request.nvext or {}).get("extra_fields") or ()),  # checked with the rest
         stream=bool(request.stream),
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        session=request.prompt_cache_key or request.session_id or "",
     )
+
+
+def _check_named(request: GenerationRequest, logprobs: int | None) -> None:
+    """Raises RequestRejected for `logprob_token_ids` where no log-probabilities are shown, or the prompt's
+    are as well."""
+    if logprobs is None:
+        raise RequestRejected("`logprob_token_ids` needs `logprobs`.", field="logprob_token_ids")
+    if request.echo:
+        message = "`logprob_token_ids` and `echo` cannot be combined."
+        raise RequestRejected(message, field="logprob_token_ids")
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -310,8 +370,26 @@ def _check(request: GenerationRequest) -> None:
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestRejected("`stream_options` needs `stream`.", field="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        message = "`prompt_logprobs` needs an answer that is not streamed."
+        raise RequestRejected(message, field="prompt_logprobs")
+    if request.truncate_prompt_tokens == 0:
+        message = "`truncate_prompt_tokens` must be at least 1, or -1 for all that fit."
+        raise RequestRejected(message, field="truncate_prompt_tokens")
+    if request.repetition_detection is not None:
+        _check_repetition(request.repetition_detection)
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise unsupported("best_of", " other than `n`")
+
+
+def _check_repetition(wanted: RepetitionDetection) -> None:
+    largest = wanted.max_pattern_size or 0
+    if (wanted.min_pattern_size or 0) > largest:
+        field = "repetition_detection.min_pattern_size"
+        raise RequestRejected(f"`{field}` must not be above `max_pattern_size`.", field=field)
+    if largest and (wanted.min_count or 0) < 2:
+        field = "repetition_detection.min_count"
+        raise RequestRejected(f"`{field}` must be at least 2.", field=field)
 
 
 def _read_nvext(request: GenerationRequest, given: JsonObject) -> None:
@@ -325,6 +403,8 @@ def _read_nvext(request: GenerationRequest, given: JsonObject) -> None:
     for name in ("ignore_eos", "top_k", "repetition_penalty", "cache_salt"):
         if getattr(request, name) is None:
             setattr(request, name, getattr(served, name))
+    if request.thinking_token_budget is None:
+        request.thinking_token_budget = served.max_thinking_tokens
     if served.greed_sampling:
         request.temperature = 0.0
 
@@ -343,9 +423,9 @@ def check_chat(request: ChatRequest) -> None:
             check_depth(given, name)
     if request.top_logprobs and not request.logprobs:
         raise RequestRejected("`top_logprobs` needs `logprobs`.", field="top_logprobs")
-    if request.continue_final_message and request.add_generation_prompt is not False:
-        raise RequestRejected(
-            "`continue_final_message` needs `add_generation_prompt` set to false.",
-            field="continue_final_message",
-        )
+    if request.continue_final_message:
+        if request.add_generation_prompt:
+            message = "`continue_final_message` and `add_generation_prompt` contradict each other."
+            raise RequestRejected(message, field="continue_final_message")
+        request.add_generation_prompt = False
     settle(request.messages)

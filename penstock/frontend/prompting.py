@@ -8,8 +8,9 @@ import time
 import msgspec
 
 from penstock.frontend.completer import Completer
-from penstock.frontend.endpoint import PromptEncoder, PromptEndpoint
+from penstock.frontend.endpoint import PromptApi, PromptEncoder
 from penstock.frontend.http.exchange import HttpExchange
+from penstock.frontend.sessions import session_in_headers
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
@@ -30,14 +31,15 @@ class PromptServer:
         self._settings = settings
         self._metrics = metrics
 
-    async def serve(self, api: type[PromptEndpoint], exchange: HttpExchange, tenant: str) -> None:
+    async def serve(self, api: PromptApi, exchange: HttpExchange, tenant: str) -> None:
         """Answer one request. Raises RequestRejected."""
         try:
             content = await exchange.body()
             began = time.perf_counter()
             endpoint = api.decode(content)
             view = self._completer.model(endpoint.model)
-            caller = Caller(tenant, 0, began, self._settings.prepare_timeout_s)
+            limit_s = self._settings.prepare_timeout_s
+            caller = Caller(tenant, 0, began, limit_s, session_in_headers(exchange))
             text = await self._texts.of(view, caller)
             answer = await endpoint.answer(PromptEncoder(model=view.card, text=text, caller=caller))
             await exchange.respond(200, msgspec.json.encode(answer))

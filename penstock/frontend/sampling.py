@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from penstock.core.events import REJECTED_BY_ENGINE
 from penstock.errors import RequestRejected
 from penstock.frontend.wanted import Wanted
 from penstock.shapes import ModelCard, Sampling
@@ -27,6 +28,7 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
     check_vocabulary("logit_bias", sampling.logit_bias, model.vocab_size)
     check_vocabulary("stop_token_ids", sampling.stop_token_ids, model.vocab_size)
     check_vocabulary("allowed_token_ids", sampling.allowed_token_ids, model.vocab_size)
+    check_vocabulary("logprob_token_ids", sampling.logprob_token_ids, model.vocab_size)
     if sampling.structured is not None and not model.answering.structured_output:
         field = wanted.structured_field
         raise RequestRejected(
@@ -34,11 +36,34 @@ def sampling_of(wanted: Wanted, model: ModelCard, rng: random.Random) -> Samplin
             code="unsupported_value",
             field=field,
         )
+    if sampling.thinking_budget is not None and not model.answering.thinking_budget:
+        if wanted.needs_reasoning:
+            raise RequestRejected(
+                f"`thinking_token_budget`: the workers of `{model.name}` do not know what ends its"
+                " reasoning (--reasoning-parser).",
+                code="unsupported_value",
+                field="thinking_token_budget",
+            )
+        sampling = msgspec.structs.replace(sampling, thinking_budget=None)
     defaults = model.answering.sampling_defaults
     changes = {name: value for name in wanted.left_out if (value := getattr(defaults, name)) is not None}
     if not sampling.reproducible:
         changes["seed"] = rng.getrandbits(_SEED_BITS)
     return msgspec.structs.replace(sampling, **changes)
+
+
+def name_field(error: RequestRejected, wanted: Wanted, told: Sampling) -> None:
+    """Have an engine's refusal name the client's field. An engine refuses what it cannot hold an answer to:
+    it was `told` a schema or grammar, the client's own or one that was made of the tools to call. A message
+    that begins with a name in backquotes names its field already."""
+    if error.code != REJECTED_BY_ENGINE:
+        return
+    if error.message.startswith("`"):
+        error.field = error.message[1:].partition("`")[0]
+    elif told.structured is not None:
+        error.field = wanted.structured_field if wanted.sampling.structured is not None else "tools"
+        error.message = f"`{error.field}`: {error.message}"
+        error.args = (error.message,)
 
 
 def bad_word_texts(words: Iterable[str]) -> list[str]:
@@ -72,7 +97,7 @@ def with_room(
     naming the field when the context could never hold what is wanted.
     """
     limit, most = model.max_model_len, wanted.max_tokens
-    if most is not None and most > limit:
+    if most is not None and most > limit and not wanted.any_max_tokens:
         field = wanted.max_tokens_field
         message = f"`{field}` is {most}, more than the model's whole context of {limit} tokens."
         raise RequestRejected(message, field=field)

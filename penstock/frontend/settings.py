@@ -14,7 +14,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     """Address to listen on. Only this machine, unless the graph says otherwise."""
 
     port: int = 8000
-    """0 takes any free port."""
+    """0 takes any free port; -1: none, only the Unix socket."""
+
+    uds: str = ""
+    """Path of a Unix socket to listen on as well."""
 
     tls_cert: str = ""
     """Serve HTTPS with this certificate, a PEM file with its chain; empty: HTTP."""
@@ -30,6 +33,9 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the frontend from a browser; `*`: any."""
+
+    root_path: str = ""
+    """What a reverse proxy in front has before all paths; paths are served with and without it."""
 
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body: a prompt of a million token ids fits."""

@@ -15,9 +15,11 @@ from penstock.errors import PenstockError
 from penstock.frontend.choice import Choice
 from penstock.frontend.completion_objects import Envelope, finish_name, usage_of
 from penstock.frontend.http.statuses import error_object
+from penstock.frontend.nvext import NvextOf
 from penstock.frontend.reply import TOOL_CALLS
-from penstock.shapes import FinishReason, TokenLogprob
+from penstock.shapes import FinishReason, JsonObject, TokenLogprob
 
+_END = b"}\n\n"  # of a chunk
 DONE = b"data: [DONE]\n\n"
 
 encode = msgspec.json.Encoder().encode
@@ -32,6 +34,8 @@ class Chunks:
         choices: number of choices.
         include_usage: whether chunks have a `usage`, null in all but the last.
         continuous_usage: whether it is null in none, and says what its choice has cost so far.
+        nvext: makes the `nvext` of a choice's last chunk.
+        beside_first: what the first chunk of each choice has beside it.
     """
 
     prompt_in_choice: ClassVar[bool]  # where the prompt's token ids are shown: in the choice, or beside it
@@ -41,16 +45,27 @@ class Chunks:
     close: ClassVar[bytes] = b""  # after it
 
     def __init__(
-        self, envelope: Envelope, choices: int, *, include_usage: bool, continuous_usage: bool = False
+        self,
+        envelope: Envelope,
+        choices: int,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        nvext: NvextOf | None = None,
+        beside_first: JsonObject | None = None,
     ) -> None:
-        self._head = b"data: " + encode(envelope)[:-1] + b',"choices":['
-        openings = [self.opening(index) for index in range(choices)]
-        self._later_opens = [opening + self.before for opening in openings]
-        self._opens = [opening + self.first for opening in openings]  # of each choice's next chunk
+        shared = b"data: " + encode(envelope)[:-1]
+        self._head = self._first_head = shared + b',"choices":['
+        if beside_first:
+            self._first_head = b"".join((shared, b",", encode(beside_first)[1:-1], b',"choices":['))
+        self._later_opens = [self.opening(index) + self.before for index in range(choices)]
+        # Of each choice's next chunk.
+        self._opens = [self.opening(index, first=True) + self.first for index in range(choices)]
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
+        self._nvext = nvext
         self._prompts_due = set(range(choices))  # choices whose prompt's token ids are still to be shown
-        self._tail = b"}]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
+        self._tail = b"}]" + (b',"usage":null' if include_usage else b"") + _END
         self.going_on = b',"logprobs":null,"finish_reason":null' + self._tail
         self._plain = self.close + self.going_on
 
@@ -69,9 +84,9 @@ class Chunks:
         self._opens[index] = self._later_opens[index]
         return b"".join((opening, encode(text), after))
 
-    def opening(self, index: int) -> bytes:
-        """How a chunk of a choice begins."""
-        return self._head + b'{"index":%d,' % index
+    def opening(self, index: int, *, first: bool = False) -> bytes:
+        """How a chunk of a choice begins, its first one or another."""
+        return (self._first_head if first else self._head) + b'{"index":%d,' % index
 
     def ending(
         self, choice: Choice, logprobs: Sequence[TokenLogprob], token_ids: list[int] | None = None
@@ -87,6 +102,8 @@ class Chunks:
             ids, tail = self._with_token_ids(choice, token_ids)
         if self._continuous_usage:
             tail = tail.replace(b',"usage":null', b',"usage":' + encode(usage_of([choice])))
+        if self._nvext is not None and choice.finish_reason is not None:
+            tail = tail.removesuffix(_END) + b',"nvext":' + encode(self._nvext(choice)) + _END
         return b"".join((b',"logprobs":', rendered, b',"finish_reason":', finish, stop, ids, tail))
 
     def _with_token_ids(self, choice: Choice, token_ids: list[int]) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -9,11 +10,12 @@ from msgspec import Meta
 
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth
-from penstock.frontend.unserved import unsupported
 from penstock.shapes import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
 """Of a schema, grammar or list of choices: an engine compiles it before the first token."""
+
+MAX_PATTERN_CHARS: Final = 512
 
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -60,13 +62,20 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_default
     json_object: bool | None = None
     structural_tag: Text | None = None
 
-    # Known to vLLM, which takes them from its flag --structured-outputs-config and not from requests.
+    # Options of `json` and `json_object`.
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
-    whitespace_pattern: str | None = None
+    whitespace_pattern: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.disable_additional_properties and self.json is not None:
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):  # `checked` tells of it
+                schema = msgspec.json.decode(self.json) if isinstance(self.json, str) else self.json
+                self.json = closed(schema)
 
 
 _OPTIONS: Final = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+_JSON_KINDS: Final = ("json", "json_object")
 
 
 def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> StructuredOutput | None:
@@ -96,23 +105,39 @@ def _of_format(format: ResponseFormat) -> StructuredOutput:
 
 def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
     given = msgspec.structs.asdict(outputs)
-    for option in _OPTIONS:
-        if given.pop(option):
-            raise unsupported(
-                f"structured_outputs.{option}",
-                instead="of vLLM's options only the worker's flag --structured-outputs-config counts",
-            )
+    options = [option for option in _OPTIONS if given.pop(option)]
     kinds = [kind for kind, value in given.items() if value is not None and value is not False]
     if len(kinds) != 1:
         got = ", ".join(kinds) or "none"
         message = f"`structured_outputs` needs exactly one of {', '.join(given)}; got {got}."
         raise RequestRejected(message, field="structured_outputs")
     (kind,) = kinds
-    value = given[kind]
-    if kind == "json_object":
-        return StructuredOutput("json_object")
-    spec = value if isinstance(value, str) else _json(value)
-    return msgspec.convert({"kind": kind, "spec": spec}, StructuredOutput)
+    if options and kind not in _JSON_KINDS:
+        field = f"structured_outputs.{options[0]}"
+        raise RequestRejected(f"`{field}` needs `json` or `json_object`.", field=field)
+    spec = given[kind] if kind != "json_object" else ""
+    wanted = {
+        "kind": kind,
+        "spec": spec if isinstance(spec, str) else _json(spec),
+        "disable_any_whitespace": bool(outputs.disable_any_whitespace),
+        "whitespace_pattern": outputs.whitespace_pattern or "",
+    }
+    return msgspec.convert(wanted, StructuredOutput)
+
+
+def closed(schema: Any) -> Any:
+    """The schema, changed so that objects have no properties that it does not name, unless it says itself
+    which others they may have. (vLLM's rule.)"""
+    left = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            left += part.values()
+            if "properties" in part or "patternProperties" in part:
+                part.setdefault("additionalProperties", False)
+        elif isinstance(part, list):
+            left += part
+    return schema
 
 
 def checked(output: StructuredOutput, field: str) -> StructuredOutput:

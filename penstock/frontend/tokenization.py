@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import msgspec
 from msgspec import Meta
 
 from penstock.errors import PenstockError, RequestRejected
+from penstock.frontend.answers import Detokenized, Tokenized
 from penstock.frontend.chat import Chat
 from penstock.frontend.decoding import decoded
-from penstock.frontend.endpoint import PromptEncoder
+from penstock.frontend.endpoint import Operation, PromptEncoder
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import Message
 from penstock.frontend.openai import MAX_MESSAGES, MAX_MODEL_CHARS, ChatRequest, TokenId, check_chat
 from penstock.frontend.sampling import check_vocabulary, too_long
 from penstock.frontend.tools import MAX_TOOLS, Tool
-from penstock.frontend.unserved import REFUSED, check_refused
+from penstock.frontend.unserved import REFUSED, check_refused, with_refused
 from penstock.frontend.wording import rejected
 from penstock.shapes import JsonObject
 
@@ -47,10 +48,6 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None  # default: for a text yes, for a chat no
     return_token_strs: bool | None = None
 
-    chat_template: Any = None
-    media_io_kwargs: Any = None
-    mm_processor_kwargs: Any = None
-
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /detokenize."""
@@ -59,14 +56,18 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[TokenId]
 
 
-_TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
+_TOKENIZE = with_refused(TokenizeRequest, TOKENIZE_REFUSED)
+_TOKENIZE_DECODER = msgspec.json.Decoder(_TOKENIZE)
 _DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
 
 
 class Tokenize:
-    """A PromptEndpoint: a prompt's token ids."""
+    """A PromptApi whose objects are PromptEndpoints: a prompt's token ids."""
 
     name: ClassVar = "tokenize"
+    operation: ClassVar = Operation(
+        summary="Makes token ids of a text or a chat.", request=TokenizeRequest, answer=Tokenized
+    )
 
     def __init__(self, request: TokenizeRequest) -> None:
         """Raises RequestRejected for what does not go together."""
@@ -85,7 +86,7 @@ class Tokenize:
 
     @classmethod
     def decode(cls, body: bytes) -> Tokenize:
-        request = decoded(body, _TOKENIZE_DECODER, TokenizeRequest, _explained)
+        request = decoded(body, _TOKENIZE_DECODER, _TOKENIZE, _explained)
         check_refused({name: getattr(request, name) for name in TOKENIZE_REFUSED}, TOKENIZE_REFUSED)
         if request.prompt is None and request.messages is None:
             message = "Missing required field: `prompt`, or `messages` for a chat."
@@ -111,9 +112,12 @@ class Tokenize:
 
 
 class Detokenize:
-    """A PromptEndpoint: the text that token ids stand for."""
+    """A PromptApi whose objects are PromptEndpoints: the text that token ids stand for."""
 
     name: ClassVar = "detokenize"
+    operation: ClassVar = Operation(
+        summary="Makes text of token ids.", request=DetokenizeRequest, answer=Detokenized
+    )
 
     def __init__(self, request: DetokenizeRequest) -> None:
         self.model = request.model

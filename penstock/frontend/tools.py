@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -44,7 +44,7 @@ class NamedFunction(msgspec.Struct):
 
 
 class NamedTool(msgspec.Struct):
-    """The choice of one tool, by its name."""
+    """One of the tools, by its name."""
 
     function: NamedFunction
     type: Literal["function"] | None = "function"
@@ -53,7 +53,45 @@ class NamedTool(msgspec.Struct):
         self.type = "function"
 
 
-def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) -> None:
+class AllowedTools(msgspec.Struct):
+    """Some of the tools, of which the model may call any, or must call one."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.function.name for tool in self.tools)
+
+
+class ToolSelection(msgspec.Struct, omit_defaults=True):
+    """A choice of one tool, which the model must call, or of several."""
+
+    type: Literal["function", "allowed_tools"] | None = None
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+    def __post_init__(self) -> None:
+        self.type = self.type or "function"
+        if self.type == "function":
+            self.allowed_tools = None
+
+
+ToolChoice = Literal["none", "auto", "required"] | ToolSelection | None
+
+
+def selection_of(name: str) -> ToolSelection:
+    """The choice of this tool."""
+    return ToolSelection("function", NamedFunction(name))
+
+
+def selection_among(names: Iterable[str], mode: Literal["auto", "required"]) -> ToolSelection:
+    """The choice of these tools."""
+    tools = [NamedTool(NamedFunction(name)) for name in names]
+    return ToolSelection("allowed_tools", allowed_tools=AllowedTools(mode, tools))
+
+
+def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice) -> None:
     """Raises RequestRejected for a choice that these tools do not offer, or too deep a schema."""
     for index, tool in enumerate(tools or ()):
         check_depth(tool.function.parameters, f"tools[{index}].function.parameters")
@@ -61,11 +99,25 @@ def check_tools(tools: Sequence[Tool] | None, choice: str | NamedTool | None) ->
         return
     if not tools:
         raise RequestRejected("`tool_choice` needs `tools`.", field="tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in (tool.function.name for tool in tools):
-        raise RequestRejected(
-            f"`tool_choice` names `{choice.function.name}`, which is not among `tools`.",
-            field="tool_choice.function.name",
-        )
+    if isinstance(choice, ToolSelection):
+        _check_selection(choice, {tool.function.name for tool in tools})
+
+
+def _check_selection(choice: ToolSelection, names: Collection[str]) -> None:
+    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
+        places = [
+            (f"allowed_tools.tools[{index}].function.name", tool.function.name)
+            for index, tool in enumerate(choice.allowed_tools.tools)
+        ]
+    elif choice.type == "function" and choice.function is not None:
+        places = [("function.name", choice.function.name)]
+    else:
+        field = f"tool_choice.{choice.type}"
+        raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
+    for place, name in places:
+        if name not in names:
+            message = f"`tool_choice` names `{name}`, which is not among `tools`."
+            raise RequestRejected(message, field=f"tool_choice.{place}")
 
 
 def template_tools(tools: Sequence[Tool] | None) -> list[JsonObject] | None:

@@ -16,15 +16,17 @@ from msgspec import inspect
 
 from penstock.errors import RequestRejected
 
-_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.+)`", re.DOTALL)
 _TYPE: Final = re.compile(r"Expected `(?P<types>[^`]+)`, got `(?P<got>[^`]+)`")
+_NO_TAG: Final = "Expected `str`"  # msgspec's words for the type of an object that is no text
 _LIMIT: Final = re.compile(
     r"Expected `(?P<type>int|float|str|array|object)`"
     r" (?P<length>of length )?(?P<sign>[<>]=?) (?P<limit>\S+)"
 )
 _CHOICE: Final = re.compile(r"Invalid (?:enum )?value (?P<got>.*)", re.DOTALL)
+_VALUE: Final = "[...]"  # msgspec's word for any value of an object
 _STEP: Final = re.compile(r"\[\d*\.*\]|[^.\[\]]+")
 
 _WORDS: Final = {
@@ -52,17 +54,25 @@ def rejected(
     OpenAI's `param`."""
     match = _AT.match(str(error))
     what, path = (match["what"], match["path"] or "") if match else (str(error), "")
+    entry = "each key" if match and match["key"] else "each value" if path.endswith(_VALUE) else ""
     path = prefix + path if path else prefix.removesuffix(".")
     missing = _MISSING.fullmatch(what)
     if missing:
         path = f"{path}.{missing['name']}" if path else missing["name"]
+    if missing or (path and not path.endswith("]") and _got_null(what)):
         return RequestRejected(f"Missing required field: `{path}`.", code="missing_field", field=path)
     allowed = _allowed(_type_of(kind), path.removeprefix(prefix)) if path else []
-    # An entry of an object is shown without its key: name the object.
-    path = path.removesuffix("[...]")
+    path = path.removesuffix(_VALUE)
     where = f"`{path}`" if path else "the body"
-    message = f"{where} {_must(what, allowed)}."
+    # Which entry of an object is wrong is not known.
+    message = f"{where}: {entry} {_must(what, allowed)}." if entry else f"{where} {_must(what, allowed)}."
     return RequestRejected(message[:1].upper() + message[1:], field=path or None)
+
+
+def _got_null(what: str) -> bool:
+    """Whether null was found where it is not allowed: null means the same as leaving a field out."""
+    match = _TYPE.fullmatch(what)
+    return match is not None and match["got"] == "null"
 
 
 def wrong_entries(field: str, entries: list[str], expected: str) -> RequestRejected:
@@ -74,6 +84,8 @@ def wrong_entries(field: str, entries: list[str], expected: str) -> RequestRejec
 
 def _must(what: str, allowed: list[str]) -> str:
     """msgspec's complaint as the rest of a sentence that begins with a field's name."""
+    if what == _NO_TAG and allowed:
+        return f"must be {_one_of(allowed)}"
     if match := _CHOICE.fullmatch(what):
         return f"must be {_one_of(allowed)}, not {match['got'][:_MAX_GOT_CHARS]}"
     if match := _TYPE.fullmatch(what):

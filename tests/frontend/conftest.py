@@ -23,8 +23,13 @@ from tokenizers import (
     trainers,
 )
 
+from penstock.core.attempt_times import AttemptTimes
+from penstock.core.decision_record import RoutedRequest
+from penstock.core.explanation import ExplainedRequest, Explanation
+from penstock.core.misses import MissReport
+from penstock.core.recording import Recording, RecordingWanted
 from penstock.errors import PenstockError, Rejection, RequestRejected
-from penstock.frontend.app import create_app
+from penstock.frontend.app import App
 from penstock.frontend.http.server import serve
 from penstock.frontend.settings import FrontendSettings
 from penstock.metrics import Metrics
@@ -182,6 +187,13 @@ class ScriptedTicket:
         self.request_id = request_id
         self.cancelled = False
         self.done = False
+        self.attempts = [
+            AttemptTimes("a.1", "prefill-1", True, 0.002, 0.001, first_output_s=0.032),
+            AttemptTimes("a.2", "decode-1", False, 0.032, first_output_s=0.040),
+        ]
+
+    def explain(self) -> ExplainedRequest:
+        return ExplainedRequest(self.request_id, None, 0.0, "tiny", 1, "running", None, 0, None, "it", [])
 
     def cancel(self, *, complete: bool = False) -> None:
         if not self.done and not self.cancelled:
@@ -206,12 +218,15 @@ class ScriptedCompleter:
     submit_error: RequestRejected | None = None
     check_error: RequestRejected | None = None
     checked: list[tuple[str, str, int]] = field(default_factory=list)
+    explained: list[tuple[str, str | None]] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+    aliases: dict[str, ModelView] = field(default_factory=dict)
 
-    def models(self) -> list[ModelView]:
-        return self.views
+    def models(self) -> dict[str, ModelView]:
+        return {view.card.name: view for view in reversed(self.views)} | self.aliases  # the first of a name
 
     def model(self, name: str) -> ModelView:
-        view = next((view for view in self.views if view.card.name == name), None)
+        view = self.models().get(name)
         if view is None:
             raise RequestRejected(
                 f"no `{name}`", kind=Rejection.NOT_FOUND, code="model_not_found", field="model"
@@ -230,6 +245,25 @@ class ScriptedCompleter:
 
     def discovery(self) -> str:
         return ""
+
+    def explain(self, name: str, tenant: str | None) -> Explanation:
+        self.explained.append((name, tenant))
+        if name not in {request.call_id for request in self.requests}:
+            raise RequestRejected("not kept", kind=Rejection.NOT_FOUND, code="request_not_found")
+        return Explanation(name, [])
+
+    def misses(self, last_s: float) -> tuple[MissReport, list[RoutedRequest]]:
+        return MissReport(0.0, "kv", 0.0, [], {}), []
+
+    def foresee(self, request: Request) -> ExplainedRequest:
+        return ScriptedTicket(self, request.request_id).explain()
+
+    def record(self, wanted: RecordingWanted, tenant: str | None, on_more: Callable[[], None]) -> Recording:
+        self.recordings.append(Recording(wanted, tenant, 0.0, 0.0, on_more))
+        return self.recordings[-1]
+
+    def stop_recording(self, recording: Recording) -> None:
+        self.recordings.remove(recording)
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         self.checked.append((model, tenant, priority))
@@ -311,10 +345,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(completer, *, grace_s=5.0, parsers=None, inherited=None, **settings):
+async def serving(completer, *, grace_s=5.0, parsers=None, store=None, inherited=None, **settings):
     settings = FrontendSettings(**{"port": 0, **settings})
     metrics, stop = Metrics(), asyncio.Event()
-    app = create_app(completer, settings, metrics, parsers)
+    app = App(completer, settings, metrics, parsers, store)
     listening = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         serve(

@@ -2,10 +2,6 @@
 
 import json
 
-import anthropic.types.beta.message_count_tokens_params as beta_count
-import anthropic.types.beta.message_create_params as beta_create
-import anthropic.types.message_count_tokens_params as count
-import anthropic.types.message_create_params as create
 import msgspec
 import pytest
 from msgspec import inspect
@@ -14,12 +10,8 @@ from penstock.errors import RequestRejected
 from penstock.frontend.anthropic import (
     ANTHROPIC_HARMLESS,
     ANTHROPIC_REFUSED,
-    AnthropicMessage,
-    AnthropicTool,
-    AnthropicToolChoice,
     ConversationRequest,
     MessagesRequest,
-    OutputConfig,
     decode_messages,
 )
 from penstock.frontend.anthropic_chat import chat_request
@@ -62,40 +54,6 @@ def result(content, **fields):
 # --- fields ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("request_type", "params"),
-    [
-        (MessagesRequest, create.MessageCreateParamsBase),
-        (MessagesRequest, beta_create.MessageCreateParamsBase),
-        (ConversationRequest, count.MessageCountTokensParams),
-        (ConversationRequest, beta_count.MessageCountTokensParams),
-    ],
-)
-def test_every_field_of_the_official_client_is_served_or_refused_or_harmless(request_type, params):
-    served = set(request_type.__struct_fields__) - set(ANTHROPIC_REFUSED)
-    places = {
-        name: [where for where in (served, ANTHROPIC_REFUSED, ANTHROPIC_HARMLESS) if name in where]
-        for name in params.__annotations__
-    }
-    assert {name: len(found) for name, found in places.items() if len(found) != 1} == {}
-
-
-@pytest.mark.parametrize(
-    ("struct", "params", "harmless"),
-    [
-        (AnthropicTool, "tool_param.ToolParam", {"cache_control", "eager_input_streaming"}),
-        (AnthropicToolChoice, "tool_choice_tool_param.ToolChoiceToolParam", set()),
-        (OutputConfig, "beta.beta_output_config_param.BetaOutputConfigParam", set()),
-        (AnthropicMessage, "user_message_param.UserMessageParam", set()),
-        (AnthropicMessage, "beta.beta_system_message_param.BetaSystemMessageParam", {"output_config"}),
-    ],
-)
-def test_what_the_official_client_has_inside_of_fields_is_read(struct, params, harmless):
-    module, _, name = params.rpartition(".")
-    found = __import__(f"anthropic.types.{module}", fromlist=[name])
-    assert set(getattr(found, name).__annotations__) - set(struct.__struct_fields__) == harmless
-
-
 @pytest.mark.parametrize("name", ANTHROPIC_REFUSED)
 def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name):
     field, message = refused(**{name: {"x": 1}})
@@ -128,6 +86,11 @@ def test_null_is_the_same_as_leaving_a_field_out(kind):
 def test_a_body_of_nulls_is_one_of_defaults():
     names = set(MessagesRequest.__struct_fields__) - BODY.keys()
     assert chat(**dict.fromkeys(names)) == chat()
+
+
+def test_limit_of_thinking_is_that_of_a_chat():
+    assert chat(thinking={"type": "enabled", "budget_tokens": 2048}).thinking_token_budget == 2048
+    assert chat(thinking={"type": "disabled"}).thinking_token_budget is None
 
 
 def test_sampling_fields_are_those_of_a_chat():

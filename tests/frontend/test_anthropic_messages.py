@@ -386,6 +386,22 @@ async def test_a_wrong_field_is_named(served):
             await client.messages.create(**BODY, output_config={"format": format})
 
 
+async def test_max_tokens_beyond_the_whole_context_is_cut_to_what_is_left(served):
+    async with client_of(served) as client:
+        await client.messages.create(**BODY | {"max_tokens": 128_000})
+    (request,) = served.completer.requests
+    assert request.sampling.max_tokens == 2048 - len(request.token_ids)
+
+
+async def test_a_tool_runner_sends_the_whole_conversation_once_its_thread_is_refused(serve_script):
+    async with serve_script("hello") as served, client_of(served) as client:
+        with pytest.raises(anthropic.BadRequestError, match="`thread` is not supported") as raised:
+            await client.beta.messages.create(**BODY, thread={"type": "create"})
+        assert raised.value.body["error"]["details"] == {"error_code": "thread_unsupported_request"}
+        message = await client.beta.messages.tool_runner(**BODY, tools=[]).until_done()
+        assert [block.text for block in message.content] == ["hello"]
+
+
 async def test_paths_and_models_that_are_not_there_are_refused_in_anthropics_shape(served):
     async with client_of(served) as client:
         with pytest.raises(anthropic.NotFoundError, match="POST /v1/messages/batches") as raised:

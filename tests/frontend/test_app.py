@@ -33,6 +33,37 @@ async def test_models(served):
     assert one.model_extra["max_model_len"] == 2048
 
 
+async def test_alias_is_listed_and_answers_name_the_model_by_its_own_name(serve_script, view):
+    """As vLLM's do, where one model has several served names."""
+    async with serve_script("x") as served:
+        served.completer.aliases["gpt"] = view
+        listed = [model.id async for model in await served.client.models.list()]
+        one = await served.client.models.retrieve("gpt")
+        page = await served.http.get("/")
+        answers = [
+            await served.http.post("/v1/chat/completions", json=CHAT | {"model": "gpt"}),
+            await served.http.post("/v1/completions", json={"model": "gpt", "prompt": "a"}),
+            await served.http.post("/v1/responses", json={"model": "gpt", "input": "a"}),
+            await served.http.post("/v1/messages", json=CHAT | {"model": "gpt", "max_tokens": 5}),
+        ]
+        async with served.client.chat.completions.with_streaming_response.create(
+            **CHAT | {"model": "gpt"}, stream=True
+        ) as stream:
+            chunks = (await stream.read()).decode()
+        counted = await served.http.post("/tokenize", json={"model": "gpt", "prompt": "a"})
+        metrics = served.metrics.render()
+    assert listed == ["tiny", "gpt"]
+    assert one.id == "gpt"
+    assert "<li>gpt</li>" in page.text
+    assert [answer.json()["model"] for answer in answers] == ["tiny"] * 4
+    assert '"model":"tiny"' in chunks
+    assert "gpt" not in chunks
+    assert counted.status_code == 200
+    assert {request.model.name for request in served.completer.requests} == {"tiny"}
+    assert b'model="tiny"' in metrics
+    assert b'model="gpt"' not in metrics
+
+
 async def test_a_models_name_may_have_a_slash(serve_script, view_of, byte_level):
     async with serve_script("x", views=[view_of(byte_level, name="Qwen/Qwen3-32B")]) as served:
         assert (await served.client.models.retrieve("Qwen/Qwen3-32B")).id == "Qwen/Qwen3-32B"
@@ -265,6 +296,17 @@ async def test_strangers_paths_fill_neither_log_nor_metrics(served, caplog):
     assert max(map(len, lines_of(caplog))) < 500
 
 
+async def test_a_request_has_a_line_when_it_comes_and_one_when_it_ends_under_one_id(served, caplog):
+    caplog.set_level("DEBUG", "penstock.frontend")
+    answer = await served.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
+    async with asyncio.timeout(10):
+        while len(lines_of(caplog)) < 2:  # the last one follows the answer
+            await asyncio.sleep(0.01)
+    came, ended = lines_of(caplog)
+    assert came.startswith(f"received: request_id=mine id={answer.json()['id']} endpoint=chat_completions")
+    assert ended.startswith(f"request_id=mine id={answer.json()['id']} endpoint=chat_completions")
+
+
 async def test_a_wrong_key_is_logged_and_counted(serve_script, caplog):
     caplog.set_level("INFO", "penstock.frontend")
     async with serve_script("x", api_key="right") as served:
@@ -298,8 +340,8 @@ async def test_a_400_is_logged_with_its_field_and_at_debug_with_its_message(serv
         ({"max_tokens": 100_000}, "invalid_value"),
         ({"min_tokens": 9, "max_tokens": 5}, "invalid_value"),
         ({"tool_choice": "required"}, "invalid_value"),
-        ({"model": None}, "invalid_value"),
-        ({"continue_final_message": True}, "invalid_value"),
+        ({"model": None}, "missing_field"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "invalid_value"),
         ({"functions": [{}]}, "unsupported_value"),
     ],
 )

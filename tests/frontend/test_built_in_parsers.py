@@ -14,6 +14,21 @@ class TestBuiltInParsers(ParserContract):
     def parsers(self):
         return BuiltInParsers()
 
+    @pytest.mark.parametrize(
+        ("fields", "reasons"),
+        [
+            ({"reasoning_effort": "none"}, False),
+            ({"reasoning_effort": "low"}, True),
+            ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, True),
+        ],
+    )
+    def test_effort_of_none_is_an_answer_without_reasoning(self, parsers, model, fields, reasons):
+        answer = parsers.load(model).begin({"messages": [], **fields}).answer(PROMPT_IDS)
+        whole = answer.whole("It is 12.", [])
+        assert (whole.reasoning, whole.content or "") == (
+            ("It is 12.", "") if reasons else (None, "It is 12.")
+        )
+
 
 @pytest.fixture
 def read(byte_level, view_of):
@@ -85,12 +100,16 @@ def test_named_tool_gets_the_whole_answer_as_its_arguments(read):
     assert read("hermes", "", tool_choice=choice) == ("", [])
 
 
-@pytest.mark.parametrize("cut", range(len("<tool_call>") + 30, len(NAMED) + 10))
-def test_call_that_was_cut_stays_text(byte_level, view_of, cut):
+OPENED = '<tool_call>{"name": "get", "arguments": '
+
+
+@pytest.mark.parametrize("cut", range(len(OPENED) + 1, len(NAMED) + 10))
+def test_call_that_was_cut_has_what_came_of_its_arguments(byte_level, view_of, cut):
     parser = BuiltInParsers().load(view_of(byte_level, tool_parser="hermes"))
     text = f"<tool_call>{NAMED}"[:cut]
     whole = parser.begin({"messages": [], "tools": TOOLS}).answer([]).whole(text, [])
-    assert (whole.content, whole.tool_calls) == (text, [])
+    (call,) = whole.tool_calls
+    assert (whole.content, call.name, call.arguments) == (None, "get", ARGUMENTS[: cut - len(OPENED)])
 
 
 def test_forced_calls_are_held_to_the_schemas_of_the_tools(byte_level, view_of):

@@ -32,6 +32,9 @@ class Submitted:
     cancelled: int = 0
     complete: bool | None = None
 
+    attempts = ()
+    explain = None  # nobody asks here
+
     def cancel(self, *, complete=False):
         self.cancelled += 1
         self.complete = complete

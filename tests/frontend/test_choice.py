@@ -6,6 +6,7 @@ import pytest
 
 from penstock.frontend.choice import Choice
 from penstock.frontend.text.detokenize import TableDetokenizer, TokenTable
+from penstock.frontend.text.repetition import RepetitionDetection, RepetitionDetector
 from penstock.frontend.text.stop_strings import StopMatcher
 from penstock.shapes import Delta, FinishReason, ModelKey, Request, Sampling, TokenLogprob
 
@@ -62,6 +63,27 @@ def test_only_what_stopped_the_answer_is_left_out(answer_of, ids_of):
     answer.feed(Delta([stop_token]))  # ignore_eos, say: it did not end anything
     answer.feed(Delta([stop_token], finish_reason=FinishReason.STOP))
     assert answer.take()[0] == "!"
+
+
+def test_a_repetition_ends_the_answer_with_its_last_token(answer_of, ids_of):
+    a, b = ids_of("ab")
+    for least, finish, shown in (
+        (0, None, "abababab"),
+        (0, FinishReason.LENGTH, "abababab"),
+        (9, FinishReason.LENGTH, "ababababa"),
+        (9, None, "ababababa"),
+        (0, FinishReason.STOP, "abababab"),
+    ):
+        answer = answer_of(repetition=RepetitionDetector(RepetitionDetection(2, 2, 4)), min_tokens=least)
+        answer.feed(Delta([a, b], [TokenLogprob(a, -1.0), TokenLogprob(b, -1.0)]))
+        assert answer.finish_reason is None
+        step = [a, b] * 3 + [a]
+        answer.feed(Delta(step, [TokenLogprob(token_id, -1.0) for token_id in step], finish))
+        text, logprobs = answer.take()
+        assert (text, len(logprobs), answer.output_tokens) == (shown, len(shown), len(shown))
+        repeats = least == 0 or finish is None
+        assert answer.finish_reason is (FinishReason.STOP if repeats else finish)
+        assert answer.stop_reason == ("repetition_detected" if repeats else None)
 
 
 def test_logprobs_are_kept_with_their_tokens(answer_of, ids_of):

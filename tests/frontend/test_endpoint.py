@@ -7,6 +7,7 @@ import pytest
 
 from penstock.errors import RequestRejected
 from penstock.frontend import app
+from penstock.frontend.endpoint import Operation
 from penstock.frontend.text.logprobs import ChatLogprobs
 from penstock.frontend.wanted import Wanted
 from penstock.shapes import Sampling
@@ -17,6 +18,7 @@ class Words:
 
     name: ClassVar = "words"
     id_prefix: ClassVar = "w-"
+    operation: ClassVar = Operation(summary="Answers with words in brackets.")
 
     @staticmethod
     def error_object(error):

@@ -1,35 +1,22 @@
-"""No field that changes an answer is ignored without a word. All fields of other servers
-are served, refused by name, or known to be harmless."""
+"""Fields that chats and completions refuse, that change nothing, and that may be null."""
 
 import json
 from pathlib import Path
 
 import msgspec
-import openai.types.chat.completion_create_params as openai_chat
-import openai.types.completion_create_params as openai_text
 import pytest
 from msgspec import inspect
-from openai.types.chat import (
-    ChatCompletionAssistantMessageParam,
-    ChatCompletionDeveloperMessageParam,
-    ChatCompletionFunctionMessageParam,
-    ChatCompletionSystemMessageParam,
-    ChatCompletionToolMessageParam,
-    ChatCompletionUserMessageParam,
-)
 
 from penstock.errors import Rejection, RequestRejected
-from penstock.frontend.messages import Message
+from penstock.frontend.chat import Chat, template_input_of
+from penstock.frontend.completions import Completions
 from penstock.frontend.openai import (
     ChatRequest,
     CompletionRequest,
     NvExt,
-    StreamOptions,
     decode_chat,
     decode_completion,
 )
-from penstock.frontend.structured import StructuredOutputs
-from penstock.frontend.tools import Function, Tool
 from penstock.frontend.unserved import HARMLESS, NVEXT_HARMLESS, NVEXT_REFUSED, REFUSED
 
 PEERS = json.loads(Path(__file__).with_name("peer_fields.json").read_text())
@@ -37,30 +24,11 @@ HI = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
 DECODERS = {"chat": (decode_chat, HI), "completions": (decode_completion, TEXT)}
 REQUESTS = {"chat": ChatRequest, "completions": CompletionRequest}
-OPENAI = {
-    "chat": openai_chat.CompletionCreateParamsBase.__annotations__,
-    "completions": openai_text.CompletionCreateParamsBase.__annotations__,
-}
 
 
 def decode(endpoint, **fields):
     decoder, body = DECODERS[endpoint]
     return decoder(json.dumps(body | fields).encode())
-
-
-def named(peer, endpoint):
-    return OPENAI[endpoint] if peer == "openai" else PEERS[peer][endpoint]
-
-
-@pytest.mark.parametrize("endpoint", DECODERS)
-@pytest.mark.parametrize("peer", ["openai", *PEERS])
-def test_every_field_of_a_peer_has_one_place(peer, endpoint):
-    served = set(REQUESTS[endpoint].__struct_fields__) | {"stream"}
-    places = {
-        name: [where for where in (served, REFUSED, HARMLESS) if name in where]
-        for name in named(peer, endpoint)
-    }
-    assert {name for name, found in places.items() if len(found) != 1} == set()
 
 
 @pytest.mark.parametrize("endpoint", DECODERS)
@@ -88,16 +56,15 @@ def test_a_harmless_field_may_have_any_value_and_a_reason_is_written_beside_it(n
 
 
 def test_zero_is_not_false():
-    """`prompt_logprobs: 0` asks for the prompt's own log-probabilities."""
-    with pytest.raises(RequestRejected, match="prompt_logprobs"):
-        decode("completions", prompt_logprobs=0)
+    with pytest.raises(RequestRejected, match="use_beam_search"):
+        decode("completions", use_beam_search=0)
 
 
 def test_a_refused_field_is_named_before_the_value_of_another():
     """`max_tokens: 0` might be right with it."""
     with pytest.raises(RequestRejected) as raised:
-        decode("chat", prompt_logprobs=1, max_tokens=0)
-    assert raised.value.field == "prompt_logprobs"
+        decode("chat", use_beam_search=True, max_tokens=0)
+    assert raised.value.field == "use_beam_search"
 
 
 def test_echo_is_of_completions_and_only_with_it_no_token_may_be_asked_for():
@@ -141,31 +108,90 @@ def test_dynamos_name_for_template_variables():
     assert decode("chat", chat_template_args={"a": 1}).template_variables == {"a": 1}
 
 
+# --- served fields --------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+GIVEN = {
+    "add_generation_prompt": False,
+    "allowed_token_ids": [1],
+    "logprob_token_ids": [1],
+    "bad_words": ["x"],
+    "cache_salt": "s",
+    "chat_template_args": {"a": 1},
+    "chat_template_kwargs": {"a": 1},
+    "continue_final_message": True,
+    "documents": [{}],
+    "logit_bias": {"1": 1},
+    "logprobs": 2,
+    "messages": [{"role": "user", "content": "You"}],
+    "model": "other",
+    "n": 2,
+    "nvext": {"ignore_eos": True},
+    "prompt": "You",
+    "prompt_cache_key": "s",
+    "reasoning_effort": "high",
+    "repetition_detection": {"max_pattern_size": 2, "min_count": 3},
+    "repetition_penalty": 2,
+    "response_format": {"type": "json_object"},
+    "session_id": "s",
+    "skip_special_tokens": False,
+    "stop": "x",
+    "stop_token_ids": [1],
+    "structured_outputs": {"regex": "a"},
+    "tools": TOOLS,
+    "top_p": 0.5,
+    "truncation_side": "right",
+}
+"""Values that ask for something; of other fields 1 or true does."""
+TOGETHER = {
+    "best_of": {"n": 2},
+    "continue_final_message": {"add_generation_prompt": False},
+    "echo": {"logprobs": 1},
+    "top_logprobs": {"logprobs": True},
+    "truncation_side": {"truncate_prompt_tokens": 1},
+}
+"""What a field is sent with."""
+ELSEWHERE = {
+    "add_special_tokens": "read where a prompt is tokenized",
+    "best_of": "may only say what `n` does",
+    "include_reasoning": "read by the model's parser",
+    "parallel_tool_calls": "read by the model's parser",
+    "return_prompt_text": "read where the prompt is rendered",
+    "stream_options": "read where chunks are written",
+    "tool_choice": "read by the model's parser",
+}
+
+
+def meaning(endpoint, **fields):
+    """What is made of a body."""
+    if endpoint == "chat":
+        request = decode("chat", **fields)
+        return Chat(request).wanted, template_input_of(request)
+    request = decode("completions", **fields)
+    return Completions(request).wanted, request.prompts
+
+
+def asked(endpoint, name):
+    if name in GIVEN and (endpoint, name) != ("chat", "logprobs"):
+        return GIVEN[name]
+    fields = {field.name: field for field in inspect.type_info(REQUESTS[endpoint]).fields}
+    return True if any(isinstance(kind, inspect.BoolType) for kind in fields[name].type.types) else 1
+
+
 @pytest.mark.parametrize(
-    ("kind", "struct", "harmless"),
+    ("endpoint", "name"),
     [
-        ("stream_options", StreamOptions, set()),
-        ("tool", Tool, set()),
-        ("function", Function, set()),
-        ("structured_outputs", StructuredOutputs, set()),
-        ("message", Message, set()),
+        (endpoint, name)
+        for endpoint, kind in REQUESTS.items()
+        for name in kind.__struct_fields__
+        if name not in ELSEWHERE and (endpoint, name) != ("chat", "echo")
     ],
 )
-def test_what_vllm_reads_inside_of_fields_is_read(kind, struct, harmless):
-    assert set(PEERS["vllm"][kind]) - set(struct.__struct_fields__) == harmless
-
-
-def test_what_openai_has_in_messages_is_read():
-    messages = (
-        ChatCompletionAssistantMessageParam,
-        ChatCompletionDeveloperMessageParam,
-        ChatCompletionFunctionMessageParam,
-        ChatCompletionSystemMessageParam,
-        ChatCompletionToolMessageParam,
-        ChatCompletionUserMessageParam,
-    )
-    names = {name for message in messages for name in message.__annotations__}
-    assert names - set(Message.__struct_fields__) == set()
+def test_a_served_field_changes_what_is_made_of_a_body(endpoint, name):
+    others = {other: value for other, value in TOGETHER.get(name, {}).items() if other != name}
+    if name == "logprob_token_ids":
+        others = {"logprobs": asked(endpoint, "logprobs")}
+    assert meaning(endpoint, **others, **{name: asked(endpoint, name)}) != meaning(endpoint, **others)
 
 
 # --- null -----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What a body may say, and how a wrong one is answered."""
 
+import codecs
 import json
+import time
 
 import pytest
 
@@ -90,6 +92,11 @@ def test_null_is_absence():
     assert Chat(request).wanted.stops == ()
 
 
+def allowed(*names, mode="auto"):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
@@ -148,7 +155,7 @@ def test_whole_floats_are_integers():
         ({"messages": [{"role": "user", "content": ["x", 3]}]}, "messages[0].content[1]"),
         ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
         ({"tools": [{"function": {"name": "f"}}], "tool_choice": "any"}, "tool_choice"),
-        ({"nvext": {"max_thinking_tokens": 5}}, "nvext.max_thinking_tokens"),
+        ({"nvext": {"max_thinking_tokens": -5}}, "nvext.max_thinking_tokens"),
         ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
         ({"nvext": {"never_heard_of": 1}}, "nvext"),
         ({"nvext": []}, "nvext"),
@@ -168,6 +175,18 @@ def test_whole_floats_are_integers():
             {"tools": [{"function": {"name": "f"}}], "tool_choice": {"function": {"name": "g"}}},
             "tool_choice.function.name",
         ),
+        *(
+            ({"tools": [{"function": {"name": "f"}}], "tool_choice": choice}, f"tool_choice.{field}")
+            for choice, field in (
+                ({"type": "function"}, "function"),
+                ({"type": "allowed_tools"}, "allowed_tools"),
+                ({"type": "allowed_tools", "function": {"name": "f"}}, "allowed_tools"),
+                (allowed(mode="none"), "allowed_tools.mode"),
+                (allowed(mode=None), "allowed_tools.mode"),
+                (allowed(), "allowed_tools.tools"),
+                (allowed("f", "g"), "allowed_tools.tools[1].function.name"),
+            )
+        ),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"functions": [{}]}, "functions"),
@@ -184,7 +203,7 @@ def test_whole_floats_are_integers():
         ({"audio": {"voice": "x"}}, "audio"),
         ({"chat_template": "x"}, "chat_template"),
         ({"guided_json": {}}, "guided_json"),
-        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"priority": "high"}, "priority"),
     ],
 )
@@ -208,6 +227,15 @@ def test_a_wrong_chat_field_is_named(fields, field):
         ({"suffix": "x"}, "suffix"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
+        *(
+            ({"repetition_detection": given}, f"repetition_detection.{field}")
+            for given, field in (
+                ({"max_pattern_size": 257, "min_count": 2}, "max_pattern_size"),
+                ({"max_pattern_size": 2, "min_pattern_size": 3, "min_count": 2}, "min_pattern_size"),
+                ({"max_pattern_size": 2}, "min_count"),
+                ({"max_pattern_size": 2, "min_count": 1}, "min_count"),
+            )
+        ),
     ],
 )
 def test_a_wrong_completion_field_is_named(fields, field):
@@ -232,13 +260,44 @@ def test_missing_fields_are_named():
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"nonsense", b'{"model": "\xff"}', b'{"a":' + b"[" * 100_000, b'{"model": "\\ud800"}'],
-    ids=["empty", "cut", "nonsense", "not utf-8", "deep", "half a surrogate"],
+    [b"", b"{", b"nonsense", b'{"model": "\xff"}', b'{"a":' + b"[" * 100_000],
+    ids=["empty", "cut", "nonsense", "not utf-8", "deep"],
 )
 def test_what_is_no_json_is_refused(body):
     with pytest.raises(RequestRejected) as raised:
         decode_chat(body)
     assert (raised.value.kind, raised.value.code) == (Rejection.INVALID, "invalid_json")
+
+
+def test_a_byte_order_mark_before_the_body_is_left_out():
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}'
+    assert decode_chat(codecs.BOM_UTF8 + body) == decode_chat(body)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"a\ud83d", "a\ufffd"),
+        (r"\uDE00b", "\ufffdb"),
+        (r"\ud83d\ud83d\ude00\ude00", "\ufffd😀\ufffd"),
+        (r"\ud83d\n\u00e9", "\ufffd\né"),
+        (r"\\ud83d\ud83d", "\\ud83d\ufffd"),
+        (r"\\\ud83d", "\\\ufffd"),
+        (r"\ud83d\ude00", "😀"),
+    ],
+)
+def test_half_of_a_character_is_read_as_the_replacement_character(written, read):
+    body = b'{"model": "tiny", "messages": [{"role": "user", "content": "%b"}]}' % written.encode()
+    assert decode_chat(body).messages[0].content == read
+
+
+def test_body_of_nothing_but_halves_is_no_json_and_costs_little():
+    content = r"\ud83d" * 2_000_000
+    began = time.perf_counter()
+    with pytest.raises(RequestRejected) as caught:
+        decode_completion(b'{"model": "tiny", "prompt": "%b"}' % content.encode())
+    assert caught.value.code == "invalid_json"
+    assert time.perf_counter() - began < 2.0
 
 
 def test_json_that_is_no_object_is_refused():

@@ -1,11 +1,14 @@
-"""Items as messages, and the store of responses."""
+"""Items as messages, and an answer as items."""
 
 import msgspec
 import pytest
 
 from penstock.frontend.responses_api.input_items import carried, messages_of
+from penstock.frontend.responses_api.output_items import OutputItems
 from penstock.frontend.responses_api.request_body import InputItem
-from penstock.frontend.responses_api.store import ENTRY_BYTES, MemoryResponseStore, StoredResponse
+from penstock.frontend.responses_api.tool_names import Offered
+from penstock.shapes import Parsed, ToolCallDelta
+from tests.frontend.named_events import named_events
 
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
 OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "42"}
@@ -44,6 +47,9 @@ def test_cut_or_odd_arguments_refuse_nothing(arguments):
     [
         ({"type": "reasoning", "summary": [{"type": "summary_text", "text": "short"}]}, "short"),
         ({"type": "reasoning", "summary": [], "encrypted_content": carried("hm, 😀")}, "hm, 😀"),
+        ({"type": "reasoning", "content": "hm"}, "hm"),
+        ({"type": "reasoning", "summary": "short", "content": None}, "short"),
+        ({"type": "reasoning", "summary": ["a", "b"]}, "a\nb"),
     ],
 )
 def test_reasoning_is_found_where_the_client_has_it(item, reasoning):
@@ -69,60 +75,27 @@ def test_custom_call_and_its_output_in_parts():
     assert result.content == "a\nb"
 
 
-# --- the store ------------------------------------------------------------------------------------
+# --- an answer as items ---------------------------------------------------------------------------
+
+CALL_BEGINS = Parsed(tool_calls=[ToolCallDelta(0, "c0", "f", "{}")])
 
 
-def stored(name, size=0):
-    return StoredResponse(name, b"x" * size, b"", "")
+def answer_of(*parts):
+    """The items of an answer that came in these parts, and the deltas of its text."""
+    output = OutputItems("resp_0", {"f": Offered("function", "f")}, carries=False)
+    events = b"".join([*(output.add(part, ()) for part in parts), output.end(complete=True)])
+    told = named_events(events.decode())
+    assert [event["sequence_number"] for event in told] == list(range(len(told)))
+    return output.items, [event["delta"] for event in told if event["type"] == "response.output_text.delta"]
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-async def kept(store, tenant, *names):
-    return [name for name in names if await store.get(tenant, name) is not None]
+def test_space_between_calls_is_no_message_and_within_a_message_it_stays():
+    texts = [Parsed(content=text) for text in ("\n", "Then", " ", "\n", "this.")]
+    (call, message), deltas = answer_of(CALL_BEGINS, *texts)
+    assert (call["type"], message["content"][0]["text"]) == ("function_call", "Then \nthis.")
+    assert deltas == ["Then", " ", "\n", "this."]
 
 
-async def test_store_beyond_its_count_forgets_what_was_not_used_for_longest():
-    store = MemoryResponseStore(2, 10**6, 60.0)
-    await store.put("t", stored("a"))
-    await store.put("t", stored("b"))
-    await store.get("t", "a")
-    await store.put("t", stored("c"))
-    assert await kept(store, "t", "a", "b", "c") == ["a", "c"]
-
-
-async def test_store_beyond_its_bytes_takes_from_who_keeps_most():
-    store = MemoryResponseStore(100, 10 * ENTRY_BYTES, 60.0)
-    await store.put("small", stored("s"))
-    for number in range(5):
-        await store.put("large", stored(str(number), 2 * ENTRY_BYTES))
-    assert await kept(store, "small", "s") == ["s"]
-    assert await kept(store, "large", *"01234") == ["2", "3", "4"]
-    assert (store.count, store.bytes) == (4, 10 * ENTRY_BYTES)
-
-
-async def test_store_forgets_what_is_too_old_and_keeps_nothing_too_large():
-    clock = Clock()
-    store = MemoryResponseStore(100, 10 * ENTRY_BYTES, 60.0, clock)
-    await store.put("t", stored("a"))
-    await store.put("t", stored("huge", 20 * ENTRY_BYTES))
-    clock.now = 59.0
-    assert await kept(store, "t", "a", "huge") == ["a"]
-    clock.now = 118.0
-    assert await kept(store, "t", "a") == ["a"]
-    clock.now = 179.0
-    assert await kept(store, "t", "a") == []
-    assert (store.count, store.bytes) == (0, 0)
-
-
-async def test_store_deletes_once_and_for_the_owner_only():
-    store = MemoryResponseStore(100, 10**6, 60.0)
-    await store.put("t", stored("a"))
-    assert not await store.delete("u", "a")
-    assert await store.delete("t", "a")
-    assert not await store.delete("t", "a")
+def test_parts_without_anything_say_nothing():
+    (message,), deltas = answer_of(Parsed(), Parsed(content=""), Parsed(content="a"), Parsed(content=""))
+    assert (message["content"][0]["text"], deltas) == ("a", ["a"])

@@ -1,9 +1,8 @@
 """The Responses API, as its official client finds it: whole responses, events, what is stored, errors."""
 
 import json
-from pathlib import Path
 
-import openai.types.responses.response_create_params as openai_responses
+import msgspec
 import pytest
 from openai.types import responses
 from pydantic import TypeAdapter
@@ -11,11 +10,11 @@ from pydantic import TypeAdapter
 from penstock.errors import RemoteError, RequestRejected
 from penstock.frontend.http.api_keys import key_line
 from penstock.frontend.responses_api.request_body import (
-    RESPONSES_HARMLESS,
     RESPONSES_REFUSED,
     ResponsesRequest,
     decode_response_request,
 )
+from penstock.frontend.responses_api.tool_names import offered_tools
 from penstock.shapes import Delta, FinishReason, TokenLogprob
 from tests.frontend.named_events import named_events
 from tests.frontend.tag_parsers import TagParsers
@@ -79,6 +78,26 @@ async def both(served, **fields):
     answer = await served.http.post("/v1/responses", json={**BODY, **fields, "stream": True})
     events = events_of(answer.text)
     return whole, events
+
+
+async def test_input_tokens_are_those_that_an_answer_is_made_for(serve_parsed):
+    fields = {"instructions": "Be brief.", "tools": [GET], "reasoning": {"effort": "low"}}
+    async with serve_parsed("</think>Yes.") as served:
+        first = await create(served, **fields)
+        long = [{"role": "user", "content": text} for text in ("word " * 5000, "Hi")]
+        for more in (
+            {},
+            {"previous_response_id": first.id},
+            {"input": long, "truncation": "auto"},
+        ):
+            counted = await served.http.post("/v1/responses/input_tokens", json={**BODY, **fields, **more})
+            count = responses.InputTokenCountResponse.model_validate(counted.json(), **STRICT)
+            answered = await create(served, **fields, **more)
+            assert count.input_tokens == answered.usage.input_tokens
+        sdk = await served.client.responses.input_tokens.count(**{**BODY, **fields})
+        assert sdk.input_tokens == first.usage.input_tokens
+        path = "/v1/responses/input_tokens"
+        assert await error_of(served, path=path, input=None) == (400, "input", "missing_field")
 
 
 async def test_text_whole_and_streamed_is_one_message(served):
@@ -147,6 +166,28 @@ async def test_custom_tool_is_shown_as_a_function_of_its_input(serve_parsed):
         "custom_tool_call_input.done",
         "output_item.done",
     ]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "definition", "key", "value"),
+    [
+        ("regex", "[a-z]+|0", "pattern", "^(?:[a-z]+|0)$"),
+        (
+            "lark",
+            'start: "x"+',
+            "description",
+            'The whole input of the tool, as plain text. It follows this Lark grammar:\nstart: "x"+',
+        ),
+    ],
+)
+async def test_grammar_of_a_custom_tool_is_in_the_schema_and_a_pattern_is_strict(
+    syntax, definition, key, value
+):
+    format = {"type": "grammar", "syntax": syntax, "definition": definition}
+    body = msgspec.convert({**BODY, "tools": [{**PATCH, "format": format}]}, ResponsesRequest)
+    (tool,) = offered_tools(body).tools
+    assert tool.function.parameters["properties"]["input"][key] == value
+    assert tool.function.strict is (True if key == "pattern" else None)
 
 
 async def test_custom_call_of_another_form_is_given_as_written(serve_parsed):
@@ -223,7 +264,9 @@ async def test_reference_stands_for_the_stored_item(serve_script, byte_level):
         await create(served, input=items)
         assert "assistant\nHello!" in prompt_of(served, byte_level)
         status = await error_of(served, input=[{"type": "item_reference", "id": "msg_1"}])
+        nameless = await error_of(served, input=[{"type": "item_reference"}])
     assert status == (400, "input[0].id", "item_not_found")
+    assert nameless == (400, "input[0].id", "missing_field")
 
 
 async def test_few_bytes_that_name_many_are_refused(serve_script, monkeypatch):
@@ -315,8 +358,14 @@ async def test_long_conversation_loses_its_beginning_only_when_asked(serve_scrip
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [GET, GET]}, "tools[1].name"),
-        ({"tools": [{**PATCH, "format": {"type": "grammar"}}]}, "tools[0].format.type"),
+        ({"tools": [{**PATCH, "format": {"type": "ebnf"}}]}, "tools[0].format.type"),
+        ({"tools": [{**PATCH, "format": {"type": "grammar"}}]}, "tools[0].format.definition"),
+        (
+            {"tools": [{**PATCH, "format": {"type": "grammar", "syntax": "gbnf", "definition": "x"}}]},
+            "tools[0].format.syntax",
+        ),
         ({"tools": [GET], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
+        ({"tools": [GET], "tool_choice": {"type": "function"}}, "tool_choice.name"),
         ({"tools": [GET], "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
         ({"tools": [GET], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
     ],
@@ -356,23 +405,19 @@ async def test_structured_output_is_asked_of_the_engine(serve_parsed):
 
 async def test_allowed_tools_are_the_only_ones(serve_parsed):
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "patch"}]}
-    async with serve_parsed("</think>x") as served:
+    call = '<tool_call>{"name": "get", "arguments": {}}</tool_call>'
+    async with serve_parsed("</think>" + call) as served:
         made = await create(served, tools=[GET, PATCH], tool_choice=choice)
+        free = await create(served, tools=[GET, PATCH])
     assert made.tool_choice.to_dict() == choice
+    assert [item.type for item in made.output if item.type != "reasoning"] == ["message"]
+    assert made.output_text == ""
+    assert [item.type for item in free.output if item.type != "reasoning"] == ["function_call"]
+    allowing, plain = served.completer.requests
+    assert allowing.token_ids == plain.token_ids
 
 
 # --- fields ---------------------------------------------------------------------------------------
-
-PEER_FIELDS = {
-    "openai": set(openai_responses.ResponseCreateParamsBase.__annotations__),
-    "vllm": set(json.loads(Path(__file__).with_name("peer_fields.json").read_text())["vllm"]["responses"]),
-}
-
-
-@pytest.mark.parametrize("peer", PEER_FIELDS)
-def test_every_field_of_a_peer_has_one_place(peer):
-    places = (ResponsesRequest.__struct_fields__, RESPONSES_REFUSED, RESPONSES_HARMLESS)
-    assert {name for name in PEER_FIELDS[peer] if sum(name in place for place in places) != 1} == set()
 
 
 @pytest.mark.parametrize("name", RESPONSES_REFUSED)

@@ -3,6 +3,7 @@
 import json
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +103,14 @@ def test_min_tokens_above_max_tokens_is_refused():
     assert raised.value.field == "min_tokens"
 
 
-@pytest.mark.parametrize("fields", [{"logit_bias": {"50": 1}}, {"stop_token_ids": [1, 50]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"50": 1}},
+        {"stop_token_ids": [1, 50]},
+        {"logprob_token_ids": [1, 50], "logprobs": True},
+    ],
+)
 def test_tokens_outside_of_the_vocabulary_are_refused(fields):
     with pytest.raises(RequestRejected) as raised:
         fitted(chat(**fields))
@@ -176,3 +184,15 @@ def test_a_bad_word_counts_with_and_without_a_space_before_it():
     with pytest.raises(RequestRejected) as raised:
         bad_sequences([[], [1]])
     assert raised.value.field == "bad_words"
+
+
+def test_limit_of_reasoning_is_refused_for_a_model_without_any_unless_it_is_a_wish():
+    limited, rng = chat(thinking_token_budget=5), random.Random(7)
+    with pytest.raises(RequestRejected, match="thinking_token_budget"):
+        sampling_of(limited, MODEL.card, rng)
+    wished = msgspec.structs.replace(limited, needs_reasoning=False)
+    assert sampling_of(wished, MODEL.card, rng).thinking_budget is None
+    able = changed(MODEL.card, thinking_budget=True)
+    assert sampling_of(limited, able, rng).thinking_budget == 5
+    assert sampling_of(chat(thinking_token_budget=-1), able, rng).thinking_budget is None
+    assert sampling_of(chat(nvext={"max_thinking_tokens": 3}), able, rng).thinking_budget == 3

@@ -50,6 +50,18 @@ def structured_of(byte_level, view_of):
         ({"structured_outputs": {"grammar": "root ::= x"}}, StructuredOutput("grammar", "root ::= x")),
         ({"structured_outputs": {"json_object": True}}, StructuredOutput("json_object")),
         (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            StructuredOutput("json_object", disable_any_whitespace=True),
+        ),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " ?"}},
+            StructuredOutput("json", "{}", whitespace_pattern=" ?"),
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": False}},
+            StructuredOutput("regex", "a"),
+        ),
+        (
             {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
             StructuredOutput("regex", "a"),
         ),
@@ -71,6 +83,18 @@ def test_what_is_asked_for(structured_of, fields, expected):
         ),
         ({"structured_outputs": {"regex": "a" * (MAX_SPEC_CHARS + 1)}}, "structured_outputs"),
         ({"structured_outputs": {"json": DEEP}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"json": DEEP, "disable_additional_properties": True}},
+            "structured_outputs",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
+        (
+            {"structured_outputs": {"choice": ["a"], "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+        ),
         ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs"),
         ({"structured_outputs": {"json": "no JSON"}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": '{"x":' + DEEP + "}"}}, "structured_outputs"),
@@ -103,3 +127,14 @@ def test_an_engine_that_cannot_is_not_asked(structured_of, fields, field):
     with pytest.raises(RequestRejected) as raised:
         structured_of(able=False, **fields)
     assert (raised.value.field, raised.value.code) == (field, "unsupported_value")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_objects_have_no_properties_that_the_schema_does_not_name(structured_of, as_text):
+    inner = {"type": "object", "patternProperties": {"a": {}}}
+    open_one = {"type": "object", "properties": {}, "additionalProperties": True}
+    schema = {"properties": {"x": {"anyOf": [inner, open_one]}, "y": {"type": "object"}}}
+    given = json.dumps(schema) if as_text else schema
+    wanted = structured_of(structured_outputs={"json": given, "disable_additional_properties": True})
+    inner["additionalProperties"] = schema["additionalProperties"] = False
+    assert json.loads(wanted.spec) == schema

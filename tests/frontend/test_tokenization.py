@@ -7,6 +7,7 @@ import pytest
 
 from penstock.frontend.http.api_keys import key_line
 from penstock.frontend.text import model_text
+from penstock.frontend.tokenization import TOKENIZE_REFUSED
 from tests.frontend.conftest import CHATML
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -48,6 +49,7 @@ async def test_special_tokens_are_added_to_texts_unless_told_otherwise(
         ({}, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
         ({"add_generation_prompt": False}, "<|im_start|>user\nHi<|im_end|>\n"),
         ({"add_generation_prompt": False, "continue_final_message": True}, "<|im_start|>user\nHi"),
+        ({"continue_final_message": True}, "<|im_start|>user\nHi"),
         (
             {"chat_template_kwargs": {"extra": "E"}},
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nE",
@@ -77,7 +79,7 @@ async def test_a_chat_has_the_tokens_of_its_rendered_prompt(
         ("/tokenize", {"messages": HI, "chat_template": "x"}, "chat_template", "unsupported_value"),
         (
             "/tokenize",
-            {"messages": HI, "continue_final_message": True},
+            {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
             "invalid_value",
         ),
@@ -93,6 +95,13 @@ async def test_a_bad_body_is_refused_by_the_fields_name(served, path, body, para
     assert response.status_code == 400
     error = response.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize("name", TOKENIZE_REFUSED)
+async def test_field_that_would_change_the_tokens_is_refused_by_its_name(served, name):
+    refused = await ask(served, "/tokenize", messages=HI, **{name: {"x": 1}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+    assert (await ask(served, "/tokenize", messages=HI, **{name: None})).status_code == 200
 
 
 async def test_an_unknown_model_is_not_found(served):

@@ -5,17 +5,24 @@ import json
 import pytest
 
 from penstock.errors import RequestRejected
+from penstock.frontend.anthropic import decode_messages
 from penstock.frontend.openai import decode_chat, decode_completion
+from penstock.frontend.responses_api.request_body import decode_response_request
 
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def said(decoder=decode_chat, **fields):
+def refusal(decoder=decode_chat, **fields):
     body = {"model": "m", ("prompt" if decoder is decode_completion else "messages"): HI, **fields}
     with pytest.raises(RequestRejected) as raised:
         decoder(json.dumps(body).encode())
-    assert raised.value.code == "invalid_value"
-    return raised.value.message
+    return raised.value
+
+
+def said(decoder=decode_chat, **fields):
+    error = refusal(decoder, **fields)
+    assert error.code == "invalid_value"
+    return error.message
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,10 @@ def said(decoder=decode_chat, **fields):
             "`response_format.type` must be one of `text`, `json_object`, `json_schema`, `structural_tag`,"
             " not 'xml'.",
         ),
+        (
+            {"response_format": {"type": None}},
+            "`response_format.type` must be one of `text`, `json_object`, `json_schema`, `structural_tag`.",
+        ),
         ({"structured_outputs": {"regexp": "a"}}, "`structured_outputs` has no field `regexp`."),
         ({"nvext": {"top_k": "x"}}, "`nvext.top_k` must be an integer, not a string."),
         ({"nvext": {"x": 1}}, "`nvext` has no field `x`."),
@@ -76,6 +87,42 @@ def said(decoder=decode_chat, **fields):
 )
 def test_a_message_names_the_field_and_says_what_it_must_be(fields, message):
     assert said(**fields) == message
+
+
+@pytest.mark.parametrize(
+    ("decoder", "fields", "field"),
+    [
+        (decode_chat, {"model": None}, "model"),
+        (decode_chat, {"messages": None}, "messages"),
+        (decode_chat, {"messages": [{"role": None, "content": "Hi"}]}, "messages[0].role"),
+        (decode_chat, {"tools": [{"function": None}]}, "tools[0].function"),
+        (decode_completion, {"prompt": None}, "prompt"),
+        (decode_messages, {"max_tokens": None}, "max_tokens"),
+        (decode_response_request, {"input": [], "tool_choice": {"type": None}}, "tool_choice.type"),
+    ],
+)
+def test_null_in_place_of_a_required_field_is_a_missing_field(decoder, fields, field):
+    error = refusal(decoder, **fields)
+    assert (error.code, error.field) == ("missing_field", field)
+    assert error.message == f"Missing required field: `{field}`."
+
+
+def test_null_among_the_items_of_a_list_is_a_wrong_item():
+    assert said(stop=[None]) == "`stop[0]` must be a string, not null."
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"a": 1}, "`metadata`: each value must be a string, not an integer."),
+        ({"a": None}, "`metadata`: each value must be a string, not null."),
+        ({"a": "x" * 513}, "`metadata`: each value must be a string of at most 512 characters."),
+        ({"a" * 65: "x"}, "`metadata`: each key must be a string of at most 64 characters."),
+        ("a", "`metadata` must be an object, not a string."),
+    ],
+)
+def test_a_wrong_entry_of_an_object_is_not_taken_for_the_object(metadata, message):
+    assert said(decode_response_request, metadata=metadata) == message
 
 
 def test_of_many_wrong_entries_some_are_named():

@@ -27,6 +27,7 @@ from penstock.net.renewed import Renewed, read_text
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024  # 40,000 keys, read in some 30 ms
 MIN_KEY_CHARS: Final = 20  # of keys made elsewhere: 120 bits when they are random
 UNNAMED: Final = "api-key"  # the name of the key that came as a setting and not from the file
+ADMIN: Final = "admin"  # the name of the keys that may see what was decided for everybody's requests
 
 _RANDOM_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][-\w.]{0,63}", re.ASCII)

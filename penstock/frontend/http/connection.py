@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -40,6 +41,10 @@ request, and many clients do not repeat one that they sent into a closing connec
 
 LINGER_S: Final = 2.0  # after refusing a connection, for the client to read why and close
 
+_METHOD: Final = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]{1,32}) [^ \r\n]+ HTTP/")
+_TLS: Final = b"\x16\x03"  # how a connection of TLS begins
+_HTTP_2: Final = b"PRI * HTTP/2"  # and one of HTTP/2 that nobody has asked for
+
 MAX_LINGERING: Final = 256
 """Connections beyond the limit that are kept for so long; any more are dropped at once."""
 
@@ -59,6 +64,7 @@ class HttpConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.url = b""  # there may be errors before the first request
         self._refused = False
         self._in_request = False  # between the first byte of one and its last
         self._head_bytes = 0  # since the last byte of a body, or the last end of a request
@@ -107,8 +113,7 @@ class HttpConnection(HttpToolsProtocol):
                     self._refuse_head()
                     return
                 self.quiet_log.info("%s sent invalid HTTP: %s", self._client_address(), error)
-                message = "Invalid HTTP request received."
-                self._refuse(RequestRejected(message, code="invalid_http"))
+                self._refuse(_refusal(error, data))
                 return
 
     def _client_address(self) -> str:
@@ -134,6 +139,13 @@ class HttpConnection(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._plain_head = self._head_without(b"upgrade")
             return
+        if self._head_bytes > MAX_HEAD_BYTES and self._parsed_head_bytes() > MAX_HEAD_BYTES:
+            raise ProtocolError("too large a head")  # in one piece, with its end
+        if not self.url.startswith(b"/") and httptools.parse_url(self.url).path is None:
+            origin, mark, query = self.url.partition(b"?")  # as in `GET http://host?a=b`
+            self.url = b"%b/%b%b" % (origin, mark, query)
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # its clients do not know the answer to it
         self._head_complete()
         super().on_headers_complete()
         if (
@@ -143,6 +155,9 @@ class HttpConnection(HttpToolsProtocol):
             cast(dict[str, Any], self.scope)["extensions"].update(plain)
         if self.leaving:
             self.cycle.keep_alive = False
+
+    def _parsed_head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
 
     def _head_without(self, name: bytes) -> bytes:
         version = self.parser.get_http_version().encode()
@@ -217,8 +232,11 @@ class HttpConnection(HttpToolsProtocol):
         self._abort_after(LINGER_S)
 
     def _refuse_head(self) -> None:
-        message = f"More than {MAX_HEAD_BYTES} bytes of request line and headers, or of trailers."
-        error = RequestRejected(message, kind=Rejection.HEAD_TOO_LARGE)
+        if len(self.url) > MAX_HEAD_BYTES // 2:
+            error = RequestRejected("The URL is too long.", kind=Rejection.URL_TOO_LONG)
+        else:
+            message = f"More than {MAX_HEAD_BYTES} bytes of request line and headers, or of trailers."
+            error = RequestRejected(message, kind=Rejection.HEAD_TOO_LARGE)
         self._refuse(error)
 
     def _await_head(self) -> None:
@@ -243,6 +261,27 @@ class HttpConnection(HttpToolsProtocol):
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
+
+
+def _refusal(error: httptools.HttpParserError, data: bytes) -> RequestRejected:
+    """What to say of bytes that the parser cannot read."""
+    reason = str(error)
+    if isinstance(error, httptools.HttpParserInvalidMethodError):
+        method = _METHOD.match(data)
+        if method is not None:
+            message = (
+                f"The HTTP method `{method[1].decode()}` is not known; methods are written in capitals."
+            )
+            return RequestRejected(message, kind=Rejection.NOT_IMPLEMENTED, code="unknown_method")
+        reason = (
+            "this is TLS, but this port serves http://" if data.startswith(_TLS) else "it has no method"
+        )
+    elif isinstance(error, httptools.HttpParserCallbackError):
+        reason = "its target is no path, and no URL with one"
+    elif reason == "Invalid HTTP version" or data.startswith(_HTTP_2):
+        message = "This version of HTTP is not supported; use HTTP/1.1."
+        return RequestRejected(message, kind=Rejection.UNSUPPORTED_VERSION)
+    return RequestRejected(f"Invalid HTTP request: {reason}.", code="invalid_http")
 
 
 def _set_length(cycle: RequestResponseCycle, length: int) -> None:

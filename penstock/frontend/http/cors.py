@@ -14,7 +14,10 @@ Header = tuple[bytes, bytes]
 ANY_ORIGIN: Final = "*"
 PREFLIGHT_AGE_S: Final = 600  # how long a browser may keep what it was told
 
-_READABLE: Final = (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")
+_READABLE: Final = (
+    b"access-control-expose-headers",
+    b"x-request-id, request-id, retry-after, x-penstock-explanation",
+)
 _VARIES: Final = (b"vary", b"origin")
 
 
@@ -36,7 +39,7 @@ def preflight_headers(wanted: bytes | None) -> list[Header]:
     """The rest of the answer to a browser that asks for a page which is allowed. `wanted`: the headers that
     the page would send; clients have many of their own, and none of them is dangerous here."""
     headers = [
-        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
         (b"access-control-max-age", b"%d" % PREFLIGHT_AGE_S),
     ]
     return headers if wanted is None else [*headers, (b"access-control-allow-headers", wanted)]

@@ -19,6 +19,7 @@ from penstock.errors import PenstockError, Rejection, RequestRejected
 from penstock.frontend.http.cors import Header, allows, answer_headers, preflight_headers
 from penstock.frontend.http.statuses import REQUEST_ID, ErrorObject, code_of, error_object, status_of
 from penstock.frontend.settings import FrontendSettings
+from penstock.shapes import TraceContext
 
 ABORT_EXTENSION = "penstock.abort"
 """ASGI extension (http/connection.py): a function that drops the connection with all it has unsent."""
@@ -36,6 +37,8 @@ EVENT_STREAM = b"text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment in an event stream, which clients ignore
 UNSUPPORTED_ENCODING = "unsupported_content_encoding"
 
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACESTATE = re.compile(rb"[ -~]{1,512}")
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _JSON_TYPE = re.compile(rb"application/(?:[a-z0-9!#$&^_.+-]+\+)?json", re.IGNORECASE)
 _HOST = re.compile(rb"(?:\[[0-9a-z:.%_~-]+\]|[a-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.IGNORECASE)
@@ -87,6 +90,7 @@ class HttpExchange:
     ) -> None:
         self.status: int | None = None  # as sent; None as long as the response has not begun
         self.error_object: ErrorObject = error_object  # the endpoint may set its own
+        self.more_headers: Callable[[], Sequence[Header]] | None = None  # asked when the response begins
         self.accounted = False  # whether it has its line in the log and its place in the metrics
         self._writing_since: float | None = None
         self._scope = scope
@@ -107,9 +111,36 @@ class HttpExchange:
         """The first header of this (lower-case) name."""
         return next((value for key, value in self._scope["headers"] if key == name), None)
 
-    def check_host(self) -> None:
-        """Raises RequestRejected for what RFC 9112, 3.2 has a server refuse: proxies differ in which
-        of two hosts counts, and so in whom they let through to here."""
+    def trace_context(self) -> TraceContext | None:
+        """The trace that this is a part of, as the client says; None where that cannot be read."""
+        given = self.header(b"traceparent") or b""
+        if not _TRACEPARENT.fullmatch(given):
+            return None
+        state = self.header(b"tracestate") or b""
+        return TraceContext(given.decode(), state.decode() if _TRACESTATE.fullmatch(state) else "")
+
+    def check_head(self) -> None:
+        """Raises RequestRejected for what no path serves: another version of HTTP, a body that is encoded
+        for its transfer, something else to expect than an invitation to send the body."""
+        self._check_host()
+        version = self._scope["http_version"]
+        if version not in ("1.1", "1.0"):
+            message = f"HTTP/{version} is not supported; use HTTP/1.1."
+            raise RequestRejected(message, kind=Rejection.UNSUPPORTED_VERSION)
+        codings = [value for key, value in self._scope["headers"] if key == b"transfer-encoding"]
+        if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
+            message = (
+                f"The Transfer-Encoding `{_shown(b', '.join(codings))}` is not supported; use `chunked`."
+            )
+            raise RequestRejected(message, kind=Rejection.NOT_IMPLEMENTED, code=UNSUPPORTED_ENCODING)
+        expected = self.header(b"expect")
+        if expected is not None and expected.strip().lower() != b"100-continue" and version != "1.0":
+            message = f"The expectation `{_shown(expected)}` cannot be met; only `100-continue` can."
+            raise RequestRejected(message, kind=Rejection.UNMET_EXPECTATION)
+
+    def _check_host(self) -> None:
+        """RFC 9112, 3.2 has a server refuse this: proxies differ in which of two hosts counts, and so in
+        whom they let through to here."""
         hosts = [value for key, value in self._scope["headers"] if key == b"host"]
         if len(hosts) == 1 and _HOST.fullmatch(hosts[0]):
             return
@@ -186,6 +217,12 @@ class HttpExchange:
         length = (b"content-length", b"%d" % len(body))
         await self._begin(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, more=False)
+
+    async def redirect(self, location: bytes, query: bytes) -> None:
+        """Have the client ask again at another address, with the same method, body and query."""
+        target = location + b"?" + query if query else location
+        await self._begin(307, [(b"location", target), (b"content-length", b"0")])
+        await self.write(b"", more=False)
 
     async def answer_preflight(self) -> bool:
         """Tell a browser that a page may send its request; False when this is no such question, or the page
@@ -266,6 +303,8 @@ class HttpExchange:
         self.status = status
         # Under the second name Anthropic's clients look for it.
         headers += [(b"x-request-id", self.request_id), (b"request-id", self.request_id)]
+        if self.more_headers is not None:
+            headers += self.more_headers()
         if self._settings.cors_origins:
             headers += answer_headers(self._settings.cors_origins, self.header(b"origin"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

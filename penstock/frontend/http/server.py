@@ -27,7 +27,7 @@ from penstock.frontend.settings import FrontendSettings
 from penstock.logs.quiet_log import QuietLog
 from penstock.net.address import join_address
 from penstock.net.http_server import HttpServer
-from penstock.net.listening import BACKLOG, InheritedListener, listen
+from penstock.net.listening import BACKLOG, InheritedListener, UnixListener, listen
 from penstock.net.renewed import Renewed
 from penstock.net.tls_acceptor import TlsAcceptor
 
@@ -58,23 +58,31 @@ async def serve(
     """
     settings = msgspec.structs.replace(settings, max_connections=_connections(settings))
     server = _Server(_config(app, settings), settings)
-    listener = inherited.socket if inherited is not None else _listen(settings.host, settings.port)
-    host, port = listener.getsockname()[:2]
+    unix: UnixListener | None = None
+    listeners = _listeners(settings, inherited)
+    host, port = listeners[0].getsockname()[:2] if listeners else (settings.uds, -1)
 
     def started() -> None:
         scheme = "https" if settings.tls_cert else "http"
-        log.info("listening on %s://%s", scheme, join_address(host, port))
+        if port != -1:
+            log.info("listening on %s://%s", scheme, join_address(host, port))
+        if unix is not None:
+            log.info("listening on the Unix socket %s (%s)", settings.uds, scheme)
         if on_listening is not None:
             on_listening(host, port)
 
     server.on_started = started
     try:
+        if settings.uds and inherited is None:
+            unix = _listen_unix(settings.uds, take_over=False)
         async with asyncio.TaskGroup() as tasks:
             if inherited is not None:
                 await _until(lambda: app.healthy or stop.is_set(), time.monotonic() + inherited.patience_s)
             if stop.is_set():
                 return
-            tasks.create_task(server.serve([listener]))
+            if settings.uds and unix is None:  # the process before this one had it until now
+                unix = _listen_unix(settings.uds, take_over=True)
+            tasks.create_task(server.serve([*listeners, *([unix.socket] if unix is not None else [])]))
             reporting = tasks.create_task(_report_once_healthy(app, server, inherited))
             await stop.wait()
             reporting.cancel()
@@ -85,7 +93,10 @@ async def serve(
             server.should_exit = True
     finally:
         server.drop_all()
-        listener.close()
+        for listener in listeners:
+            listener.close()
+        if unix is not None:
+            unix.close()
         if inherited is not None:
             inherited.close()
         app.close()
@@ -201,6 +212,20 @@ class _Server(HttpServer):
 def _accept(acceptor: TlsAcceptor, connection: type[asyncio.Protocol], **given: Any) -> asyncio.Protocol:
     """In place of uvicorn's protocol class, which it calls for each connection that is accepted."""
     return acceptor.accept(partial(connection, **given))
+
+
+def _listeners(settings: FrontendSettings, inherited: InheritedListener | None) -> list[socket.socket]:
+    """Of the port; none where there is to be no port."""
+    if inherited is not None:
+        return [inherited.socket]
+    return [] if settings.port == -1 else [_listen(settings.host, settings.port)]
+
+
+def _listen_unix(path: str, *, take_over: bool) -> UnixListener:
+    try:
+        return UnixListener(path, BACKLOG, take_over=take_over)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot listen on the Unix socket {path}: {error}") from None
 
 
 def _listen(host: str, port: int) -> socket.socket:

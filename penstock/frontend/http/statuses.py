@@ -25,14 +25,18 @@ _STATUSES: Final[dict[Rejection, tuple[int, str, str]]] = {
     Rejection.METHOD_NOT_ALLOWED: (405, _INVALID, _INVALID),
     Rejection.BODY_TOO_SLOW: (408, _INVALID, "timeout_error"),
     Rejection.BODY_TOO_LARGE: (413, _INVALID, "request_too_large"),
+    Rejection.URL_TOO_LONG: (414, _INVALID, "request_too_large"),
     Rejection.UNSUPPORTED_CONTENT: (415, _INVALID, _INVALID),
+    Rejection.UNMET_EXPECTATION: (417, _INVALID, _INVALID),
     Rejection.OVERLOADED: (429, "rate_limit_error", "rate_limit_error"),
     Rejection.HEAD_TOO_LARGE: (431, _INVALID, "request_too_large"),
     Rejection.CLIENT_LEFT: (CLIENT_LEFT_STATUS, _INVALID, _INVALID),
     Rejection.INTERNAL: (500, _SERVER, "api_error"),
+    Rejection.NOT_IMPLEMENTED: (501, _INVALID, _INVALID),
     Rejection.WORKERS_FAILED: (502, _SERVER, "api_error"),
     Rejection.UNAVAILABLE: (503, _SERVER, "overloaded_error"),
     Rejection.TIMED_OUT: (504, _SERVER, "timeout_error"),
+    Rejection.UNSUPPORTED_VERSION: (505, _INVALID, _INVALID),
 }
 """By kind: the HTTP status, OpenAI's type of error, and Anthropic's."""
 
@@ -62,5 +66,8 @@ def error_object(error: PenstockError) -> JsonObject:
 def anthropic_error(error: PenstockError, request_id: str = "") -> JsonObject:
     """An error in Anthropic's shape. Its messages name the field at fault, for which there is no place."""
     _, _, error_type = _STATUSES[kind_of(error)]
-    shown = {"type": error_type, "message": str(error)}
+    shown: JsonObject = {"type": error_type, "message": str(error)}
+    if getattr(error, "field", None) == "thread":
+        # By this their SDKs' tool runners know to send the whole conversation, in every turn.
+        shown["details"] = {"error_code": "thread_unsupported_request"}
     return {"type": "error", "error": shown, REQUEST_ID: request_id}

@@ -14,6 +14,7 @@ import msgspec
 
 from penstock.errors import ConfigError
 from penstock.frontend.parsers.calls import CallFormat, CallScanner, new_call_id, overlap
+from penstock.frontend.reply import joined
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
 from penstock.shapes import Answering, JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
@@ -30,10 +31,13 @@ TOOL_FORMATS: Final[dict[str, CallFormat]] = {
 }
 """By the name of vLLM's parser."""
 
-REASONING_ENDS: Final[dict[str, str]] = {"qwen3": "</think>", "deepseek_r1": "</think>"}
-"""By the name of vLLM's parser: what follows a model's reasoning."""
+_THINK: Final = ("<think>", "</think>")
+REASONING_MARKS: Final[dict[str, tuple[str, str]]] = {"qwen3": _THINK, "deepseek_r1": _THINK}
+"""By the name of vLLM's parser: what begins and what ends a model's reasoning."""
 
 ANY_ARGUMENTS: Final[JsonObject] = {"type": "object"}
+
+_REFERENCE: Final = '"$ref": "#'  # how `json.dumps` writes a reference within the same schema
 
 
 class BuiltInParsers:
@@ -42,18 +46,18 @@ class BuiltInParsers:
     def has(self, answering: Answering) -> bool:
         """As ChatParsers.has."""
         tools = answering.tool_parser in ("", *TOOL_FORMATS)
-        return tools and answering.reasoning_parser in ("", *REASONING_ENDS)
+        return tools and answering.reasoning_parser in ("", *REASONING_MARKS)
 
     def load(self, model: ModelView) -> BuiltInChatParser:
         """As ChatParsers.load."""
         answering = model.card.answering
         for name, known in (
             (answering.tool_parser, TOOL_FORMATS),
-            (answering.reasoning_parser, REASONING_ENDS),
+            (answering.reasoning_parser, REASONING_MARKS),
         ):
             if name and name not in known:
                 raise ConfigError(f"there is no built-in parser {name}; there are {', '.join(known)}")
-        reasoning_end = REASONING_ENDS.get(answering.reasoning_parser, "")
+        _, reasoning_end = REASONING_MARKS.get(answering.reasoning_parser, ("", ""))
         end_id = None
         if reasoning_end:
             end_id = _token_id(model, reasoning_end)
@@ -93,7 +97,8 @@ class BuiltInCallParser:
         self.parallel = body.get("parallel_tool_calls") is not False
         self.shows_reasoning = body.get("include_reasoning") is not False
         variables = body.get("chat_template_kwargs") or {}
-        self.reasons = bool(model.reasoning_end) and variables.get("enable_thinking") is not False
+        thinks = variables.get("enable_thinking", body.get("reasoning_effort") != "none")
+        self.reasons = bool(model.reasoning_end) and thinks is not False
         self._given = constraint(
             msgspec.convert(body.get("response_format"), ResponseFormat | None),
             msgspec.convert(body.get("structured_outputs"), StructuredOutputs | None),
@@ -117,16 +122,26 @@ class BuiltInCallParser:
         return msgspec.structs.replace(wanted, reasoning_ended=not self.reasons)
 
     def _list_of_calls(self) -> JsonObject:
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"enum": [name]}, "parameters": parameters},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-            for name, parameters in self.tools.items()
-        ]
+        calls: list[JsonObject] = []
+        definitions: dict[str, JsonObject] = {}  # engines resolve references only from the root of a schema
+        for number, (name, parameters) in enumerate(self.tools.items()):
+            given = parameters
+            text = json.dumps(parameters)
+            if _REFERENCE in text:
+                root = f"#/$defs/{number}"
+                definitions[str(number)] = json.loads(text.replace(_REFERENCE, _REFERENCE[:-1] + root))
+                given = {"$ref": root}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"enum": [name]}, "parameters": given},
+                    "required": ["name", "parameters"],
+                    "additionalProperties": False,
+                }
+            )
         schema: JsonObject = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+        if definitions:
+            schema["$defs"] = definitions
         return schema if self.parallel else {**schema, "maxItems": 1}
 
     def answer(self, prompt_ids: Sequence[int]) -> BuiltInAnswerParser:
@@ -165,18 +180,8 @@ class BuiltInAnswerParser:
         return parsed if parsed.content or parsed.reasoning or parsed.tool_calls else None
 
     def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
-        """As AnswerParser.whole. A call that was cut stays text."""
-        deltas = self.push(text, token_ids, finished=True) or Parsed()
-        calls = []
-        for delta in deltas.tool_calls:
-            if delta.id is not None:
-                calls.append(delta)
-            else:
-                calls[-1].arguments = (calls[-1].arguments or "") + (delta.arguments or "")
-        if self._scanner is not None and self._scanner.cut_call:
-            deltas.content = (deltas.content or "") + self._scanner.cut_call
-            calls = calls[: self._scanner.complete_calls]
-        return Parsed(deltas.content, deltas.reasoning, calls)
+        """As AnswerParser.whole."""
+        return joined([self.push(text, token_ids, finished=True) or Parsed()])
 
     def reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         """As AnswerParser.reasoning_tokens."""

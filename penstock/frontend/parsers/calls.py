@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+from penstock.ports import CALL_ID_PREFIX
 from penstock.shapes import Parsed, ToolCallDelta
 
 MAX_HEADER_CHARS: Final = 1024
@@ -104,7 +105,6 @@ class CallScanner:
         self._opened = False  # where calls begin without an opening: whether this was decided
         self._only_opened = False  # whether nothing but separators has followed the opening
         self._closed = False  # whether only white space has come since the last call
-        self._call_text = ""  # of the call that is being read, for an answer that is cut within it
         self._news = Parsed(tool_calls=[])
 
     def push(self, text: str) -> Parsed:
@@ -124,16 +124,6 @@ class CallScanner:
         self._text = ""
         news, self._news = self._news, Parsed(tool_calls=[])
         return news
-
-    @property
-    def complete_calls(self) -> int:
-        """Calls that were read to their end."""
-        return self._calls
-
-    @property
-    def cut_call(self) -> str:
-        """The text of a call that was begun and is not complete."""
-        return self._call_text if self._state in (_State.ARGUMENTS, _State.REST) else ""
 
     def _step(self) -> bool:
         """Go on by one state. False when there must be more text first."""
@@ -198,7 +188,6 @@ class CallScanner:
         header = _HEADER.match(self._text) if len(self._text) <= MAX_HEADER_CHARS else None
         if header is not None:
             self._begin(json.loads(f'"{header["name"]}"', strict=False))
-            self._call_text = self._format.opening + self._text[: header.end()]
             self._text = self._text[header.end() :]
             self._state, self._value, self._scanned = _State.ARGUMENTS, JsonEnd(), 0
             return True
@@ -220,7 +209,6 @@ class CallScanner:
         end = self._value.find(self._text)
         part = self._text if end is None else self._text[:end]
         self._arguments(part)
-        self._call_text += part
         if end is None:
             self._text = ""
             return False
@@ -230,12 +218,10 @@ class CallScanner:
 
     def _read_rest(self) -> bool:
         end = self._value.find(self._text)
-        self._call_text += self._text if end is None else self._text[:end]
         if end is None:
             self._text = ""
             return False
         self._calls += 1
-        self._call_text = ""
         self._text, self._state = self._text[end:], _State.BETWEEN
         return True
 
@@ -267,8 +253,8 @@ class CallScanner:
 
 
 def new_call_id() -> str:
-    """An id in the form that vLLM gives them."""
-    return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"
+    """An id in OpenAI's form."""
+    return f"{CALL_ID_PREFIX}{uuid.uuid4().hex[:24]}"
 
 
 def overlap(text: str, mark: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -9,10 +10,11 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from penstock.errors import PenstockError, RequestRejected
+from penstock.errors import PenstockError, RequestRejected, StoreUnavailable
+from penstock.frontend.answers import InputTokens, ResponseAnswer
 from penstock.frontend.chat import Chat
 from penstock.frontend.choice import Choice
-from penstock.frontend.endpoint import Beginning
+from penstock.frontend.endpoint import Beginning, Operation, PromptEncoder
 from penstock.frontend.http.statuses import error_object
 from penstock.frontend.messages import Message
 from penstock.frontend.openai import MAX_MESSAGES, ChatRequest, SampledRequest
@@ -34,11 +36,12 @@ from penstock.frontend.responses_api.request_body import (
     decode_response_request,
 )
 from penstock.frontend.responses_api.response_object import ResponseObject
-from penstock.frontend.responses_api.store import ResponseStore, StoredResponse
 from penstock.frontend.responses_api.tool_names import OfferedTools, offered_tools
 from penstock.frontend.responses_api.truncation import fitting
 from penstock.frontend.sse import encode
 from penstock.frontend.structured import JsonSchemaFormat, NamedSchema, ResponseFormat
+from penstock.frontend.tool_shapes import ToolShape, naming_tool_shapes
+from penstock.ports import ResponseStore, StoredResponse
 from penstock.shapes import FinishReason, JsonObject, Parsed
 
 MAX_TURNS: Final = 512
@@ -46,6 +49,9 @@ MAX_TURNS: Final = 512
 
 MAX_CONVERSATION_BYTES: Final = 16 * 1024 * 1024
 """Of stored items in one conversation, as much as a body may have: a few bytes can name a lot of them."""
+
+MAX_LOOKUP_S: Final = 10.0
+"""For all stored responses that a request needs, which are read one after another."""
 
 _ITEM_ID: Final = re.compile(r"[a-z]+_([0-9a-f]{32})_(?:in)?\d+")
 _ITEMS: Final = msgspec.json.Decoder(list[InputItem])
@@ -70,6 +76,12 @@ class ResponsesApi:
 
     name = "responses"
     id_prefix = "resp_"
+    operation = Operation(
+        summary="Answers a conversation of items in the form of OpenAI's Responses API, whole or streamed.",
+        request=ResponsesRequest,
+        answer=ResponseAnswer,
+        streams=True,
+    )
 
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
@@ -78,7 +90,7 @@ class ResponsesApi:
         return error_object(error)
 
     def decode(self, body: bytes) -> ResponseCall:
-        return ResponseCall(decode_response_request(body), self._store)
+        return _decoded(body, self._store)
 
 
 class ResponseCall:
@@ -99,15 +111,17 @@ class ResponseCall:
         self.wanted = replace(wanted, max_tokens_field="max_output_tokens", structured_field=structured)
 
     async def choices(self, beginning: Beginning) -> list[Choice]:
-        messages = messages_of(await self._conversation(beginning.caller.tenant))
-        if self._request.instructions:
-            messages.insert(0, Message("system", self._request.instructions))
-        if not messages:
-            raise RequestRejected("`input` has no item.", field="input")
+        chat = await self._chat(beginning)
         try:
-            if self._request.truncation == "auto":
-                messages = await fitting(messages, self._chat_of, beginning)
-            return await self._chat_of(messages).choices(beginning)
+            return await chat.choices(beginning)
+        except RequestRejected as error:
+            raise _in_own_words(error) from None
+
+    async def prompt(self, prompts: PromptEncoder) -> list[int]:
+        """The token ids of the conversation. Raises RequestRejected."""
+        chat = await self._chat(prompts)
+        try:
+            return await chat.prompt(prompts)
         except RequestRejected as error:
             raise _in_own_words(error) from None
 
@@ -126,7 +140,8 @@ class ResponseCall:
         )
 
     async def keep(self, tenant: str, response: JsonObject) -> None:
-        """Store the response, unless the client does not want it."""
+        """Store the response, unless the client does not want it. `store` then says whether it is stored:
+        who has waited for an answer gets it, also when the store does not take it."""
         if self._request.store is False:
             return
         own = [item for item, _ in self._own_items]
@@ -134,16 +149,46 @@ class ResponseCall:
         stored = StoredResponse(
             response["id"], encode(response), encode(items), self._request.previous_response_id or ""
         )
-        await self._store.put(tenant, stored)
+        response["store"] = await self._store.put(tenant, stored)
+
+    async def _chat(self, prompts: PromptEncoder) -> Chat:
+        """The conversation as a chat."""
+        messages = messages_of(await self._conversation(prompts.caller.tenant))
+        if self._request.instructions:
+            messages.insert(0, Message("system", self._request.instructions))
+        if not messages:
+            raise RequestRejected("`input` has no item.", field="input")
+        if self._request.truncation == "auto":
+            try:
+                messages = await fitting(messages, self._chat_of, prompts, self.wanted.max_tokens)
+            except RequestRejected as error:
+                raise _in_own_words(error) from None
+        return self._chat_of(messages)
 
     def _chat_of(self, messages: list[Message]) -> Chat:
         return Chat(replace(self._chat_request, messages=messages))
 
     async def _conversation(self, tenant: str) -> list[PlacedItem]:
         """All items, the earliest first, each with its path. Raises RequestRejected when one of them is not
-        there any more."""
+        there any more, or the store is too slow."""
         self._stored_bytes = 0
-        self._own_items = await self._resolved(tenant)
+        try:
+            async with asyncio.timeout(MAX_LOOKUP_S):
+                self._own_items = await self._resolved(tenant)
+                turns = await self._earlier_turns(tenant)
+        except TimeoutError:
+            raise StoreUnavailable() from None
+        earlier: list[PlacedItem] = []
+        for turn in reversed(turns):
+            earlier += [(item, "previous_response_id") for item in _items_of(turn)]
+        found = [*earlier, *self._own_items]
+        if len(found) > MAX_MESSAGES:
+            message = f"The conversation has {len(found)} items, more than {MAX_MESSAGES}."
+            raise RequestRejected(message, field="input")
+        return found
+
+    async def _earlier_turns(self, tenant: str) -> list[StoredResponse]:
+        """The latest first."""
         turns: list[StoredResponse] = []
         previous = self._request.previous_response_id or ""
         while previous:
@@ -153,14 +198,7 @@ class ResponseCall:
             self._count(stored.size, "previous_response_id")
             turns.append(stored)
             previous = stored.previous_id
-        earlier: list[PlacedItem] = []
-        for turn in reversed(turns):
-            earlier += [(item, "previous_response_id") for item in _items_of(turn)]
-        found = [*earlier, *self._own_items]
-        if len(found) > MAX_MESSAGES:
-            message = f"The conversation has {len(found)} items, more than {MAX_MESSAGES}."
-            raise RequestRejected(message, field="input")
-        return found
+        return turns
 
     async def _resolved(self, tenant: str) -> list[PlacedItem]:
         """The request's own items, with those in place that it only refers to."""
@@ -172,7 +210,10 @@ class ResponseCall:
         for index, item in enumerate(given or ()):
             where = f"input[{index}]"
             if kind_of_item(item) == REFERENCE:
-                item = await self._referred(tenant, item.id or "", f"{where}.id", known)
+                if not item.id:
+                    message = f"Missing required field: `{where}.id`."
+                    raise RequestRejected(message, code="missing_field", field=f"{where}.id")
+                item = await self._referred(tenant, item.id, f"{where}.id", known)
             items.append((item, where))
         return items
 
@@ -201,6 +242,38 @@ class ResponseCall:
             raise RequestRejected(message, field=where)
 
 
+class InputTokensApi:
+    """A PromptApi: how many tokens the prompt of such a conversation has."""
+
+    name = "input_tokens"
+    operation = Operation(
+        summary="Counts the tokens of a conversation's prompt.",
+        request=ResponsesRequest,
+        answer=InputTokens,
+    )
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    def error_object(self, error: PenstockError) -> JsonObject:
+        return error_object(error)
+
+    def decode(self, body: bytes) -> InputTokensCall:
+        return InputTokensCall(_decoded(body, self._store))
+
+
+class InputTokensCall:
+    """A PromptEndpoint."""
+
+    def __init__(self, call: ResponseCall) -> None:
+        self.model = call.wanted.model
+        self._call = call
+
+    async def answer(self, prompts: PromptEncoder) -> JsonObject:
+        tokens = await self._call.prompt(prompts)
+        return {"object": "response.input_tokens", "input_tokens": len(tokens)}
+
+
 class ResponseEvents:
     """Writes the answer as OpenAI's events."""
 
@@ -214,10 +287,15 @@ class ResponseEvents:
     def chunk(self, choice: Choice, *, whole: bool = False) -> bytes:
         """What is new, or the `whole` answer, as one event for each part."""
         text, logprobs = choice.take()
-        if choice.reply is None:
-            parts = [Parsed(text)]
+        more = self._begun and not logprobs  # nearly each time
+        if choice.reply is not None:
+            parts = [choice.whole_reply(choice.reply)] if whole else choice.reply.take()
+        elif more:
+            return self._output.add_text(text)
         else:
-            parts = [choice.reply.whole()] if whole else choice.reply.take()
+            parts = [Parsed(text)]
+        if more and len(parts) == 1:
+            return self._output.add(parts[0], ())
         shown = choice.render_logprobs(logprobs) if logprobs else None
         entries = shown["content"] if shown is not None else ()
         events = [self._opening()]
@@ -261,6 +339,11 @@ class ResponseEvents:
         return event("response.created", response) + event("response.in_progress", response)
 
 
+def _decoded(body: bytes, store: ResponseStore) -> ResponseCall:
+    with naming_tool_shapes(body, ToolShape.RESPONSES):
+        return ResponseCall(decode_response_request(body), store)
+
+
 def _chat_request(request: ResponsesRequest, tools: OfferedTools) -> ChatRequest:
     """The same, but for its messages, which may have to be looked up."""
     effort = request.reasoning.effort if request.reasoning is not None else None
@@ -282,8 +365,12 @@ def _chat_request(request: ResponsesRequest, tools: OfferedTools) -> ChatRequest
 
 
 def _items_of(stored: StoredResponse) -> list[InputItem]:
-    """What a response answered, and its answer."""
-    return [*_ITEMS.decode(stored.items), *_OUTPUT.decode(stored.response).output]
+    """What a response answered, and its answer. Raises RequestRejected when another version of Penstock, or
+    somebody else, wrote it in another form."""
+    try:
+        return [*_ITEMS.decode(stored.items), *_OUTPUT.decode(stored.response).output]
+    except msgspec.DecodeError:
+        raise _no_response(stored.response_id) from None
 
 
 def _response_format(request: ResponsesRequest) -> ResponseFormat | None:

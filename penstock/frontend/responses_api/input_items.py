@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from penstock.errors import RequestRejected
-from penstock.frontend.messages import FunctionCall, Message, ToolCall, as_arguments, joined_text
+from penstock.frontend.messages import (
+    ContentPart,
+    FunctionCall,
+    Message,
+    ToolCall,
+    as_arguments,
+    joined_text,
+)
 from penstock.frontend.responses_api.request_body import InputItem
 from penstock.frontend.responses_api.tool_names import INPUT, shown_name
 
@@ -85,8 +92,8 @@ class _Conversation:
         message.content = text or ""
 
     def _reasoning(self, item: InputItem) -> None:
-        parts = item.content if isinstance(item.content, list) and item.content else item.summary
-        given = [part if isinstance(part, str) else part.text for part in parts or ()]
+        parts = item.content or item.summary or ()
+        given = [parts] if isinstance(parts, str) else [_part_text(part) for part in parts]
         texts = [text for text in given if isinstance(text, str)]
         text = "\n".join(texts) or _carried_text(item.encrypted_content)
         if not text:
@@ -112,6 +119,10 @@ class _Conversation:
 
 def _only_reasons(message: Message) -> bool:
     return message.content is None and not message.tool_calls
+
+
+def _part_text(part: ContentPart | str) -> object:
+    return part if isinstance(part, str) else part.text
 
 
 def _text(content: object, where: str) -> str | None:

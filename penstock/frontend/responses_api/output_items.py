@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from penstock.frontend.reply import text_alone
 from penstock.frontend.responses_api.input_items import carried
 from penstock.frontend.responses_api.tool_names import INPUT, Offered
 from penstock.frontend.sse import encode
@@ -25,6 +26,9 @@ _DELTAS: Final = {
     _CALL: "response.function_call_arguments.delta",
 }
 
+_NUMBER: Final = b',"sequence_number":'
+_LOGPROBS: Final = b',"logprobs":%b' + _NUMBER
+
 
 def item_id(item_type: str, response_id: str, place: str) -> str:
     """It has the response's id in it, so that an item can be found by its own."""
@@ -35,17 +39,14 @@ def item_id(item_type: str, response_id: str, place: str) -> str:
 class _OpenItem:
     """The item that grows."""
 
+    type: str
     shown: JsonObject
-    head: bytes = b""  # how the event of its next text begins
+    head: bytes = b""  # of the events of its texts: what comes before the text
+    middle: bytes = b""  # and what comes between that and the sequence number
     texts: list[str] = field(default_factory=list)
     logprobs: list[JsonObject] = field(default_factory=list)
     told: int = 0  # how many of them events have had
     call: int | None = None  # the number of the call that it is
-
-    @property
-    def type(self) -> str:
-        kind: str = self.shown["type"]
-        return kind
 
 
 class OutputItems:
@@ -76,16 +77,29 @@ class OutputItems:
 
     def add(self, parsed: Parsed, entries: Sequence[JsonObject]) -> bytes:
         """The next part of the answer; `entries` are the log-probabilities of its tokens."""
+        if not entries and (text := text_alone(parsed)) is not None:
+            return self.add_text(text)
         self._entries += entries
         events: list[bytes] = []
         if parsed.reasoning:
             self._grow(_REASONING, parsed.reasoning, events)
-        if parsed.content and not (self._called and parsed.content.isspace()):
-            self._grow(_MESSAGE, parsed.content, events)
+        if parsed.content:
+            self._add_content(parsed.content, events)
         elif parsed.reasoning or parsed.tool_calls:
             self._entries = []
         for call in parsed.tool_calls:
             self._add_call(call, events)
+        return b"".join(events)
+
+    def add_text(self, text: str) -> bytes:
+        """The same for a part that is text alone."""
+        if not text:
+            return b""
+        item = self._open
+        if item is not None and item.type == _MESSAGE and not self._entries:
+            return self._delta(item, text)
+        events: list[bytes] = []
+        self._add_content(text, events)
         return b"".join(events)
 
     def end(self, *, complete: bool) -> bytes:
@@ -95,6 +109,12 @@ class OutputItems:
             self._begin(_MESSAGE, events)
         self._close(events, complete=complete)
         return b"".join(events)
+
+    def _add_content(self, text: str, events: list[bytes]) -> None:
+        """Space between calls is no message."""
+        within = self._open is not None and self._open.type == _MESSAGE
+        if within or not self._called or not text.isspace():
+            self._grow(_MESSAGE, text, events)
 
     def _grow(self, item_type: str, text: str, events: list[bytes]) -> None:
         if self._open is None or self._open.type != item_type:
@@ -113,16 +133,21 @@ class OutputItems:
         item = self._open
         if item is None:
             return
+        if item.type == _CUSTOM_CALL:  # its delta is made of the whole text
+            item.texts.append(text)
+        else:
+            events.append(self._delta(item, text))
+
+    def _delta(self, item: _OpenItem, text: str) -> bytes:
+        """The event of the item's next text."""
         item.texts.append(text)
-        if item.type == _CUSTOM_CALL:
-            return
-        new = b""
-        if item.type == _MESSAGE:
-            new = b',"logprobs":' + encode(item.logprobs[item.told :])
+        middle = item.middle
+        if item.told < len(item.logprobs):
+            middle = _LOGPROBS % encode(item.logprobs[item.told :])
             item.told = len(item.logprobs)
         number = self._sequence
-        self._sequence += 1
-        events.append(b"".join((item.head, encode(text), new, b',"sequence_number":%d}\n\n' % number)))
+        self._sequence = number + 1
+        return b"".join((item.head, encode(text), middle, b"%d}\n\n" % number))
 
     def _add_call(self, call: ToolCallDelta, events: list[bytes]) -> None:
         if self._open is None or self._open.call != call.index:
@@ -155,11 +180,12 @@ class OutputItems:
             place["content_index"] = 0
             part = _part(item_type, "", [])
             events.append(self.event("response.content_part.added", {**place, "part": part}))
-        item = _OpenItem(shown, call=call)
+        item = _OpenItem(item_type, shown, call=call)
         if item_type != _CUSTOM_CALL:
             name = _DELTAS[item_type]
             fixed = encode({"type": name, **place})[:-1]
             item.head = b"".join((b"event: ", name.encode(), b"\ndata: ", fixed, b',"delta":'))
+            item.middle = _LOGPROBS % b"[]" if item_type == _MESSAGE else _NUMBER
         self._open = item
 
     def _close(self, events: list[bytes], *, complete: bool = True) -> None:

@@ -42,11 +42,28 @@ RESPONSES_REFUSED: Final[dict[str, RefusedField]] = _WITHOUT_SERVED | {
     "conversation": RefusedField((), "use `previous_response_id`, or send all items as `input`"),
     "prompt": RefusedField((), "send its text as `instructions` and `input`"),
     # Of OpenAI's other APIs
+    "add_generation_prompt": RefusedField((True,)),
+    "add_special_tokens": RefusedField((False,)),
+    "best_of": RefusedField((1,)),
+    "chat_template_args": RefusedField((), "use `chat_template_kwargs`"),
+    "continue_final_message": RefusedField((False,)),
+    "documents": RefusedField(([],), "use `chat_template_kwargs`"),
+    "echo": RefusedField((False,), "/v1/completions has it"),
+    "logprob_token_ids": RefusedField(([],), "/v1/chat/completions has it"),
+    "logprobs": RefusedField((False,), f"use `include` with `{LOGPROBS}`"),
     "max_completion_tokens": RefusedField((), "use `max_output_tokens`"),
     "max_tokens": RefusedField((), "use `max_output_tokens`"),
     "messages": RefusedField((), "use `input`"),
     "n": RefusedField((1,)),
+    "prompt_logprobs": RefusedField((), "/v1/chat/completions has it"),
+    "reasoning_effort": RefusedField((), "use `reasoning.effort`"),
     "response_format": RefusedField((), "use `text.format`"),
+    "repetition_detection": RefusedField((), "/v1/chat/completions has it"),
+    "return_prompt_text": RefusedField((False,), "/v1/chat/completions has it"),
+    "return_token_ids": RefusedField((False,), "/v1/chat/completions has it"),
+    "return_tokens_as_token_ids": RefusedField((False,), "/v1/chat/completions has it"),
+    "thinking_token_budget": RefusedField((-1,), "/v1/chat/completions has it"),
+    "truncate_prompt_tokens": RefusedField((), "use `truncation`"),
     # vLLM
     "enable_response_messages": RefusedField((False,)),
     "previous_input_messages": RefusedField(([],), "use `previous_response_id`"),
@@ -57,7 +74,6 @@ RESPONSES_REFUSED: Final[dict[str, RefusedField]] = _WITHOUT_SERVED | {
 
 _SERVED_HERE: Final = (
     "metadata",
-    "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
@@ -69,6 +85,7 @@ RESPONSES_HARMLESS: Final[dict[str, str]] = {
 } | {
     "access_programs": "chooses among OpenAI's own programs",
     "image": "counts for images only, which are refused themselves",
+    "truncation_side": "counts with `truncate_prompt_tokens` only, which is refused itself",
 }
 """Fields that change no answer, each with the reason. Some more are only repeated in the response."""
 
@@ -86,7 +103,7 @@ class InputItem(msgspec.Struct, omit_defaults=True):
     arguments: Any = None  # whatever the model wrote, as is `input`
     input: Any = None
     output: str | list[ContentPart | str] | None = None
-    summary: list[ContentPart] | None = None
+    summary: str | list[ContentPart | str] | None = None
     encrypted_content: str | None = None
     status: str | None = None
 
@@ -111,6 +128,7 @@ class ResponseTool(msgspec.Struct, omit_defaults=True):
     format: ToolFormat | None = None
     tools: list[ResponseTool] | None = None
     external_web_access: bool | None = None
+    input_schema: Any = None  # only of Anthropic's tools
 
 
 class ResponseToolChoice(msgspec.Struct, omit_defaults=True):
@@ -179,7 +197,6 @@ class ResponsesRequest(SampledRequest, kw_only=True):
 
     # Only repeated in the response. (`max_tool_calls` counts calls of tools that the server runs.)
     max_tool_calls: Count | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None

@@ -11,8 +11,8 @@ from starlette.types import Scope
 from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.http.exchange import HttpExchange
 from penstock.frontend.responses_api.request_body import MAX_ID_CHARS
-from penstock.frontend.responses_api.store import ResponseStore, StoredResponse
 from penstock.frontend.unserved import unsupported
+from penstock.ports import ResponseStore, StoredResponse
 from penstock.shapes import JsonObject
 
 MAX_LISTED: Final = 100

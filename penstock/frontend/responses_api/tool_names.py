@@ -2,32 +2,31 @@
 
 A model calls functions only. A custom tool is shown to it as a function of one text, `input`. A function of
 a namespace is shown under both names.
+
+The input's format is held to wherever a function's schema is: when the client makes the model call a tool.
+A regular expression is part of that schema. JSON's schemas have no word for a Lark grammar: it is shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth
-from penstock.frontend.responses_api.request_body import ResponsesRequest, ResponseTool, ResponseToolChoice
-from penstock.frontend.tools import Function, NamedFunction, NamedTool, Tool
+from penstock.frontend.responses_api.request_body import (
+    ResponsesRequest,
+    ResponseTool,
+    ResponseToolChoice,
+    ToolFormat,
+)
+from penstock.frontend.tools import Function, Tool, ToolChoice, selection_among, selection_of
 from penstock.frontend.unserved import unsupported
 from penstock.shapes import JsonObject
 
 INPUT: Final = "input"  # the one parameter of a custom tool
-
-_INPUT_SCHEMA: Final[JsonObject] = {
-    "type": "object",
-    "properties": {INPUT: {"type": "string", "description": "The whole input of the tool, as plain text."}},
-    "required": [INPUT],
-    "additionalProperties": False,
-}
-
-ChatToolChoice = Literal["none", "auto", "required"] | NamedTool | None
 
 
 class Offered(NamedTuple):
@@ -42,7 +41,7 @@ class OfferedTools(NamedTuple):
     """The tools of a request, in terms of a chat."""
 
     tools: list[Tool] | None
-    choice: ChatToolChoice
+    choice: ToolChoice
     by_name: dict[str, Offered]  # by the name that the model is shown
 
 
@@ -59,15 +58,15 @@ def offered_tools(request: ResponsesRequest) -> OfferedTools:
         name = shown_name(offered.name, offered.namespace)
         if name in tools:
             raise RequestRejected(f"`{where}.name`: `{name}` is there twice.", field=f"{where}.name")
-        tools[name], by_name[name] = Tool(_function(tool, name)), offered
+        tools[name], by_name[name] = Tool(_function(tool, name, where)), offered
     choice = request.tool_choice
     if isinstance(choice, ResponseToolChoice):
         if choice.type == "allowed_tools":
-            allowed = {_chosen(tool, by_name, f"tool_choice.tools[{i}]") for i, tool in _allowed(choice)}
-            tools = {name: tool for name, tool in tools.items() if name in allowed}
-            return OfferedTools(list(tools.values()) or None, choice.mode or "auto", by_name)
-        name = _chosen(choice, by_name, "tool_choice")
-        return OfferedTools(list(tools.values()), NamedTool(NamedFunction(name)), by_name)
+            allowed = [_chosen(tool, by_name, f"tool_choice.tools[{i}]") for i, tool in _allowed(choice)]
+            selection = selection_among(allowed, choice.mode or "auto")
+        else:
+            selection = selection_of(_chosen(choice, by_name, "tool_choice"))
+        return OfferedTools(list(tools.values()), selection, by_name)
     if choice == "required" and not tools:
         raise RequestRejected("`tool_choice` needs `tools`.", field="tool_choice")
     return OfferedTools(list(tools.values()) or None, choice if tools else None, by_name)
@@ -89,10 +88,15 @@ def _each(
 ) -> Iterator[tuple[ResponseTool, Offered, str]]:
     for index, tool in enumerate(tools):
         place = f"{where}[{index}]"
+        if tool.input_schema is not None:
+            raise unsupported(f"{place}.input_schema", instead="use `parameters`")
         if tool.type == "namespace" and namespace is None:
             yield from _each(tool.tools or (), f"{place}.tools", _named(tool, place))
         elif tool.type in ("function", "custom"):
             yield tool, Offered(tool.type, _named(tool, place), namespace), place
+        elif not tool.type:
+            field = f"{place}.type"
+            raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
         elif tool.type != "web_search" or tool.external_web_access is not False:
             message = (
                 f"`{place}.type`: tools of type `{tool.type[:80]}` are not served, as they run at OpenAI;"
@@ -106,16 +110,42 @@ def _named(tool: ResponseTool, place: str) -> str:
         raise RequestRejected(
             f"Missing required field: `{place}.name`.", code="missing_field", field=f"{place}.name"
         )
-    if tool.format is not None and tool.format.type not in ("", "text"):
-        reason = "a grammar cannot be held to within a call; use `text`, and describe it in `description`"
-        raise unsupported(f"{place}.format.type", " other than `text`", reason)
     check_depth(tool.parameters, f"{place}.parameters")
     return tool.name
 
 
-def _function(tool: ResponseTool, name: str) -> Function:
-    parameters = _INPUT_SCHEMA if tool.type == "custom" else tool.parameters
-    return Function(name, tool.description, parameters, tool.strict)
+def _function(tool: ResponseTool, name: str, place: str) -> Function:
+    parameters, strict = tool.parameters, tool.strict
+    if tool.type == "custom":
+        text = _input_schema(tool.format or ToolFormat(), f"{place}.format")
+        strict = True if "pattern" in text else None  # vLLM holds arguments to their schema only if told so
+        parameters = {
+            "type": "object",
+            "properties": {INPUT: text},
+            "required": [INPUT],
+            "additionalProperties": False,
+        }
+    return Function(name, tool.description, parameters, strict)
+
+
+def _input_schema(format: ToolFormat, place: str) -> JsonObject:
+    """Of the one text that a custom tool takes."""
+    text: JsonObject = {"type": "string", "description": "The whole input of the tool, as plain text."}
+    if format.type in ("", "text"):
+        return text
+    if format.type != "grammar":
+        raise unsupported(f"{place}.type", " other than `text` and `grammar`")
+    if format.definition is None:
+        where = f"{place}.definition"
+        raise RequestRejected(f"Missing required field: `{where}`.", code="missing_field", field=where)
+    if format.syntax == "regex":
+        return {**text, "pattern": f"^(?:{format.definition})$"}
+    if format.syntax != "lark":
+        raise RequestRejected(f"`{place}.syntax` must be `lark` or `regex`.", field=f"{place}.syntax")
+    return {
+        **text,
+        "description": f"{text['description']} It follows this Lark grammar:\n{format.definition}",
+    }
 
 
 def _allowed(choice: ResponseToolChoice) -> Iterator[tuple[int, ResponseToolChoice]]:
@@ -128,6 +158,9 @@ def _allowed(choice: ResponseToolChoice) -> Iterator[tuple[int, ResponseToolChoi
 def _chosen(choice: ResponseToolChoice, by_name: dict[str, Offered], where: str) -> str:
     if choice.type not in ("function", "custom"):
         raise unsupported(f"{where}.type", f" `{choice.type[:80]}`")
+    if choice.name is None:
+        field = f"{where}.name"
+        raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
     for name, offered in by_name.items():
         if choice.name in (name, offered.name) and choice.type == offered.type:
             return name

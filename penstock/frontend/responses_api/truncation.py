@@ -7,7 +7,7 @@ from typing import Final
 
 from penstock.errors import RequestRejected
 from penstock.frontend.chat import Chat
-from penstock.frontend.endpoint import Beginning
+from penstock.frontend.endpoint import PromptEncoder
 from penstock.frontend.messages import Message
 
 MAX_CUTS: Final = 8
@@ -22,16 +22,19 @@ MESSAGE_CHARS: Final = 16  # about what a template writes around a message
 
 
 async def fitting(
-    messages: list[Message], chat_of: Callable[[list[Message]], Chat], beginning: Beginning
+    messages: list[Message],
+    chat_of: Callable[[list[Message]], Chat],
+    prompts: PromptEncoder,
+    max_tokens: int | None,
 ) -> list[Message]:
     """The messages without those at the beginning that leave no room; what the system says stays, and the
     last message. Raises RequestRejected when the template refuses what is left."""
-    context = beginning.model.max_model_len
-    room = min(beginning.wanted.max_tokens or context, context // ANSWER_SHARE)
+    context = prompts.model.max_model_len
+    room = min(max_tokens or context, context // ANSWER_SHARE)
     for _ in range(MAX_CUTS):
         chars = sum(map(_chars, messages))
         try:
-            tokens = len(await chat_of(messages).prompt(beginning))
+            tokens = len(await chat_of(messages).prompt(prompts))
         except RequestRejected as error:
             if error.code != "context_length_exceeded":
                 raise

@@ -6,13 +6,34 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from penstock.shapes import JsonObject, TokenLogprob
+from penstock.shapes import JsonObject, PromptLogprob, TokenLogprob
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; what OpenAI documents for a token that is ruled out
 
 NO_LOGPROB = math.nan  # of a prompt's first token, which follows nothing
 
 TokenBytes = Callable[[int], bytes]  # what a token id stands for
+
+
+def prompt_entries(
+    tokens: Sequence[PromptLogprob], token_bytes: TokenBytes, top: int
+) -> list[dict[int, JsonObject]]:
+    """vLLM's shape of `prompt_logprobs`: for each token an object with its own id and those of as many
+    alternatives."""
+    return [
+        {
+            token_id: {
+                "logprob": max(logprob, LEAST_LOGPROB),
+                "rank": rank,
+                "decoded_token": token_bytes(token_id).decode("utf-8", "replace"),
+            }
+            for token_id, logprob, rank in (
+                (token.token_id, token.logprob, token.rank),
+                *((*pair, place) for place, pair in enumerate(token.top[:top], 1)),
+            )
+        }
+        for token in tokens
+    ]
 
 
 class LogprobFormat(Protocol):

@@ -95,6 +95,11 @@ class ModelText:
             return TableDetokenizer(self._table, special=special)
         return WindowDetokenizer(self._tokenizer, prompt_ids, special=special)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens the tokenizer puts before a text of its own accord."""
+        return len(self._prefix)
+
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that came as token ids, special tokens by their names."""
         detokenizer = self.detokenizer((), special=True)

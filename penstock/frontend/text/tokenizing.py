@@ -33,12 +33,13 @@ Slice = list[tuple[int, str]]
 
 @dataclass(slots=True)
 class Caller:
-    """On whose behalf prompts are tokenized, and how long that may take."""
+    """Whose call it is, and how long tokenizing its prompts may take."""
 
     tenant: str  # the name of its API key; empty where none are needed
     priority: int
     since: float  # perf_counter, once its call was read
     limit_s: float
+    session: str = ""  # as the call's headers name it (frontend/sessions.py)
 
     async def wait(self, wanted: Awaitable[T]) -> T:
         """What is wanted. Raises RequestRejected(UNAVAILABLE) when that is not there in time."""

@@ -240,19 +240,28 @@ async def test_too_long_a_url(served, length):
         writer.write(b"GET /" + b"x" * length + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         answer = await everything(reader)
         too_long = length > MAX_HEAD_BYTES
-        assert answer.startswith(b"HTTP/1.1 431 " if too_long else b"HTTP/1.1 404 ")
+        assert answer.startswith(b"HTTP/1.1 414 " if too_long else b"HTTP/1.1 404 ")
         if too_long:
-            assert b'"code":"headers_too_large"' in answer
-            assert (
-                b'endpoint="other",model="",outcome="rejected",status="431"} 1.0' in served.metrics.render()
-            )
+            assert b'"code":"url_too_long"' in answer
+            counted = b'endpoint="other",model="",outcome="rejected",status="414"} 1.0'
+            assert counted in served.metrics.render()
 
 
-async def test_too_long_a_head(served):
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"x: " + b"y" * (MAX_HEAD_BYTES + 70_000),
+        b"x: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        b"x: y\r\n" * (MAX_HEAD_BYTES // 5) + b"\r\n",
+    ],
+    ids=["without an end", "one header", "many headers"],
+)
+async def test_head_above_its_limit_is_refused_with_431(served, headers):
     async with connection(served) as (reader, writer):
-        writer.write(b"GET /live HTTP/1.1\r\nx: " + b"y" * (MAX_HEAD_BYTES + 70_000))
+        writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n" + headers)
         answer = await everything(reader)
         assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b'"code":"headers_too_large"' in answer
         assert answer.count(b"HTTP/1.1") == 1
 
 
@@ -293,6 +302,12 @@ async def test_too_many_pipelined_requests(served):
             answer = await everything(reader)
         assert answer.count(b"HTTP/1.1") <= MAX_PIPELINED + 1
     assert (await served.http.get("/live")).status_code == 200
+
+
+async def test_too_many_bytes_before_the_first_request_are_refused_with_431(served):
+    async with connection(served) as (reader, writer):
+        writer.write(b"\r\n" * MAX_HEAD_BYTES)
+        assert (await everything(reader)).startswith(b"HTTP/1.1 431 ")
 
 
 async def test_blank_lines_do_not_keep_a_connection(serve_script):

@@ -15,13 +15,17 @@ STATUSES = {
     Rejection.BODY_TOO_SLOW: (408, "invalid_request_error"),
     Rejection.BODY_TOO_LARGE: (413, "invalid_request_error"),
     Rejection.UNSUPPORTED_CONTENT: (415, "invalid_request_error"),
+    Rejection.UNMET_EXPECTATION: (417, "invalid_request_error"),
     Rejection.OVERLOADED: (429, "rate_limit_error"),
+    Rejection.URL_TOO_LONG: (414, "invalid_request_error"),
     Rejection.HEAD_TOO_LARGE: (431, "invalid_request_error"),
     Rejection.CLIENT_LEFT: (499, "invalid_request_error"),
     Rejection.INTERNAL: (500, "server_error"),
+    Rejection.NOT_IMPLEMENTED: (501, "invalid_request_error"),
     Rejection.WORKERS_FAILED: (502, "server_error"),
     Rejection.UNAVAILABLE: (503, "server_error"),
     Rejection.TIMED_OUT: (504, "server_error"),
+    Rejection.UNSUPPORTED_VERSION: (505, "invalid_request_error"),
 }
 
 

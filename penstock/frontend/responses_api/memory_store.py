@@ -1,42 +1,14 @@
-"""Responses that are kept, to be read again and to be continued."""
+"""Responses that a frontend keeps in its memory."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
-ENTRY_BYTES = 1024  # about what an entry takes beside its texts
-
-
-class StoredResponse(msgspec.Struct, frozen=True):
-    """A response with what it answered."""
-
-    response_id: str
-    response: bytes  # JSON
-    items: bytes  # its own input items, a JSON list
-    previous_id: str  # of the response that it continues; empty when it begins a conversation
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return len(self.response) + len(self.items) + ENTRY_BYTES
-
-
-class ResponseStore(Protocol):
-    """Keeps responses apart by the tenant that made them."""
-
-    async def put(self, tenant: str, stored: StoredResponse) -> None:
-        """Keep it, within the limits of the store."""
-
-    async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        """None when there is none, or it is another tenant's."""
-
-    async def delete(self, tenant: str, response_id: str) -> bool:
-        """Whether there was one."""
+from penstock.ports import StoredResponse
 
 
 class _Kept(msgspec.Struct):
@@ -69,9 +41,9 @@ class MemoryResponseStore:
         self.count = 0
         self.bytes = 0
 
-    async def put(self, tenant: str, stored: StoredResponse) -> None:
+    async def put(self, tenant: str, stored: StoredResponse) -> bool:
         if stored.size > self._max_bytes:
-            return
+            return False
         self._drop(tenant, stored.response_id)
         self._tenants.setdefault(tenant, OrderedDict())[stored.response_id] = _Kept(stored, self._now())
         self._sizes[tenant] = self._sizes.get(tenant, 0) + stored.size
@@ -81,6 +53,7 @@ class MemoryResponseStore:
         while self.count > self._max_responses or self.bytes > self._max_bytes:
             largest = max(self._sizes, key=self._sizes.__getitem__)
             self._drop(largest, next(iter(self._tenants[largest])))
+        return True
 
     async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
         self._forget_old()
@@ -94,6 +67,12 @@ class MemoryResponseStore:
     async def delete(self, tenant: str, response_id: str) -> bool:
         self._forget_old()
         return self._drop(tenant, response_id)
+
+    async def check(self) -> None:
+        """It always answers."""
+
+    async def close(self) -> None:
+        """It has no connections."""
 
     def _forget_old(self) -> None:
         oldest = self._now() - self._max_age_s
