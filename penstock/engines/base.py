@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from penstock.engines.active import scores_prompt
 from penstock.engines.assets import Assets
 from penstock.engines.cycle import Command, EngineCycle
 from penstock.engines.outbox import Outbox
 from penstock.engines.scheduler import Scheduler
 from penstock.errors import PenstockError, RemoteError
-from penstock.shapes import Attempt, EngineStep
+from penstock.ports import EngineStep
+from penstock.shapes import Attempt
 
 log = logging.getLogger("penstock.engine")
 
@@ -27,9 +29,15 @@ class EngineBase(ABC):
         self._cycle: EngineCycle | None = None  # until started
         self._assets = Assets({})
 
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> int:
         """As Engine.submit, once started."""
-        self._post(partial(self._started.add, attempt))
+        self._post(self._started.adding(attempt))
+        length, there = len(attempt.token_ids), 0
+        if not scores_prompt(attempt):
+            there = self._outbox.cached_tokens(attempt.token_ids, attempt.cache_salt, self.scheduler.card)
+        if attempt.handoff is not None:
+            there = max(there, attempt.handoff.num_tokens)
+        return min(length, max(1, length - there))
 
     def cancel(self, attempt_id: str) -> None:
         """As Engine.cancel."""
@@ -47,6 +55,10 @@ class EngineBase(ABC):
     def asset(self, sha256: str) -> bytes | None:
         """As Engine.asset."""
         return self._assets.get(sha256)
+
+    def exposition(self) -> bytes:
+        """As Engine.exposition: the worker's metrics say all that there is to say."""
+        return b""
 
     def steps(self) -> AsyncIterator[EngineStep]:
         """As Engine.steps, for one reader. Ends after `stop`; raises RemoteError if the engine failed."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from penstock.shapes import Sampling, TokenLogprob
+from penstock.shapes import PromptLogprob, Sampling, TokenLogprob
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -25,7 +25,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     computed: int = 0
     # While the prompt is computed and its log-probabilities are wanted: those of token_ids[1:computed + 1].
-    prompt_logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
 
 
 class BatchRow(msgspec.Struct):

@@ -24,16 +24,29 @@ router's estimate and nothing else.
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from penstock.core.hashing import block_hash, root_hash
+from penstock.core.hashing import TOKEN_BYTES, packed_block_hash, root_hash
 
 _Parent = int | str
 """The block before, or the cache salt for a first block."""
 
 _Key = tuple[_Parent, bytes]
+
+
+@dataclass(slots=True, eq=False)
+class CachedPrefix:
+    """The cached blocks that a sequence could begin with, as of the last `BlockPool.follow`. It references
+    none of them: they may be evicted, and more may come."""
+
+    tokens: bytes  # as hashing.token_bytes packs them
+    salt: str
+    max_blocks: int  # `tokens` has so many whole blocks
+    block_ids: list[int] = field(default_factory=list)  # first to last
+    keys: list[_Key] = field(default_factory=list)  # of these, the very objects
+    next_key: _Key | None = None  # of the block after them, once it was looked for
 
 
 class BlockPool:
@@ -46,6 +59,7 @@ class BlockPool:
     def __init__(self, total_blocks: int, block_size: int, model: str = "") -> None:
         self.total_blocks = total_blocks
         self.block_size = block_size
+        self._block_bytes = block_size * TOKEN_BYTES
         self._model = model
         self._free = list(range(total_blocks - 1, -1, -1))  # a stack, lowest id on top
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -81,35 +95,53 @@ class BlockPool:
 
     def available_besides(self, block_ids: Sequence[int]) -> int:
         """Blocks that `allocate` could give once `block_ids` were acquired."""
-        return self.available_blocks - sum(block in self._idle for block in block_ids)
+        return self.available_blocks - len(self._idle.keys() & block_ids)
 
-    def match(self, token_ids: Sequence[int], salt: str, max_blocks: int) -> list[int]:
-        """The cached blocks of the longest prefix of `token_ids`, at most `max_blocks`, first to last.
+    def follow(self, prefix: CachedPrefix) -> bool:
+        """Bring a prefix up to date: afterwards its blocks are those of the longest cached one. Returns
+        whether there are others than before. Nothing is acquired, and nothing counts as used.
 
-        Nothing is acquired, and nothing counts as used. `token_ids` has `max_blocks` whole blocks."""
-        size, cached = self.block_size, self._cached
-        found: list[int] = []
-        parent: _Parent = salt
-        for start in range(0, max_blocks * size, size):
-            block = cached.get((parent, array("I", token_ids[start : start + size]).tobytes()))
+        Where nothing has changed this looks at two blocks. Each time a block is cached its key is a new
+        object, and a parent outlives its children: as long as the last block found has the key object that
+        it had then, all those before it are what they were."""
+        block_ids, keys, tokens, width = prefix.block_ids, prefix.keys, prefix.tokens, self._block_bytes
+        before = len(block_ids)
+        while keys and self._keys[block_ids[-1]] is not keys[-1]:
+            block_ids.pop()
+            keys.pop()
+            prefix.next_key = None
+        lost = len(block_ids) < before
+        while len(block_ids) < prefix.max_blocks:
+            key = prefix.next_key
+            if key is None:
+                start = len(block_ids) * width
+                key = (block_ids[-1] if block_ids else prefix.salt, tokens[start : start + width])
+            block = self._cached.get(key)
             if block is None:
+                prefix.next_key = key
                 break
-            found.append(block)
-            parent = block
-        return found
+            found = self._keys[block]
+            assert found is not None, f"block {block} is cached and has no key"
+            block_ids.append(block)
+            keys.append(found)
+            prefix.next_key = None
+        return lost or len(block_ids) > before
 
     def acquire(self, block_ids: Sequence[int]) -> None:
         """Reference cached blocks, a whole prefix as `match` returns it."""
+        references, idle = self._references, self._idle
         for block in block_ids:
-            if not self._references[block]:
-                del self._idle[block]
-            self._references[block] += 1
+            if not references[block]:
+                del idle[block]
+            references[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, each with one reference and nothing cached; None when there are fewer."""
         if count > self.available_blocks:
             return None
-        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        free = self._free
+        taken = [free.pop() for _ in range(min(count, len(free)))]
+        self._evict(count - len(taken), taken)
         for block in taken:
             self._references[block] = 1
         return taken
@@ -118,42 +150,46 @@ class BlockPool:
         """Drop one reference of each block of a sequence, given first to last as the sequence has them.
 
         Those that nobody else uses become idle where cached, else free."""
+        references, keys, idle = self._references, self._keys, self._idle
         for block in reversed(block_ids):
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] = references[block] - 1
+            if left:
                 continue
-            if self._keys[block] is None:
+            if keys[block] is None:
                 self._free.append(block)
             else:
-                self._idle[block] = None
+                idle[block] = None
 
-    def cache(self, block: int, parent: int | str, token_ids: Sequence[int]) -> int:
-        """Enter a block whose KV is now complete.
+    def cache(self, block_ids: list[int], first: int, salt: str, tokens: bytes) -> None:
+        """Enter the blocks of a sequence whose KV is now complete, from `block_ids[first]` on.
 
         Args:
-            block: referenced by the caller alone, not cached.
-            parent: the cached block before it, referenced by the caller, or the cache salt.
-            token_ids: its `block_size` tokens.
-
-        Returns the block to use from now on: `block`, or one with the same KV that was cached before;
-        then the caller's reference has moved to that one, and `block` is free.
+            block_ids: all blocks of the sequence, which references them. Those before `first` are cached,
+                the others not. One whose KV was cached before, in another block, is replaced by that
+                one here: the sequence's reference has moved, and the sequence's own block is free.
+            salt: its cache salt.
+            tokens: the tokens of the blocks to enter, as hashing.token_bytes packs them.
         """
-        key = (parent, array("I", token_ids).tobytes())
-        twin = self._cached.get(key)
-        if twin is not None:
-            self.acquire([twin])
-            self.release([block])
-            return twin
-        seed = self._hashes[parent] if isinstance(parent, int) else root_hash(self._model, parent)
-        sequence_hash = block_hash(token_ids, seed)
-        self._cached[key] = block
-        self._keys[block] = key
-        self._hashes[block] = sequence_hash
-        if sequence_hash in self._removed:
-            del self._removed[sequence_hash]
-        else:
-            self._stored[sequence_hash] = None
-        return block
+        width, cached, hashes = self._block_bytes, self._cached, self._hashes
+        parent: _Parent = block_ids[first - 1] if first else salt
+        sequence_hash = hashes[block_ids[first - 1]] if first else root_hash(self._model, salt)
+        for index, start in enumerate(range(0, len(tokens), width), first):
+            key = (parent, tokens[start : start + width])
+            block = block_ids[index]
+            parent = cached.setdefault(key, block)
+            if parent != block:
+                self.acquire([parent])
+                self.release([block])
+                block_ids[index] = parent
+                sequence_hash = hashes[parent]
+                continue
+            sequence_hash = packed_block_hash(key[1], sequence_hash)
+            self._keys[block] = key
+            hashes[block] = sequence_hash
+            if sequence_hash in self._removed:
+                del self._removed[sequence_hash]
+            else:
+                self._stored[sequence_hash] = None
 
     def sequence_hash(self, block: int) -> int:
         """The sequence hash of a cached block."""
@@ -167,18 +203,21 @@ class BlockPool:
         self._removed.clear()
         return stored, removed
 
-    def _evict(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        key = self._keys[block]
-        assert key is not None, f"idle block {block} is not cached"
-        del self._cached[key]
-        self._keys[block] = None
-        sequence_hash = self._hashes[block]
-        if sequence_hash in self._stored:
-            del self._stored[sequence_hash]
-        else:
-            self._removed[sequence_hash] = None
-        return block
+    def _evict(self, count: int, taken: list[int]) -> None:
+        """Add the `count` blocks to `taken` that were used least recently among the idle."""
+        idle, keys, hashes, stored = self._idle, self._keys, self._hashes, self._stored
+        for _ in range(count):
+            block, _ = idle.popitem(last=False)
+            key = keys[block]
+            assert key is not None, f"idle block {block} is not cached"
+            del self._cached[key]
+            keys[block] = None
+            sequence_hash = hashes[block]
+            if sequence_hash in stored:
+                del stored[sequence_hash]
+            else:
+                self._removed[sequence_hash] = None
+            taken.append(block)
 
     def check_references(self, holders: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the references are exactly those of these holders, each given as its

@@ -1,5 +1,5 @@
-"""How long a step takes on real GPUs, as fitted formulas; the figures and their source are in
-cost_models.json.
+"""How long a step takes on real GPUs, as fitted formulas. The figures and their source are in
+cost_models.json, and those of other workers in files that `penstock calibrate` writes.
 
 Of a batch: n new tokens of prompts, each prompt's p tokens before them; B decoding requests with S tokens
 of context together. In ms:
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
 import msgspec
 
@@ -50,6 +51,31 @@ class CostModel(msgspec.Struct, frozen=True):
         weights_ms = max(self.a0 if requests else 0.0, prompts_ms)
         return weights_ms + self.c2 * attended + self.a1 * requests + self.a2 * context_tokens
 
+    def steps_ms(self, batch: Sequence[BatchRow], steps: int) -> float:
+        """How long so many steps take, of which the first computes this batch, and each of the others the
+        next token of each row. Where there are several, all rows decode."""
+        longer = self.a2 * len(batch) * steps * (steps - 1) / 2 if steps > 1 else 0.0
+        return steps * self.step_ms(batch) + longer
+
+
+class MeasuredCosts(msgspec.Struct):
+    """What `penstock calibrate` writes: the costs of one worker, and what it is."""
+
+    costs: CostModel
+    model: str
+    gpus: int  # of the worker
+    cache_tokens: int
+    ttft_error: float  # the median of |predicted / measured - 1|, of prompts that were alone
+    itl_error: float  # the same, of the mean time per token of batches
+
+    @classmethod
+    def read(cls, path: Path) -> MeasuredCosts:
+        """Raises ConfigError for a file that is none of these."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ConfigError(f"cost model: {path}: {error}") from None
+
 
 class _File(msgspec.Struct):
     models: dict[str, CostModel]
@@ -62,7 +88,10 @@ def cost_models() -> dict[str, CostModel]:
 
 
 def cost_model(name: str) -> CostModel:
-    """The model of this name. Raises ConfigError with the names there are."""
+    """The model of this name, or of a file whose name ends with .json. Raises ConfigError with the names
+    there are."""
+    if name.endswith(".json"):
+        return MeasuredCosts.read(Path(name)).costs
     models = cost_models()
     if name not in models:
         raise ConfigError(f"unknown cost model {name!r}; there are: {', '.join(sorted(models))}")

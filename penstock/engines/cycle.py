@@ -19,8 +19,8 @@ from penstock.engines.effects import Export, Pull, Retract
 from penstock.engines.scheduler import Scheduler
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import PenstockError, RemoteError
-from penstock.ports import KvTransfer, Pulled
-from penstock.shapes import Attempt, EngineCard, EngineStep, Load, Sampling
+from penstock.ports import EngineStep, KvTransfer, Pulled
+from penstock.shapes import Attempt, EngineCard, Load, Sampling
 
 log = logging.getLogger("penstock.engine")
 
@@ -55,7 +55,8 @@ class LoadedModel(msgspec.Struct):
 
 
 class EngineCycle:
-    """Drives a scheduler, a runner and a transfer through steps. Used from one thread at a time.
+    """Drives a scheduler, a runner and a transfer through steps. Used from one thread at a time, but for
+    `adding`.
 
     Args:
         transfer: None when KV never moves; started and stopped by whoever owns the engine.
@@ -100,11 +101,15 @@ class EngineCycle:
         """Whether so many steps in a row have failed that the engine was given up."""
         return self.failed_steps >= MAX_FAILED_STEPS
 
-    def add(self, attempt: Attempt, now: float) -> None:
-        """A Command, with the attempt bound: compute it, or end it when its tokens cannot be drawn."""
+    def adding(self, attempt: Attempt) -> Command:
+        """What to post for an attempt that comes now: compute it, or end it if its tokens cannot be drawn.
+        It waits from now on, and not only from the end of the turn that is under way. For any thread."""
+        return partial(self._add, attempt, self._now())
+
+    def _add(self, attempt: Attempt, came_at: float, now: float) -> None:
         reason = self._refusal(attempt.sampling)
         if reason is None:
-            self.scheduler.add(attempt, now)
+            self.scheduler.add(attempt, came_at)
         else:
             self.scheduler.refuse(attempt.attempt_id, reason)
 
@@ -135,7 +140,7 @@ class EngineCycle:
             self.failed_steps += 1
             if self.broken:
                 raise RemoteError(f"{self.failed_steps} steps in a row failed, last: {error!r}") from error
-            self.scheduler.fail_batch(f"step failed: {error!r}")
+            self.scheduler.fail_batch(f"step failed: {error!r}", self._now())
         else:
             self.failed_steps = 0
             self.scheduler.commit(samples, self._now())
@@ -178,12 +183,15 @@ class EngineCycle:
 
     def _pull(self, transfer: KvTransfer, pull: Pull) -> None:
         def on_done(pulled: Pulled) -> None:  # on a thread of the transfer's
-            self._post(partial(self.scheduler.pull_done, pull.attempt_id, pulled))
+            self._post(partial(self._pull_done, pull.attempt_id, pulled, self._now()))
 
         try:
             transfer.pull(pull.handoff, pull.source_indices, pull.block_ids, pull.timeout_s, on_done)
         except PenstockError as error:
             on_done(Pulled(blocks=0, bytes=0, seconds=0.0, error=str(error)))
+
+    def _pull_done(self, attempt_id: str, pulled: Pulled, ended_at: float, now: float) -> None:
+        self.scheduler.pull_done(attempt_id, pulled, ended_at)
 
 
 def build_cycle(
@@ -192,6 +200,7 @@ def build_cycle(
     transfer: KvTransfer | None,
     now: Callable[[], float],
     post: Callable[[Command], None],
+    scheduler: type[Scheduler] = Scheduler,
 ) -> EngineCycle:
     """A cycle around a loaded model, its transfer started and its card complete. May block for as long as
     the transfer takes to start; arguments as of EngineCycle."""
@@ -200,8 +209,8 @@ def build_cycle(
         max_batch_tokens=settings.max_batch_tokens,
         transport=transfer.name if transfer is not None else "",
     )
-    scheduler = Scheduler(card, settings)
+    made = scheduler(card, settings)
     if transfer is not None:
-        transfer.start(model.pool, lambda handoff_id: post(partial(scheduler.pulled, handoff_id)))
+        transfer.start(model.pool, lambda handoff_id: post(partial(made.pulled, handoff_id)))
     log.info("engine ready: %s", card)
-    return EngineCycle(scheduler, model.runner, transfer, now, post, model.refusal)
+    return EngineCycle(made, model.runner, transfer, now, post, model.refusal)

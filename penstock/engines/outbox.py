@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from threading import Lock
 
+from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.errors import PenstockError
-from penstock.shapes import EngineStep, Output
+from penstock.ports import EngineStep
+from penstock.shapes import EngineCard, Output
 
 MAX_STEPS = 64
 """Steps buffered one by one; at 20 ms a step, more than a second in which the event loop did nothing."""
@@ -71,9 +73,13 @@ class Outbox:
         """What is cached as of the last step that was read."""
         return list(self._mirror)
 
-    def leading_cached(self, hashes: Sequence[int]) -> int:
-        """How many of these, from the first on, are cached as of the last step that was read."""
-        return next((i for i, block in enumerate(hashes) if block not in self._mirror), len(hashes))
+    def cached_tokens(self, token_ids: Sequence[int], cache_salt: str, card: EngineCard) -> int:
+        """How many of a prompt's first tokens are cached as of the last step that was read; never its last
+        one, which is always computed."""
+        size = card.block_size
+        whole = max(0, len(token_ids) - 1) // size * size
+        hashes = sequence_hashes(token_ids[:whole], size, root_hash(card.model.name, cache_salt))
+        return size * next((i for i, it in enumerate(hashes) if it not in self._mirror), len(hashes))
 
     def _pop(self) -> EngineStep | None:
         with self._lock:
@@ -110,6 +116,7 @@ def merge(older: EngineStep, newer: EngineStep) -> EngineStep:
         removed=list(removed - stored),
         cleared=older.cleared or newer.cleared,
         load=newer.load,
+        ended=older.ended + newer.ended,
     )
 
 
@@ -124,4 +131,5 @@ def _merge_outputs(older: Output, newer: Output) -> Output:
         handoff=newer.handoff,
         error=newer.error,
         transferred_blocks=older.transferred_blocks,
+        prompt_logprobs=older.prompt_logprobs,
     )

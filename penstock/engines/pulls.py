@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from penstock.core.prompt_work import PromptWork, prompt_work
 from penstock.engines.active import ActiveAttempt, AttemptPhase, mismatch
 from penstock.engines.block_pool import BlockPool
 from penstock.engines.effects import Pull
@@ -117,6 +118,15 @@ class OpenPulls:
         else:
             active.handoff = None  # everything is cached: the holder is only told to let go
         return pull
+
+    def works(self) -> list[PromptWork]:
+        """What will be left to compute of those that wait for a pull, once it has succeeded."""
+        lengths = [
+            (pull.handoff.num_tokens, len(pull.active.token_ids))
+            for pull in self._open.values()
+            if pull.active is not None
+        ]
+        return [prompt_work(min(there, length - 1), length) for there, length in lengths]
 
     def abandon(self, attempt_id: str) -> None:
         """Its attempt does not wait any more."""

@@ -33,10 +33,11 @@ are only numbers.
 from __future__ import annotations
 
 import logging
-from bisect import insort
 from dataclasses import dataclass
 from itertools import chain
 
+from penstock.core.hashing import TOKEN_BYTES, token_bytes
+from penstock.core.prompt_work import prompt_work
 from penstock.engines.active import ActiveAttempt, AttemptPhase, activate, fault
 from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.block_pool import BlockPool
@@ -44,9 +45,10 @@ from penstock.engines.effects import Effect, Export, Pull
 from penstock.engines.handoffs import HeldHandoffs
 from penstock.engines.pulls import OpenPulls
 from penstock.engines.settings import SchedulerSettings
-from penstock.engines.step_times import StepTimes
-from penstock.ports import Pulled
-from penstock.shapes import Attempt, EngineCard, EngineStep, FinishReason, Load, Output
+from penstock.engines.step_times import StepTimes, StepWork
+from penstock.engines.waiting import WaitingAttempts, rank
+from penstock.ports import EngineStep, Pulled
+from penstock.shapes import Attempt, AttemptReport, EngineCard, FinishReason, Load, Output
 
 log = logging.getLogger("penstock.engine")
 
@@ -89,15 +91,14 @@ class Scheduler:
         self.preemptions = 0
         self._times = times or StepTimes()
         self._active: dict[str, ActiveAttempt] = {}  # by attempt id: all that have not ended
-        self._waiting: list[ActiveAttempt] = []  # sorted by rank
-        self._waiting_tokens = 0  # sum of uncached_tokens over _waiting
+        self._waiting = WaitingAttempts(self.pool)
         self._running: list[ActiveAttempt] = []
         self._batch: list[BatchRow] = []
         self._batched: list[ActiveAttempt] = []  # the attempts of _batch
-        self._decodes = 0  # rows of _batch that are one decoding attempt's next token
-        self._prompt_tokens = 0  # tokens in its other rows
+        self._work = StepWork()  # what it computes
         self._planned_at = 0.0
         self._outputs: list[Output] = []
+        self._ended: list[AttemptReport] = []
         self._effects: list[Effect] = []
         self._submitted = 0
         self._steps = 0
@@ -148,16 +149,17 @@ class Scheduler:
     def load(self) -> Load:
         """The load as of now."""
         context_tokens = 0
-        prefill_tokens = self._waiting_tokens
+        works = [self._waiting.work]
         for active in self._running:
             context_tokens += active.computed
-            left = len(active.token_ids) - active.computed
-            if left > 1:
-                prefill_tokens += left
+            if len(active.token_ids) - active.computed > 1:  # else it decodes
+                works.append(prompt_work(active.computed, len(active.token_ids)))
+        if self.pulls:
+            works += self.pulls.works()
         return Load(
             running=len(self._active) - len(self._waiting),
             waiting=len(self._waiting),
-            prefill_tokens=prefill_tokens,
+            prefill_tokens=sum(work.tokens for work in works),
             used_blocks=self.pool.used_blocks,
             total_blocks=self.pool.total_blocks,
             context_tokens=context_tokens,
@@ -166,6 +168,7 @@ class Scheduler:
             rates=self._times.rates(),
             submitted=self._submitted,
             output_tokens=self._times.output_tokens,
+            prefill_context_tokens=sum(work.context_tokens for work in works),
         )
 
     # --- commands ---------------------------------------------------------------------------------
@@ -180,14 +183,14 @@ class Scheduler:
         if reason is not None:
             self._outputs.append(Output(attempt_id, finish_reason=FinishReason.ERROR, error=reason))
             return
-        active = activate(attempt, self.card, self._submitted)
+        active = activate(attempt, self.card, self._submitted, now)
         if len(active.token_ids) >= active.max_len:
             self._outputs.append(Output(attempt_id, finish_reason=FinishReason.LENGTH))
             return
         if attempt.handoff is not None and active.prompt_logprobs is None:
             self._pull(self.pulls.accept(active, attempt, now))
         self._active[attempt_id] = active
-        self._enqueue(active)
+        self._waiting.enter(active)
 
     def refuse(self, attempt_id: str, reason: str) -> None:
         """End an attempt that no engine of this kind could serve, with REJECTED."""
@@ -198,7 +201,7 @@ class Scheduler:
         """End an attempt with CANCELLED. Unknown and ended ids are ignored."""
         active = self._active.get(attempt_id)
         if active is not None:
-            self._end(active, Output(attempt_id, finish_reason=FinishReason.CANCELLED))
+            self._end(active, Output(attempt_id, finish_reason=FinishReason.CANCELLED), now)
 
     def cancel_all(self, now: float) -> None:
         """End every attempt with CANCELLED, and withdraw every handoff."""
@@ -221,6 +224,7 @@ class Scheduler:
             self._times.observe_transfer(pulled.blocks, pulled.seconds * 1e3)
         if active is None:
             return
+        active.pulled_at = now
         if pulled.error is None:
             self._join(active, pulled.blocks)
         else:
@@ -258,25 +262,34 @@ class Scheduler:
         self._planned_at = now
         if self.pulls:
             for active in self.pulls.late(now):
+                active.pulled_at = now
                 self._restart(active)
         if self.held:
             self._effects += self.held.due(now)
         self._make_room()
         batch, batched, prompts = self._batch, self._batched, []
+        decode_context_tokens = 0
         for active in self._running:
             start = active.computed
             if len(active.token_ids) - start == 1:
                 batch.append(BatchRow(active, start, 1, True))
                 batched.append(active)
+                decode_context_tokens += start
             else:
                 prompts.append(active)
-        self._decodes = len(batch)
+        decodes = len(batch)
         budget = self.settings.max_batch_tokens - len(batch)
-        for active in sorted(prompts, key=_rank):
+        for active in sorted(prompts, key=rank):
             budget -= self._add_chunk(active, budget)
         if self._waiting:
             budget = self._admit_waiting(budget, now)
-        self._prompt_tokens = self.settings.max_batch_tokens - self._decodes - budget
+        rows = batch[decodes:]
+        self._work = StepWork(
+            prefill_tokens=self.settings.max_batch_tokens - decodes - budget,
+            prefill_context_tokens=sum(row.count * (row.start + row.count / 2) for row in rows),
+            decode_requests=decodes,
+            decode_context_tokens=decode_context_tokens,
+        )
         return batch
 
     def idled(self) -> None:
@@ -291,34 +304,37 @@ class Scheduler:
                 self._cache_blocks(active)
             if sample is not None:
                 self._append(active, sample, now)
-        self._times.observe(self._prompt_tokens, self._decodes, (now - self._planned_at) * 1e3)
+        self._times.observe(self._work, (now - self._planned_at) * 1e3)
         self._close_batch()
 
-    def fail_batch(self, reason: str) -> None:
+    def fail_batch(self, reason: str, now: float) -> None:
         """The planned batch was not computed: its attempts end with ERROR, and nothing of it is kept."""
         for active in self._batched:
-            self._end(active, Output(active.attempt_id, finish_reason=FinishReason.ERROR, error=reason))
+            failed = Output(active.attempt_id, finish_reason=FinishReason.ERROR, error=reason)
+            self._end(active, failed, now)
         self._close_batch()
 
     def report(self) -> EngineStep:
         """Everything that happened since the last report."""
         outputs, self._outputs = self._outputs, []
+        ended, self._ended = self._ended, []
         stored, removed = self.pool.drain()
-        return EngineStep(outputs, stored, removed, load=self.load())
+        self._waiting.look_again()
+        return EngineStep(outputs, stored, removed, load=self.load(), ended=ended)
 
     # --- inside plan ------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
         """A block for every running attempt whose last is full, the least important giving way."""
         short = [active for active in self._running if len(active.token_ids) > active.capacity]
-        for active in sorted(short, key=_rank):
+        for active in sorted(short, key=rank):
             while active.phase is AttemptPhase.RUNNING:
                 block_ids = self.pool.allocate(1)
                 if block_ids is not None:
                     active.block_ids += block_ids
                     active.capacity += self.pool.block_size
                     break
-                self._preempt(max(self._running, key=_rank))
+                self._preempt(max(self._running, key=rank))
 
     def _preempt(self, active: ActiveAttempt) -> None:
         self.preemptions += 1
@@ -341,7 +357,7 @@ class Scheduler:
         while (
             budget and self._waiting and len(self._active) - len(self._waiting) < self.settings.max_running
         ):
-            active = self._waiting[0]
+            active = self._waiting.first
             if not self._admit(active, now):
                 break
             if active.phase is AttemptPhase.RUNNING:
@@ -352,7 +368,7 @@ class Scheduler:
         """Give the first in the queue its blocks. False when there are too few."""
         pool = self.pool
         length = len(active.token_ids)
-        hits = self._cached(active)
+        hits = self._waiting.hits(active)
         needed = self._blocks_for(length) - len(hits)
         reserved = min(len(self._running), int(pool.total_blocks * RESERVED_SHARE))
         if needed + reserved > pool.available_besides(hits):
@@ -360,7 +376,8 @@ class Scheduler:
         pool.acquire(hits)
         fresh = pool.allocate(needed)
         assert fresh is not None, "available_besides promised these blocks"
-        self._dequeue(active)
+        self._waiting.leave(active)
+        active.began_at = now if active.began_at is None else active.began_at
         active.block_ids = hits + fresh
         active.capacity = len(active.block_ids) * pool.block_size
         active.cached_blocks = len(hits)
@@ -390,8 +407,8 @@ class Scheduler:
         output = Output(active.attempt_id, [token_id])
         if sample.logprob is not None:
             output.logprobs = [sample.logprob]
-        if not active.answered:
-            active.answered = True
+        if active.first_token_at is None:
+            active.first_token_at = now
             output.cached_tokens = min(active.reused_tokens or 0, active.prompt_len)
             output.transferred_blocks = active.transferred_blocks
             output.prompt_logprobs, active.prompt_logprobs = active.prompt_logprobs, None
@@ -404,16 +421,17 @@ class Scheduler:
             export = self.held.hold(active, now)
             self._effects.append(export)
             output.handoff = export.handoff
-        self._end(active, output)
+        self._end(active, output, now)
 
     def _cache_blocks(self, active: ActiveAttempt) -> None:
         """Enter its blocks that are whole and computed into the prefix cache."""
-        pool, size, block_ids = self.pool, self.pool.block_size, active.block_ids
+        size, first = self.pool.block_size, active.cached_blocks
         whole = active.computed // size
-        for index in range(active.cached_blocks, whole):
-            parent = block_ids[index - 1] if index else active.cache_salt
-            token_ids = active.token_ids[index * size : (index + 1) * size]
-            block_ids[index] = pool.cache(block_ids[index], parent, token_ids)
+        if whole * size * TOKEN_BYTES <= len(active.packed):
+            tokens = active.packed[first * size * TOKEN_BYTES : whole * size * TOKEN_BYTES]
+        else:
+            tokens, active.packed = token_bytes(active.token_ids[first * size : whole * size]), b""
+        self.pool.cache(active.block_ids, first, active.cache_salt, tokens)
         active.cached_blocks = whole
         active.cache_at = (whole + 1) * size
 
@@ -424,26 +442,6 @@ class Scheduler:
 
     # --- moving attempts --------------------------------------------------------------------------
 
-    def _enqueue(self, active: ActiveAttempt) -> None:
-        length = len(active.token_ids)
-        there = len(self._cached(active)) * self.pool.block_size
-        if active.handoff is not None:
-            there = max(there, active.handoff.num_tokens)
-        active.uncached_tokens = length - there
-        self._waiting_tokens += active.uncached_tokens
-        insort(self._waiting, active, key=_rank)
-
-    def _cached(self, active: ActiveAttempt) -> list[int]:
-        """The cached blocks that it can begin with; none where it is to score its prompt."""
-        if active.prompt_logprobs is not None:
-            return []
-        limit = (len(active.token_ids) - 1) // self.pool.block_size
-        return self.pool.match(active.token_ids, active.cache_salt, limit)
-
-    def _dequeue(self, active: ActiveAttempt) -> None:
-        self._waiting_tokens -= active.uncached_tokens
-        self._waiting.remove(active)
-
     def _requeue(self, active: ActiveAttempt) -> None:
         """Back to waiting, without the blocks, which are somebody else's concern now."""
         active.phase = AttemptPhase.WAITING
@@ -451,7 +449,7 @@ class Scheduler:
         active.capacity = active.cached_blocks = active.cache_at = active.computed = 0
         if active.prompt_logprobs:
             active.prompt_logprobs = []
-        self._enqueue(active)
+        self._waiting.enter(active)
 
     def _join(self, active: ActiveAttempt, pulled_blocks: int) -> None:
         """Its pulled blocks are there: run on behind them."""
@@ -468,12 +466,13 @@ class Scheduler:
         active.handoff = None
         self._requeue(active)
 
-    def _end(self, active: ActiveAttempt, output: Output) -> None:
+    def _end(self, active: ActiveAttempt, output: Output, now: float) -> None:
         self._outputs.append(output)
+        self._ended.append(active.report(now))
         del self._active[active.attempt_id]
         match active.phase:
             case AttemptPhase.WAITING:
-                self._dequeue(active)
+                self._waiting.leave(active)
             case AttemptPhase.PULLING:
                 self.pulls.abandon(active.attempt_id)
             case AttemptPhase.RUNNING:
@@ -485,7 +484,3 @@ class Scheduler:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)
-
-
-def _rank(active: ActiveAttempt) -> tuple[int, int]:
-    return active.rank

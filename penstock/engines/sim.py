@@ -27,7 +27,7 @@ from penstock.engines.stepping import SteppingEngine
 from penstock.engines.virtual import VirtualEngine
 from penstock.errors import ConfigError
 from penstock.ports import Engine, KvTransfer
-from penstock.shapes import EngineCard, ModelCard, Sampling, TokenLogprob
+from penstock.shapes import EngineCard, ModelCard, PromptLogprob, Sampling, TokenLogprob
 
 POOL_BYTES_PER_BLOCK = 64
 """Of memory, so that real transfers have something to move between sim engines of several processes."""
@@ -123,12 +123,14 @@ class SimRunner:
             return Sampled(token_id)
         # All tokens but EOS are equally likely, so any others are the next most likely.
         place = token_id - self._token_ids.start
-        top = [(self._token_id(place + more), self._logprob) for more in range(sequence.sampling.logprobs)]
+        named = sequence.sampling.logprob_token_ids
+        likeliest = (self._token_id(place + more) for more in range(sequence.sampling.logprobs))
+        top = [(token_id, self._logprob) for token_id in named or likeliest]
         return Sampled(token_id, TokenLogprob(token_id, self._logprob, top))
 
-    def _score_prompt(self, row: BatchRow, logprobs: list[TokenLogprob]) -> None:
+    def _score_prompt(self, row: BatchRow, logprobs: list[PromptLogprob]) -> None:
         token_ids = [row.sequence.token_ids[position] for position in scored_tokens(row)]
-        logprobs += [TokenLogprob(token_id, self._logprob) for token_id in token_ids]
+        logprobs += [PromptLogprob(token_id, self._logprob) for token_id in token_ids]
 
     def draw(self, position: int, sampling: Sampling) -> int:
         """The token at this output position, from 0: a function of it and of the request's seed alone, but

@@ -1,7 +1,14 @@
 """What a worker's steps and pulls cost, measured by the worker itself while it works.
 
-Model. A step takes `step_ms + prefill_token_ms * tokens + decode_request_ms * requests`, and a pull
-`transfer_ms + transfer_block_ms * blocks`: in both, ms = c . f with coefficients c >= 0 and features f.
+Model. A step takes
+
+    step_ms + prefill_token_ms * n + prefill_context_ms * P + decode_request_ms * b + decode_context_ms * D
+
+where n prompt tokens are computed in it, with P tokens before each of them, added up (core/prompt_work.py),
+and b requests decode, with D tokens of context together. A pull takes
+`transfer_ms + transfer_block_ms * blocks`. In both, ms = c . f with coefficients c >= 0 and features f.
+Attention has terms of its own because on large GPUs it costs as much as everything else once contexts are
+tens of thousands of tokens long: without them, long prompts look like a slow machine.
 
 Fit. Least squares with exponential forgetting (Ljung, System Identification, 1999, section 11.2), kept as
 the sums of its normal equations. An observation is weighted by the inverse square of what it usually takes,
@@ -40,14 +47,15 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from heapq import nlargest
-from operator import mul
+from operator import add, mul
+from typing import NamedTuple
 
 from penstock.shapes import Rates
 
-FORGETTING = 0.998
-"""Weight of an observation relative to the next one: the last 500 count, ten seconds of
-decoding or so. Changes of the whole machine need no forgetting; the mix of work and its context lengths
-do."""
+FORGETTING = 0.9995
+"""Weight of an observation relative to the next one: the last 2,000 count, a minute of decoding or many of
+long prompts. They hold enough of every kind of work to tell what each part costs, so that equal workers
+measure the same. Changes of the whole machine need no forgetting."""
 
 BLOCK = 8
 """Observations between two solutions, and the least in which a change is seen."""
@@ -63,9 +71,13 @@ BLOCKS = 8
 SIGNIFICANT = 3.0
 """Standard errors by which recent observations must differ from their prediction to show a change."""
 
-DEAD_BAND = 2.5
-"""A change is a factor of more than this, and of more than 3 within a single block. Context lengths, which
-the model does not know, make factors of 2 for a while."""
+DEAD_BAND = 1.8
+"""A change is a factor of more than this, and of more than 3 within a single block. What a step really
+takes is not quite linear; where the mix of work changes, that alone makes factors of 1.3."""
+
+UNREMARKABLE = 1.25
+"""No change is looked for while the mean ratio of the latest block's times to their predictions is less
+than this from 1."""
 
 MAX_LEVERAGE = 1 / 8
 """Above this, the settled fit has seen fewer than 8 observations like these."""
@@ -83,10 +95,10 @@ coefficients which did not change alike are learned soon."""
 ALIKE = 0.5
 """Largest relative spread of a single block's times for which it shows a change by itself."""
 
-LEAST = Rates(0.1, 0.002, 0.002, 0.2, 0.005)
+LEAST = Rates(0.1, 0.0002, 0.0002, 0.2, 0.005, 1e-8, 1e-7)
 """What rates never fall below: nothing is free, and large GPUs take three times as long at least."""
 
-ANCHOR = 2.0
+ANCHOR = 3.0
 """How many observations the reference counts for where the noise is as large as the times themselves."""
 
 UNUSUAL = 4.0
@@ -119,58 +131,67 @@ _ROUNDING = 1e-9  # relative, on the diagonal: far above what rounding can take 
 
 
 class _Sums:
-    """The normal equations of some observations."""
+    """Of some observations: their number, and the weighted sum of each product of two numbers of
+    `(ms, *features)`, row by row of the upper triangle. Their normal equations are in these."""
 
-    __slots__ = ("count", "products", "squares", "targets")
+    __slots__ = ("count", "products", "size")
 
     def __init__(self, size: int) -> None:
+        self.size = size  # number of features
         self.count = 0.0
-        self.products = [[0.0] * size for _ in range(size)]  # sums of weight * feature * feature
-        self.targets = [0.0] * size  # sums of weight * feature * ms
-        self.squares = 0.0  # sum of weight * ms * ms
+        self.products = [0.0] * ((size + 1) * (size + 2) // 2)
 
-    def add(self, features: Sequence[float], ms: float, weight: float) -> None:
-        """One more observation."""
-        self.count += 1.0
-        self.squares += weight * ms * ms
-        for i, feature in enumerate(features):
-            weighted = weight * feature
-            self.targets[i] += weighted * ms
-            row = self.products[i]
-            for j, other in enumerate(features):
-                row[j] += weighted * other
+    def add(self, observations: Sequence[Sequence[float]], weights: Sequence[float]) -> None:
+        """More observations, each as `(ms, *features)`."""
+        columns = list(zip(*observations, strict=True))
+        weighted = [list(map(mul, weights, column)) for column in columns]
+        products = [_dot(row, column) for i, row in enumerate(weighted) for column in columns[i:]]
+        self.products = list(map(add, self.products, products))
+        self.count += len(weights)
 
     def merge(self, other: _Sums, weight: float = 1.0) -> None:
         """All observations of another, each with `weight` times its own."""
         self.count += other.count
-        self.squares += weight * other.squares
-        for i, row in enumerate(other.products):
-            self.targets[i] += weight * other.targets[i]
-            mine = self.products[i]
-            for j, value in enumerate(row):
-                mine[j] += weight * value
+        self.products = [
+            mine + weight * its for mine, its in zip(self.products, other.products, strict=True)
+        ]
 
     def scale(self, *, weight: float = 1.0, ms: float = 1.0) -> None:
         """Multiply all weights and all times."""
         self.count *= weight
-        self.squares *= weight * ms * ms
-        self.targets = [value * weight * ms for value in self.targets]
-        self.products = [[value * weight for value in row] for row in self.products]
+        self.products = [value * weight for value in self.products]
+        self.products[0] *= ms * ms
+        self.products[1 : self.size + 1] = [value * ms for value in self.targets]
 
-    def form(self, left: Sequence[float], right: Sequence[float]) -> float:
-        """The sum of weight * (left . features) * (right . features)."""
-        return _dot(left, [_dot(row, right) for row in self.products])
+    @property
+    def squares(self) -> float:
+        """The sum of weight * ms * ms."""
+        return self.products[0]
 
-    def evenness(self, coefficients: Sequence[float]) -> float:
-        """By how much to multiply weights so that they are relative to these predictions."""
-        predicted = self.form(coefficients, coefficients)
+    @property
+    def targets(self) -> list[float]:
+        """For each feature, the sum of weight * feature * ms."""
+        return self.products[1 : self.size + 1]
+
+    def matrix(self) -> list[list[float]]:
+        """For each two features, the sum of weight * feature * feature."""
+        rows: list[list[float]] = []
+        start = self.size + 1
+        for i in range(self.size):
+            rows.append([row[i] for row in rows] + self.products[start : start + self.size - i])
+            start += self.size - i
+        return rows
+
+    def evenness(self, predictions: Sequence[float]) -> float:
+        """By how much to multiply weights so that they are relative to these predictions, as `_squared`
+        makes them of coefficients."""
+        predicted = _dot(self.products, predictions)
         return self.count / predicted if predicted > 0.0 else 1.0
 
     def residual(self, coefficients: Sequence[float]) -> float:
         """The mean squared residual, relative to these predictions."""
-        crossed = _dot(coefficients, self.targets)
-        squares = self.squares - 2.0 * crossed + self.form(coefficients, coefficients)
-        return max(0.0, squares) * self.evenness(coefficients) / self.count
+        squares = _dot(self.products, _squared(coefficients, -1.0))
+        return max(0.0, squares) * self.evenness(_squared(coefficients)) / self.count
 
 
 class Fit:
@@ -190,7 +211,7 @@ class Fit:
         self._noise = NOISE_START
         self._settled = _Sums(len(prior))  # observations older than the blocks
         self._blocks: deque[_Sums] = deque()
-        self._latest: list[tuple[Sequence[float], float]] = []  # observations that are in no block yet
+        self._latest: list[tuple[float, ...]] = []  # observations that are in no block yet: (ms, *features)
         self._latest_ms = 0.0  # sum of their times
         self._ratios: deque[float] = deque(
             maxlen=BLOCK * BLOCKS
@@ -198,35 +219,41 @@ class Fit:
 
     def observe(self, features: Sequence[float], ms: float) -> None:
         """Something with these features took so long."""
-        self._latest.append((features, ms))
+        self._latest.append((ms, *features))
         self._latest_ms += ms
         count = len(self._latest)
         if count == BLOCK or (count >= LEAST_BLOCK and self._latest_ms >= LONG_MS):
-            self._blocks.append(self._close_block())
-            self._follow_change()
+            factor = self._close_block()
+            if not 1.0 / UNREMARKABLE <= factor <= UNREMARKABLE:
+                self._follow_change()
             self._follow_misfit()
             self._solve()
             if len(self._blocks) == BLOCKS:
                 self._settle(self._blocks.popleft())
 
-    def _close_block(self) -> _Sums:
-        """The sums of the latest observations, what is far too long cut."""
-        predicted = [_TINY_MS + _dot(self.coefficients, features) for features, _ in self._latest]
-        ratios = [ms / it for (_, ms), it in zip(self._latest, predicted, strict=True)]
+    def _close_block(self) -> float:
+        """Make a block of the latest observations, what is far too long cut. Returns the mean ratio of
+        their times to the predictions."""
+        predicted = [_TINY_MS + _dot(self.coefficients, features) for _, *features in self._latest]
+        ratios = [ms / it for (ms, *_), it in zip(self._latest, predicted, strict=True)]
         self._ratios.extend(ratios)
-        longest = max(OUTLIER, nlargest(RARE + 1, self._ratios)[-1])
-        block = _Sums(len(self._least))
-        for (features, _), it, ratio in zip(self._latest, predicted, ratios, strict=True):
+        longest = max(ratios)
+        if longest > OUTLIER:
+            longest = max(OUTLIER, nlargest(RARE + 1, self._ratios)[-1])
+        observations, weights = [], []
+        for (_, *features), it, ratio in zip(self._latest, predicted, ratios, strict=True):
             usual = min(max(_dot(self._reference, features), it / UNUSUAL), it * UNUSUAL)
-            block.add(features, min(ratio, longest) * it, 1.0 / (usual * usual))
+            observations.append((min(ratio, longest) * it, *features))
+            weights.append(1.0 / (usual * usual))
+        block = _Sums(len(self._least))
+        block.add(observations, weights)
+        self._blocks.append(block)
         self._latest.clear()
         self._latest_ms = 0.0
-        return block
+        return sum(ratios) / len(ratios)
 
     def _solve(self) -> None:
-        total = self._even_settled()
-        for block in self._blocks:
-            total.merge(block, block.evenness(self.coefficients))
+        total = self._even(self.coefficients, self._settled, *self._blocks)
         noise = self._noise
         if self._settled.count < BLOCK * BLOCKS:  # too few to know the noise by
             noise = max(NOISE_FLOOR, total.residual(self.coefficients))
@@ -242,21 +269,21 @@ class Fit:
         gain = max(NOISE_GAIN, 1.0 / self._settlements)
         self._noise += gain * (block.residual(self.coefficients) - self._noise)
         self._noise = max(self._noise, NOISE_FLOOR)
-        self._settled = self._even_settled()
         self._settled.scale(weight=FORGETTING**block.count)
-        self._settled.merge(block, block.evenness(self.coefficients))
+        self._settled = self._even(self.coefficients, self._settled, block)
 
-    def _even_settled(self) -> _Sums:
-        total = _Sums(len(self._least))
-        total.merge(self._settled, self._settled.evenness(self.coefficients))
+    def _even(self, coefficients: Sequence[float], *parts: _Sums) -> _Sums:
+        """The parts together, with weights relative to the predictions of these coefficients."""
+        total, predictions = _Sums(len(self._least)), _squared(coefficients)
+        for part in parts:
+            total.merge(part, part.evenness(predictions))
         return total
 
     def _anchored(self, sums: _Sums, noise: float) -> tuple[list[list[float]], list[float]]:
         """The normal equations with the reference's part."""
-        reference = self._reference
-        own = sums.form(reference, reference)
-        level = _dot(reference, sums.targets) / own if own > 0.0 else 1.0
-        products, targets = [list(row) for row in sums.products], list(sums.targets)
+        reference, products, targets = self._reference, sums.matrix(), sums.targets
+        own = _dot(sums.products, _squared(reference))
+        level = _dot(reference, targets) / own if own > 0.0 else 1.0
         for i, value in enumerate(reference):
             seen = products[i][i] * value * value  # as many steps as would consist of nothing else
             value *= (1.0 + seen * level) / (1.0 + seen)
@@ -279,11 +306,11 @@ class Fit:
         """Take everything older for measured on a slower or faster machine, if the latest blocks say so."""
         if not self._settled.count:
             return
-        products, targets = self._anchored(self._even_settled(), self._noise)
+        products, targets = self._anchored(self._even(self.coefficients, self._settled), self._noise)
         settled = self._solved(products, targets)
-        recent = _Sums(len(settled))
+        recent, predictions = _Sums(len(settled)), _squared(settled)
         for number, block in enumerate(reversed(self._blocks), start=1):
-            recent.merge(block, block.evenness(settled))
+            recent.merge(block, block.evenness(predictions))
             if number & (number - 1) == 0:
                 factor = self._changed(recent, settled, products)
                 if factor != 1.0:
@@ -303,7 +330,7 @@ class Fit:
         band = max(DEAD_BAND, 1.0 + 2.0 * BLOCK / count)
         if 1.0 / band <= factor <= band:
             return 1.0
-        features = [_dot(row, settled) / count for row in recent.products]
+        features = [_dot(row, settled) / count for row in recent.matrix()]
         leverage = _dot(features, _solve([list(row) for row in products], list(features)))
         if leverage > MAX_LEVERAGE:
             return 1.0
@@ -326,11 +353,10 @@ class Fit:
 
     def _follow_misfit(self) -> None:
         """Drop what is older than the blocks if it keeps the fit from explaining them."""
-        if len(self._blocks) < BLOCKS:
-            return
-        recent = _Sums(len(self._least))
-        for block in self._blocks:
-            recent.merge(block, block.evenness(self.coefficients))
+        squares = sum((ratio - 1.0) ** 2 for ratio in self._ratios)
+        if len(self._blocks) < BLOCKS or squares < EXPLAINED * MISFIT * len(self._ratios):
+            return  # the usual case, and less work than to know it exactly
+        recent = self._even(self.coefficients, *self._blocks)
         misfit = recent.residual(self.coefficients)
         if misfit < MISFIT:
             return
@@ -338,6 +364,17 @@ class Fit:
         if recent.residual(alone) < min(MISFIT, EXPLAINED * misfit):
             self._settled = _Sums(len(self._least))
             self._settlements = 0
+
+
+def _squared(coefficients: Sequence[float], ms: float = 0.0) -> list[float]:
+    """What `_Sums.products` is to be multiplied with for the sum of
+    weight * (ms * time + coefficients . features)^2."""
+    all_of_them = (ms, *coefficients)
+    return [
+        left * right * (2.0 if j else 1.0)
+        for i, left in enumerate(all_of_them)
+        for j, right in enumerate(all_of_them[i:])
+    ]
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
@@ -376,6 +413,15 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     return right
 
 
+class StepWork(NamedTuple):
+    """What one engine step computes: n, P, b and D of the model."""
+
+    prefill_tokens: int = 0
+    prefill_context_tokens: float = 0.0
+    decode_requests: int = 0
+    decode_context_tokens: int = 0
+
+
 class StepTimes:
     """Measures a worker's `Rates` from its own steps and pulls, and how long its outputs are."""
 
@@ -387,10 +433,10 @@ class StepTimes:
         self.output_tokens = 0.0
         """Of an output, on average over the last OUTPUTS; 0 before any has ended."""
 
-    def observe(self, prefill_tokens: int, decode_requests: int, ms: float) -> None:
-        """An engine step computed these and took `ms`."""
-        if ms > 0.0 and prefill_tokens + decode_requests > 0:
-            self._steps.observe((1.0, prefill_tokens, decode_requests), ms)
+    def observe(self, work: StepWork, ms: float) -> None:
+        """An engine step computed this and took `ms`."""
+        if ms > 0.0 and work.prefill_tokens + work.decode_requests > 0:
+            self._steps.observe((1.0, *work), ms)
 
     def observe_transfer(self, blocks: int, ms: float) -> None:
         """A pull of this many blocks took `ms`, from asking to the last byte."""
@@ -404,11 +450,27 @@ class StepTimes:
 
     def rates(self) -> Rates:
         """The estimate as of the latest solution."""
-        return Rates(*self._steps.coefficients, *self._pulls.coefficients)
+        step, prefill_token, prefill_context, decode_request, decode_context = self._steps.coefficients
+        transfer, transfer_block = self._pulls.coefficients
+        return Rates(
+            step,
+            prefill_token,
+            decode_request,
+            transfer,
+            transfer_block,
+            prefill_context,
+            decode_context,
+        )
 
 
 def _steps(rates: Rates) -> tuple[float, ...]:
-    return rates.step_ms, rates.prefill_token_ms, rates.decode_request_ms
+    return (
+        rates.step_ms,
+        rates.prefill_token_ms,
+        rates.prefill_context_ms,
+        rates.decode_request_ms,
+        rates.decode_context_ms,
+    )
 
 
 def _pulls(rates: Rates) -> tuple[float, ...]:

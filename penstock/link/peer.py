@@ -146,8 +146,20 @@ class Peer:
         elif self._held is not None and self.connection.phase_s > settings.snapshot_timeout_s:
             self.connection.cut(f"its snapshot did not leave in {settings.snapshot_timeout_s:g} s")
         else:
-            received = self.connection.received_bytes
-            self.send(Heartbeat(seen=self.seen, load=self._handler.load(), received=received))
+            self._beat()
+
+    def tell_load(self) -> None:
+        """Send a heartbeat out of turn. Not where anything is still unsent: whoever reads slowly hears of
+        the load by what follows that."""
+        self.connection.guard(self._tell_load)
+
+    def _tell_load(self) -> None:
+        if self._held is None and not self.connection.unsent_bytes:
+            self._beat()
+
+    def _beat(self) -> None:
+        received = self.connection.received_bytes
+        self.send(Heartbeat(seen=self.seen, load=self._handler.load(), received=received))
 
     # What the connection calls.
 

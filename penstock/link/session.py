@@ -253,13 +253,14 @@ class Session:
             return
         if not isinstance(message, Snapshot):
             raise ProtocolError(f"a {type(message).__name__} in the snapshot")
-        first = self._cached == 0
+        before, most = self._cached, self._settings.max_snapshot_blocks
         self._cached += len(message.hashes)
-        most = min(self._settings.max_snapshot_blocks, most_blocks(self._card.engine.total_blocks))
         if self._cached > most:
             raise ProtocolError(f"snapshot.hashes: more than {most} blocks")
+        # Of a worker that says it has more than it can have, one too many is enough to know.
+        kept = max(0, most_blocks(self._card.engine.total_blocks) + 1 - before)
         # Part by part: all of a large cache at once would hold up everyone else's tokens.
-        self._listener.on_cached(message.hashes, first=first)
+        self._listener.on_cached(message.hashes[:kept], first=before == 0)
         if message.last:
             self._reports = Reports(self._card, message.load)
             self.phase = SessionPhase.LIVE

@@ -6,7 +6,7 @@ import ipaddress
 
 from penstock.errors import ConfigError
 
-_MAX_PORT = 65535
+PORT_MAX = 65535
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -16,7 +16,7 @@ def split_address(address: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ConfigError(f"address {address!r}: an IPv6 host needs brackets, as in [::1]:9000")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= _MAX_PORT):
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= PORT_MAX):
         raise ConfigError(f"address {address!r} is not host:port")
     return host, int(port)
 
@@ -24,6 +24,11 @@ def split_address(address: str) -> tuple[str, int]:
 def join_address(host: str, port: int) -> str:
     """The text that `split_address` reads."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def unix_socket_path(url: str) -> str:
+    """The path in `unix:/PATH` or `unix:///PATH`; empty for another URL."""
+    return url.removeprefix("unix:").removeprefix("//") if url.startswith("unix:") else ""
 
 
 def is_loopback(host: str) -> bool:

@@ -38,6 +38,11 @@ class SimTransferSettings(msgspec.Struct, frozen=True):
         if self.bytes_per_block <= 0 or not self.gigabytes_per_s > 0 or self.setup_ms < 0:
             raise ConfigError(f"bytes, bandwidth and time of a transfer must be positive: {self}")
 
+    def sent_at(self, size_bytes: int, now: float, busy_until: float) -> float:
+        """When bytes that are asked for now have been sent, by a holder that sends others until
+        `busy_until`. Times in seconds."""
+        return max(now + self.setup_ms / 1e3, busy_until) + size_bytes / (self.gigabytes_per_s * 1e9)
+
 
 class SimNetwork:
     """The transfers of one simulation, by address."""
@@ -205,8 +210,7 @@ class SimTransfer:
         """Seconds from now until this many bytes have been sent, after those that are being sent
         already."""
         now = self._clock.now()
-        sends_s = size_bytes / (self._settings.gigabytes_per_s * 1e9)
-        self._sends_until = max(now + self._settings.setup_ms / 1e3, self._sends_until) + sends_s
+        self._sends_until = self._settings.sent_at(size_bytes, now, self._sends_until)
         return self._sends_until - now
 
 

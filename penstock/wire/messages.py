@@ -106,7 +106,8 @@ class Step(_Message):
 
 
 class Heartbeat(_Message):
-    """W: still here, between steps. `received`: bytes that have arrived on this connection; 0: not told."""
+    """W: still here, between steps, and the load as of now. `received`: bytes that have arrived on this
+    connection; 0: not told."""
 
     seen: Total
     load: Load

@@ -9,10 +9,11 @@ Limits of single values are in their types (structs.py), what one message must b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.errors import ProtocolError
-from penstock.shapes import Attempt, Card, FinishReason, Handoff, Load, Output, TokenLogprob
+from penstock.shapes import Attempt, Card, FinishReason, Handoff, Load, Output, PromptLogprob, TokenLogprob
 from penstock.wire.messages import Bounce, Step
 
 MAX_OPEN = 64 * 1024
@@ -116,15 +117,18 @@ class Reports:
             raise _wrong(output, "logprobs", f"{len(logprobs)}, for {len(output.token_ids)} token_ids")
         self._check_alternatives(output, "logprobs", logprobs, attempt.logprobs)
 
-    def _check_prompt_logprobs(self, output: Output, logprobs: list[TokenLogprob], attempt: _Open) -> None:
+    def _check_prompt_logprobs(self, output: Output, logprobs: list[PromptLogprob], attempt: _Open) -> None:
         asked, attempt.prompt_logprobs = attempt.prompt_logprobs, None
         if asked is None or len(logprobs) != attempt.tokens - 1:
             problem = f"{len(logprobs)}, for a prompt of {attempt.tokens} tokens"
             raise _wrong(output, "prompt_logprobs", problem)
         self._check_alternatives(output, "prompt_logprobs", logprobs, asked)
+        last = max((it.rank for it in logprobs), default=1)
+        if last > self._card.model.vocab_size:
+            raise _wrong(output, "prompt_logprobs", f"rank {last} of {self._card.model.vocab_size}")
 
     def _check_alternatives(
-        self, output: Output, field: str, logprobs: list[TokenLogprob], most: int
+        self, output: Output, field: str, logprobs: Sequence[TokenLogprob], most: int
     ) -> None:
         for it in logprobs:
             if len(it.top) > most:

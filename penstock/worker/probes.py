@@ -1,7 +1,7 @@
-"""A worker's HTTP port for probes: /live until its engine is dead, /health while it takes work.
+"""A worker's HTTP port: /live until its engine is dead, /health while it takes work, and /metrics.
 
-What `kubectl` and people ask a worker. It is a small ASGI application on uvicorn; the frontend's server is
-not used, because nothing of OpenAI's API is served here.
+What `kubectl`, Prometheus and people ask a worker. It is a small ASGI application on uvicorn; the
+frontend's server is not used, because nothing of OpenAI's API is served here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.errors import ConfigError
 from penstock.logs.quiet_log import QuietLog
+from penstock.metrics import METRICS_CONTENT_TYPE
 from penstock.net.address import join_address
 from penstock.net.http_server import served
 from penstock.net.listening import listen
@@ -40,10 +41,11 @@ Health = Callable[[], dict[str, Any]]
 
 class _App:
     """The ASGI application. `health` returns the body; its `status` decides between 200 and 503: /health
-    is for `healthy` only, /live for anything but `dead`."""
+    is for `healthy` only, /live for anything but `dead`. `exposition` returns what /metrics shows."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, exposition: Callable[[], bytes]) -> None:
         self._health = health
+        self._exposition = exposition
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         status, body = 404, {"status": "not found"}
@@ -53,9 +55,15 @@ class _App:
         elif scope["path"] == "/health":
             body = self._health()
             status = 200 if body["status"] == "healthy" else 503
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": msgspec.json.encode(body)})
+        elif scope["path"] == "/metrics":
+            return await _respond(send, 200, self._exposition(), METRICS_CONTENT_TYPE.encode())
+        await _respond(send, status, msgspec.json.encode(body), b"application/json")
+
+
+async def _respond(send: Any, status: int, body: bytes, content_type: bytes) -> None:
+    headers = [(b"content-type", content_type)]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _Connection(H11Protocol):
@@ -78,12 +86,14 @@ class _Connection(H11Protocol):
 
 
 @contextlib.asynccontextmanager
-async def probes(host: str, port: int | None, health: Health) -> AsyncIterator[int]:
+async def probes(
+    host: str, port: int | None, health: Health, exposition: Callable[[], bytes]
+) -> AsyncIterator[int]:
     """Serve probes meanwhile; the value is the port. Raises ConfigError when it cannot be had. None: the
     usual port, or another where that is taken."""
     protocol = type("_Connection", (_Connection,), {"quiet_log": QuietLog(log)})
     with _listen(host, port) as listener:
-        async with served(_App(health), protocol, listener):
+        async with served(_App(health, exposition), protocol, listener):
             log.info("probes on http://%s", join_address(*listener.getsockname()[:2]))
             yield listener.getsockname()[1]
 

@@ -20,19 +20,21 @@ from typing import Any
 import msgspec
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.core.attempt_phases import engine_times
 from penstock.core.catalog import revision_of
 from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, Candidate, Query, costs
 from penstock.core.progress import PatientTime, Progress, ProgressLimits
+from penstock.core.prompt_work import PromptWork, prompt_work
 from penstock.errors import ConfigError, PenstockError, ProtocolError, RemoteError
 from penstock.link.server import LinkServer, LinkServerStatistics, Peer
 from penstock.link.settings import ServerSettings
 from penstock.net.address import join_address
-from penstock.ports import Discovery, Engine, Lease
+from penstock.ports import Discovery, Engine, EngineStep, Lease, Tracing
 from penstock.shapes import (
+    Aliases,
     Attempt,
     Card,
     EngineCard,
-    EngineStep,
     Handoff,
     Incarnation,
     Load,
@@ -43,10 +45,13 @@ from penstock.shapes import (
 )
 from penstock.wire import frames
 from penstock.wire.messages import Bounce, Step, Welcome
+from penstock.worker.attempt_records import AttemptRecords
+from penstock.worker.metrics import WorkerMetrics
 
 log = logging.getLogger("penstock.worker")
 
 _PROGRESS_LOOK_S = 0.5  # between looks at whether the engine advances
+_TELL_OTHERS_S = 0.002  # from an attempt's arrival until other frontends are told of it
 _DRAIN_LOOK_S = 0.5  # between looks at the drain's deadline
 _LAST_STEPS_S = 10.0  # for the stopped engine's last outputs
 
@@ -76,6 +81,12 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     drain_s: float = 30.0
     """Seconds that a leaving worker gives its attempts and handoffs to end."""
 
+    aliases: Aliases = ()
+    """Further names of its model, for clients."""
+
+    kv_events: bool = True
+    """Whether frontends are told what is cached here."""
+
     progress: ProgressLimits = ProgressLimits()
     """When its engine counts as stuck, for /health and the log. Frontends judge for themselves."""
 
@@ -100,6 +111,8 @@ class Worker:
         settings: WorkerSettings,
         link_settings: ServerSettings,
         clock: Clock | None = None,
+        metrics: WorkerMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._engine = engine
         self._discovery = discovery
@@ -115,12 +128,15 @@ class Worker:
         self._time = PatientTime(self._clock.now(), _PROGRESS_LOOK_S)
         self._stuck = ""  # how it stands still, as of the last look
         self._dead = False
+        self._records = AttemptRecords(settings.incarnation.instance_id, metrics, tracing)
         self._owners: dict[str, Peer] = {}  # attempt id -> who sent it
         self._handed: dict[str, tuple[Peer, float]] = {}  # handoff id -> frontend, end; oldest first
-        self._submitted = 0
-        self._on_the_way: deque[int] = deque()  # prompt tokens of submitted attempts not in `_load` yet
+        self._on_the_way: deque[PromptWork] = deque()  # of submitted attempts that are not in `_load` yet
+        self._untold: set[Peer] = set()  # frontends that are about to be told of others' attempts
         self._draining = False
         self._changed = asyncio.Event()
+        if metrics is not None:
+            metrics.load_from(self.load)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises RemoteError when the engine dies."""
@@ -128,7 +144,9 @@ class Worker:
         if engine_card is None:
             return
         settings = self._settings
-        self._card = Card(settings.incarnation, settings.role, engine_card)
+        if not settings.kv_events:
+            engine_card = msgspec.structs.replace(engine_card, kv_events=False)
+        self._card = Card(settings.incarnation, settings.role, engine_card, settings.aliases)
         _check_card(self._card)
         self._progress = Progress(self._settings.progress, engine_card.max_batch_tokens)
         await self._server.start()
@@ -292,6 +310,7 @@ class Worker:
             self._on_the_way.popleft()
         self._load = step.load
         self._progress.observe(self.load(), self._time.look(self._clock.now()))
+        reports = {report.attempt_id: report for report in step.ended}
         outputs: dict[Peer, list[Output]] = {peer: [] for peer in self._server.peers}
         for output in step.outputs:
             owner = self._owners.get(output.attempt_id)
@@ -299,6 +318,9 @@ class Worker:
                 self._owners.pop(output.attempt_id, None)
                 if output.error is not None:
                     output.error = shortened(output.error)
+                report = reports.get(output.attempt_id)
+                output.took = engine_times(report) if report is not None else None
+                self._records.ended(output, report)
             if owner in outputs:
                 outputs[owner].append(output)
                 if output.handoff is not None:
@@ -306,6 +328,8 @@ class Worker:
             elif output.handoff is not None:  # its frontend is gone
                 self._engine.release(output.handoff.handoff_id, sent=False)
         load = self.load()
+        if not self.card().engine.kv_events:
+            step = msgspec.structs.replace(step, stored=[], removed=[], cleared=False)
         for peer, mine in outputs.items():
             peer.send(
                 Step(
@@ -333,7 +357,7 @@ class Worker:
         return self._card
 
     def snapshot(self) -> tuple[Sequence[int], Load]:
-        return self._engine.cached_hashes(), self.load()
+        return self._engine.cached_hashes() if self.card().engine.kv_events else [], self.load()
 
     def load(self) -> Load:
         """The engine's load, and what was submitted since."""
@@ -342,7 +366,9 @@ class Worker:
         return msgspec.structs.replace(
             self._load,
             waiting=self._load.waiting + len(self._on_the_way),
-            prefill_tokens=self._load.prefill_tokens + sum(self._on_the_way),
+            prefill_tokens=self._load.prefill_tokens + sum(it.tokens for it in self._on_the_way),
+            prefill_context_tokens=self._load.prefill_context_tokens
+            + sum(it.context_tokens for it in self._on_the_way),
         )
 
     def asset(self, sha256: str) -> bytes | None:
@@ -351,14 +377,32 @@ class Worker:
     def on_generate(self, peer: Peer, attempt: Attempt) -> None:
         refusal = self._refusal(attempt)
         if refusal:
+            self._records.bounced(attempt, refusal)
             retry_after_s = self._settings.bounce_retry_s
             peer.send(Bounce(attempt_id=attempt.attempt_id, reason=refusal, retry_after_s=retry_after_s))
             return
-        self._submitted += 1
-        self._on_the_way.append(0 if attempt.handoff is not None else len(attempt.token_ids))
+        self._records.received(attempt, peer.frontend_id)
         self._owners[attempt.attempt_id] = peer
+        length = len(attempt.token_ids)
+        uncached_tokens = self._engine.submit(attempt)
+        self._on_the_way.append(prompt_work(length - uncached_tokens, length))
         self._progress.observe(self.load(), self._time.look(self._clock.now()))
-        self._engine.submit(attempt)
+        self._tell_others(peer)
+
+    def _tell_others(self, sender: Peer) -> None:
+        """Let the other frontends know of an attempt before the step ends in which it came: until then,
+        they would think this worker idler than it is. All that come shortly after one another are told
+        together."""
+        others = [peer for peer in self._server.peers if peer is not sender]
+        if others and not self._untold:
+            asyncio.get_running_loop().call_later(_TELL_OTHERS_S, self._tell)
+        self._untold.update(others)
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, set()
+        for peer in self._server.peers:
+            if peer in untold:
+                peer.tell_load()
 
     def _refusal(self, attempt: Attempt) -> str:
         """Why this attempt is not admitted; empty when it is."""
@@ -425,6 +469,7 @@ class Worker:
             pid=os.getpid(),
             host=socket.gethostname(),
             tls=self._tls,
+            aliases=card.aliases,
         )
 
     def _summary(self, address: str) -> str:

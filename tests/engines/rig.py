@@ -14,6 +14,7 @@ from penstock.engines.settings import SchedulerSettings
 from penstock.ports import Pulled
 from penstock.shapes import (
     Attempt,
+    AttemptReport,
     EngineCard,
     FinishReason,
     Handoff,
@@ -63,6 +64,7 @@ class Rig:
         self.now = 100.0
         self.forced: dict[str, int] = {}  # attempt -> token instead of the model's
         self.outputs: dict[str, list[Output]] = defaultdict(list)
+        self.reports: dict[str, AttemptReport] = {}
         self.batches: list[list[tuple[str, int, int]]] = []  # (attempt, start, count)
         self.cached: set[int] = set()
         self.pulls: list[Pull] = []
@@ -115,6 +117,10 @@ class Rig:
             earlier = self.outputs[output.attempt_id]
             assert not earlier or earlier[-1].finish_reason is None, "an output after the last"
             earlier.append(output)
+        for report in step.ended:
+            assert self.reason(report.attempt_id) is not None, "a report before the last output"
+            assert report.attempt_id not in self.reports, "a second report"
+            self.reports[report.attempt_id] = report
         assert step.load == self.scheduler.load()
         assert step.load.used_blocks == self.scheduler.pool.used_blocks
         self.scheduler.pool.check()

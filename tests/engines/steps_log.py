@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from penstock.clock import MonotonicClock, VirtualClock
-from penstock.ports import Engine
-from penstock.shapes import EngineStep, Output
+from penstock.ports import Engine, EngineStep
+from penstock.shapes import Output
 from tests import builders
 
 attempt = partial(builders.attempt, prompt=100, max_tokens=10)

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.core.hashing import root_hash, sequence_hashes
-from penstock.engines.block_pool import BlockPool
+from penstock.core.hashing import root_hash, sequence_hashes, token_bytes
+from penstock.engines.block_pool import BlockPool, CachedPrefix
 
 BLOCK_SIZE = 2
 
@@ -17,18 +17,23 @@ def hashes(token_ids: list[int], salt: str = "") -> list[int]:
     return sequence_hashes(token_ids, BLOCK_SIZE, root_hash("m", salt))
 
 
+def found(pool: BlockPool, token_ids: list[int], salt: str, max_blocks: int) -> list[int]:
+    """The cached blocks of a prompt that nobody looked for before."""
+    prefix = CachedPrefix(token_bytes(token_ids), salt, max_blocks)
+    assert pool.follow(prefix) == bool(prefix.block_ids)
+    return prefix.block_ids
+
+
 def fill(pool: BlockPool, token_ids: list[int], salt: str = "") -> list[int]:
     """What a sequence does: take what is cached, allocate the rest, compute and cache it."""
     whole = len(token_ids) // BLOCK_SIZE
-    block_ids = pool.match(token_ids, salt, whole)
+    block_ids = found(pool, token_ids, salt, whole)
     pool.acquire(block_ids)
     fresh = pool.allocate(whole - len(block_ids))
     assert fresh is not None
     first = len(block_ids)
     block_ids += fresh
-    for i in range(first, whole):
-        parent = block_ids[i - 1] if i else salt
-        block_ids[i] = pool.cache(block_ids[i], parent, token_ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+    pool.cache(block_ids, first, salt, token_bytes(token_ids[first * BLOCK_SIZE : whole * BLOCK_SIZE]))
     return block_ids
 
 
@@ -42,10 +47,10 @@ def pool():
 def test_a_prompt_finds_what_an_earlier_one_left(pool: BlockPool):
     first = fill(pool, [1, 2, 3, 4])
     pool.release(first)
-    assert pool.match([1, 2, 3, 4, 5], "", 2) == first
-    assert pool.match([1, 2, 9, 9], "", 2) == first[:1]
-    assert pool.match([1, 2, 3, 4], "", 1) == first[:1]
-    assert pool.match([3, 4], "", 1) == []  # the same tokens behind another parent
+    assert found(pool, [1, 2, 3, 4, 5], "", 2) == first
+    assert found(pool, [1, 2, 9, 9], "", 2) == first[:1]
+    assert found(pool, [1, 2, 3, 4], "", 1) == first[:1]
+    assert found(pool, [3, 4], "", 1) == []  # the same tokens behind another parent
 
 
 def test_references_and_hashes_of_cached_blocks(pool: BlockPool):
@@ -60,9 +65,9 @@ def test_references_and_hashes_of_cached_blocks(pool: BlockPool):
 
 def test_a_cache_salt_is_a_cache_of_its_own(pool: BlockPool):
     pool.release(fill(pool, [1, 2], "alice"))
-    assert pool.match([1, 2], "bob", 1) == []
-    assert pool.match([1, 2], "", 1) == []
-    assert len(pool.match([1, 2], "alice", 1)) == 1
+    assert found(pool, [1, 2], "bob", 1) == []
+    assert found(pool, [1, 2], "", 1) == []
+    assert len(found(pool, [1, 2], "alice", 1)) == 1
     assert pool.drain() == (hashes([1, 2], "alice"), [])
 
 
@@ -93,8 +98,10 @@ def test_the_same_block_computed_twice_is_kept_once(pool: BlockPool):
     mine, theirs = pool.allocate(1), pool.allocate(1)
     assert mine
     assert theirs
-    assert pool.cache(mine[0], "", [1, 2]) == mine[0]
-    assert pool.cache(theirs[0], "", [1, 2]) == mine[0]
+    own = list(mine)
+    pool.cache(mine, 0, "", token_bytes([1, 2]))
+    pool.cache(theirs, 0, "", token_bytes([1, 2]))
+    assert mine == theirs == own
     assert pool.used_blocks == 1
     assert pool.drain() == (hashes([1, 2]), [])
     pool.release(mine)
@@ -122,11 +129,30 @@ def test_events_are_net_between_drains(pool: BlockPool):
 
 def test_available_besides_does_not_count_hits_twice(pool: BlockPool):
     pool.release(fill(pool, [1, 2, 3, 4]))
-    hits = pool.match([1, 2, 3, 4], "", 2)
+    hits = found(pool, [1, 2, 3, 4], "", 2)
     assert pool.available_blocks == 8
     assert pool.available_besides(hits) == 6
     pool.acquire(hits)
     assert pool.available_blocks == pool.available_besides(hits) == 6
+
+
+def test_a_followed_prefix_gains_what_others_compute_and_loses_what_is_evicted(pool: BlockPool):
+    prefix = CachedPrefix(token_bytes([1, 2, 3, 4, 5, 6]), "", 3)
+    assert not pool.follow(prefix)
+    holder = fill(pool, [1, 2, 3, 4])
+    assert pool.follow(prefix)
+    assert prefix.block_ids == holder
+    assert not pool.follow(prefix)
+    pool.release(holder)
+    first = fill(pool, [1, 2])  # which keeps that block
+    everything = pool.allocate(7)
+    assert everything
+    assert pool.follow(prefix)
+    assert prefix.block_ids == first
+    pool.release(everything)
+    fill(pool, [1, 2, 7, 8])
+    assert not pool.follow(prefix)  # the same row of the pool may hold something else by now
+    assert prefix.block_ids == first
 
 
 Prefix = tuple[str, tuple[int, ...]]
@@ -151,6 +177,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
         self.pool = BlockPool(6, BLOCK_SIZE, "m")
         self.holders: list[Holder] = []
         self.cached: dict[Prefix, int] = {}  # when it was last let go
+        self.followed: list[CachedPrefix] = []
         self.reported: set[int] = set()
         self.time = 0
 
@@ -189,7 +216,7 @@ class PoolAgainstOracle(RuleBasedStateMachine):
             (salt, tuple(token_ids[: end * BLOCK_SIZE])) for end in range(1, whole + 1)
         ]
         hits = next((i for i, prefix in enumerate(chain) if prefix not in self.cached), whole)
-        block_ids = self.pool.match(token_ids, salt, whole)
+        block_ids = found(self.pool, token_ids, salt, whole)
         assert len(block_ids) == hits
         needed = whole - hits
         available = self.free_blocks() + len(
@@ -217,17 +244,33 @@ class PoolAgainstOracle(RuleBasedStateMachine):
         if None not in holder.prefixes:
             return
         i = holder.prefixes.index(None)
-        parent = holder.block_ids[i - 1] if i else holder.salt
-        token_ids = holder.token_ids[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
-        holder.block_ids[i] = self.pool.cache(holder.block_ids[i], parent, token_ids)
-        prefix = (holder.salt, tuple(holder.token_ids[: (i + 1) * BLOCK_SIZE]))
-        holder.prefixes[i] = prefix
-        self.cached.setdefault(prefix, 0)
+        until = choice.draw(st.integers(i + 1, len(holder.prefixes)))
+        tokens = token_bytes(holder.token_ids[i * BLOCK_SIZE : until * BLOCK_SIZE])
+        self.pool.cache(holder.block_ids, i, holder.salt, tokens)
+        for j in range(i, until):
+            prefix = (holder.salt, tuple(holder.token_ids[: (j + 1) * BLOCK_SIZE]))
+            holder.prefixes[j] = prefix
+            self.cached.setdefault(prefix, 0)
 
     @precondition(lambda self: self.holders)
     @rule(choice=st.data())
     def end(self, choice: st.DataObject) -> None:
         self.let_go(choice.draw(st.sampled_from(self.holders)))
+
+    @rule(token_ids=st.lists(st.integers(0, 1), max_size=8), salt=st.sampled_from(["", "s"]))
+    def follow(self, token_ids: list[int], salt: str) -> None:
+        self.followed.append(CachedPrefix(token_bytes(token_ids), salt, len(token_ids) // BLOCK_SIZE))
+
+    @precondition(lambda self: self.followed)
+    @rule(choice=st.data())
+    def look_again(self, choice: st.DataObject) -> None:
+        prefix = choice.draw(st.sampled_from(self.followed))
+        before = list(prefix.block_ids)
+        changed = self.pool.follow(prefix)
+        fresh = CachedPrefix(prefix.tokens, prefix.salt, prefix.max_blocks)
+        self.pool.follow(fresh)
+        assert prefix.block_ids == fresh.block_ids
+        assert changed or prefix.block_ids == before
 
     @rule()
     def report(self) -> None:

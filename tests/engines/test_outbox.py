@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from penstock.engines.outbox import MAX_STEPS, Outbox, merge
 from penstock.errors import RemoteError
-from penstock.shapes import EngineStep, FinishReason, Load, Output, TokenLogprob
+from penstock.ports import EngineStep
+from penstock.shapes import AttemptReport, FinishReason, Load, Output, TokenLogprob
 
 
 async def test_hands_out_what_a_thread_pushes():
@@ -95,6 +96,15 @@ def test_merged_outputs_are_one_per_attempt():
         ),
         other,
     ]
+
+
+def test_merged_steps_keep_prompt_logprobs_and_reports():
+    scores = [TokenLogprob(1, -0.5)]
+    reports = [AttemptReport(name, 1.0, None, None, None, 2.0, 0) for name in "ab"]
+    older = EngineStep([Output("a", [1], prompt_logprobs=scores)], ended=reports[:1])
+    merged = merge(older, EngineStep([Output("a", [2])], ended=reports[1:]))
+    assert merged.outputs[0].prompt_logprobs == scores
+    assert merged.ended == reports
 
 
 def apply(cached: set[int], step: EngineStep) -> set[int]:

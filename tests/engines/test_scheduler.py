@@ -6,7 +6,7 @@ import pytest
 from penstock.engines.batch import Sampled
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError
-from penstock.shapes import FinishReason
+from penstock.shapes import AttemptReport, FinishReason
 from tests.engines.rig import CARD, EOS, PROMPT, VOCAB, Rig, continued, decode, prefilled
 
 
@@ -209,12 +209,37 @@ def test_a_failed_step_ends_its_attempts_and_keeps_the_rest_in_order():
     rig.submit("a", PROMPT)
     rig.submit("b", PROMPT, max_tokens=2)
     assert rig.scheduler.plan(rig.now)
-    rig.scheduler.fail_batch("out of luck")
+    rig.scheduler.fail_batch("out of luck", 0.0)
     rig.run()
     assert rig.outputs["a"][0].error == "out of luck"
     assert rig.text("b") == continued(PROMPT, 2)
     assert rig.first("b").cached_tokens == 0
     assert rig.scheduler.pool.used_blocks == 0
+
+
+def test_a_report_tells_when_an_attempt_came_began_and_got_its_first_token():
+    rig = Rig(max_running=1)
+    rig.submit("a", PROMPT, max_tokens=3)
+    rig.now += 1.0
+    rig.submit("b", PROMPT, max_tokens=1)
+    rig.run()
+    first, second = rig.reports["a"], rig.reports["b"]
+    assert first.output_tokens == 3
+    assert first.submitted_at == 100.0
+    assert first.began_at == 101.0
+    assert first.began_at < first.first_token_at < first.ended_at
+    assert second.submitted_at == 101.0
+    assert second.began_at >= first.ended_at
+    assert second.first_token_at == second.ended_at
+    assert first.pulled_at is None
+
+
+def test_a_report_of_an_attempt_that_never_began_says_so():
+    rig = Rig()
+    rig.submit("a", PROMPT)
+    rig.scheduler.cancel("a", 105.0)
+    rig.report()
+    assert rig.reports["a"] == AttemptReport("a", 100.0, None, None, None, 105.0, 0)
 
 
 def test_load_counts_what_is_there():

@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from penstock.engines.step_times import Fit, StepTimes
+from penstock.engines.step_times import Fit, StepTimes, StepWork
 from penstock.shapes import Rates
 
 QWEN3_32B = Rates(step_ms=10.8, prefill_token_ms=0.0464, decode_request_ms=0.3)
@@ -113,6 +113,10 @@ def scaled(rates: Rates, factor: float) -> Rates:
     return Rates(rates.step_ms * factor, rates.prefill_token_ms * factor, rates.decode_request_ms * factor)
 
 
+def work(step: Step) -> StepWork:
+    return StepWork(prefill_tokens=step[0], decode_requests=step[1])
+
+
 def step_ms(rates: Rates, step: Step) -> float:
     return rates.step_ms + rates.prefill_token_ms * step[0] + rates.decode_request_ms * step[1]
 
@@ -123,7 +127,7 @@ def feed(
     rng = random.Random(seed)
     for _ in range(steps):
         step = mix(rng)
-        times.observe(*step, machine(rng, step_ms(rates, step)))
+        times.observe(work(step), machine(rng, step_ms(rates, step)))
 
 
 def assert_predicts(times: StepTimes, true: Rates, steps: list[Step], share: float) -> None:
@@ -211,7 +215,7 @@ def test_what_was_never_exercised_keeps_its_prior(true: Rates) -> None:
 def test_one_stall_changes_almost_nothing(mix: Mix) -> None:
     times = warm(NUMPY_TINY, mix)
     before = times.rates()
-    times.observe(*mix(random.Random(5)), 2_000.0)
+    times.observe(work(mix(random.Random(5))), 2_000.0)
     feed(times, NUMPY_TINY, 15, mix, seed=1)
     assert_predicts(times, before, SEEN[mix], 0.05)
 
@@ -219,8 +223,8 @@ def test_one_stall_changes_almost_nothing(mix: Mix) -> None:
 def test_two_stalls_at_once_change_little() -> None:
     times = warm(NUMPY_TINY)
     before = times.rates()
-    times.observe(0, 10, 2_000.0)
-    times.observe(0, 12, 1_500.0)
+    times.observe(work((0, 10)), 2_000.0)
+    times.observe(work((0, 12)), 1_500.0)
     for seed in range(8):
         feed(times, NUMPY_TINY, 8, seed=seed)
         assert_predicts(times, before, SEEN[mixed], 0.15)
@@ -348,7 +352,7 @@ def test_a_part_that_changes_alone_is_learned() -> None:
 def test_rates_are_never_negative_or_absurd(steps: list[tuple[int, int, float]]) -> None:
     times = StepTimes()
     for prefill_tokens, decode_requests, ms in steps:
-        times.observe(prefill_tokens, decode_requests, ms)
+        times.observe(work((prefill_tokens, decode_requests)), ms)
         times.observe_transfer(prefill_tokens, ms)
     rates = times.rates()
     for name in rates.__struct_fields__:
@@ -371,7 +375,7 @@ def test_a_rough_life_leaves_the_fit_usable(seed: int) -> None:
     life = rough_life(random.Random(seed))
     for _ in range(4_000):
         step, ms = next(life)
-        times.observe(*step, ms)
+        times.observe(work(step), ms)
     feed(times, QWEN3_32B, 1_000, seed=1)
     assert_predicts(times, QWEN3_32B, SEEN[mixed], 0.3)
 

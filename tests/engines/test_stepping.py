@@ -15,8 +15,8 @@ from penstock.engines.cycle import MAX_FAILED_STEPS, LoadedModel
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.stepping import SteppingEngine
 from penstock.errors import ConfigError, RemoteError
-from penstock.ports import Pulled
-from penstock.shapes import EngineStep, FinishReason, Handoff, Incarnation, Output
+from penstock.ports import EngineStep, Pulled
+from penstock.shapes import FinishReason, Handoff, Incarnation, Output
 from tests import builders
 from tests.engines.rig import CARD, PROMPT, continued, next_token
 

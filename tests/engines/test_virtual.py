@@ -75,3 +75,15 @@ async def test_expired_handoffs_are_freed_on_a_virtual_clock():
         assert log.steps[-1][1].load.held_handoffs == 1
         await clock.advance(1.0)
         assert log.steps[-1][1].load.held_handoffs == 0
+
+
+async def test_an_attempt_that_comes_during_a_step_waits_from_then_on():
+    clock = VirtualClock()
+    async with running(sim_engine(SimSettings(), clock=clock), clock) as log:
+        log.engine.submit(attempt("first", prompt=[7] * 2000, max_tokens=1))
+        await clock.advance(0.03)
+        log.engine.submit(attempt("second", max_tokens=1))
+        await clock.advance(1.0)
+    first, second = [report for _, step in log.steps for report in step.ended]
+    assert first.ended_at > 0.06
+    assert (second.submitted_at, second.began_at) == (0.03, first.ended_at)

@@ -223,6 +223,20 @@ async def test_attempts_are_counted_in_order(bench: Any) -> None:
     assert case.worker.lost == [case.peer]
 
 
+async def test_a_load_is_told_out_of_turn_unless_something_is_unsent(bench: Any) -> None:
+    case = Case(bench)
+    await case.go_live()
+    case.worker.running = 2
+    case.peer.tell_load()
+    assert [message.load.running for message in case.take()] == [2]
+    case.transport.stuck = True
+    case.peer.tell_load()
+    unsent_bytes = case.peer.connection.unsent_bytes
+    assert unsent_bytes
+    case.peer.tell_load()
+    assert case.peer.connection.unsent_bytes == unsent_bytes
+
+
 async def test_a_second_hello(bench: Any) -> None:
     case = Case(bench)
     hello = case.hello()
@@ -237,6 +251,7 @@ async def test_a_message_too_long_to_send_cuts(bench: Any) -> None:
     case.peer.send(Step(seen=0, load=Load(), outputs=[Output("a1", error="x" * 1000)]))
     assert "a Step of" in await case.ended()
     case.peer.send(Heartbeat(seen=0, load=Load()))  # to one that is gone: nothing
+    case.peer.tell_load()
 
 
 async def test_a_step_too_long_for_a_frame_leaves_in_several_that_say_the_same(bench: Any) -> None:

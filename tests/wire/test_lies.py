@@ -19,6 +19,7 @@ from penstock.shapes import (
     Incarnation,
     Load,
     Output,
+    PromptLogprob,
     Rates,
     Role,
     Sampling,
@@ -66,7 +67,15 @@ CARD = card(
 )
 LOAD = Load(1, 2, 3, 4, 5, 6, 7, 8, Rates(), 9, 10)
 OUTPUT = Output(
-    "r.2", [4], FinishReason.PREFILLED, 2, [TokenLogprob(4, -0.5, [(4, -0.5)])], HANDOFF, None, 1
+    "r.2",
+    [4],
+    FinishReason.PREFILLED,
+    2,
+    [TokenLogprob(4, -0.5, [(4, -0.5)])],
+    HANDOFF,
+    None,
+    1,
+    [PromptLogprob(2, -0.5, [], 3)],
 )
 
 HONEST: list[ToFrontend | ToWorker] = [
@@ -152,13 +161,17 @@ LIES: dict[type, dict[str, tuple[Any, ...]]] = {
                 "held_handoffs",
             )
         },
-        **{f"load.{name}": TOTAL for name in ("context_tokens", "steps", "submitted")},
+        **{
+            f"load.{name}": TOTAL
+            for name in ("context_tokens", "steps", "submitted", "prefill_context_tokens")
+        },
         **{f"load.rates.{name}": MS for name in Rates.__struct_fields__},
         "outputs[0].token_ids": TOKENS,
         "outputs[0].finish_reason": ("tired",),
         "outputs[0].cached_tokens": COUNT,
         "outputs[0].transferred_blocks": COUNT,
         "outputs[0].error": TEXT,
+        "outputs[0].prompt_logprobs[0].rank": (0, 1.5),
         "outputs[0].logprobs[0].token_id": (-1, 2**32),
         "outputs[0].logprobs[0].logprob": (math.nan, math.inf, 1e10),
         "outputs[0].logprobs[0].top": (TOP, [(-1, -1.0)], [(1, math.nan)]),

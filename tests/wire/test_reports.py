@@ -15,6 +15,7 @@ from penstock.shapes import (
     Incarnation,
     Load,
     Output,
+    PromptLogprob,
     Role,
     TokenLogprob,
 )
@@ -62,7 +63,7 @@ TRUE: dict[str, Step] = {
     "an end without a token": step(Output("a.1", [], FinishReason.CANCELLED)),
     "an error": step(Output("a.1", [], FinishReason.ERROR, error="failed")),
     "log-probabilities of a prompt": step(
-        Output("s.1", [7], prompt_logprobs=[TokenLogprob(7, -1.0, [(49, -1.0)])] * 2)
+        Output("s.1", [7], prompt_logprobs=[PromptLogprob(7, -1.0, [(49, -1.0)])] * 2)
     ),
     "log-probabilities": step(Output("l.1", [7], logprobs=[TokenLogprob(7, -1.0, [(49, -1.0)])])),
     "a handoff": step(prefilled(handoff())),
@@ -106,18 +107,22 @@ LIES: dict[str, tuple[Step, str]] = {
         "outputs.prompt_logprobs",
     ),
     "too few log-probabilities of a prompt": (
-        step(Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)])),
+        step(Output("s.1", [5], prompt_logprobs=[PromptLogprob(5, -1.0)])),
         "outputs.prompt_logprobs",
     ),
     "log-probabilities of a prompt twice": (
         step(
-            Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)] * 2),
-            Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0)] * 2),
+            Output("s.1", [5], prompt_logprobs=[PromptLogprob(5, -1.0)] * 2),
+            Output("s.1", [5], prompt_logprobs=[PromptLogprob(5, -1.0)] * 2),
         ),
         "outputs.prompt_logprobs",
     ),
     "a prompt's alternatives beyond the vocabulary": (
-        step(Output("s.1", [5], prompt_logprobs=[TokenLogprob(5, -1.0, [(50, -1.0)])] * 2)),
+        step(Output("s.1", [5], prompt_logprobs=[PromptLogprob(5, -1.0, [(50, -1.0)])] * 2)),
+        "outputs.prompt_logprobs",
+    ),
+    "a rank in a prompt beyond the vocabulary": (
+        step(Output("s.1", [5], prompt_logprobs=[PromptLogprob(5, -1.0, [], 51)] * 2)),
         "outputs.prompt_logprobs",
     ),
     "more cached than there is": (step(Output("a.1", [5], cached_tokens=4)), "outputs.cached_tokens"),

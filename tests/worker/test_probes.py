@@ -16,7 +16,7 @@ from penstock.worker.probes import probes
 
 async def test_health_follows_the_worker() -> None:
     body: dict[str, Any] = {"status": "starting"}
-    async with probes("127.0.0.1", 0, lambda: body) as port, httpx.AsyncClient() as client:
+    async with probes("127.0.0.1", 0, lambda: body, bytes) as port, httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{port}"
         assert (await client.get(f"{url}/live")).status_code == 200
         assert (await client.get(f"{url}/health")).status_code == 503
@@ -33,9 +33,19 @@ async def test_health_follows_the_worker() -> None:
         pass
 
 
+async def test_metrics_are_shown_as_they_are_made() -> None:
+    async with (
+        probes("127.0.0.1", 0, lambda: {"status": "starting"}, lambda: b"x 1\n") as port,
+        httpx.AsyncClient() as client,
+    ):
+        answer = await client.get(f"http://127.0.0.1:{port}/metrics")
+    assert (answer.status_code, answer.text) == (200, "x 1\n")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+
+
 @pytest.mark.parametrize("hosts", [b"", b"host: a\r\nhost: b\r\n"])
 async def test_a_probe_names_one_host(hosts: bytes) -> None:
-    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}, bytes) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /live HTTP/1.1\r\n" + hosts + b"\r\n")
         assert (await asyncio.wait_for(reader.read(100), 10)).startswith(b"HTTP/1.1 400 ")
@@ -45,7 +55,7 @@ async def test_a_probe_names_one_host(hosts: bytes) -> None:
 async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trailers without end, and connections that only wait."""
     monkeypatch.setattr("penstock.worker.probes.CONNECTION_S", 1.0)
-    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}, bytes) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST /live HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
         sent = 0
@@ -71,7 +81,7 @@ async def test_strangers_keep_no_probe_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("penstock.worker.probes.MAX_CONNECTIONS", 3)
-    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}) as port:
+    async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}, bytes) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
         async with asyncio.timeout(5):
             for reader, _ in silent[:17]:
@@ -94,7 +104,7 @@ async def test_a_taken_port_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--system-port: cannot listen on 127.0.0.1:{port}"):
-            async with probes("127.0.0.1", port, dict):
+            async with probes("127.0.0.1", port, dict, bytes):
                 pass
 
 
@@ -104,8 +114,8 @@ async def test_where_no_port_was_asked_for_a_taken_one_is_gone_around(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         usual = taken.getsockname()[1]
         monkeypatch.setattr("penstock.worker.probes.DEFAULT_PORT", usual)
-        async with probes("127.0.0.1", None, lambda: {"status": "healthy"}) as port:
+        async with probes("127.0.0.1", None, lambda: {"status": "healthy"}, bytes) as port:
             assert port not in (0, usual)
             assert f"port {usual} is taken" in caplog.text
-    async with probes("127.0.0.1", None, lambda: {"status": "healthy"}) as port:
+    async with probes("127.0.0.1", None, lambda: {"status": "healthy"}, bytes) as port:
         assert port == usual

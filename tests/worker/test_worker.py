@@ -14,14 +14,13 @@ from penstock.core.progress import ProgressLimits
 from penstock.discovery.file import FileDiscovery
 from penstock.engines.assets import Assets
 from penstock.errors import RemoteError
-from penstock.link.client import LinkClient
 from penstock.link.server import LinkServerStatistics
-from penstock.link.settings import ClientSettings, ServerSettings
+from penstock.link.settings import ServerSettings
+from penstock.ports import EngineStep
 from penstock.shapes import (
     Attempt,
-    Card,
+    AttemptReport,
     EngineCard,
-    EngineStep,
     FinishReason,
     Incarnation,
     Load,
@@ -30,11 +29,12 @@ from penstock.shapes import (
     Rates,
     Role,
 )
-from penstock.wire.messages import Bounce, Step
+from penstock.worker.metrics import WorkerMetrics
 from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
 from tests import builders
 from tests.builders import attempt
 from tests.waiting import until
+from tests.worker.frontend import Frontend
 
 ASSETS = Assets({"tokenizer.json": b"{}"})
 
@@ -47,14 +47,16 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.released: list[str] = []
         self.hashes: set[int] = {1, 2}
+        self.cached_tokens = 0  # of each prompt
         self._said: asyncio.Queue[EngineStep | Exception | None] = asyncio.Queue()
 
     async def start(self) -> EngineCard:
         model = ModelCard("m", max_model_len=1000, vocab_size=50, assets=ASSETS.digests)
         return EngineCard("scripted", model, block_size=16, total_blocks=100)
 
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> int:
         self.submitted.append(attempt)
+        return len(attempt.token_ids) - self.cached_tokens
 
     def cancel(self, attempt_id: str) -> None:
         self.cancelled.append(attempt_id)
@@ -78,51 +80,19 @@ class ScriptedEngine:
     async def stop(self, grace_s: float) -> None:
         self._said.put_nowait(None)
 
-    def say(self, *outputs: Output, stored: Sequence[int] = (), load: Load | None = None) -> None:
+    def say(
+        self,
+        *outputs: Output,
+        stored: Sequence[int] = (),
+        load: Load | None = None,
+        ended: Sequence[AttemptReport] = (),
+    ) -> None:
         load = load or Load(submitted=len(self.submitted))
-        self._said.put_nowait(EngineStep(outputs=list(outputs), stored=list(stored), load=load))
+        step = EngineStep(outputs=list(outputs), stored=list(stored), load=load, ended=list(ended))
+        self._said.put_nowait(step)
 
     def die(self) -> None:
         self._said.put_nowait(RemoteError("out of ideas"))
-
-
-class Frontend:
-    """The other end of the link, which keeps what it hears."""
-
-    def __init__(self, address: str, name: str) -> None:
-        self.cards: list[Card] = []
-        self.hashes: list[int] = []
-        self.steps: list[Step] = []
-        self.bounces: list[Bounce] = []
-        self.draining = False
-        self.downs: list[str] = []
-        self.client = LinkClient(address, self, ClientSettings(), frontend_id=name)
-        self.task = asyncio.create_task(self.client.run())
-
-    def on_cached(self, hashes: list[int], *, first: bool) -> None:
-        self.hashes = hashes if first else self.hashes + hashes
-
-    def on_up(self, card: Card, load: Load) -> None:
-        self.cards.append(card)
-
-    def on_step(self, step: Step) -> None:
-        self.steps.append(step)
-
-    def on_heartbeat(self, seen: int, load: Load) -> None:
-        pass
-
-    def on_bounce(self, bounce: Bounce) -> None:
-        self.bounces.append(bounce)
-
-    def on_draining(self, reason: str) -> None:
-        self.draining = True
-
-    def on_down(self, reason: str, orderly: bool) -> None:
-        self.downs.append(reason)
-
-    async def hang_up(self) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
 
 
 class Stage:
@@ -136,7 +106,9 @@ class Stage:
             self.discovery,
             WorkerSettings(Incarnation("w", 1), Role.DECODE, **settings),  # type: ignore[arg-type]
             ServerSettings(heartbeat_s=0.05, peer_timeout_s=5),
+            metrics=(metrics := WorkerMetrics()),
         )
+        self.metrics = metrics
         self.stop = asyncio.Event()
         self.task = asyncio.create_task(self.worker.run(self.stop))
         self.frontends: list[Frontend] = []
@@ -174,6 +146,19 @@ async def test_a_frontend_gets_card_snapshot_and_the_changes_since(stage: Stage)
     assert late.hashes == [1, 2, 3]
 
 
+async def test_a_worker_with_events_off_says_so_and_tells_nothing_of_its_cache(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kv_events=False)
+    frontend = await stage.frontend()
+    assert not frontend.cards[0].engine.kv_events
+    assert frontend.hashes == []
+    stage.engine.say(stored=[3])
+    await until(lambda: frontend.steps)
+    assert frontend.steps[0].stored == []
+    stage.stop.set()
+    await stage.task
+    await frontend.hang_up()
+
+
 async def test_outputs_go_to_their_frontend_and_events_to_all(stage: Stage) -> None:
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
     mine.client.generate(attempt("a.1"))
@@ -186,6 +171,36 @@ async def test_outputs_go_to_their_frontend_and_events_to_all(stage: Stage) -> N
     assert other.steps[0].stored == [9]
 
 
+async def test_each_attempt_has_a_line_when_it_comes_and_one_when_it_ends(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "penstock.worker")
+    frontend = await stage.frontend("f1")
+    frontend.client.generate(attempt("a.1"))
+    await until(lambda: stage.engine.submitted)
+    ended = AttemptReport("a.1", 10.0, 10.5, None, 11.0, 13.0, output_tokens=4)
+    stage.engine.say(Output("a.1", [7], FinishReason.STOP), ended=[ended])
+    await until(lambda: frontend.steps)
+    assert "attempt received: attempt=a.1 frontend=f1 prompt=3 output=0" in caplog.text
+    exposition = stage.metrics.render().decode()
+    assert 'penstock_engine_attempts_total{outcome="stop"} 1.0' in exposition
+    assert "penstock_engine_waiting 0.0" in exposition
+    times = "queue_ms=500.0 prefill_ms=500.0 decode_ms=2000.0"
+    assert f"attempt ended: attempt=a.1 finish=stop output=4 {times}" in caplog.text
+
+
+async def test_an_attempt_that_the_engine_never_began_has_a_line_with_its_error(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "penstock.worker")
+    frontend = await stage.frontend("f1")
+    frontend.client.generate(attempt("a.1"))
+    await until(lambda: stage.engine.submitted)
+    stage.engine.say(Output("a.1", finish_reason=FinishReason.ERROR, error="no room"))
+    await until(lambda: frontend.steps)
+    assert "attempt ended: attempt=a.1 finish=error error='no room'" in caplog.text
+
+
 async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Stage) -> None:
     frontend = await stage.frontend()
     frontend.client.generate(attempt("a.1"))
@@ -195,6 +210,30 @@ async def test_the_load_includes_what_the_engine_has_not_taken_in_yet(stage: Sta
     await until(lambda: len(frontend.steps) == 2)
     assert (frontend.steps[0].load.waiting, frontend.steps[0].load.prefill_tokens) == (1, 3)
     assert (frontend.steps[1].load.waiting, frontend.steps[1].load.running) == (0, 1)
+
+
+async def test_cached_tokens_of_an_attempt_that_came_during_a_step_are_not_in_the_queue(
+    stage: Stage,
+) -> None:
+    frontend = await stage.frontend()
+    stage.engine.cached_tokens = 90
+    frontend.client.generate(replace(attempt("a.1"), token_ids=[1] * 100, prompt_len=100))
+    await until(lambda: stage.engine.submitted)
+    stage.engine.say(load=Load(submitted=0))
+    await until(lambda: frontend.steps)
+    load = frontend.steps[0].load
+    assert (load.waiting, load.prefill_tokens, load.prefill_context_tokens) == (1, 10, 10 * 95)
+
+
+async def test_other_frontends_are_told_of_attempts_at_once_and_of_several_together(stage: Stage) -> None:
+    mine, other = await stage.frontend("f1"), await stage.frontend("f2")
+    for number in (1, 2):
+        mine.client.generate(attempt(f"a.{number}"))
+    await until(lambda: other.heartbeats and other.heartbeats[-1][1].waiting)
+    seen, load = other.heartbeats[-1]
+    assert (seen, load.waiting, load.prefill_tokens) == (0, 2, 6)
+    assert len([load for _, load in other.heartbeats if load.waiting]) == 1
+    assert not [load for _, load in mine.heartbeats if load.waiting]
 
 
 async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from penstock.engines.reference.kv import KvPool, block_bytes
 from penstock.engines.reference.model import Model
 from penstock.engines.reference.model_config import ModelConfig, read_config
 from penstock.engines.reference.runner import ReferenceRunner
+from penstock.engines.reference.thinking import ThinkingMarks
 from penstock.engines.reference.tiles import positions_agree
 from penstock.engines.reference.weights import Weights, kv_layout, load_weights
 from penstock.engines.settings import SchedulerSettings
@@ -57,8 +59,8 @@ class ReferenceSettings(msgspec.Struct, frozen=True):
     reasoning_parser: str = ""
     """The same for its reasoning; empty: it does not reason."""
 
-    reasoning_end: str = ""
-    """The special token that ends its reasoning."""
+    reasoning_marks: tuple[str, str] = ("", "")
+    """The tokens that begin and end its reasoning."""
 
     scheduler: SchedulerSettings = SchedulerSettings()
 
@@ -86,7 +88,9 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
     files = assets_from(folder)
     assets = Assets(files)
     config = read_config(folder)
-    grammars = _grammars(files.get("tokenizer.json"), config, settings.reasoning_end)
+    tokenizer_json = files.get("tokenizer.json")
+    thinking = _thinking_marks(tokenizer_json, settings)
+    grammars = _grammars(tokenizer_json, config, settings.reasoning_marks[1])
     total_blocks = settings.kv_cache_bytes // block_bytes(config, settings.block_size)
     max_model_len = _max_model_len(settings, config, total_blocks)
     weights = load_weights(folder, config)
@@ -107,6 +111,7 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
                 structured_output=grammars is not None,
                 tool_parser=settings.tool_parser,
                 reasoning_parser=settings.reasoning_parser,
+                thinking_budget=thinking is not None,
             ),
         ),
         block_size=settings.block_size,
@@ -115,9 +120,26 @@ def load_model(settings: ReferenceSettings) -> LoadedModel:
         max_running=settings.scheduler.max_running,
     )
     model = Model(config, weights, pool, max_model_len)
-    runner = ReferenceRunner(model, config.eos_token_ids, grammars)
+    runner = ReferenceRunner(model, config.eos_token_ids, grammars, thinking)
     _warm_up(runner, pool, settings.block_size)
     return LoadedModel(card, assets, runner, pool.raw(), runner.refusal)
+
+
+def _thinking_marks(tokenizer_json: bytes | None, settings: ReferenceSettings) -> ThinkingMarks | None:
+    """None when the model does not reason, or when its tokenizer does not have the token that begins it.
+
+    Raises ConfigError when it does not have the one that ends it: no answer could be read.
+    """
+    begin, end = settings.reasoning_marks
+    if tokenizer_json is None or not end:
+        return None
+    added = json.loads(tokenizer_json).get("added_tokens") or ()
+    ids = {token["content"]: token["id"] for token in added}
+    if end not in ids:
+        raise ConfigError(
+            f"reasoning parser {settings.reasoning_parser}: tokenizer.json has no token {end}"
+        )
+    return None if begin not in ids else ThinkingMarks(ids[begin], ids[end])
 
 
 def _grammars(tokenizer_json: bytes | None, config: ModelConfig, reasoning_end: str) -> Grammars | None:

@@ -6,7 +6,9 @@ compiled is kept, since a client sends the same one with each request of a kind.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -33,11 +35,34 @@ JSON_OPTIONS: Final[JsonCompileOptions] = {
 """No free white space: a small model that may write as much of it as it likes often never stops. The
 separators are those of Python's json, which chat templates write as well."""
 
+_COMPACT: Final[JsonCompileOptions] = {
+    "whitespace_flexible": False,
+    "item_separator": ",",
+    "key_separator": ":",
+}
+
+_LISTING: Final = re.compile(r"\n(?: +\d+ \| |<state>)")  # what follows the reason in an error
+
+_NO_ESCAPES: Final = str.maketrans("", "", "\\[](){}")
+"""Drops what a character may be written with in a regular expression."""
+
+_NO_FORCING: Final = '%llguidance {"no_forcing": true}'
+
 ANY_OBJECT: Final = '{"type": "object"}'
 
 
 class InvalidGrammar(ValueError):
     """The specification cannot be compiled; says why."""
+
+
+class _AddedToken(msgspec.Struct):
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What is read of tokenizer.json."""
+
+    added_tokens: list[_AddedToken] = []
 
 
 class Grammars:
@@ -57,13 +82,15 @@ class Grammars:
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids
         )
+        tokens = msgspec.json.decode(tokenizer_json, type=_TokenizerFile).added_tokens
+        self._special_texts = {token.content.translate(_NO_ESCAPES) for token in tokens} - {""}
         self._reasoning_end_id: int | None = None
         if reasoning_end:
             ids = self._tokenizer.tokenize_str(reasoning_end, parse_special=True)
             if len(ids) != 1:
                 raise ValueError(f"it has no token {reasoning_end}")
             self._reasoning_end_id = ids[0]
-        self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, bool, str], llguidance.LLMatcher] = OrderedDict()
 
     @property
     def kept(self) -> int:
@@ -72,7 +99,7 @@ class Grammars:
 
     def begin(self, wanted: StructuredOutput) -> AnswerGrammar:
         """For one attempt. Raises InvalidGrammar."""
-        key = (wanted.kind, wanted.spec)
+        key = (wanted.kind, wanted.spec, wanted.disable_any_whitespace, wanted.whitespace_pattern)
         matcher = self._compiled.get(key)
         if matcher is None:
             matcher = self._compile(wanted)
@@ -87,6 +114,8 @@ class Grammars:
     def _compile(self, wanted: StructuredOutput) -> llguidance.LLMatcher:
         try:
             grammar = _grammar_of(wanted)
+            if self._names_special_token(wanted.spec):
+                grammar = _unforced(grammar)
         except (
             ValueError,
             TypeError,
@@ -96,8 +125,15 @@ class Grammars:
             raise InvalidGrammar(f"{wanted.kind}: {error}") from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise InvalidGrammar(f"{wanted.kind}: {_first_line(matcher)}")
+            raise InvalidGrammar(f"{wanted.kind}: {_reason(matcher)}")
         return matcher
+
+    def _names_special_token(self, spec: str) -> bool:
+        """Whether the text of a special token may be in it, as it is or escaped."""
+        with contextlib.suppress(ValueError):
+            spec = json.dumps(json.loads(spec), ensure_ascii=False)
+        spec = spec.translate(_NO_ESCAPES)
+        return any(text in spec for text in self._special_texts)
 
 
 class AnswerGrammar:
@@ -141,17 +177,53 @@ class _OldTags(msgspec.Struct):
     triggers: list[str]
 
 
+class _Part(msgspec.Struct):
+    """A grammar in one of two languages."""
+
+    json_schema: msgspec.Raw
+    lark_grammar: str | None
+
+
+class _Compiled(msgspec.Struct):
+    """What llguidance makes of a schema or a regular expression."""
+
+    grammars: list[_Part]
+
+
 def _grammar_of(wanted: StructuredOutput) -> str:
     """In llguidance's language. Raises ValueError and other errors for what is wrong with it."""
     match wanted.kind:
         case "json":
-            return llguidance.LLMatcher.grammar_from_json_schema(wanted.spec, JSON_OPTIONS)
+            return llguidance.LLMatcher.grammar_from_json_schema(wanted.spec, _json_options(wanted))
         case "json_object":
-            return llguidance.LLMatcher.grammar_from_json_schema(ANY_OBJECT, JSON_OPTIONS)
+            return llguidance.LLMatcher.grammar_from_json_schema(ANY_OBJECT, _json_options(wanted))
         case "structural_tag":
             return _of_tags(wanted.spec)
         case kind:
             return llguidance.grammar_from(kind, wanted.spec)
+
+
+def _unforced(grammar: str) -> str:
+    """The same grammar, of which no text is tokenized ahead. The library does so wherever only one text may
+    come, so that the model reads it in the tokens that it was trained on. But it makes a special token of a
+    text like `<|im_end|>`, takes that for none that fits the grammar, and the answer ends there."""
+    if grammar.startswith("{"):
+        (part,) = msgspec.json.decode(grammar, type=_Compiled).grammars
+        schema = bytes(part.json_schema).decode()
+        grammar = part.lark_grammar if part.lark_grammar is not None else f"start: %json {schema}"
+    return f"{grammar}\n{_NO_FORCING}"  # errors count lines from its own first one
+
+
+def _json_options(wanted: StructuredOutput) -> JsonCompileOptions:
+    if wanted.disable_any_whitespace:
+        return _COMPACT
+    if wanted.whitespace_pattern:
+        return {
+            "whitespace_pattern": wanted.whitespace_pattern,
+            "item_separator": ",",
+            "key_separator": ":",
+        }
+    return JSON_OPTIONS
 
 
 def _of_tags(spec: str) -> str:
@@ -171,6 +243,6 @@ def _of_tags(spec: str) -> str:
     return llguidance.StructTag.to_grammar(places, assume_special=False)
 
 
-def _first_line(matcher: llguidance.LLMatcher) -> str:
-    """What is wrong, without the library's state that follows it."""
-    return matcher.get_error().partition("\n<state>")[0].strip()
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """What is wrong, without the grammar or the library's state that follows it."""
+    return _LISTING.split(matcher.get_error(), maxsplit=1)[0].strip()

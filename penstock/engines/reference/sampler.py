@@ -2,8 +2,8 @@
 
 The order is vLLM's: what the answer's grammar excludes is excluded (grammar.py); logprobs are taken from
 the logits that are left; then `allowed_token_ids`, `bad_words`, `min_tokens` and `logit_bias`; then
-penalties; then greedy rows take the largest, and the others divide by temperature, filter by min_p, top_k
-and top_p, and draw.
+penalties; then the end of reasoning that has become too long (thinking.py); then greedy rows take the
+largest, and the others divide by temperature, filter by min_p, top_k and top_p, and draw.
 
 The draw at output position i is the inverse of the cumulative distribution over token ids at a uniform
 number that depends on (seed, i) alone. Going by ids, not by rank, keeps a draw where it is when two
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from penstock.engines.batch import Sampled, Sequence
 from penstock.engines.reference.grammar import AnswerGrammar, Grammars
+from penstock.engines.reference.thinking import ThinkingBudget, ThinkingMarks
 from penstock.engines.reference.tiles import Floats
-from penstock.shapes import Sampling, TokenLogprob
+from penstock.shapes import PromptLogprob, Sampling, TokenLogprob
 
 _MASK_64 = (1 << 64) - 1
 _MIN_TEMPERATURE = 1e-5  # below it the division could overflow; such a row is as good as greedy
@@ -33,11 +34,19 @@ class Sampler:
     Args:
         eos_token_ids: what `min_tokens` holds back unless a request ignores EOS.
         grammars: compile what answers must look like; needed where any must.
+        thinking: needed where reasoning is limited.
     """
 
-    def __init__(self, eos_token_ids: Items[int], grammars: Grammars | None = None) -> None:
+    def __init__(
+        self,
+        eos_token_ids: Items[int],
+        grammars: Grammars | None = None,
+        thinking: ThinkingMarks | None = None,
+    ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._grammars = grammars
+        self._thinking = thinking
+        self._budgets: WeakKeyDictionary[Sequence, ThinkingBudget] = WeakKeyDictionary()
         self._begun: WeakKeyDictionary[Sequence, AnswerGrammar] = WeakKeyDictionary()
 
     def sample(self, logits: Floats, sequences: list[Sequence]) -> list[Sampled]:
@@ -62,15 +71,14 @@ class Sampler:
         ]
         if drawn:
             token_ids[drawn] = draw(logits[drawn], [sequences[row] for row in drawn])
-        return [
-            Sampled(
-                token_id,
-                None
-                if values is None
-                else _token_logprob(values, token_id, sequence.sampling.logprobs or 0),
-            )
-            for token_id, values, sequence in zip(token_ids.tolist(), logprobs, sequences, strict=True)
+        drawn_ids = token_ids.tolist()
+        shown = [
+            None
+            if values is None
+            else TokenLogprob(token_id, float(values[token_id]), _alternatives(values, sequence.sampling))
+            for token_id, values, sequence in zip(drawn_ids, logprobs, sequences, strict=True)
         ]
+        return [Sampled(*drawn) for drawn in zip(drawn_ids, shown, strict=True)]
 
     def _restrict(self, logits: Floats, sequence: Sequence) -> bool:
         """Exclude, in place, what the answer's grammar does not allow next. Returns whether it allows the
@@ -109,6 +117,18 @@ class Sampler:
             logits -= np.float32(sampling.presence_penalty) * (counts > 0)
         if sampling.allowed_token_ids and logits.max() == -np.inf:
             logits[list(sampling.allowed_token_ids)] = 0.0  # all were excluded: these still may come
+        if sampling.thinking_budget is not None:
+            self._end_thinking(logits, sequence, sampling.thinking_budget)
+
+    def _end_thinking(self, logits: Floats, sequence: Sequence, budget: int) -> None:
+        """Leave nothing but the end of the reasoning, in place, where that has had its tokens."""
+        assert self._thinking is not None, "a runner refuses it without marks"
+        watched = self._budgets.get(sequence)
+        if watched is None:
+            watched = self._budgets[sequence] = ThinkingBudget(self._thinking)
+        if watched.is_spent(sequence.token_ids, budget):
+            logits[:] = -np.inf
+            logits[self._thinking.end_id] = 0.0
 
 
 def score_prompt(sequence: Sequence, positions: range, logits: Floats) -> None:
@@ -118,7 +138,11 @@ def score_prompt(sequence: Sequence, positions: range, logits: Floats) -> None:
     count = sequence.sampling.prompt_logprobs or 0
     for position, row in zip(positions, logits, strict=True):
         token_id = sequence.token_ids[position]
-        sequence.prompt_logprobs.append(_token_logprob(_log_softmax(row), token_id, count))
+        values = _log_softmax(row)
+        rank = int(np.count_nonzero(values >= values[token_id]))
+        sequence.prompt_logprobs.append(
+            PromptLogprob(token_id, float(values[token_id]), _likeliest(values, count), rank)
+        )
 
 
 def draw(logits: Floats, sequences: list[Sequence]) -> NDArray[np.int64]:
@@ -216,15 +240,23 @@ def _penalise_repetition(logits: Floats, token_ids: list[int], penalty: float) -
     logits[seen] = np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
 
 
-def _token_logprob(values: Floats, token_id: int, alternatives: int) -> TokenLogprob:
-    count = min(alternatives, len(values))
-    top: list[tuple[int, float]] = []
-    if count:
-        least = len(values) - count
-        best = np.argpartition(values, least)[least:]
-        best = best[np.argsort(-values[best], kind="stable")]
-        top = list(zip(best.tolist(), values[best].tolist(), strict=True))
-    return TokenLogprob(token_id, float(values[token_id]), top)
+def _alternatives(values: Floats, sampling: Sampling) -> list[tuple[int, float]]:
+    """Those that the request names, else the most likely ones."""
+    named = list(sampling.logprob_token_ids)
+    if named:
+        return list(zip(named, values[named].tolist(), strict=True))
+    return _likeliest(values, sampling.logprobs or 0)
+
+
+def _likeliest(values: Floats, most: int) -> list[tuple[int, float]]:
+    """As many of the most likely tokens, with their log-probabilities."""
+    count = min(most, len(values))
+    if not count:
+        return []
+    least = len(values) - count
+    best = np.argpartition(values, least)[least:]
+    best = best[np.argsort(-values[best], kind="stable")]
+    return list(zip(best.tolist(), values[best].tolist(), strict=True))
 
 
 def _log_softmax(logits: Floats) -> Floats:

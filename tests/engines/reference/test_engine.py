@@ -216,6 +216,17 @@ def test_bad_settings_are_refused(checkpoint: Path, changes: dict[str, Any], nam
         load_model(ReferenceSettings(**{"model": str(checkpoint), **changes}))
 
 
+def test_model_whose_tokenizer_has_no_end_of_reasoning_is_refused_with_a_reasoning_parser(
+    checkpoint: Path,
+) -> None:
+    (checkpoint / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": [{"id": 3, "content": "<think>"}]})
+    )
+    reasons = {"reasoning_parser": "qwen3", "reasoning_marks": ("<think>", "</think>")}
+    with pytest.raises(ConfigError, match=r"parser qwen3: .* no token </think>"):
+        load_model(ReferenceSettings(model=str(checkpoint), **reasons))
+
+
 @pytest.mark.parametrize("max_batch_tokens", [3, 64])
 async def test_a_prompts_log_probabilities_are_those_of_its_tokens_one_by_one(
     checkpoint: Path, max_batch_tokens: int
@@ -226,12 +237,16 @@ async def test_a_prompts_log_probabilities_are_those_of_its_tokens_one_by_one(
     async with running(checkpoint, scheduler=scheduler) as client:
         expected = []
         for end in range(1, len(prompt)):
-            forced = changed(GREEDY, max_tokens=1, allowed_token_ids=(prompt[end],), logprobs=2)
+            forced = changed(GREEDY, max_tokens=1, allowed_token_ids=(prompt[end],), logprobs=20)
             (output,) = await client.run(attempt(f"prefix-{end}", prompt[:end], sampling=forced))
             expected += output.logprobs or []
         scoring = changed(GREEDY, max_tokens=3, prompt_logprobs=2)
         first, *rest = await client.run(attempt("whole", prompt, sampling=scoring))
-        assert first.prompt_logprobs == expected
+        for found, alone in zip(first.prompt_logprobs or [], expected, strict=True):
+            assert (found.token_id, found.logprob) == (alone.token_id, alone.logprob)
+            assert found.top == alone.top[:2]
+            ranks = {token_id: rank for rank, (token_id, _) in enumerate(alone.top, 1)}
+            assert ranks.get(found.token_id) == (found.rank if found.rank <= len(ranks) else None)
         assert first.cached_tokens == 0
         assert [output.prompt_logprobs for output in rest] == [None] * len(rest)
         known = attempt("continued", prompt, sampling=scoring, generated=first.token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from penstock.engines.reference.engine import ReferenceSettings, load_model
 from penstock.engines.reference.grammar import MAX_KEPT, Grammars, InvalidGrammar
 from penstock.engines.reference.sampler import Sampler
 from penstock.engines.reference.tiles import Floats
+from penstock.frontend.parsers.built_in import HERMES, BuiltInChatParser
 from penstock.shapes import FinishReason, Sampling, StructuredOutput
 from tests import builders
 from tests.engines.reference.test_engine import running, tokens
@@ -58,6 +60,34 @@ def test_json_schema_is_obeyed(grammars: Grammars, seed: int) -> None:
     assert (len(person["name"]) <= 8, person["age"] <= 999) == (True, True)
 
 
+def with_definition(name: str, unit: list[str]) -> dict[str, Any]:
+    """A tool whose parameters refer to a definition, and that to the parameters, as in a tree."""
+    node = {"properties": {"unit": {"enum": unit}, "next": {"$ref": "#"}}, "required": ["unit"]}
+    parameters = {
+        "type": "object",
+        "properties": {"node": {"$ref": "#/$defs/Node"}},
+        "required": ["node"],
+        "additionalProperties": False,
+        "$defs": {"Node": {"type": "object", "additionalProperties": False, **node}},
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forced_calls_obey_the_definitions_of_their_own_tool(grammars: Grammars, seed: int) -> None:
+    units = {"first": ["a", "b"], "second": ["c"]}  # both tools name their definition `Node`
+    tools = [with_definition(name, unit) for name, unit in units.items()]
+    request = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    parser = BuiltInChatParser(HERMES, "", None).begin(request)
+    wanted = parser.structured([])
+    assert wanted is not None
+    [call] = json.loads(written(grammars, wanted, seed))
+    node = call["parameters"]["node"]
+    while node is not None:
+        assert node["unit"] in units[call["name"]]
+        node = node.get("next", {}).get("node")
+
+
 @pytest.mark.parametrize(
     ("kind", "spec", "allowed"),
     [
@@ -69,6 +99,33 @@ def test_json_schema_is_obeyed(grammars: Grammars, seed: int) -> None:
 )
 def test_other_kinds_are_obeyed(grammars: Grammars, kind: Any, spec: str, allowed: set[str]) -> None:
     assert {written(grammars, StructuredOutput(kind, spec), seed) for seed in range(10)} <= allowed
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>a", "a<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("kind", ["choice", "regex", "grammar", "json"])
+def test_name_of_a_special_token_is_written_as_text(grammars: Grammars, kind: Any, text: str) -> None:
+    specs = {
+        "choice": json.dumps([text]),
+        "regex": re.escape(text),
+        "grammar": f"start: {json.dumps(text)}",
+        "json": json.dumps({"const": text}),
+    }
+    found = written(grammars, StructuredOutput(kind, specs[kind]))
+    assert found == (json.dumps(text) if kind == "json" else text)
+
+
+def test_white_space_is_as_asked_for(grammars: Grammars) -> None:
+    schema = json.dumps({"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2})
+    texts = {
+        written(grammars, StructuredOutput("json", schema, **options), seed)
+        for options in ({"disable_any_whitespace": True}, {"whitespace_pattern": "[_]{1,2}"}, {})
+        for seed in range(8)
+    }
+    assert {"[1,1]", "[1, 1]"} < texts
+    assert all(set(text) <= set("[1, _]") for text in texts)
+    assert any("_" in text and " " not in text for text in texts)
+    with pytest.raises(InvalidGrammar):
+        grammars.begin(StructuredOutput("json", schema, whitespace_pattern="("))
 
 
 def test_structural_tag_is_obeyed_after_its_trigger(grammars: Grammars) -> None:

@@ -264,3 +264,13 @@ def test_what_would_complete_a_bad_word_in_the_output_is_excluded(
     logits = random_logits(5, vocab=5)  # token 4 is in no word
     expected = max(set(range(5)) - completes, key=lambda token_id: logits[token_id])
     assert token(logits, sequence(output, prompt, temperature=0.0, bad_words=tuple(words))) == expected
+
+
+def test_alternatives_are_those_that_the_request_names() -> None:
+    logits = np.log(np.array([[0.5, 0.2, 0.2, 0.1]], dtype=np.float32))
+    (sampled,) = Sampler([]).sample(
+        logits, [sequence(temperature=0.0, logprobs=2, logprob_token_ids=(3, 0))]
+    )
+    assert sampled.logprob is not None
+    assert [token_id for token_id, _ in sampled.logprob.top] == [3, 0]
+    assert np.exp([value for _, value in sampled.logprob.top]) == pytest.approx([0.1, 0.5])
