@@ -16,8 +16,7 @@ from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
 from penstock.engines.virtual import VirtualEngine
-from penstock.ports import KvTransfer
-from penstock.shapes import EngineStep
+from penstock.ports import EngineStep, KvTransfer
 from simulator.loop import Process
 
 TOKEN_BYTES = 4
@@ -136,6 +135,11 @@ class CheckedEngine(VirtualEngine):
         """Its next step is the last that may fail."""
         assert self._cycle is not None, "it has not started"
         self._cycle.failed_steps = MAX_FAILED_STEPS - 1
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a batch is being computed."""
+        return self._cycle is not None and self._cycle.scheduler.statistics().rows > 0
 
     def cached_until(self, digest: int) -> float | None:
         """Until when what is cached had this exclusive or; None: it never had."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from penstock.core.deadlines import Phase
@@ -49,6 +50,9 @@ files that could not be fetched are asked for again after 5 s."""
 
 LEAVE_S = 15.0
 """How much longer than its attempts and handoffs get a worker may take to leave."""
+
+ELECTED_S = 2.0
+"""For how long a frontend may serve another revision of a model than most of its decode workers have."""
 
 STALE_S = 5.0
 """How far an index may lag behind its worker."""
@@ -107,6 +111,7 @@ class Monitor:
         for frontend in frontends:
             yield from self._requests(frontend)
             yield from self._waiting(frontend)
+            yield from self._served(frontend)
             for worker in workers:
                 if self._world.calm(frontend, worker):
                     yield from self._state(frontend, worker)
@@ -234,6 +239,19 @@ class Monitor:
         elif member.state in STATES_S:
             what = f"{frontend.name} has {name} as {member.state}"
             yield "workers are used", STATES_S[member.state], what
+
+    def _served(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
+        """New requests get the revision that more than half of a model's decode workers have."""
+        membership = frontend.router.membership
+        revisions: dict[str, Counter[str]] = {}
+        for member in membership.members.values():
+            if member.loaded and member.registration.role.decodes:
+                revisions.setdefault(member.model, Counter())[member.revision] += 1
+        for model, counts in revisions.items():
+            ((most, count),) = counts.most_common(1)
+            if 2 * count > counts.total() and membership.served.get(model) != most:
+                what = f"{frontend.name} serves another revision of {model} than {most}, which most have"
+                yield "what most have is served", ELECTED_S, what
 
     def _index(self, frontend: SimulatedFrontend) -> Iterator[Complaint]:
         """What a frontend's index has of a worker is what the worker had after one of its latest steps."""

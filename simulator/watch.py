@@ -148,4 +148,6 @@ class Watch:
 
 
 def _busy(worker: SimulatedWorker) -> bool:
-    return bool(worker.worker.attempts)
+    """Whether it has attempts, and its engine stands in a step. One that only waits for pulls takes a turn
+    with each attempt that comes, and so looks well."""
+    return bool(worker.worker.attempts) and worker.engine.in_step

@@ -52,9 +52,6 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
     """A request is sent while some worker could begin it within this: two or three steps of the largest
     batches, so that no engine runs dry between two reports, and few requests are beyond reordering."""
 
-    max_itl_ms: float = 0.0
-    """The mean time between tokens up to which a worker is given more requests; 0: any."""
-
     max_queued: int = 8192
     """Calls of a model that may wait here, whatever the prediction: as many as a frontend serves at one
     time (frontend/settings.py: max_inflight). A tenant's calls of one priority can fill half of it, which
@@ -150,6 +147,10 @@ class AdmissionQueue:
             limit = "bytes"
         return self.prediction.refuse(self.prediction.newcomer_ms(tenant, priority, now), limit)
 
+    def expected_wait_ms(self, tenant: str, priority: int, now: float) -> float:
+        """How long a newcomer will wait here, as predicted; 0 while nothing waits."""
+        return self.prediction.newcomer_ms(tenant, priority, now) if len(self) else 0.0
+
     def hopeless(self, request_id: str) -> Refusal | None:
         """Why a newcomer is refused after the first try to send it: nothing else waits, and the wait at the
         workers alone is too long."""
@@ -177,17 +178,17 @@ class AdmissionQueue:
         entry = self.waiting.first()
         return next(iter(entry.members)) if entry is not None else None
 
-    def fits(self, request_id: str, wait_ms: float, crowded: bool) -> bool:
+    def fits(self, request_id: str, wait_ms: float) -> bool:
         """Whether a request that is next would be sent, see `dispatch`."""
         if request_id in self._following:
             return True
         # A request that came back was let in before and may have begun its answer: its client is waiting.
         if self.waiting[request_id].flow.priority == RETURNED_PRIORITY:
             return wait_ms <= self._settings.max_wait_ms
-        return wait_ms <= min(self._settings.dispatch_wait_ms, self._settings.max_wait_ms) and not crowded
+        return wait_ms <= min(self._settings.dispatch_wait_ms, self._settings.max_wait_ms)
 
     def dispatch(
-        self, request_id: str, wait_ms: float, workers: int, now: float, *, ahead: int, crowded: bool
+        self, request_id: str, wait_ms: float, workers: int, now: float, *, ahead: int
     ) -> float | None:
         """Send the request that is next, if it fits. Returns the seconds for which it waited here; None
         when it has to wait on.
@@ -196,7 +197,6 @@ class AdmissionQueue:
             wait_ms: the least time in which one of the workers could begin it.
             workers: how many there are that can end it.
             ahead: how many requests that worker would begin before.
-            crowded: whether each of them has as many requests as it should have, whatever waits.
         """
         if request_id in self._following:
             del self._following[request_id]
@@ -205,7 +205,7 @@ class AdmissionQueue:
         work = entry.work
         prediction.head_ms = wait_ms
         prediction.servers = max(1, workers)
-        if not self.fits(request_id, wait_ms, crowded):
+        if not self.fits(request_id, wait_ms):
             self._measure(entry.flow, now)
             if not prediction.pace.known:
                 prediction.pace.guess(wait_ms / (ahead + 1), work)

@@ -1,41 +1,73 @@
 """What a request would cost on a worker, in milliseconds predicted from the worker's measured rates.
 
-For a worker with rates r, b = running + waiting requests and q prompt tokens still to compute:
+For a worker with rates r, b = running + waiting requests with D tokens of context, and q prompt tokens
+still to compute with Q tokens before each, added up:
 
-    step_ms(b)   = r.step_ms + r.decode_request_ms * b
-    compute(n)   = r.prefill_token_ms * n + ceil(n / STEP_TOKENS) * step_ms(b)
-    queue_ms     = compute(q), plus the wait for a place when all are taken, or for blocks
-    prefill_ms   = compute(uncached),  uncached = max(1, prompt - overlap), the last token at least
-    inflicted_ms = max(1, b) * r.prefill_token_ms * (uncached + QUEUE_SHARE * q)
-    decode_ms    = expected_output_tokens * step_ms(b + 1)
-    transfer_ms  = r.transfer_ms + r.transfer_block_ms * blocks that are not there yet
+    step_ms(b, D)  = r.step_ms + r.decode_request_ms * b + r.decode_context_ms * D
+    compute(n, P)  = r.prefill_token_ms * n + r.prefill_context_ms * P
+    ride(n)        = ceil(n / STEP_TOKENS) * step_ms(b, D)
+    queue_ms       = what is left of the step under way; for what it leaves of the prompts compute(q, Q)
+                     and the steps that they and this one need more than this one alone; and the wait
+                     for a place when all are taken, or for blocks
+    prefill_ms     = compute(n, P) + ride(n),  n = max(1, prompt - overlap), the last token at least,
+                     and P as in core/prompt_work.py
+    inflicted_ms   = max(IDLE_SHARE, OTHERS_SHARE * b) * compute(n, P)
+    decode_ms      = o * step_ms(b + 1, D + prompt + o / 2),  o = expected_output_tokens
+    transfer_ms    = r.transfer_ms + r.transfer_block_ms * blocks that are not there yet
+    itl_ms(b, D)   = step_ms(b, D) + (b - 1) * compute(u, U) / o
+    kept(b, D)     = 1 / (1 + exp((itl_ms(b, D) / slo_itl_ms - 1) / ITL_SPREAD))
+    missed_ms      = MISS_MS * (b * (kept(b, D) - kept(b + 1, D + prompt)) + 1 - kept(b + 1, D + prompt))
 
-`inflicted_ms` is what prompts cost the requests that decode there: while one is computed, all of them
-stall. One is assumed even on an idle worker: by the end of a long prompt another may have come. A
-millisecond of another request's delay counts as much as one of its own.
+`inflicted_ms` is what the prompt costs the requests that decode there: while it is computed, all of them
+stall. Even on an idle worker it counts a little: by the end of a long prompt another may have come.
+
+`itl_ms` is the mean time between tokens there with b requests: while one gets its o tokens, each of the
+others ends and is followed by one with u prompt tokens to compute on average, and all wait for that.
+`kept` is the chance that a request meets the objective for this time, and `missed_ms` how many more will
+miss it with this request than without, in milliseconds. Below the objective it spreads requests evenly.
+Once not all workers can meet it, it brings some to their limit and lets the rest pile up on others, instead
+of all of them missing it.
 
 Every term is a time because the parts differ by orders of magnitude: on Qwen3-32B (2 x H200) computing
-an uncached prompt token takes 46 us once, keeping it resident 0.03 us a step. A cost that counts blocks
-of both kinds alike, however it weighs them, gives up cached prefixes for balance that nobody feels.
+an uncached prompt token takes 46 us once, and as much again behind 28,000 others; keeping it resident
+takes 0.03 us a step. A cost that counts blocks of both kinds alike, however it weighs them, gives up cached
+prefixes for balance that nobody feels.
 """
 
 from __future__ import annotations
 
+from math import exp
+
 import msgspec
 
 from penstock.core.pairing import KvFormat
-from penstock.shapes import Load, Role
+from penstock.core.prompt_work import NO_WORK, PromptWork, part_of, prompt_work
+from penstock.core.worker_load import StepUnderWay
+from penstock.shapes import Load, Rates, Role
 
 STEP_TOKENS = 8192
 """Prompt tokens that an engine is assumed to compute in one step (`max_num_batched_tokens` of vLLM on a
 large GPU). It only sets how many steps a prompt rides on; where it is too large that errs by less than
 where it is too small."""
 
-QUEUE_SHARE = 0.3
-"""How much of a worker's queue counts as stalling its requests on account of this one. Strictly nothing
-does, since it is there already, and that is best for conversations while every turn fits in the caches.
-All of it, as in LMetric (arXiv 2603.15202), spreads better when most prompts are new. Simulated on both
-kinds of load, 0.3 stays within 5 % of the better one's mean time to first token."""
+OTHERS_SHARE = 0.25
+"""How much a millisecond of delay counts for each of the others, of one until this request's first token:
+more gives better times between tokens in overload, less a better time to first token."""
+
+IDLE_SHARE = 0.5
+"""The least that computing a prompt counts for others, of its own time: those that will come meanwhile."""
+
+OUTPUT_SHARE = 0.25
+"""How much a millisecond of this request's output counts, likewise."""
+
+MISS_MS = 1000.0
+"""What a request that misses the objective for its time between tokens costs, in milliseconds."""
+
+ITL_SPREAD = 0.2
+"""How far the times between tokens of a worker's requests are from what is predicted, relatively."""
+
+OFF_OBJECTIVE = 50.0
+"""Where exp() need not be computed any more."""
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Output length until some were seen: between the means of two public conversation traces, 211 (Azure 2023)
@@ -56,13 +88,15 @@ expected before any was seen, in outputs."""
 class Query(msgspec.Struct, frozen=True):
     """The request to place. `ordinal` counts this router's requests, for round-robin. `handed`: the
     prompt's KV, of this format, waits on a prefill worker; a decode worker that reads it computes none of
-    it. `max_itl_ms`: the longest mean time between tokens that a worker should be brought to; 0: any."""
+    it. `slo_itl_ms`: the mean time between tokens that requests should have at most; 0: any."""
 
     prompt_tokens: int
     ordinal: int = 0
     expected_output_tokens: float = EXPECTED_OUTPUT_TOKENS
     handed: KvFormat | None = None
-    max_itl_ms: float = 0.0
+    slo_itl_ms: float = 0.0
+    session: str = ""  # as in Request
+    computed_elsewhere: bool = False  # prefill workers compute the prompts of decode workers
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -76,8 +110,27 @@ class Candidate(msgspec.Struct, frozen=True):
     overlap_blocks: int = 0
     max_running: int = 0  # requests that it serves at one time; 0: not known
     prompt_tokens: float = 0.0  # that a request gives it to compute, on average
+    prompt_context_tokens: float = 0.0  # over these: how many are before each
     output_tokens: float = 0.0  # the same for its output; 0: not known
     kv_format: KvFormat = KvFormat()  # a prefill worker goes first for a decode worker with the same one
+    distrusted: str = ""  # why its overlap is only what was sent to it; empty: its events tell it
+    step_tokens: int = STEP_TOKENS  # most prompt tokens that its engine computes in a step
+    step: StepUnderWay | None = None  # None: it computes nothing, or what is not known
+
+    @property
+    def requests(self) -> int:
+        """That it has, running and waiting."""
+        return self.load.running + self.load.waiting
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, that it has in whole blocks."""
+        return self.overlap_blocks * self.block_size
+
+    def uncached_tokens(self, query: Query) -> int:
+        """Prompt tokens that it would have to compute: at least one, as the logits of the last one give the
+        first output token."""
+        return max(1, query.prompt_tokens - self.cached_tokens)
 
 
 class Costs(msgspec.Struct, frozen=True, gc=False):
@@ -90,6 +143,7 @@ class Costs(msgspec.Struct, frozen=True, gc=False):
     inflicted_ms: float
     transfer_ms: float
     decode_ms: float
+    missed_ms: float
 
     @property
     def ready_ms(self) -> float:
@@ -99,27 +153,67 @@ class Costs(msgspec.Struct, frozen=True, gc=False):
 
 def costs(query: Query, candidate: Candidate) -> Costs:
     """Score one candidate."""
-    load, rates = candidate.load, candidate.load.rates
-    requests = load.running + load.waiting
-    step_ms = rates.step_ms + rates.decode_request_ms * requests
-    token_ms = rates.prefill_token_ms
-    # At least one: the logits of the last prompt token give the first output token.
-    uncached = max(1, query.prompt_tokens - candidate.overlap_blocks * candidate.block_size)
+    load, rates, requests = candidate.load, candidate.load.rates, candidate.requests
+    uncached = candidate.uncached_tokens(query)
     missing = max(0, -(-query.prompt_tokens // candidate.block_size) - candidate.overlap_blocks)
-    queued = load.prefill_tokens
+    output = query.expected_output_tokens
+    each_step_ms = step_ms(rates, requests, load.context_tokens)
+    prompt_ms = compute_ms(rates, *prompt_work(query.prompt_tokens - uncached, query.prompt_tokens))
     return Costs(
         candidate=candidate,
         uncached_tokens=uncached,
-        queue_ms=token_ms * queued + _steps(queued) * step_ms + _blocked_ms(query, candidate, missing),
-        prefill_ms=token_ms * uncached + _steps(uncached) * step_ms,
-        inflicted_ms=max(1, requests) * token_ms * (uncached + QUEUE_SHARE * queued),
+        queue_ms=_queued_ms(candidate, uncached, each_step_ms) + _blocked_ms(query, candidate, missing),
+        prefill_ms=prompt_ms + _steps(uncached) * each_step_ms,
+        inflicted_ms=max(IDLE_SHARE, OTHERS_SHARE * requests) * prompt_ms,
         transfer_ms=rates.transfer_ms + rates.transfer_block_ms * missing,
-        decode_ms=query.expected_output_tokens * (step_ms + rates.decode_request_ms),
+        decode_ms=output
+        * step_ms(rates, requests + 1, load.context_tokens + query.prompt_tokens + output / 2),
+        missed_ms=_missed_ms(query, candidate),
     )
+
+
+def step_ms(rates: Rates, requests: float, context_tokens: float) -> float:
+    """A step in which so many requests decode, and nothing else."""
+    return rates.step_ms + rates.decode_request_ms * requests + rates.decode_context_ms * context_tokens
+
+
+def compute_ms(rates: Rates, tokens: float, context_tokens: float) -> float:
+    """What prompt tokens with so many before them, added up, add to the steps that they ride on."""
+    return rates.prefill_token_ms * tokens + rates.prefill_context_ms * context_tokens
 
 
 def _steps(tokens: int) -> int:
     return -(-tokens // STEP_TOKENS)
+
+
+def _queued_ms(candidate: Candidate, uncached: int, each_step_ms: float) -> float:
+    """How much later a prompt with so many tokens to compute is computed for those that are there now."""
+    rates, step, under_way_ms = candidate.load.rates, candidate.step, 0.0
+    if step is not None:
+        under_way_ms = max(0.0, each_step_ms + compute_ms(rates, *step.prompts) - step.elapsed_ms)
+    following = _following(candidate)
+    more_steps = _steps(following.tokens + uncached) - _steps(uncached)
+    return under_way_ms + compute_ms(rates, *following) + more_steps * each_step_ms
+
+
+def _following(candidate: Candidate) -> PromptWork:
+    """What its step under way leaves of the prompts there."""
+    load, now = candidate.load, candidate.step.prompts if candidate.step is not None else NO_WORK
+    return PromptWork(load.prefill_tokens - now.tokens, load.prefill_context_tokens - now.context_tokens)
+
+
+def decode_step_ms(candidate: Candidate, more_tokens: int | None = None) -> float:
+    """A step there in which nothing but decoding happens; of one request more, if it has so many tokens."""
+    load, more = candidate.load, more_tokens is not None
+    return step_ms(load.rates, candidate.requests + more, load.context_tokens + (more_tokens or 0))
+
+
+def shared_ms(candidate: Candidate) -> float:
+    """How much of `queue_ms` passes in the step in which one prompt more would begin: the last step that
+    the prompts there need has room for it."""
+    following = _following(candidate)
+    last = part_of(following, following.tokens % candidate.step_tokens)
+    return compute_ms(candidate.load.rates, *last)
 
 
 def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float:
@@ -133,7 +227,7 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     load, rates = candidate.load, candidate.load.rates
     ahead = 0  # how many must end, or be served, before it can begin
     if candidate.max_running:
-        ahead = max(0, load.running + load.waiting + 1 - candidate.max_running)
+        ahead = max(0, candidate.requests + 1 - candidate.max_running)
     free = load.total_blocks - load.used_blocks
     if candidate.role.decodes and load.running:
         free -= int(GROWTH_SHARE * stay_tokens * load.running / candidate.block_size)
@@ -144,10 +238,15 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     if candidate.role is Role.PREFILL:
         stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
     else:
-        stay_ms = stay_tokens * (rates.step_ms + rates.decode_request_ms * load.running)
+        stay_ms = stay_tokens * step_ms(rates, load.running, load.context_tokens)
         # The prompts of those that begin meanwhile.
-        stay_ms += load.running * rates.prefill_token_ms * candidate.prompt_tokens
+        stay_ms += load.running * _usual_prompt_ms(candidate)
     return ahead * stay_ms / max(1, load.running + load.held_handoffs)
+
+
+def _usual_prompt_ms(candidate: Candidate) -> float:
+    """What computing the prompt of a request there adds to steps, on average."""
+    return compute_ms(candidate.load.rates, candidate.prompt_tokens, candidate.prompt_context_tokens)
 
 
 def _stay_tokens(query: Query, candidate: Candidate) -> float:
@@ -155,19 +254,29 @@ def _stay_tokens(query: Query, candidate: Candidate) -> float:
     return max(1.0, candidate.output_tokens or query.expected_output_tokens)
 
 
-def crowded(query: Query, candidate: Candidate) -> bool:
-    """Whether one request more would bring the time between tokens there beyond `max_itl_ms`.
+def itl_ms(query: Query, candidate: Candidate, more: int = 1) -> float:
+    """The mean time between tokens there with so many requests like this one more.
 
-    With b of them, each step takes step_ms + b * decode_request_ms. While one of them gets its n tokens, b
-    others begin, each with p prompt tokens to compute, and all wait for that: the mean time between tokens
-    is step_ms + b * (decode_request_ms + prefill_token_ms * p / n). A single one is never too many.
+    With b of them and their context, each step takes step_ms(b, D). While one of them gets its n tokens,
+    each of the others ends and another begins, with its prompt to compute, for which all wait: the mean
+    time between tokens is step_ms(b, D) + (b - 1) * compute(prompt) / n.
     """
-    if not query.max_itl_ms:
-        return False
-    rates, requests = candidate.load.rates, candidate.load.running + candidate.load.waiting
-    prompt_ms = rates.prefill_token_ms * candidate.prompt_tokens / _stay_tokens(query, candidate)
-    itl_ms = rates.step_ms + (requests + 1) * (rates.decode_request_ms + prompt_ms)
-    return requests > 0 and itl_ms > query.max_itl_ms
+    load, requests = candidate.load, candidate.requests + more
+    stall_ms = max(0, requests - 1) * _usual_prompt_ms(candidate) / _stay_tokens(query, candidate)
+    return step_ms(load.rates, requests, load.context_tokens + more * query.prompt_tokens) + stall_ms
+
+
+def _missed_ms(query: Query, candidate: Candidate) -> float:
+    """What the requests cost that miss the objective for the time between tokens on account of this one."""
+    if not query.slo_itl_ms or not candidate.role.decodes:
+        return 0.0
+
+    def kept(more: int) -> float:
+        off = (itl_ms(query, candidate, more) / query.slo_itl_ms - 1) / ITL_SPREAD
+        return 1 / (1 + exp(min(off, OFF_OBJECTIVE)))
+
+    then = kept(1)
+    return MISS_MS * (candidate.requests * (kept(0) - then) + 1 - then)
 
 
 class OutputLengths:

@@ -7,8 +7,8 @@ In the terms of core/costs.py:
 
 On the remote path d's queue drains while p computes, and nobody's output stalls, as a prefill worker has
 none. p is one of those whose KV d reads (core/pairing.py); without any, only the local plan is left.
-On idle workers `inflicted` is about `prefill`, so a prompt moves exactly when that costs less than
-computing it. A prompt with less than a block to compute has nothing worth handing over and stays.
+On idle workers a prompt moves when that takes less than half of the time to compute it. A prompt with less
+than a block to compute has nothing worth handing over and stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import StrEnum
 
 import msgspec
 
-from penstock.core.costs import Costs, Query
+from penstock.core.costs import OUTPUT_SHARE, Costs, Query
 from penstock.shapes import Role
 
 
@@ -63,7 +63,7 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     @property
     def total_ms(self) -> float:
         """Lower is better."""
-        return self.start_ms + self.here.decode_ms
+        return self.start_ms + OUTPUT_SHARE * self.here.decode_ms + self.here.missed_ms
 
 
 def plan(query: Query, here: Costs, first: Costs | None, disagg: Disagg) -> Plan:

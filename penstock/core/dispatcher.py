@@ -31,26 +31,38 @@ many records at once (an instance is lost) is given as the event for each of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from penstock.core.admission import AdmissionQueue, AdmissionQueues, waiting_bytes, work_tokens
 from penstock.core.deadlines import Phase
+from penstock.core.decision_record import (
+    DecisionRecord,
+    Holder,
+    PassedOver,
+    Placing,
+    RequestFacts,
+    RoutedRequest,
+)
+from penstock.core.disagg import Disagg
 from penstock.core.events import (
     DeliverOutput,
     Effect,
     Event,
+    FailRequest,
     InstanceLost,
     InstanceStuck,
     NoteChoice,
 )
 from penstock.core.lifecycle import Lifecycle
 from penstock.core.membership import Membership, decoders
+from penstock.core.pairing import kv_format
 from penstock.core.placement import Placed, Placement
 from penstock.core.policy import Decision, Path
 from penstock.core.progress import PatientTime
+from penstock.core.recording import Recording
 from penstock.core.settings import RouterSettings
 from penstock.core.suspects import HOLD_S, Suspects, alone_from
 from penstock.core.wait_prediction import Refusal
@@ -66,6 +78,7 @@ class RequestRecord:
     placed: Placed  # placement's part of it
     queue: AdmissionQueue  # of its model's revision
     client: Any  # of whoever submitted it; the dispatcher only keeps it
+    routed: RoutedRequest  # what is kept of it for later
     resting: bool = False  # it is QUEUED, and not in the queue
 
     @property
@@ -74,7 +87,7 @@ class RequestRecord:
 
     def fits(self, decision: Decision | None) -> bool:
         """Whether it would be sent now."""
-        return decision is not None and self.queue.fits(self.request_id, decision.wait_ms, decision.crowded)
+        return decision is not None and self.queue.fits(self.request_id, decision.wait_ms)
 
 
 class Dispatcher:
@@ -92,6 +105,8 @@ class Dispatcher:
         self.attempts: dict[str, RequestRecord] = {}  # by the id of each attempt of those that was sent
         self.queues = AdmissionQueues(settings.admission, rng)
         self.suspects = Suspects()
+        self.decisions = DecisionRecord()
+        self.recordings: list[Recording] = []  # that are going on
         self.full_until: dict[str, float] = {}  # instances that refused an attempt
         self._settings = settings
         self._membership = membership
@@ -113,8 +128,10 @@ class Dispatcher:
         )
         if refusal is not None:
             return refusal
+        wait_ms = queue.expected_wait_ms(request.tenant, request.priority, patience)
         life = Lifecycle(request, self._settings.deadlines, now - request.age_s)
-        record = RequestRecord(life, Placed(request), queue, client)
+        routed = self.decisions.came(request, life.history, now - request.age_s, wait_ms)
+        record = RequestRecord(life, Placed(request), queue, client, routed)
         queue.enter(request, self._work(record), patience)
         self.records[request.request_id] = record
         return record
@@ -123,6 +140,24 @@ class Dispatcher:
         """Why a request would be refused, whatever it asks; None when it would be let in."""
         queue = self.queues.get(model)
         return queue.refusal(tenant, priority, self._patient.look(now)) if queue is not None else None
+
+    def foresee(self, request: Request, now: float) -> RoutedRequest:
+        """What would be kept of a request that came now, with the decision for it if workers could take it.
+        Nothing changes by it, neither here nor in what is decided next."""
+        placed, queue = Placed(request), self.queues.get(request.model)
+        everybody = self._membership.ready(request.model)
+        apart = self.suspects.apart(0, everybody)
+        decision = self._placement.foresee(placed, request.token_ids, self._not_full(apart, now), now)
+        wait_ms = 0.0
+        if queue is not None:
+            wait_ms = queue.expected_wait_ms(request.tenant, request.priority, self._patient.seconds)
+        if decision is not None:  # it is sent once a worker could begin it soon
+            wait_ms = max(wait_ms, decision.wait_ms - self._settings.admission.dispatch_wait_ms)
+        routed = RoutedRequest(RequestFacts.of(request), now, wait_ms, ())
+        if decision is not None:
+            cause: tuple[str, frozenset[str], int] = ("", frozenset(), 0)
+            routed.keep(self._placing(placed, decision, 0.0, cause, everybody, apart, now))
+        return routed
 
     def hopeless(self, record: RequestRecord) -> Refusal | None:
         """Why a newcomer is refused after `place` has found out how long the workers' wait is."""
@@ -157,10 +192,10 @@ class Dispatcher:
             effects = [*effects, *self._place(record, now)]
         return self._follow(record, before, effects, now)
 
-    def sent(self, record: RequestRecord, instance_id: str, seq: int, attempt: Attempt) -> None:
+    def sent(self, record: RequestRecord, instance_id: str, seq: int, attempt: Attempt, now: float) -> None:
         """Its attempt left, as number `seq` on the link to the instance."""
         self.attempts[attempt.attempt_id] = record
-        self._placement.sent(record.placed, instance_id, seq, attempt)
+        self._placement.sent(record.placed, instance_id, seq, attempt, now)
 
     def drop(self, record: RequestRecord) -> None:
         """Forget a request, whatever state it is in."""
@@ -192,11 +227,22 @@ class Dispatcher:
         if life.phase is Phase.DONE:
             if before is not Phase.DONE:
                 self.drop(record)
-                self._placement.ended(record.placed, life.output_tokens if life.complete else None)
+                self._ended(record, effects, now)
+                output_tokens = life.output_tokens if life.complete else None
+                self._placement.ended(record.placed, output_tokens, life.token_ids)
         elif life.strikes.count or record.request_id in self.suspects:
             places = life.instance_id, life.decode_id
             self.suspects.note(record.request_id, life.strikes.count, *places)
         return effects
+
+    def _ended(self, record: RequestRecord, effects: list[Effect], now: float) -> None:
+        error = next((str(effect.error) for effect in effects if type(effect) is FailRequest), "")
+        life = record.life
+        for recording in self.recordings:
+            recording.ended(life.request, life.token_ids, record.routed.came_at)
+        self.decisions.ended(
+            record.routed, now, complete=life.complete, output_tokens=life.output_tokens, error=error
+        )
 
     # --- what happens to many -------------------------------------------------------------------------
 
@@ -229,11 +275,12 @@ class Dispatcher:
         self.full_until[instance_id] = until
 
     def lost(
-        self, instance_id: str, reason: str, requests: int, died: Incarnation | None
+        self, instance_id: str, reason: str, requests: int, died: Incarnation | None, now: float
     ) -> list[tuple[RequestRecord, InstanceLost]]:
         """An instance is gone. `requests`: how many it had, whoever sent them. Returns the event for each
         request that it concerns."""
         self.full_until.pop(instance_id, None)
+        self.decisions.worker_lost(instance_id, reason, now)
         records = [it for it in self.records.values() if it.life.concerns(instance_id)]
         on_it = [it.life.strikes for it in records if it.life.instance_id == instance_id]
         connected = self._membership.incarnations()
@@ -253,7 +300,7 @@ class Dispatcher:
         for record in self.records.values():
             life, request = record.life, record.life.request
             if life.instance_id == instance_id:
-                leaves = decoders(self._membership.ready(request.model)) > 0
+                leaves = self._membership.decoders(request.model) > 0
             else:
                 leaves = life.decode_id == instance_id
             if leaves:
@@ -272,7 +319,7 @@ class Dispatcher:
         if life.phase is not Phase.QUEUED or now <= life.rests_until:
             return []
         everybody = self._membership.ready(request.model)
-        workers = decoders(everybody)
+        workers = self._membership.decoders(request.model)
         if not workers and self._membership.replaced(request.model):
             return self._without_its_revision(record)
         patience = self._patient.look(now)
@@ -281,9 +328,12 @@ class Dispatcher:
             queue.requeue(request, self._work(record), patience)
         if queue.next() != record.request_id:
             return []
-        ready = [card for card in everybody if card.instance_id not in life.avoided]
+        ready = everybody  # which is the same list until a worker changes, and so known to the placement
+        if life.avoided:
+            ready = [card for card in everybody if card.instance_id not in life.avoided]
         apart, decision = self._choose(record, ready, now)
-        if ready and decoders(apart) < workers and not record.fits(decision):
+        kept_away = apart is not everybody and decoders(apart) < workers
+        if ready and kept_away and not record.fits(decision):
             return self._rest(record)
         if decision is None:
             able = decoders(ready)
@@ -298,14 +348,64 @@ class Dispatcher:
             workers,
             patience,
             ahead=decision.ahead,
-            crowded=decision.crowded,
         )
         if waited_s is None:
             return []
         self._placement.book(record.placed, decision, life.token_ids)
+        cause = (life.trouble if life.attempts else "", frozenset(life.avoided), len(life.history))
+        placing = self._placing(record.placed, decision, waited_s, cause, everybody, apart, now)
+        block_size = decision.computes.candidate.block_size
+        self.decisions.placed(record.routed, placing, record.placed.hashes.get(block_size, ()), block_size)
         note = NoteChoice(decision, waited_s, life.failed, frozenset(life.avoided))
         local = decision.path is not Path.REMOTE
         return [note, *life.place(decision.decode, decision.prefill, now, local=local)]
+
+    def _placing(
+        self,
+        placed: Placed,
+        decision: Decision,
+        waited_s: float,
+        cause: tuple[str, frozenset[str], int],
+        everybody: list[Card],
+        apart: list[Card],
+        now: float,
+    ) -> Placing:
+        """A decision, as it is kept for whoever asks for it later. `cause`: why the attempt before failed,
+        who is avoided, how many attempts there were."""
+        computes = decision.computes.candidate
+        cached, holder = placed.overlap_tokens.get(computes.instance_id, 0), None
+        if placed.held_tokens > cached and decision.query.handed is None:
+            why = self._passed_over(placed.holder, cause[1], decision, everybody, apart, now)
+            holder = Holder(placed.holder, placed.held_tokens, why)
+        return Placing(now, decision, waited_s, *cause, cached, holder, 0)
+
+    def _passed_over(
+        self,
+        holder: str,
+        avoided: Collection[str],
+        decision: Decision,
+        everybody: list[Card],
+        apart: list[Card],
+        now: float,
+    ) -> PassedOver:
+        """Why the instance that has most of the prompt does not compute it."""
+        card = next((card for card in everybody if card.instance_id == holder), None)
+        if card is None:
+            return PassedOver.NOT_READY
+        if holder in avoided:
+            return PassedOver.AVOIDED
+        if self.full_until.get(holder, now) > now:
+            return PassedOver.FULL
+        if apart is not everybody and card not in apart:
+            return PassedOver.SUSPECT
+        if decision.compared(holder):
+            return PassedOver.COSTLIER
+        if not card.role.decodes and not any(
+            it.candidate.kv_format == kv_format(card.engine) for it in decision.prefills
+        ):
+            never = self._settings.disagg == Disagg.NEVER
+            return PassedOver.NO_PREFILL if never else PassedOver.OTHER_FORMAT
+        return PassedOver.NOT_ASKED
 
     def _choose(
         self, record: RequestRecord, ready: list[Card], now: float
@@ -321,8 +421,14 @@ class Dispatcher:
         return apart, decision
 
     def _decide(self, record: RequestRecord, cards: list[Card], now: float) -> Decision | None:
-        cards = [card for card in cards if self.full_until.get(card.instance_id, now) <= now]
-        return self._placement.choose(record.placed, record.life.token_ids, cards, record.life.handoff)
+        cards = self._not_full(cards, now)
+        life = record.life
+        return self._placement.choose(record.placed, life.token_ids, cards, life.handoff, now)
+
+    def _not_full(self, cards: list[Card], now: float) -> list[Card]:
+        if all(until <= now for until in self.full_until.values()):
+            return cards
+        return [card for card in cards if self.full_until.get(card.instance_id, now) <= now]
 
     def _rest(self, record: RequestRecord) -> list[Effect]:
         """Others may go where it must not: it waits without standing in their way."""

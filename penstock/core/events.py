@@ -11,6 +11,9 @@ from penstock.shapes import Attempt, Delta, Incarnation, Output
 KILLER = "kills_workers"
 """The code of the error that ends a request for being the cause of workers' deaths."""
 
+REJECTED_BY_ENGINE = "rejected_by_engine"
+"""The code of the error that ends a request which no engine of its model can serve."""
+
 
 # --- events -------------------------------------------------------------------------------------
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from struct import iter_unpack
 
 from xxhash import xxh3_64_intdigest
 
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
 
 
 def root_hash(model: str, cache_salt: str = "", lora: str = "") -> int:
@@ -29,19 +30,21 @@ def root_hash(model: str, cache_salt: str = "", lora: str = "") -> int:
 
 def sequence_hashes(token_ids: Sequence[int], block_size: int, root: int) -> list[int]:
     """The hashes of all whole blocks of `token_ids`, first to last."""
-    data = _token_bytes(token_ids)
-    width = block_size * _TOKEN_BYTES
-    hashes = []
+    data = token_bytes(token_ids)
+    width = block_size * TOKEN_BYTES
+    blocks = iter_unpack(f"{width}s", memoryview(data)[: len(data) // width * width])
     parent = root
-    for end in range(width, len(data) + 1, width):
-        parent = xxh3_64_intdigest(data[end - width : end], parent)
-        hashes.append(parent)
-    return hashes
+    return [parent := xxh3_64_intdigest(block, parent) for (block,) in blocks]
 
 
 def block_hash(token_ids: Sequence[int], parent: int) -> int:
     """The hash of one block (whole or partial) that follows `parent`."""
-    return xxh3_64_intdigest(_token_bytes(token_ids), parent)
+    return packed_block_hash(token_bytes(token_ids), parent)
+
+
+def packed_block_hash(tokens: bytes, parent: int) -> int:
+    """`block_hash` of what `token_bytes` made of its tokens."""
+    return xxh3_64_intdigest(tokens, parent)
 
 
 def last_hash(token_ids: Sequence[int], block_size: int, root: int) -> int:
@@ -52,7 +55,8 @@ def last_hash(token_ids: Sequence[int], block_size: int, root: int) -> int:
     return block_hash(token_ids[len(token_ids) - tail :], parent) if tail else parent
 
 
-def _token_bytes(token_ids: Sequence[int]) -> bytes:
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids, each in TOKEN_BYTES, as they are hashed. Raises OverflowError for what is no uint32."""
     packed = array("I", token_ids)
     if sys.byteorder == "big":
         packed.byteswap()

@@ -41,9 +41,11 @@ from typing import Any
 
 import msgspec
 
+from penstock.core.attempt_times import AttemptTimes
 from penstock.core.deadlines import MISSING, Deadlines, Phase
 from penstock.core.events import (
     KILLER,
+    REJECTED_BY_ENGINE,
     Bounced,
     CancelAttempt,
     ClientGone,
@@ -76,6 +78,7 @@ class Lifecycle:
     """The state machine of one request. Feed events to `handle`, carry out the effects in order."""
 
     __slots__ = (
+        "_came_at",
         "_handoff_at",
         "_instance_id",
         "_limits",
@@ -91,6 +94,7 @@ class Lifecycle:
         "decode_id",
         "failed",
         "handoff",
+        "history",
         "phase",
         "request",
         "rests_until",
@@ -117,6 +121,8 @@ class Lifecycle:
         self.bounces = 0  # since it last got on
         self.rests_until = -math.inf  # the next attempt is placed only after that
         self.since = now  # when the phase began, or the latest output came
+        self.history: list[AttemptTimes] = []  # of the attempts that were sent
+        self._came_at = now
         self._limits = limits
         self._queue_deadline = self.deadline
         self._request_deadline = now + limits.request_s
@@ -200,18 +206,25 @@ class Lifecycle:
         self.attempts += 1
         self.attempt_id = self.attempt_id_of(self.attempts)
         self._instance_id = instance_id
+        prefill_only = phase is Phase.PREFILL
+        times = AttemptTimes(self.attempt_id, instance_id, prefill_only, now - self._came_at)
+        if self.phase is Phase.QUEUED:
+            times.queued_s, times.retried_because = self.since - self._came_at, self.trouble
+        self.history.append(times)
         self.failed = ""
         self._enter(phase, now)
         attempt = Attempt(
             attempt_id=self.attempt_id,
             request_id=self.request.request_id,
-            token_ids=list(self.token_ids),
+            # A prompt may be long, and nobody changes the request's.
+            token_ids=list(self.token_ids) if self.output_tokens else self.request.token_ids,
             prompt_len=len(self.request.token_ids),
             sampling=self.request.sampling,
-            prefill_only=phase is Phase.PREFILL,
+            prefill_only=prefill_only,
             handoff=handoff,
             cache_salt=self.request.cache_salt,
             priority=self.request.priority,
+            trace=self.request.trace,
         )
         return SendAttempt(instance_id, attempt)
 
@@ -225,12 +238,15 @@ class Lifecycle:
         if reason is None:
             self._sent_handoff = None
             self.token_ids += output.token_ids
-            strikes = self.strikes
+            strikes, begins = self.strikes, self.phase is not _DECODE
+            if begins:
+                times = self.history[-1]
+                times.first_output_s, times.cached_tokens = now - self._came_at, output.cached_tokens
             if strikes.count:
                 if len(self.token_ids) >= strikes.acquitted_at:
                     strikes.acquit()
                     self._settle()
-            elif self.phase is not _DECODE:
+            elif begins:
                 self._settle()
             # As `_enter` does, which would cost this more than all the rest.
             self.phase, self.since = _DECODE, now
@@ -238,6 +254,10 @@ class Lifecycle:
             self.deadline = deadline if deadline < last else last
             return [self._emit(output, None)] if output.token_ids else []
         self.attempt_id = ""
+        times = self.history[-1]
+        times.took = output.took
+        if output.token_ids and times.first_output_s is None:
+            times.first_output_s, times.cached_tokens = now - self._came_at, output.cached_tokens
         if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
             self.token_ids += output.token_ids
             self.phase = Phase.DONE
@@ -254,7 +274,7 @@ class Lifecycle:
             return [emitted]
         if reason is FinishReason.REJECTED:
             message = output.error or "the engine rejected this request"
-            return self.fail(RequestRejected(message, code="rejected_by_engine"))
+            return self.fail(RequestRejected(message, code=REJECTED_BY_ENGINE))
         if reason is FinishReason.CANCELLED:  # not by this request, which would not listen any more
             effects = self._drop_handoff()
             return [*effects, *self._turned_away("handed back by a leaving worker", now, migrates=True)]
@@ -284,6 +304,7 @@ class Lifecycle:
         if not event.unsent:
             return self._turned_away(event.reason, now)
         queue_deadline = self._queue_deadline  # it has not left the queue
+        self.history.pop()
         self._queue(now)
         self.deadline = self._queue_deadline = queue_deadline
         return []

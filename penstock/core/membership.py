@@ -26,7 +26,7 @@ that has workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -60,12 +60,18 @@ class Disconnect(msgspec.Struct):
 @dataclass(slots=True)
 class Member:
     registration: Registration
-    model: str  # served name, by its latest card; empty as long as nobody knows
+    model: str  # its own name, by its latest card; empty as long as nobody knows
     state: State = State.CONNECTING
     card: Card | None = None  # None until the link is up
     revision: str = ""  # of its model, by its latest card; empty before the first
     listed: bool = True  # discovery still knows it
+    aliases: Sequence[str] = ()  # of the model, likewise
     stuck: str = ""  # how long its engine stands still already; empty while it advances
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of its model, for clients."""
+        return (self.model, *self.aliases)
 
     @property
     def servable(self) -> bool:
@@ -88,9 +94,11 @@ class Membership:
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
         self.served: dict[str, str] = {}  # by model: the revision of it that new requests get
+        self._ready: dict[ModelKey, tuple[list[Card], int]] = {}  # until a member changes
 
     def discovered(self, current: Mapping[str, Registration]) -> list[Connect | Disconnect]:
         """Take discovery's whole set. A new epoch, process or address replaces the old incarnation."""
+        self._ready.clear()
         effects: list[Connect | Disconnect] = []
         for instance_id, member in list(self.members.items()):
             found = current.get(instance_id)
@@ -102,26 +110,31 @@ class Membership:
                 effects.append(Disconnect(instance_id))
         for instance_id, registration in current.items():
             if instance_id not in self.members:
-                self.members[instance_id] = Member(registration, registration.model)
+                self.members[instance_id] = Member(
+                    registration, registration.model, aliases=registration.aliases
+                )
                 effects.append(Connect(registration))
         return effects
 
     def up(self, instance_id: str, card: Card) -> None:
         """The link is up and the snapshot is in."""
+        self._ready.clear()
         member = self.members[instance_id]
         member.card = card
-        member.model = card.model.name
+        member.model, member.aliases = card.model.name, card.aliases
         member.revision = revision_of(card)
         member.state = State.LOADING
 
     def loaded(self, instance_id: str) -> None:
         """Everything the instance's model needs is here."""
+        self._ready.clear()
         member = self.members.get(instance_id)
         if member is not None and member.state is State.LOADING:
             member.state = State.QUARANTINED if member.stuck else State.READY
 
     def stuck(self, instance_id: str, reason: str) -> None:
         """Its engine does not advance, although it has work."""
+        self._ready.clear()
         member = self.members[instance_id]
         member.stuck = reason
         if member.loaded:
@@ -129,18 +142,21 @@ class Membership:
 
     def advancing(self, instance_id: str) -> None:
         """Its engine advances again."""
+        self._ready.clear()
         member = self.members[instance_id]
         member.stuck = ""
         if member.state is State.QUARANTINED:
             member.state = State.READY
 
     def draining(self, instance_id: str) -> None:
+        self._ready.clear()
         member = self.members.get(instance_id)
         if member is not None and member.up:
             member.state = State.DRAINING
 
     def down(self, instance_id: str) -> list[Connect | Disconnect]:
         """The link is down. An instance that discovery no longer lists is forgotten."""
+        self._ready.clear()
         member = self.members.get(instance_id)
         if member is None:
             return []
@@ -155,6 +171,7 @@ class Membership:
     def elect(self) -> list[str]:
         """Decide which revision of each model new requests get, after any of the above. Returns the models
         for which that changed."""
+        self._ready.clear()
         before, self.served = self.served, {}
         members = self.members.values()
         loaded = [(member, member.card) for member in members if member.loaded and member.card]
@@ -171,15 +188,27 @@ class Membership:
         return [model for model in before | self.served if before.get(model) != self.served.get(model)]
 
     def ready(self, model: ModelKey) -> list[Card]:
-        """Who may get a new attempt of a request that was tokenized for this revision of the model."""
-        return [
-            member.card
-            for member in self.members.values()
-            if member.loaded
-            and member.card is not None
-            and member.card.model.name == model.name
-            and serves(member.revision, model.revision)
-        ]
+        """Who may get a new attempt of a request that was tokenized for this revision of the model. It is
+        the same list until a member changes, and the caller must not change it."""
+        return self._ready_of(model)[0]
+
+    def decoders(self, model: ModelKey) -> int:
+        """How many of these decode."""
+        return self._ready_of(model)[1]
+
+    def _ready_of(self, model: ModelKey) -> tuple[list[Card], int]:
+        found = self._ready.get(model)
+        if found is None:
+            cards = [
+                member.card
+                for member in self.members.values()
+                if member.loaded
+                and member.card is not None
+                and member.card.model.name == model.name
+                and serves(member.revision, model.revision)
+            ]
+            found = self._ready[model] = cards, decoders(cards)
+        return found
 
     def replaced(self, model: ModelKey) -> bool:
         """Whether new requests for the model go to another revision than this one."""

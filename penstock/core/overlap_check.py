@@ -1,59 +1,111 @@
-"""Whether the index tells the truth about an instance: predicted against reported cached tokens.
+"""Whether what a worker's cache events say is true, and what is wrong with them where it is not.
 
-Each answer of an engine says how many prompt tokens it found cached; the router had predicted a number.
+Two kinds of evidence, both from answers of its engine:
+
+    hits           how many prompt tokens the engine found cached, against what the index had foreseen
+    announcements  of blocks that the engine has just computed for a prompt, how many its events named
+                   (core/announcements.py)
+
 Single differences are normal: blocks are evicted or stored in between, and an engine computes the last
 block again when all of a prompt is cached. A lasting difference is a fault with a name:
 
-    cause              what is seen                                  usual reason
-    -----------------  --------------------------------------------  -----------------------------------
-    events_off         hits, while its index is empty                KV events disabled or not arriving
-    hash_mismatch      hits, none foreseen, its index is not empty   another block size, template or salt
-    under_prediction   more hits than foreseen                       some events lost
-    over_prediction    fewer hits than foreseen                      removals lost, cache reset unnoticed
+    cause             what is seen                                  usual reason
+    ----------------  --------------------------------------------  ------------------------------------
+    no_events         the worker says so itself                     an engine without events
+    events_off        no events come, or hits with an empty index   events disabled, or not arriving
+    block_size        its events name the prompts' blocks, but of   card and engine differ
+                      another size
+    hash_mismatch     events come, and name none of the prompts'    another chat template, tokenizer, model
+                      blocks                                        name or cache salt inside the engine
+    events_lost       they name some, and not the others            some stored events are lost
+    unseen_evictions  fewer hits than foreseen, or more blocks      removals lost, cache reset unnoticed
+                      cached than there can be
 
-An instance is distrusted when the wrong share of its cached tokens passes DISTRUST_SHARE, and trusted
-again below TRUST_SHARE. Both are over decaying sums, so one burst does not decide.
+An instance is distrusted when the wrong share of its evidence passes DISTRUST_SHARE, and trusted again
+below TRUST_SHARE, so one burst does not decide. Where announcements tell how the events are, hits that were
+not foreseen say nothing more: such blocks were stored before this frontend could hear of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
 
 DISTRUST_SHARE = 0.5
-"""Half of the cached tokens wrong: routing by the index then is no better than by load alone."""
+"""Half of what was foreseen wrong: routing by the index then is no better than by load alone."""
 
 TRUST_SHARE = 0.2
 """Low enough not to flap: recovery needs a clear majority of right predictions."""
 
 MIN_OBSERVATIONS = 16
-"""Answers with any cached or predicted tokens before a verdict."""
+"""Answers with any cached or predicted tokens before a verdict from hits."""
 
 DECAY = 1 - 1 / 32
-"""Weight of an observation relative to the next: about 32 of them decide."""
+"""Weight of an observation of hits relative to the next: about 32 of them decide."""
+
+ANNOUNCEMENTS = 16
+"""The latest answers whose announcements count. Nine without any are a verdict, 13 with all take it
+back."""
+
+MIN_ANNOUNCEMENTS = 8
+"""Answers before announcements tell anything. The cause is named from as many, the latest ones: those
+before may be of a time when all was well."""
 
 
 class Cause(StrEnum):
+    NO_EVENTS = "no_events"
     EVENTS_OFF = "events_off"
+    BLOCK_SIZE = "block_size"
     HASH_MISMATCH = "hash_mismatch"
-    UNDER_PREDICTION = "under_prediction"
-    OVER_PREDICTION = "over_prediction"
+    EVENTS_LOST = "events_lost"
+    UNSEEN_EVICTIONS = "unseen_evictions"
+
+
+CAUSE_WORDS = {
+    Cause.NO_EVENTS: "it tells nothing of its cache",
+    Cause.EVENTS_OFF: "no cache events come from it",
+    Cause.BLOCK_SIZE: "its cache events are of blocks of another size than it said",
+    Cause.HASH_MISMATCH: "its cache events name blocks that the prompts sent to it do not have",
+    Cause.EVENTS_LOST: "some of its cache events are lost",
+    Cause.UNSEEN_EVICTIONS: "it evicts blocks without saying so",
+}
+"""For people."""
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What events said of the blocks in which one answer's prompt was computed. `share`: of those looked
+    at, named. `silent`: none, and no other block either while its attempt was there. `block_size`: the size
+    that events have in place of the right one; None when that is not seen."""
+
+    share: float
+    silent: bool = False
+    block_size: int | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """A change of trust. `cause` is None when the instance is trusted again."""
+    """A change of trust, or of its reason. `cause` is None when the instance is trusted again."""
 
     cause: Cause | None
     predicted_tokens: float  # decaying sums, for the log
     cached_tokens: float
+    announced_share: float | None = None  # of the blocks that were computed lately; None: not known
+    block_size: int | None = None  # with BLOCK_SIZE
 
     def __str__(self) -> str:
-        state = f"distrusted, {self.cause}" if self.cause is not None else "trusted again"
+        facts = (
+            f"cached tokens lately: {self.predicted_tokens:.0f} foreseen, {self.cached_tokens:.0f} found"
+        )
+        if self.announced_share is not None:
+            facts += f"; of the blocks that it computed, its events named {self.announced_share:.0%}"
+        if self.cause is None:
+            return f"trusted again: routing by its cache events ({facts})"
+        size = f": {self.block_size} tokens" if self.block_size is not None else ""
         return (
-            f"{state} (recently about {self.predicted_tokens:.0f} cached tokens foreseen, "
-            f"{self.cached_tokens:.0f} found)"
+            f"distrusted, {self.cause}: {CAUSE_WORDS[self.cause]}{size}; routing by what was sent to it "
+            f"instead ({facts})"
         )
 
 
@@ -64,17 +116,64 @@ class _Record:
     cached: float = 0.0
     over: float = 0.0  # foreseen and not found, beyond a block
     under: float = 0.0  # found and not foreseen, beyond a block
-    cause: Cause | None = None
+    announcements: deque[Announcement] = field(default_factory=lambda: deque(maxlen=ANNOUNCEMENTS))
+    held_blocks: int | None = None  # in the index, as of the latest hit
 
     @property
-    def wrong_share(self) -> float:
-        return max(self.over, self.under) / max(self.predicted, self.cached)
+    def unannounced(self) -> float | None:
+        """The share of blocks that events did not name; None: too few answers to tell."""
+        if len(self.announcements) < MIN_ANNOUNCEMENTS:
+            return None
+        return 1.0 - sum(it.share for it in self.announcements) / len(self.announcements)
+
+    @property
+    def latest(self) -> list[Announcement]:
+        """Those that a cause is named from."""
+        return list(self.announcements)[-MIN_ANNOUNCEMENTS:]
+
+    @property
+    def all_missed(self) -> bool:
+        """Whether events have named nothing lately."""
+        return len(self.announcements) >= MIN_ANNOUNCEMENTS and not any(it.share for it in self.latest)
+
+    def forget_hits(self) -> None:
+        """Begin anew with evidence from hits."""
+        self.observations = 0
+        self.predicted = self.cached = self.over = self.under = 0.0
+
+    def wrong(self, limit: float) -> bool:
+        """Whether more than this share of either evidence is wrong."""
+        tokens = max(self.predicted, self.cached)
+        unannounced = self.unannounced
+        if unannounced is not None and unannounced > limit:
+            return True
+        if not tokens or self.observations < MIN_OBSERVATIONS:
+            return False
+        # Events that come as they should make up for hits that could not be foreseen.
+        return (self.over if unannounced is not None else max(self.over, self.under)) / tokens > limit
+
+    def named(self) -> Cause:
+        """The cause, where something is wrong."""
+        unannounced = self.unannounced
+        if unannounced is not None and unannounced > TRUST_SHARE:
+            missed = [it for it in self.latest if it.share < 1.0]
+            if 2 * sum(it.silent for it in missed) > len(missed):
+                return Cause.EVENTS_OFF
+            if 2 * sum(it.block_size is not None for it in missed) > len(missed):
+                return Cause.BLOCK_SIZE
+            return Cause.EVENTS_LOST if any(it.share for it in self.latest) else Cause.HASH_MISMATCH
+        if unannounced is not None or self.over > self.under:
+            return Cause.UNSEEN_EVICTIONS
+        if not self.held_blocks:
+            return Cause.EVENTS_OFF
+        return Cause.HASH_MISMATCH if self.predicted < 1.0 else Cause.EVENTS_LOST
 
 
 class OverlapCheck:
     """The trust in each instance's part of the index. Instances appear with their first observation."""
 
     def __init__(self) -> None:
+        self.causes: dict[str, Cause] = {}  # of those that are distrusted
         self._records: dict[str, _Record] = {}
 
     def observe(
@@ -86,7 +185,7 @@ class OverlapCheck:
         *,
         held_blocks: int | None = None,
     ) -> Verdict | None:
-        """Take one answer; returns the change of trust that it causes, if any.
+        """Take the hits of one answer; returns the change of trust that they cause, if any.
 
         Args:
             predicted_cached_tokens: by the index, also while the instance is distrusted: that is how
@@ -104,39 +203,72 @@ class OverlapCheck:
         record.cached = record.cached * DECAY + actual_cached_tokens
         record.over = record.over * DECAY + (difference if difference > block_size else 0)
         record.under = record.under * DECAY + (-difference if -difference > block_size else 0)
-        return self._judge(record, held_blocks)
+        record.held_blocks = held_blocks
+        return self._judge(instance_id, record)
+
+    def announced(self, instance_id: str, announcement: Announcement) -> Verdict | None:
+        """Take what events said of one answer's blocks; returns the change of trust, if any."""
+        record = self._records.setdefault(instance_id, _Record())
+        record.announcements.append(announcement)
+        return self._judge(instance_id, record)
+
+    def tells_nothing(self, instance_id: str) -> None:
+        """The worker says that no events will come from it."""
+        self.causes[instance_id] = Cause.NO_EVENTS
+
+    def overflowed(self, instance_id: str) -> Verdict | None:
+        """Its events say that it has more blocks cached than it can have; returns the change of trust, if
+        any. The index begins anew with it."""
+        record = self._records.pop(instance_id, _Record())
+        before, self.causes[instance_id] = self.causes.get(instance_id), Cause.UNSEEN_EVICTIONS
+        if before is Cause.UNSEEN_EVICTIONS:
+            return None
+        return Verdict(Cause.UNSEEN_EVICTIONS, record.predicted, record.cached)
+
+    def healthy(self, instance_id: str) -> bool:
+        """Whether its events are known to name what it computes."""
+        record = self._records.get(instance_id)
+        unannounced = record.unannounced if record is not None else None
+        return unannounced is not None and unannounced < TRUST_SHARE
 
     def trusted(self, instance_id: str) -> bool:
         """Whether to route by what the index says of this instance."""
-        return self.cause(instance_id) is None
+        return instance_id not in self.causes
 
     def cause(self, instance_id: str) -> Cause | None:
         """Why the instance is distrusted; None when it is not."""
-        record = self._records.get(instance_id)
-        return record.cause if record is not None else None
+        return self.causes.get(instance_id)
 
     def forget(self, instance_id: str) -> None:
         """The instance is gone; another incarnation starts trusted."""
         self._records.pop(instance_id, None)
+        self.causes.pop(instance_id, None)
 
-    def _judge(self, record: _Record, held_blocks: int | None) -> Verdict | None:
-        if record.observations < MIN_OBSERVATIONS:
+    def _judge(self, instance_id: str, record: _Record) -> Verdict | None:
+        before, unannounced = self.causes.get(instance_id), record.unannounced
+        predicted, cached = record.predicted, record.cached
+        cause = before
+        if before is Cause.NO_EVENTS:
             return None
-        before = record.cause
-        if before is None and record.wrong_share > DISTRUST_SHARE:
-            record.cause = _name(record, held_blocks)
-        elif before is not None and record.wrong_share < TRUST_SHARE:
-            record.cause = None
-        if record.cause is before:
+        if before is None:
+            cause = record.named() if record.wrong(DISTRUST_SHARE) else None
+        elif before is not Cause.UNSEEN_EVICTIONS and unannounced is not None and unannounced < TRUST_SHARE:
+            cause = None
+            record.forget_hits()  # those of the time without events say nothing of what follows
+        elif record.observations >= MIN_OBSERVATIONS and not record.wrong(TRUST_SHARE):
+            cause = None
+        elif record.all_missed:
+            cause = record.named()  # more is known than when it was named first
+        if cause is before:
             return None
-        return Verdict(record.cause, record.predicted, record.cached)
-
-
-def _name(record: _Record, held_blocks: int | None) -> Cause:
-    if record.over > record.under:
-        return Cause.OVER_PREDICTION
-    if held_blocks == 0:
-        return Cause.EVENTS_OFF
-    if record.predicted < 1.0:
-        return Cause.HASH_MISMATCH if held_blocks else Cause.EVENTS_OFF
-    return Cause.UNDER_PREDICTION
+        if cause is None:
+            del self.causes[instance_id]
+        else:
+            self.causes[instance_id] = cause
+        return Verdict(
+            cause,
+            predicted,
+            cached,
+            1.0 - unannounced if unannounced is not None else None,
+            record.announcements[-1].block_size if cause is Cause.BLOCK_SIZE else None,
+        )

@@ -1,38 +1,31 @@
 """Which worker serves a request.
 
-A policy shortlists the workers of a pool; among those left, the cheapest plan wins, with ties broken by
-the random generator. So every policy uses the same costs to decide between local and remote prefill
-(core/disagg.py), and `kv`, which shortlists everybody, is nothing but the costs:
+A policy (core/policies.py) shortlists the workers of a pool; among those left, the cheapest plan wins, with
+ties broken by the random generator. So every policy uses the same costs to decide between local and remote
+prefill (core/disagg.py), and `kv`, which shortlists everybody, is nothing but the costs:
 
     prefill worker   p*(d) = argmin queue(p) + prefill(p), of those whose KV d reads (core/pairing.py)
-    decode worker    d* = argmin min(local(d), remote(p*(d), d)) + decode(d)
-    aggregated       a competes with the decode workers by local(a) + decode(a)
-
-    policy         shortlist of each pool
-    -------------  --------------------------------------------------------------------
-    kv             all
-    round-robin    the next one, in order of instance ids
-    random         any one
-    least-loaded   those with the fewest requests, then the fewest prompt tokens to compute
-    power-of-two   the less loaded of two random ones
+    decode worker    d* = argmin min(local(d), remote(p*(d), d)) + OUTPUT_SHARE * decode(d) + missed(d)
+    aggregated       a competes with the decode workers by local(a) + OUTPUT_SHARE * decode(a) + missed(a)
 
 Pure: no state, no side effects; equal arguments and an equally seeded generator give equal decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from penstock.core.costs import Candidate, Costs, Query, costs, crowded
+from penstock.core.costs import Candidate, Costs, Query, costs
 from penstock.core.disagg import Disagg, Path, Plan, plan
 from penstock.core.pairing import KvFormat
+from penstock.core.policies import Policy, policy_named
 
-__all__ = ["POLICIES", "Candidate", "Decision", "Disagg", "Path", "Plan", "Query", "choose"]
+__all__ = ["Candidate", "Decision", "Disagg", "Path", "Plan", "Query", "choose"]
 
 _Item = TypeVar("_Item")
 _queue_ms = attrgetter("queue_ms")
@@ -44,8 +37,7 @@ class Decision(msgspec.Struct, frozen=True):
     """Where a request goes. `prefill` is set exactly when a prefill worker goes first. `plans` are those
     that were compared, cheapest first. `wait_ms` is the least time in which workers could begin it, and
     `ahead` how many requests they would begin before: not necessarily those that are chosen, as one may be
-    busier and yet the better choice for what it has cached. `crowded`: on each of them, it would slow down
-    the others' tokens too much."""
+    busier and yet the better choice for what it has cached."""
 
     decode: str
     prefill: str | None
@@ -53,17 +45,35 @@ class Decision(msgspec.Struct, frozen=True):
     plans: list[Plan]
     wait_ms: float
     ahead: int
-    crowded: bool
+    query: Query = Query(0)
+    prefills: Sequence[Costs] = ()  # of the prefill workers that were compared, in any order
+    plans_left_out: int = 0  # that were found dearer, in a large pool (core/cost_columns.py)
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan that is carried out."""
+        return next(plan for plan in self.plans if plan.instance_id == self.decode)
+
+    def compared(self, instance_id: str) -> bool:
+        """Whether this worker was compared with others, for either part."""
+        return any(plan.instance_id == instance_id for plan in self.plans) or any(
+            each.candidate.instance_id == instance_id for each in self.prefills
+        )
+
+    @property
+    def computes(self) -> Costs:
+        """Of the worker that computes the prompt."""
+        plan = self.chosen
+        return plan.first or plan.here
 
 
 class _Prefill(NamedTuple):
-    """Of the prefill workers with KV of one format: the one to use, and the one that could begin first."""
+    """Of the prefill workers with KV of one format: the one to use, the one that could begin first, and all
+    that were compared."""
 
     chosen: Costs
     soonest: Costs
-
-
-Shortlist = Callable[[Query, Sequence[Candidate], Random], Sequence[Candidate]]
+    listed: Sequence[Costs]
 
 
 def choose(
@@ -77,23 +87,23 @@ def choose(
     """Place a request on the candidates, which all serve its model and take new attempts now.
 
     Args:
-        policy: a key of POLICIES.
+        policy: the name of a policy.
         disagg: a value of Disagg.
         rng: breaks ties, and draws for the random policies.
 
     Returns:
         None when no candidate can decode.
     """
-    shortlist, mode = POLICIES[policy], Disagg(disagg)
+    shortlist, mode = policy_named(policy), Disagg(disagg)
     decoders = [candidate for candidate in candidates if candidate.role.decodes]
     if not decoders:
         return None
-    free = [candidate for candidate in decoders if not crowded(query, candidate)]
-    decoders = free or decoders
     takers = [it for it in decoders if it.kv_format == query.handed] if query.handed else []
     prefills: dict[KvFormat, _Prefill] = {}
     if mode is not Disagg.NEVER and not takers:
         prefills = _prefills(query, candidates, decoders, shortlist, rng)
+    if takers or prefills:
+        query = msgspec.structs.replace(query, computed_elsewhere=True)
     plans, here = [], [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
     for each in here:
         prefill = prefills.get(each.candidate.kv_format)
@@ -109,7 +119,8 @@ def choose(
         plans=sorted(plans, key=_total_ms),
         wait_ms=soonest.queue_ms,
         ahead=soonest.candidate.load.waiting,
-        crowded=not free,
+        query=query,
+        prefills=[each for prefill in prefills.values() for each in prefill.listed],
     )
 
 
@@ -117,7 +128,7 @@ def _prefills(
     query: Query,
     candidates: Sequence[Candidate],
     decoders: Sequence[Candidate],
-    shortlist: Shortlist,
+    shortlist: Policy,
     rng: Random,
 ) -> dict[KvFormat, _Prefill]:
     """For each format that a decode worker reads, if there are prefill workers with it."""
@@ -129,7 +140,8 @@ def _prefills(
     prefills = {}
     for kv_format, pool in pools.items():
         listed = [costs(query, candidate) for candidate in shortlist(query, pool, rng)]
-        prefills[kv_format] = _Prefill(_least(listed, _ready_ms, rng), _soonest(query, pool, listed))
+        chosen = _least(listed, _ready_ms, rng)
+        prefills[kv_format] = _Prefill(chosen, _soonest(query, pool, listed), listed)
     return prefills
 
 
@@ -146,41 +158,3 @@ def _soonest(query: Query, pool: Sequence[Candidate], listed: Sequence[Costs]) -
     if len(listed) < len(pool):
         listed = [costs(query, candidate) for candidate in pool]
     return min(listed, key=_queue_ms)
-
-
-# --- shortlists -----------------------------------------------------------------------------------
-
-
-def _all(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    return pool
-
-
-def _next(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    in_order = sorted(pool, key=lambda candidate: candidate.instance_id)
-    return [in_order[query.ordinal % len(in_order)]]
-
-
-def _any(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    return [rng.choice(pool)]
-
-
-def _least_loaded(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    return [_least(pool, _work, rng)]
-
-
-def _power_of_two(query: Query, pool: Sequence[Candidate], rng: Random) -> Sequence[Candidate]:
-    return _least_loaded(query, rng.sample(pool, min(2, len(pool))), rng)
-
-
-def _work(candidate: Candidate) -> tuple[int, int]:
-    load = candidate.load
-    return load.running + load.waiting, load.prefill_tokens
-
-
-POLICIES: Mapping[str, Shortlist] = {
-    "kv": _all,
-    "round-robin": _next,
-    "random": _any,
-    "least-loaded": _least_loaded,
-    "power-of-two": _power_of_two,
-}

@@ -5,22 +5,27 @@ workers that still have every block so far, so its cost does not grow with the n
 
 Forgetting a worker is O(1), whatever it had: its slot is *retired*, which takes its bit out of `_live`,
 and the bits that it left behind are swept later, a bounded number of blocks with each event. Only a slot
-that has been swept is given out again. Blocks lie in shards, by the low bits of their hash, for the same
-reason: a sweep never iterates a dict that an event changes meanwhile, and no dict is ever so large that
-its growth would stall the event loop.
+that has been swept is given out again.
+
+Blocks lie in shards, by the low bits of their hash: no dict is ever so large that its growth would stall
+the event loop. Blocks with equal sets of workers share one int for the set: among a thousand workers each
+such int takes 160 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-_SHARDS = 256
-"""At 1M blocks a shard has 4,000: swept, or grown, in well under a millisecond."""
+_SHARDS = 1024
+"""At 10M blocks a shard has 10,000, and its dict grows in less than a millisecond."""
 
 _SHARD_MASK = _SHARDS - 1
 
-SWEEP_BLOCKS = 4096
-"""Blocks looked at by one sweep, to the end of a shard: about half a millisecond."""
+SWEEP_BLOCKS = 1024
+"""Blocks looked at by one sweep: a few tenths of a millisecond."""
+
+MAX_SHARED = 4096
+"""Sets of workers that are found again when other blocks get the same one; beyond that, anew."""
 
 
 def most_blocks(total_blocks: int) -> int:
@@ -43,13 +48,16 @@ class PrefixIndex:
         self._sweep_blocks = sweep_blocks
         self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
         self._slots: dict[str, int] = {}
+        self._bits: dict[str, int] = {}  # 1 << slot, one object for all blocks that only this worker has
         self._owners: list[str | None] = []  # by slot; None: free, retired or being swept
         self._free: list[int] = []
         self._live = 0  # the bits of slots that have an owner
         self._held: dict[str, int] = {}
+        self._sets: dict[int, int] = {}  # sets of workers, each by itself
         self._retired = 0  # bits to sweep in the next round
         self._sweeping = 0  # bits being swept in this round
         self._next_shard = 0  # where this round goes on
+        self._next_keys: list[int] = []  # of the shard before that: those still to be looked at
 
     def __len__(self) -> int:
         """Distinct blocks, those not swept yet included."""
@@ -62,6 +70,10 @@ class PrefixIndex:
     def held(self, worker: str) -> int:
         """How many blocks this worker has."""
         return self._held[worker]
+
+    def holds(self, worker: str, key: int) -> bool:
+        """Whether this worker has this block."""
+        return bool(self._shards[key & _SHARD_MASK].get(key, 0) >> self._slots[worker] & 1)
 
     def blocks(self) -> dict[str, set[int]]:
         """All blocks of each worker. Costs a look at every entry; for tests."""
@@ -81,11 +93,8 @@ class PrefixIndex:
         live = self._live
         for shard in self._shards:
             for key, holders in shard.items():
-                holders &= live
-                while holders:
-                    low = holders & -holders
-                    found[low.bit_length() - 1] ^= key
-                    holders ^= low
+                for slot in _bit_numbers(holders & live):
+                    found[slot] ^= key
         return {worker: found[slot] for worker, slot in self._slots.items()}
 
     def add_worker(self, worker: str) -> None:
@@ -97,56 +106,67 @@ class PrefixIndex:
         """Forget a worker and everything it had. Unknown workers are ignored."""
         if worker in self._slots:
             self._vacate(worker)
-            self._sweep_if_needed()
+            if self._sweeping or self._retired:
+                self.sweep()
 
     def cleared(self, worker: str) -> None:
         """The worker has nothing cached, whatever was known of it."""
         self._vacate(worker)
-        self._sweep_if_needed()
+        if self._sweeping or self._retired:
+            self.sweep()
         self._occupy(worker)
 
     def stored(self, worker: str, hashes: Iterable[int]) -> None:
         """The worker now has these blocks. Those it had already are ignored."""
-        bit = 1 << self._slots[worker]
-        shards = self._shards
+        bit, shards = self._bits[worker], self._shards
         added = 0
+        before = after = 0
         for key in hashes:
             shard = shards[key & _SHARD_MASK]
             holders = shard.get(key)
             if holders is None:
-                shard[key] = bit  # one int object for all blocks that only this worker has
+                shard[key] = bit
                 added += 1
-            elif not holders & bit:
-                shard[key] = holders | bit
+                continue
+            if holders is not before:  # else as the block before it
+                before, after = holders, holders if holders & bit else self._shared(holders | bit)
+            if after is not holders:
+                shard[key] = after
                 added += 1
         self._held[worker] += added
-        self._sweep_if_needed()
+        if self._sweeping or self._retired:
+            self.sweep()
 
     def removed(self, worker: str, hashes: Iterable[int]) -> int:
         """The worker evicted these blocks. Returns how many of them it had; the others change nothing."""
-        bit = 1 << self._slots[worker]
-        shards = self._shards
+        bit, shards = self._bits[worker], self._shards
         gone = 0
+        before = after = 0
         for key in hashes:
             shard = shards[key & _SHARD_MASK]
             holders = shard.get(key, 0)
-            if holders & bit:
+            if holders is not before:
+                before, after = holders, self._shared(holders ^ bit) if holders & bit else holders
+            if after is not holders:
                 gone += 1
-                if holders == bit:
-                    del shard[key]
+                if after:
+                    shard[key] = after
                 else:
-                    shard[key] = holders ^ bit
+                    del shard[key]
         self._held[worker] -= gone
-        self._sweep_if_needed()
+        if self._sweeping or self._retired:
+            self.sweep()
         return gone
 
     def overlaps(self, hashes: Sequence[int]) -> dict[str, int]:
         """For each worker that has block 0: the largest n such that it has all of hashes[:n]."""
         found: dict[str, int] = {}
-        shards = self._shards
-        holders = self._live
+        shards, holders, before = self._shards, self._live, None
         for depth, key in enumerate(hashes):
-            still = shards[key & _SHARD_MASK].get(key, 0) & holders
+            have = shards[key & _SHARD_MASK].get(key, 0)
+            if have is before:  # as most blocks of one prefix: `holders` are among them already
+                continue
+            before, still = have, have & holders
             if still != holders:
                 if depth:
                     self._note(holders ^ still, depth, found)
@@ -163,21 +183,39 @@ class PrefixIndex:
         if not self._sweeping:
             self._sweeping, self._retired = self._retired, 0
             self._next_shard = 0
-        looked_at = 0
-        while self._sweeping and looked_at < self._sweep_blocks:
-            if self._next_shard == _SHARDS:
+        left = self._sweep_blocks
+        while self._sweeping and left > 0:
+            if self._next_keys:
+                keys = self._next_keys[-left:]
+                del self._next_keys[-left:]
+                self._drop(self._shards[self._next_shard - 1], keys)
+                left -= len(keys)
+            elif self._next_shard < _SHARDS:
+                self._next_keys = list(self._shards[self._next_shard])
+                self._next_shard += 1
+                left -= 1
+            else:
                 self._free += _bit_numbers(self._sweeping)
                 self._sweeping = 0
-                break
-            shard = self._shards[self._next_shard]
-            looked_at += len(shard)
-            _drop(shard, self._sweeping)
-            self._next_shard += 1
         return bool(self._sweeping or self._retired)
 
-    def _sweep_if_needed(self) -> None:
-        if self._sweeping or self._retired:
-            self.sweep()
+    def _drop(self, shard: dict[int, int], keys: Sequence[int]) -> None:
+        """Clear the bits being swept in these entries; entries without any bit left go."""
+        bits = self._sweeping
+        for key in keys:
+            holders = shard.get(key, 0)  # 0: gone meanwhile
+            if holders & bits:
+                rest = holders & ~bits
+                if rest:
+                    shard[key] = self._shared(rest)
+                else:
+                    del shard[key]
+
+    def _shared(self, holders: int) -> int:
+        """The same set, as one object."""
+        if len(self._sets) >= MAX_SHARED:
+            self._sets.clear()
+        return self._sets.setdefault(holders, holders)
 
     def _occupy(self, worker: str) -> None:
         if self._free:
@@ -187,11 +225,13 @@ class PrefixIndex:
             self._owners.append(None)
         self._owners[slot] = worker
         self._slots[worker] = slot
+        self._bits[worker] = 1 << slot
         self._held[worker] = 0
         self._live |= 1 << slot
 
     def _vacate(self, worker: str) -> None:
         slot = self._slots.pop(worker)
+        del self._bits[worker]
         self._owners[slot] = None
         self._live ^= 1 << slot
         if self._held.pop(worker):
@@ -214,13 +254,3 @@ def _bit_numbers(bits: int) -> list[int]:
         numbers.append(low.bit_length() - 1)
         bits ^= low
     return numbers
-
-
-def _drop(shard: dict[int, int], bits: int) -> None:
-    """Clear `bits` in every entry; entries without any bit left go."""
-    for key in [key for key, holders in shard.items() if holders & bits]:
-        rest = shard[key] & ~bits
-        if rest:
-            shard[key] = rest
-        else:
-            del shard[key]

@@ -84,8 +84,17 @@ class Progress:
         limits, load = self._limits, self._load
         tokens = min(load.prefill_tokens, self._batch_tokens)
         rates = load.rates
+        # Twice what is before a token on average: so much is before the last ones of a long prompt.
         step_s = 1e-3 * (
-            rates.step_ms + rates.prefill_token_ms * tokens + rates.decode_request_ms * load.running
+            rates.step_ms
+            + rates.prefill_token_ms * tokens
+            + rates.prefill_context_ms
+            * 2
+            * load.prefill_context_tokens
+            * tokens
+            / max(1, load.prefill_tokens)
+            + rates.decode_request_ms * load.running
+            + rates.decode_context_ms * load.context_tokens
         )
         patience_s = limits.step_factor * step_s
         if load.steps < limits.measured_steps:

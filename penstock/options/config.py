@@ -8,8 +8,6 @@ structs from text. Anything wrong is a ConfigError that names the flag or variab
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,24 +16,20 @@ from msgspec import Meta
 from penstock.checked import shown
 from penstock.core.deadlines import Deadlines, parse_deadlines
 from penstock.errors import ConfigError
+from penstock.net.address import PORT_MAX
+from penstock.options.discovery_url import ETCD_PASSWORD_VARIABLE, parse_discovery
 from penstock.shapes import Role
 
-PORT_MAX = 65535
 Port = Annotated[int, Meta(ge=0, le=PORT_MAX)]
 Count = Annotated[int, Meta(ge=1)]
-DiscoveryKind = Literal["file", "etcd", "kubernetes"]
 
 SECRET_VARIABLE = "PENSTOCK_LINK_SECRET"
 STATE_VARIABLE = "PENSTOCK_STATE_DIR"
 SUPERVISOR_VARIABLE = "PENSTOCK_SUPERVISOR_PID"
-ETCD_PASSWORD_VARIABLE = "PENSTOCK_ETCD_PASSWORD"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9][-\w.]*", re.ASCII)
-_ETCD_MEMBER = re.compile(
-    r"(?P<host>[-\w]{1,63}(\.[-\w]{1,63})*|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?", re.ASCII
-)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.ASCII)
-_ETCD_PORT = 2379
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+", re.ASCII)
 
 LogFormat = Literal["text", "json"]  # as logs/setup.py has them, whose import would load asyncio
 
@@ -138,8 +132,14 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         ),
     ] = "127.0.0.1"
     http_port: Annotated[
-        Port, flag("Port to listen on for HTTP; 0 takes a free one.", "PENSTOCK_HTTP_PORT", "DYN_HTTP_PORT")
+        Annotated[int, Meta(ge=-1, le=PORT_MAX)],
+        flag(
+            "Port to listen on for HTTP; 0 takes a free one, -1 opens none (see --uds).",
+            "PENSTOCK_HTTP_PORT",
+            "DYN_HTTP_PORT",
+        ),
     ] = 8000
+    uds: Annotated[str, flag("Path of a Unix socket to listen on for HTTP, beside the port.")] = ""
     http_tls_cert: Annotated[
         str, flag("PEM file with a certificate and its chain, to serve HTTPS.", protects=True)
     ] = ""
@@ -162,6 +162,13 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
             protects=True,
         ),
     ] = ""
+    root_path: Annotated[
+        str,
+        flag(
+            "Prefix of all paths at a reverse proxy in front, as in /llm. Paths with and without it are"
+            " served, so the proxy may cut it off or not."
+        ),
+    ] = ""
     max_body_bytes: Annotated[int, Meta(gt=0), flag("Largest request body.")] = 16 * 1024 * 1024
     cors_origin: Annotated[
         str,
@@ -175,9 +182,27 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         Meta(ge=0),
         flag("Longest silence of a stream, in seconds, before it sends a comment; 0: no comments."),
     ] = 40.0
+    response_store: Annotated[
+        str,
+        flag(
+            "Where responses of /v1/responses are kept: memory, none, or redis://HOST:PORT (rediss:// with"
+            " TLS). Other users can see flags: put an address with a password into the variable.",
+            "PENSTOCK_RESPONSE_STORE",
+            protects=True,
+        ),
+    ] = "memory"
+    stored_response_age_s: Annotated[
+        float,
+        Meta(gt=0),
+        flag("Seconds for which such a response is kept after it was made or last used."),
+    ] = 24 * 3600.0
     router_mode: Annotated[
-        Literal["kv", "round-robin", "random", "least-loaded", "power-of-two"],
-        flag("Routing policy: how a worker is chosen.", "PENSTOCK_ROUTER_MODE", "DYN_ROUTER_MODE"),
+        str,
+        flag(
+            "Routing policy: how a worker is chosen. docs/use.md lists them; another one may be installed.",
+            "PENSTOCK_ROUTER_MODE",
+            "DYN_ROUTER_MODE",
+        ),
     ] = "kv"
     disagg: Annotated[
         Literal["auto", "always", "never"],
@@ -191,11 +216,11 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
             "PENSTOCK_DEADLINES",
         ),
     ] = ""
-    max_itl_ms: Annotated[
+    slo_itl_ms: Annotated[
         float,
         Meta(ge=0),
-        flag("Mean time between tokens, in ms, above which a worker gets no more requests; 0: no limit."),
-    ] = 0.0
+        flag("Mean time between tokens, in ms, that as many requests as possible should keep to; 0: any."),
+    ] = 25.0
     link_tls_server_name: Annotated[
         str, flag("Name that workers' certificates must have; the host of their address when empty.")
     ] = ""
@@ -209,6 +234,13 @@ class FrontendOptions(CommonOptions, frozen=True, kw_only=True):
         self.expected_roles  # noqa: B018 - checks it
         self.cors_origins  # noqa: B018 - likewise
         parse_deadlines(self.deadlines, Deadlines())
+        if self.http_port == -1 and not self.uds:
+            raise ConfigError("--http-port: -1 opens no port, and then --uds is needed")
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(
+                f"--root-path: expected a path such as /llm, without a slash at its end, got"
+                f" {shown(self.root_path)}"
+            )
 
     @property
     def expected_roles(self) -> tuple[Role, ...]:
@@ -245,7 +277,11 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         str, flag("Model folder; for vllm also a name that vLLM can download; for sim any name.")
     ]
     served_model_name: Annotated[
-        str, flag("Name of the model for clients; the folder's name when empty.")
+        str,
+        flag(
+            "Name of the model for clients; the folder's name when empty. Aliases may follow, separated by"
+            " commas."
+        ),
     ] = ""
     host: Annotated[str, flag("Address to listen on for links.", "PENSTOCK_HOST")] = "127.0.0.1"
     port: Annotated[Port, flag("Port to listen on for links; 0 takes a free one.")] = 0
@@ -309,6 +345,13 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         Count,
         flag("Most attempts that may wait in this worker; the next one goes to another worker."),
     ] = 256
+    kv_events: Annotated[
+        Literal["on", "off"],
+        flag(
+            "Whether frontends are told which KV blocks are cached here; off: they go by what they sent to"
+            " this worker."
+        ),
+    ] = "on"
     transfer: Annotated[Literal["auto", "tcp", "nixl"], flag("How KV moves between workers.")] = "auto"
     handoff_ttl_s: Annotated[
         float,
@@ -335,6 +378,9 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
     sim_speedup: Annotated[
         float, Meta(gt=0), flag("How much faster than --sim-cost-model the sim engine runs.")
     ] = 1.0
+    sim_cache_tokens: Annotated[
+        Count | None, flag("Size of the sim engine's KV cache, in tokens; 16,384 blocks when unset.")
+    ] = None
     engine_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -356,6 +402,17 @@ class WorkerOptions(CommonOptions, frozen=True, kw_only=True):
         if self.transfer == "nixl" and self.engine == "sim":
             raise ConfigError("--transfer: the sim engine has no KV to move over nixl")
         CommonOptions.__post_init__(self)
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """`kv_cache_mib` in bytes."""
+        return self.kv_cache_mib * 1024 * 1024 if self.kv_cache_mib is not None else None
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """`served_model_name` as names: the model's own, then its aliases."""
+        names = (name.strip() for name in self.served_model_name.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -431,51 +488,6 @@ class OperatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Annotated[
         LogFormat, flag("text, or json: one object in each line.", "PENSTOCK_LOG_FORMAT")
     ] = "text"
-
-
-class DiscoveryUrl(msgspec.Struct, frozen=True):
-    """Where discovery is: a directory, etcd's members as `host:port,...`, or a Kubernetes namespace (empty:
-    the default). `tls` is etcd's."""
-
-    kind: DiscoveryKind
-    location: str
-    tls: bool = False
-
-
-def parse_discovery(url: str) -> DiscoveryUrl:
-    """`file:[DIRECTORY]`, `etcd://HOST:PORT[,...]` (`etcds://`: with TLS) or `kubernetes:[NAMESPACE]`.
-    Raises ConfigError."""
-    kind, colon, location = url.partition(":")
-    if kind in ("etcd", "etcds") and "@" in location:  # no message may show what stands before it
-        raise ConfigError(
-            f"--discovery: a user belongs in --etcd-user and its password in {ETCD_PASSWORD_VARIABLE},"
-            f" not in the address"
-        )
-    if kind in ("etcd", "etcds") and location.startswith("//") and len(location) > len("//"):
-        members = [_etcd_member(member) for member in location.removeprefix("//").rstrip("/").split(",")]
-        return DiscoveryUrl("etcd", ",".join(members), tls=kind == "etcds")
-    if kind == "file" and colon:
-        return DiscoveryUrl("file", location.removeprefix("//"))
-    if kind == "kubernetes":
-        return DiscoveryUrl("kubernetes", location.removeprefix("//"))
-    raise ConfigError(f"--discovery: expected file:, etcd://HOST:PORT or kubernetes:, got {shown(url)}")
-
-
-def _etcd_member(text: str) -> str:
-    """`host:port` of one of etcd's members. Raises ConfigError."""
-    match = _ETCD_MEMBER.fullmatch(text.strip())
-    port = int((match and match["port"]) or _ETCD_PORT)
-    if match is None or not 1 <= port <= PORT_MAX:
-        raise ConfigError(f"--discovery: expected etcd://HOST:PORT[,HOST:PORT...], got {shown(text)}")
-    return f"{match['host']}:{port}"
-
-
-def discovery_directory(url: DiscoveryUrl, namespace: str, environ: Mapping[str, str]) -> Path:
-    """The directory of a `file:` URL; without one, a place of this user's own on this machine."""
-    if url.location:
-        return Path(url.location).expanduser() / namespace
-    own = Path(environ.get("XDG_RUNTIME_DIR") or "~/.cache").expanduser()
-    return own / "penstock" / "discovery" / namespace
 
 
 def _both(options: CommonOptions, one: str, other: str) -> None:

@@ -126,6 +126,8 @@ class Instances:
                 reason=member.stuck
                 or self._unpaired.get(instance_id)
                 or self._why_idle(instance_id, member),
+                distrusted=self._placement.overlap_check.causes.get(instance_id, ""),
+                cache_tokens=member.card.engine.cache_tokens if member.card is not None else 0,
             )
             for instance_id, member in sorted(self.membership.members.items())
         ]
@@ -263,19 +265,37 @@ class Instances:
         self._placement.up(card, load)
         self.served_models.found(link.instance_id)
         log.info(
-            "instance up: %s role=%s model=%s engine=%r cached_blocks=%d",
+            "instance up: %s role=%s model=%s engine=%r block_size=%d cached_blocks=%s",
             link.instance_id,
             card.role,
             card.model.name,
             card.engine.name,
-            self._placement.index.held(link.instance_id),
+            card.engine.block_size,
+            self._placement.index.held(link.instance_id) if card.engine.kv_events else "not told",
         )
+        self._compare_block_sizes(card)
         # Of before as well, if this incarnation was up before: its engine stands still with a new link too.
         if link.incarnation != card.incarnation:
             link.incarnation, link.progress = card.incarnation, None
         link.progress = link.progress or Progress(self._settings.progress, card.engine.max_batch_tokens)
         link.progress.observe(load, self._time.seconds)
         self._judge(link, link.progress)
+
+    def _compare_block_sizes(self, card: Card) -> None:
+        """Say so where an instance's blocks differ from others' of its model: rarely is that meant."""
+        members = self.membership.members.values()
+        cards = [member.card for member in members if member.up and member.card is not None]
+        sizes = {it.engine.block_size for it in cards if it.model.name == card.model.name}
+        others = sorted(sizes - {card.engine.block_size})
+        if others:
+            log.warning(
+                "instance %s has blocks of %d tokens, others of model %s have %s: each is routed to by its"
+                " own, and no KV moves between them",
+                card.instance_id,
+                card.engine.block_size,
+                card.model.name,
+                ", ".join(map(str, others)),
+            )
 
     async def _fetch_and_admit(self, link: _Link, card: Card) -> None:
         """Fetch what the model needs, then let the instance take part."""
@@ -326,7 +346,7 @@ class Instances:
         self._listener.on_outputs(link.instance_id, link.role, step.outputs)
 
     def _reported(self, link: _Link, seen: int, load: Load) -> None:
-        self._placement.reported(link.instance_id, seen, load)
+        self._placement.reported(link.instance_id, seen, load, self._clock.now())
         assert link.progress is not None, "only a live link reports"
         link.progress.observe(load, self._time.seconds)
         self._metrics.load(link.instance_id, load)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from penstock.clock import Clock, MonotonicClock
+from penstock.core.attempt_times import AttemptTimes
 from penstock.core.deadlines import Phase
+from penstock.core.decision_record import RoutedRequest
 from penstock.core.dispatcher import Dispatcher, RequestRecord
 from penstock.core.events import (
     KILLER,
@@ -31,7 +34,10 @@ from penstock.core.events import (
     SendAttempt,
     TooLong,
 )
+from penstock.core.explanation import ExplainedRequest, Explanation, explained
+from penstock.core.misses import MissReport
 from penstock.core.placement import Placement, explain
+from penstock.core.recording import MAX_RECORDINGS, Recording, RecordingWanted
 from penstock.core.settings import RouterSettings
 from penstock.core.wait_prediction import Refusal
 from penstock.errors import PenstockError, ProtocolError, Rejection, RemoteError, RequestRejected
@@ -46,6 +52,8 @@ from penstock.wire.messages import Bounce
 
 log = logging.getLogger("penstock.router")
 quiet = QuietLog(log)
+
+MAX_SHOWN_NAME = 128  # characters of a name that nobody knows
 
 OnDelta = Callable[[Delta], None]
 OnError = Callable[[PenstockError], None]
@@ -62,6 +70,13 @@ class Ticket:
         self.record: RequestRecord
         self.broken = False  # by an error in this process
         self._router = router
+
+    @property
+    def attempts(self) -> Sequence[AttemptTimes]:
+        return self.record.life.history
+
+    def explain(self) -> ExplainedRequest:
+        return self._router.explained(self.record.routed)
 
     def cancel(self, *, complete: bool = False) -> None:
         """The client does not want the rest: no more callbacks, and the engine stops. `complete`: because
@@ -91,7 +106,7 @@ class Router:
         self._metrics = metrics
         self._clock = clock or MonotonicClock()
         rng = rng or random.Random()
-        self.placement = Placement(settings.policy, settings.disagg, rng, settings.admission.max_itl_ms)
+        self.placement = Placement(settings.policy, settings.disagg, rng, settings.slo_itl_ms)
         # The instances, each with its link.
         self.fleet = Instances(
             discovery,
@@ -107,10 +122,11 @@ class Router:
         self.membership, self.served_models = self.fleet.membership, self.fleet.served_models
         self.dispatcher = Dispatcher(settings, self.membership, self.placement, rng, self._clock.now())
         metrics.queues_from(self.queues)
+        metrics.distrusted_from(self.placement.overlap_check.causes)
 
     # --- for the frontend: implements Completer (frontend/completer.py), which says what these do --------
 
-    def models(self) -> list[ModelView]:
+    def models(self) -> dict[str, ModelView]:
         return self.served_models.models()
 
     def model(self, name: str) -> ModelView:
@@ -141,6 +157,44 @@ class Router:
             raise errors[0]
         ticket.on_error = on_error
         return ticket
+
+    def explain(self, name: str, tenant: str | None) -> Explanation:
+        record, now = self.dispatcher.decisions, self._clock.now()
+        found = [it for it in record.find(name) if tenant in (None, it.request.tenant)]
+        if not found:
+            raise RequestRejected(
+                f"This frontend keeps no request `{name[:MAX_SHOWN_NAME]}`: another one may have served it,"
+                f" or it never came to a choice of workers. What is kept here: {record.reach_words(now)}.",
+                kind=Rejection.NOT_FOUND,
+                code="request_not_found",
+            )
+        return Explanation(name, [self.explained(it) for it in found])
+
+    def misses(self, last_s: float) -> tuple[MissReport, Sequence[RoutedRequest]]:
+        now, record = self._clock.now(), self.dispatcher.decisions
+        distrusted = {it: str(cause) for it, cause in self.placement.overlap_check.causes.items()}
+        since, policy = now - last_s, self._settings.policy
+        return MissReport(since, policy, time.time() - now, record.lost, distrusted), list(record)
+
+    def foresee(self, request: Request) -> ExplainedRequest:
+        routed = self.dispatcher.foresee(request, self._clock.now())
+        return explained(routed, self._settings.policy, None)
+
+    def explained(self, routed: RoutedRequest) -> ExplainedRequest:
+        """What is kept of a request, as it is told."""
+        return explained(routed, self._settings.policy, time.time() - self._clock.now())
+
+    def record(self, wanted: RecordingWanted, tenant: str | None, on_more: Callable[[], None]) -> Recording:
+        recordings = self.dispatcher.recordings
+        if len(recordings) >= MAX_RECORDINGS:
+            message = f"{len(recordings)} recordings are going on, which are the most at one time."
+            raise RequestRejected(message, kind=Rejection.OVERLOADED)
+        now = self._clock.now()
+        recordings.append(Recording(wanted, tenant, now, time.time() - now, on_more))
+        return recordings[-1]
+
+    def stop_recording(self, recording: Recording) -> None:
+        self.dispatcher.recordings.remove(recording)
 
     def check(self, model: str, tenant: str, priority: int) -> None:
         refusal = self.dispatcher.refusal(self.model(model).key, tenant, priority, self._clock.now())
@@ -183,7 +237,14 @@ class Router:
             self._do(record, self.dispatcher.tick)
         self._place(self.dispatcher.turns(now))
         self.placement.index.sweep()
+        self._tell_verdicts()
         self._forget_models()
+
+    def _tell_verdicts(self) -> None:
+        """Say whose cache events are not believed any more, or again."""
+        for instance_id, verdict in self.placement.verdicts():
+            level = logging.INFO if verdict.cause is None else logging.WARNING
+            log.log(level, "kv overlap check: %s: %s", instance_id, verdict)
 
     def _forget_models(self) -> None:
         """Keep nothing of revisions that were replaced, nor of models that nobody serves any more."""
@@ -254,7 +315,7 @@ class Router:
             self.dispatcher.refused(instance_id, self._clock.now() + self._settings.tick_s)
             self.handle(record, Bounced(attempt.attempt_id, str(error), unsent=True))
         else:
-            self.dispatcher.sent(record, instance_id, seq, attempt)
+            self.dispatcher.sent(record, instance_id, seq, attempt, self._clock.now())
 
     def _tell(self, instance_id: str, message: Callable[[LinkClient], None]) -> None:
         """Say something that loses its meaning when the instance is gone."""
@@ -302,7 +363,11 @@ class Router:
                     self._perform(record, self.dispatcher.output(record, output, now))
                 except Exception:  # noqa: BLE001 as in `_do`, without a call for each token
                     self._break(record)
-            elif output.handoff is not None:  # its request ended meanwhile
+                continue
+            # Its request ended meanwhile.
+            if output.took is not None:
+                self.dispatcher.decisions.late(output.attempt_id, output.took)
+            if output.handoff is not None:
                 handoff_id = output.handoff.handoff_id
                 self._tell(instance_id, partial(LinkClient.release, handoff_id=handoff_id, sent=False))
         self._place(self.dispatcher.turns_after_report(now))
@@ -317,7 +382,7 @@ class Router:
     def on_lost(
         self, instance_id: str, role: Role, reason: str, requests: int, died: Incarnation | None
     ) -> None:
-        for record, event in self.dispatcher.lost(instance_id, reason, requests, died):
+        for record, event in self.dispatcher.lost(instance_id, reason, requests, died, self._clock.now()):
             if record.life.instance_id == instance_id:
                 self._metrics.attempt_ended(role, "lost")
             self.handle(record, event)
@@ -331,13 +396,11 @@ class Router:
         assert output.cached_tokens is not None
         if output.transferred_blocks:
             self._metrics.transferred(output.transferred_blocks)
-        found = self.placement.cached(record.placed, instance_id, output.cached_tokens)
-        if found is None:
-            return
-        predicted, verdict = found
-        self._metrics.overlap(predicted, output.cached_tokens)
-        if verdict is not None:
-            log.warning("kv overlap check: %s: %s", instance_id, verdict)
+        predicted = self.placement.cached(
+            record.placed, instance_id, output.cached_tokens, output.transferred_blocks
+        )
+        if predicted is not None:
+            self._metrics.overlap(predicted, output.cached_tokens)
 
 
 async def _ready(model: ModelView) -> None:

@@ -2,6 +2,9 @@
 
 A model outlives its last worker for as long as a request may wait: whoever served it may be back before
 that. When all of its workers have said that they leave, there is nothing to wait for.
+
+A model has its own name, and perhaps aliases: all those that its workers give it, so that workers can be
+replaced one by one by others with other aliases. Only clients use them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 from penstock.core.catalog import Catalog, differences
 from penstock.core.membership import Membership, State
@@ -35,6 +39,7 @@ class _Served:
     view: ModelView
     card: Card  # of a worker that has it
     at: float  # when somebody was last seen to serve it
+    aliases: list[str] = field(default_factory=list)
 
 
 class ServedModels:
@@ -54,24 +59,33 @@ class ServedModels:
         self._has_left = has_left
         self.listed = False  # discovery has said who exists
         self._served: dict[str, _Served] = {}  # by model
-        self._gone: OrderedDict[str, None] = OrderedDict()  # models that were served once, latest last
+        self._aliased: dict[str, str] = {}  # alias -> model
+        self._ambiguous: set[str] = set()  # aliases that another model has too, as its own name or alias
+        self._gone: OrderedDict[str, None] = OrderedDict()  # names that were served once, latest last
         self._lost: dict[str, tuple[str, float]] = {}  # instance -> its model, and when it was lost
         self._swept_at = 0.0
 
-    def models(self) -> list[ModelView]:
-        """Models that can be served."""
+    def models(self) -> dict[str, ModelView]:
+        """Models that can be served, by each of their names; a model's own name is before its aliases."""
         servable = self._servable()
-        return [served.view for name, served in self._served.items() if name in servable]
+        return {
+            name: served.view
+            for model, served in self._served.items()
+            if model in servable
+            for name in (model, *served.aliases)
+            if self._aliased.get(name, name) == model
+        }
 
     def model(self, name: str) -> ModelView:
         """The model in the revision that new requests get.
 
-        Raises RequestRejected: NOT_FOUND for a model that no worker serves or served; UNAVAILABLE for one
-        whose first workers are still connecting, whose workers have all said that they leave, or that no
-        worker has served for `outage_s`.
+        Raises RequestRejected: NOT_FOUND for a model that no worker serves or served, where there are
+        workers; UNAVAILABLE while there are none, for a model whose first workers are still connecting,
+        whose workers have all said that they leave, or that no worker has served for `outage_s`.
         """
-        served = self._served.get(name)
-        if served is not None and not self._all_left(name):
+        model = self._aliased.get(name, name)
+        served = self._served.get(model)
+        if served is not None and not self._all_left(model):
             return served.view
         if served is not None or name in self._gone:
             raise RequestRejected(
@@ -81,10 +95,11 @@ class ServedModels:
                 retry_after_s=5.0,
             )
         members = self._membership.members.values()
-        if not self.listed or any(member.model in (name, "") for member in members):
-            message = f"The workers of `{name}` are still connecting."
+        connecting = any(name in member.names or not member.model for member in members)
+        if not self.listed or not members or connecting:  # nobody may be there while a whole graph starts
+            message = f"No worker serves `{name}` yet."
             raise RequestRejected(message, kind=Rejection.UNAVAILABLE, code="no_worker", retry_after_s=1.0)
-        names = ", ".join(f"`{view.card.name}`" for view in self.models()[:MAX_NAMED_MODELS])
+        names = ", ".join(f"`{served}`" for served in islice(self.models(), MAX_NAMED_MODELS))
         message = f"The model `{name}` does not exist; served: {names or 'none'}."
         raise RequestRejected(message, kind=Rejection.NOT_FOUND, code="model_not_found", field="model")
 
@@ -121,7 +136,29 @@ class ServedModels:
                 words = "model %s: new requests go to revision %s instead of %s"
                 log.info(words, model, revision, before.view.revision)
                 replaced.append(model)
+        self._find_aliases()
         return replaced
+
+    def _find_aliases(self) -> None:
+        """See which model each alias stands for. Those of a model whose workers are all away stay."""
+        found: dict[str, list[str]] = {}
+        for member in self._membership.members.values():
+            if member.servable and member.registration.role.decodes:
+                found.setdefault(member.model, []).extend(member.aliases)
+        self._aliased, ambiguous = {}, set()
+        # Models with workers first, then by name, so that all frontends come to the same result.
+        for model in sorted(self._served, key=lambda model: (model not in found, model)):
+            served = self._served[model]
+            served.aliases = list(dict.fromkeys(found.get(model, served.aliases)))
+            for alias in served.aliases:
+                if alias in self._served or alias in self._aliased:
+                    ambiguous.add(alias)
+                else:
+                    self._aliased[alias] = model
+        for alias in ambiguous - self._ambiguous:
+            taker = self._aliased.get(alias, alias)
+            log.warning("several models have the name %s: requests for it go to %s", alias, taker)
+        self._ambiguous = ambiguous
 
     def lost(self, instance_id: str, model: str, now: float) -> None:
         """An instance that decodes is gone without a word, and may be back."""
@@ -143,7 +180,8 @@ class ServedModels:
                 served.at = now
             elif now - served.at > self._outage_s:
                 del self._served[model]
-                self._gone[model] = None
+                self._gone |= dict.fromkeys((model, *served.aliases))
+                self._find_aliases()
                 log.info("model %s: forgotten, as no worker has served it for %g s", model, self._outage_s)
         while len(self._gone) > MAX_GONE_MODELS:
             self._gone.popitem(last=False)

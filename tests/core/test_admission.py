@@ -35,12 +35,10 @@ def dispatch(
     wait_ms: float,
     workers: int = 1,
     now: float = 0.0,
-    *,
-    crowded: bool = False,
 ) -> bool:
     """Whether the request was sent."""
     ahead = int(wait_ms / (100 * TOKEN_MS)) - 1  # each takes so long as one of 100 tokens
-    return it.dispatch(request_id, wait_ms, workers, now, ahead=ahead, crowded=crowded) is not None
+    return it.dispatch(request_id, wait_ms, workers, now, ahead=ahead) is not None
 
 
 def request(request_id: str, tenant: str = "", priority: int = 0, *, call_id: str = "") -> Request:
@@ -93,7 +91,6 @@ def test_only_request_is_sent_at_once_and_the_next_waits_until_a_worker_can_begi
     assert not dispatch(it, "b", 250.1, 2)
     enter(it, "c")
     assert it.next() == "b"
-    assert not dispatch(it, "b", 0.0, 2, 0.5, crowded=True)
     assert drain(it, 1.0) == ["b", "c"]
     assert len(it) == 0
     assert it.next() is None
@@ -102,7 +99,7 @@ def test_only_request_is_sent_at_once_and_the_next_waits_until_a_worker_can_begi
 def test_seconds_waited_are_returned_when_a_request_is_sent() -> None:
     it = queue()
     enter(it, "a", now=1.0)
-    assert it.dispatch("a", 0.0, 1, 3.5, ahead=0, crowded=False) == 2.5
+    assert it.dispatch("a", 0.0, 1, 3.5, ahead=0) == 2.5
 
 
 def test_requests_go_by_priority_and_then_by_arrival() -> None:
@@ -122,11 +119,11 @@ def test_requests_that_came_back_go_first_and_are_never_refused() -> None:
     assert drain(it) == ["lost", "bounced", "a", "b"]
 
 
-def test_requests_that_came_back_are_sent_to_crowded_workers() -> None:
+def test_requests_that_came_back_are_sent_to_busy_workers() -> None:
     it = queue()
     enter(it, "new")
     requeue(it, "lost")
-    assert dispatch(it, "lost", 5_000.0, crowded=True)
+    assert dispatch(it, "lost", 5_000.0)
     assert not dispatch(it, "new", 5_000.0)
 
 

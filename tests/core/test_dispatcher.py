@@ -110,12 +110,14 @@ class Stage:
         gone = self.membership.members[instance_id].card
         assert gone is not None
         role = gone.role
-        self.placement.reported(instance_id, 0, Load(running=others))
+        self.placement.reported(instance_id, 0, Load(running=others), self.now)
         requests = self.placement.requests(instance_id)
         self.membership.down(instance_id)
         self.membership.elect()
         self.placement.down(instance_id)
-        lost = self.dispatcher.lost(instance_id, "killed", requests, gone.incarnation if died else None)
+        lost = self.dispatcher.lost(
+            instance_id, "killed", requests, gone.incarnation if died else None, self.now
+        )
         self.running = {name: it for name, it in self.running.items() if it[0] != instance_id}
         for record, event in lost:
             self.handle(record, event)
@@ -178,7 +180,7 @@ class Stage:
         self.running[attempt.attempt_id] = instance_id, attempt
         if attempt.handoff is not None:
             self.held.discard(attempt.handoff.handoff_id)
-        self.dispatcher.sent(record, instance_id, next(self.seqs), attempt)
+        self.dispatcher.sent(record, instance_id, next(self.seqs), attempt, self.now)
 
     def say(self, record: RequestRecord, *tokens: int, end: FinishReason | None = None) -> None:
         """The instance that has a request gives these tokens."""
@@ -341,7 +343,7 @@ def test_a_newcomer_is_refused_when_the_workers_wait_alone_is_too_long() -> None
     assert stage.dispatcher.hopeless(stage.ask()) is None
     rates = Rates(step_ms=5.0, prefill_token_ms=0.05)
     load = Load(running=1, waiting=20, prefill_tokens=10_000_000, steps=50, rates=rates)
-    stage.placement.reported("a0", 1, load)
+    stage.placement.reported("a0", 1, load, stage.now)
     record = stage.ask()
     refusal = stage.dispatcher.hopeless(record)
     assert refusal is not None

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.attempt_times import AttemptTimes
 from penstock.core.deadlines import Deadlines, Phase
 from penstock.core.events import (
     KILLER,
@@ -105,6 +106,27 @@ def test_a_new_request_waits_for_a_place_until_its_queue_deadline() -> None:
     assert waits(life)
     assert life.rests_until < 0.0
     assert life.deadline == 30.0
+
+
+def test_history_tells_when_each_attempt_was_sent_and_answered_and_why_there_was_another() -> None:
+    life = lifecycle()
+    second = sent(prefilled(life, now=1.5)).attempt  # sent to p0 at 0.0
+    life.handle(InstanceLost("d0", "gone"), 2.0)
+    third = sent(life.place("d1", None, 2.5)).attempt
+    life.handle(Output(third.attempt_id, [11]), 3.0)
+    life.handle(Output(third.attempt_id, [12], FinishReason.STOP), 4.0)
+    assert life.history == [
+        AttemptTimes("r.1", "p0", True, 0.0, 0.0, first_output_s=1.5, cached_tokens=0),
+        AttemptTimes(second.attempt_id, "d0", False, 1.5, None),
+        AttemptTimes(third.attempt_id, "d1", False, 2.5, 2.0, "d0: gone", first_output_s=3.0),
+    ]
+
+
+def test_history_leaves_out_an_attempt_that_a_full_link_did_not_take() -> None:
+    life = lifecycle()
+    attempt_id = sent(life.place("d0", None, 1.0)).attempt.attempt_id
+    life.handle(Bounced(attempt_id, "the link is full", unsent=True), 1.0)
+    assert life.history == []
 
 
 def test_local_request_runs_to_its_end() -> None:

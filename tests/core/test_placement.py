@@ -39,7 +39,7 @@ def attempt(handoff: Handoff | None = None) -> Attempt:
 
 
 def choose(it: Placement, request: Placed, *cards: Card, handoff: Handoff | None = None) -> Decision:
-    decision = it.choose(request, TOKENS, list(cards), handoff)
+    decision = it.choose(request, TOKENS, list(cards), handoff, 0.0)
     assert decision is not None
     it.book(request, decision, TOKENS)
     return decision
@@ -90,7 +90,7 @@ def test_what_was_sent_counts_until_the_worker_has_seen_it() -> None:
     it = placement(*cards)
     first = placed("r0")
     instance = choose(it, first, *cards).decode
-    it.sent(first, instance, 1, attempt())
+    it.sent(first, instance, 1, attempt(), 0.0)
     assert choose(it, placed("r1"), *cards).decode != instance
     assert it.load(instance).waiting == 0  # what it reported itself stays apart
 
@@ -139,13 +139,12 @@ def test_lasting_differences_lose_the_trust_and_agreement_wins_it_back() -> None
     for number in range(200):
         request = placed(f"r{number}")
         choose(it, request, only)
-        it.sent(request, "d0", number + 1, attempt())
-        found = it.cached(request, "d0", 128)  # the engine had it cached; no event ever said so
-        assert found is not None
-        verdicts.append(found[1])
-    (verdict,) = (verdict for verdict in verdicts if verdict is not None)
-    assert verdict.cause is Cause.EVENTS_OFF
-    assert verdicts.index(verdict) == MIN_OBSERVATIONS - 1
+        it.sent(request, "d0", number + 1, attempt(), 0.0)
+        it.cached(request, "d0", 128)  # the engine had it cached; no event ever said so
+        verdicts.append(it.verdicts())
+    ((instance_id, verdict),) = (each for told in verdicts for each in told)
+    assert (instance_id, verdict.cause) == ("d0", Cause.EVENTS_OFF)
+    assert verdicts.index([(instance_id, verdict)]) == MIN_OBSERVATIONS - 1
 
 
 def test_pulled_blocks_are_not_held_against_the_index() -> None:
@@ -153,7 +152,7 @@ def test_pulled_blocks_are_not_held_against_the_index() -> None:
     it = placement(only)
     request = placed()
     choose(it, request, only)
-    it.sent(request, "d0", 1, attempt(builders.handoff(num_tokens=160)))
+    it.sent(request, "d0", 1, attempt(builders.handoff(num_tokens=160)), 0.0)
     assert it.cached(request, "d0", 160) is None
 
 
@@ -162,9 +161,9 @@ def test_an_answer_is_compared_once_and_only_from_where_it_runs() -> None:
     it = placement(*cards)
     request = placed()
     choose(it, request, *cards)
-    it.sent(request, "d0", 1, attempt())
+    it.sent(request, "d0", 1, attempt(), 0.0)
     assert it.cached(request, "d1", 0) is None
-    assert it.cached(request, "d0", 0) == (0, None)
+    assert it.cached(request, "d0", 0) == 0
     assert it.cached(request, "d0", 0) is None
 
 
@@ -174,8 +173,8 @@ def test_a_prompts_last_block_is_never_foreseen_as_cached() -> None:
     it.cache_changed("d0", HASHES, [], False)  # all of the prompt, to the last token
     request = placed()
     choose(it, request, only)
-    it.sent(request, "d0", 1, attempt())
-    assert it.cached(request, "d0", 144) == (144, None)
+    it.sent(request, "d0", 1, attempt(), 0.0)
+    assert it.cached(request, "d0", 144) == 144
 
 
 def test_the_log_line_has_every_candidate_and_the_reason() -> None:
@@ -192,10 +191,11 @@ def test_a_burst_with_one_prefix_to_an_empty_worker_is_no_reason_for_distrust() 
     burst = [placed(f"r{number}") for number in range(2 * MIN_OBSERVATIONS)]
     for seq, each in enumerate(burst):
         choose(it, each, *cards)
-        it.sent(each, "d0", seq, attempt())
+        it.sent(each, "d0", seq, attempt(), 0.0)
     it.cache_changed("d0", HASHES, [], False)
     for each in burst:
-        assert it.cached(each, "d0", 144) == (0, None)
+        assert it.cached(each, "d0", 144) == 0
+    assert not it.verdicts()
 
 
 def test_blocks_that_were_not_there_cannot_go() -> None:
@@ -214,6 +214,56 @@ def test_an_instance_has_no_more_blocks_than_its_pool_could_hold() -> None:
     it.cache_changed("d1", range(most), [], False)
     with pytest.raises(ProtocolError, match=rf"step\.stored: {most + 1} blocks .* {most}"):
         it.cache_changed("d0", [most + 1], [], False)
+
+
+def test_an_instance_that_says_on_connecting_that_it_has_more_than_its_pool_is_distrusted() -> None:
+    it = placement()
+    most = most_blocks(1000)
+    it.snapshot("d0", range(most + 1), first=True)
+    it.up(card("d0"), Load(total_blocks=1000))
+    assert it.overlap_check.cause("d0") is Cause.UNSEEN_EVICTIONS
+    assert it.index.held("d0") == 0
+    it.cache_changed("d0", range(most), [most + 5], False)  # it goes on, as often as that happens
+    it.cache_changed("d0", [most], [], False)
+    assert it.index.held("d0") == 0
+    assert [verdict.cause for _, verdict in it.verdicts()] == [Cause.UNSEEN_EVICTIONS]
+
+
+def test_a_distrusted_instance_counts_by_what_was_sent_there() -> None:
+    only = card("d0")
+    it = placement(only)
+    for number in range(MIN_OBSERVATIONS):
+        request = placed(f"r{number}")
+        choose(it, request, only)
+        it.sent(request, "d0", number + 1, attempt(), 0.0)
+        it.cached(request, "d0", 128)
+    assert it.overlap_check.cause("d0") is Cause.EVENTS_OFF
+    it.ended(request, 10, [*TOKENS, *range(1000, 1021)])
+    longer = Placed(Request("r", ModelKey("m", "r"), [*TOKENS, *range(1000, 1100)], Sampling(max_tokens=1)))
+    decision = it.choose(longer, longer.request.token_ids, [only], None, 0.0)
+    assert decision is not None
+    assert decision.plans[0].here.candidate.overlap_blocks == 180 // 16, "what ended there since"
+    it.sent(longer, "d0", 50, attempt(), 0.0)
+    it.cached(longer, "d0", 0)
+    text = [*longer.request.token_ids, *range(2000, 2013)]  # 273 tokens, the last of them without KV
+    it.ended(longer, 13, text)
+    decision = it.choose(placed(), [*text, 1, 2, 3], [only], None, 0.0)
+    assert decision is not None
+    assert decision.plans[0].here.candidate.overlap_blocks == 272 // 16
+
+
+def test_an_engine_without_events_counts_by_what_was_sent_there_from_the_beginning() -> None:
+    only = cards.card("d0", Role.DECODE, block_size=16, total_blocks=1000, kv_events=False)
+    it = placement(only)
+    request = placed()
+    choose(it, request, only)
+    it.sent(request, "d0", 1, attempt(), 0.0)
+    assert it.cached(request, "d0", 0) == 0
+    (plan,) = choose(it, placed("r1"), only).plans
+    assert plan.here.candidate.overlap_blocks == 10
+    it.down("d0")
+    it.up(only, Load(total_blocks=1000))
+    assert choose(it, placed("r2"), only).plans[0].here.candidate.overlap_blocks == 0
 
 
 def test_a_snapshot_in_parts_begins_anew_with_its_first() -> None:

@@ -139,7 +139,7 @@ class Simulation:
         worker = self.workers[decision.decode]
         self.sent[worker.name] += 1
         uncached = len(turn.tokens) - overlaps.get(worker.name, 0) * BLOCK
-        self.loads[worker.name].send(self.sent[worker.name], uncached, len(turn.tokens))
+        self.loads[worker.name].send(self.sent[worker.name], uncached, len(turn.tokens), 0.0, now / 1e3)
         worker.queue.append(turn)
         worker.seen += 1
         if not worker.busy:
@@ -163,7 +163,7 @@ class Simulation:
             stored, removed = worker.store(turn.hashes)
             self.index.removed(worker.name, removed)
             self.index.stored(worker.name, stored)
-        self.loads[worker.name].report(worker.seen, worker.load())
+        self.loads[worker.name].report(worker.seen, worker.load(), now / 1e3)
         self.step(worker, now)
 
     def next_turn(self, turn: Turn, now: float) -> None:

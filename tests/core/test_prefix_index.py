@@ -8,10 +8,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from penstock.core.prefix_index import SWEEP_BLOCKS, PrefixIndex
+from penstock.core.prefix_index import MAX_SHARED, SWEEP_BLOCKS, PrefixIndex
 
-# Few distinct hashes and workers, so that sequences of events meet; 256 apart shares a shard.
-HASHES = st.sampled_from([1, 2, 3, 257, 258, 259, 2**64 - 1, 513])
+# Few distinct hashes and workers, so that sequences of events meet; 1024 apart shares a shard.
+HASHES = st.sampled_from([1, 2, 3, 1025, 1026, 1027, 2**64 - 1, 2049])
 WORKERS = st.sampled_from(["a", "b", "c", "d"])
 
 
@@ -173,3 +173,49 @@ def test_a_storm_of_clears_reuses_slots() -> None:
         index.stored("w", range(round_, round_ + 100))
         index.cleared("w")
     assert len(index._owners) < 10
+
+
+def test_blocks_with_equal_workers_share_one_set_however_they_came_to_them() -> None:
+    index = PrefixIndex()
+    names = [f"w{number}" for number in range(300)]
+    for name in names:
+        index.add_worker(name)
+    for name in names[-3:]:
+        index.stored(name, range(100))
+    for key in range(100, 200):
+        for name in reversed(names[-4:]):
+            index.stored(name, [key])
+        index.removed(names[-4], [key])
+    index.remove_worker(names[0])
+    sets = [holders for shard in index._shards for holders in shard.values()]
+    assert len(sets) == 200
+    assert len(set(map(id, sets))) == 1
+
+
+def test_sets_that_are_found_again_are_limited() -> None:
+    index = PrefixIndex()
+    for number in range(13):
+        index.add_worker(f"w{number}")
+    for subset in range(1, 2 * MAX_SHARED):
+        for number in range(13):
+            if subset >> number & 1:
+                index.stored(f"w{number}", [subset])
+    assert len(index._sets) <= MAX_SHARED
+    assert index.overlaps([5]) == {"w0": 1, "w2": 1}
+    assert index.overlaps([2 * MAX_SHARED - 1]) == {f"w{number}": 1 for number in range(13)}
+
+
+def test_events_between_the_sweeps_of_one_shard_are_kept() -> None:
+    """A sweep may end within a shard; what comes meanwhile stays."""
+    index = PrefixIndex(sweep_blocks=2)
+    for worker in ("gone", "stays"):
+        index.add_worker(worker)
+    same_shard = range(0, 1024 * 50, 1024)
+    index.stored("gone", same_shard)
+    index.remove_worker("gone")
+    index.stored("stays", same_shard[:20])
+    index.removed("stays", same_shard[5:10])
+    while index.sweep():
+        pass
+    assert index.blocks() == {"stays": {*same_shard[:5], *same_shard[10:20]}}
+    assert len(index) == 15

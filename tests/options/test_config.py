@@ -7,12 +7,10 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.options.config import (
-    DiscoveryUrl,
     FrontendOptions,
     WorkerOptions,
-    discovery_directory,
-    parse_discovery,
 )
+from penstock.options.discovery_url import DiscoveryUrl, discovery_directory, parse_discovery
 from penstock.options.flags import build_options, flags_of
 from penstock.shapes import Role
 
@@ -21,6 +19,20 @@ def errors_of(options: type, given: dict[str, str], environ: dict[str, str] | No
     with pytest.raises(ConfigError) as caught:
         build_options(options, given, environ or {})
     return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ()),
+        ("org/m", ("org/m",)),
+        ("org/m,chat, gpt", ("org/m", "chat", "gpt")),
+        (" a,,a,b,a ", ("a", "b")),
+    ],
+)
+def test_served_names_are_the_models_own_and_then_its_aliases(text: str, names: tuple[str, ...]) -> None:
+    options = build_options(WorkerOptions, {"model": "m", "served-model-name": text}, {})
+    assert options.served_names == names
 
 
 def test_flags_as_text_become_typed_options() -> None:
@@ -41,12 +53,12 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
 
 
 def test_every_wrong_flag_gets_a_line() -> None:
-    wrong = {"http-port": "700000", "routr-mode": "kv", "router-mode": "kvx", "max-body-bytes": "x"}
+    wrong = {"http-port": "700000", "routr-mode": "kv", "disagg": "maybe", "max-body-bytes": "x"}
     assert errors_of(FrontendOptions, wrong) == [
         "--routr-mode: unknown flag (did you mean --router-mode?)",
-        "--http-port: expected an integer from 0 to 65535, got 700000",
+        "--http-port: expected an integer from -1 to 65535, got 700000",
         '--max-body-bytes: expected an integer > 0, got "x"',
-        '--router-mode: expected one of kv, least-loaded, power-of-two, random, round-robin, got "kvx"',
+        '--disagg: expected one of always, auto, never, got "maybe"',
     ]
     assert errors_of(WorkerOptions, {}) == ["--model: missing"]
     assert errors_of(WorkerOptions, {"model": ""}) == ["--model: missing"]
@@ -123,6 +135,11 @@ def test_a_password_in_an_address_is_refused_and_not_shown(url: str) -> None:
             {"cors-origin": "https://a.example/x"},
             "--cors-origin: expected https://HOST[:PORT]",
         ),
+        (FrontendOptions, {"http-port": "-1"}, "--http-port: -1 opens no port, and then --uds is needed"),
+        (FrontendOptions, {"root-path": "llm"}, "--root-path: expected a path such as /llm"),
+        (FrontendOptions, {"root-path": "/llm/"}, "--root-path: expected a path such as /llm"),
+        (FrontendOptions, {"root-path": "/a//b"}, "--root-path: expected a path such as /llm"),
+        (FrontendOptions, {"root-path": "/a b"}, "--root-path: expected a path such as /llm"),
         (FrontendOptions, {"cors-origin": "a.example"}, "--cors-origin: expected https://HOST[:PORT]"),
         (FrontendOptions, {"http-tls-key": "k"}, "--http-tls-key: needs --http-tls-cert too"),
         (FrontendOptions, {"link-tls-cert": "k"}, "--link-tls-cert: needs --link-tls-key too"),

@@ -17,7 +17,7 @@ import pytest
 from penstock.core.progress import ProgressLimits
 from penstock.core.settings import RouterSettings
 from penstock.errors import RemoteError
-from penstock.frontend.app import create_app
+from penstock.frontend.app import App
 from penstock.frontend.http.server import serve
 from penstock.frontend.settings import FrontendSettings
 from penstock.shapes import JsonObject, Role
@@ -90,7 +90,7 @@ async def service(folder: Path, roles: dict[str, Role]) -> AsyncIterator[Service
     async with AsyncExitStack() as around:
         it = await around.enter_async_context(cluster(folder, roles, SETTINGS, SIM))
         settings = FrontendSettings(port=0)
-        app = create_app(it.router, settings, it.metrics)
+        app = App(it.router, settings, it.metrics)
         stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(
             serve(app, settings, stop=stop, grace_s=5.0, on_listening=lambda *at: listening.set_result(at))

@@ -1,0 +1,118 @@
+"""The rates that decisions go by: workers that are about equally fast have the same ones.
+
+Each worker fits five rates to the steps that it happened to take. The fit is right for such steps, and less
+so for others: equal machines differ by a quarter in what it says of them, and one that only ever had short
+prompts may take long ones for three times as slow, is given none, and never learns better. Differences that
+are not there also make some workers busier than others.
+
+So decisions go by the medians of the workers of one model and role. Where a worker's own rates say that the
+steps it takes now cost over SAME times more, or less, than by the medians, it is slower or faster indeed,
+and all its rates of that kind are the medians times that factor.
+
+Pure: no IO, no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+import msgspec
+
+from penstock.core.costs import compute_ms, step_ms
+from penstock.core.worker_load import WorkerLoad
+from penstock.shapes import Card, Rates, Role
+
+REPORTS = 32
+"""Of a worker, from one look at its rates to the next: a second or less while it is busy. At first, when
+they change most, there are more looks."""
+
+SAME = 1.25
+"""By how many times equal machines may differ in what their rates say of the same step."""
+
+USUAL_PROMPT_TOKENS = 1000.0
+"""Computed of a prompt, where a worker has had none yet."""
+
+_MEASURED = (
+    "step_ms",
+    "prefill_token_ms",
+    "decode_request_ms",
+    "prefill_context_ms",
+    "decode_context_ms",
+)
+
+
+@dataclass(slots=True, eq=False)
+class _AlikeWorkers:
+    """The workers of one model and role."""
+
+    loads: dict[str, WorkerLoad] = field(default_factory=dict)  # by instance
+    medians: Rates = field(default_factory=Rates)
+    reports: int = 0
+
+
+class PoolRates:
+    """Sets `WorkerLoad.rates` of connected workers."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[str, Role], _AlikeWorkers] = {}  # by model and role
+        self._pool_keys: dict[str, tuple[str, Role]] = {}  # by instance
+
+    def up(self, card: Card, load: WorkerLoad) -> None:
+        """A worker is connected."""
+        self.down(card.instance_id)
+        key = self._pool_keys[card.instance_id] = card.model.name, card.role
+        pool = self._pools.setdefault(key, _AlikeWorkers())
+        pool.loads[card.instance_id] = load
+
+    def down(self, instance_id: str) -> None:
+        """A worker is gone. Unknown ones are ignored."""
+        key = self._pool_keys.pop(instance_id, None)
+        if key is not None:
+            del self._pools[key].loads[instance_id]
+            if not self._pools[key].loads:
+                del self._pools[key]
+
+    def reported(self, instance_id: str) -> None:
+        """A worker's load arrived."""
+        pool = self._pools[self._pool_keys[instance_id]]
+        pool.reports += 1
+        if _due(pool.reports, REPORTS * len(pool.loads)):
+            pool.medians = _medians([load.reported.rates for load in pool.loads.values()])
+        load = pool.loads[instance_id]
+        if _due(load.reports, REPORTS):
+            load.rates = _rates(load, pool.medians)
+
+
+def _due(reports: int, every: int) -> bool:
+    """Whether it is time for a look: at powers of two, and then regularly."""
+    return not reports % every or not reports & (reports - 1)
+
+
+def _medians(own: list[Rates]) -> Rates:
+    return Rates(**{name: median([getattr(rates, name) for rates in own]) for name in _MEASURED})
+
+
+def _rates(load: WorkerLoad, medians: Rates) -> Rates:
+    """The medians, times how much slower this worker is where that is more than chance. What concerns its
+    transfers is its own."""
+    own, requests = load.reported.rates, max(1, load.reported.running)
+    tokens = load.prompt_tokens or USUAL_PROMPT_TOKENS
+    context = load.reported.context_tokens
+    decodes = _factor(step_ms(own, requests, context), step_ms(medians, requests, context))
+    before = load.prompt_context_tokens if load.prompt_tokens else tokens * tokens / 2
+    computes = _factor(compute_ms(own, tokens, before), compute_ms(medians, tokens, before))
+    return msgspec.structs.replace(
+        own,
+        step_ms=decodes * medians.step_ms,
+        decode_request_ms=decodes * medians.decode_request_ms,
+        decode_context_ms=decodes * medians.decode_context_ms,
+        prefill_token_ms=computes * medians.prefill_token_ms,
+        prefill_context_ms=computes * medians.prefill_context_ms,
+    )
+
+
+def _factor(own_ms: float, medians_ms: float) -> float:
+    """How many times slower; 1 for a difference that says nothing."""
+    factor = own_ms / medians_ms if medians_ms else 1.0
+    return 1.0 if 1 / SAME <= factor <= SAME else factor

@@ -1,0 +1,30 @@
+"""What is left to compute of a prompt: its tokens, and what their attention reads.
+
+A new token attends to all that are before it. So `n` tokens behind `p` computed ones read
+`n * (p + n / 2)`: the same number of tokens costs more at the end of a long prompt than at its beginning.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PromptWork(NamedTuple):
+    """Of one prompt, or of several together."""
+
+    tokens: int = 0
+    context_tokens: int = 0  # over these tokens: how many are before each
+
+
+NO_WORK = PromptWork()
+
+
+def prompt_work(there: int, length: int) -> PromptWork:
+    """Of a prompt of this length whose first `there` tokens have KV."""
+    left = length - there
+    return PromptWork(left, left * (2 * length - left) // 2)
+
+
+def part_of(work: PromptWork, tokens: int) -> PromptWork:
+    """So many of these tokens, with their share of the context."""
+    return PromptWork(tokens, work.context_tokens * tokens // work.tokens) if tokens else NO_WORK
