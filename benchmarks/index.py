@@ -8,13 +8,15 @@ The match is the dearest one: every worker drops out at another depth and one ha
 from __future__ import annotations
 
 import argparse
-import gc
 import random
+import resource
 import statistics
 import time
-import tracemalloc
+from array import array
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.policy import Candidate, Query, choose
@@ -22,7 +24,8 @@ from penstock.core.prefix_index import PrefixIndex
 from penstock.shapes import Load, Role
 
 REPEATS = 30
-EVENT_BLOCKS = 512
+STEP_BLOCKS = 512
+PROMPT_BLOCKS = 2048
 
 
 def median_ms(work: Callable[[], object]) -> float:
@@ -64,49 +67,70 @@ def bench_choose(rng: random.Random) -> None:
             print(f"  choose among {size} ({' and '.join(roles)}): {took_ms * 1e3:.0f} us")
 
 
-def bench_memory(blocks: int, holders: int, rng: random.Random) -> None:
-    """Print the bytes for a block that `holders` of 256 workers have (prefixes of 64 blocks each)."""
-    index = PrefixIndex()
-    for number in range(256):
-        index.add_worker(f"worker-{number}")
-    gc.collect()
-    tracemalloc.start()
-    for _ in range(blocks // 64):
-        hashes = [rng.getrandbits(64) for _ in range(64)]
-        for number in rng.sample(range(256), holders):
-            index.stored(f"worker-{number}", hashes)
-    size = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    print(f"  {size / len(index):.0f} bytes a block, {len(index)} blocks on {holders} of 256 workers")
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def bench_events(blocks: int, rng: random.Random) -> None:
-    """Print what storing, removing and forgetting a worker's blocks costs, and the longest stall."""
+def bench_events(blocks: int, workers: int, holders: int) -> None:
+    """Print what a block takes in memory that `holders` of the workers have, and the CPU time of storing,
+    removing, matching and forgetting blocks; run in a process of its own."""
+    rng = random.Random(0)
     index = PrefixIndex()
-    for worker in ("goes", "stays"):
-        index.add_worker(worker)
-    hashes = [rng.getrandbits(64) for _ in range(blocks)]
-    start = time.perf_counter()
-    stalls = []
-    for worker in ("goes", "stays"):
-        for first in range(0, blocks, EVENT_BLOCKS):
-            before = time.perf_counter()
-            index.stored(worker, hashes[first : first + EVENT_BLOCKS])
-            stalls.append(time.perf_counter() - before)
-    took = time.perf_counter() - start
-    print(f"  stored: {took / blocks / 2 * 1e9:.0f} ns a block, longest event {max(stalls) * 1e3:.2f} ms")
-    start = time.perf_counter()
-    index.remove_worker("goes")
-    stalls = [time.perf_counter() - start]
+    names = [f"worker-{number}" for number in range(workers)]
+    for name in names:
+        index.add_worker(name)
+    hashes = array("Q", (rng.getrandbits(64) for _ in range(blocks)))
+    before, stored = resident_bytes(), 0.0
+    longest = 0.0
+    for first in range(0, blocks, STEP_BLOCKS):
+        step = hashes[first : first + STEP_BLOCKS].tolist()
+        for name in random.Random(first // PROMPT_BLOCKS).sample(names, holders):
+            took = cpu_s(partial(index.stored, name, step))
+            stored, longest = stored + took, max(longest, took)
+    size = (resident_bytes() - before) / blocks
+    print(f"  {blocks} blocks, each on {holders} of {workers} workers: {size:.0f} bytes a block")
+    each_ns = stored / blocks / holders * 1e9
+    print(f"    stored: {each_ns:.0f} ns a block, longest event {longest * 1e3:.2f} ms")
+    for batch in (4, STEP_BLOCKS):
+        took = sum(bench_changes(index, names, hashes, batch, rng) for _ in range(REPEATS)) / REPEATS
+        print(f"    some removed, others stored, by {batch}: {took * 1e9:.0f} ns a block")
+    prompts = [hashes[at : at + PROMPT_BLOCKS].tolist() for at in range(0, blocks // 2, PROMPT_BLOCKS)]
+    matches = [cpu_s(partial(index.overlaps, prompt)) for prompt in prompts[:200]]
+    print(f"    {PROMPT_BLOCKS} blocks matched: {statistics.median(matches) * 1e3:.2f} ms")
+    stalls = [cpu_s(partial(index.remove_worker, names[0]))]
     more = True
     while more:
-        before = time.perf_counter()
+        start = time.thread_time()
         more = index.sweep()
-        stalls.append(time.perf_counter() - before)
+        stalls.append(time.thread_time() - start)
     print(
-        f"  a worker with {blocks} blocks forgotten: {sum(stalls) * 1e3:.0f} ms in {len(stalls)} sweeps, "
+        f"    a worker forgotten: {sum(stalls) * 1e3:.0f} ms in {len(stalls)} sweeps, "
         f"longest {max(stalls) * 1e3:.2f} ms"
     )
+
+
+def bench_changes(
+    index: PrefixIndex, names: list[str], hashes: array[int], batch: int, rng: random.Random
+) -> float:
+    """The seconds for each block where workers evict some and store as many."""
+    events = []
+    for _ in range(4096 // batch):
+        first = rng.randrange(len(hashes) // 2, len(hashes) - batch)
+        new = [rng.getrandbits(64) for _ in range(batch)]
+        events.append((rng.choice(names), hashes[first : first + batch].tolist(), new))
+    start = time.thread_time()
+    for name, gone, new in events:
+        index.removed(name, gone)
+        index.stored(name, new)
+    return (time.thread_time() - start) / len(events) / batch / 2
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    """The CPU time of one call: that of others on the machine does not count."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
 
 
 def main() -> None:
@@ -119,9 +143,10 @@ def main() -> None:
     rng = random.Random(0)
     bench_match(args.tokens, args.workers, args.block_size, rng)
     bench_choose(rng)
-    for holders in (1, 2, 4):
-        bench_memory(args.blocks // 5, holders, rng)
-    bench_events(args.blocks, rng)
+    for case in ((8, 1), (8, 3), (1000, 1), (1000, 3)):
+        process = get_context("spawn").Process(target=bench_events, args=(args.blocks, *case))
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait(timeout=STOP_TIMEOUT_S)
 
 
-def wait_ready(log_file: Path, workers: int) -> str:
+def wait_ready(log_file: Path, workers: int, timeout_s: float = READY_TIMEOUT_S) -> str:
     """The URL of the frontend that logs there, once it has so many workers."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         text = log_file.read_text()
         if "listening on " in text and text.count("instance ready") == workers:

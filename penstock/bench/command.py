@@ -51,7 +51,10 @@ class BenchOptions(msgspec.Struct, frozen=True):
 
 def bench(
     url: Annotated[
-        str, typer.Option(show_default=False, help="Server with OpenAI's API. [the running graph's]")
+        str,
+        typer.Option(
+            show_default=False, help="Server with OpenAI's API, or unix:/PATH. [the running graph's]"
+        ),
     ] = "",
     model: Annotated[str | None, typer.Option(help="Served model; default: the server's first.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Closed loop: users at once.")] = 16,

@@ -11,12 +11,14 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from penstock.errors import ConfigError, RemoteError
+from penstock.net.address import unix_socket_path
 
 CONNECT_TIMEOUT_S = 10.0
 """Timeout of connecting, TLS handshake included."""
@@ -48,14 +50,18 @@ class HttpClient:
     """A pool of keep-alive connections to one server.
 
     Args:
-        base_url: `http://host:port` or `https://...`, optionally with a path that precedes all paths.
+        base_url: `http://host:port` or `https://...`, optionally with a path that precedes all paths; or
+            `unix:/path` of a Unix socket.
         headers: sent with every request.
     """
 
     def __init__(self, base_url: str, headers: dict[str, str] | None = None) -> None:
+        self._socket_path = unix_socket_path(base_url)
+        if self._socket_path:
+            base_url = "http://localhost"
         url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigError(f"url: `{base_url}` is not an http(s) address")
+            raise ConfigError(f"url: `{base_url}` is no address: expected http://HOST:PORT or unix:/PATH")
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
         self._host = url.hostname
         self._port = url.port or (443 if self._ssl else 80)
@@ -101,12 +107,15 @@ class HttpClient:
             await connection.closed.wait()
 
     async def _connect(self) -> _HttpConnection:
-        loop = asyncio.get_running_loop()
+        loop, make = asyncio.get_running_loop(), partial(_HttpConnection, self._forget)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(
-                    lambda: _HttpConnection(self._forget), self._host, self._port, ssl=self._ssl
-                )
+                if self._socket_path:
+                    _, connection = await loop.create_unix_connection(make, self._socket_path)
+                else:
+                    _, connection = await loop.create_connection(
+                        make, self._host, self._port, ssl=self._ssl
+                    )
         except TimeoutError:
             raise RequestFailed("connect", f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:

@@ -1,10 +1,13 @@
-"""Reads public request traces, and plans their replay with texts of equal lengths and equal common
+"""Reads request traces, and plans their replay with texts of equal lengths and equal common
 prefixes.
 
 Mooncake (kvcache-ai/Mooncake, FAST25): JSON lines of `timestamp` in ms, `input_length` and `output_length`
 in tokens, and `hash_ids`, one per 512 tokens of the prompt. Equal ids mean equal text, so each id becomes a
 fixed piece of filler. The recording rounded timestamps to batches of about 3 s, with some ten requests
 each; the replay spreads them evenly over the batch.
+
+`penstock record` writes the same, with more fields (core/recording.py): with these, times are exact, and
+blocks may have another length.
 
 Azure (AzurePublicDataset): CSV of `TIMESTAMP, ContextTokens, GeneratedTokens`; every prompt is new.
 """
@@ -17,19 +20,25 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from random import Random
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import msgspec
+from msgspec import Meta
 
 from penstock.bench.conversations import Arrival, PlannedConversation, PlannedTurn, words
 from penstock.bench.text import filler
 from penstock.errors import ConfigError
 
 BLOCK_TOKENS = 512
-"""Number of tokens per hash id in the Mooncake traces."""
+"""Number of tokens per hash id in traces that do not say it, as Mooncake's."""
 
 BATCH_S = 3.0
-"""Length of a batch of arrivals in the Mooncake traces."""
+"""Length of a batch of arrivals in traces that do not say it, as Mooncake's."""
+
+MAX_HASH_ID = 2**30 - 1
+"""Ids are numbers of blocks, and not hashes: tokens are made of them."""
+
+HashIds = list[Annotated[int, Meta(ge=0, le=MAX_HASH_ID)]]
 
 MAX_ROWS = 1_000_000
 """Most rows of a trace, which is kept in memory. The longest public traces have a tenth of this."""
@@ -42,13 +51,20 @@ class TraceRow(msgspec.Struct):
     input_tokens: int
     output_tokens: int
     hash_ids: list[int] = []  # empty: no text in common with other requests
+    output_hash_ids: list[int] = []  # as RecordedRequest has them; empty: not known
+    block_tokens: int = BLOCK_TOKENS
+    session: int | None = None
 
 
 class _MooncakeLine(msgspec.Struct):
     timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int] = []
+    input_length: Annotated[int, Meta(ge=1)]
+    output_length: Annotated[int, Meta(ge=0)]
+    hash_ids: HashIds = []
+    output_hash_ids: HashIds = []
+    block_tokens: Annotated[int, Meta(ge=1)] = BLOCK_TOKENS
+    rounded_ms: Annotated[float, Meta(ge=0)] = BATCH_S * 1e3
+    session: int | None = None
 
 
 def read_trace(path: Path, *, speedup: float = 1.0, seed: int = 0) -> list[TraceRow]:
@@ -90,8 +106,16 @@ def _mooncake_rows(lines: TextIO, seed: int) -> Iterator[TraceRow]:
     decode = msgspec.json.Decoder(_MooncakeLine).decode
     for text in lines:
         line = decode(text)
-        at_s = line.timestamp / 1e3 + rng.uniform(0.0, BATCH_S)
-        yield TraceRow(at_s, line.input_length, line.output_length, line.hash_ids)
+        at_s = (line.timestamp + rng.uniform(0.0, line.rounded_ms)) / 1e3
+        yield TraceRow(
+            at_s,
+            line.input_length,
+            line.output_length,
+            line.hash_ids,
+            line.output_hash_ids,
+            line.block_tokens,
+            line.session,
+        )
 
 
 def _azure_rows(lines: TextIO) -> Iterator[TraceRow]:
@@ -110,10 +134,10 @@ def replay(rows: list[TraceRow], *, words_per_token: float = 1.0, seed: int = 0)
 def _prompt(row: TraceRow, number: int, words_per_token: float, seed: int) -> str:
     if not row.hash_ids:
         return filler.__wrapped__(f"{seed}/row {number}", words(row.input_tokens, words_per_token))
-    whole = words(BLOCK_TOKENS, words_per_token)
+    whole = words(row.block_tokens, words_per_token)
     pieces = [filler(f"{seed}/block {hash_id}", whole) for hash_id in row.hash_ids]
-    last_tokens = row.input_tokens - BLOCK_TOKENS * (len(pieces) - 1)
-    if last_tokens < BLOCK_TOKENS:
+    last_tokens = row.input_tokens - row.block_tokens * (len(pieces) - 1)
+    if last_tokens < row.block_tokens:
         last_words = words(max(1, last_tokens), words_per_token)
         pieces[-1] = " ".join(pieces[-1].split(" ", last_words)[:last_words])
     return " ".join(pieces)

@@ -1,0 +1,1 @@
+"""`penstock plan`: how many GPUs a load needs, and how to divide them."""

@@ -1,0 +1,230 @@
+"""`penstock plan`: how many GPUs a load needs, and how to divide them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import msgspec
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from penstock.bench.measurements import Percentiles
+from penstock.bench.traces import read_trace
+from penstock.core.policies import policy_named
+from penstock.errors import ConfigError, PenstockError
+from penstock.plan.candidates import BATCH_TOKENS, PlannedGraph, forms, layouts
+from penstock.plan.kinds import worker_kinds
+from penstock.plan.manifest import manifest
+from penstock.plan.objective import Objective
+from penstock.plan.runner import Processes
+from penstock.plan.search import Advice, Search
+from penstock.plan.standing import LEAST_SCALE, MOST_SCALE
+from penstock.simulate.command import (
+    Arrival,
+    Duration,
+    Generator,
+    OutputTokens,
+    PromptTokens,
+    RateText,
+    Requests,
+    SharedTokens,
+    Trace,
+    Users,
+    generated_load,
+)
+from penstock.simulate.report import Estimate
+from penstock.simulate.run import SimulatedGraph, WorkloadSettings
+from penstock.simulate.workload import ClientSession
+
+Option = typer.Option
+SloText = Annotated[
+    str, Option("--slo", help="Limits, and the share of requests to meet them: ttft=2s,itl=25ms,share=90%.")
+]
+Gpus = Annotated[int | None, Option(min=1, help="GPUs to divide; if not given, the fewest are found.")]
+Costs = Annotated[
+    str, Option("--cost-model", help="Model, GPU and tensor parallel size, or only the first of them.")
+]
+Policies = Annotated[str, Option(help="Routing policies to try with the best graph.")]
+CpuS = Annotated[float, Option(min=1.0, help="CPU time to search for, in seconds.")]
+Jobs = Annotated[int, Option(min=0, help="Processes; 0: one for each core.")]
+WriteFile = Annotated[Path | None, Option("--write", help="Write the best graph's manifest here.")]
+JsonFile = Annotated[Path | None, Option(help="Write all figures here.")]
+
+TRANSFER_GB_S = SimulatedGraph().gigabytes_per_s
+
+SESSIONS_LOOKED_AT = 2_000
+"""Of a load that is made up, for its longest request."""
+
+SHOWN = 5
+REPORT_COLUMNS = 108
+"""Rows of the table; its width where it is not shown in a terminal."""
+
+
+def plan(
+    trace: Trace = None,
+    generator: Generator = "chat",
+    rate: RateText = None,
+    arrival: Arrival = "poisson",
+    users: Users = None,
+    duration: Duration = 600.0,
+    requests: Requests = 0,
+    prompt_tokens: PromptTokens = None,
+    output_tokens: OutputTokens = None,
+    shared_tokens: SharedTokens = 0,
+    slo: SloText = "ttft=2s,itl=25ms",
+    gpus: Gpus = None,
+    costs: Costs = "qwen3-32b/h200",
+    policy: Policies = "kv,lmetric,sticky",
+    cpu_s: CpuS = 300.0,
+    jobs: Jobs = 0,
+    write: WriteFile = None,
+    json: JsonFile = None,
+) -> None:
+    """Find the graph that serves a load best with so many GPUs, or with the fewest."""
+    objective, kinds = Objective.parse(slo), worker_kinds(costs)
+    lengths = {
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "shared_tokens": shared_tokens,
+    }
+    if trace is None:
+        load = generated_load(generator, rate, arrival, users, duration, lengths)
+    elif rate is not None or users is not None:
+        raise ConfigError("trace: it has its own arrival times")
+    else:
+        rows = len(read_trace(trace))
+        load = WorkloadSettings(trace=trace, requests=min(requests, rows) if requests else rows)
+    policies = [name.strip() for name in policy.split(",") if name.strip()]
+    for name in policies:
+        policy_named(name)
+    with Processes(jobs or os.cpu_count() or 1, cpu_s) as run:
+        search = Search(load, objective, run, cpu_s)
+        if gpus is None:
+            advice = search.fewest(forms(kinds), policies)
+        else:
+            candidates = layouts(kinds, gpus)
+            if not candidates:
+                fewest = min(kind.gpus for kind in kinds)
+                raise ConfigError(f"gpus: {gpus} are too few; a worker takes {fewest} or more")
+            advice = search.best(candidates, policies)
+    if not advice:
+        raise PenstockError(
+            f"no graph meets {objective}: too many single requests are slower than that on idle workers"
+        )
+    remarks = list(_remarks(advice[0], objective, load))
+    _show(advice, objective, search, remarks, cpu_s)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(advice), indent=2) + b"\n")
+    if write is not None:
+        write.write_text(manifest(advice[0].candidate, _longest_request(load), remarks), encoding="utf-8")
+
+
+def _longest_request(load: WorkloadSettings) -> int:
+    """In tokens, prompt and answer together."""
+    sessions = load.load(1.0, 0).sessions
+    sessions = sessions if load.trace is not None else islice(sessions, SESSIONS_LOOKED_AT)
+    return max(max(_contexts(session)) for session in sessions)
+
+
+def _contexts(session: ClientSession) -> Iterator[int]:
+    """How long each request of a session is, with its answer."""
+    tokens = 0
+    for turn in session.turns:
+        if turn.kept_tokens is not None:
+            tokens = min(tokens, turn.kept_tokens)
+        tokens += sum(length for _, length in turn.new) + turn.output_tokens
+        yield tokens
+
+
+def _remarks(best: Advice, objective: Objective, load: WorkloadSettings) -> Iterator[str]:
+    """What was planned for, and what was assumed."""
+    candidate, kind = best.candidate, best.candidate.kind
+    source = load.trace.name if load.trace is not None else f"the load {load.generator}"
+    share = Estimate.of([it.good_share for it in best.reports]).times(100).format(1)
+    yield f"Planned for {source} and {objective}: {candidate.name}, {candidate.gpus} GPUs."
+    yield f"{share} % of the requests meet the limits."
+    if best.margin is None:
+        yield f"Even at {LEAST_SCALE:g} times the load, too many do not: they are too slow on idle workers."
+    elif not best.breaks:
+        yield f"It bears {MOST_SCALE:g} times the load and more: fewer GPUs may do."
+    else:
+        yield f"It bears {best.margin:.2f} times the load; then {best.breaks} breaks first."
+    measured = kind.cost_model.endswith(".json")
+    yield f"Assumed: the step times of {kind.cost_model}; {kind.cache_tokens:,} tokens of KV in each worker"
+    source = "as measured" if measured else "bf16, at 90 % of the GPUs' memory"
+    yield f"({source}); KV transfers of {TRANSFER_GB_S:g} GB/s."
+    if not measured:
+        yield "Real GPUs were measured to be 8 to 17 % slower: a margin below 1.2 is none."
+
+
+def _show(
+    advice: Sequence[Advice],
+    objective: Objective,
+    search: Search,
+    remarks: Sequence[str],
+    budget_cpu_s: float,
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else REPORT_COLUMNS)
+    seeds = f"{search.seeds} seeds" if search.seeds > 1 else "1 seed"
+    table = Table(
+        title=f"{objective}, on {search.piece:.0%} of the load, {seeds}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("graph", no_wrap=True)
+    for heading in ("GPUs", "good %", "good/s", "TTFT ms", "ITL ms", "cached %", "margin"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for it in advice[:SHOWN]:
+        reports = it.reports
+        table.add_row(
+            _description(it.candidate),
+            str(it.candidate.gpus),
+            Estimate.of([report.good_share for report in reports]).times(100).format(1),
+            f"{fmean(report.goodput_per_s for report in reports):.2f}",
+            _percentiles([report.ttft_ms for report in reports], 0),
+            _percentiles([report.itl_ms for report in reports], 1),
+            f"{100 * fmean(report.cached_share for report in reports):.1f}",
+            _margin(it),
+        )
+    console.print(table)
+    for line in [
+        "TTFT and ITL (mean time per token): 50th, 90th and 99th percentile. Margin: times the load that",
+        "the graph bears; then, what is missed first.",
+        "",
+        *remarks,
+        f"{search.spent_cpu_s:.0f} of {budget_cpu_s:.0f} s of CPU time were used.",
+    ]:
+        console.print(line, highlight=False)
+
+
+def _description(candidate: PlannedGraph) -> str:
+    lines = [candidate.name, candidate.kind.cost_model]
+    if candidate.policy != "kv":
+        lines.append(f"policy {candidate.policy}")
+    if candidate.max_batch_tokens != BATCH_TOKENS:
+        lines.append(f"steps of {candidate.max_batch_tokens:,} tokens")
+    return "\n".join(lines)
+
+
+def _margin(advice: Advice) -> str:
+    if advice.margin is None:
+        return f"< {LEAST_SCALE:g} {advice.breaks}"
+    return f"{advice.margin:.2f} {advice.breaks}" if advice.breaks else f"> {MOST_SCALE:g}"
+
+
+def _percentiles(measured: Sequence[Percentiles], digits: int) -> str:
+    """Their means over seeds."""
+    figures = [
+        fmean(value for it in measured if (value := getattr(it, name)) is not None)
+        for name in ("p50", "p90", "p99")
+        if any(getattr(it, name) is not None for it in measured)
+    ]
+    return "/".join(f"{figure:.{digits}f}" for figure in figures)

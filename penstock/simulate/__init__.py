@@ -1,0 +1,1 @@
+"""`penstock simulate`: what routing would do to a load, on virtual time."""
