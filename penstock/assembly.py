@@ -1,7 +1,8 @@
 """One process of a graph: its options in, a running frontend or worker out.
 
-The only place where concrete adapters are chosen: discovery, engine, KV transfer. An adapter's module is
-imported when it is chosen, so a frontend never loads numpy, and a worker never loads an HTTP server.
+The only place where concrete adapters are chosen: discovery, engine, KV transfer, store of responses. An
+adapter's module is imported when it is chosen, so a frontend never loads numpy, and a worker never loads an
+HTTP server.
 """
 
 from __future__ import annotations
@@ -34,16 +35,14 @@ from penstock.logs.setup import setup_logging
 from penstock.metrics import Metrics
 from penstock.net.address import is_loopback, split_address
 from penstock.net.listening import inherited_listener
-from penstock.options.config import (
+from penstock.options.config import SECRET_VARIABLE, FrontendOptions, WorkerOptions
+from penstock.options.discovery_url import (
     ETCD_PASSWORD_VARIABLE,
-    SECRET_VARIABLE,
     DiscoveryUrl,
-    FrontendOptions,
-    WorkerOptions,
     discovery_directory,
     parse_discovery,
 )
-from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer
+from penstock.ports import ChatParsers, Discovery, Engine, KvTransfer, ResponseStore, Tracing
 from penstock.shapes import Incarnation, Role
 
 log = logging.getLogger("penstock.process")
@@ -51,6 +50,9 @@ log = logging.getLogger("penstock.process")
 GC_ALLOCATIONS = 10_000
 """Net allocations of a frontend between two looks for cycles among young objects; Python's 700 come with
 every few requests, and cost 3 % of its CPU."""
+
+OTLP_ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""OpenTelemetry's: where traces go."""
 
 DESCRIPTORS = 32_768
 """Open files and connections that a process asks the system for: of a frontend's clients and workers, of a
@@ -86,37 +88,30 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
 def run_frontend(options: FrontendOptions) -> None:
     """Serve HTTP until a signal. Raises ConfigError when an option or address is wrong."""
     setup_logging(options.log_level, options.log_format)
-    from penstock.core.admission import AdmissionSettings
-    from penstock.core.deadlines import Deadlines, parse_deadlines
-    from penstock.core.settings import RouterSettings
-    from penstock.frontend.app import create_app
+    from penstock.frontend.app import App
     from penstock.frontend.http.server import serve
     from penstock.frontend.settings import FrontendSettings
+    from penstock.options.routing import router_settings
     from penstock.router.router import Router
 
-    # Who may wait for its turn for so long may wait as long for a worker to come back.
-    queue_s = max(Deadlines().queue_s, 2 * options.max_wait_ms / 1e3)
-    deadlines = parse_deadlines(options.deadlines, Deadlines(queue_s=queue_s))
+    routing = router_settings(options)
+    deadlines = routing.deadlines
     settings = FrontendSettings(
         host=options.http_host,
         port=options.http_port,
         api_key=options.api_key,
         api_keys_file=options.api_keys_file,
+        uds=options.uds,
+        root_path=options.root_path,
         max_body_bytes=options.max_body_bytes,
         cors_origins=options.cors_origins,
         sse_keep_alive_s=options.sse_keep_alive_s,
+        stored_response_age_s=options.stored_response_age_s,
         tls_cert=options.http_tls_cert,
         tls_key=options.http_tls_key,
         tokenizing=msgspec.structs.replace(FrontendSettings().tokenizing, max_wait_ms=options.max_wait_ms),
         prepare_timeout_s=min(deadlines.queue_s, deadlines.request_s),
         request_timeout_s=2 * deadlines.request_s,
-    )
-    router_settings = RouterSettings(
-        policy=options.router_mode,
-        disagg=options.disagg,
-        expect=options.expected_roles,
-        admission=AdmissionSettings(max_wait_ms=options.max_wait_ms, max_itl_ms=options.max_itl_ms),
-        deadlines=deadlines,
     )
     link_settings = ClientSettings(secret=_link_secret(options), tls=_tls(options))
     if link_settings.tls is not None:
@@ -126,15 +121,23 @@ def run_frontend(options: FrontendOptions) -> None:
     async def main(stop: asyncio.Event) -> None:
         metrics = Metrics()
         discovery = _discovery(options)
+        store = _response_store(options, metrics)
         metrics.watch_discovery(lambda: discovery.trouble)
-        router = Router(
-            discovery, router_settings, link_settings, metrics.router, frontend_id=_unique_name("frontend")
-        )
+        frontend_id = _unique_name("frontend")
+        router = Router(discovery, routing, link_settings, metrics.router, frontend_id=frontend_id)
+        tracing = _tracing("penstock-frontend", frontend_id)
         async with asyncio.TaskGroup() as tasks:
-            app = create_app(router, settings, metrics, _chat_parsers())
-            following = tasks.create_task(router.run(app.prepare))
+            app = App(router, settings, metrics, _chat_parsers(), store, tracing)
+            following = [tasks.create_task(router.run(app.prepare))]
+            if store is not None:
+                following.append(tasks.create_task(store.check()))
             await serve(app, settings, stop=stop, grace_s=options.drain_s, inherited=inherited)
-            following.cancel()
+            for task in following:
+                task.cancel()
+        if tracing is not None:
+            await tracing.close()
+        if store is not None:
+            await store.close()
         await discovery.close()
 
     # What is imported stays for good, and looking through it would stop all streams for 30 ms; nearly all
@@ -147,6 +150,7 @@ def run_frontend(options: FrontendOptions) -> None:
 def run_worker(options: WorkerOptions) -> None:
     """Serve attempts until a signal, then drain. Raises ConfigError; RemoteError when the engine dies."""
     setup_logging(options.log_level, options.log_format)
+    from penstock.worker.metrics import WorkerMetrics
     from penstock.worker.worker import Worker, WorkerSettings
 
     instance_id = options.instance_id or _unique_name(options.role)
@@ -159,6 +163,8 @@ def run_worker(options: WorkerOptions) -> None:
         max_wait_ms=options.max_wait_ms,
         max_waiting=options.max_waiting,
         drain_s=options.drain_s,
+        aliases=options.served_names[1:],
+        kv_events=options.kv_events == "on",
     )
     link_settings = ServerSettings(
         host=options.host, port=options.port, secret=_link_secret(options), tls=_tls(options)
@@ -167,12 +173,20 @@ def run_worker(options: WorkerOptions) -> None:
 
     async def main(stop: asyncio.Event) -> None:
         discovery = _discovery(options)
-        worker = Worker(engine, discovery, settings, link_settings)
+        tracing = _tracing("penstock-worker", instance_id)
+        metrics = WorkerMetrics()
+        worker = Worker(engine, discovery, settings, link_settings, metrics=metrics, tracing=tracing)
         async with contextlib.AsyncExitStack() as around:
+            if tracing is not None:
+                around.push_async_callback(tracing.close)
             if options.system_port != -1:
                 from penstock.worker.probes import probes
 
-                await around.enter_async_context(probes(options.host, options.system_port, worker.health))
+                def exposition() -> bytes:
+                    return metrics.render() + engine.exposition()
+
+                port = options.system_port
+                await around.enter_async_context(probes(options.host, port, worker.health, exposition))
             await worker.run(stop)
         await discovery.close()
 
@@ -243,38 +257,61 @@ def _etcd_discovery(options: FrontendOptions | WorkerOptions, url: DiscoveryUrl)
     return EtcdDiscovery(settings)
 
 
+def _response_store(options: FrontendOptions, metrics: Metrics) -> ResponseStore | None:
+    """None for the frontend's own memory."""
+    if options.response_store == "memory":
+        return None
+    if options.response_store == "none":
+        from penstock.frontend.responses_api.memory_store import MemoryResponseStore
+
+        return MemoryResponseStore(max_responses=0, max_bytes=0, max_age_s=0.0)
+    if find_spec("redis") is None:
+        raise ConfigError("--response-store: needs one more package: pip install 'penstock-llm[redis]'")
+    from penstock.frontend.responses_api.redis_store import (
+        RedisResponseStore,
+        RedisSettings,
+        parse_redis_url,
+    )
+
+    store_settings = RedisSettings(
+        address=parse_redis_url(options.response_store),
+        namespace=options.namespace,
+        age_s=options.stored_response_age_s,
+    )
+    return RedisResponseStore(store_settings, metrics.count_store_failures().inc)
+
+
 def _engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
-    match options.engine:
-        case "reference":
-            return _reference_engine(options, incarnation)
-        case "sim":
-            return _sim_engine(options, incarnation)
-        case "vllm":
-            return _vllm_engine(options, incarnation)
+    if options.engine == "reference":
+        return _reference_engine(options, incarnation)
+    make = _sim_engine if options.engine == "sim" else _vllm_engine
+    return make(options, incarnation)
+
+
+def _own_name(options: WorkerOptions) -> str:
+    """The model's name, for engines and routers, which know no aliases; empty: the folder's."""
+    return next(iter(options.served_names), "")
 
 
 def _reference_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.reference.engine import ReferenceSettings, reference_engine
-    from penstock.frontend.parsers.built_in import REASONING_ENDS, TOOL_FORMATS
+    from penstock.frontend.parsers.built_in import REASONING_MARKS, TOOL_FORMATS
 
     _check_parser("--tool-call-parser", options.tool_call_parser, TOOL_FORMATS)
-    _check_parser("--reasoning-parser", options.reasoning_parser, REASONING_ENDS)
+    _check_parser("--reasoning-parser", options.reasoning_parser, REASONING_MARKS)
     if not Path(options.model).is_dir():
         raise ConfigError(
             f"--model: {options.model} is not a folder; the reference engine needs a model folder,"
             " only --engine vllm accepts a model's name"
         )
-    given = _given(options, "block_size", "max_model_len")
-    if options.kv_cache_mib is not None:
-        given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024
     settings = ReferenceSettings(
         model=options.model,
-        served_name=options.served_model_name,
+        served_name=_own_name(options),
         tool_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
-        reasoning_end=REASONING_ENDS.get(options.reasoning_parser, ""),
+        reasoning_marks=REASONING_MARKS.get(options.reasoning_parser, ("", "")),
         scheduler=_scheduler(options, incarnation),
-        **given,
+        **_given(options, "block_size", "max_model_len", "kv_cache_bytes"),
     )
     return reference_engine(settings, _transfer(options, incarnation))
 
@@ -292,12 +329,15 @@ def _sim_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
         given["cost_model"] = options.sim_cost_model
     folder = Path(options.model)
     settings = SimSettings(
-        model=options.served_model_name or folder.name,
+        model=_own_name(options) or folder.name,
         speedup=options.sim_speedup,
         assets=str(folder) if folder.is_dir() else "",
         scheduler=_scheduler(options, incarnation),
         **given,
     )
+    if options.sim_cache_tokens is not None:
+        blocks = max(1, options.sim_cache_tokens // settings.block_size)
+        settings = msgspec.structs.replace(settings, total_blocks=blocks)
     return sim_engine(settings, _transfer(options, incarnation))
 
 
@@ -305,16 +345,16 @@ def _vllm_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
     from penstock.engines.vllm.engine import VllmEngine
     from penstock.engines.vllm.settings import VllmSettings
 
-    given = _given(options, "block_size", "max_model_len", "max_running", "max_batch_tokens")
-    if options.kv_cache_mib is not None:
-        given["kv_cache_bytes"] = options.kv_cache_mib * 1024 * 1024
+    given = _given(
+        options, "block_size", "max_model_len", "max_running", "max_batch_tokens", "kv_cache_bytes"
+    )
     flags = {"--tool-call-parser": options.tool_call_parser, "--reasoning-parser": options.reasoning_parser}
     parsers = [part for flag, name in flags.items() if name for part in (flag, name)]
     settings = VllmSettings(
         model=options.model,
         role=options.role,
         incarnation=incarnation,
-        served_name=options.served_model_name,
+        served_name=_own_name(options),
         host=options.advertise_host or options.host,
         kv_port=options.kv_port,
         handoff_ttl_s=options.handoff_ttl_s,
@@ -325,10 +365,10 @@ def _vllm_engine(options: WorkerOptions, incarnation: Incarnation) -> Engine:
 
 
 def _chat_parsers() -> ChatParsers | None:
-    """vLLM's, where it is installed; None for the built-in ones."""
-    from penstock.engines.vllm.installed import installed_version, is_supported
+    """vLLM's, where it is installed and not too old; None for the built-in ones."""
+    from penstock.engines.vllm.installed import OLDEST_TESTED, installed_version, minor
 
-    if not is_supported(installed_version()):
+    if minor(installed_version()) < OLDEST_TESTED:
         return None
     from penstock.engines.vllm.parsing import VllmParsers
 
@@ -363,6 +403,21 @@ def _transfer(options: WorkerOptions, incarnation: Incarnation) -> KvTransfer | 
     from penstock.transfer.tcp import TcpTransfer, TcpTransferSettings
 
     return TcpTransfer(incarnation, TcpTransferSettings(**where))
+
+
+def _tracing(service: str, instance: str) -> Tracing | None:
+    """Where the standard variables name a collector. Clusters may set them for all pods alike, so that what
+    is missing here is no reason not to start."""
+    endpoint = next(filter(None, map(os.environ.get, OTLP_ENDPOINT_VARIABLES)), None)
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if endpoint is None or off or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    if find_spec("opentelemetry") is None or find_spec("opentelemetry.sdk") is None:
+        log.warning("no traces are sent, which needs more packages: pip install 'penstock-llm[otel]'")
+        return None
+    from penstock.tracing import otel_tracing
+
+    return otel_tracing(service, instance, endpoint, os.environ)
 
 
 def _given(options: WorkerOptions, *names: str) -> dict[str, Any]:

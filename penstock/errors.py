@@ -34,10 +34,14 @@ class Rejection(StrEnum):
     BODY_TOO_SLOW = "body_too_slow"
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_CONTENT = "unsupported_content"  # a type or an encoding of the body
+    UNMET_EXPECTATION = "unsupported_expectation"  # of the header Expect
     OVERLOADED = "overloaded"  # others' requests leave no room for it
+    URL_TOO_LONG = "url_too_long"
     HEAD_TOO_LARGE = "headers_too_large"
     CLIENT_LEFT = "client_left"
     INTERNAL = "internal_error"
+    NOT_IMPLEMENTED = "not_implemented"  # a method or an encoding that no path has
+    UNSUPPORTED_VERSION = "unsupported_http_version"
     WORKERS_FAILED = "workers_failed"  # each attempt at it failed
     UNAVAILABLE = "unavailable"  # nobody can serve it now
     TIMED_OUT = "request_timeout"
@@ -81,6 +85,18 @@ class ModelReplaced(RequestRejected):
             kind=Rejection.UNAVAILABLE,
             code="model_replaced",
             retry_after_s=1.0,
+        )
+
+
+class StoreUnavailable(RequestRejected):
+    """The store of responses does not answer, and this request needs it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The store of responses does not answer.",
+            kind=Rejection.UNAVAILABLE,
+            code="response_store_unavailable",
+            retry_after_s=2.0,
         )
 
 

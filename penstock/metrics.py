@@ -309,6 +309,10 @@ class RouterMetrics:
         """Those that have no partner to hand prompts to, or to take them from (core/pairing.py)."""
         self._workers.unpaired = instance_ids
 
+    def distrusted_from(self, causes: Mapping[str, str]) -> None:
+        """Look there at each scrape for those whose cache events are not believed, and why."""
+        self._workers.distrusted = causes
+
     def instance_gone(self, instance_id: str) -> None:
         """Remove all series of an instance. Unknown ids are ignored."""
         self._workers.states.pop(instance_id, None)
@@ -358,11 +362,13 @@ class _WorkerGauges(Collector):
         self.states: dict[str, tuple[str, str]] = {}  # instance id -> role, state
         self.loads: dict[str, Load] = {}
         self.unpaired: Collection[str] = ()
+        self.distrusted: Mapping[str, str] = {}  # instance id -> cause
         registry.register(self)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         yield from self._families()
         yield self._state_family({})
+        yield self._distrusted_family()
 
     @staticmethod
     def _state_family(states: Mapping[str, tuple[str, str]]) -> GaugeMetricFamily:
@@ -386,6 +392,19 @@ class _WorkerGauges(Collector):
                     family.add_metric([instance_id, role], float(getattr(load, field)))
             yield family
         yield self._state_family(self.states)
+        distrusted = self._distrusted_family()
+        for instance_id, cause in self.distrusted.items():
+            role, _ = self.states.get(instance_id, ("", ""))
+            distrusted.add_metric([instance_id, role, cause], 1.0)
+        yield distrusted
+
+    @staticmethod
+    def _distrusted_family() -> GaugeMetricFamily:
+        return GaugeMetricFamily(
+            "penstock_worker_distrusted",
+            "1 while its cache events are not believed, and what was sent to it counts instead",
+            labels=["instance", "role", "cause"],
+        )
 
     def _families(self) -> Iterator[GaugeMetricFamily]:
         for field in (*self.FIELDS, "connected", "unpaired"):
@@ -414,6 +433,14 @@ class Metrics:
             registry=self._registry,
         )
         gauge.set_function(lambda: 0.0 if trouble() else 1.0)
+
+    def count_store_failures(self) -> Counter:
+        """The counter of a store of responses that is not in this process."""
+        return Counter(
+            "penstock_response_store_failures",
+            "Commands that the store of responses did not carry out, for the reason in the log",
+            registry=self._registry,
+        )
 
     def render(self) -> bytes:
         """The exposition format, as METRICS_CONTENT_TYPE says."""

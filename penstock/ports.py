@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
+from penstock.core.spans import Span
 from penstock.shapes import (
     Answering,
     Attempt,
+    AttemptReport,
     EngineCard,
-    EngineStep,
     Handoff,
     JsonObject,
+    Load,
     ModelView,
+    Output,
     Parsed,
     Registration,
     StructuredOutput,
+    TraceContext,
 )
 
 
@@ -33,8 +37,9 @@ class Engine(Protocol):
         """Load the model. Raises ConfigError when it cannot, RemoteError when another time it might. After
         this was cancelled, nothing else is called, not even `stop`."""
 
-    def submit(self, attempt: Attempt) -> None:
-        """Queue an attempt. Bad input ends it with an ERROR output; this never raises."""
+    def submit(self, attempt: Attempt) -> int:
+        """Queue an attempt. Returns about how many of its tokens will have to be computed before its first,
+        going by what is cached. Bad input ends it with an ERROR output; this never raises."""
 
     def cancel(self, attempt_id: str) -> None:
         """End an attempt early; its last output is CANCELLED. Unknown or ended ids are ignored."""
@@ -49,11 +54,25 @@ class Engine(Protocol):
     def asset(self, sha256: str) -> bytes | None:
         """A file of the model, by what its card says; None for any other."""
 
+    def exposition(self) -> bytes:
+        """The engine's own metrics as Prometheus reads them; empty where there are none, or not yet."""
+
     def steps(self) -> AsyncIterator[EngineStep]:
         """One item per engine step, and one when the load changes without a step."""
 
     async def stop(self, grace_s: float) -> None:
         """Finish running attempts for at most `grace_s`, cancel the rest, free everything."""
+
+
+class EngineStep(msgspec.Struct):
+    """Everything one engine step has to say: tokens of all attempts, KV events and load."""
+
+    outputs: list[Output] = []
+    stored: list[int] = []  # sequence hashes of blocks now in the cache
+    removed: list[int] = []  # sequence hashes evicted; within one step, removed before stored
+    cleared: bool = False  # the whole cache was dropped, before `stored`
+    load: Load = Load()
+    ended: list[AttemptReport] = []  # of the attempts whose last output is here
 
 
 class Pulled(msgspec.Struct, frozen=True):
@@ -137,6 +156,35 @@ class Discovery(Protocol):
         """Release what is open. Leases are closed on their own."""
 
 
+class BegunTrace(Protocol):
+    """A request of this process whose span has begun."""
+
+    context: TraceContext
+    """For whoever does a part of it."""
+
+    recording: bool
+    """Whether anybody will see the span."""
+
+    def end(self, span: Span) -> None:
+        """It has ended, as this says."""
+
+
+class Tracing(Protocol):
+    """Sends spans to wherever traces are collected. Nothing here waits for that, or raises."""
+
+    def begin(self, name: str, given: TraceContext | None, began_at: float) -> BegunTrace:
+        """A request begins; `given`: of what, by its client. Time in seconds of the monotonic clock."""
+
+    def record(self, span: Span, parent: TraceContext) -> None:
+        """A part of somebody else's request has ended."""
+
+    async def close(self) -> None:
+        """Send what is left, for a short time at most."""
+
+
+CALL_ID_PREFIX: Final = "call_"  # of the ids of tool calls, as in OpenAI's API
+
+
 class AnswerParser(Protocol):
     """Takes one answer apart. Either `push`, step by step, or `whole`, once. Raises
     RequestRejected(INTERNAL) for an answer that it cannot read."""
@@ -180,3 +228,39 @@ class ChatParsers(Protocol):
     def load(self, model: ModelView) -> ChatParser:
         """Seconds of work; not on the event loop. Raises ConfigError when this model's tokenizer or
         names do not fit."""
+
+
+STORED_ENTRY_BYTES = 1024  # about what a stored response takes beside its texts
+
+
+class StoredResponse(msgspec.Struct, frozen=True):
+    """A response of /v1/responses that is kept, with what it answered."""
+
+    response_id: str
+    response: bytes  # JSON
+    items: bytes  # its own input items, a JSON list
+    previous_id: str  # of the response that it continues; empty when it begins a conversation
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.response) + len(self.items) + STORED_ENTRY_BYTES
+
+
+class ResponseStore(Protocol):
+    """Keeps responses apart by the tenant that made them."""
+
+    async def put(self, tenant: str, stored: StoredResponse) -> bool:
+        """Keep it. False when it is beyond the limits of the store, or the store does not answer."""
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """None when there is none, or it is another tenant's. Raises StoreUnavailable."""
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Whether there was one. Raises StoreUnavailable."""
+
+    async def check(self) -> None:
+        """Log whether it answers."""
+
+    async def close(self) -> None:
+        """Close its connections."""

@@ -20,8 +20,7 @@ from msgspec import Meta
 MAX_PROMPT_TOKENS = 16 * 1024 * 1024
 """Longest prompt with its output: a frame of the link has no room for more."""
 
-MAX_ASSETS = 32
-"""Most files that come with a model; five are known (engines/assets.py)."""
+MAX_ASSETS = 32  # most files that come with a model; five are known (engines/assets.py)
 
 MAX_POOL_BLOCKS = 16 * 1024 * 1024
 """Largest KV pool of one worker: far above any (a million blocks are 16 million tokens)."""
@@ -49,8 +48,7 @@ MAX_LOGPROB = 1e9
 Logprob = Annotated[float, Meta(le=MAX_LOGPROB)]
 """-inf for a token that is ruled out; above 0 where an engine gives logits in place of probabilities."""
 
-MAX_LOGPROBS = 128
-"""Most alternatives per token; clients may ask for 20."""
+MAX_LOGPROBS = 128  # most alternatives per token; clients may ask for 20
 
 # How the next token is drawn, see Sampling.
 Temperature = Annotated[float, Meta(ge=0, le=100)]
@@ -60,6 +58,8 @@ RepetitionPenalty = Annotated[float, Meta(gt=0, le=100)]
 
 Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 """Of an instance, a model, a request. Names stand in logs and metrics: no control characters."""
+
+Aliases = Annotated[tuple[Name, ...], Meta(max_length=32)]  # of a model; only clients use them
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """The digest of a file's content, in hex."""
@@ -109,7 +109,7 @@ class FinishReason(StrEnum):
     REJECTED = "rejected"  # no instance could serve it: what it asks for is wrong; see `Output.error`
 
 
-class StructuredOutput(msgspec.Struct, frozen=True):
+class StructuredOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the whole output must look like. The kinds and their specs are vLLM's `structured_outputs`."""
 
     kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
@@ -121,6 +121,10 @@ class StructuredOutput(msgspec.Struct, frozen=True):
     engine looks for itself."""
     template_variables: JsonObject = {}
     """What the chat template was told beside the messages: some models reason or not by that."""
+    disable_any_whitespace: bool = False
+    """json, json_object: no white space but what is in strings."""
+    whitespace_pattern: Word = ""
+    """json, json_object: a regular expression of what white space may be; empty: the engine's own."""
 
 
 MAX_BAD_SEQUENCES = 128
@@ -157,8 +161,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: Annotated[dict[TokenId, Penalty], Meta(max_length=1024)] = {}
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()  # beside the model's EOS
     ignore_eos: bool = False
-    # None: none; k: the chosen token's, and those of the k most likely.
+    # None: none; k: the chosen token's, and those of the k most likely, or of the named ones.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprob_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_LOGPROBS)] = ()
     structured: StructuredOutput | None = None  # only for engines whose card says `structured_output`
     reproducible: bool = False  # the client gave the seed: the same tokens whatever happens on the way
     # Sequences of tokens that the output must not contain: the last of each is held back.
@@ -167,6 +172,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKENS)] = ()
     # As `logprobs`, of the prompt's tokens. For them the whole prompt is computed, whatever is cached.
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    # Most tokens of reasoning, which the engine then ends. Only for engines whose card says so.
+    thinking_budget: Count | None = None
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
@@ -177,11 +184,18 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     top: Annotated[list[tuple[TokenId, Logprob]], Meta(max_length=MAX_LOGPROBS)] = []
 
 
+class PromptLogprob(TokenLogprob, array_like=True):
+    """The same of a token of the prompt."""
+
+    rank: Annotated[int, Meta(ge=1)] = 1
+    """1 is the most likely token's. Tokens that are equally likely all have the last of their ranks."""
+
+
 class ToolCallDelta(msgspec.Struct, omit_defaults=True):
     """A part of one call of a tool: its beginning (`id` and `name` are set), or more of its arguments."""
 
     index: int  # among the answer's calls
-    id: str | None = None
+    id: str | None = None  # with the prefix, unless the model's format has ids of its own
     name: str | None = None
     arguments: str | None = None  # JSON, in the making
 
@@ -226,6 +240,13 @@ class Handoff(msgspec.Struct):
     params: Annotated[bytes, Meta(max_length=2**21)] = b""  # the transport's own, opaque to everyone else
 
 
+class TraceContext(msgspec.Struct, frozen=True):
+    """Of which trace something is a part, as in the HTTP headers of these names (W3C Trace Context)."""
+
+    traceparent: Word
+    tracestate: Word = ""
+
+
 class Attempt(msgspec.Struct):
     """One try at a choice on one instance.
 
@@ -242,6 +263,7 @@ class Attempt(msgspec.Struct):
     handoff: Handoff | None = None
     cache_salt: Word = ""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0  # lower goes first
+    trace: TraceContext | None = None
 
 
 class Output(msgspec.Struct, array_like=True):
@@ -256,19 +278,21 @@ class Output(msgspec.Struct, array_like=True):
     error: Text | None = None  # with ERROR and REJECTED
     transferred_blocks: Count | None = None  # on the first output: blocks pulled from a prefill worker
     # With the first token of all, when asked for: those of the prompt's tokens, from its second one on.
-    prompt_logprobs: Annotated[list[TokenLogprob], Meta(max_length=MAX_PROMPT_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[list[PromptLogprob], Meta(max_length=MAX_PROMPT_LOGPROBS)] | None = None
+    # With the finish_reason, if the engine had begun with it: the EngineTimes of core/attempt_phases.py.
+    took: tuple[Milliseconds, Milliseconds, Milliseconds, Milliseconds] | None = None
 
 
 class Rates(msgspec.Struct, array_like=True, frozen=True):
-    """What a worker has measured of itself. A step takes about
-    `step_ms + prefill_token_ms * prefill tokens + decode_request_ms * decoding requests`;
-    a pull takes about `transfer_ms + transfer_block_ms * blocks`."""
+    """What a worker has measured of itself, as the coefficients of two formulas (engines/step_times.py)."""
 
     step_ms: Milliseconds = 1.0
     prefill_token_ms: Milliseconds = 0.02
     decode_request_ms: Milliseconds = 0.02
     transfer_ms: Milliseconds = 0.5
     transfer_block_ms: Milliseconds = 0.01
+    prefill_context_ms: Milliseconds = 1e-6  # per prompt token and token before it
+    decode_context_ms: Milliseconds = 2e-5  # per token of context of the requests that decode
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True):
@@ -285,16 +309,20 @@ class Load(msgspec.Struct, array_like=True, frozen=True):
     rates: Rates = Rates()
     submitted: Total = 0  # attempts submitted to the engine so far that this load includes
     output_tokens: MeanTokens = 0.0  # of an output that ended here, on average; 0: none has
+    prefill_context_tokens: Total = 0  # over prefill_tokens: tokens before each, which its attention reads
 
 
-class EngineStep(msgspec.Struct):
-    """Everything one engine step has to say: tokens of all attempts, KV events and load."""
+class AttemptReport(msgspec.Struct):
+    """What an attempt that an engine has ended took there. Times in seconds of the machine's monotonic
+    clock, None where it never came to that."""
 
-    outputs: list[Output] = []
-    stored: list[int] = []  # sequence hashes of blocks now in the cache
-    removed: list[int] = []  # sequence hashes evicted; within one step, removed before stored
-    cleared: bool = False  # the whole cache was dropped, before `stored`
-    load: Load = Load()
+    attempt_id: str
+    submitted_at: float
+    began_at: float | None  # it had its KV blocks, for the first time
+    pulled_at: float | None  # the pull of its handoff's KV had ended
+    first_token_at: float | None
+    ended_at: float
+    output_tokens: int
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -317,6 +345,7 @@ class Answering(msgspec.Struct, frozen=True):
     structured_output: bool = False  # whether the engine takes Sampling.structured
     tool_parser: Word = ""  # name of vLLM's parser for this model's tool calls; empty: none
     reasoning_parser: Word = ""  # the same for its reasoning
+    thinking_budget: bool = False  # whether the engine takes Sampling.thinking_budget
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -344,6 +373,12 @@ class EngineCard(msgspec.Struct, frozen=True):
     transport: Word = ""  # name of its KvTransfer; empty when it cannot hand over
     max_batch_tokens: Count = 0  # most tokens of one step; 0: unknown
     max_running: Count = 0  # requests in one step; 0: unknown
+    kv_events: bool = True  # whether frontends are told what it has cached
+
+    @property
+    def cache_tokens(self) -> int:
+        """That its KV cache holds."""
+        return self.total_blocks * self.block_size
 
     def __str__(self) -> str:
         """For logs."""
@@ -357,6 +392,7 @@ class Card(msgspec.Struct, frozen=True):
     incarnation: Incarnation
     role: Role
     engine: EngineCard
+    aliases: Aliases = ()  # of its model
 
     @property
     def instance_id(self) -> str:
@@ -387,6 +423,7 @@ class Registration(msgspec.Struct, frozen=True):
     # These two where the epoch is unknown:
     process: Word = ""  # another one for each process that bears this instance's name
     started_ms: Total = 0  # milliseconds since 1970, by the clock that epochs are of: it began after that
+    aliases: Aliases = ()  # of its model
 
     @property
     def incarnation(self) -> Incarnation:
@@ -417,7 +454,10 @@ class Request(msgspec.Struct):
     priority: int = 0  # lower goes first
     tenant: str = ""  # the name of the API key that it came with; empty where none are needed
     call_id: str = ""  # shared by the choices of a call, which are admitted together
+    client_id: str = ""  # the x-request-id of that call
     age_s: float = 0.0  # since the frontend had read its call: deadlines count from then
+    trace: TraceContext | None = None
+    session: str = ""  # a hash of the name that its client gives its session; empty: it gives none
 
 
 class Delta(msgspec.Struct):
@@ -427,7 +467,7 @@ class Delta(msgspec.Struct):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None  # STOP or LENGTH, on the last delta
     cached_tokens: int | None = None  # on the first delta
-    prompt_logprobs: list[TokenLogprob] | None = None  # as in Output
+    prompt_logprobs: list[PromptLogprob] | None = None  # as in Output
 
 
 class ModelView(msgspec.Struct):
@@ -452,3 +492,5 @@ class InstanceView(msgspec.Struct):
     address: str
     load: Load
     reason: str = ""  # why it takes no attempts, where that is not plain from the state
+    distrusted: str = ""  # why its cache events are not believed (core/overlap_check.py); empty: they are
+    cache_tokens: int = 0  # that its KV cache holds; 0: not known yet

@@ -66,12 +66,21 @@ class Poisonable:
 class RunningWorker:
     """A worker as a task, which can be stopped kindly or cut off."""
 
-    def __init__(self, cluster: Cluster, instance_id: str, role: Role, **sim: Any) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        instance_id: str,
+        role: Role,
+        *,
+        model: str = MODEL,
+        aliases: tuple[str, ...] = (),
+        **sim: Any,
+    ) -> None:
         self.instance_id = instance_id
         incarnation = Incarnation(instance_id, next(cluster.epochs))
         transfer = None if role is Role.AGGREGATED else TcpTransfer(incarnation)
         settings = SimSettings(
-            model=MODEL,
+            model=model,
             **{
                 "cost_model": "zero",
                 "vocab_size": 1000,
@@ -85,7 +94,7 @@ class RunningWorker:
         self.worker = Worker(
             self.engine,
             FileDiscovery(cluster.folder, cluster.discovery_settings),
-            WorkerSettings(incarnation, role, **cluster.worker_settings),
+            WorkerSettings(incarnation, role, aliases=aliases, **cluster.worker_settings),
             ServerSettings(),
         )
         self.stop = asyncio.Event()

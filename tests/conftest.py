@@ -46,7 +46,7 @@ ALONE = (
 )
 """Files whose cases compute for long and share nothing: each case goes to whichever process is free."""
 
-SAME_GRAPHS = ("tests/e2e/test_document.py", "tests/e2e/test_equality.py")
+SAME_GRAPHS = tuple(f"tests/e2e/test_{name}.py" for name in ("document", "equality", "official_sdks"))
 """Files that use the same graphs of several processes, which are started only once."""
 
 

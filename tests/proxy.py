@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from dataclasses import dataclass
 
 _CHUNK_BYTES = 64 * 1024
@@ -21,10 +22,13 @@ class Weather:
 
 
 class Proxy:
-    """Listens at one address for another. Use from one event loop."""
+    """Listens at one address for another, with `tls` if given. Use from one event loop."""
 
-    def __init__(self, listen: tuple[str, int], target: tuple[str, int]) -> None:
+    def __init__(
+        self, listen: tuple[str, int], target: tuple[str, int], tls: ssl.SSLContext | None = None
+    ) -> None:
         self.listen = listen
+        self._tls = tls
         self.target = target
         self._weather = Weather()
         self._changed = asyncio.Event()
@@ -43,7 +47,9 @@ class Proxy:
         return bool(self._writers)
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, *self.listen, limit=_BUFFER_BYTES)
+        self._server = await asyncio.start_server(
+            self._accept, *self.listen, limit=_BUFFER_BYTES, ssl=self._tls
+        )
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -104,7 +110,7 @@ class Proxy:
                 return
             writer.write(chunk)
             await writer.drain()
-        if not writer.is_closing():
+        if not writer.is_closing() and writer.can_write_eof():  # not with TLS
             writer.write_eof()
 
     async def _clear(self, up: bool) -> None:

@@ -15,9 +15,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.assembly import DESCRIPTORS, _discovery, _transfer, run, run_frontend, run_worker
+from penstock.assembly import (
+    DESCRIPTORS,
+    _discovery,
+    _response_store,
+    _transfer,
+    run,
+    run_frontend,
+    run_worker,
+)
 from penstock.errors import ConfigError, RemoteError
+from penstock.frontend.responses_api.redis_store import RedisResponseStore
+from penstock.metrics import Metrics
 from penstock.options.config import FrontendOptions, WorkerOptions
+from penstock.ports import StoredResponse
 from penstock.shapes import Incarnation, Role
 
 
@@ -37,7 +48,7 @@ def worker(**options: object) -> WorkerOptions:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "vllm"}, "--engine: vllm is not installed: pip install 'vllm>=0.32,<0.33' 'nixl"),
+        ({"engine": "vllm"}, "--engine: vllm is not installed: pip install 'vllm>=0.30,<0.33' 'nixl"),
         ({"engine": "vllm", "transfer": "tcp"}, "--transfer: the vllm engine"),
         (
             {"model": "Qwen/Qwen3-0.6B"},
@@ -95,6 +106,49 @@ def test_a_password_in_the_clear_is_warned_of(
     caplog.clear()
     _discovery(worker(discovery=discovery))
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ("rediss://:of-redis@host/zero", "--response-store: expected memory, none, or redis://"),
+        ("postgres://of-redis@host", "--response-store: expected memory, none, or redis://"),
+        ("Memory", "--response-store: expected memory, none, or redis://"),
+    ],
+)
+def test_store_of_responses_that_cannot_be_is_refused_without_being_shown(store: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        _response_store(FrontendOptions(response_store=store), Metrics())
+    assert "of-redis" not in str(raised.value)
+
+
+async def test_store_of_responses_is_the_one_that_is_named() -> None:
+    assert _response_store(FrontendOptions(), Metrics()) is None  # the frontend's own
+    nothing = _response_store(FrontendOptions(response_store="none"), Metrics())
+    assert nothing is not None
+    assert not await nothing.put("t", StoredResponse("resp_1", b"{}", b"[]", ""))
+    shared = _response_store(FrontendOptions(response_store="redis://localhost"), Metrics())
+    assert isinstance(shared, RedisResponseStore)
+    await shared.close()
+
+
+@pytest.mark.parametrize(
+    ("store", "warned"),
+    [
+        ("redis://:of-redis@127.0.0.1:1", False),
+        ("rediss://:of-redis@redis.invalid:1", False),
+        ("redis://:of-redis@redis.invalid:1", True),
+    ],
+)
+async def test_conversations_in_the_clear_are_warned_of(
+    caplog: pytest.LogCaptureFixture, store: str, warned: bool
+) -> None:
+    shared = _response_store(FrontendOptions(response_store=store), Metrics())
+    assert shared is not None
+    await shared.check()
+    await shared.close()
+    assert ("unencrypted; use rediss:// for TLS" in caplog.text) == warned
+    assert "of-redis" not in caplog.text
 
 
 def test_of_errors_that_come_together_the_first_is_raised() -> None:
@@ -173,6 +227,12 @@ def test_kubernetes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with pytest.raises(ConfigError, match=r"--discovery: .* pip install 'penstock-llm\[kubernetes\]'"):
         run_frontend(FrontendOptions(http_port=0, discovery="kubernetes:"))
+
+
+def test_redis_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigError, match=r"--response-store: .* pip install 'penstock-llm\[redis\]'"):
+        run_frontend(FrontendOptions(http_port=0, response_store="redis://127.0.0.1"))
 
 
 def test_outside_of_clusters_a_kubeconfig_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,12 @@ def test_a_worker_has_series_exactly_as_long_as_it_is_known():
     assert samples["penstock_worker_unpaired", "decode", "w-1"] == 0
     router.unpaired(["w-1"])
     assert _samples(metrics)["penstock_worker_unpaired", "decode", "w-1"] == 1
+    causes = {"w-1": "events_off"}
+    router.distrusted_from(causes)
+    distrusted = ("penstock_worker_distrusted", "decode", "events_off", "w-1")
+    assert _samples(metrics)[distrusted] == 1
+    causes.clear()
+    assert distrusted not in _samples(metrics)
     router.state("w-1", "decode", "connecting")
     samples = _samples(metrics)
     assert samples["penstock_worker_connected", "decode", "w-1"] == 0

@@ -9,8 +9,10 @@ import asyncio
 import itertools
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from penstock.core.admission import AdmissionSettings
 from penstock.core.settings import RouterSettings
@@ -21,10 +23,12 @@ from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.metrics import Metrics
 from penstock.router.router import Router
 from penstock.shapes import Delta, Incarnation, Request, Role, Sampling
+from penstock.transfer.sim import SimNetwork, SimTransfer, SimTransferSettings
 from penstock.worker.worker import Worker, WorkerSettings
 from simulator.directory import Directory, SimDiscovery
 from simulator.loop import Process, VirtualLoop
 from simulator.network import Network
+from tests.false_events import FalseEvents
 
 MODEL = "sim"
 VOCABULARY = range(1000)  # token ids
@@ -40,6 +44,10 @@ class Asked:
     first_at: float = 0.0
     last_at: float = 0.0
     refused: str = ""
+    prompt: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    ended: bool = False
 
     @property
     def ttft_s(self) -> float:
@@ -53,7 +61,7 @@ class Asked:
 class Frontend:
     """A router as a process of its own."""
 
-    def __init__(self, cluster: VirtualCluster, name: str, admission: AdmissionSettings) -> None:
+    def __init__(self, cluster: VirtualCluster, name: str, router: RouterSettings) -> None:
         self._loop = cluster.loop
         self._numbers = itertools.count()
         self._name = name
@@ -61,7 +69,7 @@ class Frontend:
         process = Process(cluster.loop, name)
         self.router = Router(
             SimDiscovery(cluster.directory),
-            RouterSettings(admission=admission),
+            router,
             ClientSettings(),
             Metrics().router,
             frontend_id=name,
@@ -70,19 +78,31 @@ class Frontend:
         )
         process.spawn(self.router.run(), name)
 
-    def ask(self, prompt_tokens: int, max_tokens: int, tenant: str = "", stop_after: int = 0) -> Asked:
-        """Submit a request with a new prompt, whose output has `max_tokens` tokens, or `stop_after`."""
-        asked = Asked(self._loop.time())
+    def ask(
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        tenant: str = "",
+        stop_after: int = 0,
+        after: Sequence[int] = (),
+    ) -> Asked:
+        """Submit a request with so many new tokens `after` others, whose output has `max_tokens` tokens, or
+        `stop_after`."""
+        prompt = [*after, *self._rng.choices(VOCABULARY, k=prompt_tokens)]
+        asked = Asked(self._loop.time(), prompt=prompt)
         request = Request(
             f"{self._name}-{next(self._numbers)}",
             self.router.model(MODEL).key,
-            self._rng.choices(VOCABULARY, k=prompt_tokens),
+            prompt,
             Sampling(max_tokens=max_tokens),
             tenant=tenant,
         )
 
         def on_delta(delta: Delta) -> None:
             asked.tokens += len(delta.token_ids)
+            asked.output += delta.token_ids
+            asked.cached_tokens += delta.cached_tokens or 0
+            asked.ended = delta.finish_reason is not None
             asked.first_at = asked.first_at or self._loop.time()
             asked.last_at = self._loop.time()
             if stop_after and asked.tokens >= stop_after:
@@ -115,38 +135,76 @@ class Frontend:
 
 
 class VirtualCluster:
-    """Workers of one role on virtual time."""
+    """Workers on virtual time: so many aggregated ones, or one for each of these roles."""
 
     def __init__(
-        self, workers: int, *, max_running: int = 256, cost_model: str = "qwen3-8b/h200/tp1"
+        self,
+        workers: int | Sequence[Role],
+        *,
+        max_running: int = 256,
+        cost_model: str = "qwen3-8b/h200/tp1",
+        total_blocks: int = 16_384,
+        vocab_size: int = len(VOCABULARY),
     ) -> None:
         self.loop = VirtualLoop()
         self.loop.network = Network(self.loop, random.Random(1), lambda *event: None, (0.0001, 0.0005))
         self.directory = Directory(random.Random(1), lambda *event: None, lease_s=1e9)
-        for number in range(workers):
-            self._worker(f"w{number}", max_running, cost_model)
-
-    def _worker(self, name: str, max_running: int, cost_model: str) -> None:
-        process = Process(self.loop, name)
-        settings = SimSettings(
+        self._settings = SimSettings(
             model=MODEL,
             cost_model=cost_model,
-            vocab_size=len(VOCABULARY),
+            vocab_size=vocab_size,
             max_model_len=32_768,
-            total_blocks=16_384,
+            total_blocks=total_blocks,
             scheduler=SchedulerSettings(max_running=max_running),
         )
-        worker = Worker(
-            sim_engine(settings, None, process.clock),
-            SimDiscovery(self.directory),
-            WorkerSettings(Incarnation(name, 1), Role.AGGREGATED),
-            ServerSettings(host=name),
-            process.clock,
-        )
-        process.spawn(worker.run(asyncio.Event()), name)
+        self._stops: dict[str, asyncio.Event] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._epochs = itertools.count(1)
+        self.engines: dict[str, FalseEvents] = {}
+        self._transfers = SimNetwork()
+        roles = [Role.AGGREGATED] * workers if isinstance(workers, int) else workers
+        for number, role in enumerate(roles):
+            self.start(f"w{number}", role=role)
 
-    def frontend(self, name: str = "f0", **admission: Any) -> Frontend:
-        return Frontend(self, name, AdmissionSettings(**admission))
+    def start(
+        self,
+        name: str,
+        block_size: int = 16,
+        claimed_block_size: int | None = None,
+        role: Role = Role.AGGREGATED,
+    ) -> None:
+        """Start a worker."""
+        process = Process(self.loop, name)
+        incarnation = Incarnation(name, next(self._epochs))
+        scheduler = msgspec.structs.replace(self._settings.scheduler, holder=incarnation)
+        settings = msgspec.structs.replace(self._settings, block_size=block_size, scheduler=scheduler)
+        self._stops[name] = stop = asyncio.Event()
+
+        async def serve() -> None:  # a transfer is made on the loop
+            transfer = None
+            if role is not Role.AGGREGATED:
+                transfer = SimTransfer(SimTransferSettings(), self._transfers, name, process.clock)
+            engine = FalseEvents(sim_engine(settings, transfer, process.clock), claimed_block_size)
+            self.engines[name] = engine
+            worker = Worker(
+                engine,
+                SimDiscovery(self.directory),
+                WorkerSettings(incarnation, role),
+                ServerSettings(host=name),
+                process.clock,
+            )
+            await worker.run(stop)
+
+        self._runs[name] = process.spawn(serve(), name)
+
+    async def stop(self, name: str) -> None:
+        """Let a worker leave in order."""
+        self._stops[name].set()
+        await self._runs[name]
+
+    def frontend(self, name: str = "f0", slo_itl_ms: float = 25.0, **admission: Any) -> Frontend:
+        settings = RouterSettings(slo_itl_ms=slo_itl_ms, admission=AdmissionSettings(**admission))
+        return Frontend(self, name, settings)
 
     def run(self, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Wait until all is up, then do this."""

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from penstock.checked import suggestion
-from penstock.cli import key, local, log_relay, serve, talk
+from penstock.cli import explain, key, local, log_relay, record, serve, talk
 from penstock.errors import ConfigError, PenstockError
 
 # What a command line's parser raises has an ancestor in common with this one. Which it is, and in which
@@ -43,6 +43,9 @@ _OTHER_WORDS = {
 }
 
 _INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
+_SIMULATE_HELP = "Compare routing policies on a load, without GPUs."
+_PLAN_HELP = "Find how many GPUs a load needs, and how to divide them."
+_CALIBRATE_HELP = "Measure what steps of a running worker cost, for plan and simulate."
 _BENCH_HELP = "Measure a server: latency, throughput, cache use."
 
 
@@ -73,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def build_app(arguments: Sequence[str]) -> typer.Typer:
-    """All commands. The benchmark's are only loaded for it."""
+    """All commands. Options of `bench`, `simulate`, `plan` and `calibrate` are only loaded for these."""
     app = typer.Typer(
         help="Serve large language models across machines: disaggregated, KV-routed, without a broker.",
         add_completion=False,
@@ -84,15 +87,26 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app.callback()(_common)
     local.register(app)
     talk.register(app)
+    explain.register(app)
+    record.register(app)
     serve.register(app)
     log_relay.register(app)
     key.register(app)
-    if arguments[:1] == ["bench"]:
+    if arguments[:1] in (["bench"], ["simulate"], ["plan"], ["calibrate"]):
         from penstock.bench.command import bench
+        from penstock.plan.calibrate import calibrate
+        from penstock.plan.command import plan
+        from penstock.simulate.command import simulate
 
         app.command("bench", help=_BENCH_HELP)(talk.at_running_graph(bench))
+        app.command("simulate", help=_SIMULATE_HELP)(simulate)
+        app.command("plan", help=_PLAN_HELP)(plan)
+        app.command("calibrate", help=_CALIBRATE_HELP)(talk.at_running_graph(calibrate))
     else:
         app.command("bench", help=_BENCH_HELP)(lambda: None)
+        app.command("simulate", help=_SIMULATE_HELP)(lambda: None)
+        app.command("plan", help=_PLAN_HELP)(lambda: None)
+        app.command("calibrate", help=_CALIBRATE_HELP)(lambda: None)
     app.command("version", help="Print the version.")(lambda: _print_version())
     return app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,20 +12,29 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from penstock.errors import ConfigError, RemoteError
+from penstock.net.address import unix_socket_path
 
 _CONNECT_TIMEOUT_S = 5.0
 _TOKEN_TIMEOUT_S = 300.0  # between two pieces of an answer; the first may wait in a queue
-_LINE_BYTES_MAX = 1024 * 1024
+_LINE_BYTES_MAX = 4 * 1024 * 1024
 _BODY_BYTES_MAX = 1024 * 1024
+_ANSWER_BYTES_MAX = 64 * 1024 * 1024
 
 
 class ChatClient:
     """Speaks to one server; a connection per call."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._socket_path = unix_socket_path(url)
+        if self._socket_path:
+            self.url, self._path = url, ""
+            return
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url: expected http://HOST:PORT, got {url!r}")
+            raise ConfigError(f"--url: expected http://HOST:PORT or unix:/PATH, got {url!r}")
         try:
             port = parts.port
         except ValueError as error:
@@ -32,9 +42,6 @@ class ChatClient:
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._host, self._port, self._secure = parts.hostname, port, parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def first_model(self) -> str:
         """The first model served. Raises RemoteError."""
@@ -44,17 +51,29 @@ class ChatClient:
             except (ValueError, LookupError, TypeError) as error:
                 raise RemoteError(f"{self.url} serves no model yet") from error
 
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A whole answer. Raises RemoteError."""
+        with self._call(method, path, body) as response:
+            try:
+                answer: dict[str, Any] = json.loads(response.read(_ANSWER_BYTES_MAX))
+            except ValueError as error:
+                raise RemoteError(f"{self.url} answered {path} with something that is no JSON") from error
+            return answer
+
     def stream(self, request: dict[str, Any]) -> Iterator[str]:
         """The pieces of an answer as they come. Raises RemoteError."""
-        with self._call("POST", "/v1/chat/completions", request | {"stream": True}) as response:
-            while line := self._read_line(response):
-                if not line.startswith(b"data:"):
-                    continue
-                payload = line.removeprefix(b"data:").strip()
-                if payload == b"[DONE]":
-                    return
-                yield _text_of(payload)
+        for payload in self.events("/v1/chat/completions", request | {"stream": True}):
+            if payload == b"[DONE]":
+                return
+            yield _text_of(payload)
         raise RemoteError("the connection ended before the answer did")
+
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
+        """The data of an event stream's events as they come, to its end. Raises RemoteError."""
+        with self._call("POST", path, body) as response:
+            while line := self._read_line(response):
+                if line.startswith(b"data:"):
+                    yield line.removeprefix(b"data:").strip()
 
     @contextmanager
     def _call(
@@ -80,6 +99,8 @@ class ChatClient:
             connection.close()
 
     def _connection(self) -> http.client.HTTPConnection:
+        if self._socket_path:
+            return _UnixConnection(self._socket_path)
         if self._secure:
             context = ssl.create_default_context()
             return http.client.HTTPSConnection(
@@ -92,6 +113,19 @@ class ChatClient:
         if len(line) == _LINE_BYTES_MAX:
             raise RemoteError(f"{self.url} sent a line of more than {_LINE_BYTES_MAX} bytes")
         return line
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """To a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CONNECT_TIMEOUT_S)
+        self._socket_path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._socket_path)
 
 
 class Conversation:

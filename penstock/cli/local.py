@@ -58,7 +58,7 @@ def up(
     from penstock.launcher.settings import LauncherSettings
     from penstock.launcher.state import StateFolder, own_command, state_root
     from penstock.launcher.up import run_graph, start_detached
-    from penstock.options.config import PORT_MAX
+    from penstock.net.address import PORT_MAX
 
     if port is not None and not 0 <= port <= PORT_MAX:
         raise ConfigError(f"--port: expected an integer from 0 to {PORT_MAX}, got {port}")

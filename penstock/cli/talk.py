@@ -26,7 +26,9 @@ def chat(
     message: Annotated[
         str | None, typer.Argument(metavar="[MESSAGE]", help="Ask this and end; without it, converse.")
     ] = None,
-    url: Annotated[str, typer.Option(metavar="URL", help="The frontend. [the running graph's]")] = "",
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="The frontend, or unix:/PATH. [the running graph's]")
+    ] = "",
     model: Annotated[str, typer.Option(metavar="NAME", help="Which model. [the first one served]")] = "",
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")] = None,

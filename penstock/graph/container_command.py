@@ -189,7 +189,7 @@ def _with_env(words: Sequence[str], env: Mapping[str, str]) -> Command:
 def _own_command(kind: ServiceKind, arguments: Sequence[str], env: Mapping[str, str]) -> Command:
     command = Command(kind)
     for name, values in _flags(_before_dashes(arguments)):
-        command.flags[name] = _one_value(_dashed(name), values)
+        command.flags[name] = _value(_dashed(name), name, values)
     command.engine_args = list(arguments)[len(_before_dashes(arguments)) + 1 :]
     _ignore_other_variables(command, env, set())
     return command
@@ -253,13 +253,13 @@ def _translate(command: Command, source: str, known: tuple[Meaning, bool], value
         else:
             command.workers_args += words
     else:
-        _set(command, source, meaning.ours, _one_value(source, values))
+        if meaning.ours == "served-model-name" and any("," in name for name in values):
+            raise ConfigError(f"{source}: a name with a comma is not supported, got {' '.join(values)!r}")
+        _set(command, source, meaning.ours, _value(source, meaning.ours, values))
 
 
 def _set(command: Command, source: str, ours: str, value: str) -> None:
     """Set one of Penstock's flags. Converts vLLM's numbers, such as `32k` and `auto`."""
-    if ours == "served-model-name" and re.search(r"[\s,]", value):
-        raise ConfigError(f"{source}: expected one name, got {value!r}")
     if ours == "sim-speedup" and _is_zero(value):  # Dynamo's word for no waiting at all
         command.flags["sim-cost-model"] = "zero"
         return
@@ -278,6 +278,15 @@ def _ignore_other_variables(command: Command, env: Mapping[str, str], known: set
     others = [name for name in env if name.startswith("DYN_") and name not in READ_VARIABLES | known]
     if others:
         command.ignored.setdefault(NO_MEANING, []).extend(others)
+
+
+def _value(source: str, ours: str, values: Sequence[str]) -> str:
+    """The words of a flag as the value of one of Penstock's flags."""
+    if ours != "served-model-name":
+        return _one_value(source, values)
+    if not values:
+        raise ConfigError(f"{source}: expected one or more names, got none")
+    return ",".join(values)
 
 
 def _one_value(source: str, values: Sequence[str]) -> str:

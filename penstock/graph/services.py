@@ -249,7 +249,8 @@ class _Builder:
             replaced_engine = self._override(name, command)
             role = build_options(WorkerOptions, command.flags, command.env, command.engine_args).role
         else:
-            build_options(FrontendOptions, command.flags, command.env)
+            if build_options(FrontendOptions, command.flags, command.env).http_port == -1:
+                raise ConfigError("--http-port: the frontend of a graph needs a port")
         spec = self._spec.services[name]
         return Service(
             name=name,

@@ -37,7 +37,7 @@ from penstock.launcher.replica import Replica, ReplicaState, Surroundings
 from penstock.launcher.rolling import RollingRestart
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import AlreadyRunning, StateFolder
-from penstock.options.config import DiscoveryUrl, discovery_directory
+from penstock.options.discovery_url import DiscoveryUrl, discovery_directory
 from penstock.shapes import Registration
 
 PROGRAM = (sys.executable, "-m", "penstock")

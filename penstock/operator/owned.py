@@ -100,6 +100,14 @@ class OwnedObjects:
             for item in cache.found(uid_of(graph)):
                 yield kind, item
 
+    def as_applied(self, live: Object) -> Object:
+        """The cached object. Where the cache is older than what was applied, with the applied one's
+        generation, so that its status, which names an older one, does not count for it."""
+        _, state = self._applied.get(uid_of(live), (0, 0))
+        if "generation" not in live["metadata"] or _state(live) >= state:
+            return live
+        return {**live, "metadata": {**live["metadata"], "generation": state}}
+
     def find(self, kind: Kind, namespace: str, name: str) -> Object | None:
         cache = self._caches.get(kind)
         return cache.get(namespace, name) if cache is not None else None

@@ -176,7 +176,7 @@ class Reconciler:
         wanted = self._rendered.get(uid_of(graph))
         services = wanted.services if wanted is not None else ()
         workloads = {
-            name_of(item): item
+            name_of(item): self._owned.as_applied(item)
             for kind, item in self._owned.of(graph)
             if kind in (DEPLOYMENTS, LEADER_WORKER_SETS)
         }

@@ -123,6 +123,7 @@ CONNECTIONS: list[tuple[dict[str, str] | None, str, int, bool]] = [
     (pod_labels("mine", "decode"), "follower", 45001, True),
     (None, "follower", 29500, False),
     (pod_labels("mine", "decode"), "frontend", 9999, False),
+    ({"app.kubernetes.io/name": "prometheus"}, "prefill", 9090, True),  # it scrapes /metrics
     (OPERATOR, "prefill", 9090, True),  # it asks which workers are idle
     (OPERATOR, "decode", 7000, False),
 ]

@@ -22,6 +22,7 @@ def series() -> dict[str, set[str]]:
     """The labels of each metric of frontends and the operator, once they have seen everything."""
     metrics = Metrics()
     metrics.watch_discovery(lambda: "")
+    metrics.count_store_failures()
     frontend, router, tokenizer = metrics.frontend, metrics.router, metrics.tokenizer
     model = frontend.of("m")
     frontend.requests.labels("chat_completions", "m", "200", "ok").inc()
@@ -91,6 +92,21 @@ def test_monitors_select_the_pods_of_frontends_and_name_their_ports() -> None:
     assert not selector.items() <= pod_labels("mine", "decode").items()
     [endpoint] = monitors["penstock-frontends"]["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"], endpoint["honorLabels"]) == ("http", "/metrics", True)
+
+
+def test_monitors_select_the_pods_of_workers_and_name_their_ports() -> None:
+    monitor = of_kind(objects("kubernetes/monitoring/monitoring.yaml"), "PodMonitor")["penstock-workers"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("system", "/metrics")
+    selector = monitor["spec"]["selector"]
+    [roles] = selector["matchExpressions"]
+    selected = {
+        role
+        for role in ("prefill", "decode", "frontend")
+        if selector["matchLabels"].items() <= pod_labels("mine", role).items()
+        and pod_labels("mine", role)[roles["key"]] in roles["values"]
+    }
+    assert selected == {"prefill", "decode"}
 
 
 def test_the_rules_for_prometheus_operator_are_the_plain_ones() -> None:

@@ -109,7 +109,6 @@ def test_enormous_frames_and_bodies(graph: Graph) -> None:
         (b"{", 400),
         (b"[" * 100_000, 400),
         (b'{"model": "tiny", "messages": []}', 400),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 1000000}', 400),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, Graph
+from tests.e2e.conftest import MODEL, ROOT, Graph, running
 
 BLOCK = 16
 LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 6 * BLOCK - 1, 6 * BLOCK, 6 * BLOCK + 1, 500]
@@ -88,9 +90,20 @@ def test_n_choices_and_stop(local_graph: Graph, aggregated_graph: Graph) -> None
     assert ask(local_graph) == ask(aggregated_graph)
 
 
-def test_second_turn_moves_fewer_blocks(local_graph: Graph) -> None:
+@pytest.fixture
+def pair_graph(tmp_path: Path) -> Iterator[Graph]:
+    """deploy/local.yaml with one worker of each kind, where all prompts go through the prefill worker."""
+    text = (ROOT / "deploy" / "local.yaml").read_text().replace("models/tiny", f"{ROOT}/models/tiny")
+    text = text.replace("replicas: 2", "replicas: 1").replace("kv]", "kv, --disagg, always]")
+    file = tmp_path / "pair.yaml"
+    file.write_text(text)
+    with running(file, tmp_path / "state", instances=2) as graph:
+        yield graph
+
+
+def test_second_turn_moves_fewer_blocks(pair_graph: Graph) -> None:
     """The decode worker keeps the conversation: what it has is not pulled again."""
-    client = local_graph.client()
+    client = pair_graph.client()
     messages: list[dict[str, str]] = [
         {"role": "system", "content": "You are a helpful assistant. " * 12},
         {"role": "user", "content": "My name is Alice."},
@@ -98,11 +111,11 @@ def test_second_turn_moves_fewer_blocks(local_graph: Graph) -> None:
     moved = []
     cached = []
     for question in ("What is my name?", "Explain disaggregated serving benefits"):
-        before = local_graph.metric("penstock_transferred_blocks_total")
+        before = pair_graph.metric("penstock_transferred_blocks_total")
         answer = client.chat.completions.create(
             model=MODEL, messages=messages, max_tokens=30, temperature=0, extra_body={"cache_salt": "turns"}
         )
-        moved.append(local_graph.metric("penstock_transferred_blocks_total") - before)
+        moved.append(pair_graph.metric("penstock_transferred_blocks_total") - before)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens_details is not None
         cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)

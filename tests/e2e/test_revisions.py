@@ -55,11 +55,11 @@ class Deployment(Frontend):
         self.folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: str) -> None:
+    def start(self, name: str, *arguments: str, module: str = "penstock") -> None:
         found = ("--discovery", f"file:{self.folder / 'discovery'}")
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "penstock", *arguments, *found],
+                [sys.executable, "-m", module, *arguments, *found],
                 cwd=ROOT,
                 env={**os.environ, "PENSTOCK_LOG": "info"},
                 stdout=log,
@@ -70,6 +70,9 @@ class Deployment(Frontend):
         """`model` is a folder; the name that it is served under is always the same."""
         own = ("--model", str(model), "--served-model-name", MODEL, "--instance-id", name)
         self.start(name, "worker", "--role", role, *own, *options)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self._processes[name].send_signal(number)
 
     def end(self, name: str, how: signal.Signals) -> None:
         process = self._processes.pop(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shlex
 import tempfile
@@ -27,15 +28,16 @@ from penstock.frontend.app import App
 from penstock.frontend.chat import Chat
 from penstock.frontend.choice import Choice
 from penstock.frontend.completions import Completions
-from penstock.frontend.endpoint import Beginning, GenerationApi, PromptEncoder
+from penstock.frontend.endpoint import Beginning, GenerationApi, PromptApi, PromptEncoder
 from penstock.frontend.http.api_keys import read_api_keys
 from penstock.frontend.http.connection import connection_class
 from penstock.frontend.responses_api.create import ResponsesApi
-from penstock.frontend.responses_api.store import MemoryResponseStore
+from penstock.frontend.responses_api.memory_store import MemoryResponseStore
 from penstock.frontend.sampling import sampling_of
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
+from penstock.frontend.tokenization import Detokenize, Tokenize
 from penstock.graph import Overrides, build_graph, parse_manifest
 from penstock.graph.container_command import parse_command
 from penstock.link.peer import Peer
@@ -181,6 +183,7 @@ def _begun(api: GenerationApi, data: bytes) -> None:
             revision=_view().revision,
             text=await _texts().of(_view()),
             caller=Caller("tenant", 0, time.perf_counter(), 60.0),
+            cut=call.wanted.cut,
             default_max_tokens=FrontendSettings().default_max_tokens,
         )
         return await call.choices(beginning)
@@ -201,17 +204,38 @@ def chat(data: bytes) -> None:
     _begun(Chat, data)
 
 
+def _answer(api: PromptApi, data: bytes) -> JsonObject:
+    """To a body of an API that needs a model's template and tokenizer only. Raises RequestRejected."""
+
+    async def answer() -> JsonObject:
+        caller = Caller("tenant", 0, time.perf_counter(), 60.0)
+        encoder = PromptEncoder(model=_view().card, text=await _texts().of(_view()), caller=caller)
+        return await api.decode(data).answer(encoder)
+
+    return loop().run_until_complete(answer())
+
+
 def message(data: bytes) -> None:
     """A body of /v1/messages, and of /v1/messages/count_tokens."""
     _begun(Messages, data)
-
-    async def count() -> JsonObject:
-        caller = Caller("tenant", 0, time.perf_counter(), 60.0)
-        encoder = PromptEncoder(model=_view().card, text=await _texts().of(_view()), caller=caller)
-        return await CountTokens.decode(data).answer(encoder)
-
     with contextlib.suppress(RequestRejected):
-        assert loop().run_until_complete(count())["input_tokens"] >= 0
+        assert _answer(CountTokens, data)["input_tokens"] >= 0
+
+
+def tokenize(data: bytes) -> None:
+    """A body of /tokenize. What it gives, /detokenize takes."""
+    with contextlib.suppress(RequestRejected):
+        found = _answer(Tokenize, data)
+        assert found["count"] == len(found["tokens"]) < found["max_model_len"]
+        assert len(found["token_strs"] or found["tokens"]) == found["count"]
+        body = {"model": _view().card.name, "tokens": found["tokens"]}
+        assert isinstance(_answer(Detokenize, json.dumps(body).encode())["prompt"], str)
+
+
+def detokenize(data: bytes) -> None:
+    """A body of /detokenize."""
+    with contextlib.suppress(RequestRejected):
+        assert isinstance(_answer(Detokenize, data)["prompt"], str)
 
 
 def completion(data: bytes) -> None:
@@ -335,6 +359,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         message,
         completion,
         responses,
+        tokenize,
+        detokenize,
         http,
         graph,
         command,

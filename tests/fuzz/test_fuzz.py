@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.frontend.anthropic import MessagesRequest
 from penstock.frontend.openai import ChatRequest, CompletionRequest
 from penstock.frontend.responses_api.request_body import ResponsesRequest
+from penstock.frontend.tokenization import DetokenizeRequest, TokenizeRequest
 from penstock.wire.messages import ToFrontend, ToWorker
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.test_corpus import INPUTS
@@ -79,6 +80,8 @@ JSON = st.recursive(
         ("message", MessagesRequest),
         ("completion", CompletionRequest),
         ("responses", ResponsesRequest),
+        ("tokenize", TokenizeRequest),
+        ("detokenize", DetokenizeRequest),
     ],
 )
 def test_bodies_of_known_fields(name: str, struct: type[msgspec.Struct]) -> None:

@@ -207,7 +207,11 @@ def test_variables_stand_for_flags_which_win() -> None:
             [*VLLM, "--dyn-tool-call-parsr", "x"],
             "--dyn-tool-call-parsr: unknown flag of dynamo.vllm (did you mean --dyn-tool-call-parser?)",
         ),
-        ([*VLLM, "--served-model-name", "a,b"], "--served-model-name: expected one name"),
+        (
+            [*VLLM, "--served-model-name", "a,b"],
+            "--served-model-name: a name with a comma is not supported, got 'a,b'",
+        ),
+        ([*VLLM, "--served-model-name"], "--served-model-name: expected one or more names, got none"),
         ([*VLLM, "--tool-call-parser"], None),
     ],
 )
@@ -219,6 +223,15 @@ def test_what_would_change_the_answers_is_refused(argv: list[str], error: str | 
         parse_command(argv, {})
     assert str(caught.value).startswith(error)
     assert "did you mean --no-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("program", [VLLM, ["penstock", "worker", "--model", "m"]])
+def test_several_served_names_are_one_flag(program: list[str]) -> None:
+    command = parse_command(
+        [*program, "--served-model-name", "org/m", "chat", "gpt", "--block-size", "16"], {}
+    )
+    assert command.flags["served-model-name"] == "org/m,chat,gpt"
+    assert command.flags["block-size"] == "16"
 
 
 def test_what_asks_for_how_it_is_anyhow_is_fine() -> None:

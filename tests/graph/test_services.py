@@ -191,7 +191,11 @@ Nothing: 3
         ),
         (
             f"{service('F', '[penstock, frontend, --http-port, a]')}\n{OWN_WORKER}",
-            'spec.services.F: --http-port: expected an integer from 0 to 65535, got "a"',
+            'spec.services.F: --http-port: expected an integer from -1 to 65535, got "a"',
+        ),
+        (
+            f"{service('F', '[penstock, frontend, --uds, /s, --http-port=-1]')}\n{OWN_WORKER}",
+            "spec.services.F: --http-port: the frontend of a graph needs a port",
         ),
         (
             f"{service('F', '[python3, -m, dynamo.frontend, --router-mod, kv]')}\n{OWN_WORKER}",

@@ -135,6 +135,13 @@ class Cluster:
             }
             await self.api.patch(DEPLOYMENTS, name, {"status": status}, NAMESPACE, subresource="status")
 
+    async def put_ready(self) -> None:
+        """A graph whose status says that it is ready."""
+        await self.put(graph())
+        await until(lambda: len(self.deployments()) == 3)
+        await self.make_ready()
+        await until(lambda: self.status().get("state") == "successful")
+
     async def events(self) -> list[tuple[str, str]]:
         return [(item["reason"], item["message"]) for item in (await self.api.list(EVENTS)).items]
 
@@ -171,14 +178,27 @@ async def test_a_graph_becomes_its_objects_and_tells_when_it_is_ready(cluster: C
         assert reasons.count("Ready") == 1
 
 
+async def test_a_graph_is_not_ready_between_its_restart_and_what_its_deployments_tell_of_it(
+    cluster: Cluster,
+) -> None:
+    """When new Deployments are applied, the operator's cache still has the old ones, which were ready."""
+    async with cluster.operator():
+        await cluster.put_ready()
+        await cluster.change(restart={"id": "again"})
+        generation = cluster.get(GRAPHS, "g")["metadata"]["generation"]
+        async with asyncio.timeout(10):
+            while cluster.status()["observedGeneration"] != generation:
+                await asyncio.sleep(0)
+        assert cluster.status()["state"] == "pending"
+        await cluster.make_ready()
+        await until(lambda: cluster.status()["state"] == "successful")
+
+
 async def test_an_operator_with_nothing_to_do_writes_nothing_also_after_its_restart(
     cluster: Cluster,
 ) -> None:
     async with cluster.operator():
-        await cluster.put(graph())
-        await until(lambda: len(cluster.deployments()) == 3)
-        await cluster.make_ready()
-        await until(lambda: cluster.status().get("state") == "successful")
+        await cluster.put_ready()
         before = await cluster.settled()
     async with cluster.operator():
         assert await cluster.settled() == before
@@ -474,10 +494,7 @@ async def test_one_namespace_can_be_managed_alone(cluster: Cluster) -> None:
 
 async def test_a_pod_that_cannot_start_is_told_of_with_its_reason(cluster: Cluster) -> None:
     async with cluster.operator():
-        await cluster.put(graph())
-        await until(lambda: len(cluster.deployments()) == 3)
-        await cluster.make_ready()
-        await until(lambda: cluster.status().get("state") == "successful")
+        await cluster.put_ready()
         await cluster.change(
             services={"DecodeWorker": {"extraPodSpec": {"mainContainer": {"image": "typo:1"}}}}
         )

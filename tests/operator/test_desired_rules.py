@@ -149,6 +149,21 @@ def test_variables_of_the_cluster_are_left_to_the_kubelet() -> None:
         render(graph(container(words, env=env)))
 
 
+def test_address_of_a_store_comes_from_a_secret() -> None:
+    from_secret = {
+        "name": "PENSTOCK_RESPONSE_STORE",
+        "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}},
+    }
+    password = {"name": "REDIS_PASSWORD", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    composed = {"name": "PENSTOCK_RESPONSE_STORE", "value": "redis://:$(REDIS_PASSWORD)@redis:6379"}
+    for env in ([from_secret], [password, composed]):
+        frontend = {"componentType": "frontend", "extraPodSpec": {"mainContainer": {"env": env}}}
+        found = render(graph(container(OWN), frontend=frontend))
+        variables = main(found, "g-frontend")["env"]
+        assert [variable for variable in variables if variable in env] == env
+        assert found.notes == ()
+
+
 def test_a_value_that_must_be_known_is_named_as_written() -> None:
     env = [{"name": "N", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]
     with pytest.raises(ConfigError, match=r'--max-running: expected an integer >= 1, got "\$\(N\)"'):

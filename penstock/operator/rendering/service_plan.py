@@ -17,7 +17,8 @@ from penstock.kubernetes.api import Object
 from penstock.operator import names
 from penstock.operator.rendering.vllm_flags import leader_flags
 from penstock.operator.settings import ClusterFacts, Note, RenderSettings
-from penstock.options.config import FrontendOptions, WorkerOptions, parse_discovery
+from penstock.options.config import FrontendOptions, WorkerOptions
+from penstock.options.discovery_url import parse_discovery
 from penstock.options.flags import build_options
 from penstock.shapes import Role
 
