@@ -221,4 +221,10 @@ def test_a_graph_that_is_deleted_while_it_starts_is_gone_at_once(graph: Kubectl,
     selector = ("-l", "app=brief")
     eventually(lambda: graph.items("pods", *selector), "its pods are there", 30)
     graph("delete", "dynamographdeployment", "brief")
-    eventually(lambda: graph("get", "pods", *selector, "-o", "name") == "", "its pods are gone", 60)
+
+    def all_gone() -> bool:
+        left = graph("get", "pods", *selector, "-o", "wide")
+        assert not left, left
+        return True
+
+    eventually(all_gone, "its pods are gone", 60, [AssertionError])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -583,28 +580,6 @@ def test_the_operator_makes_the_links_secrets() -> None:
 
 
 # --- several nodes ------------------------------------------------------------------------------------
-
-
-def test_the_other_nodes_wait_for_their_leader_to_go(tmp_path: Path) -> None:
-    """The script as a shell runs it: it ends soon after the leader no longer answers, and not before."""
-    manifest = graph(container(DYNAMO) | {"multinode": {"nodeCount": 2}})
-    found = render(manifest, ClusterFacts(frozenset({LEADER_WORKER_SETS})))
-    group = next(item for item in found.objects if item["kind"] == "LeaderWorkerSet")
-    (follower,) = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"]
-    command = follower["lifecycle"]["preStop"]["exec"]["command"]
-    asked = tmp_path / "asked"
-    curl = tmp_path / "curl"
-    # Answers, misses one, answers, and is silent from then on.
-    curl.write_text(
-        f'#!/bin/sh\necho "$@" >> {asked}\ncase $(wc -l < {asked}) in 1|3) exit 0;; *) exit 7;; esac\n'
-    )
-    curl.chmod(0o755)
-    sleep = tmp_path / "sleep"
-    sleep.write_text("#!/bin/sh\n")
-    sleep.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LWS_LEADER_ADDRESS": "leader.svc"}
-    subprocess.run(command, env=env, timeout=10, check=True)
-    assert asked.read_text().splitlines() == ["-sf -m 2 -o /dev/null http://leader.svc:9090/live"] * 5
 
 
 def test_only_the_leader_is_found_and_has_the_links_secret() -> None:

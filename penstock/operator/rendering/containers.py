@@ -20,6 +20,10 @@ from penstock.operator.settings import RenderSettings
 _LIVE, _HEALTH = "/live", "/health"
 _COMPILATION_CACHE = f"{names.HOME}/.cache/vllm"
 
+_CATCHES_SIGTERM = "until grep -q '^SigCgt:.[0-9a-f]\\{12\\}[4-7c-f]' /proc/1/status; do sleep 0.1; done"
+"""Ends once the container's first process has a handler for SIGTERM: signal 15 is bit 14 of Linux's mask of
+caught signals."""
+
 # The operator sets these fields; a manifest cannot.
 _OPERATORS = ("name", "command", "args", "image", "env", "workingDir")
 
@@ -152,9 +156,13 @@ def _probe(port: str, path: str, period_s: int, timeout_s: int, failures: int, s
 
 
 def _lifecycle(plan: ServicePlan, settings: RenderSettings) -> Object:
-    if not plan.is_frontend or settings.pre_stop_s <= 0:
-        return {}
-    return {"lifecycle": {"preStop": {"exec": {"command": ["sleep", str(settings.pre_stop_s)]}}}}
+    """What delays SIGTERM. Linux does not deliver it to a first process that has no handler yet, and the
+    kubelet sends it once: a worker that is deleted while Python starts would stay for its grace period."""
+    if plan.is_frontend and settings.pre_stop_s > 0:
+        command = ["sleep", str(settings.pre_stop_s)]
+    else:
+        command = ["sh", "-c", _CATCHES_SIGTERM]
+    return {"lifecycle": {"preStop": {"exec": {"command": command}}}}
 
 
 def grace_period_s(plan: ServicePlan, settings: RenderSettings) -> int:
