@@ -34,6 +34,7 @@ def series() -> dict[str, set[str]]:
     router.bounced("decode")
     router.state("w", "decode", "ready")
     router.load("w", Load())
+    router.distrusted_from({"w": "events_off"})
     router.queues_from(lambda: [QueueView("m", 1, 2.0)])
     operator = OperatorMetrics()
     operator.graphs_from(lambda: ["failed"])
