@@ -63,7 +63,7 @@ KEPT_IN = {
     "starlette": ("frontend/",),
     "uvicorn": ("frontend/http/", "worker/probes", "net/http_server", "operator/server"),
     "jinja2": ("frontend/text/",),
-    "typer": ("cli", "bench/", "simulate/command", "plan/"),
+    "typer": ("cli", "bench/", "simulate/command", "simulate/load_flags", "plan/"),
     "rich": ("cli", "bench/", "launcher/", "simulate/command", "plan/"),
     "yaml": ("graph", "cli", "kubernetes/"),
     "opentelemetry": ("tracing",),

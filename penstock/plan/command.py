@@ -27,19 +27,7 @@ from penstock.plan.objective import Objective
 from penstock.plan.runner import Processes
 from penstock.plan.search import Advice, Search
 from penstock.plan.standing import LEAST_SCALE, MOST_SCALE
-from penstock.simulate.command import (
-    Arrival,
-    Duration,
-    Generator,
-    OutputTokens,
-    PromptTokens,
-    RateText,
-    Requests,
-    SharedTokens,
-    Trace,
-    Users,
-    generated_load,
-)
+from penstock.simulate.load_flags import LoadFlags, with_load_flags
 from penstock.simulate.report import Estimate
 from penstock.simulate.run import SimulatedGraph, WorkloadSettings
 from penstock.simulate.workload import ClientSession
@@ -68,17 +56,9 @@ REPORT_COLUMNS = 108
 """Rows of the table; its width where it is not shown in a terminal."""
 
 
+@with_load_flags
 def plan(
-    trace: Trace = None,
-    generator: Generator = "chat",
-    rate: RateText = None,
-    arrival: Arrival = "poisson",
-    users: Users = None,
-    duration: Duration = 600.0,
-    requests: Requests = 0,
-    prompt_tokens: PromptTokens = None,
-    output_tokens: OutputTokens = None,
-    shared_tokens: SharedTokens = 0,
+    flags: LoadFlags,
     slo: SloText = "ttft=2s,itl=25ms",
     gpus: Gpus = None,
     costs: Costs = "qwen3-32b/h200",
@@ -90,18 +70,10 @@ def plan(
 ) -> None:
     """Find the graph that serves a load best with so many GPUs, or with the fewest."""
     objective, kinds = Objective.parse(slo), worker_kinds(costs)
-    lengths = {
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "shared_tokens": shared_tokens,
-    }
-    if trace is None:
-        load = generated_load(generator, rate, arrival, users, duration, lengths)
-    elif rate is not None or users is not None:
-        raise ConfigError("trace: it has its own arrival times")
-    else:
-        rows = len(read_trace(trace))
-        load = WorkloadSettings(trace=trace, requests=min(requests, rows) if requests else rows)
+    load = flags.workload()
+    if load.trace is not None:
+        rows = len(read_trace(load.trace))
+        load = msgspec.structs.replace(load, requests=min(load.requests, rows) if load.requests else rows)
     policies = [name.strip() for name in policy.split(",") if name.strip()]
     for name in policies:
         policy_named(name)

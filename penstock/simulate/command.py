@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from inspect import signature
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,26 +24,15 @@ from penstock.core.disagg import Disagg
 from penstock.core.settings import RouterSettings
 from penstock.engines.settings import SchedulerSettings
 from penstock.errors import ConfigError
-from penstock.simulate.arrivals import PATTERNS, RateRange
-from penstock.simulate.generators import GENERATORS
+from penstock.simulate.load_flags import LoadFlags, with_load_flags
 from penstock.simulate.plot import check_plot, draw
 from penstock.simulate.report import Comparison, SimulationReport, compare
-from penstock.simulate.run import Scenario, SimulatedGraph, WorkloadSettings
+from penstock.simulate.run import Scenario, SimulatedGraph
 
 GRAPH = SimulatedGraph()
 ADMISSION = AdmissionSettings()
 
 Option = typer.Option
-Trace = Annotated[Path | None, Option(help="Load: a Mooncake .jsonl[.gz] or Azure .csv[.gz] trace.")]
-Generator = Annotated[str, Option("--load", help=f"Load, if no trace: {', '.join(GENERATORS)}.")]
-RateText = Annotated[str | None, Option(help="Open loop: sessions that begin, e.g. 5/s, or 2..20/s.")]
-Arrival = Annotated[str, Option(help=f"With --rate: {', '.join(PATTERNS)}.")]
-Users = Annotated[int | None, Option(min=1, help="Closed loop: users at once.")]
-Duration = Annotated[float, Option(min=1.0, help="If no trace: virtual seconds to send for.")]
-Requests = Annotated[int, Option(min=0, help="Of a trace: only the first; 0: all.")]
-PromptTokens = Annotated[int | None, Option(min=1, help="New tokens of a request.")]
-OutputTokens = Annotated[int | None, Option(min=1, help="Tokens of an answer.")]
-SharedTokens = Annotated[int, Option("--shared-prefix-tokens", min=0, help="System prompt of all.")]
 Scales = Annotated[str, Option(help="Times the load, e.g. 0.5,1,2.")]
 Workers = Annotated[int, Option(min=0, help="Aggregated workers.")]
 Prefill = Annotated[int, Option(min=0, help="Prefill workers; then --workers is 0.")]
@@ -69,18 +57,10 @@ GraphFile = Annotated[Path | None, Option("--graph", help="Manifest: workers and
 PlotFile = Annotated[Path | None, Option("--plot", help="Draw goodput and TTFT over the load, as PNG.")]
 
 
+@with_load_flags
 def simulate(
+    load: LoadFlags,
     context: typer.Context,
-    trace: Trace = None,
-    generator: Generator = "chat",
-    rate: RateText = None,
-    arrival: Arrival = "poisson",
-    users: Users = None,
-    duration: Duration = 600.0,
-    requests: Requests = 0,
-    prompt_tokens: PromptTokens = None,
-    output_tokens: OutputTokens = None,
-    shared_tokens: SharedTokens = 0,
     scale: Scales = "1",
     graph_file: GraphFile = None,
     workers: Workers = 8,
@@ -103,16 +83,7 @@ def simulate(
     plot: PlotFile = None,
 ) -> None:
     """Simulate a load on a graph, and compare routing policies."""
-    lengths = {
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "shared_tokens": shared_tokens,
-    }
-    workload = WorkloadSettings(trace=trace, requests=requests)
-    if trace is None:
-        workload = generated_load(generator, rate, arrival, users, duration, lengths)
-    elif not (rate is None and users is None):
-        raise ConfigError("trace: it has its own arrival times; multiply them with --scale")
+    workload = load.workload()
     graph = SimulatedGraph(
         aggregated=0 if prefill or decode else workers,
         prefill=prefill,
@@ -208,35 +179,6 @@ def _scales(text: str) -> list[float]:
     if not all(0 < scale < 1e6 for scale in scales):
         raise ConfigError(f"scale: `{text}` must be above 0")
     return scales
-
-
-def generated_load(
-    generator: str,
-    rate: str | None,
-    arrival: str,
-    users: int | None,
-    duration: float,
-    lengths: Mapping[str, int | None],
-) -> WorkloadSettings:
-    """The load that these options describe. Raises ConfigError for one that makes no sense."""
-    if generator not in GENERATORS:
-        raise ConfigError(f"load: `{generator}` is none of {', '.join(GENERATORS)}")
-    if arrival not in PATTERNS:
-        raise ConfigError(f"arrival: `{arrival}` is none of {', '.join(PATTERNS)}")
-    if (rate is None) == (users is None):
-        raise ConfigError("rate: give either --rate (sessions per second) or --users (at one time)")
-    given = {name: tokens for name, tokens in lengths.items() if tokens}
-    for name in given.keys() - signature(GENERATORS[generator]).parameters.keys():
-        flag = {"shared_tokens": "shared-prefix-tokens"}.get(name, name.replace("_", "-"))
-        raise ConfigError(f"{flag}: the load `{generator}` has lengths of its own")
-    return WorkloadSettings(
-        generator=generator,
-        rate=RateRange.parse(rate) if rate is not None else None,
-        pattern=arrival,
-        users=users,
-        duration_s=duration,
-        lengths=given,
-    )
 
 
 def _run(scenarios: Sequence[Scenario], jobs: int) -> Iterator[SimulationReport]:
