@@ -407,14 +407,42 @@ async def test_allowed_tools_are_the_only_ones(serve_parsed):
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "patch"}]}
     call = '<tool_call>{"name": "get", "arguments": {}}</tool_call>'
     async with serve_parsed("</think>" + call) as served:
-        made = await create(served, tools=[GET, PATCH], tool_choice=choice)
+        made, events = await both(served, tools=[GET, PATCH], tool_choice=choice)
         free = await create(served, tools=[GET, PATCH])
     assert made.tool_choice.to_dict() == choice
-    assert [item.type for item in made.output if item.type != "reasoning"] == ["message"]
-    assert made.output_text == ""
+    for shown in (made, events[-1].response):
+        assert [item.type for item in shown.output if item.type != "reasoning"] == ["message"]
+        assert shown.output_text == ""
+    assert not [event for event in events if "arguments" in event.type]
     assert [item.type for item in free.output if item.type != "reasoning"] == ["function_call"]
-    allowing, plain = served.completer.requests
+    allowing, _, plain = served.completer.requests
     assert allowing.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("name", ["get", "mail__get"])
+@pytest.mark.parametrize("called", ["get", "mail__get", "web__get"])
+async def test_an_allowed_name_is_of_the_tool_itself_before_one_of_a_namespace(serve_parsed, name, called):
+    mail = {"type": "namespace", "name": "mail", "description": "d", "tools": [GET]}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": name}]}
+    async with serve_parsed("</think>" + CALL % (called, "{}")) as served:
+        tools = [mail, GET, {**mail, "name": "web"}]
+        answer = await served.http.post(
+            "/v1/responses", json={**BODY, "tools": tools, "tool_choice": choice}
+        )
+    (item,) = answer.json()["output"]
+    assert item["type"] == ("function_call" if name == called else "message")
+
+
+async def test_an_allowed_name_is_of_that_tool_in_every_namespace(serve_parsed):
+    mail = {"type": "namespace", "name": "mail", "description": "d", "tools": [GET]}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get"}]}
+    tools = [mail, {**mail, "name": "web"}, PATCH]
+    async with serve_parsed("</think>" + CALL % ("web__get", "{}")) as served:
+        answer = await served.http.post(
+            "/v1/responses", json={**BODY, "tools": tools, "tool_choice": choice}
+        )
+    (call,) = answer.json()["output"]
+    assert (call["name"], call["namespace"]) == ("get", "web")
 
 
 # --- fields ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ A regular expression is part of that schema. JSON's schemas have no word for a L
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Final, NamedTuple
 
 import msgspec
@@ -62,10 +63,10 @@ def offered_tools(request: ResponsesRequest) -> OfferedTools:
     choice = request.tool_choice
     if isinstance(choice, ResponseToolChoice):
         if choice.type == "allowed_tools":
-            allowed = [_chosen(tool, by_name, f"tool_choice.tools[{i}]") for i, tool in _allowed(choice)]
-            selection = selection_among(allowed, choice.mode or "auto")
+            chosen = [_chosen(tool, by_name, f"tool_choice.tools[{i}]") for i, tool in _allowed(choice)]
+            selection = selection_among(chain.from_iterable(chosen), choice.mode or "auto")
         else:
-            selection = selection_of(_chosen(choice, by_name, "tool_choice"))
+            selection = selection_of(_chosen(choice, by_name, "tool_choice")[0])
         return OfferedTools(list(tools.values()), selection, by_name)
     if choice == "required" and not tools:
         raise RequestRejected("`tool_choice` needs `tools`.", field="tool_choice")
@@ -155,14 +156,20 @@ def _allowed(choice: ResponseToolChoice) -> Iterator[tuple[int, ResponseToolChoi
     return iter(enumerate(choice.tools))
 
 
-def _chosen(choice: ResponseToolChoice, by_name: dict[str, Offered], where: str) -> str:
+def _chosen(choice: ResponseToolChoice, by_name: dict[str, Offered], where: str) -> list[str]:
+    """The names, as the model is shown them, of what a choice names: of one tool, or of those with that
+    name in different namespaces. Raises RequestRejected where there is none."""
     if choice.type not in ("function", "custom"):
         raise unsupported(f"{where}.type", f" `{choice.type[:80]}`")
     if choice.name is None:
         field = f"{where}.name"
         raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
-    for name, offered in by_name.items():
-        if choice.name in (name, offered.name) and choice.type == offered.type:
-            return name
+    names = [
+        name
+        for name, offered in by_name.items()
+        if choice.name in (name, offered.name) and choice.type == offered.type
+    ]
+    if names:
+        return [choice.name] if choice.name in names else names
     message = f"`{where}.name`: no {choice.type} `{choice.name}` is among `tools`."
     raise RequestRejected(message, field=f"{where}.name")
