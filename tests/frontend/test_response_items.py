@@ -99,3 +99,22 @@ def test_space_between_calls_is_no_message_and_within_a_message_it_stays():
 def test_parts_without_anything_say_nothing():
     (message,), deltas = answer_of(Parsed(), Parsed(content=""), Parsed(content="a"), Parsed(content=""))
     assert (message["content"][0]["text"], deltas) == ("a", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("cut", "text"),
+    [
+        ('{"input": "ls \\"a\\nb', 'ls "a\nb'),
+        ('{"input": "x\\ud83d\\ude0', "x"),
+        ('{"input": "x\\ud83d\\ude00', "x\U0001f600"),
+        ('{"input": "x\\', "x"),
+        ('{"input": "x"', "x"),
+        ('{"input": ', '{"input": '),
+    ],
+)
+def test_custom_call_that_is_cut_has_the_beginning_of_its_input(cut, text):
+    output = OutputItems("resp_1", {"sh": Offered("custom", "sh")}, carries=False)
+    output.add(Parsed(tool_calls=[ToolCallDelta(0, "call_1", "sh", cut)]), ())
+    events = output.end(complete=False)
+    assert (output.items[0]["status"], output.items[0]["input"]) == ("incomplete", text)
+    assert events.count(b"custom_tool_call_input.done") == 2

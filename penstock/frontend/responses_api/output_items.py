@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,6 +26,12 @@ _DELTAS: Final = {
     _REASONING: "response.reasoning_text.delta",
     _CALL: "response.function_call_arguments.delta",
 }
+
+_BEGUN_INPUT: Final = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
+_BEGUN_STRING: Final = re.compile(
+    r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*"
+)
 
 _NUMBER: Final = b',"sequence_number":'
 _LOGPROBS: Final = b',"logprobs":%b' + _NUMBER
@@ -238,13 +245,22 @@ def _part(item_type: str, text: str, logprobs: list[JsonObject]) -> JsonObject:
 
 
 def _custom_input(arguments: str) -> str:
-    """The text in a custom tool's arguments. What a model wrote otherwise is the text itself."""
+    """The text in a custom tool's arguments, as far as it goes where they were cut. What a model wrote
+    otherwise is the text itself."""
     try:
         given: Any = msgspec.json.decode(arguments)
     except (msgspec.DecodeError, RecursionError):
-        return arguments
+        begun = _BEGUN_INPUT.match(arguments)
+        return arguments if begun is None else _begun_text(arguments[begun.end() :])
     text = given.get(INPUT) if isinstance(given, dict) else None
     return text if isinstance(text, str) else arguments
+
+
+def _begun_text(begun: str) -> str:
+    """A JSON string of which only the beginning is there, after its first quote, without what was cut of an
+    escape; or, when it has ended, without what follows its end."""
+    text = _BEGUN_STRING.match(begun)
+    return "" if text is None else str(msgspec.json.decode(f'"{text[0]}"'))
 
 
 def _entries_of(text: str, entries: Sequence[JsonObject]) -> list[JsonObject]:
