@@ -332,7 +332,7 @@ class App:
         await exchange.respond(200, msgspec.json.encode(model_list(models)))
 
     async def _model(self, exchange: HttpExchange, scope: Scope) -> None:
-        name = scope["path_params"]["name"]
+        name = scope["path_params"]["name"].removesuffix("/")
         if not name:
             return await self._models(exchange, scope)
         self._tenant(exchange)

@@ -148,7 +148,7 @@ class Explaining:
 
     async def one(self, exchange: HttpExchange, scope: Scope, tenant: str | None) -> None:
         """One call. Raises RequestRejected."""
-        explanation = self._completer.explain(scope["path_params"]["id"], tenant)
+        explanation = self._completer.explain(scope["path_params"]["id"].removesuffix("/"), tenant)
         await exchange.respond(200, msgspec.json.encode(explanation))
 
     async def misses(self, exchange: HttpExchange, scope: Scope, tenant: str | None) -> None:
