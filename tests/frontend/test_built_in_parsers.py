@@ -123,6 +123,25 @@ def test_forced_calls_are_held_to_the_schemas_of_the_tools(byte_level, view_of):
     assert json.loads(named.structured([]).spec) == TOOLS[0]["function"]["parameters"]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "held_to"),
+    [
+        ({}, {"type": "object"}),
+        ({"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}}),
+        ({"type": ["object", "null"]}, {"type": "object"}),
+        ({"type": "string"}, {"type": "object"}),
+    ],
+)
+def test_forced_arguments_are_an_object_whatever_their_schema_says(
+    byte_level, view_of, parameters, held_to
+):
+    parser = BuiltInParsers().load(view_of(byte_level, tool_parser="hermes"))
+    tools = [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "get"}}
+    named = parser.begin({"messages": [], "tools": tools, "tool_choice": choice})
+    assert json.loads(named.structured([]).spec) == held_to
+
+
 def test_special_tokens_are_part_of_the_text_where_calls_may_be_made(byte_level, view_of):
     parser = BuiltInParsers().load(view_of(byte_level, tool_parser="hermes"))
     assert not parser.begin({"messages": [], "tools": TOOLS}).skip_special_tokens

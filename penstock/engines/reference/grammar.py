@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 MAX_KEPT: Final = 64
 """Compiled grammars that are kept; a specification has at most 256 KiB (frontend/structured.py)."""
 
+_ONE_OF: Final[JsonCompileOptions] = {"coerce_one_of": True}
+"""`oneOf` counts as `anyOf`, as in xgrammar: a mask cannot keep a text from fitting two schemas at once."""
+
 JSON_OPTIONS: Final[JsonCompileOptions] = {
+    **_ONE_OF,
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -36,6 +40,7 @@ JSON_OPTIONS: Final[JsonCompileOptions] = {
 separators are those of Python's json, which chat templates write as well."""
 
 _COMPACT: Final[JsonCompileOptions] = {
+    **_ONE_OF,
     "whitespace_flexible": False,
     "item_separator": ",",
     "key_separator": ":",
@@ -219,6 +224,7 @@ def _json_options(wanted: StructuredOutput) -> JsonCompileOptions:
         return _COMPACT
     if wanted.whitespace_pattern:
         return {
+            **_ONE_OF,
             "whitespace_pattern": wanted.whitespace_pattern,
             "item_separator": ",",
             "key_separator": ":",

@@ -106,7 +106,7 @@ class BuiltInCallParser:
         choice = body.get("tool_choice")
         if model.format is not None and choice != "none":
             functions = [tool["function"] for tool in body.get("tools") or ()]
-            self.tools = {it["name"]: it.get("parameters") or ANY_ARGUMENTS for it in functions}
+            self.tools = {it["name"]: _arguments(it.get("parameters") or {}) for it in functions}
             self.required = choice == "required"
             self.named = choice["function"]["name"] if isinstance(choice, dict) else ""
         self.skip_special_tokens = not self.tools
@@ -130,6 +130,7 @@ class BuiltInCallParser:
             if _REFERENCE in text:
                 root = f"#/$defs/{number}"
                 definitions[str(number)] = json.loads(text.replace(_REFERENCE, _REFERENCE[:-1] + root))
+                definitions[str(number)].pop("$id", None)  # which references would be relative to
                 given = {"$ref": root}
             calls.append(
                 {
@@ -147,6 +148,12 @@ class BuiltInCallParser:
     def answer(self, prompt_ids: Sequence[int]) -> BuiltInAnswerParser:
         """As CallParser.answer."""
         return BuiltInAnswerParser(self)
+
+
+def _arguments(parameters: JsonObject) -> JsonObject:
+    """Arguments are an object, also where their schema does not say so, or says something else."""
+    kind = parameters.get("type", "object")
+    return {**parameters, "type": "object"} if "object" in kind else ANY_ARGUMENTS
 
 
 class BuiltInAnswerParser:

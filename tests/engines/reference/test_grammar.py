@@ -53,6 +53,12 @@ def written(grammars: Grammars, wanted: StructuredOutput, seed: int = 0, **sampl
     raise AssertionError(f"no end: {TOKENIZER.decode(sequence.token_ids[1:])}")
 
 
+def test_one_of_several_schemas_that_overlap_counts_as_any_of_them(grammars: Grammars) -> None:
+    options = [{"type": "integer", "minimum": 1, "maximum": 5}, {"type": "integer", "enum": [3, 7]}]
+    wanted = StructuredOutput("json", json.dumps({"oneOf": options}))
+    assert int(written(grammars, wanted)) in (1, 2, 3, 4, 5, 7)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_json_schema_is_obeyed(grammars: Grammars, seed: int) -> None:
     person = json.loads(written(grammars, AS_PERSON, seed))
@@ -71,6 +77,22 @@ def with_definition(name: str, unit: list[str]) -> dict[str, Any]:
         "$defs": {"Node": {"type": "object", "additionalProperties": False, **node}},
     }
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_forced_calls_obey_definitions_of_a_schema_with_a_name_of_its_own(grammars: Grammars) -> None:
+    parameters = {
+        "$id": "https://example.com/one.json",
+        "definitions": {"One": {"const": 1}},
+        "properties": {"a": {"$ref": "#/definitions/One"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
+    call = BuiltInChatParser(HERMES, "", None).begin({"tools": tools, "tool_choice": "required"})
+    wanted = call.structured([])
+    assert wanted is not None
+    first = json.loads(written(grammars, wanted))[0]
+    assert first == {"name": "get", "parameters": {"a": 1}}
 
 
 @pytest.mark.parametrize("seed", range(5))
