@@ -86,7 +86,10 @@ class Chat:
             raise RequestRejected(message, code="unsupported_value", field="tools")
         if parser is None:
             return None
-        call_parser: CallParser = parser.begin(_set_fields(request))
+        fields = _set_fields(request)
+        if not beginning.holds_schemas:
+            _drop_schemas(fields)
+        call_parser: CallParser = parser.begin(fields)
         allowed, choice = request.allowed_tools, request.tool_choice
         if allowed is not None:
             call_parser, choice = AllowedCallParser(call_parser, allowed.names), allowed.mode
@@ -242,6 +245,14 @@ def _taken_apart(parsed: Parsed, *, reasoned: bool) -> JsonObject:
             for call in parsed.tool_calls
         ]
     return message
+
+
+def _drop_schemas(fields: JsonObject) -> None:
+    """Let the arguments of tools that are not strict be any object: OpenAI promises no more of them, and
+    their schemas may say what no engine can hold a text to."""
+    for tool in fields["tools"]:
+        if not tool["function"].get("strict"):
+            tool["function"]["parameters"] = {"type": "object"}
 
 
 def _set_fields(request: ChatRequest) -> JsonObject:

@@ -113,6 +113,7 @@ class Beginning(PromptEncoder):
     sampling: Sampling  # of all choices, but for what depends on the prompt and the choice
     revision: str
     default_max_tokens: int
+    holds_schemas: bool = True  # see CallRecord
     trace: TraceContext | None = None
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 

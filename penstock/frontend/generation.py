@@ -15,6 +15,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from penstock.core.events import REJECTED_BY_ENGINE
 from penstock.core.spans import Attributes, request_span
 from penstock.errors import ModelReplaced, PenstockError, Rejection, RequestRejected
 from penstock.frontend.call import ClientCall, LoopTurn
@@ -59,6 +60,7 @@ class CallRecord:
     tokenized_at: float | None = None  # of the latest beginning
     trace: BegunTrace | None = None  # where traces are collected
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
+    holds_schemas: bool = True  # of tools that are not strict, for the calls that it is forced to make
     explains: bool = False  # the answer's headers are to say where it went
     error: PenstockError | None = None
 
@@ -179,11 +181,12 @@ class GenerationServer:
         # Where there are tenants, none of them may put itself before the others; after them it may.
         priority = max(0, wanted.priority) if record.tenant else wanted.priority
         self._completer.check(view.card.name, record.tenant, priority)  # before the work of tokenizing
+        client_id = exchange.request_id.decode()
         with self._metrics.of(view.card.name).inflight.track_inprogress():
             record.call_id = api.id_prefix + uuid.uuid4().hex
             log.debug(
                 "received: request_id=%s id=%s endpoint=%s model=%s body_bytes=%d stream=%s tenant=%s",
-                exchange.request_id.decode(),
+                client_id,
                 record.call_id,
                 api.name,
                 record.model,
@@ -202,6 +205,12 @@ class GenerationServer:
                             raise
                         record.forget_call()
                         view = self._completer.model(wanted.model)
+                    except RequestRejected as error:
+                        if not (record.holds_schemas and _refuses_tools(error)):
+                            raise
+                        log.info("schemas of tools are not held to: request_id=%s %s", client_id, error)
+                        record.forget_call()
+                        record.holds_schemas = False
 
     async def _answer(
         self,
@@ -230,6 +239,7 @@ class GenerationServer:
             text=text,
             caller=caller,
             cut=wanted.cut,
+            holds_schemas=record.holds_schemas,
             default_max_tokens=self._settings.default_max_tokens,
             trace=record.trace.context if record.trace is not None else exchange.trace_context(),
         )
@@ -390,6 +400,11 @@ async def _tell(exchange: HttpExchange, record: CallRecord, error: PenstockError
         await exchange.write(record.stream.failed(error), more=False)
     elif exchange.status is None and not _left(error):
         await exchange.reject(error)
+
+
+def _refuses_tools(error: RequestRejected) -> bool:
+    """Whether an engine cannot hold a call that the model is forced to make to the schema of its tool."""
+    return error.code == REJECTED_BY_ENGINE and error.field == "tools"
 
 
 def _leaving() -> RequestRejected:

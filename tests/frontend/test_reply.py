@@ -302,6 +302,57 @@ async def test_a_refusal_by_the_engine_names_the_clients_field(
     assert error["message"] == (message if named else f"`{field}`: {message}")
 
 
+class TestASchemaThatNoEngineCanHoldTo:
+    """`uniqueItems`, which Python's `set` becomes, stands for what an engine refuses."""
+
+    SCHEMA = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+
+    @pytest.fixture
+    def ask_for(self, serve_script, byte_level, view_of, saying):
+        answer = saying('[{"name": "get", "parameters": {"tags": []}}]')
+        refusal = RequestRejected("uniqueItems is not known", code=REJECTED_BY_ENGINE)
+
+        def script(request):
+            wanted = request.sampling.structured
+            return [refusal] if wanted is not None and "uniqueItems" in wanted.spec else answer(request)
+
+        async def ask_for(path, body, *, strict=None, **fields):
+            view = view_of(byte_level, structured_output=True, tool_parser="hermes")
+            function = {"name": "get", "parameters": self.SCHEMA, "strict": strict}
+            tool = {"chat/completions": {"type": "function", "function": function}}.get(
+                path, {"type": "function", **function}
+            )
+            body = {"model": "tiny", "tools": [tool], "tool_choice": "required", **body, **fields}
+            async with serve_script(script, views=[view], parsers=BuiltInParsers()) as served:
+                return await served.http.post(f"/v1/{path}", json=body)
+
+        return ask_for
+
+    @pytest.mark.parametrize("choices", [1, 2])
+    async def test_forced_call_of_a_tool_that_is_not_strict_is_served_without(self, ask_for, choices):
+        response = await ask_for("chat/completions", {"messages": HI, "n": choices})
+        assert response.status_code == 200
+        for choice in response.json()["choices"]:
+            (call,) = choice["message"]["tool_calls"]
+            assert call["function"] == {"name": "get", "arguments": '{"tags": []}'}
+
+    async def test_so_is_one_in_a_stream_of_another_api(self, ask_for):
+        response = await ask_for("responses", {"input": "Hi", "stream": True})
+        assert response.status_code == 200
+        _, _, done = response.text.partition("event: response.function_call_arguments.done\ndata: ")
+        assert json.loads(done.splitlines()[0])["arguments"] == '{"tags": []}'
+
+    async def test_strict_tool_is_refused(self, ask_for):
+        response = await ask_for("chat/completions", {"messages": HI}, strict=True)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+    async def test_format_of_the_answer_is_refused(self, ask_for):
+        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": self.SCHEMA}}
+        fields = {"tools": None, "tool_choice": None, "response_format": format}
+        response = await ask_for("chat/completions", {"messages": HI}, **fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+
+
 async def test_reasoning_that_nobody_is_to_see_shows_nowhere(ask):
     message, _, answer = await ask("hm</think>Hi", include_reasoning=False, logprobs=True)
     assert message["reasoning"] is None
