@@ -17,6 +17,7 @@ import yaml
 from checks.kubernetes import faults
 from checks.kubernetes.graphs import (
     ANSWER,
+    GONE_S,
     READY_S,
     SHIPPED,
     Images,
@@ -214,7 +215,7 @@ def test_instances_found_in_etcd(graph: Kubectl, images: Images) -> None:
 
 
 def test_a_graph_that_is_deleted_while_it_starts_is_gone_at_once(graph: Kubectl, images: Images) -> None:
-    """And not after the grace periods of pods that were not told in time."""
+    """And not after the grace periods of pods that were not told in time, 225 s."""
     found = manifest(SHIPPED, images)
     found["metadata"]["name"] = "brief"
     graph.apply(found)
@@ -227,4 +228,4 @@ def test_a_graph_that_is_deleted_while_it_starts_is_gone_at_once(graph: Kubectl,
         assert not left, left
         return True
 
-    eventually(all_gone, "its pods are gone", 60, [AssertionError])
+    eventually(all_gone, "its pods are gone", GONE_S, [AssertionError])
