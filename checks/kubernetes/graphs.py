@@ -27,8 +27,8 @@ ON_CPUS = {"penstock.dev/engine": "reference", "penstock.dev/model": "/models/ti
 
 READY_S = 180.0
 GONE_S = 200.0
-"""For all of a graph to go. Before Kubernetes 1.27, a kubelet that prepares a pod looks for the graph's deleted
-secret for 123 s before it ends the pod (its issue 100219)."""
+"""For all of a graph to go. Before Kubernetes 1.27, a kubelet that prepares a pod looks for the graph's
+deleted secret for 123 s before it ends the pod (its issue 100219)."""
 
 MODEL = "Qwen/Qwen3-0.6B"
 MESSAGES = [
