@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
-from penstock.core.prompt_work import NO_WORK, PromptWork
+from penstock.core.prompt_work import NO_WORK, PromptWork, prompt_work
 from penstock.engines.vllm.load import CoreLoad
 from penstock.shapes import EngineCard, Load, ModelCard
 
@@ -121,11 +121,47 @@ def test_data_parallel_ranks_are_added_up() -> None:
 
 
 def test_rates_are_measured() -> None:
+    """By the time between two steps, whatever vLLM says of it."""
     load = CoreLoad(CARD)
     for i in range(400):
-        step = stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=5.0)
-        load.observe(0, step, now=0.0)
+        step = stats(1, 0.1, num_ctx_tokens=i % 50, num_generation_requests=i % 7, elapsed_ms=0.01)
+        load.observe(0, step, now=0.005 * i)
         load.observe_transfer(4, 20.0)
     rates = load.load(NO_WORK).rates
     assert rates.step_ms == pytest.approx(5.0, rel=0.2)
     assert rates.transfer_ms + 4 * rates.transfer_block_ms == pytest.approx(20.0, rel=0.2)
+
+
+def test_a_step_after_a_pause_began_with_what_vllm_scheduled_then() -> None:
+    load = CoreLoad(CARD)
+    for i in range(400):
+        load.answered(i + 0.01)
+        load.answered(i + 0.002)
+        load.observe(0, stats(1, 0.1, num_ctx_tokens=10 * (i % 9) + 1), now=i + 0.007)
+        load.answered(i + 0.003)  # it came while there was work
+        load.observe(0, stats(0, 0.1, num_generation_requests=1), now=i + 0.012)
+        load.observe(0, stats(0, 0.1, num_generation_requests=1), now=i + 0.8)  # since when, nobody says
+    assert load.load(NO_WORK).rates.step_ms == pytest.approx(5.0, rel=0.2)
+
+
+def test_a_step_of_one_rank_says_nothing_of_anothers() -> None:
+    load = CoreLoad(CARD, ranks=2)
+    for i in range(400):
+        load.observe(0, stats(1, 0.1, num_generation_requests=1 + i % 5), now=0.005 * i)
+        load.observe(1, stats(1, 0.1, num_generation_requests=1 + i % 5), now=0.005 * i + 0.001)
+    assert load.load(NO_WORK).rates.step_ms == pytest.approx(5.0, rel=0.3)
+
+
+def test_a_prompt_that_ends_a_pause_counts_with_its_context() -> None:
+    load = CoreLoad(CARD)
+    for i in range(400):
+        tokens = 100 * (1 + i % 7)
+        work = prompt_work(0, tokens)
+        load.left(work)
+        load.answered(float(i))
+        ms = 1.0 + 0.01 * tokens + 0.0001 * work.context_tokens
+        load.observe(0, stats(0, 0.1, num_ctx_tokens=tokens), now=i + ms / 1e3)
+        load.load(NO_WORK)
+    rates = load.load(NO_WORK).rates
+    assert rates.prefill_token_ms == pytest.approx(0.01, rel=0.3)
+    assert rates.prefill_context_ms == pytest.approx(0.0001, rel=0.2)

@@ -264,7 +264,9 @@ class VllmEngine:
         if transfer is not None and not attempt.prefill_only:  # it pulls all but the last token
             return 0
         scored = plan.sampling.prompt_logprobs is not None
-        return self._prompts.begin(core_id, plan.prompt, attempt.cache_salt, scored=scored)
+        tokens = self._prompts.begin(core_id, plan.prompt, attempt.cache_salt, scored=scored)
+        self._load.left(self._prompts.work())
+        return tokens
 
     def _seeded(self, attempt: Attempt) -> bool:
         """Whether it must draw the same tokens as others do for this request: because the client asked for
@@ -332,7 +334,7 @@ class VllmEngine:
         if self._metrics is not None:
             self._metrics.observe(step, self._ended)
         if step.scheduler_stats is not None:
-            self._load.observe(step.engine_index, step.scheduler_stats, monotonic())
+            self._load.observe(step.engine_index, step.scheduler_stats, step.timestamp)
         if outputs:
             self._push(outputs)
         else:
@@ -389,6 +391,7 @@ class VllmEngine:
         """The first output of an attempt: what was cached, and the load's books."""
         attempt, stats = active.attempt, core_output.prefill_stats
         active.times.answered(core_output, monotonic())
+        self._load.answered(active.times.scheduled_at)
         active.context_tokens = len(active.continuation.prompt) + len(core_output.new_token_ids)
         self._load.grew(active.context_tokens)
         self._prompts.end(active.core_id)

@@ -1,4 +1,10 @@
-"""An engine's load, from what vLLM's scheduler says and from what was sent to it since."""
+"""An engine's load, from what vLLM's scheduler says and from what was sent to it since.
+
+How long a step took is measured here: from the end of the one before, or, where that left nothing to do,
+from when vLLM scheduled the prompt that came next. vLLM's own `elapsed_ms` is only how long its core waited
+for the result. Where the model runs in the core's process, the result is there before that begins; on a GPU
+it lacks what vLLM prepared meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +41,9 @@ class CoreLoad:
         self._steps = 0
         self._sign_at = 0.0  # when the next empty step counts
         self._context_tokens = 0
-        self._prompts = NO_WORK  # what was left to compute when the load was last asked for
+        self._prompts = NO_WORK  # what was last known to be left to compute
+        self._scheduled_at: float | None = None  # the first of those whose first output came with this step
+        self._busy_since: dict[int, float] = {}  # by rank: the end of its last step, if that left work
         self.held_handoffs = 0
 
     def submitted(self) -> None:
@@ -45,6 +53,15 @@ class CoreLoad:
     def began(self) -> None:
         """It went to vLLM."""
         self._attempts += 1
+
+    def left(self, prompts: PromptWork) -> None:
+        """So much is left to compute of prompts."""
+        self._prompts = prompts
+
+    def answered(self, scheduled_at: float | None) -> None:
+        """The step that is observed next has the first output of one that vLLM scheduled then."""
+        if scheduled_at is not None:
+            self._scheduled_at = min(scheduled_at, self._scheduled_at or scheduled_at)
 
     def grew(self, tokens: int) -> None:
         """So many more of its tokens have KV: those of its prompt once its first token came, and its output
@@ -57,7 +74,7 @@ class CoreLoad:
         self._context_tokens -= context_tokens
 
     def observe(self, rank: int, stats: SchedulerStats, now: float) -> None:
-        """A step's statistics, which came now (seconds)."""
+        """A step's statistics. `now`: when vLLM made them, by the monotonic clock, which it shares."""
         self._usage[rank] = stats.kv_cache_usage
         # Those whose KV is on its way hold blocks already; vLLM counts them among those it skipped.
         self._running[rank] = stats.num_running_reqs + pulling(stats)
@@ -66,7 +83,11 @@ class CoreLoad:
         if computed or (self._attempts and now >= self._sign_at):
             self._steps += 1
             self._sign_at = now + SIGN_S
-        if details is not None and not details.is_dummy:
+        began_at = self._busy_since.pop(rank, self._scheduled_at)
+        self._scheduled_at = None
+        if stats.num_running_reqs + stats.num_waiting_reqs + stats.num_skipped_waiting_reqs:
+            self._busy_since[rank] = now
+        if details is not None and computed and began_at is not None:
             prompts = self._prompts
             work = StepWork(
                 prefill_tokens=details.num_ctx_tokens,
@@ -77,7 +98,7 @@ class CoreLoad:
                 decode_requests=details.num_generation_requests,
                 decode_context_tokens=self._context_tokens // self._ranks,
             )
-            self._times.observe(work, details.elapsed_ms)
+            self._times.observe(work, (now - began_at) * 1e3)
 
     def responded(self) -> None:
         """It answered a question between two steps: it is not stuck."""
@@ -93,7 +114,7 @@ class CoreLoad:
 
     def load(self, prompts: PromptWork) -> Load:
         """The load as of now, with what is left to compute of prompts."""
-        self._prompts = prompts
+        self.left(prompts)
         running = min(sum(self._running.values()), self._attempts)
         used = sum(self._usage.values()) / self._ranks * self._card.total_blocks
         return Load(
