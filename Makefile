@@ -19,7 +19,7 @@ VLLM_VENV = $(VLLM_NEWEST_VENV)$(if $(VLLM),-with-$(VLLM)-$(shell sha256sum < $(
 VLLM_PYTHON = PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python
 
 .PHONY: help serve serve-vllm wheel test test-wheel test-clients test-clients-vllm test-nixl test-transformers test-vllm test-deploy test-kubernetes test-kubernetes-vllm \
-	cluster cluster-down parity bench-vllm lint format check sim sim-nightly soak fuzz audit faults clean
+	cluster cluster-down parity bench-vllm bench-dynamo lint format check sim sim-nightly soak fuzz audit faults clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -101,6 +101,10 @@ parity: $(VLLM_VENV)/.complete ## the same requests to `vllm serve` and to Penst
 
 bench-vllm: $(VLLM_VENV)/.complete ## the same load through `vllm serve` and through Penstock
 	$(VLLM_PYTHON) benchmarks/against_vllm.py $(ARGS)
+
+# Dynamo's mocker listens on every interface for those who want its events; so it gets a network of its own.
+bench-dynamo: $(VENV)/.dev ## the same load through Dynamo's frontend and through Penstock (installs it once: 390 MB)
+	unshare --map-root-user --net $(BIN)/python -m benchmarks.dynamo $(ARGS)
 
 NODES ?= 2
 

@@ -23,17 +23,20 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from english import English, model_folder
-from processes import start, stop, wait_ready
+import msgspec
 from tokenizers import Tokenizer
 
-from penstock.bench.answers import StreamedAnswer
+from benchmarks.english import English, model_folder
+from benchmarks.processes import start, stop, wait_ready
+from penstock.bench.answers import JsonAnswer, StreamedAnswer, TokenCounts
 from penstock.bench.http_client import HttpClient
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 REQUEST_TIMEOUT_S = 300.0  # of a whole round
 CONCURRENT_REQUESTS = 4
+CHAT = "/v1/chat/completions"
 PACE = "qwen3-8b/h200/tp1"  # 5 to 6 ms a step
 
 ENGLISH = English()
@@ -78,7 +81,7 @@ class Bench:
         """Text of this round alone."""
         return ENGLISH.prompt(words, self._round * 1_000_000 + number)
 
-    async def chat(self, texts: list[str], max_tokens: int) -> None:
+    async def chat(self, texts: list[str], max_tokens: int, *, stream: bool = True) -> None:
         """One request. `texts` are the turns of user and assistant."""
         roles = ("user", "assistant")
         messages = [{"role": roles[k % 2], "content": text} for k, text in enumerate(texts)]
@@ -87,18 +90,31 @@ class Bench:
             "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
             "ignore_eos": True,
         }
-        answer = StreamedAnswer()
-        await self.client.request("POST", "/v1/chat/completions", json.dumps(body).encode(), answer)
-        if not answer.complete or answer.usage is None or answer.usage.completion_tokens != max_tokens:
-            raise SystemExit(f"a request failed: {answer.failure or answer.usage}")
+        usage = await (self._streamed(body) if stream else self._whole(body))
+        if usage.completion_tokens != max_tokens:
+            raise SystemExit(f"a request got another answer: {usage}")
         self.cost.requests += 1
-        self.cost.prompt_tokens += answer.usage.prompt_tokens
+        self.cost.prompt_tokens += usage.prompt_tokens
         self.cost.tokens += max_tokens
+
+    async def _streamed(self, body: dict[str, Any]) -> TokenCounts:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        answer = StreamedAnswer()
+        await self.client.request("POST", CHAT, json.dumps(body).encode(), answer)
+        if not answer.complete or answer.usage is None:
+            raise SystemExit(f"a request failed: {answer.failure or answer.usage}")
         self.cost.chunks += answer.chunks
+        return answer.usage
+
+    async def _whole(self, body: dict[str, Any]) -> TokenCounts:
+        answer = JsonAnswer()
+        await self.client.request("POST", CHAT, json.dumps(body).encode(), answer)
+        if answer.status != 200:
+            raise SystemExit(f"a request failed: {answer.status} {answer.decode()}")
+        self.cost.chunks += 1
+        return msgspec.convert(answer.decode()["usage"], TokenCounts)
 
     def _cpu_s(self) -> tuple[float, float]:
         fields = Path(f"/proc/{self._pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -110,6 +126,13 @@ async def streams(bench: Bench, count: int, tokens: int, times: int) -> None:
     for time_number in range(times):
         prompts = [bench.prompt(20, time_number * count + k) for k in range(count)]
         await asyncio.gather(*(bench.chat([prompt], tokens) for prompt in prompts))
+
+
+async def whole_answers(bench: Bench, count: int, tokens: int, times: int) -> None:
+    """`count` answers at a time that are not streamed, of `tokens` tokens each, that many times."""
+    for time_number in range(times):
+        prompts = [bench.prompt(20, time_number * count + k) for k in range(count)]
+        await asyncio.gather(*(bench.chat([prompt], tokens, stream=False) for prompt in prompts))
 
 
 async def requests(bench: Bench, words: int, count: int, history_words: int = 0) -> None:
@@ -145,6 +168,7 @@ SCENARIOS = {
     "stream 64 x 400, paced": Measured(lambda bench: streams(bench, 64, 400, 2), "token", PACE),
     "stream 32 x 100": Measured(lambda bench: streams(bench, 32, 100, 12), "token"),
     "stream 32 x 100, paced": Measured(lambda bench: streams(bench, 32, 100, 8), "token", PACE),
+    "whole answers 32 x 100": Measured(lambda bench: whole_answers(bench, 32, 100, 8), "request"),
     "request 20 words": Measured(lambda bench: requests(bench, 20, 400), "request"),
     "request 500 words": Measured(lambda bench: requests(bench, 500, 300), "request"),
     "request 4000 words": Measured(lambda bench: requests(bench, 4000, 60), "request"),

@@ -27,8 +27,8 @@ from pathlib import Path
 from random import Random
 
 from msgspec.structs import replace
-from processes import start, stop, wait_ready
 
+from benchmarks.processes import start, stop, wait_ready
 from penstock.bench.answers import StreamedAnswer
 from penstock.bench.http_client import HttpClient, RequestFailed
 from penstock.bench.measurements import Percentiles, RequestOutcome, Slo
@@ -95,10 +95,10 @@ def frontend(options: argparse.Namespace) -> Iterator[str]:
 class Clients:
     """Plays the sessions of a load over HTTP."""
 
-    def __init__(self, url: str, slowness: float) -> None:
+    def __init__(self, url: str, slowness: float, slo: Slo = SLO) -> None:
         self._client = HttpClient(url)
         self._slowness = slowness
-        self._results = Results(SLO)
+        self._results = Results(slo)
         self._began = 0.0
         self._until_s = 0.0
         self.late_s = 0.0  # the most by which a session began late
