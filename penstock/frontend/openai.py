@@ -23,7 +23,7 @@ from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.messages import Message, settle
 from penstock.frontend.prompt_cut import PromptCut, Side
 from penstock.frontend.sampling import client_seed
-from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
+from penstock.frontend.structured import ResponseFormat, StructuredOutputs, as_openai_has_it, constraint
 from penstock.frontend.text.repetition import RepetitionDetection
 from penstock.frontend.tools import MAX_TOOLS, AllowedTools, Tool, ToolChoice, ToolSelection, check_tools
 from penstock.frontend.unserved import (
@@ -367,6 +367,7 @@ def _check(request: GenerationRequest) -> None:
     refuse(request)
     if request.nvext is not None:
         _read_nvext(request, request.nvext)
+    request.response_format = as_openai_has_it(request.response_format)
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestRejected("`stream_options` needs `stream`.", field="stream_options")

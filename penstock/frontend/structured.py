@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth
+from penstock.frontend.schemas import without_empty_words
 from penstock.shapes import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
@@ -24,8 +25,10 @@ class TextFormat(msgspec.Struct, tag_field="type", tag="text"):
     """Anything."""
 
 
-class JsonObjectFormat(msgspec.Struct, tag_field="type", tag="json_object"):
-    """Some JSON object."""
+class JsonObjectFormat(msgspec.Struct, tag_field="type", tag="json_object", omit_defaults=True):
+    """Some JSON object; or one of this schema, as llama.cpp, Together and Fireworks have it."""
+
+    schema: JsonObject | None = None
 
 
 class NamedSchema(msgspec.Struct):
@@ -33,6 +36,9 @@ class NamedSchema(msgspec.Struct):
     schema: JsonObject
     description: str | None = None
     strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.schema = without_empty_words(self.schema)
 
 
 class JsonSchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
@@ -50,6 +56,13 @@ class StructuralTagFormat(msgspec.Struct, tag_field="type", tag="structural_tag"
 
 
 ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+
+
+def as_openai_has_it(format: ResponseFormat | None) -> ResponseFormat | None:
+    """The same format in a shape that engines' parsers know, too."""
+    if isinstance(format, JsonObjectFormat) and format.schema is not None:
+        return JsonSchemaFormat(NamedSchema("object", format.schema))
+    return format
 
 
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -72,6 +85,8 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, omit_default
             with contextlib.suppress(msgspec.DecodeError, RecursionError):  # `checked` tells of it
                 schema = msgspec.json.decode(self.json) if isinstance(self.json, str) else self.json
                 self.json = closed(schema)
+        if isinstance(self.json, dict):
+            self.json = without_empty_words(self.json)
 
 
 _OPTIONS: Final = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")

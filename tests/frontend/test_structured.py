@@ -38,6 +38,14 @@ def structured_of(byte_level, view_of):
             StructuredOutput("json", json.dumps(SCHEMA, separators=(",", ":"))),
         ),
         (
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
+            StructuredOutput("json", json.dumps(SCHEMA, separators=(",", ":"))),
+        ),
+        (
+            {"structured_outputs": {"json": {"type": "object", "propertyNames": {"type": "string"}}}},
+            StructuredOutput("json", '{"type":"object"}'),
+        ),
+        (
             {"response_format": {"type": "structural_tag", "triggers": ["<"], "structures": []}},
             StructuredOutput(
                 "structural_tag", '{"type":"structural_tag","structures":[],"triggers":["<"]}'

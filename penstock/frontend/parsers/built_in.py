@@ -15,6 +15,7 @@ import msgspec
 from penstock.errors import ConfigError
 from penstock.frontend.parsers.calls import CallFormat, CallScanner, new_call_id, overlap
 from penstock.frontend.reply import joined
+from penstock.frontend.schemas import loosened
 from penstock.frontend.structured import ResponseFormat, StructuredOutputs, constraint
 from penstock.shapes import Answering, JsonObject, ModelView, Parsed, StructuredOutput, ToolCallDelta
 
@@ -106,7 +107,7 @@ class BuiltInCallParser:
         choice = body.get("tool_choice")
         if model.format is not None and choice != "none":
             functions = [tool["function"] for tool in body.get("tools") or ()]
-            self.tools = {it["name"]: _arguments(it.get("parameters") or {}) for it in functions}
+            self.tools = {it["name"]: _arguments(it) for it in functions}
             self.required = choice == "required"
             self.named = choice["function"]["name"] if isinstance(choice, dict) else ""
         self.skip_special_tokens = not self.tools
@@ -150,10 +151,13 @@ class BuiltInCallParser:
         return BuiltInAnswerParser(self)
 
 
-def _arguments(parameters: JsonObject) -> JsonObject:
-    """Arguments are an object, also where their schema does not say so, or says something else."""
-    kind = parameters.get("type", "object")
-    return {**parameters, "type": "object"} if "object" in kind else ANY_ARGUMENTS
+def _arguments(function: JsonObject) -> JsonObject:
+    """The schema of a tool's arguments, as far as they are held to it. They are an object, also where their
+    schema does not say so, or says something else."""
+    schema = function.get("parameters") or {}
+    if not function.get("strict"):
+        schema = loosened(schema)
+    return {**schema, "type": "object"} if "object" in schema.get("type", "object") else ANY_ARGUMENTS
 
 
 class BuiltInAnswerParser:

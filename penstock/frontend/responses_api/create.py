@@ -39,7 +39,7 @@ from penstock.frontend.responses_api.response_object import ResponseObject
 from penstock.frontend.responses_api.tool_names import OfferedTools, offered_tools
 from penstock.frontend.responses_api.truncation import fitting
 from penstock.frontend.sse import encode
-from penstock.frontend.structured import JsonSchemaFormat, NamedSchema, ResponseFormat
+from penstock.frontend.structured import JsonSchemaFormat, NamedSchema, ResponseFormat, as_openai_has_it
 from penstock.frontend.tool_shapes import ToolShape, naming_tool_shapes
 from penstock.ports import ResponseStore, StoredResponse
 from penstock.shapes import FinishReason, JsonObject, Parsed
@@ -378,7 +378,7 @@ def _response_format(request: ResponsesRequest) -> ResponseFormat | None:
     if isinstance(format, FlatSchemaFormat):
         schema = NamedSchema(format.name, format.schema, format.description, format.strict)
         return JsonSchemaFormat(schema)
-    return format
+    return as_openai_has_it(format)
 
 
 def _identified(item: InputItem, response_id: str, index: int) -> JsonObject:
