@@ -37,15 +37,16 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 class Chats:
-    """Threads whose conversations grow from turn to turn, and begin anew after some."""
+    """Threads whose conversations grow by so many characters a turn, and begin anew after some."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, clients: int = CLIENTS, new_chars: int = NEW_CHARS) -> None:
         self.answers = 0
         self.errors: list[Exception] = []
+        self._new_chars = new_chars
         self._numbers = itertools.count()
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(deployment.client(),)) for _ in range(CLIENTS)
+            threading.Thread(target=self._run, args=(deployment.client(),)) for _ in range(clients)
         ]
 
     def __enter__(self) -> Chats:
@@ -62,7 +63,7 @@ class Chats:
         while not self._stop.is_set():
             text = ""
             for _ in range(TURNS):
-                text += f"{next(self._numbers):>{NEW_CHARS}}"
+                text += f"{next(self._numbers):>{self._new_chars}}"
                 try:
                     answer = client.completions.create(model=MODEL, prompt=text, max_tokens=OUTPUT_TOKENS)
                 except openai.OpenAIError as error:

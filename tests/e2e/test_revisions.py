@@ -56,12 +56,15 @@ class Deployment(Frontend):
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *arguments: str, module: str = "penstock") -> None:
-        found = ("--discovery", f"file:{self.folder / 'discovery'}")
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments, *found],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
-                env={**os.environ, "PENSTOCK_LOG": "info"},
+                env={
+                    **os.environ,
+                    "PENSTOCK_LOG": "info",
+                    "PENSTOCK_DISCOVERY": f"file:{self.folder / 'discovery'}",
+                },
                 stdout=log,
                 stderr=log,
             )
@@ -83,7 +86,7 @@ class Deployment(Frontend):
         instances = json.loads(self.get("/health")[1])["instances"]
         return {found["instance_id"]: found["state"] for found in instances}
 
-    def wait_for(self, **states: str) -> None:
+    def wait_for(self, within_s: float = START_S, **states: str) -> None:
         seen: dict[str, str] = {}
 
         def holds() -> bool:
@@ -96,7 +99,7 @@ class Deployment(Frontend):
             logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
             return f"{seen} instead of {states}:\n{logs}"
 
-        wait_until(holds, instead, START_S, look_s=0.1)
+        wait_until(holds, instead, within_s, look_s=0.1)
 
     def close(self) -> None:
         super().close()
