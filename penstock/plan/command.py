@@ -42,6 +42,7 @@ Costs = Annotated[
 ]
 Policies = Annotated[str, Option(help="Routing policies to try with the best graph.")]
 CpuS = Annotated[float, Option(min=1.0, help="CPU time to search for, in seconds.")]
+Seed = Annotated[int, Option(min=0, help="Same seed, same loads.")]
 Jobs = Annotated[int, Option(min=0, help="Processes; 0: one for each core.")]
 WriteFile = Annotated[Path | None, Option("--write", help="Write the best graph's manifest here.")]
 JsonFile = Annotated[Path | None, Option(help="Write all figures here.")]
@@ -64,6 +65,7 @@ def plan(
     costs: Costs = "qwen3-32b/h200",
     policy: Policies = "kv,lmetric,sticky",
     cpu_s: CpuS = 300.0,
+    seed: Seed = 0,
     jobs: Jobs = 0,
     write: WriteFile = None,
     json: JsonFile = None,
@@ -78,7 +80,7 @@ def plan(
     for name in policies:
         policy_named(name)
     with Processes(jobs or os.cpu_count() or 1, cpu_s) as run:
-        search = Search(load, objective, run, cpu_s)
+        search = Search(load, objective, run, cpu_s, seed)
         if gpus is None:
             advice = search.fewest(forms(kinds), policies)
         else:
@@ -91,7 +93,7 @@ def plan(
         raise PenstockError(
             f"no graph meets {objective}: too many single requests are slower than that on idle workers"
         )
-    remarks = list(_remarks(advice[0], objective, load))
+    remarks = list(_remarks(advice, objective, load))
     _show(advice, objective, search, remarks, cpu_s)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(advice), indent=2) + b"\n")
@@ -116,8 +118,9 @@ def _contexts(session: ClientSession) -> Iterator[int]:
         yield tokens
 
 
-def _remarks(best: Advice, objective: Objective, load: WorkloadSettings) -> Iterator[str]:
+def _remarks(advice: Sequence[Advice], objective: Objective, load: WorkloadSettings) -> Iterator[str]:
     """What was planned for, and what was assumed."""
+    best, *others = advice
     candidate, kind = best.candidate, best.candidate.kind
     source = load.trace.name if load.trace is not None else f"the load {load.generator}"
     share = Estimate.of([it.good_share for it in best.reports]).times(100).format(1)
@@ -128,7 +131,11 @@ def _remarks(best: Advice, objective: Objective, load: WorkloadSettings) -> Iter
     elif not best.breaks:
         yield f"It bears {MOST_SCALE:g} times the load and more: fewer GPUs may do."
     else:
-        yield f"It bears {best.margin:.2f} times the load; then {best.breaks} breaks first."
+        yield f"It bears {best.margin.format(2)} times the load; then {best.breaks} breaks first."
+        if best.meets and best.margin.least < 1:
+            yield "That may be less than the load: chance decides so much."
+    if alike := [_description(it.candidate, ", ") for it in others if _as_good(it, best)]:
+        yield f"By all that was simulated, as good: {'; '.join(alike)}."
     measured = kind.cost_model.endswith(".json")
     yield f"Assumed: the step times of {kind.cost_model}; {kind.cache_tokens:,} tokens of KV in each worker"
     source = "as measured" if measured else "bf16, at 90 % of the GPUs' memory"
@@ -177,19 +184,27 @@ def _show(
         console.print(line, highlight=False)
 
 
-def _description(candidate: PlannedGraph) -> str:
+def _as_good(other: Advice, best: Advice) -> bool:
+    """Whether one with no more GPUs may bear as much, going by the differences of margins, seed by seed."""
+    if not other.meets or other.candidate.gpus > best.candidate.gpus or len(best.margins) < 2:
+        return False
+    pairs = zip(best.margins, other.margins, strict=True)
+    return Estimate.of([its - theirs for its, theirs in pairs]).least <= 0
+
+
+def _description(candidate: PlannedGraph, between: str = "\n") -> str:
     lines = [candidate.name, candidate.kind.cost_model]
     if candidate.policy != "kv":
         lines.append(f"policy {candidate.policy}")
     if candidate.max_batch_tokens != BATCH_TOKENS:
         lines.append(f"steps of {candidate.max_batch_tokens:,} tokens")
-    return "\n".join(lines)
+    return between.join(lines)
 
 
 def _margin(advice: Advice) -> str:
     if advice.margin is None:
         return f"< {LEAST_SCALE:g} {advice.breaks}"
-    return f"{advice.margin:.2f} {advice.breaks}" if advice.breaks else f"> {MOST_SCALE:g}"
+    return f"{advice.margin.format(2)} {advice.breaks}" if advice.breaks else f"> {MOST_SCALE:g}"
 
 
 def _percentiles(measured: Sequence[Percentiles], digits: int) -> str:

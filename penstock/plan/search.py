@@ -26,7 +26,7 @@ from penstock.plan.candidates import Form, PlannedGraph, variants
 from penstock.plan.objective import Objective
 from penstock.plan.sizing import MOST_GPUS, Sizing
 from penstock.plan.standing import LEAST_SCALE, MOST_SCALE, Standing
-from penstock.simulate.report import SimulationReport
+from penstock.simulate.report import Estimate, SimulationReport
 from penstock.simulate.run import Scenario, WorkloadSettings
 
 
@@ -77,7 +77,8 @@ class Advice(msgspec.Struct, frozen=True):
 
     candidate: PlannedGraph
     meets: bool
-    margin: float | None  # how many times the load it bears; None: it meets the objective at none
+    margin: Estimate | None  # how many times the load it bears; None: it meets the objective at none
+    margins: Sequence[float]  # for each seed
     breaks: str  # what is missed first when the load grows; empty: nothing was, at MOST_SCALE
     reports: Sequence[SimulationReport]  # at the load as given, one for each seed
 
@@ -88,15 +89,17 @@ class Search:
     Args:
         load: of a trace, `requests` says how many it has.
         budget_cpu_s: CPU time of all simulations together. What has begun then is ended.
+        seed: the first of those with which loads are simulated.
     """
 
     def __init__(
-        self, load: WorkloadSettings, objective: Objective, run: Runner, budget_cpu_s: float
+        self, load: WorkloadSettings, objective: Objective, run: Runner, budget_cpu_s: float, seed: int = 0
     ) -> None:
         self._load = load
         self._objective = objective
         self._run = run
         self._budget_cpu_s = budget_cpu_s
+        self._first_seed = seed
         self.spent_cpu_s = 0.0
         self.piece = 1.0
         """The part of the load that is simulated."""
@@ -179,7 +182,7 @@ class Search:
             self.piece = min(1.0, PROBE_REQUESTS / self._load.requests)
         else:
             self.piece = min(1.0, LEAST_PIECE_S / self._load.duration_s)
-        (report,) = self._simulate("how long it takes", [(candidate, 1.0, 0)])
+        (report,) = self._simulate("how long it takes", [(candidate, 1.0, self._first_seed)])
         self._least_piece = min(1.0, self.piece * max(1.0, LEAST_REQUESTS / max(1, report.requests)))
 
     def _plan_piece(self, candidates: int, stage: Stage) -> None:
@@ -189,8 +192,9 @@ class Search:
         self.piece = min(1.0, max(self._least_piece, left_s / whole_s))
 
     def _plan_final(self, candidates: int) -> None:
-        whole_s = candidates * self._runs_each * self._whole_cpu_s
-        self.seeds = min(SEEDS, max(1, int((self._budget_cpu_s - self.spent_cpu_s) / whole_s)))
+        """Several seeds before more of the load: without them nobody knows how far a margin is chance."""
+        least_s = self._least_piece * candidates * self._runs_each * self._whole_cpu_s
+        self.seeds = SEEDS if SEEDS * least_s <= self._budget_cpu_s - self.spent_cpu_s else 1
         self._plan_piece(candidates, FINAL)
 
     @property
@@ -217,7 +221,8 @@ class Search:
         return Advice(
             candidate=standing.candidate,
             meets=standing.meets(1.0),
-            margin=standing.margin,
+            margin=Estimate.of(standing.margins) if standing.margins else None,
+            margins=standing.margins,
             breaks=self._breaks(standing),
             reports=standing.reports[1.0],
         )
@@ -226,7 +231,9 @@ class Search:
         """What most requests miss at the lowest load at which the objective is missed."""
         if standing.high is None:
             return ""
-        (larger,) = self._simulate("a larger cache", [(standing.candidate, standing.high, 0)], CACHE_FACTOR)
+        (larger,) = self._simulate(
+            "a larger cache", [(standing.candidate, standing.high, self._first_seed)], CACHE_FACTOR
+        )
         if larger.good_share >= self._objective.share:
             return "KV cache"
         report = standing.reports[standing.high][0]
@@ -253,7 +260,7 @@ class Search:
     def _with_seeds(
         self, what: str, asked: Sequence[tuple[PlannedGraph, float]]
     ) -> list[list[SimulationReport]]:
-        seeds = range(self.seeds)
+        seeds = range(self._first_seed, self._first_seed + self.seeds)
         reports = self._simulate(what, [(*it, seed) for it, seed in product(asked, seeds)])
         return [reports[at : at + self.seeds] for at in range(0, len(reports), self.seeds)]
 

@@ -2,13 +2,15 @@
 
 Loads are multiples of the given one, its scale. A candidate's margin is the scale up to which it meets the
 objective. It lies between `low`, the highest scale below every failure, and `high`, the lowest failure;
-`next_scale` halves what is between them, on a logarithmic scale.
+`next_scale` halves what is between them, on a logarithmic scale. With several seeds the means of their
+shares decide what is simulated next, and each seed has a margin of its own, so that their differences tell
+how far it can be trusted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from penstock.plan.candidates import PlannedGraph
@@ -66,14 +68,31 @@ class Standing:
         return math.sqrt(low * high) if high / low > tolerance else None
 
     @property
-    def margin(self) -> float | None:
-        """Between `low` and `high`, where a straight line between their shares meets the objective; None:
-        it meets it nowhere."""
-        high, low = self.high, self.low
+    def margins(self) -> list[float]:
+        """Of each seed, as far as the scales tell that were simulated; empty: it meets the objective
+        nowhere."""
+        if self.low is None:
+            return []
+        seeds = range(len(self.reports[self.low]))
+        return [
+            self._margin({scale: its[seed].good_share for scale, its in self.reports.items()})
+            for seed in seeds
+        ]
+
+    def _margin(self, shares: Mapping[float, float]) -> float:
+        """Where a straight line between the shares on both sides meets the objective; the nearest scale
+        where there is only one side."""
+        high = min((scale for scale, share in shares.items() if share < self._share), default=None)
+        low = max((scale for scale in shares if high is None or scale < high), default=None)
         if low is None or high is None:
-            return low
-        met, missed = self.good_share(low), self.good_share(high)
+            return next(scale for scale in (low, high) if scale is not None)
+        met, missed = shares[low], shares[high]
         return low * math.pow(high / low, (met - self._share) / (met - missed))
+
+    @property
+    def margin(self) -> float | None:
+        """Their mean; None: it meets the objective nowhere."""
+        return fmean(self.margins) if self.low is not None else None
 
     @property
     def rank(self) -> tuple[bool, float, float, float]:

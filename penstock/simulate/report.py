@@ -120,6 +120,11 @@ class Estimate(msgspec.Struct, frozen=True):
         width = self.half_width
         return Estimate(self.mean * factor, width * factor if width is not None else None)
 
+    @property
+    def least(self) -> float:
+        """The lower end of the interval."""
+        return self.mean - (self.half_width or 0.0)
+
     def format(self, digits: int) -> str:
         """For a table."""
         text = f"{self.mean:,.{digits}f}"

@@ -50,3 +50,14 @@ def test_several_seeds_count_by_their_mean() -> None:
     standing = Standing(CANDIDATE, 0.9)
     standing.add(1.0, [report(0.88), report(0.94)])
     assert standing.meets(1.0)
+
+
+def test_each_seed_has_a_margin_of_its_own() -> None:
+    standing = Standing(CANDIDATE, 0.9)
+    for scale, shares in {1.0: (1.0, 1.0, 0.85), 2.0: (0.95, 0.8, 0.8), 1.5: (1.0, 0.9, 0.85)}.items():
+        standing.add(scale, [report(share) for share in shares])
+    best, middle, worst = standing.margins
+    assert best == 2.0, "it met the objective at every scale"
+    assert middle == pytest.approx(1.5)
+    assert worst == 1.0, "at none, and less was not tried"
+    assert standing.margin == pytest.approx(1.5)
