@@ -42,8 +42,20 @@ def decoded(body: bytes, decoder: msgspec.json.Decoder[Body], kind: type[Body], 
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         mended = _without_halves(body)
         if mended == body:
-            raise RequestRejected(f"The body is not valid JSON: {error}", code="invalid_json") from None
+            message = f"The body is not valid JSON: {_what_is_wrong(body, error)}"
+            raise RequestRejected(message, code="invalid_json") from None
     return decoded(mended, decoder, kind, explain)
+
+
+def _what_is_wrong(body: bytes, error: Exception) -> str:
+    if not body.strip():
+        return "it is empty."
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in body[:2]:
+        return "it is UTF-16, and must be UTF-8."
+    if isinstance(error, RecursionError):
+        return "it is nested too deep."
+    # Windows PowerShell sends a text as Latin-1 unless it is told otherwise.
+    return "it is not UTF-8." if "UTF-8" in str(error) else str(error)
 
 
 def _without_halves(body: bytes) -> bytes:

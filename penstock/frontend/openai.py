@@ -27,10 +27,12 @@ from penstock.frontend.structured import ResponseFormat, StructuredOutputs, as_o
 from penstock.frontend.text.repetition import RepetitionDetection
 from penstock.frontend.tools import MAX_TOOLS, AllowedTools, Tool, ToolChoice, ToolSelection, check_tools
 from penstock.frontend.unserved import (
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
     NVEXT_HARMLESS,
     NVEXT_REFUSED,
-    OnlyRefused,
     check_refused,
+    only_refused,
     refuse,
     unsupported,
     with_refused,
@@ -224,8 +226,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.prompt  # type: ignore[return-value]
 
 
-_CHAT = with_refused(ChatRequest)
-_COMPLETION = with_refused(CompletionRequest)
+_CHAT = with_refused(ChatRequest, CHAT_REFUSED)
+_COMPLETION = with_refused(CompletionRequest, COMPLETION_REFUSED)
 _CHAT_DECODER = msgspec.json.Decoder(_CHAT)
 _COMPLETION_DECODER = msgspec.json.Decoder(_COMPLETION)
 
@@ -336,7 +338,7 @@ def _rejected(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.St
     value may be right together with that field."""
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         try:
-            refuse(msgspec.json.decode(body, type=OnlyRefused))
+            refuse(msgspec.json.decode(body, type=only_refused(kind)))
         except RequestRejected as refused:
             return refused
         if "$.logit_bias" in str(error):

@@ -9,6 +9,7 @@ tests/frontend/test_fields.py. Fields that are on neither list are nobody's, and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -96,6 +97,39 @@ REFUSED: Final[dict[str, RefusedField]] = {
     "task": RefusedField(),
 }
 
+_FORMAT: Final = RefusedField((), "use `response_format`")
+_SYSTEM: Final = RefusedField((), "send it as a message of the role `system`")
+_CHATS: Final = "/v1/chat/completions has it"
+
+_OF_OTHER_APIS: Final[dict[str, RefusedField]] = {
+    # OpenAI's Responses API
+    "input": RefusedField((), "/v1/responses has it"),
+    "instructions": _SYSTEM,
+    "max_output_tokens": RefusedField((), "use `max_tokens`"),
+    "previous_response_id": RefusedField((), "/v1/responses has it"),
+    "text": _FORMAT,
+    # Anthropic
+    "output_config": _FORMAT,
+    "output_format": _FORMAT,
+    "stop_sequences": RefusedField(([],), "use `stop`"),
+    "system": _SYSTEM,
+}
+CHAT_REFUSED: Final = REFUSED | _OF_OTHER_APIS | {"prompt": RefusedField((), "/v1/completions has it")}
+COMPLETION_REFUSED: Final[dict[str, RefusedField]] = (
+    REFUSED
+    | _OF_OTHER_APIS
+    | {
+        "chat_template_kwargs": RefusedField(({},), _CHATS),
+        "max_completion_tokens": RefusedField((), "use `max_tokens`"),
+        "messages": RefusedField((), _CHATS),
+        "reasoning_effort": RefusedField((), _CHATS),
+        "tool_choice": RefusedField(("none",), _CHATS),
+        "tools": RefusedField(([],), _CHATS),
+        "top_logprobs": RefusedField((0,), "use `logprobs`"),
+    }
+)
+"""The same for either API, with what a client that moves from another one may go on sending."""
+
 _NO_IMAGES: Final = "counts for images and videos only, which are refused themselves"
 _NO_EXPERTS: Final = "counts for answers with routed experts only, which are refused themselves"
 _RENDERING: Final = "counts for endpoints that only render; vLLM ignores it here, too"
@@ -164,26 +198,29 @@ NVEXT_HARMLESS: Final[dict[str, str]] = {
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
-_NOTHING: Final = (None,) * len(REFUSED)
-
 
 def with_refused(kind: type[_Body], refused: Mapping[str, RefusedField] = REFUSED) -> type[_Body]:
     """The same request with the refused fields after its own, for `refuse` to look at."""
     fields = [(name, Any, None) for name in refused]
-    return cast(type[_Body], msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True))
+    both = {"refused": refused}
+    made = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True, namespace=both)
+    return cast(type[_Body], made)
 
 
-OnlyRefused: Final = with_refused(msgspec.Struct)
-"""The refused fields alone."""
+@cache
+def only_refused(kind: Any) -> type[msgspec.Struct]:
+    """The refused fields alone of a type that `with_refused` made."""
+    return with_refused(msgspec.Struct, kind.refused)
 
 
-def refuse(request: msgspec.Struct) -> None:
+def refuse(request: Any) -> None:
     """Raises RequestRejected that names the first refused field which asks for something.
 
     `request` is of a type that `with_refused` made."""
-    values = msgspec.structs.astuple(request)[-len(REFUSED) :]
-    if values != _NOTHING:
-        check_refused(dict(zip(REFUSED, values, strict=True)), REFUSED)
+    refused: Mapping[str, RefusedField] = request.refused
+    values = msgspec.structs.astuple(request)[-len(refused) :]
+    if values.count(None) != len(values):
+        check_refused(dict(zip(refused, values, strict=True)), refused)
 
 
 def check_refused(given: JsonObject, refused: Mapping[str, RefusedField], prefix: str = "") -> None:

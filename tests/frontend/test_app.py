@@ -353,8 +353,10 @@ async def test_every_refusal_has_a_code(served, caplog, fields, code):
     assert f" finish={code} param=" in lines_of(caplog)[0]
 
 
-async def test_a_list_of_models_may_end_with_a_slash(served):
+async def test_a_list_of_models_and_one_of_them_may_end_with_a_slash(served):
     assert (await served.http.get("/v1/models/")).json() == (await served.http.get("/v1/models")).json()
+    one = await served.http.get("/v1/models/tiny")
+    assert (await served.http.get("/v1/models/tiny/")).json() == one.json()
 
 
 # --- keys -----------------------------------------------------------------------------------------

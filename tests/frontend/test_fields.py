@@ -17,13 +17,20 @@ from penstock.frontend.openai import (
     decode_chat,
     decode_completion,
 )
-from penstock.frontend.unserved import HARMLESS, NVEXT_HARMLESS, NVEXT_REFUSED, REFUSED
+from penstock.frontend.unserved import (
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
+    HARMLESS,
+    NVEXT_HARMLESS,
+    NVEXT_REFUSED,
+)
 
 PEERS = json.loads(Path(__file__).with_name("peer_fields.json").read_text())
 HI = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"model": "m", "prompt": "Hi"}
 DECODERS = {"chat": (decode_chat, HI), "completions": (decode_completion, TEXT)}
 REQUESTS = {"chat": ChatRequest, "completions": CompletionRequest}
+REFUSED = {"chat": CHAT_REFUSED, "completions": COMPLETION_REFUSED}
 
 
 def decode(endpoint, **fields):
@@ -31,10 +38,11 @@ def decode(endpoint, **fields):
     return decoder(json.dumps(body | fields).encode())
 
 
-@pytest.mark.parametrize("endpoint", DECODERS)
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    ("endpoint", "name"), [(endpoint, name) for endpoint, names in REFUSED.items() for name in names]
+)
 def test_a_refused_field_is_named_and_null_or_a_neutral_value_is_absence(endpoint, name):
-    for asks in ({"x": 1}, "asks", 7, True not in REFUSED[name].neutral):
+    for asks in ({"x": 1}, "asks", 7, True not in REFUSED[endpoint][name].neutral):
         with pytest.raises(RequestRejected) as raised:
             decode(endpoint, **{name: asks})
         assert (raised.value.kind, raised.value.code, raised.value.field) == (
@@ -43,7 +51,7 @@ def test_a_refused_field_is_named_and_null_or_a_neutral_value_is_absence(endpoin
             name,
         )
         assert f"`{name}`" in raised.value.message
-    for nothing in (None, *REFUSED[name].neutral):
+    for nothing in (None, *REFUSED[endpoint][name].neutral):
         decode(endpoint, **{name: nothing})
 
 

@@ -291,6 +291,23 @@ def test_half_of_a_character_is_read_as_the_replacement_character(written, read)
     assert decode_chat(body).messages[0].content == read
 
 
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        ('{"model": "m"}'.encode("utf-16"), "it is UTF-16, and must be UTF-8"),
+        ('{"model": "m"}'.encode("utf-16-be"), "it is UTF-16, and must be UTF-8"),
+        ('{"model": "\u00e9"}'.encode("latin-1"), "it is not UTF-8"),
+        (b'{"x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "it is nested too deep"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said_in_words_of_its_own(body, wrong):
+    with pytest.raises(RequestRejected, match=wrong) as raised:
+        decode_chat(body)
+    assert raised.value.code == "invalid_json"
+
+
 def test_body_of_nothing_but_halves_is_no_json_and_costs_little():
     content = r"\ud83d" * 2_000_000
     began = time.perf_counter()

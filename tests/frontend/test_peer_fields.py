@@ -49,14 +49,21 @@ from penstock.frontend.responses_api.request_body import (
 from penstock.frontend.structured import NamedSchema, StructuredOutputs
 from penstock.frontend.tokenization import TOKENIZE_REFUSED, DetokenizeRequest, TokenizeRequest
 from penstock.frontend.tools import AllowedTools, Function, Tool, ToolSelection
-from penstock.frontend.unserved import HARMLESS, NVEXT_HARMLESS, NVEXT_REFUSED, REFUSED
+from penstock.frontend.unserved import (
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
+    HARMLESS,
+    NVEXT_HARMLESS,
+    NVEXT_REFUSED,
+    REFUSED,
+)
 
 PEERS = json.loads(Path(__file__).with_name("peer_fields.json").read_text())
 VLLM = PEERS["vllm"]
 
 ENDPOINTS = {
-    "chat": (ChatRequest, REFUSED, HARMLESS),
-    "completions": (CompletionRequest, REFUSED, HARMLESS),
+    "chat": (ChatRequest, CHAT_REFUSED, HARMLESS),
+    "completions": (CompletionRequest, COMPLETION_REFUSED, HARMLESS),
     "responses": (ResponsesRequest, RESPONSES_REFUSED, RESPONSES_HARMLESS),
     "messages": (MessagesRequest, ANTHROPIC_REFUSED, ANTHROPIC_HARMLESS),
     "count_tokens": (ConversationRequest, ANTHROPIC_REFUSED, ANTHROPIC_HARMLESS),
