@@ -202,8 +202,8 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 def with_refused(kind: type[_Body], refused: Mapping[str, RefusedField] = REFUSED) -> type[_Body]:
     """The same request with the refused fields after its own, for `refuse` to look at."""
     fields = [(name, Any, None) for name in refused]
-    both = {"refused": refused}
-    made = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True, namespace=both)
+    rules = {"refused": refused, "nothing": (None,) * len(refused)}
+    made = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True, namespace=rules)
     return cast(type[_Body], made)
 
 
@@ -217,10 +217,10 @@ def refuse(request: Any) -> None:
     """Raises RequestRejected that names the first refused field which asks for something.
 
     `request` is of a type that `with_refused` made."""
-    refused: Mapping[str, RefusedField] = request.refused
-    values = msgspec.structs.astuple(request)[-len(refused) :]
-    if values.count(None) != len(values):
-        check_refused(dict(zip(refused, values, strict=True)), refused)
+    nothing: tuple[None, ...] = request.nothing
+    values = msgspec.structs.astuple(request)[-len(nothing) :]
+    if values != nothing:
+        check_refused(dict(zip(request.refused, values, strict=True)), request.refused)
 
 
 def check_refused(given: JsonObject, refused: Mapping[str, RefusedField], prefix: str = "") -> None:
