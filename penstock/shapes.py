@@ -92,10 +92,11 @@ class Role(StrEnum):
     DECODE = "decode"
     AGGREGATED = "aggregated"
 
-    @property
-    def decodes(self) -> bool:
-        """Whether a request may end here (prefill workers only hand over)."""
-        return self is not Role.PREFILL
+    decodes: bool
+    """Whether a request may end here (prefill workers only hand over)."""
+
+    def __init__(self, value: str) -> None:
+        self.decodes = value != "prefill"
 
 
 class FinishReason(StrEnum):

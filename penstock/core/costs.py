@@ -153,22 +153,21 @@ class Costs(msgspec.Struct, frozen=True, gc=False):
 
 def costs(query: Query, candidate: Candidate) -> Costs:
     """Score one candidate."""
-    load, rates, requests = candidate.load, candidate.load.rates, candidate.requests
+    load, output = candidate.load, query.expected_output_tokens
+    rates, requests, context = load.rates, load.running + load.waiting, load.context_tokens
     uncached = candidate.uncached_tokens(query)
     missing = max(0, -(-query.prompt_tokens // candidate.block_size) - candidate.overlap_blocks)
-    output = query.expected_output_tokens
-    each_step_ms = step_ms(rates, requests, load.context_tokens)
+    now_ms = step_ms(rates, requests, context)
     prompt_ms = compute_ms(rates, *prompt_work(query.prompt_tokens - uncached, query.prompt_tokens))
     return Costs(
         candidate=candidate,
         uncached_tokens=uncached,
-        queue_ms=_queued_ms(candidate, uncached, each_step_ms) + _blocked_ms(query, candidate, missing),
-        prefill_ms=prompt_ms + _steps(uncached) * each_step_ms,
+        queue_ms=_queued_ms(candidate, uncached, now_ms) + _blocked_ms(query, candidate, missing),
+        prefill_ms=prompt_ms + _steps(uncached) * now_ms,
         inflicted_ms=max(IDLE_SHARE, OTHERS_SHARE * requests) * prompt_ms,
         transfer_ms=rates.transfer_ms + rates.transfer_block_ms * missing,
-        decode_ms=output
-        * step_ms(rates, requests + 1, load.context_tokens + query.prompt_tokens + output / 2),
-        missed_ms=_missed_ms(query, candidate),
+        decode_ms=output * step_ms(rates, requests + 1, context + query.prompt_tokens + output / 2),
+        missed_ms=_missed_ms(query, candidate, now_ms),
     )
 
 
@@ -186,14 +185,17 @@ def _steps(tokens: int) -> int:
     return -(-tokens // STEP_TOKENS)
 
 
-def _queued_ms(candidate: Candidate, uncached: int, each_step_ms: float) -> float:
-    """How much later a prompt with so many tokens to compute is computed for those that are there now."""
-    rates, step, under_way_ms = candidate.load.rates, candidate.step, 0.0
+def _queued_ms(candidate: Candidate, uncached: int, now_ms: float) -> float:
+    """How much later a prompt with so many tokens to compute is computed for those that are there now.
+    `now_ms`: a step without it."""
+    load, step, under_way_ms = candidate.load, candidate.step, 0.0
     if step is not None:
-        under_way_ms = max(0.0, each_step_ms + compute_ms(rates, *step.prompts) - step.elapsed_ms)
+        under_way_ms = max(0.0, now_ms + compute_ms(load.rates, *step.prompts) - step.elapsed_ms)
+    if not load.prefill_tokens and not load.prefill_context_tokens:
+        return under_way_ms
     following = _following(candidate)
     more_steps = _steps(following.tokens + uncached) - _steps(uncached)
-    return under_way_ms + compute_ms(rates, *following) + more_steps * each_step_ms
+    return under_way_ms + compute_ms(load.rates, *following) + more_steps * now_ms
 
 
 def _following(candidate: Candidate) -> PromptWork:
@@ -223,25 +225,26 @@ def _blocked_ms(query: Query, candidate: Candidate, needed_blocks: int) -> float
     waiting ones are served first. On a prefill worker a stay lasts until the decode worker has pulled; on
     the others, for the whole output.
     """
-    stay_tokens = _stay_tokens(query, candidate)
-    load, rates = candidate.load, candidate.load.rates
+    load, decodes = candidate.load, candidate.role.decodes
+    running, total_blocks = load.running, load.total_blocks
     ahead = 0  # how many must end, or be served, before it can begin
     if candidate.max_running:
-        ahead = max(0, candidate.requests + 1 - candidate.max_running)
-    free = load.total_blocks - load.used_blocks
-    if candidate.role.decodes and load.running:
-        free -= int(GROWTH_SHARE * stay_tokens * load.running / candidate.block_size)
-    if load.total_blocks and free < needed_blocks:
+        ahead = max(0, running + load.waiting + 1 - candidate.max_running)
+    free = total_blocks - load.used_blocks
+    if running and decodes:
+        free -= int(GROWTH_SHARE * _stay_tokens(query, candidate) * running / candidate.block_size)
+    if total_blocks and free < needed_blocks:
         ahead = max(ahead, load.waiting + 1)
     if not ahead:
         return 0.0
-    if candidate.role is Role.PREFILL:
-        stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
-    else:
-        stay_ms = stay_tokens * step_ms(rates, load.running, load.context_tokens)
+    rates = load.rates
+    if decodes:
+        stay_ms = _stay_tokens(query, candidate) * step_ms(rates, running, load.context_tokens)
         # The prompts of those that begin meanwhile.
-        stay_ms += load.running * _usual_prompt_ms(candidate)
-    return ahead * stay_ms / max(1, load.running + load.held_handoffs)
+        stay_ms += running * _usual_prompt_ms(candidate)
+    else:
+        stay_ms = rates.transfer_ms + rates.transfer_block_ms * needed_blocks
+    return ahead * stay_ms / max(1, running + load.held_handoffs)
 
 
 def _usual_prompt_ms(candidate: Candidate) -> float:
@@ -254,29 +257,37 @@ def _stay_tokens(query: Query, candidate: Candidate) -> float:
     return max(1.0, candidate.output_tokens or query.expected_output_tokens)
 
 
-def itl_ms(query: Query, candidate: Candidate, more: int = 1) -> float:
-    """The mean time between tokens there with so many requests like this one more.
+def itl_ms(query: Query, candidate: Candidate) -> float:
+    """The mean time between tokens there with this request.
 
     With b of them and their context, each step takes step_ms(b, D). While one of them gets its n tokens,
     each of the others ends and another begins, with its prompt to compute, for which all wait: the mean
     time between tokens is step_ms(b, D) + (b - 1) * compute(prompt) / n.
     """
-    load, requests = candidate.load, candidate.requests + more
-    stall_ms = max(0, requests - 1) * _usual_prompt_ms(candidate) / _stay_tokens(query, candidate)
-    return step_ms(load.rates, requests, load.context_tokens + more * query.prompt_tokens) + stall_ms
+    load, others = candidate.load, candidate.requests
+    stall_ms = others * _usual_prompt_ms(candidate) / _stay_tokens(query, candidate)
+    return step_ms(load.rates, others + 1, load.context_tokens + query.prompt_tokens) + stall_ms
 
 
-def _missed_ms(query: Query, candidate: Candidate) -> float:
-    """What the requests cost that miss the objective for the time between tokens on account of this one."""
+def _missed_ms(query: Query, candidate: Candidate, now_ms: float) -> float:
+    """What the requests cost that miss the objective for the time between tokens on account of this one.
+    `now_ms`: a step without it."""
     if not query.slo_itl_ms or not candidate.role.decodes:
         return 0.0
+    load = candidate.load
+    requests, context = load.running + load.waiting, load.context_tokens + query.prompt_tokens
+    then_ms = step_ms(load.rates, requests + 1, context)
+    if not requests:
+        return MISS_MS * (1 - _kept(query, then_ms))
+    usual_ms, stay_tokens = _usual_prompt_ms(candidate), _stay_tokens(query, candidate)
+    then = _kept(query, then_ms + requests * usual_ms / stay_tokens)
+    before = _kept(query, now_ms + (requests - 1) * usual_ms / stay_tokens)
+    return MISS_MS * (requests * (before - then) + 1 - then)
 
-    def kept(more: int) -> float:
-        off = (itl_ms(query, candidate, more) / query.slo_itl_ms - 1) / ITL_SPREAD
-        return 1 / (1 + exp(min(off, OFF_OBJECTIVE)))
 
-    then = kept(1)
-    return MISS_MS * (candidate.requests * (kept(0) - then) + 1 - then)
+def _kept(query: Query, its_ms: float) -> float:
+    """The chance to meet the objective where so long is predicted."""
+    return 1 / (1 + exp(min((its_ms / query.slo_itl_ms - 1) / ITL_SPREAD, OFF_OBJECTIVE)))
 
 
 class OutputLengths:

@@ -13,10 +13,10 @@ Pure: no state, no side effects; equal arguments and an equally seeded generator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,8 +29,6 @@ __all__ = ["Candidate", "Decision", "Disagg", "Path", "Plan", "Query", "choose"]
 
 _Item = TypeVar("_Item")
 _queue_ms = attrgetter("queue_ms")
-_ready_ms = attrgetter("ready_ms")
-_total_ms = attrgetter("total_ms")
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -52,7 +50,10 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def chosen(self) -> Plan:
         """The plan that is carried out."""
-        return next(plan for plan in self.plans if plan.instance_id == self.decode)
+        for it in self.plans:  # nearly always the first one
+            if it.instance_id == self.decode:
+                return it
+        raise LookupError(f"no plan was compared for {self.decode}")
 
     def compared(self, instance_id: str) -> bool:
         """Whether this worker was compared with others, for either part."""
@@ -100,15 +101,16 @@ def choose(
         return None
     takers = [it for it in decoders if it.kv_format == query.handed] if query.handed else []
     prefills: dict[KvFormat, _Prefill] = {}
-    if mode is not Disagg.NEVER and not takers:
+    if mode is not Disagg.NEVER and not takers and len(decoders) < len(candidates):
         prefills = _prefills(query, candidates, decoders, shortlist, rng)
     if takers or prefills:
         query = msgspec.structs.replace(query, computed_elsewhere=True)
     plans, here = [], [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
     for each in here:
-        prefill = prefills.get(each.candidate.kv_format)
+        prefill = prefills.get(each.candidate.kv_format) if prefills else None
         plans.append(plan(query, each, prefill.chosen if prefill is not None else None, mode))
-    best = _least(plans, _total_ms, rng)
+    totals_ms = [it.total_ms for it in plans]
+    best = _least(plans, totals_ms, rng)
     soonest = _soonest(query, decoders, here)
     if best.first is not None:
         soonest = max(soonest, prefills[best.here.candidate.kv_format].soonest, key=_queue_ms)
@@ -116,7 +118,7 @@ def choose(
         decode=best.instance_id,
         prefill=best.first.candidate.instance_id if best.first is not None else None,
         path=best.path,
-        plans=sorted(plans, key=_total_ms),
+        plans=[plans[place] for place in sorted(range(len(plans)), key=totals_ms.__getitem__)],
         wait_ms=soonest.queue_ms,
         ahead=soonest.candidate.load.waiting,
         query=query,
@@ -140,16 +142,15 @@ def _prefills(
     prefills = {}
     for kv_format, pool in pools.items():
         listed = [costs(query, candidate) for candidate in shortlist(query, pool, rng)]
-        chosen = _least(listed, _ready_ms, rng)
+        chosen = _least(listed, [it.ready_ms for it in listed], rng)
         prefills[kv_format] = _Prefill(chosen, _soonest(query, pool, listed), listed)
     return prefills
 
 
-def _least(items: Sequence[_Item], key: Callable[[_Item], Any], rng: Random) -> _Item:
-    """The item with the least key; one of them at random when there are several."""
-    keys = [key(item) for item in items]
-    least = min(keys)
-    return rng.choice([item for item, its in zip(items, keys, strict=True) if its == least])
+def _least(items: Sequence[_Item], figures: Sequence[float], rng: Random) -> _Item:
+    """The item with the least figure; one of them at random when there are several."""
+    least = min(figures)
+    return rng.choice([item for item, its in zip(items, figures, strict=True) if its == least])
 
 
 def _soonest(query: Query, pool: Sequence[Candidate], listed: Sequence[Costs]) -> Costs:
