@@ -31,6 +31,8 @@ MAX_UNSETTLED = 64
 OTHER_SIZES = tuple(1 << power for power in range(11))
 """Tokens of a block that events may have in place of the right number."""
 
+_ALL_NAMED = Announcement(1.0)
+
 
 @dataclass(slots=True)
 class _Unsettled:
@@ -97,7 +99,7 @@ class Announcements:
             yield self._look_up(instance_id, worker, worker.unsettled.popleft())
         sample = _sample(new)
         if all(self._index.holds(instance_id, each) for each in sample):
-            yield Announcement(1.0)
+            yield _ALL_NAMED
         elif len(worker.unsettled) < MAX_UNSETTLED:
             silent, beginning = worker.named == named_before, token_bytes(token_ids[: OTHER_SIZES[-1]])
             worker.unsettled.append(_Unsettled(steps, silent, sample, beginning, root))

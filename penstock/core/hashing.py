@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from struct import iter_unpack
 
 from xxhash import xxh3_64_intdigest
@@ -24,6 +25,16 @@ TOKEN_BYTES = 4
 
 def root_hash(model: str, cache_salt: str = "", lora: str = "") -> int:
     """The seed of block 0. Parts are length-prefixed, so ("ab", "c") and ("a", "bc") differ."""
+    return _root_hash(model, cache_salt, lora) if cache_salt or lora else _model_root(model)
+
+
+@lru_cache(maxsize=64)
+def _model_root(model: str) -> int:
+    """Of nearly all prompts, and the same for all of a model."""
+    return _root_hash(model, "", "")
+
+
+def _root_hash(model: str, cache_salt: str, lora: str) -> int:
     parts = (part.encode() for part in (model, cache_salt, lora))
     return xxh3_64_intdigest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
 

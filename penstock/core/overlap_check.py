@@ -117,14 +117,15 @@ class _Record:
     over: float = 0.0  # foreseen and not found, beyond a block
     under: float = 0.0  # found and not foreseen, beyond a block
     announcements: deque[Announcement] = field(default_factory=lambda: deque(maxlen=ANNOUNCEMENTS))
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=ANNOUNCEMENTS))  # of these
     held_blocks: int | None = None  # in the index, as of the latest hit
 
     @property
     def unannounced(self) -> float | None:
         """The share of blocks that events did not name; None: too few answers to tell."""
-        if len(self.announcements) < MIN_ANNOUNCEMENTS:
+        if len(self.shares) < MIN_ANNOUNCEMENTS:
             return None
-        return 1.0 - sum(it.share for it in self.announcements) / len(self.announcements)
+        return 1.0 - sum(self.shares) / len(self.shares)
 
     @property
     def latest(self) -> list[Announcement]:
@@ -141,10 +142,9 @@ class _Record:
         self.observations = 0
         self.predicted = self.cached = self.over = self.under = 0.0
 
-    def wrong(self, limit: float) -> bool:
-        """Whether more than this share of either evidence is wrong."""
+    def wrong(self, limit: float, unannounced: float | None) -> bool:
+        """Whether more than this share of either evidence is wrong. `unannounced` as above."""
         tokens = max(self.predicted, self.cached)
-        unannounced = self.unannounced
         if unannounced is not None and unannounced > limit:
             return True
         if not tokens or self.observations < MIN_OBSERVATIONS:
@@ -196,7 +196,7 @@ class OverlapCheck:
         """
         if not predicted_cached_tokens and not actual_cached_tokens:
             return None
-        record = self._records.setdefault(instance_id, _Record())
+        record = self._record(instance_id)
         difference = predicted_cached_tokens - actual_cached_tokens
         record.observations += 1
         record.predicted = record.predicted * DECAY + predicted_cached_tokens
@@ -208,8 +208,9 @@ class OverlapCheck:
 
     def announced(self, instance_id: str, announcement: Announcement) -> Verdict | None:
         """Take what events said of one answer's blocks; returns the change of trust, if any."""
-        record = self._records.setdefault(instance_id, _Record())
+        record = self._record(instance_id)
         record.announcements.append(announcement)
+        record.shares.append(announcement.share)
         return self._judge(instance_id, record)
 
     def tells_nothing(self, instance_id: str) -> None:
@@ -244,18 +245,26 @@ class OverlapCheck:
         self._records.pop(instance_id, None)
         self.causes.pop(instance_id, None)
 
+    def _record(self, instance_id: str) -> _Record:
+        record = self._records.get(instance_id)
+        if record is None:
+            record = self._records[instance_id] = _Record()
+        return record
+
     def _judge(self, instance_id: str, record: _Record) -> Verdict | None:
         before, unannounced = self.causes.get(instance_id), record.unannounced
         predicted, cached = record.predicted, record.cached
         cause = before
-        if before is Cause.NO_EVENTS:
-            return None
         if before is None:
-            cause = record.named() if record.wrong(DISTRUST_SHARE) else None
+            if not record.wrong(DISTRUST_SHARE, unannounced):
+                return None
+            cause = record.named()
+        elif before is Cause.NO_EVENTS:
+            return None
         elif before is not Cause.UNSEEN_EVICTIONS and unannounced is not None and unannounced < TRUST_SHARE:
             cause = None
             record.forget_hits()  # those of the time without events say nothing of what follows
-        elif record.observations >= MIN_OBSERVATIONS and not record.wrong(TRUST_SHARE):
+        elif record.observations >= MIN_OBSERVATIONS and not record.wrong(TRUST_SHARE, unannounced):
             cause = None
         elif record.all_missed:
             cause = record.named()  # more is known than when it was named first

@@ -26,7 +26,7 @@ from penstock.core.decision_words import COSTS_POLICY, plan_costs_ms
 from penstock.core.disagg import Disagg
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import OverlapCheck, Verdict
-from penstock.core.pairing import kv_format, unpaired
+from penstock.core.pairing import KvFormat, kv_format, unpaired
 from penstock.core.policy import Candidate, Decision, Path, Plan, Query, choose
 from penstock.core.pool_rates import PoolRates
 from penstock.core.prefix_index import PrefixIndex, most_blocks
@@ -88,6 +88,7 @@ class Placement:
         self._doubted: set[str] = set()  # those that were distrusted since their link began
         self._verdicts: deque[tuple[str, Verdict]] = deque(maxlen=MAX_VERDICTS)
         self._cards: dict[str, Card] = {}  # theirs
+        self._formats: dict[str, KvFormat] = {}  # of these
         self._columns: CostColumns | None = None  # their figures, once there have been many
         self._pool_rates = PoolRates()
         self._lengths = OutputLengths()
@@ -106,6 +107,7 @@ class Placement:
     def up(self, card: Card, load: Load) -> None:
         """An instance is connected; what it has cached was told before."""
         self._cards[card.instance_id] = card
+        self._formats[card.instance_id] = kv_format(card.engine)
         self.index.add_worker(card.instance_id)
         known = self.loads[card.instance_id] = WorkerLoad(load)
         self._pool_rates.up(card, known)
@@ -130,6 +132,7 @@ class Placement:
     def down(self, instance_id: str) -> None:
         """Everything known of it is void."""
         self._cards.pop(instance_id, None)
+        self._formats.pop(instance_id, None)
         self.loads.pop(instance_id, None)
         self._pool_rates.down(instance_id)
         self.index.remove_worker(instance_id)
@@ -238,7 +241,7 @@ class Placement:
         if self._columns is not None and len(cards) >= self._many_workers:
             disagg = Disagg(self._disagg)
             cards, decoders = self._columns.few(query, cards, overlaps, placed.holder, disagg, rng, now)
-        candidates = [self._candidate(card, overlaps.get(card.instance_id, 0), now) for card in cards]
+        candidates = [self._candidate(card, overlaps, now) for card in cards]
         decision = choose(query, candidates, policy=self._policy, disagg=self._disagg, rng=rng)
         if decision is None or decoders is None:
             return decision
@@ -273,22 +276,23 @@ class Placement:
                 overlaps[instance_id] = overlap
         return overlaps
 
-    def _candidate(self, card: Card, overlap_blocks: int, now: float) -> Candidate:
-        load = self.loads[card.instance_id]
+    def _candidate(self, card: Card, overlaps: Mapping[str, int], now: float) -> Candidate:
+        instance_id, engine, step_tokens = card.instance_id, card.engine, _step_tokens(card)
+        load = self.loads[instance_id]
         return Candidate(
-            instance_id=card.instance_id,
+            instance_id=instance_id,
             role=card.role,
             load=load.assumed(),
-            block_size=card.engine.block_size,
-            overlap_blocks=overlap_blocks,
-            max_running=card.engine.max_running,
+            block_size=engine.block_size,
+            overlap_blocks=overlaps.get(instance_id, 0),
+            max_running=engine.max_running,
             prompt_tokens=load.prompt_tokens,
             prompt_context_tokens=load.prompt_context_tokens,
             output_tokens=load.output_length,
-            kv_format=kv_format(card.engine),
-            distrusted=self.overlap_check.causes.get(card.instance_id, ""),
-            step_tokens=_step_tokens(card),
-            step=load.step(_step_tokens(card), now),
+            kv_format=self._formats[instance_id],
+            distrusted=self.overlap_check.causes.get(instance_id, ""),
+            step_tokens=step_tokens,
+            step=load.step(step_tokens, now),
         )
 
     def _put_approximate(self, placed: Placed, overlaps: dict[int, dict[str, int]]) -> None:

@@ -46,6 +46,7 @@ _MEASURED = (
 class _AlikeWorkers:
     """The workers of one model and role."""
 
+    key: tuple[str, Role]
     loads: dict[str, WorkerLoad] = field(default_factory=dict)  # by instance
     medians: Rates = field(default_factory=Rates)
     reports: int = 0
@@ -56,26 +57,26 @@ class PoolRates:
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, Role], _AlikeWorkers] = {}  # by model and role
-        self._pool_keys: dict[str, tuple[str, Role]] = {}  # by instance
+        self._pools_of: dict[str, _AlikeWorkers] = {}  # by instance
 
     def up(self, card: Card, load: WorkerLoad) -> None:
         """A worker is connected."""
         self.down(card.instance_id)
-        key = self._pool_keys[card.instance_id] = card.model.name, card.role
-        pool = self._pools.setdefault(key, _AlikeWorkers())
+        key = card.model.name, card.role
+        pool = self._pools_of[card.instance_id] = self._pools.setdefault(key, _AlikeWorkers(key))
         pool.loads[card.instance_id] = load
 
     def down(self, instance_id: str) -> None:
         """A worker is gone. Unknown ones are ignored."""
-        key = self._pool_keys.pop(instance_id, None)
-        if key is not None:
-            del self._pools[key].loads[instance_id]
-            if not self._pools[key].loads:
-                del self._pools[key]
+        pool = self._pools_of.pop(instance_id, None)
+        if pool is not None:
+            del pool.loads[instance_id]
+            if not pool.loads:
+                del self._pools[pool.key]
 
     def reported(self, instance_id: str) -> None:
         """A worker's load arrived."""
-        pool = self._pools[self._pool_keys[instance_id]]
+        pool = self._pools_of[instance_id]
         pool.reports += 1
         if _due(pool.reports, REPORTS * len(pool.loads)):
             pool.medians = _medians([load.reported.rates for load in pool.loads.values()])

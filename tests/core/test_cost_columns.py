@@ -166,12 +166,17 @@ def test_columns_have_the_terms_that_costs_gives_for_each_worker(
     overlaps = [pair.rng.randrange(2 + tokens // it.engine.block_size) for it in pair.cards]
     columns = pair.few._columns
     assert columns is not None
+    for _ in range(2):  # what has changed since a choice is in the next one
+        columns._look_up(pair.cards)
+        columns._pool()
+        for card in pair.rng.sample(pair.cards, pair.rng.choice((0, 1, 5))):
+            pair.change(card)
     columns._look_up(pair.cards)
     pool = columns._pool()
     terms = cost_columns._costs(query, pool, np.array(overlaps, float), NOW)._asdict()
     later_ms = terms.pop("later_ms")
     for place, (card, overlap) in enumerate(zip(pair.cards, overlaps, strict=True)):
-        candidate = pair.few._candidate(card, overlap, NOW)
+        candidate = pair.few._candidate(card, {card.instance_id: overlap}, NOW)
         expected = costs(query, candidate)
         assert {name: column[place] for name, column in terms.items()} == {
             name: pytest.approx(getattr(expected, name), rel=1e-12) for name in terms
