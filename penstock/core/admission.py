@@ -135,6 +135,8 @@ class AdmissionQueue:
 
         While nothing waits here, no wait is predicted: how long the workers' own queues are shows with the
         first try to send it, and then `hopeless` refuses it if need be."""
+        if not self.waiting.entries and self._settings.max_queued and self._memory.fits(tenant, size):
+            return self.prediction.refuse(self.prediction.head_ms)
         calls = {flow.priority: flow.entries for flow in self.waiting.flows_of(tenant)}
         own = calls.get(priority, {})
         if call_id and (call_id in own or call_id == self._sent_key):
@@ -149,12 +151,12 @@ class AdmissionQueue:
 
     def expected_wait_ms(self, tenant: str, priority: int, now: float) -> float:
         """How long a newcomer will wait here, as predicted; 0 while nothing waits."""
-        return self.prediction.newcomer_ms(tenant, priority, now) if len(self) else 0.0
+        return self.prediction.newcomer_ms(tenant, priority, now) if self.waiting.entries else 0.0
 
     def hopeless(self, request_id: str) -> Refusal | None:
         """Why a newcomer is refused after the first try to send it: nothing else waits, and the wait at the
         workers alone is too long."""
-        if len(self) != 1 or request_id not in self.waiting:
+        if self.waiting.entries != 1 or len(self) != 1 or request_id not in self.waiting:
             return None
         return self.prediction.refuse(self.prediction.head_ms)
 
@@ -238,7 +240,7 @@ class AdmissionQueue:
     def _enter(
         self, request: Request, key: str, tenant: str, priority: int, work: float, now: float
     ) -> None:
-        something_waits = len(self) > 0
+        something_waits = self.waiting.entries > 0
         entry = self.waiting.add(request.request_id, key, tenant, priority, work)
         size = waiting_bytes(request)
         self._entered[request.request_id] = now, size
@@ -256,7 +258,7 @@ class AdmissionQueue:
         _, size = self._entered.pop(request_id)
         self._memory.add(flow.tenant, -size)
         self.prediction.flow_shrank(flow)
-        if not len(self):
+        if not self.waiting.entries:
             self.prediction.stop()
 
 
