@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from penstock.frontend.completer import Completer
 from penstock.frontend.completion_objects import usage_of
 from penstock.frontend.endpoint import AnswerStream, Beginning, Endpoint, GenerationApi
 from penstock.frontend.explaining import explanation_asked, explanation_headers
-from penstock.frontend.http.exchange import HttpExchange
+from penstock.frontend.http.exchange import ID_BYTES, HttpExchange
 from penstock.frontend.http.statuses import CLIENT_LEFT_STATUS, code_of, kind_of, status_of
 from penstock.frontend.sampling import bad_sequences, bad_word_texts, name_field, sampling_of
 from penstock.frontend.sessions import session_in_headers
@@ -183,7 +183,7 @@ class GenerationServer:
         self._completer.check(view.card.name, record.tenant, priority)  # before the work of tokenizing
         client_id = exchange.request_id.decode()
         with self._metrics.of(view.card.name).inflight.track_inprogress():
-            record.call_id = api.id_prefix + uuid.uuid4().hex
+            record.call_id = api.id_prefix + os.urandom(ID_BYTES).hex()
             log.debug(
                 "received: request_id=%s id=%s endpoint=%s model=%s body_bytes=%d stream=%s tenant=%s",
                 client_id,

@@ -24,12 +24,13 @@ SESSION_HEADERS: Final = (
     "session-id",  # Codex
     "session_id",  # Codex, in older versions
 )
+_HEADERS = [(name, name.encode()) for name in SESSION_HEADERS]
 
 
 def session_in_headers(exchange: HttpExchange) -> str:
     """The name that the headers give; empty where they give none. Raises RequestRejected."""
-    for name in SESSION_HEADERS:
-        given = exchange.header(name.encode())
+    for name, header in _HEADERS:
+        given = exchange.header(header)
         if given:
             if len(given) > MAX_SESSION_CHARS:
                 message = f"The header `{name}` has more than {MAX_SESSION_CHARS} characters."

@@ -203,8 +203,8 @@ class ServedModels:
         of them will be back."""
         if any(lost_model == model for lost_model, _ in self._lost.values()):
             return False
-        return all(
-            member.state is State.DRAINING or self._has_left(instance_id)
-            for instance_id, member in self._membership.members.items()
-            if member.model in (model, "") and member.registration.role.decodes
-        )
+        for instance_id, member in self._membership.members.items():  # nearly always the first one stays
+            counts = member.model in (model, "") and member.registration.role.decodes
+            if counts and member.state is not State.DRAINING and not self._has_left(instance_id):
+                return False
+        return True

@@ -6,10 +6,10 @@ Raw ASGI instead of a framework's response classes, because a streamed token sho
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -35,6 +35,7 @@ to come, which is then not cut into chunks."""
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment in an event stream, which clients ignore
+ID_BYTES = 16  # random ones, of the names that exchanges and calls get here
 UNSUPPORTED_ENCODING = "unsupported_content_encoding"
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -94,6 +95,7 @@ class HttpExchange:
         self.accounted = False  # whether it has its line in the log and its place in the metrics
         self._writing_since: float | None = None
         self._scope = scope
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of each name
         self._receive = receive
         self._send = send
         self._settings = settings
@@ -105,11 +107,11 @@ class HttpExchange:
         self._silence_timer: asyncio.TimerHandle | None = None
         self._silent = False  # since the last look at it
         given = self.header(b"x-request-id") or b""
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(ID_BYTES).hex().encode()
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name."""
-        return next((value for key, value in self._scope["headers"] if key == name), None)
+        return self._headers.get(name)
 
     def trace_context(self) -> TraceContext | None:
         """The trace that this is a part of, as the client says; None where that cannot be read."""
@@ -127,16 +129,20 @@ class HttpExchange:
         if version not in ("1.1", "1.0"):
             message = f"HTTP/{version} is not supported; use HTTP/1.1."
             raise RequestRejected(message, kind=Rejection.UNSUPPORTED_VERSION)
-        codings = [value for key, value in self._scope["headers"] if key == b"transfer-encoding"]
-        if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
-            message = (
-                f"The Transfer-Encoding `{_shown(b', '.join(codings))}` is not supported; use `chunked`."
-            )
-            raise RequestRejected(message, kind=Rejection.NOT_IMPLEMENTED, code=UNSUPPORTED_ENCODING)
+        if b"transfer-encoding" in self._headers:
+            self._check_coding()
         expected = self.header(b"expect")
         if expected is not None and expected.strip().lower() != b"100-continue" and version != "1.0":
             message = f"The expectation `{_shown(expected)}` cannot be met; only `100-continue` can."
             raise RequestRejected(message, kind=Rejection.UNMET_EXPECTATION)
+
+    def _check_coding(self) -> None:
+        codings = [value for key, value in self._scope["headers"] if key == b"transfer-encoding"]
+        if len(codings) > 1 or codings[0].strip().lower() != b"chunked":
+            message = (
+                f"The Transfer-Encoding `{_shown(b', '.join(codings))}` is not supported; use `chunked`."
+            )
+            raise RequestRejected(message, kind=Rejection.NOT_IMPLEMENTED, code=UNSUPPORTED_ENCODING)
 
     def _check_host(self) -> None:
         """RFC 9112, 3.2 has a server refuse this: proxies differ in which of two hosts counts, and so in
