@@ -120,6 +120,8 @@ class CostColumns:
         self._rows_of_cards: Indices
         self._places: Indices  # by row: its place among these cards
         self._block_sizes: set[int] = set()
+        self._columns: NDArray[np.float64]  # of these cards: a row for each figure
+        self._changed: set[int] = set()  # rows of the buffer that `_columns` has as they were
 
     def add(self, card: Card) -> None:
         """A worker is connected; `put` must follow."""
@@ -146,11 +148,12 @@ class CostColumns:
 
     def put(self, instance_id: str, worker: WorkerLoad, computed: PromptWork) -> None:
         """What a worker is assumed to have to do, of which its step under way computes so much."""
-        load = worker.assumed()
+        load, row = worker.assumed(), self._rows[instance_id]
         rates = load.rates
+        self._changed.add(row)
         _LOAD.pack_into(
             self._buffer,
-            self._rows[instance_id] * _ROW.size,
+            row * _ROW.size,
             load.running,
             load.waiting,
             load.prefill_tokens,
@@ -216,10 +219,21 @@ class CostColumns:
         self._places[rows] = np.arange(len(cards))
         self._rows_of_cards, self._cards = rows, cards
         self._block_sizes = {card.engine.block_size for card in cards}
+        self._columns = np.ascontiguousarray(self._table()[rows].T)
+        self._changed.clear()
 
     def _pool(self) -> _Pool:
-        table = np.frombuffer(self._buffer).reshape(-1, len(_Pool._fields))
-        return _Pool(*np.ascontiguousarray(table[self._rows_of_cards].T))
+        if self._changed:
+            rows = np.fromiter(self._changed, np.intp, len(self._changed))
+            places = self._places[rows]
+            if (places < 0).any():  # some are of other cards
+                rows, places = rows[places >= 0], places[places >= 0]
+            self._columns[:, places] = self._table()[rows].T
+            self._changed.clear()
+        return _Pool(*self._columns)
+
+    def _table(self) -> NDArray[np.float64]:
+        return np.frombuffer(self._buffer).reshape(-1, len(_Pool._fields))
 
 
 def _few(

@@ -375,23 +375,24 @@ class Dispatcher:
         computes = decision.computes.candidate
         cached, holder = placed.overlap_tokens.get(computes.instance_id, 0), None
         if placed.held_tokens > cached and decision.query.handed is None:
-            why = self._passed_over(placed.holder, cause[1], decision, everybody, apart, now)
+            card = self._membership.ready_card(placed.request.model, placed.holder)
+            why = PassedOver.NOT_READY
+            if card is not None:
+                why = self._passed_over(card, cause[1], decision, everybody, apart, now)
             holder = Holder(placed.holder, placed.held_tokens, why)
         return Placing(now, decision, waited_s, *cause, cached, holder, 0)
 
     def _passed_over(
         self,
-        holder: str,
+        card: Card,
         avoided: Collection[str],
         decision: Decision,
         everybody: list[Card],
         apart: list[Card],
         now: float,
     ) -> PassedOver:
-        """Why the instance that has most of the prompt does not compute it."""
-        card = next((card for card in everybody if card.instance_id == holder), None)
-        if card is None:
-            return PassedOver.NOT_READY
+        """Why the instance that has most of the prompt does not compute it, although it could."""
+        holder = card.instance_id
         if holder in avoided:
             return PassedOver.AVOIDED
         if self.full_until.get(holder, now) > now:

@@ -199,16 +199,17 @@ class Membership:
     def _ready_of(self, model: ModelKey) -> tuple[list[Card], int]:
         found = self._ready.get(model)
         if found is None:
-            cards = [
-                member.card
-                for member in self.members.values()
-                if member.loaded
-                and member.card is not None
-                and member.card.model.name == model.name
-                and serves(member.revision, model.revision)
-            ]
+            cards = [card for it in self.members if (card := self.ready_card(model, it)) is not None]
             found = self._ready[model] = cards, decoders(cards)
         return found
+
+    def ready_card(self, model: ModelKey, instance_id: str) -> Card | None:
+        """Of this instance, if it is one of those that `ready` has."""
+        member = self.members.get(instance_id)
+        if member is None or member.card is None or not member.loaded:
+            return None
+        same = member.card.model.name == model.name and serves(member.revision, model.revision)
+        return member.card if same else None
 
     def replaced(self, model: ModelKey) -> bool:
         """Whether new requests for the model go to another revision than this one."""
