@@ -11,6 +11,7 @@ import asyncio
 import platform
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import accumulate
 
 import msgspec
@@ -128,6 +129,7 @@ class ModelMetrics:
         self.output_tokens = metrics.output_tokens.labels(model)
         self.cached_tokens = metrics.cached_tokens.labels(model)
         self.inter_token_latency = metrics.inter_token_latency.series(model)
+        self.requests = cache(partial(metrics.requests.labels, model))  # by endpoint, status, outcome
 
 
 class FrontendMetrics:
@@ -237,10 +239,10 @@ class RouterMetrics:
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"penstock_{name}", documentation, labels, registry=registry)
 
-        self._decisions = counter("decisions", "Routing decisions", "policy", "path")
+        self._decisions = cache(counter("decisions", "Routing decisions", "policy", "path").labels)
         self._predicted = counter("predicted_cached_tokens", "Cached prompt tokens that the index foresaw")
         self._actual = counter("actual_cached_tokens", "Cached prompt tokens that engines reported")
-        self._attempts = counter("attempts", "Attempts ended", "role", "outcome")
+        self._attempts = cache(counter("attempts", "Attempts ended", "role", "outcome").labels)
         self._bounces = counter("bounces", "Attempts a worker refused", "role")
         self._retries = counter("retries", "Further attempts after a failed one")
         self._transfers = counter("transfers", "Prompts whose KV was pulled")
@@ -273,7 +275,7 @@ class RouterMetrics:
 
     def decided(self, policy: str, path: str) -> None:
         """A request was placed. `path` is local, remote or aggregated."""
-        self._decisions.labels(policy, path).inc()
+        self._decisions(policy, path).inc()
 
     def overlap(self, predicted_tokens: int, cached_tokens: int) -> None:
         """An attempt's first output came: what the index had promised, and what was there."""
@@ -282,7 +284,7 @@ class RouterMetrics:
 
     def attempt_ended(self, role: str, outcome: str) -> None:
         """`outcome` is a FinishReason's value, or `lost`."""
-        self._attempts.labels(role, outcome).inc()
+        self._attempts(role, outcome).inc()
 
     def bounced(self, role: str) -> None:
         self._bounces.labels(role).inc()

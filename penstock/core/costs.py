@@ -41,7 +41,7 @@ from math import exp
 import msgspec
 
 from penstock.core.pairing import KvFormat
-from penstock.core.prompt_work import NO_WORK, PromptWork, part_of, prompt_work
+from penstock.core.prompt_work import NO_WORK, PromptWork, context_before, part_of
 from penstock.core.worker_load import StepUnderWay
 from penstock.shapes import Load, Rates, Role
 
@@ -130,7 +130,7 @@ class Candidate(msgspec.Struct, frozen=True):
     def uncached_tokens(self, query: Query) -> int:
         """Prompt tokens that it would have to compute: at least one, as the logits of the last one give the
         first output token."""
-        return max(1, query.prompt_tokens - self.cached_tokens)
+        return max(1, query.prompt_tokens - self.overlap_blocks * self.block_size)
 
 
 class Costs(msgspec.Struct, frozen=True, gc=False):
@@ -158,7 +158,7 @@ def costs(query: Query, candidate: Candidate) -> Costs:
     uncached = candidate.uncached_tokens(query)
     missing = max(0, -(-query.prompt_tokens // candidate.block_size) - candidate.overlap_blocks)
     now_ms = step_ms(rates, requests, context)
-    prompt_ms = compute_ms(rates, *prompt_work(query.prompt_tokens - uncached, query.prompt_tokens))
+    prompt_ms = compute_ms(rates, uncached, context_before(uncached, query.prompt_tokens))
     return Costs(
         candidate=candidate,
         uncached_tokens=uncached,

@@ -22,7 +22,12 @@ NO_WORK = PromptWork()
 def prompt_work(there: int, length: int) -> PromptWork:
     """Of a prompt of this length whose first `there` tokens have KV."""
     left = length - there
-    return PromptWork(left, left * (2 * length - left) // 2)
+    return PromptWork(left, context_before(left, length))
+
+
+def context_before(tokens: int, length: int) -> int:
+    """How many are before each of the last so many tokens of a prompt of this length, added up."""
+    return tokens * (2 * length - tokens) // 2
 
 
 def part_of(work: PromptWork, tokens: int) -> PromptWork:

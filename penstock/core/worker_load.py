@@ -84,10 +84,9 @@ class WorkerLoad:
             self.context_tokens -= arrived.context_tokens
         if another_step:  # what is on its way has come by now, and is taken up with it
             self.step_began_at = now
-            self.step_prompts = PromptWork(
-                load.prefill_tokens + self.uncached_tokens,
-                load.prefill_context_tokens + self.uncached_context_tokens,
-            )
+            tokens = load.prefill_tokens + self.uncached_tokens
+            context = load.prefill_context_tokens + self.uncached_context_tokens
+            self.step_prompts = PromptWork(tokens, context) if tokens else NO_WORK
 
     def book(self, request_id: str, context_tokens: int) -> None:
         """A request will decode there once its prefill is done. Booking again replaces the booking."""

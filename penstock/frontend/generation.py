@@ -184,16 +184,17 @@ class GenerationServer:
         client_id = exchange.request_id.decode()
         with self._metrics.of(view.card.name).inflight.track_inprogress():
             record.call_id = api.id_prefix + os.urandom(ID_BYTES).hex()
-            log.debug(
-                "received: request_id=%s id=%s endpoint=%s model=%s body_bytes=%d stream=%s tenant=%s",
-                client_id,
-                record.call_id,
-                api.name,
-                record.model,
-                len(content),
-                wanted.stream,
-                record.tenant or "-",
-            )
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug(
+                    "received: request_id=%s id=%s endpoint=%s model=%s body_bytes=%d stream=%s tenant=%s",
+                    client_id,
+                    record.call_id,
+                    api.name,
+                    record.model,
+                    len(content),
+                    wanted.stream,
+                    record.tenant or "-",
+                )
             async with self._watched(record, exchange):
                 limit_s = self._settings.prepare_timeout_s
                 caller = Caller(record.tenant, priority, record.began, limit_s, session)
@@ -296,7 +297,10 @@ class GenerationServer:
         gone = (call is not None and call.gone) or (error is not None and _left(error))
         status = CLIENT_LEFT_STATUS if gone else exchange.status or 500
         outcome = outcome_of(status, error)
-        self._metrics.requests.labels(record.model, api.name, status, outcome).inc()
+        if record.model:
+            self._metrics.of(record.model).requests(api.name, status, outcome).inc()
+        else:
+            self._metrics.requests.labels("", api.name, status, outcome).inc()
         exchange.accounted = True
         prompt = output = cached = 0
         ttft_s = 0.0

@@ -131,7 +131,7 @@ def setup_logging(
 def _leave_out_places() -> None:
     """Do not look up for each record what no line shows: where in the code it was made, and by which thread
     and process. That is half of what a line costs (Python's logging HOWTO, "Optimization")."""
-    logging._srcfile = None
+    vars(logging)["_srcfile"] = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False
