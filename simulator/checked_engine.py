@@ -11,12 +11,14 @@ import math
 from array import array
 from collections.abc import Callable
 
+from penstock.engines.active import ActiveAttempt
 from penstock.engines.batch import BatchRow, Sampled
 from penstock.engines.cost_models import cost_model
 from penstock.engines.cycle import MAX_FAILED_STEPS, EngineCycle, LoadedModel
 from penstock.engines.sim import POOL_BYTES_PER_BLOCK, SimRunner, SimSettings, load_sim
 from penstock.engines.virtual import VirtualEngine
 from penstock.ports import EngineStep, KvTransfer
+from simulator.false_teller import FalseTeller
 from simulator.loop import Process
 
 TOKEN_BYTES = 4
@@ -95,6 +97,7 @@ class CheckedEngine(VirtualEngine):
         self._until: dict[int, float] = {0: math.inf}  # until when each such digest was true
         self.failing_steps = 0
         self._clear_next = False
+        self.teller: FalseTeller | None = None  # says something else of the cache
         self._wrong = wrong
         self._block_size = settings.block_size
         super().__init__(
@@ -160,6 +163,8 @@ class CheckedEngine(VirtualEngine):
             step.stored = cycle.scheduler.pool.cached_hashes()
         if step.stored or step.removed or step.cleared:
             self._note_cached(step)
+        if self.teller is not None:
+            self.teller.falsify(step)
         self._outbox.push(step)
 
     def _note_cached(self, step: EngineStep) -> None:
@@ -229,6 +234,10 @@ class _CheckedRunner:
                 self._check(row)
             self._next[sequence.attempt_id] = start + row.count
             self._write(row)
+            if self._engine.teller is not None and start < sequence.prompt_len <= start + row.count:
+                assert isinstance(sequence, ActiveAttempt)
+                prompt = sequence.token_ids[: sequence.prompt_len]
+                self._engine.teller.computed(prompt, sequence.cache_salt)
         return self._inner.run(batch)
 
     def _write(self, row: BatchRow) -> None:

@@ -42,12 +42,14 @@ class SimulatedCall:
 
 def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: int) -> list[SimulatedCall]:
     """Calls with shared prefixes, of several lengths and kinds, over `duration_s`."""
-    prefixes = [_tokens(rng, rng.choice((8, 16, 40, 64, 120)), vocab_size) for _ in range(1 + count // 8)]
+    prefixes = [
+        draw_tokens(rng, rng.choice((8, 16, 40, 64, 120)), vocab_size) for _ in range(1 + count // 8)
+    ]
     calls = []
     for _ in range(count):
         prefix = rng.choice(prefixes) if rng.random() < 0.8 else []
         prompt = prefix[: rng.randint(0, len(prefix))] if rng.random() < 0.2 else prefix
-        prompt = prompt + _tokens(rng, rng.randint(1, 24), vocab_size)
+        prompt = prompt + draw_tokens(rng, rng.randint(1, 24), vocab_size)
         greedy = rng.random() < 0.3
         sampling = Sampling(
             max_tokens=rng.choice((1, 2, 8, 16, 24, 40, 100)),
@@ -72,7 +74,8 @@ def draw_calls(rng: random.Random, count: int, duration_s: float, vocab_size: in
     return sorted(calls, key=lambda call: call.at)
 
 
-def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+def draw_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    """Of a text that has nothing in common with others."""
     return [rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(count)]
 
 

@@ -2,7 +2,7 @@
 
 A new fault is one more function here; its docstring is what `python -m simulator --faults list` shows. Its
 decorator gives its name and says whether its target is a worker or a frontend, and whether gentle scenarios
-may have it. If no link ends because of it, its name is in LEAVES_LINKS as well.
+may have it. If no link ends because of it, its name is in LEAVES_LINKS (lab.py) as well.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from penstock.engines import byte_tokenizer
+from penstock.core.overlap_check import Cause
 from penstock.engines.cycle import MAX_FAILED_STEPS
 from penstock.shapes import Delta, Role
 from penstock.wire.messages import Cancel, Generate, Ping, Release
 from simulator.checked_engine import InjectedFault
 from simulator.clients import draw_calls
+from simulator.false_events import tell_false_events
 from simulator.injector import Injector
 from simulator.lies import Liar
 from simulator.network import first_message
@@ -40,24 +41,6 @@ DEFECT_SHARE = 0.3
 
 GENTLE: list[str] = []
 """Faults of which each costs a request few attempts, and leaves one worker alone if asked to."""
-
-
-LEAVES_LINKS = {
-    "wedge",
-    "stale-handoff",
-    "step-failure",
-    "eviction-storm",
-    "transfer-cut",
-    "transfer-slow",
-    "clock-jump",
-    "discovery-away",
-    "discovery-flaps",
-    "hang-ups",
-    "burst",
-    "defect",
-    "scale-up",
-}
-"""Faults because of which no link between a frontend and a worker ends."""
 
 
 def _fault(name: str, gentle: bool = False) -> Callable[[Fault], Fault]:
@@ -268,8 +251,7 @@ async def _fail_steps(worker: SimulatedWorker, count: int) -> None:
 async def poison(injector: Injector, rng: random.Random, frontend: SimulatedFrontend) -> None:
     """A request that makes every step fail which computes it, or kills the engine."""
     world = injector.world
-    vocab_size = world.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
-    call = draw_calls(rng, 1, 0.0, vocab_size)[0]
+    call = draw_calls(rng, 1, 0.0, world.scenario.vocab_size)[0]
     asked = world.ask(frontend, replace(call, samplings=call.samplings[:1], hang_up_s=None))
     steps = rng.choice((1, MAX_FAILED_STEPS))
     for it in asked:
@@ -433,6 +415,18 @@ async def defect(injector: Injector, rng: random.Random, frontend: SimulatedFron
             asked.ticket.on_delta = fail
 
 
+@_worker_fault("events-off", gentle=True)
+async def events_off(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
+    """A worker is replaced by one that tells nothing of its cache. Frontends name it, and it serves."""
+    await tell_false_events(injector, rng, worker, Cause.EVENTS_OFF)
+
+
+@_worker_fault("wrong-block-size", gentle=True)
+async def wrong_block_size(injector: Injector, rng: random.Random, worker: SimulatedWorker) -> None:
+    """A worker is replaced by one whose cache events are of blocks of another size. Likewise."""
+    await tell_false_events(injector, rng, worker, Cause.BLOCK_SIZE)
+
+
 # --- time, discovery, clients ---------------------------------------------------------------------
 
 
@@ -487,8 +481,7 @@ async def burst(injector: Injector, rng: random.Random) -> None:
     """Many requests at once."""
     world = injector.world
     frontends = world.live_frontends()
-    vocab_size = world.scenario.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
-    calls = draw_calls(rng, rng.randint(20, 80), 0.0, vocab_size)
+    calls = draw_calls(rng, rng.randint(20, 80), 0.0, world.scenario.vocab_size)
     for call in calls if frontends else []:
         world.ask(rng.choice(frontends), replace(call))
     injector.begins("burst", "clients", world.flying())

@@ -16,7 +16,7 @@ from penstock.shapes import Sampling
 from simulator import settled
 from simulator.checked_engine import InjectedFault
 from simulator.clients import NOT_SERVED, Asked, SimulatedCall
-from simulator.faults import FAULTS, LEAVES_LINKS
+from simulator.faults import FAULTS
 from simulator.injector import FaultRecord, Injector
 from simulator.journal import Journal, Violation
 from simulator.loop import StandsStill, VirtualLoop
@@ -46,6 +46,24 @@ ERRORS_ALLOWED = {
     "request_timeout",
 } | {f"{phase.value}_timeout" for phase in MISSING}
 """In scenarios that are not gentle."""
+
+
+LEAVES_LINKS = {
+    "wedge",
+    "stale-handoff",
+    "step-failure",
+    "eviction-storm",
+    "transfer-cut",
+    "transfer-slow",
+    "clock-jump",
+    "discovery-away",
+    "discovery-flaps",
+    "hang-ups",
+    "burst",
+    "defect",
+    "scale-up",
+}
+"""Faults because of which no link between a frontend and a worker ends."""
 
 
 @dataclass(slots=True)

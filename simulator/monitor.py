@@ -264,6 +264,7 @@ class Monitor:
                 or worker is None
                 or worker.exited
                 or worker.epoch != member.registration.epoch
+                or worker.false_events is not None
             ):
                 continue
             if instance_id not in digests:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from penstock.core.dispatcher import RequestRecord
+from penstock.core.overlap_check import Cause
 from penstock.errors import PenstockError, RequestRejected
 from penstock.metrics import Metrics
 from penstock.router.router import Router
@@ -23,10 +24,11 @@ from simulator.checked_engine import CheckedEngine, EngineClock
 from simulator.checked_transfer import CheckedTransfer, CheckedTransferNetwork
 from simulator.clients import Asked, Oracle, SimulatedCall
 from simulator.directory import Directory, SimDiscovery
+from simulator.false_teller import FalseTeller
 from simulator.journal import Journal
 from simulator.loop import Process, VirtualLoop
 from simulator.network import Network
-from simulator.scenario import Scenario
+from simulator.scenario import BLOCK_SIZES, Scenario
 
 RESTART_S = 1.0
 """Until a supervisor starts a worker again that ended by itself."""
@@ -54,6 +56,7 @@ class SimulatedWorker:
     Args:
         version: of its model.
         generation: of its settings (Scenario.sim_of).
+        false_events: what is wrong with what it tells of its cache.
         poison: how many steps in a row an attempt makes fail.
         restart: starts it again after so many seconds, as a supervisor does when it ended by itself.
     """
@@ -67,6 +70,7 @@ class SimulatedWorker:
         version: int,
         generation: int,
         *,
+        false_events: Cause | None,
         poison: Callable[[str], int],
         restart: Callable[[SimulatedWorker, float], None],
     ) -> None:
@@ -76,6 +80,7 @@ class SimulatedWorker:
         self.version = version
         self.generation = generation
         self.process = Process(surroundings.loop, instance_id)
+        self.false_events = false_events
         self.exited = ""  # how
         self.leaving = False
         self.clock = EngineClock(self.process)
@@ -152,6 +157,10 @@ class SimulatedWorker:
             self._stopping,
             self._poison,
         )
+        if self.false_events is not None:
+            size = next(size for size in BLOCK_SIZES if size != sim.block_size)
+            blocks = sim.total_blocks * sim.block_size // size
+            self.engine.teller = FalseTeller(self.false_events, sim.model, size, blocks)
         if self.transfer is not None:
             self.transfer.pool = lambda: self.engine.scheduler.pool
         self.worker = Worker(

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from penstock.core.deadlines import Deadlines
 from penstock.core.settings import RouterSettings
+from penstock.engines import byte_tokenizer
 from penstock.engines.sim import SimSettings
 from penstock.link.settings import ClientSettings, ServerSettings
 from penstock.shapes import Role
@@ -68,6 +69,16 @@ class Scenario:
     def mixed(self) -> bool:
         """Whether it begins with workers of both generations."""
         return random.Random(f"mixed {self.seed}").random() < MIXED_SHARE
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the first model's tokenizer."""
+        return self.sim.vocab_size or byte_tokenizer.VOCAB_SIZE
+
+    @property
+    def pool_tokens(self) -> int:
+        """That a worker's KV pool holds."""
+        return self.sim.total_blocks * self.sim.block_size
 
     def sim_of(self, version: int, generation: int) -> SimSettings:
         """What a worker serves. Both generations have the same version of the model, in blocks of other

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
+from penstock.core.overlap_check import Cause
 from penstock.shapes import Role
 from simulator.checked_transfer import CheckedTransferNetwork
 from simulator.clients import Asked, SimulatedCall
@@ -49,7 +50,7 @@ class World:
         )
         self._epochs: Counter[str] = Counter()
         self._names = len(scenario.roles)
-        self._closing = False
+        self.closing = False  # no worker is started again
         self._tasks: list[asyncio.Task[Any]] = []
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -88,8 +89,15 @@ class World:
         self._names += 1
         return self.start_worker(f"w{self._names}", role)
 
-    def start_worker(self, instance_id: str, role: Role, generation: int | None = None) -> SimulatedWorker:
-        """Start a new incarnation, of the newest generation if no other is given."""
+    def start_worker(
+        self,
+        instance_id: str,
+        role: Role,
+        generation: int | None = None,
+        false_events: Cause | None = None,
+    ) -> SimulatedWorker:
+        """Start a new incarnation, of the newest generation if no other is given. `false_events`: what is
+        wrong with what it tells of its cache."""
         if generation is None:
             generation = self.generation
         self._epochs[instance_id] += 1
@@ -102,6 +110,7 @@ class World:
             epoch,
             version,
             generation,
+            false_events=false_events,
             poison=self._failing_steps,
             restart=lambda worker, after_s: self.spawn(self.restart(worker, after_s)),
         )
@@ -113,12 +122,12 @@ class World:
         self.restarting += 1
         await asyncio.sleep(after_s)
         self.restarting -= 1
-        if self.workers[worker.instance_id] is worker and not self._closing:
+        if self.workers[worker.instance_id] is worker and not self.closing:
             self.start_worker(worker.instance_id, worker.role)
 
     def close(self) -> None:
         """From now on no worker is started again."""
-        self._closing = True
+        self.closing = True
 
     def start_frontend(self, place: int, same_requests: bool = False) -> SimulatedFrontend:
         """Start a frontend, or its next incarnation; with `same_requests` it names requests as that did."""
