@@ -171,8 +171,8 @@ class Placement:
     def reported(self, instance_id: str, seen: int, load: Load, now: float) -> None:
         """Its load, which includes every attempt up to `seen`."""
         self.loads[instance_id].report(seen, load, now)
-        self._pool_rates.reported(instance_id)
-        self._load_changed(instance_id)
+        for changed in self._pool_rates.reported(instance_id):
+            self._load_changed(changed)
 
     def _load_changed(self, instance_id: str) -> None:
         if self._columns is not None:

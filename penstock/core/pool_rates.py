@@ -9,11 +9,17 @@ So decisions go by the medians of the workers of one model and role. Where a wor
 steps it takes now cost over SAME times more, or less, than by the medians, it is slower or faster indeed,
 and all its rates of that kind are the medians times that factor.
 
+A worker that has had few attempts yet has hardly measured anything, and reports little else than what every
+worker begins with: a guess that may be ten times off. It is taken for as fast as the others, and does not
+count in the medians. By the guess it would get most prompts at first where the model is slower than that;
+where it is faster, none as long as others are idle, so that it would never measure itself.
+
 Pure: no IO, no clock.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -29,6 +35,9 @@ they change most, there are more looks."""
 
 SAME = 1.25
 """By how many times equal machines may differ in what their rates say of the same step."""
+
+MEASURED_ATTEMPTS = 32
+"""Attempts after which a worker's rates tell of itself."""
 
 USUAL_PROMPT_TOKENS = 1000.0
 """Computed of a prompt, where a worker has had none yet."""
@@ -48,8 +57,19 @@ class _AlikeWorkers:
 
     key: tuple[str, Role]
     loads: dict[str, WorkerLoad] = field(default_factory=dict)  # by instance
-    medians: Rates = field(default_factory=Rates)
+    medians: Rates | None = None  # of those that have measured themselves; None: none has
     reports: int = 0
+
+    def look(self) -> None:
+        """See what they have measured by now."""
+        measured = [load.reported.rates for load in self.loads.values() if _has_measured(load)]
+        if measured:
+            self.medians = _medians(measured)
+
+    def set_rates(self, load: WorkerLoad) -> None:
+        """Of one of them, once some are known."""
+        if self.medians is not None:
+            load.rates = _rates(load, self.medians)
 
 
 class PoolRates:
@@ -65,6 +85,7 @@ class PoolRates:
         key = card.model.name, card.role
         pool = self._pools_of[card.instance_id] = self._pools.setdefault(key, _AlikeWorkers(key))
         pool.loads[card.instance_id] = load
+        pool.set_rates(load)
 
     def down(self, instance_id: str) -> None:
         """A worker is gone. Unknown ones are ignored."""
@@ -74,20 +95,30 @@ class PoolRates:
             if not pool.loads:
                 del self._pools[pool.key]
 
-    def reported(self, instance_id: str) -> None:
-        """A worker's load arrived."""
+    def reported(self, instance_id: str) -> Iterable[str]:
+        """A worker's load arrived. Returns those whose rates it has set."""
         pool = self._pools_of[instance_id]
         pool.reports += 1
         if _due(pool.reports, REPORTS * len(pool.loads)):
-            pool.medians = _medians([load.reported.rates for load in pool.loads.values()])
+            first = pool.medians is None
+            pool.look()
+            if first and pool.medians is not None:
+                for each in pool.loads.values():
+                    pool.set_rates(each)
+                return list(pool.loads)
         load = pool.loads[instance_id]
         if _due(load.reports, REPORTS):
-            load.rates = _rates(load, pool.medians)
+            pool.set_rates(load)
+        return (instance_id,)
 
 
 def _due(reports: int, every: int) -> bool:
     """Whether it is time for a look: at powers of two, and then regularly."""
     return not reports % every or not reports & (reports - 1)
+
+
+def _has_measured(load: WorkerLoad) -> bool:
+    return load.reported.submitted >= MEASURED_ATTEMPTS
 
 
 def _medians(own: list[Rates]) -> Rates:
@@ -100,9 +131,11 @@ def _rates(load: WorkerLoad, medians: Rates) -> Rates:
     own, requests = load.reported.rates, max(1, load.reported.running)
     tokens = load.prompt_tokens or USUAL_PROMPT_TOKENS
     context = load.reported.context_tokens
-    decodes = _factor(step_ms(own, requests, context), step_ms(medians, requests, context))
     before = load.prompt_context_tokens if load.prompt_tokens else tokens * tokens / 2
-    computes = _factor(compute_ms(own, tokens, before), compute_ms(medians, tokens, before))
+    decodes = computes = 1.0
+    if _has_measured(load):
+        decodes = _factor(step_ms(own, requests, context), step_ms(medians, requests, context))
+        computes = _factor(compute_ms(own, tokens, before), compute_ms(medians, tokens, before))
     return msgspec.structs.replace(
         own,
         step_ms=decodes * medians.step_ms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from penstock.core.pool_rates import REPORTS, PoolRates
+from penstock.core.pool_rates import MEASURED_ATTEMPTS, REPORTS, PoolRates
 from penstock.core.worker_load import WorkerLoad
 from penstock.shapes import Load, Rates, Role
 from tests.cards import card
@@ -22,9 +22,11 @@ class Pool:
         for number, own in enumerate(rates):
             self.up(f"w{number}", own, role)
 
-    def up(self, name: str, own: Rates, role: Role = Role.AGGREGATED) -> None:
+    def up(
+        self, name: str, own: Rates, role: Role = Role.AGGREGATED, submitted: int = MEASURED_ATTEMPTS
+    ) -> None:
         self.loads[name] = WorkerLoad(
-            Load(running=8, context_tokens=20_000, rates=own),
+            Load(running=8, context_tokens=20_000, rates=own, submitted=submitted),
             prompt_tokens=500.0,
             prompt_context_tokens=125_000.0,
         )
@@ -76,6 +78,34 @@ def test_a_worker_that_becomes_slow_is_noticed_at_its_next_look() -> None:
     pool.report("w1", times=REPORTS)
     assert pool.used("w1").step_ms > 2 * TRUE.step_ms
     assert pool.used("w0") == TRUE
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_worker_that_joins_is_taken_for_as_fast_as_the_others_until_it_has_measured_itself(
+    factor: float,
+) -> None:
+    pool = Pool(TRUE)
+    pool.report()
+    guess = replace(TRUE, step_ms=factor * TRUE.step_ms, prefill_token_ms=factor * TRUE.prefill_token_ms)
+    for name in ("w1", "w2"):
+        pool.up(name, guess, submitted=0)
+        assert pool.used(name) == TRUE, "before its first report"
+    pool.report(times=4 * REPORTS)
+    assert [pool.used(name) for name in pool.loads] == [TRUE] * 3, "the two do not count in the medians"
+    pool.loads["w2"].reported = replace(pool.loads["w2"].reported, submitted=MEASURED_ATTEMPTS)
+    pool.report("w2", times=REPORTS)
+    assert pool.used("w2") != TRUE
+
+
+def test_once_one_has_measured_itself_the_others_are_taken_for_as_fast() -> None:
+    pool = Pool()
+    for name in ("w0", "w1", "w2"):
+        pool.up(name, Rates(), submitted=1)
+        pool.report(name)
+    assert [pool.used(name) for name in pool.loads] == [Rates()] * 3
+    pool.loads["w1"].reported = Load(rates=TRUE, submitted=MEASURED_ATTEMPTS)
+    pool.report("w1", times=4 * REPORTS)
+    assert [pool.used(name) for name in pool.loads] == [TRUE] * 3
 
 
 def test_rates_of_transfers_are_a_workers_own() -> None:
