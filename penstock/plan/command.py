@@ -52,6 +52,8 @@ TRANSFER_GB_S = SimulatedGraph().gigabytes_per_s
 SESSIONS_LOOKED_AT = 2_000
 """Of a load that is made up, for its longest request."""
 
+BUDGET_ENDED = "the budget of CPU time ended before (--cpu-s)"
+
 SHOWN = 5
 REPORT_COLUMNS = 108
 """Rows of the table; its width where it is not shown in a terminal."""
@@ -126,9 +128,14 @@ def _remarks(advice: Sequence[Advice], objective: Objective, load: WorkloadSetti
     share = Estimate.of([it.good_share for it in best.reports]).times(100).format(1)
     yield f"Planned for {source} and {objective}: {candidate.name}, {candidate.gpus} GPUs."
     yield f"{share} % of the requests meet the limits."
-    if best.margin is None:
+    if best.margin is None and best.fails_at == LEAST_SCALE:
         yield f"Even at {LEAST_SCALE:g} times the load, too many do not: they are too slow on idle workers."
-    elif not best.breaks:
+    elif best.margin is None:
+        yield f"How much less it would bear is not known: {BUDGET_ENDED}."
+    elif best.fails_at is None and best.margin.mean < MOST_SCALE:
+        borne = f"{best.margin.mean:g} times the load"
+        yield f"How much more it bears than {borne} is not known: {BUDGET_ENDED}."
+    elif best.fails_at is None:
         yield f"It bears {MOST_SCALE:g} times the load and more: fewer GPUs may do."
     else:
         yield f"It bears {best.margin.format(2)} times the load; then {best.breaks} breaks first."
@@ -203,8 +210,8 @@ def _description(candidate: PlannedGraph, between: str = "\n") -> str:
 
 def _margin(advice: Advice) -> str:
     if advice.margin is None:
-        return f"< {LEAST_SCALE:g} {advice.breaks}"
-    return f"{advice.margin.format(2)} {advice.breaks}" if advice.breaks else f"> {MOST_SCALE:g}"
+        return f"< {advice.fails_at:g} {advice.breaks}"
+    return f"{advice.margin.format(2)} {advice.breaks}" if advice.breaks else f"> {advice.margin.mean:g}"
 
 
 def _percentiles(measured: Sequence[Percentiles], digits: int) -> str:

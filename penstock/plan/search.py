@@ -77,9 +77,10 @@ class Advice(msgspec.Struct, frozen=True):
 
     candidate: PlannedGraph
     meets: bool
-    margin: Estimate | None  # how many times the load it bears; None: it meets the objective at none
+    margin: Estimate | None  # how many times the load it bears; None: it met the objective at none
     margins: Sequence[float]  # for each seed
-    breaks: str  # what is missed first when the load grows; empty: nothing was, at MOST_SCALE
+    fails_at: float | None  # the least times the load that it was seen not to bear; None: it bore all
+    breaks: str  # what is missed first when the load grows; empty: nothing was
     reports: Sequence[SimulationReport]  # at the load as given, one for each seed
 
 
@@ -223,6 +224,7 @@ class Search:
             meets=standing.meets(1.0),
             margin=Estimate.of(standing.margins) if standing.margins else None,
             margins=standing.margins,
+            fails_at=standing.high,
             breaks=self._breaks(standing),
             reports=standing.reports[1.0],
         )

@@ -53,6 +53,15 @@ def test_without_gpus_it_says_how_many_a_trace_needs(
     )
 
 
+def test_what_the_budget_did_not_suffice_for_is_not_claimed(capsys: pytest.CaptureFixture[str]) -> None:
+    """One second is used up by the first simulations."""
+    assert run([*SMALL, "--cpu-s", "1", "--gpus", "8", "--slo", "ttft=1s,itl=60ms"]) == 0
+    shown = capsys.readouterr().out
+    assert "> 1" in shown
+    assert "How much more it bears than 1 times the load is not known: the budget of CPU time" in shown
+    assert "> 4" not in shown
+
+
 def test_an_objective_out_of_reach_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*SMALL, *CPU_S, "--slo", "itl=1ms"]) == 1
     assert "no graph meets itl=1ms,share=90%" in capsys.readouterr().err
