@@ -29,6 +29,7 @@ class Choice:
         "_detokenizer",
         "_echoes_logprobs",
         "_eos_tokens",
+        "_includes_stop",
         "_logprob_format",
         "_logprobs",
         "_min_tokens",
@@ -65,6 +66,7 @@ class Choice:
         stops: StopMatcher | None = None,
         repetition: RepetitionDetector | None = None,
         min_tokens: int = 0,
+        includes_stop: bool = False,
         stop_tokens: Collection[int] = (),
         eos_tokens: Collection[int] = (),
         reply: Reply | None = None,
@@ -75,10 +77,11 @@ class Choice:
         shows_output: bool = True,
     ) -> None:
         """`first_of_prompt`: the usage counts each prompt once, with this choice. `stop_tokens` are those
-        that end it, the model's own `eos_tokens` among them. `reply` gets the text instead of whoever calls
-        `take`, to take it apart. Without a `logprob_format` log-probabilities are not shown.
-        `shows_token_ids`: `take_token_ids` gives them. `shows_prompt_logprobs`: they are kept. `echo` is
-        what the answer begins with; without `shows_output` that is all."""
+        that end it, the model's own `eos_tokens` among them, part of its text only with `includes_stop`.
+        `reply` gets the text instead of whoever calls `take`, to take it apart. Without a `logprob_format`
+        log-probabilities are not shown. `shows_token_ids`: `take_token_ids` gives them.
+        `shows_prompt_logprobs`: they are kept. `echo` is what the answer begins with; without
+        `shows_output` that is all."""
         self.index = index
         self.request = request
         self.first_of_prompt = first_of_prompt
@@ -98,6 +101,7 @@ class Choice:
         self._min_tokens = min_tokens
         self._stop_tokens = stop_tokens
         self._eos_tokens = eos_tokens
+        self._includes_stop = includes_stop
         self._logprob_format = logprob_format
         self._needs_prompt_logprobs = request.sampling.prompt_logprobs is not None
         self._echoes_logprobs = echo is not None and logprob_format is not None
@@ -132,7 +136,8 @@ class Choice:
             if reason is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_tokens:
                 if token_ids[-1] not in self._eos_tokens:
                     self.stop_reason = token_ids[-1]
-                token_ids = token_ids[:-1]  # what ended the answer is not part of its text
+                if not self._includes_stop:
+                    token_ids = token_ids[:-1]
             self.finish_reason = reason
         text = self._detokenizer.push(token_ids)
         if reason is not None:

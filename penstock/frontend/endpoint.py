@@ -175,6 +175,7 @@ class Beginning(PromptEncoder):
                     stops=StopMatcher(wanted.stops, wanted.include_stop) if wanted.stops else None,
                     repetition=RepetitionDetector(wanted.repetition) if wanted.repetition else None,
                     min_tokens=sampling.min_tokens,
+                    includes_stop=wanted.include_stop,
                     stop_tokens=stop_tokens,
                     eos_tokens=model.eos_token_ids,
                     reply=Reply(rules, prompt) if rules is not None else None,

@@ -146,6 +146,7 @@ def test_special_tokens_are_part_of_the_text_where_calls_may_be_made(byte_level,
     parser = BuiltInParsers().load(view_of(byte_level, tool_parser="hermes"))
     assert not parser.begin({"messages": [], "tools": TOOLS}).skip_special_tokens
     assert parser.begin({"messages": [], **PLAIN}).skip_special_tokens
+    assert not parser.begin({"messages": [], "skip_special_tokens": False}).skip_special_tokens
 
 
 def test_names_that_are_not_built_in_are_told_apart():

@@ -65,6 +65,13 @@ def test_only_what_stopped_the_answer_is_left_out(answer_of, ids_of):
     assert answer.take()[0] == "!"
 
 
+def test_the_stop_token_is_part_of_the_text_where_stops_are(answer_of, ids_of):
+    stop_token = ids_of("!")[0]
+    answer = answer_of(stop_tokens={stop_token}, includes_stop=True)
+    answer.feed(Delta([*ids_of("Hi"), stop_token], finish_reason=FinishReason.STOP))
+    assert (answer.take()[0], answer.stop_reason) == ("Hi!", stop_token)
+
+
 def test_a_repetition_ends_the_answer_with_its_last_token(answer_of, ids_of):
     a, b = ids_of("ab")
     for least, finish, shown in (

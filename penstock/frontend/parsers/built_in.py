@@ -110,7 +110,7 @@ class BuiltInCallParser:
             self.tools = {it["name"]: _arguments(it) for it in functions}
             self.required = choice == "required"
             self.named = choice["function"]["name"] if isinstance(choice, dict) else ""
-        self.skip_special_tokens = not self.tools
+        self.skip_special_tokens = not self.tools and body.get("skip_special_tokens") is not False
 
     def structured(self, prompt_ids: Sequence[int]) -> StructuredOutput | None:
         """As CallParser.structured."""
