@@ -209,7 +209,7 @@ class GenerationServer:
                     except RequestRejected as error:
                         if not (record.holds_schemas and _refuses_tools(error)):
                             raise
-                        log.info("schemas of tools are not held to: request_id=%s %s", client_id, error)
+                        log.info("the schemas of its tools are not held to: request_id=%s", client_id)
                         record.forget_call()
                         record.holds_schemas = False
 
