@@ -80,8 +80,9 @@ def print_misses(answer: dict[str, Any]) -> None:
         table.add_column("WHY THEY WERE COMPUTED", no_wrap=True)
         for it in answer["causes"]:
             why = _CAUSES.get(it["cause"], it["cause"])
-            if it["later_ms"] is not None:
-                why += f" (its first token predicted {_amount(it['later_ms'])} ms later, on average)"
+            if (later_ms := it["later_ms"]) is not None:
+                when = "sooner, and the rest later" if later_ms < 0 else "later"
+                why += f" (its first token predicted {_amount(abs(later_ms))} ms {when}, on average)"
             table.add_row(_amount(it["tokens"]), _amount(it["requests"]), it["worker"] or "-", why)
         console.print(table)
     if answer["worst"]:
