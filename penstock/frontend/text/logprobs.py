@@ -93,10 +93,9 @@ class CompletionLogprobs:
                 alternatives.append(None)
             else:
                 logprob = max(token.logprob, LEAST_LOGPROB)
-                top = {
-                    self._name(other): max(value, LEAST_LOGPROB) for other, value in token.top[: self._top]
-                }
-                top.setdefault(name, logprob)
+                top = {name: logprob}  # it comes first, as in vLLM
+                for other, value in token.top[: self._top]:
+                    top.setdefault(self._name(other), max(value, LEAST_LOGPROB))
                 logprobs.append(logprob)
                 alternatives.append(top)
             self._offset += len(self._token_bytes(token.token_id).decode("utf-8", "ignore"))
