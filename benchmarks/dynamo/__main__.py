@@ -21,7 +21,7 @@ import msgspec
 
 from benchmarks.dynamo.figures import draw, tables
 from benchmarks.dynamo.frontend import CpuCost, measure_cpu
-from benchmarks.dynamo.service import Served, measure_service
+from benchmarks.dynamo.service import Runs, Served, measure_service
 
 GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 0x1  # netdevice(7)
 
@@ -61,6 +61,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of a scenario, of which the median counts")
     parser.add_argument("--seeds", type=int, default=2, help="with which each load is sent")
     parser.add_argument("--duration", type=float, default=40.0, help="of a load, in seconds")
+    parser.add_argument(
+        "--scales", type=float, nargs="*", default=(), help="of loads; all of each by default"
+    )
+    parser.add_argument(
+        "--slowness", type=float, default=1.0, help="of workers, for a small or busy machine"
+    )
     parser.add_argument("--file", type=Path, default=Path("build/dynamo.json"), help="of the results")
     parser.add_argument("--plots", type=Path, help="a folder to draw plots into")
     options = parser.parse_args()
@@ -75,8 +81,9 @@ def main() -> None:
             print(f"{cost.scenario:24} {cost.system:9} {cost.median_us:9.1f} us a {cost.unit}", flush=True)
             results.add_cpu(cost)
             options.file.write_bytes(msgspec.json.encode(results))
+    runs = Runs(options.seeds, options.duration, options.slowness, tuple(options.scales))
     if options.what in ("all", "service"):
-        for served in measure_service(options.only, options.seeds, options.duration):
+        for served in measure_service(options.only, runs):
             print(served.line(), flush=True)
             results.add_served(served)
             options.file.write_bytes(msgspec.json.encode(results))

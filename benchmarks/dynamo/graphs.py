@@ -28,12 +28,13 @@ from benchmarks.dynamo.timing import write_mocker, write_penstock
 from benchmarks.english import model_folder
 from benchmarks.processes import READY_TIMEOUT_S, STOP_TIMEOUT_S, start, stop, wait_ready
 from checks.clients.environments import python_environment
+from penstock.core.admission import AdmissionSettings
 from penstock.engines.cost_models import CostModel
 from penstock.engines.settings import SchedulerSettings
 from penstock.engines.sim import SimSettings
 
 REQUIREMENTS = Path(__file__).parent / "dynamo.requirements.txt"
-ENGINE, SCHEDULER = SimSettings(), SchedulerSettings()
+ENGINE, SCHEDULER, ADMISSION = SimSettings(), SchedulerSettings(), AdmissionSettings()
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -91,8 +92,9 @@ def character_model(folder: Path) -> Path:
 
 
 @contextmanager
-def penstock(model: Path, workers: int, costs: CostModel | None) -> Iterator[Graph]:
-    """Penstock's frontend and sim workers. Without `costs` their steps take no time."""
+def penstock(model: Path, workers: int, costs: CostModel | None, slowness: float = 1.0) -> Iterator[Graph]:
+    """Penstock's frontend and sim workers. Without `costs` their steps take no time; with `slowness` they,
+    and what clients may wait for, take so many times as long."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         discovery = ["--discovery", f"file:{folder}/discovery"]
@@ -100,20 +102,22 @@ def penstock(model: Path, workers: int, costs: CostModel | None) -> Iterator[Gra
         if costs is not None:
             write_penstock(costs, folder / "costs.json")
             timing = f"{folder}/costs.json"
+        patience = ["--max-wait-ms", str(ADMISSION.max_wait_ms * slowness)]
         worker = ["worker", "--engine", "sim", "--model", str(model), "--served-model-name", "bench"]
-        worker += ["--sim-cost-model", timing, "--max-model-len", str(ENGINE.max_model_len), *discovery]
+        worker += ["--sim-cost-model", timing, "--sim-speedup", str(1 / slowness)]
+        worker += ["--max-model-len", str(ENGINE.max_model_len), *discovery]
         log, processes = folder / "log", [start(worker) for _ in range(workers)]
         try:
             with log.open("w") as output:
-                processes.append(start(["frontend", "--http-port", "0", *discovery], output))
+                processes.append(start(["frontend", "--http-port", "0", *patience, *discovery], output))
             yield Graph("Penstock", wait_ready(log, workers), processes[-1].pid)
         finally:
             stop(processes)
 
 
 @contextmanager
-def dynamo(model: Path, workers: int, costs: CostModel | None) -> Iterator[Graph]:
-    """Dynamo's frontend and mocker workers. Without `costs` their steps take no time."""
+def dynamo(model: Path, workers: int, costs: CostModel | None, slowness: float = 1.0) -> Iterator[Graph]:
+    """Dynamo's frontend and mocker workers. As `penstock`; Dynamo refuses nobody for waiting."""
     python = str(python_environment(REQUIREMENTS) / "bin" / "python")
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
@@ -130,6 +134,7 @@ def dynamo(model: Path, workers: int, costs: CostModel | None) -> Iterator[Graph
         else:
             write_mocker(costs, folder / "costs.npz")
             mocker += ["--planner-profile-data", str(folder / "costs.npz")]
+            mocker += ["--speedup-ratio", str(1 / slowness)]
         processes = list[subprocess.Popen[bytes]]()
         try:
             for module, arguments in (("mocker", mocker), ("frontend", frontend)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -94,7 +95,16 @@ class Served(msgspec.Struct):
         return 1e3 * self.frontend_cpu_s / max(1, self.measured.requests)
 
 
-def measure_service(only: str, seeds: int, duration_s: float) -> Iterable[Served]:
+class Runs(msgspec.Struct, frozen=True):
+    """How loads are sent."""
+
+    seeds: int
+    duration_s: float  # of each, in the timing's own time
+    slowness: float  # of the processes; figures are in the timing's own time
+    scales: tuple[float, ...]  # empty: all of each load
+
+
+def measure_service(only: str, runs: Runs) -> Iterable[Served]:
     """The loads whose name contains `only`, each at each scale with each seed. The systems take turns; each
     time all processes are new."""
     with tempfile.TemporaryDirectory() as folder:
@@ -104,20 +114,21 @@ def measure_service(only: str, seeds: int, duration_s: float) -> Iterable[Served
         for name, load in LOADS.items():
             if only not in name:
                 continue
-            settings = msgspec.structs.replace(load.settings, duration_s=duration_s)
-            for scale in load.scales:
-                for seed in range(seeds):
-                    for start in (dynamo, penstock) if seed % 2 else (penstock, dynamo):
-                        with start(model, load.workers, COMMON) as graph:
-                            served = asyncio.run(_served(name, settings, graph, scale, seed))
-                        served.simulated = _simulated(
-                            load.workers, settings, str(costs), served.system, scale, seed
-                        )
-                        yield served
+            settings = msgspec.structs.replace(load.settings, duration_s=runs.duration_s)
+            for scale, seed in product(runs.scales or load.scales, range(runs.seeds)):
+                for start in (dynamo, penstock) if seed % 2 else (penstock, dynamo):
+                    with start(model, load.workers, COMMON, runs.slowness) as graph:
+                        clients = Clients(graph.url, runs.slowness, SLO)
+                        served = asyncio.run(_served(name, settings, graph, clients, scale, seed))
+                    served.simulated = _simulated(
+                        load.workers, settings, str(costs), served.system, scale, seed
+                    )
+                    yield served
 
 
-async def _served(name: str, settings: WorkloadSettings, graph: Graph, scale: float, seed: int) -> Served:
-    clients = Clients(graph.url, 1.0, SLO)
+async def _served(
+    name: str, settings: WorkloadSettings, graph: Graph, clients: Clients, scale: float, seed: int
+) -> Served:
     before_s = sum(graph.cpu_s())
     report = await clients.play(settings.load(scale, seed))
     report.scale, report.seed = scale, seed
