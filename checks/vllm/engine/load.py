@@ -138,10 +138,30 @@ def test_a_step_after_a_pause_began_with_what_vllm_scheduled_then() -> None:
         load.answered(i + 0.01)
         load.answered(i + 0.002)
         load.observe(0, stats(1, 0.1, num_ctx_tokens=10 * (i % 9) + 1), now=i + 0.007)
-        load.answered(i + 0.003)  # it came while there was work
+        load.answered(i + 0.003)  # it came while the step before was under way
         load.observe(0, stats(0, 0.1, num_generation_requests=1), now=i + 0.012)
         load.observe(0, stats(0, 0.1, num_generation_requests=1), now=i + 0.8)  # since when, nobody says
     assert load.load(NO_WORK).rates.step_ms == pytest.approx(5.0, rel=0.2)
+
+
+def test_a_step_does_not_last_while_kv_is_awaited() -> None:
+    load = CoreLoad(CARD)
+    for i in range(400):
+        load.observe(0, stats(0, 0.1, fetching=1), now=float(i))
+        load.answered(i + 0.5)
+        load.observe(0, stats(0, 0.1, num_ctx_requests=1, num_ctx_tokens=1), now=i + 0.505)
+    assert load.load(NO_WORK).rates.step_ms == pytest.approx(5.0, rel=0.2)
+
+
+def test_a_prompt_whose_kv_was_pulled_says_nothing_of_computing_prompts() -> None:
+    """Its one token takes as long as any of an output; what else begins with it is no price of a token."""
+    load = CoreLoad(CARD)
+    now = 0.0
+    for i in range(400):
+        pulled = {"num_ctx_requests": 1, "num_ctx_tokens": 1} if i % 8 == 0 else {}
+        now += 0.020 if pulled else 0.005
+        load.observe(0, stats(1, 0.1, num_generation_requests=1, **pulled), now=now)
+    assert load.load(NO_WORK).rates.prefill_token_ms < 0.5
 
 
 def test_a_step_of_one_rank_says_nothing_of_anothers() -> None:

@@ -1,9 +1,9 @@
 """An engine's load, from what vLLM's scheduler says and from what was sent to it since.
 
-How long a step took is measured here: from the end of the one before, or, where that left nothing to do,
-from when vLLM scheduled the prompt that came next. vLLM's own `elapsed_ms` is only how long its core waited
-for the result. Where the model runs in the core's process, the result is there before that begins; on a GPU
-it lacks what vLLM prepared meanwhile.
+How long a step took is measured here: from the end of the one before, or from when vLLM scheduled a prompt
+that begins in it, if that was later. vLLM's own `elapsed_ms` is only how long its core waited for the
+result. Where the model runs in the core's process, the result is there before that begins; on a GPU it
+lacks what vLLM prepared meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIGN_S = 0.5
 attempts wait for KV or for a grammar; that some are taken is how others know that it is not stuck."""
 
 if TYPE_CHECKING:
-    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
 
 class CoreLoad:
@@ -83,22 +83,25 @@ class CoreLoad:
         if computed or (self._attempts and now >= self._sign_at):
             self._steps += 1
             self._sign_at = now + SIGN_S
-        began_at = self._busy_since.pop(rank, self._scheduled_at)
+        began_at = max(self._busy_since.pop(rank, 0.0), self._scheduled_at or 0.0)
         self._scheduled_at = None
         if stats.num_running_reqs + stats.num_waiting_reqs + stats.num_skipped_waiting_reqs:
             self._busy_since[rank] = now
-        if details is not None and computed and began_at is not None:
-            prompts = self._prompts
-            work = StepWork(
-                prefill_tokens=details.num_ctx_tokens,
-                # vLLM does not say of which prompts these are: an average one of those that were left.
-                prefill_context_tokens=details.num_ctx_tokens
-                * prompts.context_tokens
-                / max(1, prompts.tokens),
-                decode_requests=details.num_generation_requests,
-                decode_context_tokens=self._context_tokens // self._ranks,
-            )
-            self._times.observe(work, (now - began_at) * 1e3)
+        if details is not None and computed and began_at:
+            self._times.observe(self._work(details), (now - began_at) * 1e3)
+
+    def _work(self, details: SchedulerIterationDetails) -> StepWork:
+        """What a step computed."""
+        prompts, tokens, decoding = self._prompts, details.num_ctx_tokens, details.num_generation_requests
+        if tokens == details.num_ctx_requests:  # the last one of each: its KV was pulled or cached
+            tokens, decoding = 0, decoding + tokens  # which takes as long as a token of an output
+        return StepWork(
+            prefill_tokens=tokens,
+            # vLLM does not say of which prompts these are: an average one of those that were left.
+            prefill_context_tokens=tokens * prompts.context_tokens / max(1, prompts.tokens),
+            decode_requests=decoding,
+            decode_context_tokens=self._context_tokens // self._ranks,
+        )
 
     def responded(self) -> None:
         """It answered a question between two steps: it is not stuck."""
