@@ -1,6 +1,6 @@
 """The same load through Dynamo's frontend with its mocker workers, and through Penstock with sim workers.
 
-    make bench-dynamo                                           everything, 35 minutes
+    make bench-dynamo                                           everything, 40 minutes
     make bench-dynamo ARGS='cpu --only "stream 64"'             some scenarios of the frontends' CPU time
     make bench-dynamo ARGS='service --only chat --seeds 1'      what clients get, and what was simulated
     make bench-dynamo ARGS='show --plots docs/images'           the file's results, as tables and plots
