@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 
 from penstock.core.costs import (
     GROWTH_SHARE,
-    IDLE_SHARE,
     ITL_SPREAD,
-    MISS_MS,
+    MISS_SHARE,
     OFF_OBJECTIVE,
-    OTHERS_SHARE,
     OUTPUT_SHARE,
     STEP_TOKENS,
     Query,
@@ -78,7 +76,7 @@ class _Pool(NamedTuple):
     role: Column
     kv_format: Column
 
-    def compute_ms(self, tokens: Column, context_tokens: Column) -> Column:
+    def compute_ms(self, tokens: Column | float, context_tokens: Column | float) -> Column:
         return self.prefill_token_ms * tokens + self.prefill_context_ms * context_tokens
 
     def decode_step_ms(self, requests: Column, context_tokens: Column) -> Column:
@@ -307,7 +305,7 @@ def _costs(query: Query, pool: _Pool, overlap: Column, now: float) -> _Costs:
         uncached_tokens=uncached,
         queue_ms=_queued_ms(pool, uncached, step_ms, now) + blocked_ms,
         prefill_ms=prompt_ms + np.ceil(uncached / STEP_TOKENS) * step_ms,
-        inflicted_ms=np.maximum(IDLE_SHARE, OTHERS_SHARE * requests) * prompt_ms,
+        inflicted_ms=OUTPUT_SHARE * (requests + 1) * prompt_ms,
         transfer_ms=pool.transfer_ms + pool.transfer_block_ms * missing,
         later_ms=OUTPUT_SHARE
         * output
@@ -363,4 +361,5 @@ def _missed_ms(query: Query, pool: _Pool) -> Column | float:
         return 1 / (1 + np.exp(np.minimum(off, OFF_OBJECTIVE)))
 
     then = kept(1)
-    return MISS_MS * (now * (kept(0) - then) + 1 - then)
+    miss_ms = MISS_SHARE * pool.compute_ms(*query.usual_prompt)
+    return miss_ms * (now * (kept(0) - then) + 1 - then)

@@ -11,22 +11,25 @@ still to compute with Q tokens before each, added up:
                      for a place when all are taken, or for blocks
     prefill_ms     = compute(n, P) + ride(n),  n = max(1, prompt - overlap), the last token at least,
                      and P as in core/prompt_work.py
-    inflicted_ms   = max(IDLE_SHARE, OTHERS_SHARE * b) * compute(n, P)
+    inflicted_ms   = OUTPUT_SHARE * (b + 1) * compute(n, P)
     decode_ms      = o * step_ms(b + 1, D + prompt + o / 2),  o = expected_output_tokens
     transfer_ms    = r.transfer_ms + r.transfer_block_ms * blocks that are not there yet
     itl_ms(b, D)   = step_ms(b, D) + (b - 1) * compute(u, U) / o
     kept(b, D)     = 1 / (1 + exp((itl_ms(b, D) / slo_itl_ms - 1) / ITL_SPREAD))
-    missed_ms      = MISS_MS * (b * (kept(b, D) - kept(b + 1, D + prompt)) + 1 - kept(b + 1, D + prompt))
+    missed(b, D)   = b * (kept(b, D) - kept(b + 1, D + prompt)) + 1 - kept(b + 1, D + prompt)
+    missed_ms      = MISS_SHARE * compute(u, U) * missed(b, D),  u and U as above, of all workers together
 
 `inflicted_ms` is what the prompt costs the requests that decode there: while it is computed, all of them
-stall. Even on an idle worker it counts a little: by the end of a long prompt another may have come.
+stall. It counts for one more than there are: by the end of a long prompt another may have come. Like this
+request's own `decode_ms`, it delays outputs, which counts OUTPUT_SHARE of what delays a first token.
 
 `itl_ms` is the mean time between tokens there with b requests: while one gets its o tokens, each of the
 others ends and is followed by one with u prompt tokens to compute on average, and all wait for that.
-`kept` is the chance that a request meets the objective for this time, and `missed_ms` how many more will
-miss it with this request than without, in milliseconds. Below the objective it spreads requests evenly.
-Once not all workers can meet it, it brings some to their limit and lets the rest pile up on others, instead
-of all of them missing it.
+`kept` is the chance that a request meets the objective for this time, and `missed` how many more will miss
+it with this request than without. Below the objective this spreads requests evenly. Once not all workers
+can meet it, it brings some to their limit and lets the rest pile up on others, instead of all missing it.
+Each miss counts as a part of the time that the usual prompt takes to compute: a fixed time would be nothing
+beside prompts of seconds, and outweigh all waiting beside prompts of milliseconds.
 
 Every term is a time because the parts differ by orders of magnitude: on Qwen3-32B (2 x H200) computing
 an uncached prompt token takes 46 us once, and as much again behind 28,000 others; keeping it resident
@@ -50,18 +53,13 @@ STEP_TOKENS = 8192
 large GPU). It only sets how many steps a prompt rides on; where it is too large that errs by less than
 where it is too small."""
 
-OTHERS_SHARE = 0.25
-"""How much a millisecond of delay counts for each of the others, of one until this request's first token:
+OUTPUT_SHARE = 0.15
+"""How much a millisecond of an output, of this request or another, counts of one until the first token:
 more gives better times between tokens in overload, less a better time to first token."""
 
-IDLE_SHARE = 0.5
-"""The least that computing a prompt counts for others, of its own time: those that will come meanwhile."""
-
-OUTPUT_SHARE = 0.25
-"""How much a millisecond of this request's output counts, likewise."""
-
-MISS_MS = 1000.0
-"""What a request that misses the objective for its time between tokens costs, in milliseconds."""
+MISS_SHARE = 0.5
+"""What a request costs that misses the objective for its time between tokens, of computing the prompt that
+requests have on average."""
 
 ITL_SPREAD = 0.2
 """How far the times between tokens of a worker's requests are from what is predicted, relatively."""
@@ -88,13 +86,16 @@ expected before any was seen, in outputs."""
 class Query(msgspec.Struct, frozen=True):
     """The request to place. `ordinal` counts this router's requests, for round-robin. `handed`: the
     prompt's KV, of this format, waits on a prefill worker; a decode worker that reads it computes none of
-    it. `slo_itl_ms`: the mean time between tokens that requests should have at most; 0: any."""
+    it. `slo_itl_ms`: the mean time between tokens that requests should have at most; 0: any.
+    `usual_prompt`: what a request of its model gives workers to compute, on average; nothing while that is
+    not known."""
 
     prompt_tokens: int
     ordinal: int = 0
     expected_output_tokens: float = EXPECTED_OUTPUT_TOKENS
     handed: KvFormat | None = None
     slo_itl_ms: float = 0.0
+    usual_prompt: PromptWork = NO_WORK
     session: str = ""  # as in Request
     computed_elsewhere: bool = False  # prefill workers compute the prompts of decode workers
 
@@ -164,7 +165,7 @@ def costs(query: Query, candidate: Candidate) -> Costs:
         uncached_tokens=uncached,
         queue_ms=_queued_ms(candidate, uncached, now_ms) + _blocked_ms(query, candidate, missing),
         prefill_ms=prompt_ms + _steps(uncached) * now_ms,
-        inflicted_ms=max(IDLE_SHARE, OTHERS_SHARE * requests) * prompt_ms,
+        inflicted_ms=OUTPUT_SHARE * (requests + 1) * prompt_ms,
         transfer_ms=rates.transfer_ms + rates.transfer_block_ms * missing,
         decode_ms=output * step_ms(rates, requests + 1, context + query.prompt_tokens + output / 2),
         missed_ms=_missed_ms(query, candidate, now_ms),
@@ -277,12 +278,13 @@ def _missed_ms(query: Query, candidate: Candidate, now_ms: float) -> float:
     load = candidate.load
     requests, context = load.running + load.waiting, load.context_tokens + query.prompt_tokens
     then_ms = step_ms(load.rates, requests + 1, context)
+    miss_ms = MISS_SHARE * compute_ms(load.rates, *query.usual_prompt)
     if not requests:
-        return MISS_MS * (1 - _kept(query, then_ms))
+        return miss_ms * (1 - _kept(query, then_ms))
     usual_ms, stay_tokens = _usual_prompt_ms(candidate), _stay_tokens(query, candidate)
     then = _kept(query, then_ms + requests * usual_ms / stay_tokens)
     before = _kept(query, now_ms + (requests - 1) * usual_ms / stay_tokens)
-    return MISS_MS * (requests * (before - then) + 1 - then)
+    return miss_ms * (requests * (before - then) + 1 - then)
 
 
 def _kept(query: Query, its_ms: float) -> float:

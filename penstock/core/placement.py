@@ -30,6 +30,7 @@ from penstock.core.pairing import KvFormat, kv_format, unpaired
 from penstock.core.policy import Candidate, Decision, Path, Plan, Query, choose
 from penstock.core.pool_rates import PoolRates
 from penstock.core.prefix_index import PrefixIndex, most_blocks
+from penstock.core.prompt_work import UsualPrompt, prompt_work
 from penstock.core.worker_load import WorkerLoad
 from penstock.errors import ProtocolError
 from penstock.shapes import Attempt, Card, Handoff, Load, Request
@@ -92,6 +93,7 @@ class Placement:
         self._columns: CostColumns | None = None  # their figures, once there have been many
         self._pool_rates = PoolRates()
         self._lengths = OutputLengths()
+        self._usual_prompts: dict[str, UsualPrompt] = {}  # by model
         self._usual_length = ("", 0, 0.0)  # of which model, as of which decision, in tokens
         self._ordinal = 0
 
@@ -196,6 +198,7 @@ class Placement:
     def forget_model(self, model: str) -> None:
         """Nobody serves this model any more."""
         self._lengths.forget(model)
+        self._usual_prompts.pop(model, None)
 
     # --- a request ----------------------------------------------------------------------------------
 
@@ -234,6 +237,7 @@ class Placement:
             expected_output_tokens=self.expected_output_tokens(placed.request),
             handed=kv_format(handoff) if handoff is not None else None,
             slo_itl_ms=self._slo_itl_ms,
+            usual_prompt=self._usual_prompt(placed.request.model.name).work,
             session=placed.request.session,
         )
         overlaps = self._overlaps(placed, tokens, cards)
@@ -330,6 +334,8 @@ class Placement:
         output_tokens = self.expected_output_tokens(placed.request)
         self.loads[instance_id].send(seq, max(1, tokens - have), tokens, output_tokens, now)
         self._load_changed(instance_id)
+        if attempt.handoff is None:
+            self._usual_prompt(placed.request.model.name).add(prompt_work(min(have, tokens - 1), tokens))
         if placed.booked_on == instance_id:
             self.unbook(placed)
         placed.runs_on, placed.sent_tokens, placed.computed_from = instance_id, tokens, None
@@ -389,6 +395,10 @@ class Placement:
         verdicts = list(self._verdicts)
         self._verdicts.clear()
         return verdicts
+
+    def _usual_prompt(self, model: str) -> UsualPrompt:
+        """What its requests gave workers to compute, whichever worker that was."""
+        return self._usual_prompts.setdefault(model, UsualPrompt())
 
     def expected_output_tokens(self, request: Request) -> float:
         """How long its output will be, going by its tenant's others, or by what workers report of all."""

@@ -6,6 +6,7 @@ A new token attends to all that are before it. So `n` tokens behind `p` computed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -17,6 +18,29 @@ class PromptWork(NamedTuple):
 
 
 NO_WORK = PromptWork()
+
+USUAL_GAIN = 0.0025
+"""Weight of the latest prompt among the usual ones, so that the last 400 or so count."""
+
+
+@dataclass(slots=True)
+class UsualPrompt:
+    """What prompts leave to compute on average."""
+
+    seen: int = 0
+    tokens: float = 0.0
+    context_tokens: float = 0.0
+
+    def add(self, prompt: PromptWork) -> None:
+        self.seen += 1
+        gain = max(USUAL_GAIN, 1 / self.seen)
+        self.tokens += gain * (prompt.tokens - self.tokens)
+        self.context_tokens += gain * (prompt.context_tokens - self.context_tokens)
+
+    @property
+    def work(self) -> PromptWork:
+        """Nothing before the first one."""
+        return PromptWork(round(self.tokens), round(self.context_tokens))
 
 
 def prompt_work(there: int, length: int) -> PromptWork:

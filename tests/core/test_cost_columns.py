@@ -19,6 +19,7 @@ from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import MIN_OBSERVATIONS
 from penstock.core.placement import Placed, Placement
 from penstock.core.policy import Decision
+from penstock.core.prompt_work import PromptWork
 from penstock.shapes import Attempt, Card, Load, ModelKey, Rates, Request, Role, Sampling
 from tests import builders, cards
 
@@ -162,7 +163,8 @@ def test_columns_have_the_terms_that_costs_gives_for_each_worker(
     seed: int, tokens: int, output_tokens: float, slo_itl_ms: float
 ) -> None:
     pair = Pair(Random(seed))
-    query = Query(tokens, expected_output_tokens=output_tokens, slo_itl_ms=slo_itl_ms)
+    usual = PromptWork(tokens // 2, tokens * tokens // 4)
+    query = Query(tokens, expected_output_tokens=output_tokens, slo_itl_ms=slo_itl_ms, usual_prompt=usual)
     overlaps = [pair.rng.randrange(2 + tokens // it.engine.block_size) for it in pair.cards]
     columns = pair.few._columns
     assert columns is not None

@@ -7,14 +7,16 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from penstock.core.costs import MISS_MS, STEP_TOKENS, Candidate, OutputLengths, Query, costs, shared_ms
+from penstock.core.costs import MISS_SHARE, STEP_TOKENS, Candidate, OutputLengths, Query, costs, shared_ms
 from penstock.core.policy import Path, choose
 from penstock.core.prompt_work import NO_WORK, PromptWork
 from penstock.core.worker_load import StepUnderWay
 from penstock.shapes import Load, Rates, Role
 
 RATES = Rates(10.0, 0.05, 0.1, prefill_context_ms=0.0, decode_context_ms=0.0)
-QUERY = Query(prompt_tokens=160, expected_output_tokens=100.0)
+USUAL = PromptWork(40_000, 0)  # 2 s
+MISS_MS = MISS_SHARE * 2_000.0
+QUERY = Query(prompt_tokens=160, expected_output_tokens=100.0, usual_prompt=USUAL)
 
 
 def candidate(
@@ -59,6 +61,13 @@ def test_nobody_misses_an_objective_that_there_is_not() -> None:
     assert missed_ms(candidate(), 10_000, slo_itl_ms=0.0) == 0.0
 
 
+def test_a_miss_costs_what_the_usual_prompt_takes() -> None:
+    it, query = with_running(candidate(), 2_000), replace(QUERY, slo_itl_ms=20.0)
+    half = replace(query, usual_prompt=PromptWork(USUAL.tokens // 2, 0))
+    assert costs(half, it).missed_ms == pytest.approx(costs(query, it).missed_ms / 2)
+    assert costs(replace(query, usual_prompt=NO_WORK), it).missed_ms == 0.0  # none was sent yet
+
+
 def test_a_request_on_a_worker_far_from_its_limit_makes_nobody_miss_the_objective() -> None:
     assert missed_ms(candidate(role=Role.DECODE), 10, slo_itl_ms=200.0) < 0.05 * MISS_MS
 
@@ -87,7 +96,7 @@ def test_a_prefill_worker_has_no_tokens_to_delay() -> None:
 
 
 def test_requests_pile_up_where_the_objective_is_missed_anyway_once_everybody_is_at_the_limit() -> None:
-    query = Query(prompt_tokens=16, expected_output_tokens=10.0, slo_itl_ms=100.0)
+    query = Query(16, expected_output_tokens=10.0, slo_itl_ms=100.0, usual_prompt=USUAL)
     workers = [
         replace(with_running(BUSY, running), instance_id=name)
         for name, running in (("a0", 82), ("a1", 400), ("a2", 82))
