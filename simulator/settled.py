@@ -70,7 +70,7 @@ def _open_books(world: World, frontend: SimulatedFrontend) -> list[str]:
     for queue in dispatcher.queues.values():
         parts += [queue, queue.waiting, queue.prediction]
     parts += [placement, placement.overlap_check]
-    lasting = {"queues", "_recent", "_served", "_gone", "_lost", "_without_pairs"}
+    lasting = {"queues", "_recent", "_served", "_gone", "_lost", "_without_pairs", "_usual_prompts"}
     lasting |= set(router.membership.members)
     complaints = [f"{frontend.name}: {it}" for it in _kept(parts, lasting)]
     for instance_id, load in placement.loads.items():

@@ -151,10 +151,13 @@ class Lab(ABC):
         """Prefill a prompt, and return the handoff."""
         await self.submit(attempt_id, prompt, prefill_only=True)
         await self.finish()
-        outputs = [output for step in self.frontend.steps for output in step.outputs]
-        (handoff,) = [
-            output.handoff for output in outputs if output.finish_reason is FinishReason.PREFILLED
-        ]
+
+        def handoffs() -> list[Handoff | None]:
+            outputs = [output for step in self.frontend.steps for output in step.outputs]
+            return [output.handoff for output in outputs if output.finish_reason is FinishReason.PREFILLED]
+
+        await until(handoffs)
+        (handoff,) = handoffs()
         assert handoff is not None
         return handoff
 
