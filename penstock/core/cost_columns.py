@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from penstock.core.costs import (
     GROWTH_SHARE,
+    IDLE_SHARE,
     ITL_SPREAD,
     MISS_SHARE,
     OFF_OBJECTIVE,
@@ -301,11 +302,12 @@ def _costs(query: Query, pool: _Pool, overlap: Column, now: float) -> _Costs:
     step_ms = pool.decode_step_ms(requests, pool.context_tokens)
     prompt_ms = pool.compute_ms(uncached, np.floor(uncached * (2 * prompt - uncached) / 2))
     blocked_ms = _blocked_ms(query, pool, missing)
+    idle_share = np.where(pool.role == _DECODE, IDLE_SHARE, 0.0)
     return _Costs(
         uncached_tokens=uncached,
         queue_ms=_queued_ms(pool, uncached, step_ms, now) + blocked_ms,
         prefill_ms=prompt_ms + np.ceil(uncached / STEP_TOKENS) * step_ms,
-        inflicted_ms=OUTPUT_SHARE * (requests + 1) * prompt_ms,
+        inflicted_ms=np.maximum(OUTPUT_SHARE * (requests + 1), idle_share) * prompt_ms,
         transfer_ms=pool.transfer_ms + pool.transfer_block_ms * missing,
         later_ms=OUTPUT_SHARE
         * output

@@ -11,7 +11,7 @@ still to compute with Q tokens before each, added up:
                      for a place when all are taken, or for blocks
     prefill_ms     = compute(n, P) + ride(n),  n = max(1, prompt - overlap), the last token at least,
                      and P as in core/prompt_work.py
-    inflicted_ms   = OUTPUT_SHARE * (b + 1) * compute(n, P)
+    inflicted_ms   = OUTPUT_SHARE * (b + 1) * compute(n, P); on a decode worker IDLE_SHARE of that at least
     decode_ms      = o * step_ms(b + 1, D + prompt + o / 2),  o = expected_output_tokens
     transfer_ms    = r.transfer_ms + r.transfer_block_ms * blocks that are not there yet
     itl_ms(b, D)   = step_ms(b, D) + (b - 1) * compute(u, U) / o
@@ -20,8 +20,8 @@ still to compute with Q tokens before each, added up:
     missed_ms      = MISS_SHARE * compute(u, U) * missed(b, D),  u and U as above, of all workers together
 
 `inflicted_ms` is what the prompt costs the requests that decode there: while it is computed, all of them
-stall. It counts for one more than there are: by the end of a long prompt another may have come. Like this
-request's own `decode_ms`, it delays outputs, which counts OUTPUT_SHARE of what delays a first token.
+stall. It counts for one more than there are: by the end of a long prompt another may have come, and on a
+decode worker, to which prompts come computed, several. Like this request's own `decode_ms`, it delays outputs, which counts OUTPUT_SHARE of what delays a first token.
 
 `itl_ms` is the mean time between tokens there with b requests: while one gets its o tokens, each of the
 others ends and is followed by one with u prompt tokens to compute on average, and all wait for that.
@@ -56,6 +56,10 @@ where it is too small."""
 OUTPUT_SHARE = 0.15
 """How much a millisecond of an output, of this request or another, counts of one until the first token:
 more gives better times between tokens in overload, less a better time to first token."""
+
+IDLE_SHARE = 0.5
+"""The least that computing a prompt on a decode worker counts, of its own time. So idle prefill workers get
+prompts whose KV moves in less than half of the time that they take."""
 
 MISS_SHARE = 0.5
 """What a request costs that misses the objective for its time between tokens, of computing the prompt that
@@ -160,12 +164,13 @@ def costs(query: Query, candidate: Candidate) -> Costs:
     missing = max(0, -(-query.prompt_tokens // candidate.block_size) - candidate.overlap_blocks)
     now_ms = step_ms(rates, requests, context)
     prompt_ms = compute_ms(rates, uncached, context_before(uncached, query.prompt_tokens))
+    idle_share = IDLE_SHARE if candidate.role is Role.DECODE else 0.0
     return Costs(
         candidate=candidate,
         uncached_tokens=uncached,
         queue_ms=_queued_ms(candidate, uncached, now_ms) + _blocked_ms(query, candidate, missing),
         prefill_ms=prompt_ms + _steps(uncached) * now_ms,
-        inflicted_ms=OUTPUT_SHARE * (requests + 1) * prompt_ms,
+        inflicted_ms=max(OUTPUT_SHARE * (requests + 1), idle_share) * prompt_ms,
         transfer_ms=rates.transfer_ms + rates.transfer_block_ms * missing,
         decode_ms=output * step_ms(rates, requests + 1, context + query.prompt_tokens + output / 2),
         missed_ms=_missed_ms(query, candidate, now_ms),

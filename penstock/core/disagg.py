@@ -7,8 +7,8 @@ In the terms of core/costs.py:
 
 On the remote path d's queue drains while p computes, and nobody's output stalls, as a prefill worker has
 none. p is one of those whose KV d reads (core/pairing.py); without any, only the local plan is left.
-On idle workers a prompt moves when that takes less than OUTPUT_SHARE of the time to compute it. A prompt
-with less than a block to compute has nothing worth handing over and stays.
+On idle workers a prompt moves when that takes less than IDLE_SHARE of the time to compute it. A prompt with
+less than a block to compute has nothing worth handing over and stays.
 """
 
 from __future__ import annotations
