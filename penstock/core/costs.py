@@ -21,7 +21,8 @@ still to compute with Q tokens before each, added up:
 
 `inflicted_ms` is what the prompt costs the requests that decode there: while it is computed, all of them
 stall. It counts for one more than there are: by the end of a long prompt another may have come, and on a
-decode worker, to which prompts come computed, several. Like this request's own `decode_ms`, it delays outputs, which counts OUTPUT_SHARE of what delays a first token.
+decode worker, to which prompts come computed, several. Like this request's own `decode_ms`, it delays
+outputs, which counts OUTPUT_SHARE of what delays a first token.
 
 `itl_ms` is the mean time between tokens there with b requests: while one gets its o tokens, each of the
 others ends and is followed by one with u prompt tokens to compute on average, and all wait for that.
