@@ -234,7 +234,8 @@ class _CheckedRunner:
                 self._check(row)
             self._next[sequence.attempt_id] = start + row.count
             self._write(row)
-            if self._engine.teller is not None and start < sequence.prompt_len <= start + row.count:
+            # Also of a prompt that was pulled, and of which nothing is computed here.
+            if self._engine.teller is not None and start <= sequence.prompt_len <= start + row.count:
                 assert isinstance(sequence, ActiveAttempt)
                 prompt = sequence.token_ids[: sequence.prompt_len]
                 self._engine.teller.computed(prompt, sequence.cache_salt)
