@@ -84,11 +84,24 @@ def pair(graph: Graph) -> Graph:
 @pytest.fixture(scope="session")
 def always(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frontend]:
     """Another frontend of the same graph, which sends every prompt to a prefill worker first."""
-    log = tmp_path_factory.mktemp("always") / "frontend.log"
+    with _another_frontend(graph, "always", tmp_path_factory.mktemp("always")) as frontend:
+        yield frontend
+
+
+@pytest.fixture(scope="session")
+def never(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frontend]:
+    """Another one, which leaves every prompt to the decode workers."""
+    with _another_frontend(graph, "never", tmp_path_factory.mktemp("never")) as frontend:
+        yield frontend
+
+
+@contextlib.contextmanager
+def _another_frontend(graph: Graph, disagg: str, logs: Path) -> Iterator[Frontend]:
+    log = logs / "frontend.log"
     frontend = Frontend()
     folder = graph.state / "vllm-cpu"
     options = {
-        "--disagg": "always",
+        "--disagg": disagg,
         "--expect": "prefill,decode",
         "--http-port": str(frontend.port),
         "--namespace": "vllm-cpu",
