@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from shutil import get_terminal_size
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from penstock.core.overlap_check import CAUSE_WORDS, Cause
 
-_PIPED_WIDTH = 160  # of a table when no terminal says how wide it is
+_LEAST_WIDTH = 160  # of a table: a narrower terminal breaks lines, where rich would cut figures off
 
 _TIMES = {
     "frontend_ms": "waiting in the frontend",
@@ -45,9 +45,7 @@ _CAUSES = {
 
 def print_explanation(answer: dict[str, Any]) -> None:
     """Each request of the call, with its decisions."""
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH, soft_wrap=True
-    )
+    console = _console()
     for number, request in enumerate(answer["requests"]):
         console.print("\n" * bool(number) + _heading(request))
         if not request["decisions"]:
@@ -61,9 +59,7 @@ def print_explanation(answer: dict[str, Any]) -> None:
 
 def print_misses(answer: dict[str, Any]) -> None:
     """The totals, the causes with the most tokens, and the requests that lost most."""
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH, soft_wrap=True
-    )
+    console = _console()
     prompt, cached = answer["prompt_tokens"], answer["cached_tokens"]
     since = time.strftime("%H:%M:%S", time.localtime(answer["since"]))
     requests = "1 request" if answer["requests"] == 1 else f"{answer['requests']:,} requests"
@@ -93,6 +89,11 @@ def print_misses(answer: dict[str, Any]) -> None:
         console.print(f"  {it['request_id']}: {lost}: {it['summary']}")
 
 
+def _console() -> Console:
+    width = max(_LEAST_WIDTH, get_terminal_size().columns)
+    return Console(highlight=False, markup=False, width=width, soft_wrap=True)
+
+
 def _heading(request: dict[str, Any]) -> str:
     words = [f"{request['request_id']}: {request['model']}, {request['prompt_tokens']:,} prompt tokens"]
     if request["created"] is not None:
@@ -120,10 +121,15 @@ def _print_tables(console: Console, decision: dict[str, Any]) -> None:
 def _print_candidates(console: Console, title: str, candidates: list[dict[str, Any]]) -> None:
     if not candidates:
         return
-    costs = list(candidates[0].get("costs_ms", {}))
+    costs = [
+        name
+        for name in candidates[0].get("costs_ms", {})
+        if any(it["costs_ms"][name] >= 0.05 for it in candidates)  # not what costs nothing anywhere
+    ]
     columns = ["CACHED", "TO COMPUTE", "REQUESTS", "QUEUED TOKENS", "FIRST TOKEN"]
     named = [f"{name.upper().replace('_', ' ')} MS" for name in costs]
-    table = _table(f"  {title.upper()}", *columns, *named, *(["TOTAL MS"] if costs else []))
+    total = ["TOTAL MS"] if "total_ms" in candidates[0] else []
+    table = _table(f"  {title.upper()}", *columns, *named, *total)
     for it in candidates:
         name = f"{'>' if it['chosen'] else ' '} {it['instance_id']}"
         if it.get("prefill"):
@@ -136,7 +142,7 @@ def _print_candidates(console: Console, title: str, candidates: list[dict[str, A
             *map(_amount, (*figures, it["prefill_tokens"])),
             _amount(it["first_token_ms"], " ms"),
             *(_amount(it["costs_ms"][cost]) for cost in costs),
-            *([_amount(it["total_ms"])] if costs else []),
+            *([_amount(it["total_ms"])] if "total_ms" in it else []),
         )
     console.print(table)
 
@@ -145,7 +151,7 @@ def _table(first: str, *titles: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
     return table
 
 
