@@ -108,7 +108,7 @@ def _choice(choice: AnthropicToolChoice) -> ToolChoice:
 
 def _format(format: OutputFormat, where: str) -> JsonSchemaFormat:
     checked(StructuredOutput("json", msgspec.json.encode(format.schema).decode()), where)
-    return JsonSchemaFormat(NamedSchema("output", format.schema))
+    return JsonSchemaFormat(NamedSchema("output", format.schema, strict=True))
 
 
 # --- messages -------------------------------------------------------------------------------------

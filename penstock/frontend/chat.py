@@ -24,6 +24,7 @@ from penstock.frontend.nvext import nvext_fields, nvext_of
 from penstock.frontend.openai import ChatRequest, decode_chat, wanted_of
 from penstock.frontend.reply import ReplyRules, text_alone
 from penstock.frontend.sse import Chunks, encode
+from penstock.frontend.structured import JsonSchemaFormat, ResponseFormat
 from penstock.frontend.text.chat_template import TemplateInput
 from penstock.frontend.text.logprobs import ChatLogprobs
 from penstock.frontend.tool_shapes import ToolShape, naming_tool_shapes
@@ -88,7 +89,7 @@ class Chat:
             return None
         fields = _set_fields(request)
         if not beginning.holds_schemas:
-            _drop_schemas(fields)
+            _drop_schemas(fields, request.response_format)
         call_parser: CallParser = parser.begin(fields)
         allowed, choice = request.allowed_tools, request.tool_choice
         if allowed is not None:
@@ -247,10 +248,13 @@ def _taken_apart(parsed: Parsed, *, reasoned: bool) -> JsonObject:
     return message
 
 
-def _drop_schemas(fields: JsonObject) -> None:
-    """Let the arguments of tools that are not strict be any object: OpenAI promises no more of them, and
-    their schemas may say what no engine can hold a text to."""
-    for tool in fields["tools"]:
+def _drop_schemas(fields: JsonObject, format: ResponseFormat | None) -> None:
+    """Let the arguments of tools that are not strict be any object, and an answer of a format that is not
+    strict be any JSON of its type: OpenAI promises no more of them, and their schemas may say what no
+    engine can hold a text to."""
+    if isinstance(format, JsonSchemaFormat) and format.json_schema.hint is not None:
+        fields["response_format"]["json_schema"]["schema"] = format.json_schema.hint
+    for tool in fields.get("tools", ()):
         if not tool["function"].get("strict"):
             tool["function"]["parameters"] = {"type": "object"}
 

@@ -31,6 +31,7 @@ from penstock.frontend.sessions import session_in_headers
 from penstock.frontend.settings import FrontendSettings
 from penstock.frontend.text.model_text import ModelTexts
 from penstock.frontend.text.tokenizing import Caller
+from penstock.frontend.wanted import Wanted
 from penstock.metrics import FrontendMetrics
 from penstock.ports import BegunTrace, Tracing
 from penstock.shapes import ModelView
@@ -60,7 +61,7 @@ class CallRecord:
     tokenized_at: float | None = None  # of the latest beginning
     trace: BegunTrace | None = None  # where traces are collected
     beginnings: int = 0  # how often it was begun, with one revision of its model after another
-    holds_schemas: bool = True  # of tools that are not strict, for the calls that it is forced to make
+    holds_schemas: bool = True  # of answers and forced calls of tools, where those are not strict
     explains: bool = False  # the answer's headers are to say where it went
     error: PenstockError | None = None
 
@@ -207,9 +208,9 @@ class GenerationServer:
                         record.forget_call()
                         view = self._completer.model(wanted.model)
                     except RequestRejected as error:
-                        if not (record.holds_schemas and _refuses_tools(error)):
+                        if not (record.holds_schemas and _refuses_hint(error, wanted)):
                             raise
-                        log.info("the schemas of its tools are not held to: request_id=%s", client_id)
+                        log.info("schemas that are not strict are not held to: request_id=%s", client_id)
                         record.forget_call()
                         record.holds_schemas = False
 
@@ -225,6 +226,8 @@ class GenerationServer:
         record.beginnings += 1
         wanted = endpoint.wanted
         sampling = sampling_of(wanted, view.card, self._rng)  # refuses before the work of tokenizing
+        if wanted.structured_hint is not None and not record.holds_schemas:
+            sampling = replace(sampling, structured=wanted.structured_hint)
         text = await self._texts.of(view, caller)
         if wanted.bad_words:
             words = await text.encode(bad_word_texts(wanted.bad_words), caller, add_special_tokens=False)
@@ -406,9 +409,11 @@ async def _tell(exchange: HttpExchange, record: CallRecord, error: PenstockError
         await exchange.reject(error)
 
 
-def _refuses_tools(error: RequestRejected) -> bool:
-    """Whether an engine cannot hold a call that the model is forced to make to the schema of its tool."""
-    return error.code == REJECTED_BY_ENGINE and error.field == "tools"
+def _refuses_hint(error: RequestRejected, wanted: Wanted) -> bool:
+    """Whether an engine cannot hold an answer to its schema, or a call that the model is forced to make to
+    that of its tool, which may not have to be held to."""
+    fields = {"tools"} if wanted.structured_hint is None else {"tools", wanted.structured_field}
+    return error.code == REJECTED_BY_ENGINE and error.field in fields
 
 
 def _leaving() -> RequestRejected:

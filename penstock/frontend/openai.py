@@ -23,7 +23,13 @@ from penstock.frontend.http.json_limits import check_depth
 from penstock.frontend.messages import Message, settle
 from penstock.frontend.prompt_cut import PromptCut, Side
 from penstock.frontend.sampling import client_seed
-from penstock.frontend.structured import ResponseFormat, StructuredOutputs, as_openai_has_it, constraint
+from penstock.frontend.structured import (
+    ResponseFormat,
+    StructuredOutputs,
+    as_openai_has_it,
+    constraint,
+    hinted,
+)
 from penstock.frontend.text.repetition import RepetitionDetection
 from penstock.frontend.tools import MAX_TOOLS, AllowedTools, Tool, ToolChoice, ToolSelection, check_tools
 from penstock.frontend.unserved import (
@@ -302,6 +308,7 @@ def wanted_of(
         max_tokens=max_tokens,
         cut=None if kept is None else PromptCut(kept, request.truncation_side),
         max_tokens_field=max_tokens_field,
+        structured_hint=hinted(request.response_format),
         structured_field="response_format" if request.response_format is not None else "structured_outputs",
         stops=tuple(stops),
         repetition=repetition if repetition is not None and repetition.max_pattern_size else None,

@@ -2,13 +2,13 @@
 
 Engines refuse a schema with a keyword that they do not know. Some say nothing where they stand: zod's
 records have `propertyNames: {"type": "string"}`, which all names are. Others only matter where the schema
-must be kept to: a tool that is not `strict` is a hint, also at OpenAI.
+must be kept to: the schema of a tool or of an answer that is not `strict` is a hint, also at OpenAI.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from penstock.frontend.http.json_limits import MAX_DEPTH
@@ -47,6 +47,8 @@ _HELD_FORMATS: Final = frozenset(
 _LOOKS_AROUND: Final = re.compile(r"\(\?<?[=!]|\\[bB1-9]")
 """What regular expressions cannot have where they become a mask over tokens."""
 
+_TYPES: Final = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+
 _ANY_NAME: Final[tuple[Any, ...]] = (True, {}, {"type": "string"})
 
 
@@ -58,6 +60,37 @@ def without_empty_words(schema: JsonObject) -> JsonObject:
 def loosened(schema: JsonObject) -> JsonObject:
     """The schema without all that no engine can hold a text to. What fits the schema fits this one."""
     return _without_keywords(schema, _is_unheld)
+
+
+def type_alone(schema: JsonObject) -> JsonObject:
+    """The widest schema for a hint that no engine can compile: only whether it is an object, a list, ..."""
+    return {"type": schema.get("type", "object")}
+
+
+def is_well_formed(schema: JsonObject) -> bool:
+    """Whether there are schemas wherever JSON Schema wants some, and only types that there are."""
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if not isinstance(part, dict | bool):
+            return False
+        if isinstance(part, dict):
+            types = part.get("type", [])
+            kinds = types if isinstance(types, list) else [types]
+            if not all(isinstance(kind, str) and kind in _TYPES for kind in kinds):
+                return False
+            left += _inner_schemas(part)
+    return True
+
+
+def _inner_schemas(schema: JsonObject) -> Iterator[Any]:
+    for keyword, value in schema.items():
+        if keyword in _MAPS and isinstance(value, dict):
+            yield from value.values()
+        elif keyword in _LISTS and isinstance(value, list):
+            yield from value
+        elif keyword in _SINGLE:
+            yield value
 
 
 def _says_nothing(keyword: str, value: Any) -> bool:

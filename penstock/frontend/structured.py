@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth
-from penstock.frontend.schemas import without_empty_words
+from penstock.frontend.schemas import is_well_formed, loosened, type_alone, without_empty_words
 from penstock.shapes import JsonObject, StructuredOutput
 
 MAX_SPEC_CHARS: Final = 256 * 1024
@@ -38,7 +38,12 @@ class NamedSchema(msgspec.Struct):
     strict: bool | None = None
 
     def __post_init__(self) -> None:
-        self.schema = without_empty_words(self.schema)
+        self.schema = without_empty_words(self.schema) if self.strict else loosened(self.schema)
+
+    @property
+    def hint(self) -> JsonObject | None:
+        """What to hold an answer to where an engine cannot compile the schema; None where it must."""
+        return None if self.strict or not is_well_formed(self.schema) else type_alone(self.schema)
 
 
 class JsonSchemaFormat(msgspec.Struct, tag_field="type", tag="json_schema"):
@@ -106,6 +111,12 @@ def constraint(format: ResponseFormat | None, outputs: StructuredOutputs | None)
     if format is not None:
         return checked(_of_format(format), "response_format")
     return checked(_of_outputs(outputs), "structured_outputs") if outputs is not None else None
+
+
+def hinted(format: ResponseFormat | None) -> StructuredOutput | None:
+    """What to hold an answer to where no engine can compile the format's schema; None where it must."""
+    hint = format.json_schema.hint if isinstance(format, JsonSchemaFormat) else None
+    return None if hint is None else StructuredOutput("json", _json(hint))
 
 
 def _of_format(format: ResponseFormat) -> StructuredOutput:

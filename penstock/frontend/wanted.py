@@ -6,7 +6,7 @@ import msgspec
 
 from penstock.frontend.prompt_cut import PromptCut
 from penstock.frontend.text.repetition import RepetitionDetection
-from penstock.shapes import Sampling
+from penstock.shapes import Sampling, StructuredOutput
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +37,9 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Where the client said so; errors name it. The same for `structured_field`."""
 
     structured_field: str = ""
+    structured_hint: StructuredOutput | None = None
+    """What `sampling.structured` becomes where the engine cannot compile that; None where it must."""
+
     stops: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
     """Texts that no answer may contain."""

@@ -303,18 +303,19 @@ async def test_a_refusal_by_the_engine_names_the_clients_field(
 
 
 class TestASchemaThatNoEngineCanHoldTo:
-    """A type that there is not stands for what an engine refuses."""
+    """`multipleOf` stands for what an engine refuses."""
 
-    SCHEMA = {"type": "object", "properties": {"tags": {"type": "set"}}}
+    SCHEMA = {"type": "object", "properties": {"tags": {"multipleOf": 2}}}
+    WRONG = {"type": "object", "properties": {"tags": {"type": "set", "multipleOf": 2}}}
 
     @pytest.fixture
     def ask_for(self, serve_script, byte_level, view_of, saying):
         answer = saying('[{"name": "get", "parameters": {"tags": []}}]')
-        refusal = RequestRejected("there is no type set", code=REJECTED_BY_ENGINE)
+        refusal = RequestRejected("no multipleOf", code=REJECTED_BY_ENGINE)
 
         def script(request):
             wanted = request.sampling.structured
-            return [refusal] if wanted is not None and '"set"' in wanted.spec else answer(request)
+            return [refusal] if wanted is not None and '"multipleOf"' in wanted.spec else answer(request)
 
         async def ask_for(path, body, *, strict=None, **fields):
             view = view_of(byte_level, structured_output=True, tool_parser="hermes")
@@ -346,11 +347,32 @@ class TestASchemaThatNoEngineCanHoldTo:
         response = await ask_for("chat/completions", {"messages": HI}, strict=True)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
 
-    async def test_format_of_the_answer_is_refused(self, ask_for):
-        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": self.SCHEMA}}
+    @pytest.mark.parametrize(("strict", "schema"), [(True, SCHEMA), (None, WRONG), (False, WRONG)])
+    async def test_so_is_the_format_of_an_answer_that_is_strict_or_no_schema(self, ask_for, strict, schema):
+        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
         fields = {"tools": None, "tool_choice": None, "response_format": format}
         response = await ask_for("chat/completions", {"messages": HI}, **fields)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+
+    @pytest.mark.parametrize("strict", [None, False])
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("chat/completions", {"messages": HI}),
+            ("completions", {"prompt": "Hi"}),
+            ("responses", {"input": "Hi"}),
+        ],
+    )
+    async def test_answer_of_a_format_that_is_not_strict_is_served_without(
+        self, ask_for, path, body, strict
+    ):
+        named = {"name": "x", "schema": self.SCHEMA, "strict": strict}
+        format = {"response_format": {"type": "json_schema", "json_schema": named}}
+        if path == "responses":
+            format = {"text": {"format": {"type": "json_schema", **named}}}
+        response = await ask_for(path, body, tools=None, tool_choice=None, **format)
+        assert response.status_code == 200
+        assert "parameters" in response.text  # the whole answer
 
 
 async def test_reasoning_that_nobody_is_to_see_shows_nowhere(ask):

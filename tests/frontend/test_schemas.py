@@ -3,7 +3,7 @@
 import pytest
 
 from penstock.frontend.http.json_limits import MAX_DEPTH
-from penstock.frontend.schemas import loosened, without_empty_words
+from penstock.frontend.schemas import is_well_formed, loosened, type_alone, without_empty_words
 
 STRING = {"type": "string"}
 
@@ -73,6 +73,32 @@ def test_names_of_properties_and_values_are_no_keywords():
         "examples": [{"uniqueItems": True}],
     }
     assert loosened(schema) == schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({}, True),
+        ({"type": ["string", "null"], "items": False, "enum": ["set", {"type": "set"}]}, True),
+        ({"$defs": {"A": {"anyOf": [STRING, True]}}, "multipleOf": 2}, True),
+        ({"properties": {"type": STRING, "items": STRING}}, True),
+        ({"type": "set"}, False),
+        ({"type": ["string", "set"]}, False),
+        ({"type": 7}, False),
+        ({"type": [{}]}, False),
+        ({"type": None}, False),
+        ({"properties": {"a": "string"}}, False),
+        ({"items": [STRING, {"type": "set"}]}, False),
+        ({"additionalProperties": {"not": {}, "oneOf": [None]}}, False),
+    ],
+)
+def test_a_schema_has_schemas_where_they_must_be(schema, expected):
+    assert is_well_formed(schema) is expected
+
+
+def test_the_type_is_what_is_left_of_a_hint():
+    assert type_alone({"type": ["array", "null"], "items": STRING}) == {"type": ["array", "null"]}
+    assert type_alone({"$ref": "#/$defs/A"}) == {"type": "object"}
 
 
 def test_nesting_beyond_the_limit_is_left_to_the_check_of_it():

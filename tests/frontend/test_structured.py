@@ -14,6 +14,8 @@ from penstock.shapes import StructuredOutput
 DEEP = "[" * 65 + "]" * 65
 SCHEMA = {"type": "object", "properties": {"b": {"enum": [None]}, "a": {}}}
 
+SET = {"type": "array", "uniqueItems": True}
+
 
 @pytest.fixture
 def structured_of(byte_level, view_of):
@@ -36,6 +38,23 @@ def structured_of(byte_level, view_of):
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
             StructuredOutput("json", json.dumps(SCHEMA, separators=(",", ":"))),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SET}}},
+            StructuredOutput("json", '{"type":"array"}'),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": SET, "strict": True},
+                }
+            },
+            StructuredOutput("json", '{"type":"array","uniqueItems":true}'),
+        ),
+        (
+            {"structured_outputs": {"json": SET}},
+            StructuredOutput("json", '{"type":"array","uniqueItems":true}'),
         ),
         (
             {"response_format": {"type": "json_object", "schema": SCHEMA}},
