@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from penstock.errors import RequestRejected
 from penstock.frontend.http.json_limits import check_depth
+from penstock.frontend.tools import INPUT
 from penstock.logs.quiet_log import QuietLog
 from penstock.shapes import JsonObject
 
@@ -53,12 +54,27 @@ class FunctionCall(msgspec.Struct):
     arguments: Any = None
 
 
-class ToolCall(msgspec.Struct):
-    """A call that an assistant made in an earlier turn."""
+class CustomCall(msgspec.Struct):
+    """A call of a tool that takes a text."""
 
-    function: FunctionCall
+    name: str
+    input: Any = None
+
+
+class ToolCall(msgspec.Struct):
+    """A call that an assistant made in an earlier turn. `settle` makes one of a function of a custom
+    tool's, with the text as its one argument, as models are shown custom tools in /v1/responses."""
+
+    function: FunctionCall | None = None
     id: str | None = None
-    type: Literal["function"] | None = None
+    type: Literal["function", "custom"] | None = None
+    custom: CustomCall | None = None
+
+    @property
+    def called(self) -> FunctionCall:
+        """Once it is settled."""
+        assert self.function is not None
+        return self.function
 
 
 class Message(msgspec.Struct):
@@ -114,8 +130,19 @@ def _settle(message: Message, where: str) -> None:
     if message.tools is not None:
         check_depth(message.tools, f"{where}.tools")
     for number, call in enumerate(message.tool_calls or ()):
-        function, place = call.function, f"{where}.tool_calls[{number}].function.arguments"
-        function.arguments = as_arguments(function.arguments, function.name, place)
+        _settle_call(call, f"{where}.tool_calls[{number}]")
+
+
+def _settle_call(call: ToolCall, where: str) -> None:
+    if call.custom is not None and call.function is None:
+        text = "" if call.custom.input is None else call.custom.input
+        call.function = FunctionCall(call.custom.name, {INPUT: text})
+        call.type, call.custom = "function", None
+    if call.function is None:
+        field = f"{where}.{call.type or 'function'}"
+        raise RequestRejected(f"Missing required field: `{field}`.", code="missing_field", field=field)
+    function = call.function
+    function.arguments = as_arguments(function.arguments, function.name, f"{where}.function.arguments")
 
 
 def joined_text(parts: Sequence[ContentPart | str], where: str) -> str:
@@ -189,7 +216,7 @@ def _template_message(message: Message) -> JsonObject:
         shown["tools"] = message.tools
     if message.tool_calls:
         shown["tool_calls"] = [
-            {"id": call.id or "", "type": "function", "function": msgspec.structs.asdict(call.function)}
+            {"id": call.id or "", "type": "function", "function": msgspec.structs.asdict(call.called)}
             for call in message.tool_calls
         ]
     return shown
@@ -209,8 +236,8 @@ def _openai_message(message: Message) -> JsonObject:
                 "id": call.id or "",
                 "type": "function",
                 "function": {
-                    "name": call.function.name,
-                    "arguments": msgspec.json.encode(call.function.arguments).decode(),
+                    "name": call.called.name,
+                    "arguments": msgspec.json.encode(call.called.arguments).decode(),
                 },
             }
             for call in message.tool_calls

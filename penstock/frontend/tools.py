@@ -14,6 +14,7 @@ from penstock.shapes import JsonObject
 
 MAX_TOOLS: Final = 1024
 MAX_NAME_CHARS: Final = 256
+INPUT: Final = "input"  # the one parameter of a custom tool, which models are shown as a function
 
 FunctionName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 

@@ -70,6 +70,40 @@ def test_arguments_that_are_no_object_are_shown_as_an_empty_one(caplog, argument
     assert ("messages[0].tool_calls[0].function.arguments of 'f'" in caplog.text) == logged
 
 
+@pytest.mark.parametrize(
+    ("custom", "arguments"),
+    [
+        ({"input": "2+2"}, {"input": "2+2"}),
+        ({"input": None}, {"input": ""}),
+        ({"input": [1]}, {"input": [1]}),
+    ],
+)
+def test_call_of_a_custom_tool_is_shown_as_one_of_a_function_of_one_text(custom, arguments):
+    call = {"id": "c", "type": "custom", "custom": {"name": "calc", **custom}}
+    messages = decoded({"role": "assistant", "tool_calls": [call]})
+    ((shown,),) = [it["tool_calls"] for it in template_messages(messages)]
+    assert shown == {"id": "c", "type": "function", "function": {"name": "calc", "arguments": arguments}}
+    ((sent,),) = [it["tool_calls"] for it in openai_messages(messages)]
+    assert (sent["type"], json.loads(sent["function"]["arguments"])) == ("function", arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        ({"id": "c"}, "function"),
+        ({"type": "custom"}, "custom"),
+        ({"type": "function", "function": None}, "function"),
+    ],
+)
+def test_a_call_says_what_it_called(call, field):
+    with pytest.raises(RequestRejected) as raised:
+        decoded({"role": "assistant", "tool_calls": [call]})
+    assert (raised.value.code, raised.value.field) == (
+        "missing_field",
+        f"messages[0].tool_calls[0].{field}",
+    )
+
+
 def test_each_call_stands_for_itself(caplog):
     functions = [{"function": {"name": name, "arguments": CUT if name == "b" else "{}"}} for name in "abc"]
     (_, message) = shown(

@@ -20,7 +20,8 @@ from penstock.frontend.messages import (
     joined_text,
 )
 from penstock.frontend.responses_api.request_body import InputItem
-from penstock.frontend.responses_api.tool_names import INPUT, shown_name
+from penstock.frontend.responses_api.tool_names import shown_name
+from penstock.frontend.tools import INPUT
 
 _CARRIED: Final = "penstock:"  # before reasoning in `encrypted_content`
 

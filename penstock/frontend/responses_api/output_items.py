@@ -11,8 +11,9 @@ import msgspec
 
 from penstock.frontend.reply import text_alone
 from penstock.frontend.responses_api.input_items import carried
-from penstock.frontend.responses_api.tool_names import INPUT, Offered
+from penstock.frontend.responses_api.tool_names import Offered
 from penstock.frontend.sse import encode
+from penstock.frontend.tools import INPUT
 from penstock.shapes import JsonObject, Parsed, ToolCallDelta
 
 _MESSAGE: Final = "message"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,11 +23,9 @@ from penstock.frontend.responses_api.request_body import (
     ResponseToolChoice,
     ToolFormat,
 )
-from penstock.frontend.tools import Function, Tool, ToolChoice, selection_among, selection_of
+from penstock.frontend.tools import INPUT, Function, Tool, ToolChoice, selection_among, selection_of
 from penstock.frontend.unserved import unsupported
 from penstock.shapes import JsonObject
-
-INPUT: Final = "input"  # the one parameter of a custom tool
 
 
 class Offered(NamedTuple):

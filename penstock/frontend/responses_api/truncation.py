@@ -60,5 +60,5 @@ def _without_beginning(messages: Sequence[Message], limit_chars: int) -> list[Me
 
 
 def _chars(message: Message) -> int:
-    calls = sum(len(str(call.function.arguments)) for call in message.tool_calls or ())
+    calls = sum(len(str(call.called.arguments)) for call in message.tool_calls or ())
     return len(str(message.content or "")) + len(message.reasoning or "") + calls + MESSAGE_CHARS
