@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 import uvloop
 from rich.console import Console
 
-from penstock.bench.answers import JsonAnswer
+from penstock.bench.answers import MAX_MESSAGE_CHARS, JsonAnswer
 from penstock.bench.conversations import Rate, Shape, arrivals, synthetic
 from penstock.bench.display import progress, report_table
 from penstock.bench.driver import Driver, Limits, Payload
@@ -24,6 +25,9 @@ from penstock.errors import ConfigError
 CALIBRATION_WORDS = (64, 320)
 PREPARE_TIMEOUT_S = 60.0
 """Timeout of the requests before a run. The first may have to wait until a worker has loaded its model."""
+
+_TRANSIENT = (408, 425, 429)
+"""Statuses of a server that may accept the same request later."""
 
 
 class BenchOptions(msgspec.Struct, frozen=True):
@@ -146,12 +150,14 @@ async def _prepare(options: BenchOptions, client: HttpClient) -> tuple[Payload, 
     try:
         async with asyncio.timeout(PREPARE_TIMEOUT_S):
             model = options.model or await first_model(client)
+            payload = Payload(model, options.temperature, options.ignore_eos)
+            await check_accepted(client, payload)
             words_per_token = await calibrate(client, model) if options.needs_lengths else 1.0
     except TimeoutError:
         raise ConfigError(f"url: no answer from {options.url} within {PREPARE_TIMEOUT_S:g} s") from None
     except RequestFailed as error:
         raise ConfigError(f"url: {options.url}: {error}") from error
-    return Payload(model, options.temperature, options.ignore_eos), words_per_token
+    return payload, words_per_token
 
 
 async def _drive(
@@ -176,6 +182,23 @@ async def first_model(client: HttpClient) -> str:
         return str(answer.decode()["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         raise ConfigError(f"model: /v1/models names none (status {answer.status}); use --model") from None
+
+
+async def check_accepted(client: HttpClient, payload: Payload) -> None:
+    """Ask one short request such as the run will have. Raises ConfigError, naming the field at fault, where
+    the server refuses it: it would refuse each of them. A server that is busy or broken may recover."""
+    answer = JsonAnswer()
+    body = payload.encode([{"role": "user", "content": "Hi"}], 1, stream=False)
+    await client.request("POST", "/v1/chat/completions", body, answer)
+    if not 400 <= answer.status < 500 or answer.status in _TRANSIENT:
+        return
+    field = "api-key" if answer.status in (401, 403) else "url"
+    message = ""
+    with contextlib.suppress(KeyError, TypeError):
+        error = answer.decode()["error"]
+        message = str(error["message"])[:MAX_MESSAGE_CHARS]
+        field = error["param"] or field
+    raise ConfigError(f"{field}: the server refuses such requests (status {answer.status}): {message}")
 
 
 async def calibrate(client: HttpClient, model: str) -> float:

@@ -49,15 +49,15 @@ class Payload(msgspec.Struct, frozen=True):
     temperature: float = 0.0
     ignore_eos: bool = False  # an extension of vLLM: answers have exactly the requested length
 
-    def encode(self, messages: list[dict[str, str]], output_tokens: int) -> bytes:
+    def encode(self, messages: list[dict[str, str]], output_tokens: int, *, stream: bool = True) -> bytes:
         body: dict[str, object] = {
             "model": self.model,
             "messages": messages,
             "max_tokens": output_tokens,
             "temperature": self.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
         }
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.ignore_eos:
             body["ignore_eos"] = True
         return msgspec.json.encode(body)

@@ -19,6 +19,7 @@ class CompletionServer:
     first_s: float = 0.0
     trouble: dict[int, str] = field(default_factory=dict)  # number of a request -> what goes wrong
     requests: list[dict[str, Any]] = field(default_factory=list)
+    refuses: tuple[str, dict[str, Any]] | None = None  # with which status and error, if not streamed
     connections: int = 0
     headers: list[str] = field(default_factory=list)  # of the latest request
 
@@ -65,6 +66,9 @@ class CompletionServer:
         request = json.loads(body)
         words = sum(len(message["content"].split()) for message in request["messages"])
         if not request.get("stream"):
+            if self.refuses is not None:
+                status, error = self.refuses
+                return await _document(writer, {"error": error}, status)
             return await _document(writer, {"usage": {"prompt_tokens": 2 * words + 7}})
         self.requests.append(request)
         trouble = self.trouble.get(len(self.requests), "")

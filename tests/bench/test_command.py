@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -82,6 +83,31 @@ def test_a_trace(server: Any, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2 ok" in result.output
     assert [request["max_tokens"] for request in server.requests] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        ("404 Not Found", {"message": "no such model", "param": "model"}, "model: .*no such model"),
+        ("400 Bad Request", {"message": "too hot", "param": "temperature"}, "temperature: .*too hot"),
+        ("401 Unauthorized", {"message": "no key", "param": None}, "api-key: .*no key"),
+        ("405 Method Not Allowed", {}, "url: .*405"),
+    ],
+)
+@pytest.mark.parametrize("lengths", [(), ("--prompt-tokens", "40")])
+def test_a_run_of_which_all_would_be_refused_does_not_begin(
+    server: Any, status, error, said, lengths
+) -> None:
+    server.refuses = (status, error)
+    result = run("--url", server.url, "--model", "unknown", *lengths)
+    assert isinstance(result.exception, ConfigError)
+    assert re.match(said, str(result.exception))
+    assert server.requests == []
+
+
+def test_a_server_that_is_busy_before_the_run_may_serve_it(server: Any) -> None:
+    server.refuses = ("429 Too Many Requests", {"message": "busy"})
+    assert run("--url", server.url, "--requests", "2").exit_code == 0
 
 
 def test_nothing_ok_exits_with_1(server: Any) -> None:
