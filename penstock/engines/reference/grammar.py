@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import llguidance
 import msgspec
@@ -45,6 +45,15 @@ _COMPACT: Final[JsonCompileOptions] = {
     "item_separator": ",",
     "key_separator": ":",
 }
+
+_VALUES: Final = frozenset({"const", "default", "enum", "examples"})
+"""Keywords of JSON Schema whose values are no schemas."""
+
+_MAPS: Final = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+"""Keywords whose values are schemas by name."""
+
+_OPEN: Final = frozenset({"additionalProperties", "minProperties", "patternProperties"})
+_SPREAD: Final = frozenset({"$ref", "anyOf", "if", "not", "oneOf", "unevaluatedProperties"})
 
 _LISTING: Final = re.compile(r"\n(?: +\d+ \| |<state>)")  # what follows the reason in an error
 
@@ -126,6 +135,7 @@ class Grammars:
             TypeError,
             KeyError,
             AssertionError,
+            RecursionError,
         ) as error:  # whatever the library says so by
             raise InvalidGrammar(f"{wanted.kind}: {error}") from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
@@ -199,13 +209,42 @@ def _grammar_of(wanted: StructuredOutput) -> str:
     """In llguidance's language. Raises ValueError and other errors for what is wrong with it."""
     match wanted.kind:
         case "json":
-            return llguidance.LLMatcher.grammar_from_json_schema(wanted.spec, _json_options(wanted))
+            spec = json.dumps(closed(json.loads(wanted.spec)), ensure_ascii=False)
+            return llguidance.LLMatcher.grammar_from_json_schema(spec, _json_options(wanted))
+        case "grammar" if "::=" not in wanted.spec:  # vLLM's rule; the library's own misses `?start:`
+            return llguidance.LLMatcher.grammar_from_lark(wanted.spec)
         case "json_object":
             return llguidance.LLMatcher.grammar_from_json_schema(ANY_OBJECT, _json_options(wanted))
         case "structural_tag":
             return _of_tags(wanted.spec)
         case kind:
             return llguidance.grammar_from(kind, wanted.spec)
+
+
+def closed(schema: Any) -> Any:
+    """The schema, changed so that what names its properties is an object with no others, as xgrammar does
+    unless a schema says what else there may be: a small model that may invent properties often does, and
+    never stops. What fits it fits the schema. A schema whose objects are put together of parts stays as
+    it is."""
+    parts = [schema]
+    for part in parts:
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            for keyword, value in part.items():
+                if keyword in _MAPS and isinstance(value, dict):
+                    parts += value.values()
+                elif keyword not in _VALUES:
+                    parts.append(value)
+    objects = [part for part in parts if isinstance(part, dict)]
+    if any("allOf" in it or ("properties" in it and _SPREAD & it.keys()) for it in objects):
+        return schema
+    for it in objects:
+        names, required = it.get("properties"), it.get("required", ())
+        if isinstance(names, dict) and names and not _OPEN & it.keys() and {*required} <= names.keys():
+            it["additionalProperties"] = False
+            it.setdefault("type", "object")
+    return schema
 
 
 def _unforced(grammar: str) -> str:
@@ -241,7 +280,7 @@ def _of_tags(spec: str) -> str:
         llguidance.StructTag(
             trigger=next((it for it in tags.triggers if tag.begin.startswith(it)), ""),
             begin=tag.begin,
-            grammar=json.dumps(tag.schema or {}),
+            grammar=json.dumps(closed(tag.schema or {})),
             end=tag.end,
         )
         for tag in tags.structures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import partial
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from penstock.engines.batch import Sequence
 from penstock.engines.reference.engine import ReferenceSettings, load_model
-from penstock.engines.reference.grammar import MAX_KEPT, Grammars, InvalidGrammar
+from penstock.engines.reference.grammar import MAX_KEPT, Grammars, InvalidGrammar, closed
 from penstock.engines.reference.sampler import Sampler
 from penstock.engines.reference.tiles import Floats
 from penstock.frontend.parsers.built_in import HERMES, BuiltInChatParser
@@ -64,6 +65,47 @@ def test_json_schema_is_obeyed(grammars: Grammars, seed: int) -> None:
     person = json.loads(written(grammars, AS_PERSON, seed))
     assert set(person) == {"name", "age"}
     assert (len(person["name"]) <= 8, person["age"] <= 999) == (True, True)
+
+
+ADDRESS = {"type": "object", "properties": {"no": {"enum": [1]}}, "required": ["no"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        ADDRESS,
+        {"properties": {"at": ADDRESS}, "required": ["at"]},
+        {"properties": {"properties": ADDRESS}, "required": ["properties"]},
+        {"properties": {"at": {"$ref": "#/$defs/A"}}, "required": ["at"], "$defs": {"A": ADDRESS}},
+        {"type": "array", "minItems": 1, "maxItems": 1, "items": {"anyOf": [ADDRESS]}},
+    ],
+)
+def test_objects_have_the_properties_that_they_name(grammars: Grammars, schema: dict[str, Any]) -> None:
+    for seed in range(5):
+        found = written(grammars, StructuredOutput("json", json.dumps(schema)), seed)
+        assert found in ('{"no": 1}', '{"at": {"no": 1}}', '[{"no": 1}]', '{"properties": {"no": 1}}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {}},
+        {"properties": {}, "$defs": {"properties": {"type": "string"}}},
+        {**ADDRESS, "additionalProperties": {}},
+        {**ADDRESS, "patternProperties": {"^x": {}}},
+        {**ADDRESS, "minProperties": 2},
+        {**ADDRESS, "required": ["no", "street"]},
+        {**ADDRESS, "anyOf": [{"required": ["no"]}]},
+        {"allOf": [ADDRESS, {"properties": {"street": {}}}]},
+        {"allOf": [{"$ref": "#/$defs/A"}, {"required": ["street"]}], "$defs": {"A": ADDRESS}},
+        {"properties": {"x": {"$ref": "#/$defs/A", "properties": {}}}, "$defs": {"A": ADDRESS}},
+        {"enum": [ADDRESS], "default": ADDRESS},
+        True,
+    ],
+)
+def test_objects_that_may_have_others_stay_open(schema: Any) -> None:
+    assert closed(copy.deepcopy(schema)) == schema
 
 
 def with_definition(name: str, unit: list[str]) -> dict[str, Any]:
@@ -117,6 +159,7 @@ def test_forced_calls_obey_the_definitions_of_their_own_tool(grammars: Grammars,
         ("choice", '["yes", "n\\u00f8"]', {"yes", "nø"}),
         ("grammar", 'root ::= "a" ("b" | "c")', {"ab", "ac"}),
         ("grammar", 'start: "a" | "b" "c"', {"a", "bc"}),
+        ("grammar", '?start: x\n?x: "a" | "b" x', {"b" * n + "a" for n in range(200)}),
     ],
 )
 def test_other_kinds_are_obeyed(grammars: Grammars, kind: Any, spec: str, allowed: set[str]) -> None:
@@ -203,6 +246,8 @@ def test_output_that_breaks_the_grammar_can_only_end(grammars: Grammars) -> None
         (StructuredOutput("regex", "([0-9"), "unclosed character class"),
         (StructuredOutput("json", '{"type": "foo"}'), "Invalid type: foo"),
         (StructuredOutput("json", "[1"), "json"),
+        (StructuredOutput("json", "[" * 100_000), "json"),
+        (StructuredOutput("json", '{"properties": {"a": {}}, "required": 5}'), "json"),
         (StructuredOutput("choice", "5"), "choice"),
         (StructuredOutput("grammar", "root ::= ("), "grammar"),
         (StructuredOutput("structural_tag", '{"format": {"type": "any_text"}}'), "structures"),
