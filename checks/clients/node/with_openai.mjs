@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import OpenAI from "openai";
-import { zodResponseFormat } from "openai/helpers/zod";
+import { zodResponseFormat, zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const client = new OpenAI();
@@ -60,8 +60,9 @@ test("runTools with a stream calls the tool and ends with an answer that has its
   assert.match(await runner.finalContent(), /21/);
 });
 
+const person = z.object({ name: z.string(), age: z.int() });
+
 test("parse gives an object of the schema", async () => {
-  const person = z.object({ name: z.string(), age: z.int() });
   const answer = await client.chat.completions.parse({
     model,
     messages: [{ role: "user", content: "Alice is 30 years old." }],
@@ -69,3 +70,26 @@ test("parse gives an object of the schema", async () => {
   });
   assert.equal(answer.choices[0].message.parsed.age, 30);
 });
+
+for (const ask of ["parse", "stream"]) {
+  test(`${ask} of a response gives an object of the schema`, async () => {
+    const wanted = { model, input: "Alice is 30 years old.", text: { format: zodTextFormat(person, "person") } };
+    const given = client.responses[ask](wanted);
+    const response = ask === "stream" ? await given.finalResponse() : await given;
+    assert.equal(response.output_parsed.age, 30);
+  });
+
+  test(`${ask} of a response calls the tool and answers with its result`, async () => {
+    const tools = [zodResponsesFunction({ name: "get_weather", parameters: z.object({ city: z.string() }) })];
+    const answer = async (wanted) => {
+      const given = client.responses[ask]({ model, tools, ...wanted });
+      return ask === "stream" ? given.finalResponse() : given;
+    };
+    const asked = await answer({ input: "What is the weather in Paris?" });
+    const [call] = asked.output;
+    assert.deepEqual(call.parsed_arguments, { city: "Paris" });
+    const output = { type: "function_call_output", call_id: call.call_id, output: '{"temperature_c": 21}' };
+    const told = await answer({ input: [output], previous_response_id: asked.id });
+    assert.match(told.output_text, /21/);
+  });
+}
