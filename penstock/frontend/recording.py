@@ -6,9 +6,10 @@ import asyncio
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from penstock.core.recording import RecordedRequest, RecordingWanted
-from penstock.errors import RequestRejected
+from penstock.errors import Rejection, RequestRejected
 from penstock.frontend.completer import Completer
 from penstock.frontend.decoding import decoded
 from penstock.frontend.endpoint import Operation
@@ -48,6 +49,8 @@ class Recordings:
         left = None
         try:
             wanted = decoded(await exchange.body(), _DECODER, RecordingWanted, _explained)
+            if wanted.model:
+                wanted = replace(wanted, model=self._served_name(wanted.model))
             recording = self._completer.record(wanted, tenant, more.set)
             self._readers.add(more)
             try:
@@ -70,6 +73,16 @@ class Recordings:
             if left is not None:
                 left.cancel()
             exchange.close()
+
+    def _served_name(self, model: str) -> str:
+        """The name under which requests for this model, or for the model with this alias, are recorded. One
+        whose workers are away may come back. Raises RequestRejected for one that there is not."""
+        try:
+            return self._completer.model(model).card.name
+        except RequestRejected as error:
+            if error.kind is Rejection.NOT_FOUND:
+                raise
+            return model
 
 
 def _explained(body: bytes, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> RequestRejected:

@@ -128,3 +128,22 @@ async def test_what_cannot_be_recorded_is_refused_by_name(
         answer = await served.http.post("/v1/recordings", json=WANTED | wrong)
         assert answer.status_code == 400
         assert said in answer.json()["error"]["message"]
+
+
+async def test_only_a_model_that_is_served_is_recorded(tmp_path: Path) -> None:
+    async with frontend(tmp_path) as served:
+        answer = await served.http.post("/v1/recordings", json=WANTED | {"model": "sin"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+async def test_a_model_is_recorded_under_its_alias_too(tmp_path: Path) -> None:
+    sim = {"vocab_size": None, "aliases": ("chat",)}
+    async with (
+        cluster(tmp_path, {"w": Role.AGGREGATED}, sim=sim) as it,
+        serving(it.router) as served,
+        served.http.stream("POST", "/v1/recordings", json=WANTED | {"model": "chat"}) as answer,
+    ):
+        await complete(served)
+        (only,) = await asyncio.wait_for(recorded(answer, 1), 10)
+    assert only["model"] == "sim"
