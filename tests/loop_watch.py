@@ -24,13 +24,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import penstock
 
 LIMIT_S = 0.05
 LOOK_S = 0.01
+_NO_SWITCH_S = 60.0  # between two threads, where only one should run
 
 _PACKAGE = str(Path(penstock.__file__).parent)
 _LOCKS = ("/threading.py", "/queue.py", "/concurrent/futures/_base.py")
@@ -111,7 +112,7 @@ class LoopWatch:
             if callback is None:
                 seen = None
                 continue
-            calls = _calls(sys._current_frames().get(self._thread_id))
+            calls = _calls(self._thread_id)
             stack = _below_the_package(calls)
             if self._callback is callback:
                 self._looks += 1
@@ -144,14 +145,23 @@ class LoopWatch:
         return call
 
 
-def _calls(frame: FrameType | None) -> list[_Call]:
-    """The calls that a thread is in, innermost first. They are read in one go, before anything is made of
-    them: the thread goes on at any moment, and what it has left by then is no frame any more."""
-    calls = []
-    while isinstance(frame, FrameType):
-        calls.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
-    return calls
+def _calls(thread_id: int) -> list[_Call]:
+    """The calls that a thread is in, innermost first; none of one that has ended.
+
+    Python may go on with that thread between any two steps of this one, and what it has left by then is no
+    frame any more: following it has crashed the process. So nothing is switched while they are read.
+    """
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(_NO_SWITCH_S)
+    try:
+        calls = []
+        frame = sys._current_frames().get(thread_id)
+        while frame is not None:
+            calls.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        return calls
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 def _below_the_package(calls: list[_Call]) -> str:
