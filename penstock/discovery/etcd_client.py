@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import httpcore2  # noqa: F401 - else the first client imports it, while the event loop waits
 import httpx2
 import msgspec
 
