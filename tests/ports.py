@@ -13,12 +13,14 @@ _random = random.SystemRandom()  # others on this machine look for ports as well
 
 
 def free_port() -> int:
-    """A port of loopback on which nothing listens."""
+    """A port of loopback on which nothing listens, and which no other test process is given meanwhile."""
     while True:
         port = _random.randrange(FIRST, LAST)
-        with socket.socket() as listener:
+        with socket.socket() as listener, socket.socket(socket.AF_UNIX) as claim:
             try:
                 listener.bind(("127.0.0.1", port))
+                claim.bind(f"\0penstock-test-port-{port}")
             except OSError:
                 continue
+            claim.detach()  # open, and so the name taken, until this process ends
         return port

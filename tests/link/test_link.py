@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import random
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +20,7 @@ from penstock.link.secret import LinkSecret
 from penstock.link.settings import ServerSettings
 from penstock.shapes import Incarnation, Load, Output
 from penstock.wire.messages import Bounce, Step
+from tests.ports import free_port
 from tests.proxy import Proxy, Weather
 
 
@@ -173,9 +173,7 @@ async def test_a_reconnect_is_a_fresh_snapshot(bench: Any) -> None:
 async def test_a_client_waits_for_a_worker_to_appear_and_to_come_back(bench: Any, caplog: Any) -> None:
     caplog.set_level(logging.DEBUG)
     worker, listener = bench.worker(), bench.listener()
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
+    port = free_port()
     async with bench.client(f"127.0.0.1:{port}", listener) as client:
         await asyncio.sleep(0.05)
         assert not client.up
@@ -289,7 +287,7 @@ async def test_a_frozen_worker_is_noticed(bench: Any) -> None:
         peer.tick = lambda seconds: None  # connected, but silent
         started = time.monotonic()
         await bench.until(lambda: listener.downs)
-        assert 0.1 < time.monotonic() - started < 5.0
+        assert time.monotonic() - started > 0.1
         (reason,) = listener.downs  # it tells neither its load nor what of the frontend's has arrived
         assert reason in ("nothing heard in 0.2 s", "nothing that was sent has arrived in 0.2 s")
 
@@ -328,7 +326,7 @@ async def test_the_same_frontend_again_replaces_its_old_connection(bench: Any) -
     ):
         await bench.until(lambda: client.up)
         async with bench.client(server.address, second, "f") as again:
-            await bench.until(lambda: again.up and first.downs, within_s=1)
+            await bench.until(lambda: again.up and first.downs, within_s=20)  # retries come after 30 s
             await bench.until(lambda: len(worker.lost) == 1)
             assert len(server.peers) == 1
 
@@ -447,7 +445,7 @@ async def test_a_slow_line_carries_what_takes_long_without_being_cut(bench: Any)
         long = msgspec.structs.replace(bench.attempt("long"), token_ids=[2**31] * 200_000)
         client.generate(long)  # which the line takes 2.5 s for
         client.generate(bench.attempt("next"))
-        await bench.until(lambda: len(worker.generated) == 2, 20.0)
+        await bench.until(lambda: len(worker.generated) == 2)
     assert listener.ups == 1
     assert listener.downs == ["closed here"]
 
@@ -474,5 +472,5 @@ async def test_a_path_cut_towards_the_worker_is_noticed(bench: Any, waiting: int
         proxy.set(Weather(hold_up=True))
         if waiting:
             client.generate(msgspec.structs.replace(bench.attempt(), cache_salt="x" * waiting))
-        await bench.until(lambda: listener.downs, 3.0)
+        await bench.until(lambda: listener.downs)
     assert listener.downs == ["nothing that was sent has arrived in 0.5 s"]

@@ -12,6 +12,8 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.logs.quiet_log import BURST_LINES
 from penstock.worker.probes import probes
+from tests.ports import free_port
+from tests.waiting import WITHIN_S
 
 
 async def test_health_follows_the_worker() -> None:
@@ -48,7 +50,7 @@ async def test_a_probe_names_one_host(hosts: bytes) -> None:
     async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}, bytes) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /live HTTP/1.1\r\n" + hosts + b"\r\n")
-        assert (await asyncio.wait_for(reader.read(100), 10)).startswith(b"HTTP/1.1 400 ")
+        assert (await asyncio.wait_for(reader.read(100), WITHIN_S)).startswith(b"HTTP/1.1 400 ")
         writer.close()
 
 
@@ -60,7 +62,7 @@ async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         writer.write(b"POST /live HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
         sent = 0
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(WITHIN_S):
                 while not reader.at_eof() and sent < 10_000_000:
                     writer.write(b"a: b\r\n" * 1000)
                     sent += 6000
@@ -69,7 +71,7 @@ async def test_what_is_no_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         writer.close()
         assert sent < 10_000_000
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WITHIN_S):
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
         writer.close()
@@ -83,7 +85,7 @@ async def test_strangers_keep_no_probe_out(
     monkeypatch.setattr("penstock.worker.probes.MAX_CONNECTIONS", 3)
     async with probes("127.0.0.1", 0, lambda: {"status": "healthy"}, bytes) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WITHIN_S):
             for reader, _ in silent[:17]:
                 with contextlib.suppress(ConnectionError):
                     assert await reader.read() == b""
@@ -111,7 +113,7 @@ async def test_a_taken_port_is_one_clear_line() -> None:
 async def test_where_no_port_was_asked_for_a_taken_one_is_gone_around(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", free_port())) as taken:  # nobody else gets it afterwards
         usual = taken.getsockname()[1]
         monkeypatch.setattr("penstock.worker.probes.DEFAULT_PORT", usual)
         async with probes("127.0.0.1", None, lambda: {"status": "healthy"}, bytes) as port:
