@@ -15,6 +15,7 @@ from penstock.errors import ConfigError, RemoteError
 from penstock.link.client import LinkClient
 from penstock.link.settings import ClientSettings
 from penstock.shapes import Incarnation
+from tests.waiting import WITHIN_S
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -115,7 +116,7 @@ async def test_cancelled_while_connecting(bench: Any) -> None:
     running = asyncio.ensure_future(client.run())
     await asyncio.sleep(0.01)
     running.cancel()
-    await asyncio.wait([running], timeout=1)
+    await asyncio.wait([running], timeout=WITHIN_S)
     assert running.done()
     assert listener.calls == []
 
@@ -148,7 +149,7 @@ async def test_nobody_knocks_at_the_door_of_a_worker_that_said_goodbye(bench: An
         running = asyncio.ensure_future(client.run())
         await bench.until(lambda: client.up)
         await server.close("stopped")
-        await asyncio.wait_for(running, 1.0)
+        await asyncio.wait_for(running, WITHIN_S)
     assert client.reason == "the worker left: stopped"
     said = [record for record in caplog.records if record.name == "penstock.link.client"]
     assert [record.levelname for record in said] == ["DEBUG"]

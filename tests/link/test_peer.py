@@ -26,6 +26,7 @@ from penstock.wire.messages import (
     Step,
     Welcome,
 )
+from tests.waiting import WITHIN_S
 
 PART = ServerSettings().snapshot_part_blocks
 
@@ -76,7 +77,7 @@ class Case:
         assert [type(message) for message in self.take()] == [Welcome, Snapshot]
 
     async def ended(self) -> str:
-        return await asyncio.wait_for(self.peer.connection.ended, 1)
+        return await asyncio.wait_for(self.peer.connection.ended, WITHIN_S)
 
 
 async def turns(count: int) -> None:

@@ -28,6 +28,7 @@ from penstock.wire.messages import (
     Welcome,
 )
 from tests.cards import card
+from tests.waiting import WITHIN_S
 
 CARD = card(total_blocks=10)
 STEP = Step(seen=0, load=Load())
@@ -58,7 +59,7 @@ class Case:
         return self.transport.take(decode_to_worker)
 
     async def ended(self) -> str:
-        return await asyncio.wait_for(self.session.connection.ended, 1)
+        return await asyncio.wait_for(self.session.connection.ended, WITHIN_S)
 
 
 async def test_up_comes_with_the_last_part_of_the_snapshot(bench: Any) -> None:

@@ -17,10 +17,11 @@ from penstock.errors import ConfigError
 from penstock.link.settings import TlsSettings
 from penstock.link.tls import client_context, server_context
 from penstock.logs.quiet_log import BURST_LINES
+from tests.waiting import WITHIN_S
 
 
 def openssl(*args: str, cwd: Path) -> None:
-    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True, timeout=30)
+    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True, timeout=120)
 
 
 def make_authority(folder: Path, name: str) -> None:
@@ -131,7 +132,7 @@ async def test_silent_connections_count_from_accept_and_keep_nobody_out(
     async with bench.server(bench.worker(), tls=files(pki, "worker"), max_handshakes=3) as server:
         silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(20)]
         for reader, _ in silent[:17]:
-            assert await asyncio.wait_for(ended(reader), 5)
+            assert await asyncio.wait_for(ended(reader), WITHIN_S)
         async with bench.client(server.address, listener, tls=files(pki, ca="ca")) as client:
             await bench.until(lambda: client.up)
         assert not silent[-1][0].at_eof()
@@ -147,7 +148,7 @@ async def test_a_handshake_that_does_not_end(bench: Any, pki: Path, caplog: Any)
     async with bench.server(bench.worker(), tls=tls, handshake_timeout_s=0.2) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"\x16\x03\x01\x02\x00")
-        assert await asyncio.wait_for(ended(reader), 5)
+        assert await asyncio.wait_for(ended(reader), WITHIN_S)
         await bench.until(lambda: "taking longer than 0.2 seconds" in caplog.text)
         assert server._tls.handshakes == 0
         writer.close()
@@ -171,8 +172,8 @@ async def test_closing_ends_handshakes(bench: Any, pki: Path) -> None:
     async with bench.server(bench.worker(), tls=files(pki, "worker")) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         await bench.until(lambda: server._tls.handshakes)
-        await asyncio.wait_for(server.close("done"), 5)
-        assert await asyncio.wait_for(ended(reader), 5)
+        await asyncio.wait_for(server.close("done"), WITHIN_S)
+        assert await asyncio.wait_for(ended(reader), WITHIN_S)
         writer.close()
 
 
