@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from penstock.worker.metrics import WorkerMetrics
 from penstock.worker.worker import Worker, WorkerSettings, WorkerStatistics
 from tests import builders
 from tests.builders import attempt
-from tests.waiting import until
+from tests.waiting import WITHIN_S, until
 from tests.worker.frontend import Frontend
 
 ASSETS = Assets({"tokenizer.json": b"{}"})
+QUICK = ServerSettings(heartbeat_s=0.05, peer_timeout_s=30)
 
 
 class ScriptedEngine:
@@ -98,14 +100,14 @@ class ScriptedEngine:
 class Stage:
     """A worker and its frontends."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, server: ServerSettings = QUICK, **settings: object) -> None:
         self.engine = ScriptedEngine()
         self.discovery = FileDiscovery(folder)
         self.worker = Worker(
             self.engine,
             self.discovery,
             WorkerSettings(Incarnation("w", 1), Role.DECODE, **settings),  # type: ignore[arg-type]
-            ServerSettings(heartbeat_s=0.05, peer_timeout_s=5),
+            server,
             metrics=(metrics := WorkerMetrics()),
         )
         self.metrics = metrics
@@ -225,7 +227,8 @@ async def test_cached_tokens_of_an_attempt_that_came_during_a_step_are_not_in_th
     assert (load.waiting, load.prefill_tokens, load.prefill_context_tokens) == (1, 10, 10 * 95)
 
 
-async def test_other_frontends_are_told_of_attempts_at_once_and_of_several_together(stage: Stage) -> None:
+async def test_other_frontends_are_told_of_attempts_at_once_and_of_several_together(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ServerSettings(heartbeat_s=60, peer_timeout_s=300))  # so none is by the clock
     mine, other = await stage.frontend("f1"), await stage.frontend("f2")
     for number in (1, 2):
         mine.client.generate(attempt(f"a.{number}"))
@@ -234,6 +237,11 @@ async def test_other_frontends_are_told_of_attempts_at_once_and_of_several_toget
     assert (seen, load.waiting, load.prefill_tokens) == (0, 2, 6)
     assert len([load for _, load in other.heartbeats if load.waiting]) == 1
     assert not [load for _, load in mine.heartbeats if load.waiting]
+    stage.stop.set()
+    stage.engine.say(Output("a.1", [7], FinishReason.STOP), Output("a.2", [7], FinishReason.STOP))
+    await stage.task
+    for frontend in stage.frontends:
+        await frontend.hang_up()
 
 
 async def test_statistics_count_what_the_worker_keeps(stage: Stage) -> None:
@@ -321,6 +329,11 @@ async def test_a_lost_frontends_attempts_are_cancelled_and_its_handoffs_released
     await until(lambda: stage.engine.released == ["a.1"])
 
 
+def told(frontend: Frontend) -> list[str]:
+    """The attempts of which it has got outputs."""
+    return [output.attempt_id for step in frontend.steps for output in step.outputs]
+
+
 async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> None:
     frontend, other = await stage.frontend(), await stage.frontend("other")
     for number, peer in ((1, frontend), (2, frontend), (3, other)):
@@ -329,7 +342,7 @@ async def test_handoffs_that_a_lost_frontend_had_are_released(stage: Stage) -> N
         name = f"a.{number}"
         handoff = builders.handoff(name, "w")
         stage.engine.say(Output(name, [7], FinishReason.PREFILLED, handoff=handoff))
-    await until(lambda: frontend.steps and other.steps)
+    await until(lambda: told(frontend) == ["a.1", "a.2"] and told(other) == ["a.3"])
     frontend.client.release("a.2", sent=False)
     await until(lambda: stage.engine.released == ["a.2"])
     await frontend.hang_up()
@@ -349,7 +362,7 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(stage: Stage) 
     assert frontend.bounces[0].reason == "draining"
     assert not stage.task.done()
     stage.engine.say(Output("a.1", [7], FinishReason.STOP))
-    await asyncio.wait_for(stage.task, 10)
+    await asyncio.wait_for(stage.task, WITHIN_S)
     assert frontend.steps[-1].outputs or frontend.steps[-2].outputs
 
 
@@ -375,7 +388,7 @@ async def test_health_tells_how_busy_it_is_also_while_it_drains(stage: Stage) ->
     await until(lambda: stage.worker.health()["status"] == "draining")
     assert busy() == (0, 0, 0, 1)
     stage.engine.say(load=Load(submitted=2, steps=3))  # it was pulled
-    await asyncio.wait_for(stage.task, 10)
+    await asyncio.wait_for(stage.task, WITHIN_S)
     assert busy() == (0, 0, 0, 0)
 
 
@@ -389,14 +402,15 @@ async def test_health_tells_of_an_engine_that_stands_still_and_of_its_death(
     await until(lambda: stage.worker.health()["status"] == "healthy")
     frontend.client.generate(attempt("a.1"))
     await until(lambda: stage.worker.health()["status"] == "stuck")
-    assert stage.worker.health()["engine"].startswith("no step for 0.")
-    stage.engine.say(load=Load(submitted=1, running=1, steps=1))
+    assert re.fullmatch(r"no step for \d+\.\d s.*", stage.worker.health()["engine"])
+    # With its last token: while anything ran, it would soon be stuck again.
+    stage.engine.say(Output("a.1", [7], FinishReason.STOP), load=Load(submitted=1, steps=1))
     await until(lambda: stage.worker.health()["status"] == "healthy")
     assert "engine stuck: no step for" in caplog.text
     assert "engine continues: steps=1" in caplog.text
     stage.engine.die()
     with pytest.raises(RemoteError, match="out of ideas"):
-        await asyncio.wait_for(stage.task, 10)
+        await asyncio.wait_for(stage.task, WITHIN_S)
     assert stage.worker.health()["status"] == "dead"
     await frontend.hang_up()
 
@@ -405,6 +419,6 @@ async def test_a_dead_engine_ends_the_worker_with_its_reason(stage: Stage) -> No
     frontend = await stage.frontend()
     stage.engine.die()
     with pytest.raises(RemoteError, match="out of ideas"):
-        await asyncio.wait_for(stage.task, 10)
+        await asyncio.wait_for(stage.task, WITHIN_S)
     await until(lambda: frontend.downs)
     assert "out of ideas" in frontend.downs[0]
