@@ -21,9 +21,9 @@ from tests.waiting import until
 
 STUB = (sys.executable, str(Path(__file__).with_name("stub.py")))
 QUICK = LauncherSettings(
-    http_port=0, restart_min_s=0.1, restart_max_s=0.4, stable_s=5.0, kill_margin_s=0.3, ready_poll_s=0.02
+    http_port=0, restart_min_s=0.1, restart_max_s=0.4, stable_s=60.0, kill_margin_s=30.0, ready_poll_s=0.02
 )
-EVENTUALLY_S = 15.0
+EVENTUALLY_S = 60.0
 
 MANIFEST = """
 apiVersion: nvidia.com/v1alpha1

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from penstock.launcher.replica import ReplicaState
-from tests.launcher.conftest import QUICK, ask
+from tests.launcher.conftest import EVENTUALLY_S, QUICK, ask
 from tests.waiting import until
 
 READY = ReplicaState.READY
@@ -25,7 +25,7 @@ def port_of(graph) -> int:
 
 async def health(port: int) -> bytes:
     def fetch() -> bytes:
-        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=15) as answer:
+        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=EVENTUALLY_S) as answer:
             return answer.read()
 
     return await asyncio.to_thread(fetch)
@@ -37,7 +37,7 @@ def refused(port: int) -> bool:
 
 
 async def test_connection_while_the_frontend_is_dead_waits_for_the_next_one(running) -> None:
-    async with running() as graph:
+    async with running(msgspec.structs.replace(QUICK, restart_min_s=2.0, restart_max_s=2.0)) as graph:
         await graph.prints("Ready: ")
         port = port_of(graph)
         os.kill(graph.replicas("frontend")[0].pid, signal.SIGKILL)
@@ -52,8 +52,12 @@ async def test_connection_to_a_frontend_that_keeps_dying_is_refused(running) -> 
     async with running(settings, frontend="crash") as graph:
         await graph.prints("frontend-0 exited with code 1")
         [replica] = [each for each in graph.supervisor.replicas if each.launch.name == "frontend-0"]
-        await until(lambda: refused(replica.place.port.port))
-        assert graph.replicas("frontend")[0].state is ReplicaState.WAITING
+        await until(
+            lambda: (
+                refused(replica.place.port.port)
+                and graph.replicas("frontend")[0].state is ReplicaState.WAITING
+            )
+        )
 
 
 async def test_connection_to_a_graph_scaled_to_no_frontend_is_refused(running) -> None:
@@ -67,5 +71,5 @@ async def test_connection_to_a_graph_scaled_to_no_frontend_is_refused(running) -
         await until(lambda: graph.supervisor.is_ready)
         assert port_of(graph) == port
         await ask(graph, op="down")
-        await asyncio.wait_for(graph.task, 15)
+        await asyncio.wait_for(graph.task, EVENTUALLY_S)
         assert refused(port)

@@ -17,7 +17,7 @@ READY = ReplicaState.READY
 
 
 async def test_a_rolling_restart_replaces_all_and_is_never_short(running) -> None:
-    async with running(frontends=2, prefill=2, STUB_DRAIN_S="0.3", drain_s=5) as graph:
+    async with running(frontends=2, prefill=2, STUB_DRAIN_S="0.3", drain_s=60) as graph:
         await graph.prints("Ready: ")
         before = {label: graph.replicas(label) for label in ("frontend", "prefill", "decode")}
         names = (await ask(graph, op="restart")).restarting
@@ -69,7 +69,7 @@ def prefill(graph) -> list[tuple[str, ReplicaState, tuple[str, ...]]]:
 
 
 async def test_a_worker_whose_gpu_its_successor_needs_keeps_its_place_from_scale(running) -> None:
-    async with running(gpus=["0"], engine="vllm", STUB_DRAIN_S="0.5", drain_s=5) as graph:
+    async with running(gpus=["0"], engine="vllm", STUB_DRAIN_S="2", drain_s=60) as graph:
         await graph.prints("Ready: ")
         await ask(graph, op="restart", services=["PrefillWorker"])
         await graph.prints("prefill-0  | draining")
@@ -85,7 +85,7 @@ async def test_a_worker_whose_gpu_its_successor_needs_keeps_its_place_from_scale
 
 
 async def test_a_place_that_scale_takes_away_is_not_filled(running) -> None:
-    async with running(gpus=["0"], engine="vllm", STUB_DRAIN_S="0.5", drain_s=5) as graph:
+    async with running(gpus=["0"], engine="vllm", STUB_DRAIN_S="2", drain_s=60) as graph:
         await graph.prints("Ready: ")
         await ask(graph, op="restart", services=["PrefillWorker", "DecodeWorker"])
         await graph.prints("prefill-0  | draining")
@@ -99,7 +99,7 @@ async def test_a_place_that_scale_takes_away_is_not_filled(running) -> None:
 
 
 async def test_a_replica_under_replacement_counts_once(running) -> None:
-    async with running(gpus=["0", "1", "2"], engine="vllm", STUB_START_S="1") as graph:
+    async with running(gpus=["0", "1", "2"], engine="vllm", STUB_START_S="2") as graph:
         await graph.prints("Ready: ")
         await ask(graph, op="restart", services=["PrefillWorker"])
         await until(lambda: len(prefill(graph)) == 2)

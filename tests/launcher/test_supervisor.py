@@ -7,12 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from penstock.errors import ConfigError
 from penstock.launcher.replica import ReplicaState
 from penstock.launcher.settings import LauncherSettings
 from penstock.launcher.state import StateFolder
-from tests.launcher.conftest import alive, ask
+from tests.launcher.conftest import EVENTUALLY_S, QUICK, alive, ask
 from tests.waiting import until
 
 
@@ -36,7 +37,7 @@ async def test_a_graph_starts_tells_and_stops_in_order(running) -> None:
         assert len(status.health) == 2
         assert {str(health["expect"]) for health in status.health.values()} == {"prefill,decode"}
         await ask(graph, op="down")
-        await asyncio.wait_for(graph.task, 15)
+        await asyncio.wait_for(graph.task, EVENTUALLY_S)
         assert not any(alive(replica.pid) for replica in replicas)
     out = graph.out.getvalue()
     assert "prefill-0  | draining" in out
@@ -72,27 +73,27 @@ async def test_a_crash_loop_slows_down(running) -> None:
 async def test_a_refused_setting_ends_the_start_with_its_reason(running) -> None:
     async with running(STUB="refuse") as graph:
         with pytest.raises(ConfigError, match=r"^prefill-0 refused to start: --model: no such folder$"):
-            await asyncio.wait_for(graph.task, 15)
+            await asyncio.wait_for(graph.task, EVENTUALLY_S)
     assert not graph.supervisor.replicas
 
 
 async def test_one_that_ignores_sigterm_is_killed_after_its_grace(running) -> None:
-    async with running(STUB="stubborn") as graph:
+    async with running(replace(QUICK, kill_margin_s=0.3), STUB="stubborn") as graph:
         await graph.prints("prefill-0  | deaf")
         [replica] = graph.replicas("prefill")
         graph.supervisor.interrupt()
-        await asyncio.wait_for(graph.task, 15)
+        await asyncio.wait_for(graph.task, EVENTUALLY_S)
         assert not alive(replica.pid)
     assert "prefill-0 has not ended within 0.5 s of SIGTERM: killed" in graph.out.getvalue()
 
 
 async def test_a_second_interrupt_does_not_wait(running) -> None:
-    async with running(STUB_DRAIN_S="60", drain_s=60) as graph:
+    async with running(STUB_DRAIN_S="600", drain_s=600) as graph:
         await graph.prints("Ready: ")
         graph.supervisor.interrupt()
         await graph.prints("prefill-0  | draining")
         graph.supervisor.interrupt()
-        await asyncio.wait_for(graph.task, 5)
+        await asyncio.wait_for(graph.task, EVENTUALLY_S)
 
 
 async def test_what_a_process_left_behind_goes_with_it(running) -> None:
@@ -103,7 +104,7 @@ async def test_what_a_process_left_behind_goes_with_it(running) -> None:
 
 
 async def test_scaling_up_and_down_newest_first(running) -> None:
-    async with running(STUB_DRAIN_S="0.4", drain_s=5) as graph:
+    async with running(STUB_DRAIN_S="2", drain_s=60) as graph:
         await graph.prints("Ready: ")
         answer = await ask(graph, op="scale", replicas={"prefill": 3, "DecodeWorker": 2})
         assert answer.scaled == {"PrefillWorker": (1, 3), "DecodeWorker": (1, 2)}
@@ -175,7 +176,7 @@ async def test_a_graph_whose_folder_was_deleted_goes_on(running) -> None:
         await until(lambda: graph.replicas("decode")[0].state is ReplicaState.READY)
         assert "decode-0" in {path.stem for path in graph.folder.logs.glob("*/*.log")}
         await ask(graph, op="down")
-        await asyncio.wait_for(graph.task, 15)
+        await asyncio.wait_for(graph.task, EVENTUALLY_S)
 
 
 async def test_a_deleted_socket_is_made_again(running) -> None:
@@ -196,5 +197,5 @@ async def test_a_graph_whose_folder_is_anothers_stops_in_order(running) -> None:
                 ConfigError, match="was deleted, and another launcher uses it now: toy is already running"
             ),
         ):
-            await asyncio.wait_for(graph.task, 15)
+            await asyncio.wait_for(graph.task, EVENTUALLY_S)
         assert not graph.supervisor.replicas

@@ -19,11 +19,10 @@ from penstock.launcher.places import Places
 from penstock.launcher.state import StateFolder, find_state, own_command
 from penstock.launcher.tail import follow_logs
 from penstock.launcher.up import stop_graph
-from tests.launcher.conftest import alive
+from tests.launcher.conftest import EVENTUALLY_S, alive
 from tests.waiting import wait_until
 
 HOST = Path(__file__).with_name("host.py")
-EVENTUALLY_S = 15.0
 
 MANIFEST = """
 apiVersion: nvidia.com/v1alpha1
@@ -76,7 +75,7 @@ def ready(folder: StateFolder) -> LocalGraphStatus:
             return None
         return found if found.ready else None
 
-    return wait_until(status)
+    return wait_until(status, within_s=EVENTUALLY_S)
 
 
 def pids(status: LocalGraphStatus) -> list[int]:
