@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from penstock.logs.log_pipe import MAX_KEPT_BYTES, LogPipe, unblocked
+from tests.waiting import wait_until
 
 LINE = "x" * 200
 
@@ -40,13 +40,22 @@ def write(log: LogPipe, numbers: range) -> None:
         log.write(f"number={number} {LINE}\n")
 
 
-def read_until(descriptor: int, last: str, timeout_s: float = 20.0) -> str:
+def read_until(descriptor: int, last: str, timeout_s: float = 60.0) -> str:
     """What can be read up to the line that ends like this."""
     text = ""
     deadline = time.monotonic() + timeout_s
     while not text.endswith(f"{last}\n"):
         assert time.monotonic() < deadline, text[-1000:]
         text += os.read(descriptor, 64 * 1024).decode()
+    return text
+
+
+def read_while_kept(descriptor: int, log: LogPipe) -> str:
+    """What can be read until the log keeps nothing more."""
+    text = ""
+    while log._kept:
+        if select.select([descriptor], [], [], 0.01)[0]:
+            text += os.read(descriptor, 4096).decode()
     return text
 
 
@@ -77,33 +86,21 @@ def test_what_a_reader_that_stands_still_has_no_room_for_is_kept_up_to_a_limit(p
     assert len(text) > MAX_KEPT_BYTES + fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) / 2
     log.write("last\n")
     assert read_until(reader, "last") == "last\n"
-    assert not log._writing_pid
+    wait_until(lambda: not log._writing_pid, "the thread ends")
     assert lost > 5000
 
 
 def test_a_slow_reader_gets_whole_stretches_in_order_with_what_is_missing_counted(pipe) -> None:
     reader, log = pipe
-    read: list[str] = []
-
-    def read_slowly() -> None:
-        while True:
-            time.sleep(0.001)
-            read.append(os.read(reader, 4096).decode())
-            if read[-1].endswith("last\n"):
-                return
-
-    reading = threading.Thread(target=read_slowly)
-    reading.start()
-    written = 0
+    text, written = "", 0
     while written < 20_000:
         write(log, range(written, written + 100))
         written += 100
-        time.sleep(0.001)
-    while log._kept:
-        time.sleep(0.01)
+        text += os.read(reader, 4096).decode()  # a fifth of it
+    text += read_while_kept(reader, log)
     log.write("last\n")
-    reading.join(20)
-    lost, losses = check("".join(read), written)
+    text += read_until(reader, "last")
+    lost, losses = check(text, written)
     assert losses <= 2 + lost / 100, "a word about each line that was lost, or nearly"
 
 
@@ -130,10 +127,7 @@ def test_a_reader_that_is_gone_stops_nobody(pipe) -> None:
     write(log, range(1000))  # some of it is kept
     os.close(reader)
     write(log, range(10_000))
-    deadline = time.monotonic() + 20
-    while log._kept:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not log._kept, "it is kept for nobody")
     write(log, range(10))
     assert not log._kept
 
@@ -157,15 +151,10 @@ def test_a_terminal_that_is_held_stops_nobody() -> None:
         hold()
         write(log, range(1000))
         release()
-        text = ""
-        while True:
-            if select.select([reader], [], [], 0.01)[0]:
-                text += os.read(reader, 4096).decode()
-            elif not log._kept:
-                break
-        check(text, 1000)
+        text = read_while_kept(reader, log)
         log.write("last\n")
-        assert read_until(reader, "last\r").endswith("last\r\n")
+        text += read_until(reader, "last\r")  # what a terminal has been given may come later
+        check(text, 1000)
         log.close()
     os.close(reader)
 
