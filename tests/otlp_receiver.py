@@ -33,7 +33,7 @@ class OtlpReceiver:
         self.spans: list[ReceivedSpan] = []
         self.url = ""
 
-    def wait(self, count: int, timeout_s: float = 20.0) -> list[ReceivedSpan]:
+    def wait(self, count: int, timeout_s: float = 60.0) -> list[ReceivedSpan]:
         """The spans, once there are so many."""
         deadline = time.monotonic() + timeout_s
         while len(self.spans) < count:

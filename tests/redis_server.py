@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.ports import free_port
 
-START_S = 30.0
+START_S = 60.0
 
 
 def binary() -> str:

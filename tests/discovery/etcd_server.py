@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.ports import free_port
 
-START_S = 30.0
+START_S = 60.0
 
 
 def binary(name: str = "etcd") -> str:
@@ -69,7 +69,7 @@ class Etcd:
         while True:
             assert self._process.poll() is None, self.log.read_text()[-3000:]
             url = f"http://127.0.0.1:{self.metrics_port}/health"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1) as response:
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
                 if response.status == 200:
                     return
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
@@ -96,7 +96,7 @@ class Etcd:
             env={**os.environ, "ETCDCTL_API": "3", **environ},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=START_S,
             check=False,
         )
         assert done.returncode == 0, done.stderr

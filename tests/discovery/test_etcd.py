@@ -25,7 +25,7 @@ from tests.discovery.contract import DiscoveryContract, Watcher
 from tests.discovery.etcd_server import Etcd, running_cluster, running_etcd
 from tests.waiting import until
 
-WAIT_S = 20.0  # for what takes a second or two on an idle machine
+WAIT_S = 60.0  # for what takes a second or two on an idle machine
 LEASE_S = 2.0
 
 # Writes its registration, says so, and holds the lease until it is killed.
@@ -40,7 +40,7 @@ async def main():
     us = Registration("child-0", 1, Role.DECODE, "m", "10.0.0.7:1")
     lease = await EtcdDiscovery(settings).register(us)
     print("up" if lease.registered else lease.trouble, flush=True)
-    await asyncio.sleep(60)
+    await asyncio.sleep(600)
 
 asyncio.run(main())
 """
@@ -255,8 +255,7 @@ async def test_an_outage_keeps_the_last_set(own_etcd: Etcd, opened: Open, caplog
             await until(lambda: not lease.trouble)
             await opened(settings).register(registration("w-1"))
             await watcher.until("w-0", "w-1", within_s=WAIT_S)
-            await until(lambda: logged(caplog, "available again") == 2)
-            assert watching.trouble == ""
+            await until(lambda: logged(caplog, "available again") == 2 and watching.trouble == "")
 
 
 async def test_lost_data_is_written_again(own_etcd: Etcd, opened: Open) -> None:
@@ -335,7 +334,7 @@ async def test_a_compacted_revision_leads_to_a_new_list(etcd: Etcd, opened: Open
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_another_member_takes_over(tmp_path: Path, opened: Open, number, caplog) -> None:
     with running_cluster(tmp_path) as cluster:
-        settings = quick(*(member.endpoint for member in cluster), watch_s=1.0, lease_s=3.0)
+        settings = quick(*(member.endpoint for member in cluster), watch_s=1.0, lease_s=6.0)
         lease = await opened(settings).register(registration())
         async with Watcher(opened(settings)) as watcher:
             await watcher.until("w-0", within_s=WAIT_S)
@@ -343,7 +342,7 @@ async def test_another_member_takes_over(tmp_path: Path, opened: Open, number, c
             await opened(settings).register(registration("w-1"))
             await watcher.until("w-0", "w-1", within_s=WAIT_S)
             await until(lambda: not lease.trouble)
-            await asyncio.sleep(3.0)
+            await asyncio.sleep(6.0)
             assert set(watcher.latest) == {"w-0", "w-1"}
         assert logged(caplog, "lost its lease") == 0
 
@@ -401,7 +400,7 @@ async def test_users_and_forgotten_tokens(own_etcd: Etcd, opened: Open) -> None:
     await asyncio.to_thread(require_users, own_etcd)
     settings = quick(own_etcd.endpoint, user="workers", password="secret")
     lease = await opened(settings).register(registration())
-    assert lease.registered
+    await until(lambda: lease.registered)
     frontend = msgspec.structs.replace(settings, user="frontends")
     async with Watcher(opened(frontend)) as watcher:
         await watcher.until("w-0")
@@ -428,11 +427,12 @@ async def test_who_may_not_is_told_so(own_etcd: Etcd, opened: Open, caplog, user
     own_etcd.ctl("user", "add", "guests:secret")
     await asyncio.to_thread(require_users, own_etcd)
     settings = quick(own_etcd.endpoint, user=user, password=password)
-    async with Watcher(opened(settings)) as watcher:
+    async with Watcher(watching := opened(settings)) as watcher:
         lease = await opened(settings).register(registration())
-        assert not lease.registered
-        assert reason in lease.trouble
+        # etcd takes its time over passwords: the first calls may go unanswered on a busy machine.
+        await until(lambda: reason in lease.trouble and reason in watching.trouble)
         await asyncio.sleep(0.3)
+        assert not lease.registered
         assert watcher.updates == 0
     assert logged(caplog, "is not available") == 2
     assert password not in caplog.text or not password or password == user
@@ -468,12 +468,12 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
     with running_etcd(tmp_path, options, scheme="https") as etcd:
         settings = quick(etcd.endpoint, **ours)
         lease = await opened(settings).register(registration())
-        assert not lease.trouble
+        await until(lambda: lease.registered and not lease.trouble)
         async with Watcher(opened(settings)) as watcher:
             await watcher.until("w-0")
         stranger = quick(etcd.endpoint, **(ours | {"ca_file": path("other-ca.pem")}))
-        lease = await opened(stranger).register(registration())
-        assert "CERTIFICATE_VERIFY_FAILED" in lease.trouble
+        unknown = await opened(stranger).register(registration())
+        await until(lambda: "CERTIFICATE_VERIFY_FAILED" in unknown.trouble)
         impostor = quick(etcd.endpoint, **late)
         lease = await opened(impostor).register(registration())
         assert not lease.registered
@@ -488,14 +488,11 @@ async def test_tls_both_ways(tmp_path: Path, authority: trustme.CA, opened: Open
         assert not lease.registered
         # Users come from passwords: etcd refuses certificates that would name one.
         await asyncio.to_thread(require_users, etcd, "--cacert", path("ca.pem"), *certificate)
-        lease = await opened(quick(etcd.endpoint, user="workers", password="secret", **ours)).register(
-            registration()
-        )
-        assert lease.registered
-        lease = await opened(quick(etcd.endpoint, user="workers", password="secret", **late)).register(
-            registration()
-        )
-        assert "CommonName" in lease.trouble
+        user = {"user": "workers", "password": "secret"}
+        known = await opened(quick(etcd.endpoint, **user, **ours)).register(registration())
+        await until(lambda: known.registered)
+        refused = await opened(quick(etcd.endpoint, **user, **late)).register(registration())
+        await until(lambda: "CommonName" in refused.trouble)
 
 
 def test_tls_files_are_checked_at_the_start(tmp_path: Path, authority: trustme.CA) -> None:
