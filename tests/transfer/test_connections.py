@@ -3,7 +3,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,8 @@ from penstock.transfer.messages import StillHeld
 from penstock.transfer.settings import TransferSettings
 from penstock.transfer.stream import ConnectionLost, DeadlinePassed
 
-SOON_S = 5.0
+SOON_S = 60.0
+IDLE_S = 100.0
 
 
 def soon() -> float:
@@ -33,7 +35,7 @@ def address(listener) -> str:
 
 @pytest.fixture
 def connections() -> Iterator[Connections]:
-    connections = Connections(TransferSettings(max_idle_connections=2, idle_timeout_s=0.4))
+    connections = Connections(TransferSettings(max_idle_connections=2, idle_timeout_s=IDLE_S))
     yield connections
     connections.close()
 
@@ -60,17 +62,34 @@ def test_the_one_used_last_comes_first_and_the_oldest_of_too_many_goes(connectio
         connections.drop(stream)
 
 
-def test_one_that_the_holder_may_be_closing_is_not_reused(connections, address) -> None:
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets pass more than half of the time for which the holder keeps an idle connection."""
+    ahead = 0.0
+    monkeypatch.setattr(
+        "penstock.transfer.connections.time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead)
+    )
+
+    def pass_by() -> None:
+        nonlocal ahead
+        ahead += 0.6 * IDLE_S
+
+    return pass_by
+
+
+def test_one_that_the_holder_may_be_closing_is_not_reused(connections, address, later) -> None:
     connections.keep(address, connections.open(address, soon()))
-    time.sleep(0.25)
+    later()
     assert connections.reuse(address) is None
 
 
-def test_connections_to_holders_that_never_come_back_do_not_gather(connections, listener, address) -> None:
+def test_connections_to_holders_that_never_come_back_do_not_gather(
+    connections, listener, address, later
+) -> None:
     gone = connections.open(address, soon())
     connections.keep(address, gone)
-    time.sleep(0.25)
     other = connections.open(address, soon())
+    later()
     connections.keep("127.0.0.1:2", other)
     accepted = listener.accept()[0]
     accepted.settimeout(SOON_S)
