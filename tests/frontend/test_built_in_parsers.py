@@ -126,7 +126,8 @@ def test_forced_calls_are_held_to_the_schemas_of_the_tools(byte_level, view_of):
 @pytest.mark.parametrize(
     ("parameters", "held_to"),
     [
-        ({}, {"type": "object"}),
+        (None, {"type": "object", "properties": {}}),
+        ({}, {"type": "object", "properties": {}}),
         ({"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}}),
         ({"type": ["object", "null"]}, {"type": "object"}),
         ({"type": "string"}, {"type": "object"}),

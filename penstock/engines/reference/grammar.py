@@ -241,7 +241,7 @@ def closed(schema: Any) -> Any:
         return schema
     for it in objects:
         names, required = it.get("properties"), it.get("required", ())
-        if isinstance(names, dict) and names and not _OPEN & it.keys() and {*required} <= names.keys():
+        if isinstance(names, dict) and not _OPEN & it.keys() and {*required} <= names.keys():
             it["additionalProperties"] = False
             it.setdefault("type", "object")
     return schema

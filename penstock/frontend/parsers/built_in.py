@@ -37,6 +37,7 @@ REASONING_MARKS: Final[dict[str, tuple[str, str]]] = {"qwen3": _THINK, "deepseek
 """By the name of vLLM's parser: what begins and what ends a model's reasoning."""
 
 ANY_ARGUMENTS: Final[JsonObject] = {"type": "object"}
+NO_ARGUMENTS: Final[JsonObject] = {"type": "object", "properties": {}}  # engines allow no others
 
 _REFERENCE: Final = '"$ref": "#'  # how `json.dumps` writes a reference within the same schema
 
@@ -153,8 +154,8 @@ class BuiltInCallParser:
 
 def _arguments(function: JsonObject) -> JsonObject:
     """The schema of a tool's arguments, as far as they are held to it. They are an object, also where their
-    schema does not say so, or says something else."""
-    schema = function.get("parameters") or {}
+    schema does not say so, or says something else. A tool without `parameters` has none, as at OpenAI."""
+    schema = function.get("parameters") or NO_ARGUMENTS
     if not function.get("strict"):
         schema = loosened(schema)
     return {**schema, "type": "object"} if "object" in schema.get("type", "object") else ANY_ARGUMENTS

@@ -90,8 +90,7 @@ def test_objects_have_the_properties_that_they_name(grammars: Grammars, schema: 
     "schema",
     [
         {"type": "object"},
-        {"properties": {}},
-        {"properties": {}, "$defs": {"properties": {"type": "string"}}},
+        {"$defs": {"properties": {"type": "string"}}},
         {**ADDRESS, "additionalProperties": {}},
         {**ADDRESS, "patternProperties": {"^x": {}}},
         {**ADDRESS, "minProperties": 2},
@@ -106,6 +105,18 @@ def test_objects_have_the_properties_that_they_name(grammars: Grammars, schema: 
 )
 def test_objects_that_may_have_others_stay_open(schema: Any) -> None:
     assert closed(copy.deepcopy(schema)) == schema
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
+def test_forced_call_of_a_tool_without_parameters_has_no_arguments(
+    grammars: Grammars, parameters: Any
+) -> None:
+    tools = [{"type": "function", "function": {"name": "stop", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "stop"}}
+    call = BuiltInChatParser(HERMES, "", None).begin({"tools": tools, "tool_choice": choice})
+    wanted = call.structured([])
+    assert wanted is not None
+    assert written(grammars, wanted) == "{}"
 
 
 def with_definition(name: str, unit: list[str]) -> dict[str, Any]:
