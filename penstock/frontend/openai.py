@@ -81,7 +81,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=10)]
 ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-Salt = Annotated[str, Meta(max_length=MAX_SALT_CHARS)]
+Salt = Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)]  # an empty one keeps nothing apart
 SessionName = Annotated[str, Meta(max_length=MAX_SESSION_CHARS)]
 
 

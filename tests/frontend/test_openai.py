@@ -159,6 +159,7 @@ def test_whole_floats_are_integers():
         ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
         ({"nvext": {"never_heard_of": 1}}, "nvext"),
         ({"nvext": []}, "nvext"),
+        ({"cache_salt": ""}, "cache_salt"),
         ({"chat_template_args": {}, "chat_template_kwargs": {}}, "chat_template_args"),
         ({"documents": [["x"]]}, "documents[0]"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

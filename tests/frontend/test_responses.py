@@ -350,6 +350,7 @@ async def test_long_conversation_loses_its_beginning_only_when_asked(serve_scrip
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"include": ["nonsense"]}, "include"),
+        ({"previous_response_id": ""}, "previous_response_id"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format"),

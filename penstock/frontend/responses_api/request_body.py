@@ -179,7 +179,7 @@ class ResponsesRequest(SampledRequest, kw_only=True):
 
     input: str | Annotated[list[InputItem], Meta(max_length=MAX_MESSAGES)] | None = None
     instructions: str | None = None
-    previous_response_id: Annotated[str, Meta(max_length=MAX_ID_CHARS)] | None = None
+    previous_response_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
     store: bool | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=MAX_METADATA)] | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)] | None = None
