@@ -93,23 +93,31 @@ def _inner_schemas(schema: JsonObject) -> Iterator[Any]:
             yield value
 
 
-def _says_nothing(keyword: str, value: Any) -> bool:
+def _says_nothing(keyword: str, value: Any, schema: JsonObject) -> bool:
     if keyword == "propertyNames":
         return value in _ANY_NAME
     return keyword == "uniqueItems" and value is False
 
 
-def _is_unheld(keyword: str, value: Any) -> bool:
+def _is_unheld(keyword: str, value: Any, schema: JsonObject) -> bool:
     match keyword:
         case "format":
-            return value not in _HELD_FORMATS
+            return not isinstance(value, str) or value not in _HELD_FORMATS
         case "pattern":
             return isinstance(value, str) and _LOOKS_AROUND.search(value) is not None
+        case "minProperties" | "maxProperties":  # llguidance counts only where there is no choice
+            names, required = schema.get("properties"), schema.get("required")
+            if not isinstance(names, dict) or not names:
+                return False
+            all_required = isinstance(required, list) and all(name in required for name in names)
+            return not all_required
         case _:
             return keyword in _UNHELD
 
 
-def _without_keywords(schema: JsonObject, drops: Callable[[str, Any], bool], depth: int = 0) -> JsonObject:
+def _without_keywords(
+    schema: JsonObject, drops: Callable[[str, Any, JsonObject], bool], depth: int = 0
+) -> JsonObject:
     """What is nested too deep stays as it is: it will be refused for that."""
     if depth > MAX_DEPTH:
         return schema
@@ -119,7 +127,7 @@ def _without_keywords(schema: JsonObject, drops: Callable[[str, Any], bool], dep
 
     kept: JsonObject = {}
     for keyword, value in schema.items():
-        if drops(keyword, value):
+        if drops(keyword, value, schema):
             continue
         if keyword in _MAPS and isinstance(value, dict):
             value = {name: inner(part) for name, part in value.items()}

@@ -41,6 +41,7 @@ def test_what_says_something_stays_where_it_must_be_held(schema):
         {"propertyNames": {"pattern": "^a"}},
         {"dependentRequired": {"a": ["b"]}},
         {"format": "color"},
+        {"format": {}},
         {"pattern": "^(?!a).*$"},
         {"pattern": r"\bword\b"},
         {"pattern": r"(a)\1"},
@@ -61,6 +62,23 @@ def test_what_says_something_stays_where_it_must_be_held(schema):
 def test_what_no_engine_holds_is_left_out_of_what_is_only_a_hint(unheld, around):
     held = {"type": "string", "title": "T"}
     assert loosened(around({**held, **unheld})) == around(held)
+
+
+@pytest.mark.parametrize("keyword", ["minProperties", "maxProperties"])
+@pytest.mark.parametrize(
+    ("schema", "held"),
+    [
+        ({}, True),
+        ({"properties": {}}, True),
+        ({"properties": {"a": STRING}, "required": ["a", "b"]}, True),
+        ({"properties": {"a": STRING}}, False),
+        ({"properties": {"a": STRING, "b": STRING}, "required": ["a"]}, False),
+        ({"properties": {"a": STRING}, "required": "a"}, False),
+        ({"properties": 7}, True),
+    ],
+)
+def test_properties_are_counted_where_none_may_be_left_out(keyword, schema, held):
+    assert (keyword in loosened({**schema, keyword: 1})) is held
 
 
 def test_names_of_properties_and_values_are_no_keywords():
