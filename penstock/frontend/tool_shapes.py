@@ -65,8 +65,11 @@ def _explanation(body: bytes, field: str, own: ToolShape) -> str:
             sent = _shape_of_choice(given.tool_choice, own)
             expected = f"`tool_choice` of {own.value} is {_CHOICES[own]}"
         else:
-            sent = _shape_of_tool(given.tools[int(match[1])])
+            tool = given.tools[int(match[1])]
+            sent = _shape_of_tool(tool)
             expected = f"A tool of {own.value} is {_TOOLS[own]}"
+            if sent is None and own is ToolShape.CHAT and isinstance(tool, dict) and "custom" in tool:
+                expected += f"; {ToolShape.RESPONSES.value} has custom tools"
         if sent is not own:
             return f" {expected}." if sent is None else f" {expected}; this is that of {sent.value}."
     return ""

@@ -67,6 +67,12 @@ async def test_custom_tool_of_the_other_api_is_not_taken_for_one_without_a_schem
     assert "this is that of /v1/messages" in message
 
 
+async def test_custom_tool_of_a_chat_is_told_where_there_are_some(served):
+    tool = {"type": "custom", "custom": {"name": "calc"}}
+    message = await refusal(served, "/v1/chat/completions", tools=[tool])
+    assert message.endswith("; /v1/responses has custom tools.")
+
+
 async def test_tool_of_the_right_shape_is_told_its_own_mistake_only(served):
     tool = {"type": "function", "function": {"name": ""}}
     message = await refusal(served, "/v1/chat/completions", tools=[tool])
