@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import openai
 import pytest
 
 from tests.ports import free_port
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 START_S = 90.0  # a busy machine starts five Python processes
+ANSWER_S = 60.0  # for one request, however busy the machine is
+STOP_S = 90.0  # for processes that were told to end, and drain first
 
 
 class Frontend:
@@ -36,16 +39,15 @@ class Frontend:
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            with urllib.request.urlopen(self.url + path, timeout=ANSWER_S) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
     def client(self, **options: Any) -> openai.OpenAI:
         """One of its own for each caller, with connections that end with this."""
-        self._clients.append(
-            openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)
-        )
+        fixed: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 2 * ANSWER_S}
+        self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **fixed, **options))
         return self._clients[-1]
 
     def close(self) -> None:
@@ -96,13 +98,78 @@ class Process(Frontend):
             return status, json.loads(body)
         return 0, {}
 
+    def instances(self) -> list[dict] | None:
+        """The workers that a frontend knows; None while it does not answer."""
+        return self.health()[1].get("instances")
+
     def ready_workers(self) -> int:
-        return sum(instance["state"] == "ready" for instance in self.health()[1].get("instances", ()))
+        return sum(instance["state"] == "ready" for instance in self.instances() or ())
 
     def stop(self) -> None:
         """As systemd or Kubernetes would."""
         self.close()
         self.process.send_signal(signal.SIGTERM)
+
+
+class Deployment(Frontend):
+    """A frontend and workers, each of them a process. The frontend gets these options."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.start("frontend", "frontend", "--http-port", str(self.port), *options)
+
+    def start(self, name: str, *arguments: str, module: str = "penstock") -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PENSTOCK_LOG": "info",
+                    "PENSTOCK_DISCOVERY": f"file:{self.folder / 'discovery'}",
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def worker(self, name: str, role: str, model: Path, *options: str) -> None:
+        """`model` is a folder; the name that it is served under is always the same."""
+        own = ("--model", str(model), "--served-model-name", MODEL, "--instance-id", name)
+        self.start(name, "worker", "--role", role, *own, *options)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self._processes[name].send_signal(number)
+
+    def end(self, name: str, how: signal.Signals) -> None:
+        process = self._processes.pop(name)
+        process.send_signal(how)
+        process.wait(STOP_S)
+
+    def states(self) -> dict[str, str]:
+        instances = json.loads(self.get("/health")[1])["instances"]
+        return {found["instance_id"]: found["state"] for found in instances}
+
+    def wait_for(self, within_s: float = START_S, **states: str) -> None:
+        seen: dict[str, str] = {}
+
+        def holds() -> bool:
+            nonlocal seen
+            with contextlib.suppress(OSError):
+                seen = self.states()
+            return seen == states
+
+        def instead() -> str:
+            logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
+            return f"{seen} instead of {states}:\n{logs}"
+
+        wait_until(holds, instead, within_s, look_s=0.1)
+
+    def close(self) -> None:
+        super().close()
+        for name in list(self._processes):
+            self.end(name, signal.SIGTERM)
 
 
 class Graph(Frontend):
@@ -129,7 +196,7 @@ class Graph(Frontend):
 
     # --- asking about it ----------------------------------------------------------------------------
 
-    def command(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, timeout_s: float = 2 * ANSWER_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "penstock", *arguments],
             env=self.env,
@@ -153,6 +220,19 @@ class Graph(Frontend):
             if service in ("", found["name"])
             for replica in found["replicas"]
         ]
+
+    def wait_for_log(self, service: str, holds: Callable[[str], object]) -> str:
+        """The lines of a service, once there is in them what is looked for: the launcher, another process,
+        writes them when it has read them, which may be after the answer that they are about."""
+        lines = ""
+
+        def there() -> object:
+            nonlocal lines
+            lines = self.command("logs", service).stdout
+            return holds(lines)
+
+        wait_until(there, lambda: lines[-4000:], START_S, look_s=0.2)
+        return lines
 
     # --- its life -----------------------------------------------------------------------------------
 
@@ -180,7 +260,7 @@ class Graph(Frontend):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
-            return self.process.wait(timeout=40)
+            return self.process.wait(timeout=STOP_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -197,6 +277,48 @@ def running(
     finally:
         code = graph.stop()
     assert code == 0, graph.console_text()[-4000:]
+
+
+@contextlib.contextmanager
+def another_frontend(graph: Path, logs: Path, disagg: str) -> Iterator[Process]:
+    """A further frontend of the running graph of this state folder. `disagg`: whether prefill workers go
+    first. The graph's own finds out what is faster, which on a busy machine may be either."""
+    variables = {
+        "PENSTOCK_NAMESPACE": graph.name,
+        "PENSTOCK_LINK_SECRET": (graph / "secret").read_text().strip(),
+        "PENSTOCK_LOG": "debug",
+    }
+    options = ("--disagg", disagg, "--expect", "prefill,decode")
+    frontend = Process(logs, f"file:{graph / 'discovery'}", disagg, "frontend", *options, **variables)
+
+    def healthy() -> bool:
+        assert frontend.process.poll() is None, frontend.log.read_text()[-4000:]
+        return frontend.health()[0] == 200
+
+    try:
+        wait_until(healthy, lambda: frontend.log.read_text()[-4000:], START_S, look_s=0.1)
+        yield frontend
+    finally:
+        frontend.stop()
+        code = frontend.process.wait(timeout=STOP_S)
+    assert code == 0, frontend.log.read_text()[-4000:]
+
+
+@contextlib.contextmanager
+def deployed(folder: Path, *options: str) -> Iterator[Deployment]:
+    """A frontend with these options, and what else is started there."""
+    deployment = Deployment(folder, *options)
+    try:
+        yield deployment
+    finally:
+        deployment.close()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    """A frontend, and no workers yet."""
+    with deployed(tmp_path) as deployment:
+        yield deployment
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, Graph, running
+from tests.e2e.conftest import ANSWER_S, MODEL, ROOT, START_S, Graph, running
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,7 @@ def _nothing_died(graph: Graph) -> Iterator[None]:
     answer = graph.client().completions.create(model=MODEL, prompt="Hello", max_tokens=2)
     assert answer.usage is not None
     assert answer.usage.completion_tokens >= 1
-    deadline = time.monotonic() + 30
-    while used_blocks(graph) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert used_blocks(graph) == 0
+    wait_until(lambda: used_blocks(graph) == 0, "blocks are in use", START_S, look_s=0.2)
 
 
 def used_blocks(graph: Graph) -> float:
@@ -47,11 +45,11 @@ def link_ports(graph: Graph) -> list[int]:
     return [int(instance["address"].rpartition(":")[2]) for instance in health["instances"]]
 
 
-def send(port: int, data: bytes, timeout_s: float = 5.0, *, stays: bool = False) -> bytes:
+def send(port: int, data: bytes, *, stays: bool = False) -> bytes:
     """Send, then read what comes until the other side has had enough. `stays`: without closing this side
     before, which to an HTTP server is a client that has left."""
     received = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as connection:
         with contextlib.suppress(OSError):  # hung up on while still sending
             connection.sendall(data)
             if not stays:
@@ -134,14 +132,14 @@ def test_abrupt_hang_ups(graph: Graph) -> None:
     """Fifty clients that leave at any moment, streaming or not."""
     rng = random.Random(2)
     for number in range(50):
-        with socket.create_connection(("127.0.0.1", graph.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", graph.port), timeout=ANSWER_S) as connection:
             connection.sendall(post("/v1/chat/completions", chat(stream=number % 2 == 0)))
             time.sleep(rng.random() * 0.05)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
 
 
 def test_a_reader_that_does_not_read_holds_up_nobody(graph: Graph) -> None:
-    with socket.create_connection(("127.0.0.1", graph.port), timeout=5) as lazy:
+    with socket.create_connection(("127.0.0.1", graph.port), timeout=ANSWER_S) as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.sendall(post("/v1/chat/completions", chat(stream=True)))
         for _ in range(5):
@@ -153,7 +151,7 @@ def test_half_open_connections_do_not_keep_others_out(graph: Graph) -> None:
     with contextlib.ExitStack() as stack:
         for port in [graph.port, *link_ports(graph)]:
             for _ in range(100):
-                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S))
         graph.wait_healthy(instances=4)
         answer = graph.client().completions.create(model=MODEL, prompt="Hello", max_tokens=2)
         assert answer.choices[0].finish_reason in ("stop", "length")

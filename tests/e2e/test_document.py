@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 
-from tests.e2e.conftest import MODEL, Graph
+import pytest
+
+from tests.e2e.conftest import MODEL, Graph, Process, another_frontend
 
 ALICE = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -70,28 +73,40 @@ def test_remembers_alice_streamed(local_graph: Graph) -> None:
     assert "".join(deltas) == "Your name is Alice."
 
 
-def test_logs_show_routing_and_transfers(local_graph: Graph) -> None:
+@pytest.fixture(scope="module")
+def always(local_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A frontend of this graph by which every prompt is computed by a prefill worker."""
+    with another_frontend(
+        local_graph.state / "local", tmp_path_factory.mktemp("always"), "always"
+    ) as found:
+        yield found
+
+
+def test_logs_show_routing_and_transfers(local_graph: Graph, always: Process) -> None:
     salt = "a conversation of its own, so that nothing of it is cached"
-    local_graph.client().chat.completions.create(
+    always.client().chat.completions.create(
         model=MODEL, messages=ALICE, max_tokens=50, extra_body={"cache_salt": salt}
     )
-    frontend = local_graph.command("logs", "frontend").stdout
-    decisions = [
-        line for line in frontend.splitlines() if re.search("routing|overlap", line, re.IGNORECASE)
-    ]
-    assert any("path=remote" in line and "overlap" in line for line in decisions)
-    workers = local_graph.command("logs", "decode").stdout
-    transfers = [line for line in workers.splitlines() if re.search("nixl|transfer", line, re.IGNORECASE)]
-    assert any(re.search(r"bytes=\d+", line) and re.search(r"ms=[\d.]+", line) for line in transfers)
+
+    def decided(lines: str) -> bool:
+        found = [line for line in lines.splitlines() if re.search("routing|overlap", line, re.IGNORECASE)]
+        return any("path=remote" in line and "overlap" in line for line in found)
+
+    def moved(lines: str) -> bool:
+        found = [line for line in lines.splitlines() if re.search("nixl|transfer", line, re.IGNORECASE)]
+        return any(re.search(r"bytes=\d+", line) and re.search(r"ms=[\d.]+", line) for line in found)
+
+    assert decided(always.log.read_text())
+    local_graph.wait_for_log("decode", moved)
 
 
-def test_prefill_and_decode_are_different_processes(local_graph: Graph) -> None:
-    before = local_graph.metric("penstock_decisions_total", path="remote")
-    moved = local_graph.metric("penstock_transferred_blocks_total")
-    answer = local_graph.client().chat.completions.create(
+def test_prefill_and_decode_are_different_processes(local_graph: Graph, always: Process) -> None:
+    before = always.metric("penstock_decisions_total", path="remote")
+    moved = always.metric("penstock_transferred_blocks_total")
+    answer = always.client().chat.completions.create(
         model=MODEL, messages=ALICE, max_tokens=50, extra_body={"cache_salt": "processes"}
     )
     assert answer.choices[0].message.content == "Your name is Alice."
-    assert local_graph.metric("penstock_decisions_total", path="remote") == before + 1
-    assert local_graph.metric("penstock_transferred_blocks_total") > moved
+    assert always.metric("penstock_decisions_total", path="remote") == before + 1
+    assert always.metric("penstock_transferred_blocks_total") > moved
     assert len({replica["pid"] for replica in local_graph.replicas()}) == 5

@@ -8,14 +8,10 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import openai
-import pytest
 
-from tests.e2e.conftest import MODEL
-from tests.e2e.test_revisions import Deployment
+from tests.e2e.conftest import MODEL, Deployment
 from tests.waiting import wait_until
 
 MINUTE_S = 60.0
@@ -24,16 +20,6 @@ TURNS = 8
 NEW_CHARS = 400  # a token each
 OUTPUT_TOKENS = 32
 PACE = ("--sim-cost-model", "qwen3-8b/h200/tp1")  # about three requests on each worker at a time
-
-
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path)
-    deployment.start("frontend", "frontend", "--http-port", str(deployment.port))
-    try:
-        yield deployment
-    finally:
-        deployment.close()
 
 
 class Chats:
@@ -57,7 +43,7 @@ class Chats:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(MINUTE_S)
+            thread.join(2 * MINUTE_S)
 
     def _run(self, client: openai.OpenAI) -> None:
         while not self._stop.is_set():

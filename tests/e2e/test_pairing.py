@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, START_S
-from tests.e2e.test_revisions import Clients, Deployment
+from tests.e2e.conftest import MODEL, ROOT, START_S, Deployment, deployed
+from tests.e2e.test_revisions import Clients
 from tests.waiting import wait_until
 
 OLD, NEW = ("--block-size", "16"), ("--block-size", "32")
@@ -19,12 +19,8 @@ CLIENTS = 4  # each asks again once it is answered
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path)
-    deployment.start("frontend", "frontend", "--http-port", str(deployment.port), "--disagg", "always")
-    try:
+    with deployed(tmp_path, "--disagg", "always") as deployment:
         yield deployment
-    finally:
-        deployment.close()
 
 
 def reasons(deployment: Deployment) -> dict[str, str]:

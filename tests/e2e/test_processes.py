@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import ROOT, START_S, Process
+from tests.e2e.conftest import ANSWER_S, ROOT, START_S, Process
 from tests.ports import free_port
 from tests.proxy import Proxy
 from tests.waiting import wait_until
@@ -95,6 +95,7 @@ def test_a_pipe_in_the_discovery_folder_is_passed_over(site: Site) -> None:
     frontend = site.start("f-0", "frontend")
     site.wait(lambda: frontend.ready_workers() == 1, "the worker was not found")
     assert frontend.health()[1]["discovery"] == "ok"
+    site.wait(site.warnings, "it is not told of")
     (line,) = site.warnings()
     assert "x.json: not a regular file" in line
 
@@ -111,9 +112,9 @@ def test_workers_that_leave_in_order_are_no_warning_and_the_next_request_hears_s
         worker.stop()
         site.wait(lambda worker=worker: worker.process.poll() is not None, "it did not leave")
         assert worker.process.returncode == 0
-    site.wait(lambda: frontend.health()[1]["instances"] == [], "they were not forgotten")
+    site.wait(lambda: frontend.instances() == [], "they were not forgotten")
     with pytest.raises(openai.InternalServerError) as refused:
-        client.completions.create(model="sim", prompt="Hi", max_tokens=2, timeout=20.0)
+        client.completions.create(model="sim", prompt="Hi", max_tokens=2, timeout=ANSWER_S)
     assert (refused.value.status_code, refused.value.code) == (503, "no_worker")
     assert site.warnings() == []
 
@@ -129,7 +130,7 @@ def test_a_worker_whose_model_folder_hangs_leaves_on_sigterm(site: Site) -> None
     site.wait(lambda: worker.health()[1].get("status") == "starting", "its probes do not answer")
     time.sleep(1.0)
     worker.stop()
-    site.wait(lambda: worker.process.poll() is not None, "it did not leave", within_s=20.0)
+    site.wait(lambda: worker.process.poll() is not None, "it did not leave")
     assert worker.process.returncode == 0
 
 
@@ -142,11 +143,11 @@ def mapped(*targets: int) -> Iterator[list[Proxy]]:
     proxies = [Proxy(("127.0.0.1", 0), ("127.0.0.1", target)) for target in targets]
     try:
         for proxy in proxies:
-            asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(ANSWER_S)
         yield proxies
     finally:
         for proxy in proxies:
-            asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(proxy.stop(), loop).result(ANSWER_S)
         loop.call_soon_threadsafe(loop.stop)
         mapping.join()
         loop.close()

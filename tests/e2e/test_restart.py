@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, Graph, running
+from tests.e2e.conftest import ANSWER_S, MODEL, ROOT, Graph, running
 from tests.waiting import until
 
 REQUEST = {
@@ -26,6 +26,7 @@ REQUEST = {
     "stream": True,
 }
 ANSWERED = "answered"
+WITHIN_S = 180.0
 
 
 @pytest.fixture
@@ -56,7 +57,10 @@ class Load:
             await sending
 
     async def _send_until(self, stop: asyncio.Event) -> None:
-        async with httpx.AsyncClient(timeout=60, trust_env=False) as kept, asyncio.TaskGroup() as tasks:
+        async with (
+            httpx.AsyncClient(timeout=2 * ANSWER_S, trust_env=False) as kept,
+            asyncio.TaskGroup() as tasks,
+        ):
             number = 0
             while not stop.is_set():
                 number += 1
@@ -68,7 +72,7 @@ class Load:
         if kept is not None:
             end = await self._stream(kept)
         else:
-            async with httpx.AsyncClient(timeout=60, trust_env=False) as own:
+            async with httpx.AsyncClient(timeout=2 * ANSWER_S, trust_env=False) as own:
                 end = await self._stream(own)
         self.ends[end] += 1
         self.longest_s = max(self.longest_s, time.monotonic() - began)
@@ -87,9 +91,7 @@ class Load:
     async def more(self, count: int) -> None:
         """Wait for so many further ends."""
         target = self.ends.total() + count
-        async with asyncio.timeout(120):
-            while self.ends.total() < target:
-                await asyncio.sleep(0.05)
+        await until(lambda: self.ends.total() >= target, lambda: str(self.ends), WITHIN_S, look_s=0.05)
 
 
 def frontend(graph: Graph) -> dict:
@@ -123,7 +125,7 @@ async def test_a_lone_frontend_that_dies_refuses_nobody(graph: Graph) -> None:
     async with load.running():
         await load.more(20)
         os.kill(frontend(graph)["pid"], signal.SIGKILL)
-        await until(partial(asyncio.to_thread, is_restarted), within_s=120, look_s=0.1)
+        await until(partial(asyncio.to_thread, is_restarted), within_s=WITHIN_S, look_s=0.1)
         await load.more(20)
     unanswered = [end for end in load.ends if end != ANSWERED]
     assert all(end.startswith(("RemoteProtocolError", "ReadError")) for end in unanswered), load.ends
@@ -139,5 +141,5 @@ async def test_a_stopped_launcher_stops_nobody(graph: Graph) -> None:
         finally:
             graph.process.send_signal(signal.SIGCONT)
         await load.more(10)
-        await until(lambda: "lines_lost=" in graph.console_text())
+        await until(lambda: "lines_lost=" in graph.console_text(), within_s=WITHIN_S)
     assert set(load.ends) == {ANSWERED}

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, START_S, Frontend
+from tests.e2e.conftest import MODEL, ROOT, START_S, Deployment
 from tests.waiting import wait_until
 
 NAMES = ("Alice", "Bob", "Carol", "Dave", "Emma", "Frank")
@@ -47,66 +42,6 @@ def with_other_token_ids(folder: Path) -> Path:
     return folder
 
 
-class Deployment(Frontend):
-    """A frontend and workers, each of them a process."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *arguments: str, module: str = "penstock") -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PENSTOCK_LOG": "info",
-                    "PENSTOCK_DISCOVERY": f"file:{self.folder / 'discovery'}",
-                },
-                stdout=log,
-                stderr=log,
-            )
-
-    def worker(self, name: str, role: str, model: Path, *options: str) -> None:
-        """`model` is a folder; the name that it is served under is always the same."""
-        own = ("--model", str(model), "--served-model-name", MODEL, "--instance-id", name)
-        self.start(name, "worker", "--role", role, *own, *options)
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        self._processes[name].send_signal(number)
-
-    def end(self, name: str, how: signal.Signals) -> None:
-        process = self._processes.pop(name)
-        process.send_signal(how)
-        process.wait(60)
-
-    def states(self) -> dict[str, str]:
-        instances = json.loads(self.get("/health")[1])["instances"]
-        return {found["instance_id"]: found["state"] for found in instances}
-
-    def wait_for(self, within_s: float = START_S, **states: str) -> None:
-        seen: dict[str, str] = {}
-
-        def holds() -> bool:
-            nonlocal seen
-            with contextlib.suppress(OSError):
-                seen = self.states()
-            return seen == states
-
-        def instead() -> str:
-            logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log"))
-            return f"{seen} instead of {states}:\n{logs}"
-
-        wait_until(holds, instead, within_s, look_s=0.1)
-
-    def close(self) -> None:
-        super().close()
-        for name in list(self._processes):
-            self.end(name, signal.SIGTERM)
-
-
 class Clients:
     """Threads that ask for a name that only the conversation has, whole and streamed in turns."""
 
@@ -129,7 +64,7 @@ class Clients:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(2 * START_S)
 
     def _run(self, client: openai.OpenAI, number: int) -> None:
         turn = number
@@ -162,16 +97,6 @@ class Clients:
     def wait_for_more(self, count: int) -> None:
         wanted = len(self.answers) + count
         wait_until(lambda: len(self.answers) >= wanted, lambda: self.errors[:3], START_S)
-
-
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path)
-    deployment.start("frontend", "frontend", "--http-port", str(deployment.port))
-    try:
-        yield deployment
-    finally:
-        deployment.close()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import json
 import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, ROOT, Graph, running
+from tests.e2e.conftest import ANSWER_S, MODEL, ROOT, START_S, Graph, running
 from tests.waiting import wait_until
 
 
@@ -43,7 +44,7 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         for client in self.clients:
-            client.result(timeout=60)
+            client.result(timeout=2 * ANSWER_S)
         self.pool.shutdown()
 
     def ask(self, number: int) -> None:
@@ -69,39 +70,54 @@ class Load:
 
     def wait_for_more(self, count: int = 8) -> None:
         target = len(self.answers) + count
-        wait_until(lambda: len(self.answers) >= target or self.errors, "more answers", 60)
+        wait_until(lambda: len(self.answers) >= target or self.errors, "more answers", START_S)
 
     def check(self) -> None:
         assert self.errors == []
         assert set(self.answers) == {"Your name is Alice."}
 
 
+def wait_for_roles(graph: Graph, **wanted: int) -> None:
+    """Until so many workers of each role are ready, and no others are there that are about to leave."""
+
+    def holds() -> bool:
+        instances = json.loads(graph.get("/health")[1])["instances"]
+        ready = collections.Counter(found["role"] for found in instances if found["state"] == "ready")
+        return ready == wanted and len(graph.replicas()) == 1 + len(instances) == 1 + ready.total()
+
+    wait_until(holds, f"{wanted} workers", START_S, look_s=0.1)
+
+
 def test_scaling_under_load(graph: Graph) -> None:
     with Load(graph) as load:
         load.wait_for_more()
         assert graph.command("scale", "PrefillWorker=3", "DecodeWorker=1").returncode == 0
-        graph.wait_healthy(instances=4)
+        wait_for_roles(graph, prefill=3, decode=1)
         load.wait_for_more()
         assert graph.command("scale", "PrefillWorker=2", "DecodeWorker=2").returncode == 0
-        graph.wait_healthy(instances=4)
+        wait_for_roles(graph, prefill=2, decode=2)
         load.wait_for_more()
     load.check()
 
 
 def test_a_rolling_restart_of_the_workers_under_load(graph: Graph) -> None:
-    graph.wait_healthy(instances=4)
+    wait_for_roles(graph, prefill=2, decode=2)
     before = {replica["pid"] for replica in graph.replicas()}
     with Load(graph) as load:
         load.wait_for_more()
         result = graph.command("restart", "PrefillWorker", "DecodeWorker", timeout_s=300)
         assert result.returncode == 0, result.stderr
         assert len(re.findall(r"^(prefill|decode)-\d+ -> \1-\d+$", result.stdout, re.M)) == 4
-        graph.wait_healthy(instances=4)
+        wait_for_roles(graph, prefill=2, decode=2)
         load.wait_for_more()
     load.check()
     after = {replica["pid"] for replica in graph.replicas()}
     assert len(after) == len(before)
     assert len(after & before) == 1  # the frontend
+
+
+def pids(graph: Graph, service: str) -> list[int]:
+    return [replica["pid"] for replica in graph.replicas(service)]
 
 
 @pytest.mark.parametrize("service", ["PrefillWorker", "DecodeWorker"])
@@ -112,11 +128,11 @@ def test_killed_worker_loses_no_request(graph: Graph, service: str) -> None:
         victim = graph.replicas(service)[0]
         os.kill(victim["pid"], signal.SIGKILL)
         load.wait_for_more()
-        time.sleep(1)  # let /health notice before it is asked
-        graph.wait_healthy(instances=4)  # the launcher has started it again
+        wait_until(lambda: victim["pid"] not in pids(graph, service), "its end is noticed", START_S)
+        wait_for_roles(graph, prefill=2, decode=2)  # the launcher has started it again
         load.wait_for_more()
     load.check()
-    assert victim["pid"] not in [replica["pid"] for replica in graph.replicas(service)]
+    assert len(pids(graph, service)) == 2
 
 
 def test_frozen_worker_loses_no_request(graph: Graph) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import START_S, Process
+from tests.e2e.conftest import START_S, STOP_S, Process
 from tests.redis_server import RedisServer, running_redis
 from tests.waiting import wait_until
 
@@ -38,7 +38,7 @@ def frontends(tmp_path: Path, redis: RedisServer) -> Iterator[list[Process]]:
     finally:
         for process in processes:
             process.stop()
-        codes = {process.name: process.process.wait(timeout=40) for process in processes}
+        codes = {process.name: process.process.wait(timeout=STOP_S) for process in processes}
     assert set(codes.values()) == {0}, codes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.e2e.conftest import START_S, Process
+from tests.e2e.conftest import ANSWER_S, START_S, STOP_S, Process
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, otlp_receiver
 from tests.waiting import wait_until
 
@@ -43,12 +43,12 @@ def frontend(tmp_path_factory: pytest.TempPathFactory, receiver: OtlpReceiver) -
         for process in processes:
             process.stop()
         for process in processes:
-            assert process.process.wait(timeout=60) == 0
+            assert process.process.wait(timeout=STOP_S) == 0
 
 
 def ask(frontend: Process, **headers: str) -> httpx.Response:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-    return httpx.post(f"{frontend.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{frontend.url}/v1/chat/completions", json=body, headers=headers, timeout=ANSWER_S)
 
 
 def test_a_request_is_one_trace_over_frontend_and_workers(
@@ -56,7 +56,7 @@ def test_a_request_is_one_trace_over_frontend_and_workers(
 ) -> None:
     traceparent = f"00-{TRACE}-{PARENT}-01"
     assert ask(frontend, traceparent=traceparent, tracestate="vendor=1").status_code == 200
-    wait_until(lambda: len(of_trace(receiver)) >= 13, lambda: str(of_trace(receiver)), 30)
+    wait_until(lambda: len(of_trace(receiver)) >= 13, lambda: str(of_trace(receiver)), START_S)
     spans = of_trace(receiver)
     (root,) = [span for span in spans if span.parent_id == PARENT]
     assert (root.service, root.name) == ("penstock-frontend", "chat_completions")
@@ -98,20 +98,20 @@ def test_a_trace_that_its_client_does_not_sample_has_no_spans(
     wait_until(
         lambda: any(not span.parent_id and span.name == "chat_completions" for span in receiver.spans),
         lambda: str(receiver.spans),
-        30,
+        START_S,
     )
     assert unwanted not in {span.trace_id for span in receiver.spans}
 
 
 def test_a_refused_request_has_a_span_with_its_status(frontend: Process, receiver: OtlpReceiver) -> None:
     response = httpx.post(
-        f"{frontend.url}/v1/completions", json={"model": "none", "prompt": "x"}, timeout=60
+        f"{frontend.url}/v1/completions", json={"model": "none", "prompt": "x"}, timeout=ANSWER_S
     )
     assert response.status_code == 404
     refused = lambda: [  # noqa: E731
         span for span in receiver.spans if span.attributes.get("http.response.status_code") == 404
     ]
-    wait_until(refused, lambda: str(receiver.spans), 30)
+    wait_until(refused, lambda: str(receiver.spans), START_S)
     (span,) = refused()
     assert (span.name, span.attributes["penstock.outcome"], span.error) == ("completions", "rejected", "")
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import MODEL, Deployment, deployed
 from tests.e2e.test_false_events import Chats
-from tests.e2e.test_revisions import Deployment
 from tests.waiting import wait_until
 
 BLOCK = 32
@@ -27,16 +26,6 @@ OPTIONS = [
     *("--block-size", str(BLOCK), "--kv-cache-mib", "128", "--max-model-len", "16384"),
 ]
 VLLM_OPTIONS = ["--", "--enforce-eager", "--dtype", "float32", "--distributed-executor-backend", "uni"]
-
-
-@pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path)
-    deployment.start("frontend", "frontend", "--http-port", str(deployment.port))
-    try:
-        yield deployment
-    finally:
-        deployment.close()
 
 
 def start(deployment: Deployment, name: str, *options: str, claimed: int = 0) -> None:
@@ -66,6 +55,12 @@ def explained(deployment: Deployment) -> dict[str, str | None]:
     (request,) = json.loads(deployment.get(f"/v1/explain/{answer.id}")[1])["requests"]
     compared = request["decisions"][0]["candidates"]
     return {it["instance_id"]: it["distrusted"] for it in compared}
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    with deployed(tmp_path) as deployment:
+        yield deployment
 
 
 def test_false_events_are_named_served_and_believed_again(deployment: Deployment) -> None:
