@@ -68,9 +68,13 @@ class ChatClient:
             yield _text_of(payload)
         raise RemoteError("the connection ended before the answer did")
 
-    def events(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
-        """The data of an event stream's events as they come, to its end. Raises RemoteError."""
+    def events(
+        self, path: str, body: dict[str, Any], on_begin: Callable[[], object] = lambda: None
+    ) -> Iterator[bytes]:
+        """The data of an event stream's events as they come, to its end. Calls `on_begin` once the answer
+        has begun. Raises RemoteError."""
         with self._call("POST", path, body) as response:
+            on_begin()
             while line := self._read_line(response):
                 if line.startswith(b"data:"):
                     yield line.removeprefix(b"data:").strip()

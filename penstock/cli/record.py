@@ -6,7 +6,6 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -116,21 +115,25 @@ def _read(
 ) -> list[PenstockError]:
     """Read all streams until the time is up, one of them ends, or Ctrl-C. Returns why some ended."""
     over, errors = threading.Event(), []
+    answered = threading.Semaphore(0)
 
-    def read(lines: Iterator[bytes]) -> None:
+    def read(client: Any) -> None:
         try:
-            for line in lines:
+            for line in client.events("/v1/recordings", body, answered.release):
                 trace.add(line)
         except PenstockError as error:
             errors.append(error)
         over.set()
+        answered.release()
 
-    names = ", ".join(client.url for client in clients)
-    print(f"penstock: recording {names}; Ctrl-C ends it", file=sys.stderr)
     for client in clients:
-        lines = client.events("/v1/recordings", body)
-        threading.Thread(target=read, args=(lines,), daemon=True).start()
+        threading.Thread(target=read, args=(client,), daemon=True).start()
     try:
+        for _ in clients:
+            answered.acquire()
+        if not over.is_set():
+            names = ", ".join(client.url for client in clients)
+            print(f"penstock: recording {names}; Ctrl-C ends it", file=sys.stderr)
         over.wait(duration)
     except KeyboardInterrupt:
         pass

@@ -13,15 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import MODEL, Graph
+from tests.e2e.conftest import MODEL, START_S, STOP_S, Graph
+from tests.waiting import wait_until
 
 BLOCK = 16
 SECRET = "The hippopotamus is called Beatrice. " * 20
 
 
 @contextlib.contextmanager
-def recording(graph: Graph, file: Path) -> Iterator[None]:
-    """While this lasts, `penstock record` runs."""
+def recording(graph: Graph, file: Path, requests: int) -> Iterator[None]:
+    """While this lasts, `penstock record` runs; until it has written so many requests."""
     arguments = ["record", str(file), "--url", graph.url, "--block-tokens", str(BLOCK)]
     process = subprocess.Popen(
         [sys.executable, "-m", "penstock", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -29,12 +30,11 @@ def recording(graph: Graph, file: Path) -> Iterator[None]:
     try:
         assert process.stderr is not None
         assert b"recording" in process.stderr.readline()
-        time.sleep(1.0)  # until the frontend has read what is asked
         yield
-        time.sleep(0.5)
+        wait_until(lambda: file.read_bytes().count(b"\n") >= requests, "it writes them", START_S)
     finally:
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=30)
+        out, errors = process.communicate(timeout=STOP_S)
     assert process.returncode == 0, errors
     assert b"requests" in out
 
@@ -48,7 +48,7 @@ def test_a_recorded_conversation_is_simulated_and_replayed(local_graph: Graph, t
     client = local_graph.client()
     messages: list[Any] = [{"role": "user", "content": SECRET}]
     prompt_tokens = []
-    with recording(local_graph, file):
+    with recording(local_graph, file, requests=3):
         for _ in range(3):
             answer = client.chat.completions.create(
                 model=MODEL,
