@@ -16,6 +16,7 @@ from penstock.errors import ConfigError
 from penstock.shapes import TraceContext
 from penstock.tracing import CLOSE_S, OtelTracing, otel_tracing
 from tests.otlp_receiver import otlp_receiver
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 GIVEN = TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "vendor=1")
@@ -68,8 +69,7 @@ def test_a_request_is_a_part_of_what_its_client_gave_and_refers_to_itself(tracin
 
 def test_a_dead_collector_costs_no_time_and_one_line_until_it_is_back(tracing_to, caplog) -> None:
     caplog.set_level(logging.INFO)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     tracing = tracing_to(f"http://127.0.0.1:{port}")
     assert record_many(tracing) < 20.0
     lines = lambda: [it.getMessage() for it in caplog.records if it.name == "penstock.tracing"]  # noqa: E731
@@ -79,7 +79,7 @@ def test_a_dead_collector_costs_no_time_and_one_line_until_it_is_back(tracing_to
     assert line.startswith(f"http://127.0.0.1:{port} takes no spans, which are dropped: ")
     began = time.perf_counter()
     asyncio.run(tracing.close())
-    assert time.perf_counter() - began < CLOSE_S + 2.0
+    assert time.perf_counter() - began < CLOSE_S + 7.0
 
 
 def test_a_silent_collector_does_not_hold_up_the_end(tracing_to) -> None:
@@ -88,7 +88,7 @@ def test_a_silent_collector_does_not_hold_up_the_end(tracing_to) -> None:
         assert record_many(tracing) < 20.0
         began = time.perf_counter()
         asyncio.run(tracing.close())
-        assert time.perf_counter() - began < CLOSE_S + 2.0
+        assert time.perf_counter() - began < CLOSE_S + 7.0
 
 
 def test_an_unknown_protocol_is_refused(tracing_to) -> None:
