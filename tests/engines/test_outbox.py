@@ -24,7 +24,7 @@ async def test_hands_out_what_a_thread_pushes():
 
     thread = Thread(target=push)
     thread.start()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         steps = [step async for step in outbox.read()]
     thread.join()
     assert sorted(h for step in steps for h in step.stored) == list(range(50))
@@ -72,7 +72,7 @@ async def test_a_waiting_reader_is_woken():
     outbox = Outbox()
     outbox.open()
     reader = aiter(outbox.read())
-    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         first = tasks.create_task(anext(reader))
         await asyncio.sleep(0)
         outbox.push(EngineStep(stored=[1]))

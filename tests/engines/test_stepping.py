@@ -97,7 +97,7 @@ class Reader:
         self.steps: list[EngineStep] = []
 
     async def until(self, enough: Callable[[Reader], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not enough(self):
                 step = await anext(self._steps)
                 self.steps.append(step)
@@ -178,7 +178,7 @@ async def test_cached_hashes_are_those_of_the_steps_handed_out(start: Start):
 
 async def test_commands_are_taken_between_steps(start: Start):
     ahead = threading.Semaphore(0)
-    engine = await start(Runner(lambda batch: ahead.acquire(timeout=5)))  # type: ignore[arg-type,return-value]
+    engine = await start(Runner(lambda batch: ahead.acquire(timeout=60)))  # type: ignore[arg-type,return-value]
     engine.submit(attempt("a", max_tokens=50))
     engine.cancel("a")
     engine.cancel("nobody")
@@ -304,10 +304,10 @@ async def test_stop_lets_running_attempts_finish(start: Start):
 
 async def test_stop_cancels_what_takes_longer_than_the_grace(start: Start):
     engine = await start(Runner(lambda batch: time.sleep(0.01)))
-    engine.submit(attempt("a", max_tokens=50))
+    engine.submit(attempt("a", max_tokens=5000))  # which takes 50 s
     began = time.monotonic()
     await engine.stop(0.05)
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 25
     reader = Reader(engine)
     with pytest.raises(StopAsyncIteration):
         await reader.until(lambda reader: False)

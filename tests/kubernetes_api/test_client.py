@@ -90,7 +90,7 @@ async def test_a_watch_over_a_dead_connection_ends(tmp_path: Path, monkeypatch: 
     seen = await read_watch(tmp_path, chunked(EVENT))
     assert seen[0] == "a"
     assert seen[1].startswith("! 0 watching configmaps: ")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
