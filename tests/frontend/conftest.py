@@ -366,16 +366,16 @@ async def serving(completer, *, grace_s=5.0, parsers=None, store=None, inherited
     host, port = listening.result()
     url = f"http://{host}:{port}"
     # Without TLS there is no need to read all certificates, which takes longer than most tests.
-    async with httpx.AsyncClient(base_url=url, timeout=10.0, verify=False, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=60.0, verify=False, trust_env=False) as http:
         client = openai.AsyncOpenAI(
-            base_url=url + "/v1", api_key="none", max_retries=0, timeout=10.0, http_client=http
+            base_url=url + "/v1", api_key="none", max_retries=0, timeout=60.0, http_client=http
         )
         try:
             yield Served(completer, metrics, settings, host, port, stop, client, http, task)
         finally:
             stop.set()
             if not task.done():
-                await asyncio.wait_for(task, 20)
+                await asyncio.wait_for(task, 60)
 
 
 @pytest.fixture

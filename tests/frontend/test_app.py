@@ -431,7 +431,7 @@ async def test_a_body_that_turns_out_too_long(serve_script):
 
 
 async def test_too_many_requests_at_a_time(serve_script):
-    async with serve_script("word " * 6, step_s=0.02, max_inflight=1) as served:
+    async with serve_script("word " * 30, step_s=0.02, max_inflight=1) as served:
         first = asyncio.ensure_future(served.http.post("/v1/chat/completions", json=CHAT))
         while not served.completer.requests:
             await asyncio.sleep(0.005)

@@ -49,7 +49,7 @@ async def connection(served, receive_bytes=None):
         writer.close()
 
 
-async def everything(reader, within_s=5.0):
+async def everything(reader, within_s=60.0):
     async with asyncio.timeout(within_s):
         return await reader.read()
 
@@ -314,7 +314,7 @@ async def test_blank_lines_do_not_keep_a_connection(serve_script):
     async with serve_script("x", header_timeout_s=0.3) as served, connection(served) as (reader, writer):
         writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"200 OK" in await reader.readuntil(b"}")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not reader.at_eof():
                 writer.write(b"\r\n")
                 with contextlib.suppress(TimeoutError, ConnectionError):
@@ -622,7 +622,7 @@ async def test_the_server_ends_with_handshakes_under_way(serve_script, certifica
     async with serve_script("x", **certificate) as served, connection(served) as (reader, _):
         await asyncio.sleep(0.05)
         served.stop.set()
-        await asyncio.wait_for(served.task, 5)
+        await asyncio.wait_for(served.task, 60)
         with contextlib.suppress(ConnectionError):
             assert await everything(reader) == b""
 
@@ -657,7 +657,7 @@ async def test_signals_are_left_alone(served):
 
 
 async def test_streams_finish_while_new_calls_are_refused(serve_script):
-    async with serve_script("word " * 6, step_s=0.02) as served:
+    async with serve_script("word " * 30, step_s=0.02) as served:
         stream = await served.client.chat.completions.create(**CHAT, stream=True)
         await anext(aiter(stream))
         served.stop.set()
@@ -669,7 +669,7 @@ async def test_streams_finish_while_new_calls_are_refused(serve_script):
         assert (await served.http.get("/live")).status_code == 200
         chunks = [chunk async for chunk in stream]
         assert chunks[-1].choices[0].finish_reason == "length"
-        await asyncio.wait_for(served.task, 5)
+        await asyncio.wait_for(served.task, 60)
         with pytest.raises(httpx.ConnectError):
             await httpx.AsyncClient().get(served.url + "/live")
 
@@ -685,8 +685,8 @@ async def test_what_outlasts_the_grace_is_told_so(serve_script):
         served.stop.set()
         assert "shutting down" in (await streamed).text
         assert (await whole).status_code == 503
-        await asyncio.wait_for(served.task, 5)
-        assert time.monotonic() - began < 3
+        await asyncio.wait_for(served.task, 60)
+        assert time.monotonic() - began < 30  # it would go on for 80 s
         assert len(served.completer.cancelled) == 2
 
 
@@ -696,7 +696,7 @@ async def test_cancelling_drops_everything(serve_script):
         await until(lambda: served.completer.requests)
         served.task.cancel()
         with pytest.raises(httpx.HTTPError):
-            await asyncio.wait_for(call, 5)
+            await asyncio.wait_for(call, 60)
         await until(lambda: served.completer.cancelled)
         await asyncio.wait([served.task])
         assert served.task.cancelled()
@@ -766,7 +766,7 @@ async def test_old_server_of_an_inherited_port_ends_its_connections_while_the_ne
                 assert b"connection: close" in answer
                 assert b"old old" in answer
             assert await everything(idle_reader, 15) == b""
-            await asyncio.wait_for(old.task, 10)
+            await asyncio.wait_for(old.task, 60)
             assert new.completer.requests
             assert not new.task.done()
 
@@ -790,7 +790,7 @@ async def test_handshake_under_way_is_not_cut_when_the_server_leaves_its_port(
         writer.write(post(CHAT))
         assert (await everything(reader)).startswith(b"HTTP/1.1 200 ")
         writer.close()
-        await asyncio.wait_for(old.task, 10)
+        await asyncio.wait_for(old.task, 60)
 
 
 async def test_inherited_port_is_served_once_healthy_or_when_patience_ends(
@@ -802,7 +802,7 @@ async def test_inherited_port_is_served_once_healthy_or_when_patience_ends(
     await asyncio.sleep(0.3)
     assert not app_soon.done()
     completer.absent = []
-    assert (await asyncio.wait_for(app_soon, 5)).status_code == 200
+    assert (await asyncio.wait_for(app_soon, 60)).status_code == 200
     assert launcher.was_told_ready(0)
 
     completer.absent = [Role.DECODE]
