@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-COMMAND_S = 60.0
+COMMAND_S = 120.0
 FORWARD_S = 30.0
 POLL_S = 0.2
 

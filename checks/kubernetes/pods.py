@@ -10,7 +10,8 @@ WAIT = ["sleep", "infinity"]
 
 
 def pod(image: str, command: list[str], node: str | None = None, **container: Any) -> dict[str, Any]:
-    """The spec of a pod with one container, on this node if one is named."""
+    """The spec of a pod with one container, on this node if one is named. One that serves is Ready once it
+    does."""
     main = {
         "name": "main",
         "image": image,
@@ -18,6 +19,12 @@ def pod(image: str, command: list[str], node: str | None = None, **container: An
         "command": command,
         **container,
     }
+    if command == SERVE:
+        main["readinessProbe"] = {
+            "httpGet": {"path": "/", "port": PORT},
+            "periodSeconds": 1,
+            "timeoutSeconds": 10,
+        }
     spec: dict[str, Any] = {"containers": [main], "terminationGracePeriodSeconds": 1}
     if node is not None:
         spec["nodeSelector"] = {"kubernetes.io/hostname": node}

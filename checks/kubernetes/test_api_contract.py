@@ -33,7 +33,7 @@ class TestTheRealServer(ApiContract):
     def forgetful(self, cluster: Kubectl) -> None:
         """An API server remembers changes since it was started. This one is started anew."""
         faults.kill("control", "kube-apiserver")
-        eventually(lambda: cluster.run("get", "--raw", "/readyz").stdout == "ok", "it is ready", 60)
+        eventually(lambda: cluster.run("get", "--raw", "/readyz").stdout == "ok", "it is ready", 120)
 
     @pytest.mark.own_cluster
     @pytest.mark.usefixtures("forgetful")

@@ -12,8 +12,8 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ from checks.kubernetes.graphs import (
 )
 from checks.kubernetes.kubectl import Kubectl, eventually
 
-FOLLOW_S = 3.0
+FOLLOW_S = 90.0
 CURLS = [
     r"""curl -X POST http://localhost:8000/v1/chat/completions \
   -H 'Content-Type: application/json' \
@@ -100,11 +100,27 @@ class Shell:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def for_a_while(self, command: str) -> str:
-        """What a command that never ends printed in a few seconds."""
+    def until(self, command: str, wanted: str) -> None:
+        """Wait until a command that never ends has printed this."""
         process = self.started(command)
-        time.sleep(FOLLOW_S)
-        return self.end(process)
+        assert process.stdout is not None
+        printed: list[str] = []
+
+        def read(lines: Iterable[str]) -> None:
+            for line in lines:
+                printed.append(line)  # noqa: PERF402 - each as it comes
+
+        reading = threading.Thread(target=read, args=(process.stdout,))
+        reading.start()
+        try:
+            eventually(
+                lambda: any(wanted in line for line in printed), f"{wanted} from {command}", FOLLOW_S
+            )
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
+            reading.join()
+            process.stdout.close()
 
     def started(self, command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -120,7 +136,7 @@ class Shell:
     def end(self, process: subprocess.Popen[str]) -> str:
         """What it printed."""
         os.killpg(process.pid, signal.SIGTERM)
-        printed, _ = process.communicate(timeout=20)
+        printed, _ = process.communicate(timeout=60)
         return printed
 
 
@@ -145,7 +161,9 @@ def test_every_command_of_the_document(
     # Testing
     forward = shell.started("kubectl port-forward svc/multinode-vllm-frontend 8000:8000 -n dynamo-cloud")
     try:
-        eventually(lambda: shell("curl -sf http://localhost:8000/live"), "the port", 20, [AssertionError])
+        eventually(
+            lambda: shell("curl -sf http://localhost:8000/live"), "the port", FOLLOW_S, [AssertionError]
+        )
         assert '"status":"healthy"' in shell("curl http://localhost:8000/health").replace(" ", "")
         assert '"finish_reason"' in shell(CURLS[0])
         assert ANSWER in shell(CURLS[1])
@@ -159,14 +177,12 @@ def test_every_command_of_the_document(
     pods = shell("kubectl get pods -n dynamo-cloud -l app=multinode-vllm")
     assert len(re.findall(r"^multinode-vllm-\S+ +1/1 +Running", pods, re.MULTILINE)) == 5
     for role in ("prefill", "decode"):
-        lines = shell.for_a_while(f"kubectl logs -n dynamo-cloud -l app=multinode-vllm-{role} -f")
-        assert f"multinode-vllm-{role}worker" in lines
+        follow = f"kubectl logs -n dynamo-cloud -l app=multinode-vllm-{role} -f"
+        shell.until(follow, f"multinode-vllm-{role}worker")
     frontend = "kubectl logs -n dynamo-cloud -l app=multinode-vllm-frontend -f"
-    decisions = shell.for_a_while(rf'{frontend} | grep --line-buffered -i "routing\|overlap"')
-    assert "routing decision: " in decisions
+    shell.until(rf'{frontend} | grep --line-buffered -i "routing\|overlap"', "routing decision: ")
     everywhere = "kubectl logs -n dynamo-cloud -l app=multinode-vllm -f"
-    transfers = shell.for_a_while(rf'{everywhere} | grep --line-buffered -i "nixl\|transfer"')
-    assert "KV transfer" in transfers
+    shell.until(rf'{everywhere} | grep --line-buffered -i "nixl\|transfer"', "KV transfer")
 
     # Scaling
     for role, command in PATCHES.items():

@@ -30,7 +30,8 @@ from checks.kubernetes.graphs import (
 from checks.kubernetes.kubectl import Kubectl, eventually
 
 AWAY_S = 60.0
-PATCH_S = 60.0
+PATCH_S = 120.0
+SOON_S = 120.0
 DEPLOYMENTS = ("prefillworker", "decodeworker", "frontend")
 PLAIN = Path(__file__).parent / "manifests" / "disaggregated.yaml"
 GRAPH = "dynamographdeployment/multinode-vllm"
@@ -177,7 +178,7 @@ def test_the_api_server_away(graph: Kubectl, images: Images) -> None:
     with under_load(graph, images.penstock, STEADY, host=frontend) as load:
         with faults.frozen("control"):
             time.sleep(AWAY_S)
-        eventually(lambda: graph.run("get", "nodes").returncode == 0, "the API server answers", 60)
+        eventually(lambda: graph.run("get", "nodes").returncode == 0, "the API server answers", SOON_S)
         patch(graph, services={"PrefillWorker": {"replicas": 3}})
         wait_ready(graph, prefill="3/3")
         patch(graph, services={"PrefillWorker": {"replicas": 2}})
@@ -191,7 +192,7 @@ def test_links_whose_secrets_were_deleted(graph: Kubectl, images: Images) -> Non
         secrets = [f"secret/multinode-vllm-link-{side}" for side in ("worker", "frontend", "ca")]
         for secret in secrets:
             graph("delete", secret)
-        eventually(lambda: graph.run("get", *secrets).returncode == 0, "they are there again", 30)
+        eventually(lambda: graph.run("get", *secrets).returncode == 0, "they are there again", SOON_S)
         graph("delete", "pod", *[pods_of(graph, role)[0] for role in ("frontend", "prefill", "decode")])
         wait_ready(graph)
     load.check()
@@ -220,7 +221,7 @@ def test_a_graph_that_is_deleted_while_it_starts_is_gone_at_once(graph: Kubectl,
     found["metadata"]["name"] = "brief"
     graph.apply(found)
     selector = ("-l", "app=brief")
-    eventually(lambda: graph.items("pods", *selector), "its pods are there", 30)
+    eventually(lambda: graph.items("pods", *selector), "its pods are there", SOON_S)
     graph("delete", "dynamographdeployment", "brief")
 
     def all_gone() -> bool:

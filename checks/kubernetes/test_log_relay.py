@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def test_each_line_comes_once(kubectl: Kubectl, counting: dict[str, Any], tmp_pa
         eventually(lambda: relay.lines("w-0").count("start") == 3, "the next pod's lines", START_S)
         assert relay.memory_kib() < MEMORY_MAX_KIB
         relay.process.send_signal(signal.SIGTERM)
-        assert relay.process.wait(timeout=10) == 0
+        assert relay.process.wait(timeout=START_S) == 0
     finally:
         relay.process.kill()
         relay.process.wait()
@@ -88,7 +87,7 @@ def test_a_pod_of_before_is_shown_from_its_last_lines(
 ) -> None:
     kubectl.apply(counting)
     kubectl.wait("--for=condition=Ready", "pod/w-0")
-    time.sleep(4)
+    eventually(lambda: kubectl("logs", "w-0").count("line ") >= 20, "it counts", START_S)
     relay = Relay(kubectl, tmp_path)
     try:
         eventually(lambda: len(relay.lines("w-0")) > 12, "lines come", START_S)
