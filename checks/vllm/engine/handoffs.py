@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ KINDS = {
     "logprobs": msgspec.structs.replace(GREEDY, logprobs=2),
 }
 LENGTHS = [1, 31, 32, 33, 95, 96, 97, 200, 500]
-SECONDS = 15.0  # for what should happen at once, on a machine that may be busy
+SECONDS = 60.0  # for what should happen at once, on a machine that may be busy
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -155,12 +156,17 @@ async def test_an_output_that_was_half_given_is_prefilled_and_handed_over_again(
 # --- nothing stays behind -------------------------------------------------------------------------------
 
 
+def held_and_used(engine: Running) -> tuple[int, int]:
+    """Its handoffs, and its blocks in use."""
+    load = engine.log.steps[-1][1].load
+    return load.held_handoffs, load.used_blocks
+
+
 async def test_kv_is_held_until_it_is_pulled(pair: Pair) -> None:
     prefill, decode = pair
     prompt = prompt_of(100, seed=4)
     first, handoff = await prefilled(prefill, "held", prompt)
-    assert prefill.log.steps[-1][1].load.held_handoffs == 1
-    await until(lambda: prefill.log.steps[-1][1].load.used_blocks == 4)
+    await until(lambda: held_and_used(prefill) == (1, 4))
     decode.submit(decoding("held-d", prompt, first, handoff))
     await decode.ended("held-d")
     await until(lambda: idle(prefill), within_s=SECONDS)
@@ -174,8 +180,7 @@ async def test_kv_that_nobody_was_told_of_is_released_at_once(pair: Pair) -> Non
         prefill.engine.release(f"unsent-{i}", sent=False)
         prefill.engine.release(f"unsent-{i}", sent=False)
     prefill.engine.release("nobody", sent=False)
-    await until(lambda: idle(prefill), within_s=5.0)
-    assert prefill.log.steps[-1][1].load.held_handoffs == 0
+    await until(lambda: idle(prefill), within_s=SECONDS)
 
 
 async def test_kv_that_may_be_read_is_kept(pair: Pair) -> None:
@@ -183,10 +188,9 @@ async def test_kv_that_may_be_read_is_kept(pair: Pair) -> None:
     prompt = prompt_of(100, seed=5)
     first, handoff = await prefilled(prefill, "sent", prompt)
     prefill.engine.release("sent", sent=True)
+    await until(lambda: held_and_used(prefill) == (0, 4), "nobody waits for it")
     await asyncio.sleep(1.2)  # more than two looks at what is held
-    load = prefill.log.steps[-1][1].load
-    assert load.used_blocks == 4
-    assert load.held_handoffs == 0, "nobody waits for it"
+    assert held_and_used(prefill) == (0, 4)
     decode.submit(decoding("sent-d", prompt, first, handoff))
     assert (await decode.ended("sent-d")).transferred_blocks == 4
 
@@ -200,7 +204,7 @@ async def test_an_output_that_ends_with_its_first_token_holds_nothing(
     output = await prefill.ask(f"ends-{len(bias)}", prompt_of(100), sampling, prefill_only=True)
     reached(output, FinishReason.STOP if bias else FinishReason.LENGTH)
     assert output.handoff is None
-    await until(lambda: idle(prefill), within_s=5.0)
+    await until(lambda: idle(prefill), within_s=SECONDS)
 
 
 @pytest.mark.parametrize("delay_ms", [0, 1, 3, 10, 30])
@@ -208,8 +212,9 @@ async def test_a_pull_that_is_cancelled_leaves_nothing(pair: Pair, delay_ms: int
     prefill, decode = pair
     prompt = prompt_of(500, seed=delay_ms)
     name = f"cancelled-{delay_ms}"
-    first, handoff = await prefilled(prefill, name, prompt)
-    decode.submit(decoding(f"{name}-d", prompt, first, handoff))
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=3000)  # it does not end by itself before
+    first, handoff = await prefilled(prefill, name, prompt, sampling)
+    decode.submit(decoding(f"{name}-d", prompt, first, handoff, sampling))
     await asyncio.sleep(delay_ms / 1e3)
     decode.engine.cancel(f"{name}-d")
     reached(await decode.ended(f"{name}-d"), FinishReason.CANCELLED)
@@ -226,7 +231,7 @@ async def test_a_prefill_that_is_cancelled_leaves_nothing(pair: Pair, delay_ms: 
     prefill.engine.cancel(name)
     if (await prefill.ended(name)).finish_reason is FinishReason.PREFILLED:
         prefill.engine.release(name, sent=False)
-    await until(lambda: idle(prefill), within_s=5.0)
+    await until(lambda: idle(prefill), within_s=SECONDS)
 
 
 # --- what must not be pulled ----------------------------------------------------------------------------
@@ -281,7 +286,7 @@ async def test_a_handoff_that_is_wrong_costs_only_the_prompt_s_computation(pair:
     alone = (await computed(decode, fault, prompt)).token_ids
     first, handoff = await prefilled(prefill, fault, prompt, salt=salt)
     decode.submit(decoding(f"{fault}-d", prompt, first, WRONG[fault](handoff), salt=salt))
-    rest = await asyncio.wait_for(decode.ended(f"{fault}-d"), 30.0)
+    rest = await asyncio.wait_for(decode.ended(f"{fault}-d"), SECONDS)
     assert first.token_ids + rest.token_ids == alone
     assert rest.transferred_blocks == 0
     prefill.engine.release(fault, sent=False)
@@ -301,9 +306,10 @@ def cpu_seconds(pid: int) -> float:
 
 async def test_idle_engines_leave_the_cpu_alone(pair: Pair) -> None:
     before = [cpu_seconds(engine.core_pid) for engine in pair]
+    began = time.monotonic()
     await asyncio.sleep(4.0)
     for engine, start in zip(pair, before, strict=True):
-        assert cpu_seconds(engine.core_pid) - start < 0.4
+        assert cpu_seconds(engine.core_pid) - start < 0.1 * (time.monotonic() - began)
 
 
 async def test_engines_may_use_all_cores_that_this_process_may(pair: Pair) -> None:

@@ -31,13 +31,12 @@ def foreseen(engine: Running, prompt: list[int], salt: str = "") -> int:
     return engine.engine._prompts.cached_tokens(prompt, salt)
 
 
-async def settled(small: Running) -> None:
-    """Events come a little after the outputs of their step."""
-    async with asyncio.timeout(10.0):
-        cached: set[int] | None = None
-        while cached != set(small.engine.cached_hashes()):
-            cached = set(small.engine.cached_hashes())
-            await asyncio.sleep(0.1)
+async def settled(small: Running, marker: int) -> None:
+    """Until all events so far have come, which is a little after the outputs of their step: events come in
+    order, and here one block more is made, another one for each `marker`, whose event is the last."""
+    last = prompt_of(33, seed=10_000 + marker)
+    await small.ask(f"marker-{marker}", last, Sampling(max_tokens=1, temperature=0.0))
+    await until(lambda: foreseen(small, last) == 32)
 
 
 async def test_what_is_foreseen_is_what_vllm_finds(small: Running) -> None:
@@ -56,7 +55,7 @@ async def test_what_is_foreseen_is_what_vllm_finds(small: Running) -> None:
         talks[which] = prompt + output.token_ids + prompt_of(25, seed=turn)
         if len(talks[which]) > 600:
             talks[which] = prompt_of(60, seed=100 + turn)
-        await settled(small)
+        await settled(small, turn)
         assert len(small.engine.cached_hashes()) <= BLOCKS
     assert found > 3000  # it was worth it
     assert abs(expected - found) <= 0.02 * found
@@ -73,7 +72,7 @@ async def test_the_same_under_load(small: Running) -> None:
         outputs = await asyncio.gather(
             *[small.ask(f"load-{turn}-{i}", prompt, GREEDY) for i, prompt in enumerate(prompts)]
         )
-        await settled(small)
+        await settled(small, 100 + turn)
         if turn:
             expected += sum(predicted)
             found += sum(output.cached_tokens or 0 for output in outputs)
@@ -84,8 +83,7 @@ async def test_the_same_under_load(small: Running) -> None:
 async def test_salts_do_not_meet(small: Running) -> None:
     prompt = prompt_of(100, seed=900)
     await small.ask("salted", prompt, GREEDY, cache_salt="a")
-    await settled(small)
-    assert foreseen(small, prompt, "a") == 96
+    await until(lambda: foreseen(small, prompt, "a") == 96)
     assert foreseen(small, prompt, "b") == foreseen(small, prompt) == 0
     assert (await small.ask("salted-again", prompt, GREEDY, cache_salt="a")).cached_tokens == 96
 
