@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from checks.vllm.graph.questions import PAIR, STRUCTURED, Answer, Question, everything
-from tests.e2e.conftest import MODEL, ROOT, START_S, Frontend, Graph, running
+from tests.e2e.conftest import MODEL, ROOT, Frontend, Graph, Process, another_frontend, running
 
 SHIPPED = ROOT / "deploy" / "vllm-cpu.yaml"
 VLLM_START_S = 300.0  # 25 s for two on two idle cores
@@ -82,57 +77,14 @@ def pair(graph: Graph) -> Graph:
 
 
 @pytest.fixture(scope="session")
-def always(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frontend]:
+def always(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Another frontend of the same graph, which sends every prompt to a prefill worker first."""
-    with _another_frontend(graph, "always", tmp_path_factory.mktemp("always")) as frontend:
-        yield frontend
+    with another_frontend(graph.state / "vllm-cpu", tmp_path_factory.mktemp("always"), "always") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
-def never(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frontend]:
+def never(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Another one, which leaves every prompt to the decode workers."""
-    with _another_frontend(graph, "never", tmp_path_factory.mktemp("never")) as frontend:
-        yield frontend
-
-
-@contextlib.contextmanager
-def _another_frontend(graph: Graph, disagg: str, logs: Path) -> Iterator[Frontend]:
-    log = logs / "frontend.log"
-    frontend = Frontend()
-    folder = graph.state / "vllm-cpu"
-    options = {
-        "--disagg": disagg,
-        "--expect": "prefill,decode",
-        "--http-port": str(frontend.port),
-        "--namespace": "vllm-cpu",
-        "--discovery": f"file:{folder / 'discovery'}",
-        "--link-secret-file": str(folder / "secret"),
-    }
-    words = [word for option in options.items() for word in option]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "penstock", "frontend", *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=graph.env,
-            cwd=ROOT,
-        )
-    try:
-        _wait_healthy(frontend, process, log)
-        yield frontend
-    finally:
-        frontend.close()
-        process.terminate()
-        code = process.wait(timeout=40)
-    assert code == 0, log.read_text()[-4000:]
-
-
-def _wait_healthy(frontend: Frontend, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(OSError):
-            if frontend.get("/health")[0] == 200:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"not healthy in {START_S} s:\n{log.read_text()[-4000:]}")
+    with another_frontend(graph.state / "vllm-cpu", tmp_path_factory.mktemp("never"), "never") as found:
+        yield found

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.e2e.conftest import MODEL, Frontend, Graph
+from tests.e2e.conftest import MODEL, Frontend, Graph, Process
 from tests.e2e.test_document import ALICE
 
 LINE = re.compile(
@@ -15,11 +15,11 @@ LINE = re.compile(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_remembers_alice_across_workers(graph: Graph, stream: bool) -> None:
+def test_remembers_alice_across_workers(always: Frontend, stream: bool) -> None:
     """The name can only be answered from KV that was moved."""
-    moved = graph.metric("penstock_transferred_blocks_total")
-    remote = graph.metric("penstock_decisions_total", path="remote")
-    answer = graph.client().chat.completions.create(
+    moved = always.metric("penstock_transferred_blocks_total")
+    remote = always.metric("penstock_decisions_total", path="remote")
+    answer = always.client().chat.completions.create(
         model=MODEL,
         messages=ALICE,
         max_tokens=50,
@@ -31,8 +31,8 @@ def test_remembers_alice_across_workers(graph: Graph, stream: bool) -> None:
     else:
         text = answer.choices[0].message.content
     assert text == "Your name is Alice."
-    assert graph.metric("penstock_decisions_total", path="remote") == remote + 1
-    assert graph.metric("penstock_transferred_blocks_total") == moved + 3
+    assert always.metric("penstock_decisions_total", path="remote") == remote + 1
+    assert always.metric("penstock_transferred_blocks_total") == moved + 3
 
 
 def test_explains_disaggregated_serving(graph: Graph) -> None:
@@ -49,23 +49,21 @@ def test_explains_disaggregated_serving(graph: Graph) -> None:
     assert answer.usage.completion_tokens > 20
 
 
-def test_logs_show_routing_and_transfers(graph: Graph) -> None:
-    graph.client().chat.completions.create(
+def test_logs_show_routing_and_transfers(graph: Graph, always: Process) -> None:
+    always.client().chat.completions.create(
         model=MODEL, messages=ALICE, max_tokens=50, extra_body={"cache_salt": "logs"}
     )
-    frontend = graph.command("logs", "frontend").stdout
-    assert re.search(r"path=remote", frontend)
-    decode = graph.command("logs", "decode").stdout
-    assert re.search(
-        r"KV transfer done: .*transport=vllm-nixl blocks=3 from=vllm-cpu-prefill-0 .*ms=[\d.]+", decode
+    assert "path=remote" in always.log.read_text()
+    done = re.compile(
+        r"KV transfer done: .*transport=vllm-nixl blocks=3 from=vllm-cpu-prefill-0 .*ms=[\d.]+"
     )
+    graph.wait_for_log("decode", done.search)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_logs_have_one_format(graph: Graph, role: str) -> None:
     """vLLM's own lines included."""
-    lines = graph.command("logs", role).stdout.splitlines()
-    assert any(" vllm." in line for line in lines)
+    lines = graph.wait_for_log(role, lambda lines: " vllm." in lines).splitlines()
     assert [line for line in lines if not LINE.match(line)] == []
 
 
