@@ -123,6 +123,10 @@ class AdmissionQueue:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.waiting or request_id in self._following
 
+    def others_waiting(self, request_id: str) -> int:
+        """How many requests wait beside this one."""
+        return len(self.waiting) - (request_id in self.waiting)
+
     def saturation_ms(self) -> float:
         """The predicted wait of a newcomer behind all that wait; 0 when none does."""
         return self.prediction.head_ms + self.prediction.served_in_ms(self.waiting.work)

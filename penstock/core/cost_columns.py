@@ -255,7 +255,7 @@ def _few(
     if takers.any():
         total_ms = here.queue_ms + here.transfer_ms + here.later_ms
         return kept | _least(total_ms, takers, rng), int(takers.sum())
-    start_ms = here.queue_ms + here.prefill_ms + here.inflicted_ms
+    start_ms = alone_ms = here.queue_ms + here.prefill_ms + here.inflicted_ms
     for each in _kinds(pool.kv_format[decoders]):
         same = pool.kv_format == each
         prefills = ~decoders & same
@@ -263,6 +263,12 @@ def _few(
             ready_ms = here.queue_ms + here.prefill_ms
             kept |= {_first_least(here.queue_ms, prefills)} | _least(ready_ms, prefills, rng)
             remote_ms = np.maximum(ready_ms[prefills].min(), here.queue_ms) + here.transfer_ms
+            if here.queue_ms[prefills].min() >= here.queue_ms[decoders].min():
+                prefill_ms = here.prefill_ms[_first_least(ready_ms, prefills)]
+                remote_ms += query.waiting_for_prefill * prefill_ms
+            else:
+                delayed_ms = query.waiting_for_decode * here.prefill_ms
+                start_ms = np.where(same, alone_ms + delayed_ms, start_ms)
             takes = same & (pool.role == _DECODE)
             if disagg is Disagg.AUTO:
                 takes &= (here.uncached_tokens >= pool.block_size) & (remote_ms < start_ms)

@@ -93,7 +93,8 @@ class Query(msgspec.Struct, frozen=True):
     prompt's KV, of this format, waits on a prefill worker; a decode worker that reads it computes none of
     it. `slo_itl_ms`: the mean time between tokens that requests should have at most; 0: any.
     `usual_prompt`: what a request of its model gives workers to compute, on average; nothing while that is
-    not known."""
+    not known. `waiting_for_prefill`: requests that wait in the frontend, for each prefill worker that there
+    is; `waiting_for_decode`: for each of the others."""
 
     prompt_tokens: int
     ordinal: int = 0
@@ -103,6 +104,8 @@ class Query(msgspec.Struct, frozen=True):
     usual_prompt: PromptWork = NO_WORK
     session: str = ""  # as in Request
     computed_elsewhere: bool = False  # prefill workers compute the prompts of decode workers
+    waiting_for_prefill: float = 0.0
+    waiting_for_decode: float = 0.0
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -145,6 +145,7 @@ class Dispatcher:
         """What would be kept of a request that came now, with the decision for it if workers could take it.
         Nothing changes by it, neither here nor in what is decided next."""
         placed, queue = Placed(request), self.queues.get(request.model)
+        placed.others_waiting = len(queue) if queue is not None else 0
         everybody = self._membership.ready(request.model)
         apart = self.suspects.apart(0, everybody)
         decision = self._placement.foresee(placed, request.token_ids, self._not_full(apart, now), now)
@@ -424,6 +425,7 @@ class Dispatcher:
     def _decide(self, record: RequestRecord, cards: list[Card], now: float) -> Decision | None:
         cards = self._not_full(cards, now)
         life = record.life
+        record.placed.others_waiting = record.queue.others_waiting(record.request_id)
         return self._placement.choose(record.placed, life.token_ids, cards, life.handoff, now)
 
     def _not_full(self, cards: list[Card], now: float) -> list[Card]:

@@ -23,7 +23,7 @@ from penstock.core.announcements import Announcements
 from penstock.core.approximate_index import ApproximateIndex
 from penstock.core.costs import EXPECTED_OUTPUT_TOKENS, STEP_TOKENS, OutputLengths
 from penstock.core.decision_words import COSTS_POLICY, plan_costs_ms
-from penstock.core.disagg import Disagg
+from penstock.core.disagg import Disagg, waiting_for_each
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import OverlapCheck, Verdict
 from penstock.core.pairing import KvFormat, kv_format, unpaired
@@ -54,6 +54,7 @@ class Placed:
     hashes: dict[int, list[int]] = field(default_factory=dict)  # by block size
     overlap_tokens: dict[str, int] = field(default_factory=dict)  # by instance, those with any, as of then
     told_tokens: dict[str, int] = field(default_factory=dict)  # by events of those that are distrusted
+    others_waiting: int = 0  # how many other requests wait in the frontend for its model
     booked_on: str = ""  # the decode worker promised to it, while a prefill worker has it
     runs_on: str = ""  # where its current attempt is
     sent_tokens: int = 0  # of that attempt
@@ -231,6 +232,7 @@ class Placement:
         rng: random.Random,
         now: float,
     ) -> Decision | None:
+        for_prefill, for_decode = waiting_for_each(placed.others_waiting, cards)
         query = Query(
             prompt_tokens=len(tokens),
             ordinal=ordinal,
@@ -239,6 +241,8 @@ class Placement:
             slo_itl_ms=self._slo_itl_ms,
             usual_prompt=self._usual_prompt(placed.request.model.name).work,
             session=placed.request.session,
+            waiting_for_prefill=for_prefill,
+            waiting_for_decode=for_decode,
         )
         overlaps = self._overlaps(placed, tokens, cards)
         decoders = None

@@ -106,12 +106,16 @@ def choose(
     if takers or prefills:
         query = msgspec.structs.replace(query, computed_elsewhere=True)
     plans, here = [], [costs(query, candidate) for candidate in shortlist(query, takers or decoders, rng)]
+    soonest = _soonest(query, decoders, here)
     for each in here:
         prefill = prefills.get(each.candidate.kv_format) if prefills else None
-        plans.append(plan(query, each, prefill.chosen if prefill is not None else None, mode))
+        if prefill is None:
+            plans.append(plan(query, each, None, mode))
+        else:
+            awaits_prefill = prefill.soonest.queue_ms >= soonest.queue_ms
+            plans.append(plan(query, each, prefill.chosen, mode, awaits_prefill=awaits_prefill))
     totals_ms = [it.total_ms for it in plans]
     best = _least(plans, totals_ms, rng)
-    soonest = _soonest(query, decoders, here)
     if best.first is not None:
         soonest = max(soonest, prefills[best.here.candidate.kv_format].soonest, key=_queue_ms)
     return Decision(

@@ -123,6 +123,9 @@ class Pair:
         if rng.random() < 0.3:
             handoff = builders.handoff(num_tokens=len(tokens), layout="l", block_size=16)
         requests = [placed("r", sampling) for _ in range(2)]
+        waiting = rng.choice((0, 0, 1, 100))
+        for request in requests:
+            request.others_waiting = waiting
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cost_columns, "KEPT", rng.choice((1, cost_columns.KEPT)))
             chosen = [

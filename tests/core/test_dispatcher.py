@@ -423,6 +423,18 @@ def test_a_prompt_is_handed_over_and_its_decode_worker_booked_meanwhile() -> Non
     stage.check_closed()
 
 
+def test_a_decision_counts_the_others_that_wait_for_each_worker() -> None:
+    stage = Stage({"p0": PREFILL, "d0": DECODE, "d1": DECODE})
+    stage.fill()
+    *_, last = [stage.ask() for _ in range(3)]
+    stage.dispatcher.full_until.clear()
+    foreseen = stage.dispatcher.foresee(last.life.request, stage.now).placings()
+    stage.turn()
+    decisions = [choice.decision for choice in stage.choices] + [it.decision for it in foreseen]
+    waiting = [(it.query.waiting_for_prefill, it.query.waiting_for_decode) for it in decisions]
+    assert waiting == [(2.0, 1.0), (1.0, 0.5), (0.0, 0.0), (3.0, 1.5)]
+
+
 def test_a_request_that_waits_again_is_booked_nowhere() -> None:
     stage = Stage({"p0": PREFILL, "d0": DECODE}, ALWAYS)
     record = stage.ask()

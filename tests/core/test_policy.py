@@ -4,6 +4,7 @@ from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
@@ -186,6 +187,40 @@ def test_a_busy_decode_worker_gives_its_prompts_away_sooner() -> None:
     idle, busy = (worker("d", Role.DECODE, rates=rates, running=running) for running in (0, 16))
     assert decide(Query(100), prefill, idle).path is Path.LOCAL
     assert decide(Query(100), prefill, busy).path is Path.REMOTE
+
+
+def test_while_others_wait_for_prefill_workers_a_decode_worker_computes_a_prompt() -> None:
+    pool = (worker("p", Role.PREFILL, prefill_tokens=100), worker("d", Role.DECODE, running=4))
+    alone, few, many = (
+        decide(Query(1000, waiting_for_prefill=waiting), *pool) for waiting in (0.0, 0.25, 4.0)
+    )
+    assert [it.path for it in (alone, few, many)] == [Path.REMOTE, Path.REMOTE, Path.LOCAL]
+    assert alone.wait_ms == few.wait_ms > 0.0
+    assert many.wait_ms == 0.0
+    start_ms, prefill_ms = alone.chosen.start_ms, alone.chosen.prefill_ms
+    assert few.chosen.start_ms == pytest.approx(start_ms + prefill_ms / 4)
+    assert many.chosen.other_start_ms == pytest.approx(start_ms + 4 * prefill_ms)
+
+
+def test_while_others_wait_for_decode_workers_a_prefill_worker_computes_a_prompt() -> None:
+    rates = Rates(1.0, 0.15, 0.3, transfer_ms=100.0)
+    pool = (
+        worker("p", Role.PREFILL, rates=rates),
+        worker("d", Role.DECODE, rates=rates, prefill_tokens=500),
+    )
+    alone, many = (
+        decide(Query(200, waiting_for_prefill=waiting, waiting_for_decode=waiting), *pool)
+        for waiting in (0, 4)
+    )
+    assert (alone.path, many.path) == (Path.LOCAL, Path.REMOTE)
+    assert many.chosen.inflicted_ms == 0.0
+
+
+def test_what_waits_in_the_frontend_says_nothing_where_there_is_one_path() -> None:
+    pool = (worker("a"), worker("b", overlap_blocks=10, prefill_tokens=200))
+    assert decide(Query(1000, waiting_for_decode=9.0), *pool) == msgspec.structs.replace(
+        decide(Query(1000), *pool), query=Query(1000, waiting_for_decode=9.0)
+    )
 
 
 def test_the_prefill_worker_with_the_prefix_is_used() -> None:

@@ -67,6 +67,15 @@ def test_prefill_workers_hand_prompts_over(disagg: str) -> None:
     assert report.requests > 100
 
 
+def test_prompts_do_not_wait_for_prefill_workers_that_are_too_few() -> None:
+    """Of these one prefill worker can compute a part only, and decode workers can compute the others."""
+    lengths = {"prompt_tokens": 4000, "output_tokens": 100}
+    load = msgspec.structs.replace(CHAT, generator="prompts", rate=RateRange(11.0, 11.0), lengths=lengths)
+    report = run(load, SimulatedGraph(aggregated=0, prefill=1, decode=2))
+    assert not report.errors
+    assert (report.ttft_ms.mean or 0) < 1000
+
+
 def test_more_users_wait_longer() -> None:
     load = msgspec.structs.replace(CHAT, rate=None, users=4)
     few, many = run(load), run(load, scale=30)
