@@ -14,11 +14,18 @@ worker begins with: a guess that may be ten times off. It is taken for as fast a
 count in the medians. By the guess it would get most prompts at first where the model is slower than that;
 where it is faster, none as long as others are idle, so that it would never measure itself.
 
+Until one of a role has had so many, each goes by what it reports, but for what is still that guess: there
+it is taken for as fast as the workers of this model that have measured anything, whatever their role. By
+the guess a prefill worker that has had no prompt looks twice as fast as decode workers that know better, on
+slow engines 50 times, and gets prompts that they have cached. Workers of another role may be other
+machines, so what a worker has measured of itself goes before what others have.
+
 Pure: no IO, no clock.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
@@ -42,6 +49,14 @@ MEASURED_ATTEMPTS = 32
 USUAL_PROMPT_TOKENS = 1000.0
 """Computed of a prompt, where a worker has had none yet."""
 
+GUESSED = 0.01
+"""How near to what every worker begins with a rate is not measured yet, relatively: a prompt that comes
+computed moves it a little, as one token of it is computed again."""
+
+_GUESSES = Rates()
+
+_OF_ANY_ROLE = ("step_ms", "prefill_token_ms", "prefill_context_ms")  # prefill workers never decode
+
 _MEASURED = (
     "step_ms",
     "prefill_token_ms",
@@ -52,10 +67,39 @@ _MEASURED = (
 
 
 @dataclass(slots=True, eq=False)
+class _ModelWorkers:
+    """The workers of one model."""
+
+    pools: dict[Role, _AlikeWorkers] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)  # medians of the rates that some have measured
+
+    def look(self) -> None:
+        """See what they have measured by now."""
+        reported = [load.reported.rates for pool in self.pools.values() for load in pool.loads.values()]
+        for name in _OF_ANY_ROLE:
+            known = [getattr(rates, name) for rates in reported if not _is_guessed(rates, name)]
+            if known:
+                self.measured[name] = median(known)
+
+    def set_rates(self) -> list[str]:
+        """Of all of them. Returns their names."""
+        for pool in self.pools.values():
+            for load in pool.loads.values():
+                pool.set_rates(load)
+        return [instance_id for pool in self.pools.values() for instance_id in pool.loads]
+
+    def completed(self, rates: Rates) -> Rates:
+        """With what others have measured, where these are still guessed."""
+        others = {name: ms for name, ms in self.measured.items() if _is_guessed(rates, name)}
+        return msgspec.structs.replace(rates, **others) if others else rates
+
+
+@dataclass(slots=True, eq=False)
 class _AlikeWorkers:
     """The workers of one model and role."""
 
     key: tuple[str, Role]
+    model: _ModelWorkers
     loads: dict[str, WorkerLoad] = field(default_factory=dict)  # by instance
     medians: Rates | None = None  # of those that have measured themselves; None: none has
     reports: int = 0
@@ -69,21 +113,25 @@ class _AlikeWorkers:
     def set_rates(self, load: WorkerLoad) -> None:
         """Of one of them, once some are known."""
         if self.medians is not None:
-            load.rates = _rates(load, self.medians)
+            load.rates = self.model.completed(_rates(load, self.medians))
+        elif self.model.measured:
+            load.rates = self.model.completed(load.reported.rates)
 
 
 class PoolRates:
     """Sets `WorkerLoad.rates` of connected workers."""
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[str, Role], _AlikeWorkers] = {}  # by model and role
+        self._models: dict[str, _ModelWorkers] = {}
         self._pools_of: dict[str, _AlikeWorkers] = {}  # by instance
 
     def up(self, card: Card, load: WorkerLoad) -> None:
         """A worker is connected."""
         self.down(card.instance_id)
         key = card.model.name, card.role
-        pool = self._pools_of[card.instance_id] = self._pools.setdefault(key, _AlikeWorkers(key))
+        model = self._models.setdefault(card.model.name, _ModelWorkers())
+        pool = model.pools.setdefault(card.role, _AlikeWorkers(key, model))
+        self._pools_of[card.instance_id] = pool
         pool.loads[card.instance_id] = load
         pool.set_rates(load)
 
@@ -93,21 +141,23 @@ class PoolRates:
         if pool is not None:
             del pool.loads[instance_id]
             if not pool.loads:
-                del self._pools[pool.key]
+                name, role = pool.key
+                del pool.model.pools[role]
+                if not pool.model.pools:
+                    del self._models[name]
 
     def reported(self, instance_id: str) -> Iterable[str]:
         """A worker's load arrived. Returns those whose rates it has set."""
         pool = self._pools_of[instance_id]
         pool.reports += 1
         if _due(pool.reports, REPORTS * len(pool.loads)):
-            first = pool.medians is None
+            all_measured = all(it.medians is not None for it in pool.model.pools.values())
             pool.look()
-            if first and pool.medians is not None:
-                for each in pool.loads.values():
-                    pool.set_rates(each)
-                return list(pool.loads)
+            pool.model.look()
+            if not all_measured:
+                return pool.model.set_rates()
         load = pool.loads[instance_id]
-        if _due(load.reports, REPORTS):
+        if pool.medians is None or _due(load.reports, REPORTS):
             pool.set_rates(load)
         return (instance_id,)
 
@@ -115,6 +165,10 @@ class PoolRates:
 def _due(reports: int, every: int) -> bool:
     """Whether it is time for a look: at powers of two, and then regularly."""
     return not reports % every or not reports & (reports - 1)
+
+
+def _is_guessed(rates: Rates, name: str) -> bool:
+    return math.isclose(getattr(rates, name), getattr(_GUESSES, name), rel_tol=GUESSED)
 
 
 def _has_measured(load: WorkerLoad) -> bool:

@@ -122,6 +122,41 @@ def test_workers_of_other_roles_are_not_compared() -> None:
     assert pool.used("prefill") == slow
 
 
+def test_a_worker_that_has_measured_nothing_is_taken_for_as_fast_as_those_of_another_role() -> None:
+    pool = Pool()
+    pool.up("decode", TRUE, Role.DECODE, submitted=3)
+    pool.up("prefill", Rates(), Role.PREFILL, submitted=0)
+    pool.report("decode")
+    used = pool.used("prefill")
+    assert (used.step_ms, used.prefill_token_ms, used.prefill_context_ms) == (10.0, 0.05, 2e-6)
+    assert used.decode_request_ms == Rates().decode_request_ms, "it never decodes"
+    pool.up("late", Rates(), Role.PREFILL, submitted=0)
+    assert pool.used("late").prefill_token_ms == 0.05, "before its first report"
+    own = replace(Rates(), step_ms=20.0, prefill_token_ms=0.2, prefill_context_ms=4e-6)
+    pool.loads["prefill"].reported = replace(pool.loads["prefill"].reported, rates=own, submitted=8)
+    pool.report("prefill")
+    assert pool.used("prefill") == own, "other machines may have other roles"
+
+
+def test_a_decode_worker_that_computed_no_prompts_is_taken_to_do_so_as_fast_as_prefill_workers() -> None:
+    pool = Pool(TRUE, role=Role.PREFILL)
+    one_token_each = replace(Rates(), step_ms=9.0, prefill_token_ms=0.0201)
+    pool.up("decode", one_token_each, Role.DECODE)
+    pool.report()
+    pool.report("decode", times=2 * REPORTS)
+    used = pool.used("decode")
+    assert (used.step_ms, used.prefill_token_ms, used.prefill_context_ms) == (9.0, 0.05, 2e-6)
+
+
+def test_workers_of_other_models_are_not_compared() -> None:
+    pool = Pool(TRUE, TRUE)
+    other = card("other", Role.PREFILL, model="other")
+    pool.loads["other"] = WorkerLoad(Load())
+    pool.rates.up(other, pool.loads["other"])
+    pool.report()
+    assert pool.used("other") == Rates()
+
+
 def test_a_worker_that_is_gone_does_not_count() -> None:
     slow = replace(TRUE, step_ms=12.0)
     pool = Pool(TRUE, TRUE, slow)
