@@ -230,7 +230,7 @@ class Dispatcher:
                 self.drop(record)
                 self._ended(record, effects, now)
                 output_tokens = life.output_tokens if life.complete else None
-                self._placement.ended(record.placed, output_tokens, life.token_ids)
+                self._placement.ended(record.placed, output_tokens, life.output_ids)
         elif life.strikes.count or record.request_id in self.suspects:
             places = life.instance_id, life.decode_id
             self.suspects.note(record.request_id, life.strikes.count, *places)
@@ -451,4 +451,4 @@ class Dispatcher:
         """What is left of it, in tokens (core/admission.py)."""
         life = record.life
         expected = self._placement.expected_output_tokens(life.request) - life.output_tokens
-        return work_tokens(len(life.token_ids), max(0.0, expected))
+        return work_tokens(life.tokens, max(0.0, expected))

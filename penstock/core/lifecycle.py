@@ -95,19 +95,19 @@ class Lifecycle:
         "failed",
         "handoff",
         "history",
+        "output_ids",
         "phase",
         "request",
         "rests_until",
         "since",
         "strikes",
-        "token_ids",
         "trouble",
     )
 
     def __init__(self, request: Request, limits: Deadlines, now: float) -> None:
         self.request = request
         self.phase = Phase.QUEUED
-        self.token_ids = list(request.token_ids)  # prompt + output so far
+        self.output_ids: list[int] = []  # the tokens generated so far
         self.deadline = now + limits.queue_s
         self.complete = False  # it has ended, and its output is all that there was to be
         self.trouble = ""  # why the last attempt ended, for logs and the final error
@@ -138,7 +138,19 @@ class Lifecycle:
     @property
     def output_tokens(self) -> int:
         """Output tokens so far."""
-        return len(self.token_ids) - len(self.request.token_ids)
+        return len(self.output_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and output so far."""
+        return len(self.request.token_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far, not to be changed: the request's own, as a prompt may be long, while
+        there is no output."""
+        prompt = self.request.token_ids
+        return prompt + self.output_ids if self.output_ids else prompt
 
     def attempt_id_of(self, number: int) -> str:
         """The id of an attempt. They count from 1."""
@@ -216,8 +228,7 @@ class Lifecycle:
         attempt = Attempt(
             attempt_id=self.attempt_id,
             request_id=self.request.request_id,
-            # A prompt may be long, and nobody changes the request's.
-            token_ids=list(self.token_ids) if self.output_tokens else self.request.token_ids,
+            token_ids=self.token_ids,
             prompt_len=len(self.request.token_ids),
             sampling=self.request.sampling,
             prefill_only=prefill_only,
@@ -237,13 +248,13 @@ class Lifecycle:
         reason = output.finish_reason
         if reason is None:
             self._sent_handoff = None
-            self.token_ids += output.token_ids
+            self.output_ids += output.token_ids
             strikes, begins = self.strikes, self.phase is not _DECODE
             if begins:
                 times = self.history[-1]
                 times.first_output_s, times.cached_tokens = now - self._came_at, output.cached_tokens
             if strikes.count:
-                if len(self.token_ids) >= strikes.acquitted_at:
+                if self.tokens >= strikes.acquitted_at:
                     strikes.acquit()
                     self._settle()
             elif begins:
@@ -259,12 +270,12 @@ class Lifecycle:
         if output.token_ids and times.first_output_s is None:
             times.first_output_s, times.cached_tokens = now - self._came_at, output.cached_tokens
         if reason is FinishReason.STOP or reason is FinishReason.LENGTH:
-            self.token_ids += output.token_ids
+            self.output_ids += output.token_ids
             self.phase = Phase.DONE
             self.complete = True
             return [self._emit(output, reason)]
         if reason is FinishReason.PREFILLED and output.handoff is not None:
-            self.token_ids += output.token_ids
+            self.output_ids += output.token_ids
             self.handoff, self._handoff_at = output.handoff, now
             emitted = self._emit(output, None)
             # The decode worker first: its pull may start while the client reads the first token.
@@ -351,7 +362,7 @@ class Lifecycle:
             return []
         if self.strikes.moves >= self._limits.max_moves:
             return []
-        self.strikes.moved(event.instance_id, event.reason, len(self.token_ids))
+        self.strikes.moved(event.instance_id, event.reason, self.tokens)
         self.trouble = f"{self._instance_id}: {event.reason}"
         self.avoided.add(self._instance_id)
         self.failed = self.trouble
@@ -369,7 +380,7 @@ class Lifecycle:
         code: str = "",
     ) -> list[Effect]:
         strikes = self.strikes
-        strikes.add(self._instance_id, reason, len(self.token_ids), died=died)
+        strikes.add(self._instance_id, reason, self.tokens, died=died)
         self.attempt_id = ""
         self.trouble = f"{self._instance_id}: {reason}"
         self.avoided.add(self._instance_id)

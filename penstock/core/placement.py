@@ -348,9 +348,9 @@ class Placement:
         checkable = attempt.handoff is None and attempt.sampling.prompt_logprobs is None
         placed.predicted_tokens = overlap if checkable else None
 
-    def ended(self, placed: Placed, output_tokens: int | None, token_ids: Sequence[int] = ()) -> None:
+    def ended(self, placed: Placed, output_tokens: int | None, output_ids: Sequence[int] = ()) -> None:
         """The request wants nothing more. `output_tokens`: None when its output was cut short, which says
-        nothing of lengths. `token_ids`: its prompt and its output."""
+        nothing of lengths. `output_ids`: the tokens that it got."""
         self.unbook(placed)
         self._left(placed)
         if placed.runs_on and output_tokens is not None:
@@ -360,7 +360,8 @@ class Placement:
         if placed.computed_from is not None and placed.runs_on in self.approximate:
             size = self._cards[placed.runs_on].engine.block_size
             # The KV of the last token is never computed.
-            self.approximate.used(placed.runs_on, _hashes(placed, token_ids[:-1], size))
+            computed = [*placed.request.token_ids, *output_ids][:-1]
+            self.approximate.used(placed.runs_on, _hashes(placed, computed, size))
 
     def _left(self, placed: Placed) -> None:
         """Its attempt, if there was one, has ended: see whether events named what it had computed."""

@@ -238,15 +238,16 @@ def test_a_distrusted_instance_counts_by_what_was_sent_there() -> None:
         it.sent(request, "d0", number + 1, attempt(), 0.0)
         it.cached(request, "d0", 128)
     assert it.overlap_check.cause("d0") is Cause.EVENTS_OFF
-    it.ended(request, 10, [*TOKENS, *range(1000, 1021)])
+    it.ended(request, 10, range(1000, 1021))
     longer = Placed(Request("r", ModelKey("m", "r"), [*TOKENS, *range(1000, 1100)], Sampling(max_tokens=1)))
     decision = it.choose(longer, longer.request.token_ids, [only], None, 0.0)
     assert decision is not None
     assert decision.plans[0].here.candidate.overlap_blocks == 180 // 16, "what ended there since"
     it.sent(longer, "d0", 50, attempt(), 0.0)
     it.cached(longer, "d0", 0)
-    text = [*longer.request.token_ids, *range(2000, 2013)]  # 273 tokens, the last of them without KV
-    it.ended(longer, 13, text)
+    output = range(2000, 2013)
+    text = [*longer.request.token_ids, *output]  # 273 tokens, the last of them without KV
+    it.ended(longer, 13, output)
     decision = it.choose(placed(), [*text, 1, 2, 3], [only], None, 0.0)
     assert decision is not None
     assert decision.plans[0].here.candidate.overlap_blocks == 272 // 16
