@@ -8,6 +8,7 @@ import pytest
 
 from checks.vllm.graph.questions import BLOCK, prompt
 from tests.e2e.conftest import MODEL, Graph
+from tests.waiting import wait_until
 
 NAMES = ["Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi"]
 QUESTIONS = ["What is my name?", "Explain disaggregated serving benefits", "Who am I?", "Thank you!"]
@@ -29,6 +30,15 @@ class Overlap:
     def since(self) -> tuple[float, float]:
         predicted, actual = self._now()
         return predicted - self._before[0], actual - self._before[1]
+
+
+def settled(graph: Graph) -> None:
+    """Until the workers have told of the end of all that ran, and with it of what they have cached."""
+
+    def busy() -> float:
+        return graph.metric("penstock_worker_used_blocks") + graph.metric("penstock_worker_running")
+
+    wait_until(lambda: busy() == 0, "the workers are idle", look_s=0.1)
 
 
 def converse(graph: Graph, name: str) -> None:
@@ -58,13 +68,15 @@ def test_conversations(pair: Graph) -> None:
 
 def test_prompts_that_end_with_a_block(pair: Graph) -> None:
     """A prompt that is cached as a whole: its last token is computed again, and so its last block."""
+    settled(pair)
     overlap = Overlap(pair)
     client = pair.client()
     for blocks in (1, 2, 5):
         tokens = list(prompt(blocks * BLOCK, seed=7000 + blocks))
         for _ in range(3):
-            client.completions.create(model=MODEL, prompt=tokens, max_tokens=2)
-            client.completions.create(model=MODEL, prompt=tokens + tokens[:1], max_tokens=2)
+            for asked in (tokens, tokens + tokens[:1]):
+                client.completions.create(model=MODEL, prompt=asked, max_tokens=2)
+                settled(pair)
     predicted, actual = overlap.since()
     assert actual > 1000
     assert predicted == actual
