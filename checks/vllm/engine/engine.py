@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from checks.vllm.engine.running import ENGINE_ARGS, Running, reached, running, settings
+from checks.vllm.engine.running import ENGINE_ARGS, WAIT_S, Running, reached, running, settings
 from penstock.engines.vllm.engine import VllmEngine
 from penstock.engines.vllm.installed import installed_version
 from penstock.engines.vllm.outputs import REASONS
@@ -191,9 +191,9 @@ async def test_a_dead_core_ends_the_steps_with_a_reason(number: signal.Signals) 
         reading = asyncio.create_task(_read_on(dying))
         os.kill(dying.core_pid, number)
         with pytest.raises(RemoteError, match="died"):
-            await asyncio.wait_for(reading, 10.0)
+            await asyncio.wait_for(reading, WAIT_S)
         dying.submit(Attempt("late", "late", PROMPT, len(PROMPT), long))  # must not raise
-        await asyncio.wait_for(dying.engine.stop(60.0), 15.0)  # there is nothing to wait for
+        await asyncio.wait_for(dying.engine.stop(10 * WAIT_S), WAIT_S)  # there is nothing to wait for
 
 
 async def test_an_engine_can_be_stopped_before_it_did_anything() -> None:
@@ -211,7 +211,7 @@ async def test_a_bug_on_the_way_to_vllm_ends_the_steps_too(caplog: pytest.LogCap
         reading = asyncio.create_task(_read_on(breaking))
         breaking.engine._commands.put_nowait(broken)
         with pytest.raises(RemoteError, match="a bug"):
-            await asyncio.wait_for(reading, 10.0)
+            await asyncio.wait_for(reading, WAIT_S)
     assert "the engine failed" in caplog.text
 
 
@@ -230,7 +230,7 @@ from checks.vllm.engine.running import running, settings
 async def main():
     async with running(settings(name="killed")) as engine:
         print(engine.core_pid, engine.engine._core.events.directory, flush=True)
-        await asyncio.sleep(1000)
+        await asyncio.sleep(10_000)
 
 asyncio.run(main())
 """
@@ -250,7 +250,7 @@ async def test_nothing_of_a_killed_worker_stays() -> None:
     assert _exists(directory)
     worker.kill()
     await worker.wait()
-    ended, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], 15.0)
+    ended, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], WAIT_S)
     os.close(descriptor)
     assert ended
     assert not _exists(directory)

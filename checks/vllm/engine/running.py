@@ -16,7 +16,7 @@ from penstock.shapes import Attempt, EngineCard, FinishReason, Handoff, Incarnat
 from tests.engines.steps_log import StepsLog
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny"
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 ENGINE_ARGS = (
     "--enforce-eager",
