@@ -44,7 +44,7 @@ async def test_connection_while_the_frontend_is_dead_waits_for_the_next_one(runn
         await graph.prints("frontend-0 was ended by SIGKILL")
         assert graph.replicas("frontend")[0].state is not READY
         assert b"healthy" in await health(port)
-        assert port_of(graph) == port
+        await until(lambda: port_of(graph) == port)  # the launcher sees it a look later
 
 
 async def test_connection_to_a_frontend_that_keeps_dying_is_refused(running) -> None:
