@@ -15,7 +15,7 @@ from checks.faults.faults import Fault
 from checks.faults.processes import Graph
 from tests.proxy import Weather
 
-_PHASE_S = 8.0  # to bring the burst into its phase
+_PHASE_S = 40.0  # to bring the burst into its phase
 _RECOVERY_S = 90.0
 
 

@@ -244,7 +244,7 @@ class Graph:
                 return
             await asyncio.sleep(0.02)
 
-    async def wait_exit(self, part: Part, timeout_s: float = DRAIN_S + 15.0) -> int:
+    async def wait_exit(self, part: Part, timeout_s: float = DRAIN_S + 45.0) -> int:
         """Its exit code. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while part.running:
