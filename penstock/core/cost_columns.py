@@ -7,6 +7,10 @@ it is only a list of candidates: those few are then compared by the formulas the
 (core/policy.py). So every figure that a decision shows or keeps comes from core/costs.py. A test compares
 what is chosen so with what comparing everybody chooses.
 
+Most of the time goes into calling numpy, not into its work, so calls are saved: what the load alone decides
+is computed when the load is put in, and workers of one role with KV of one format lie side by side, so that
+no mask picks them out and their role and block size are plain numbers.
+
 Only frontends with large pools import this module, and with it numpy.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from random import Random
 from typing import NamedTuple
 
@@ -30,6 +35,8 @@ from penstock.core.costs import (
     OUTPUT_SHARE,
     STEP_TOKENS,
     Query,
+    compute_ms,
+    step_ms,
 )
 from penstock.core.disagg import Disagg
 from penstock.core.pairing import KvFormat, kv_format
@@ -41,47 +48,56 @@ KEPT = 8
 """Candidates of each kind: as many as a decision record keeps. One would do, but for a rounding error."""
 
 Column = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
-_ROLES = {Role.PREFILL: 0.0, Role.DECODE: 1.0, Role.AGGREGATED: 2.0}
-_PREFILL, _DECODE = _ROLES[Role.PREFILL], _ROLES[Role.DECODE]
+_ROLES = (Role.PREFILL, Role.DECODE, Role.AGGREGATED)
+
+
+class _Group(NamedTuple):
+    """Workers of one role with KV of one format, and where they lie in the columns."""
+
+    kv_format: KvFormat
+    role: Role
+    span: slice
 
 
 class _Pool(NamedTuple):
     """One array for each figure, with an element for each worker. Names as in Load, Rates and Candidate."""
 
     running: Column
-    waiting: Column
-    prefill_tokens: Column
-    used_blocks: Column
-    total_blocks: Column
-    context_tokens: Column
+    requests: Column
+    free_blocks: Column
     held_handoffs: Column
-    prefill_context_tokens: Column
-    step_ms: Column
     prefill_token_ms: Column
     decode_request_ms: Column
     transfer_ms: Column
     transfer_block_ms: Column
     prefill_context_ms: Column
     decode_context_ms: Column
-    mean_prompt_tokens: Column
-    mean_prompt_context_tokens: Column
-    mean_output_tokens: Column
+    decode_ms: Column  # a step as it is now, without prompts
+    usual_prompt_ms: Column  # to compute what a request brings there, on average
+    output_tokens: Column  # of a request there, on average; 0: not known
+    step_ms: Column  # the step under way, all of it
     step_began_at: Column
-    step_tokens: Column  # of prompts, that the step under way computes
-    step_context_tokens: Column
-    block_size: Column
+    left_tokens: Column  # of prompts, that this step leaves to those after it
+    left_ms: Column  # to compute them
     max_running: Column
-    role: Column
-    kv_format: Column
 
     def compute_ms(self, tokens: Column | float, context_tokens: Column | float) -> Column:
         return self.prefill_token_ms * tokens + self.prefill_context_ms * context_tokens
 
-    def decode_step_ms(self, requests: Column, context_tokens: Column) -> Column:
-        return self.step_ms + self.decode_request_ms * requests + self.decode_context_ms * context_tokens
+    def more_ms(self, context_tokens: float) -> Column:
+        """By how much one request more, of so many tokens, makes a step longer."""
+        return self.decode_request_ms + self.decode_context_ms * context_tokens
+
+
+class _Members(NamedTuple):
+    """A group, and what a choice needs of it."""
+
+    group: _Group
+    pool: _Pool
+    overlap: Column  # in blocks
+    places: Indices  # of the workers in the list of cards
 
 
 class _Costs(NamedTuple):
@@ -90,14 +106,18 @@ class _Costs(NamedTuple):
     uncached_tokens: Column
     queue_ms: Column
     prefill_ms: Column
-    inflicted_ms: Column
     transfer_ms: Column
+    inflicted_ms: Column | float  # this and the next one: 0 for prefill workers
     later_ms: Column | float  # what does not depend on who computes the prompt
 
+    @property
+    def ready_ms(self) -> Column:
+        return self.queue_ms + self.prefill_ms
 
-_LOAD = struct.Struct("21d")
-_CARD = struct.Struct("4d")
+
+_LOAD = struct.Struct(f"{len(_Pool._fields) - 1}d")
 _ROW = struct.Struct(f"{len(_Pool._fields)}d")
+_MAX_RUNNING = struct.Struct("d")
 
 
 class Few(NamedTuple):
@@ -114,12 +134,13 @@ class CostColumns:
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
         self._buffer = bytearray()
-        self._formats: dict[KvFormat, float] = {}
         self._cards: Sequence[Card] = ()  # those of the latest choice
-        self._rows_of_cards: Indices
-        self._places: Indices  # by row: its place among these cards
+        self._order: Indices  # of these cards, group after group
+        self._rows_in_order: Indices
+        self._groups: list[_Group] = []
+        self._places: Indices  # by row: its place in this order
         self._block_sizes: set[int] = set()
-        self._columns: NDArray[np.float64]  # of these cards: a row for each figure
+        self._columns: NDArray[np.float64]  # in this order: a row for each figure
         self._changed: set[int] = set()  # rows of the buffer that `_columns` has as they were
 
     def add(self, card: Card) -> None:
@@ -130,12 +151,8 @@ class CostColumns:
             self._rows[card.instance_id] = row
         if len(self._buffer) < (row + 1) * _ROW.size:
             self._buffer += bytes(max(64 * _ROW.size, len(self._buffer)))
-        engine = card.engine
-        number = self._formats.setdefault(kv_format(engine), float(len(self._formats)))
-        offset = row * _ROW.size + _LOAD.size
-        _CARD.pack_into(
-            self._buffer, offset, engine.block_size, engine.max_running, _ROLES[card.role], number
-        )
+        most = card.engine.max_running or math.inf
+        _MAX_RUNNING.pack_into(self._buffer, row * _ROW.size + _LOAD.size, most)
         self._cards = ()
 
     def remove(self, instance_id: str) -> None:
@@ -148,31 +165,31 @@ class CostColumns:
     def put(self, instance_id: str, worker: WorkerLoad, computed: PromptWork) -> None:
         """What a worker is assumed to have to do, of which its step under way computes so much."""
         load, row = worker.assumed(), self._rows[instance_id]
-        rates = load.rates
+        rates, requests, length = load.rates, load.running + load.waiting, worker.output_length
+        decode_ms = step_ms(rates, requests, load.context_tokens)
+        tokens, context_tokens = computed
+        left_tokens = load.prefill_tokens - tokens
         self._changed.add(row)
         _LOAD.pack_into(
             self._buffer,
             row * _ROW.size,
             load.running,
-            load.waiting,
-            load.prefill_tokens,
-            load.used_blocks,
-            load.total_blocks,
-            load.context_tokens,
+            requests,
+            load.total_blocks - load.used_blocks if load.total_blocks else math.inf,
             load.held_handoffs,
-            load.prefill_context_tokens,
-            rates.step_ms,
             rates.prefill_token_ms,
             rates.decode_request_ms,
             rates.transfer_ms,
             rates.transfer_block_ms,
             rates.prefill_context_ms,
             rates.decode_context_ms,
-            worker.prompt_tokens,
-            worker.prompt_context_tokens,
-            worker.output_length,
+            decode_ms,
+            compute_ms(rates, worker.prompt_tokens, worker.prompt_context_tokens),
+            length and max(1.0, length),
+            decode_ms + compute_ms(rates, tokens, context_tokens),
             worker.step_began_at if worker.requests else -math.inf,
-            *computed,
+            left_tokens,
+            compute_ms(rates, left_tokens, load.prefill_context_tokens - context_tokens),
         )
 
     def block_sizes(self, cards: Sequence[Card]) -> set[int]:
@@ -198,30 +215,36 @@ class CostColumns:
             also: a worker to include, if it is one of them.
         """
         self._look_up(cards)
-        pool = self._pool()
         by_row = np.zeros(len(self._places))
-        held = [(row, overlaps[name]) for name in overlaps if (row := self._rows.get(name)) is not None]
-        if held:  # others are not connected yet: their snapshots have only begun to come
-            rows, blocks = zip(*held, strict=True)
-            by_row[list(rows)] = blocks
-        handed = self._formats.get(query.handed, -1.0) if query.handed is not None else None
-        kept, decoders = _few(query, pool, by_row[self._rows_of_cards], handed, disagg, rng, now)
-        if kept and also in self._rows:
-            kept.add(int(self._places[self._rows[also]]))
-        return Few([cards[place] for place in sorted(kept) if place >= 0], decoders)
+        # Those without a row are not connected yet: their snapshots have only begun to come.
+        rows = np.fromiter((self._rows.get(name, -1) for name in overlaps), np.intp, len(overlaps))
+        blocks = np.fromiter(overlaps.values(), float, len(overlaps))
+        by_row[rows[rows >= 0]] = blocks[rows >= 0]
+        kept, decoders = _few(query, self._members(by_row[self._rows_in_order]), disagg, rng, now)
+        if kept and also in self._rows and (place := self._places[self._rows[also]]) >= 0:
+            kept.add(int(self._order[place]))
+        return Few([cards[place] for place in sorted(kept)], decoders)
 
     def _look_up(self, cards: Sequence[Card]) -> None:
         if cards is self._cards:
             return
-        rows = np.array([self._rows[card.instance_id] for card in cards], np.intp)
+        kinds = [(kv_format(card.engine), _ROLES.index(card.role)) for card in cards]
+        order = sorted(range(len(cards)), key=kinds.__getitem__)
+        rows = np.array([self._rows[cards[place].instance_id] for place in order], np.intp)
         self._places = np.full(len(self._buffer) // _ROW.size, -1, np.intp)
         self._places[rows] = np.arange(len(cards))
-        self._rows_of_cards, self._cards = rows, cards
+        self._rows_in_order, self._order, self._cards = rows, np.array(order, np.intp), cards
+        self._groups, start = [], 0
+        for (kv, role), alike in groupby(kinds[place] for place in order):
+            end = start + len(list(alike))
+            self._groups.append(_Group(kv, _ROLES[role], slice(start, end)))
+            start = end
         self._block_sizes = {card.engine.block_size for card in cards}
         self._columns = np.ascontiguousarray(self._table()[rows].T)
         self._changed.clear()
 
-    def _pool(self) -> _Pool:
+    def _members(self, overlap: Column) -> list[_Members]:
+        """What is known of each group. `overlap`: in the same order as the columns."""
         if self._changed:
             rows = np.fromiter(self._changed, np.intp, len(self._changed))
             places = self._places[rows]
@@ -229,145 +252,157 @@ class CostColumns:
                 rows, places = rows[places >= 0], places[places >= 0]
             self._columns[:, places] = self._table()[rows].T
             self._changed.clear()
-        return _Pool(*self._columns)
+        return [
+            _Members(
+                group, _Pool(*self._columns[:, group.span]), overlap[group.span], self._order[group.span]
+            )
+            for group in self._groups
+        ]
 
     def _table(self) -> NDArray[np.float64]:
         return np.frombuffer(self._buffer).reshape(-1, len(_Pool._fields))
 
 
 def _few(
-    query: Query,
-    pool: _Pool,
-    overlap: Column,
-    handed: float | None,
-    disagg: Disagg,
-    rng: Random,
-    now: float,
+    query: Query, pool: Sequence[_Members], disagg: Disagg, rng: Random, now: float
 ) -> tuple[set[int], int]:
     """The places of those to compare, none when nobody decodes, and how many of the whole pool that decode
     would be compared. As `choose` of core/policy.py."""
-    decoders = pool.role != _PREFILL
-    if not decoders.any():
+    decoders = [(members, _costs(query, members, now)) for members in pool if members.group.role.decodes]
+    if not decoders:
         return set(), 0
-    here = _costs(query, pool, overlap, now)
-    kept = {_first_least(here.queue_ms, decoders)}
-    takers = decoders & (pool.kv_format == handed) if handed is not None else np.zeros_like(decoders)
-    if takers.any():
-        total_ms = here.queue_ms + here.transfer_ms + here.later_ms
-        return kept | _least(total_ms, takers, rng), int(takers.sum())
-    start_ms = alone_ms = here.queue_ms + here.prefill_ms + here.inflicted_ms
-    for each in _kinds(pool.kv_format[decoders]):
-        same = pool.kv_format == each
-        prefills = ~decoders & same
-        if disagg is not Disagg.NEVER and prefills.any():
-            ready_ms = here.queue_ms + here.prefill_ms
-            kept |= {_first_least(here.queue_ms, prefills)} | _least(ready_ms, prefills, rng)
-            remote_ms = np.maximum(ready_ms[prefills].min(), here.queue_ms) + here.transfer_ms
-            if here.queue_ms[prefills].min() >= here.queue_ms[decoders].min():
-                prefill_ms = here.prefill_ms[_first_least(ready_ms, prefills)]
-                remote_ms += query.waiting_for_prefill * prefill_ms
-            else:
-                delayed_ms = query.waiting_for_decode * here.prefill_ms
-                start_ms = np.where(same, alone_ms + delayed_ms, start_ms)
-            takes = same & (pool.role == _DECODE)
-            if disagg is Disagg.AUTO:
-                takes &= (here.uncached_tokens >= pool.block_size) & (remote_ms < start_ms)
-            start_ms = np.where(takes, remote_ms, start_ms)
-        kept |= _least(start_ms + here.later_ms, decoders & same, rng)
-    return kept, int(decoders.sum())
+    kept = {_first_least([(members.places, here.queue_ms) for members, here in decoders])}
+    takers = [it for it in decoders if query.handed is not None and it[0].group.kv_format == query.handed]
+    if takers:
+        totals_ms = [
+            (members.places, here.queue_ms + here.transfer_ms + here.later_ms) for members, here in takers
+        ]
+        return kept | _least(totals_ms, rng), sum(len(members.places) for members, _ in takers)
+    soonest_ms = min(here.queue_ms.min() for _, here in decoders)
+    for kv in dict.fromkeys(members.group.kv_format for members, _ in decoders):
+        first = None
+        for members in pool:
+            if disagg is not Disagg.NEVER and members.group[:2] == (kv, Role.PREFILL):
+                first = _costs(query, members, now)
+                kept |= {_first_least([(members.places, first.queue_ms)])}
+                kept |= _least([(members.places, first.ready_ms)], rng)
+        awaits_prefill = first is not None and first.queue_ms.min() >= soonest_ms
+        totals_ms = [
+            (members.places, _start_ms(query, members, here, first, disagg, awaits_prefill) + here.later_ms)
+            for members, here in decoders
+            if members.group.kv_format == kv
+        ]
+        kept |= _least(totals_ms, rng)
+    return kept, sum(len(members.places) for members, _ in decoders)
 
 
-def _kinds(column: Column) -> set[float]:
-    """The different values of a column that has at least one."""
-    return {float(column[0])} if (column == column[0]).all() else set(column.tolist())
+def _start_ms(
+    query: Query,
+    members: _Members,
+    here: _Costs,
+    first: _Costs | None,
+    disagg: Disagg,
+    awaits_prefill: bool,
+) -> Column:
+    """The first token, by the better path. `first`: of the prefill workers that there are for it. The rest
+    as `plan` of core/disagg.py."""
+    local_ms: Column = here.ready_ms + here.inflicted_ms
+    if first is None:
+        return local_ms
+    if not awaits_prefill:
+        local_ms = local_ms + query.waiting_for_decode * here.prefill_ms
+    if members.group.role is not Role.DECODE:
+        return local_ms
+    soonest = first.ready_ms.argmin()
+    remote_ms: Column = np.maximum(first.ready_ms[soonest], here.queue_ms) + here.transfer_ms
+    if awaits_prefill:
+        remote_ms = remote_ms + query.waiting_for_prefill * first.prefill_ms[soonest]
+    if disagg is Disagg.ALWAYS:
+        return remote_ms
+    worth_it = here.uncached_tokens >= members.group.kv_format.block_size
+    return np.where(worth_it, np.minimum(remote_ms, local_ms), local_ms)
 
 
-def _first_least(column: Column, mask: Mask) -> int:
-    """The place of the least element among the masked ones; the first of several."""
-    return int(np.where(mask, column, np.inf).argmin())
+def _first_least(parts: Sequence[tuple[Indices, Column]]) -> int:
+    """The first place that has the least figure."""
+    found = []
+    for places, column in parts:
+        least = column.argmin()
+        found.append((float(column[least]), int(places[least])))
+    return min(found)[1]
 
 
-def _least(column: Column, mask: Mask, rng: Random) -> set[int]:
-    """The places of the KEPT least elements among the masked ones; of more that are equally the least, some
-    at random."""
-    places = np.flatnonzero(mask)
+def _least(parts: Sequence[tuple[Indices, Column]], rng: Random) -> set[int]:
+    """The places with the KEPT least figures; of more that are equally the least, some at random."""
+    places, values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     if len(places) <= KEPT:
         return set(places.tolist())
-    values = column[places]
-    least = places[values == values.min()]
-    if len(least) > KEPT:
-        return set(rng.sample(least.tolist(), KEPT))
-    return set(places[values.argpartition(KEPT)[:KEPT]].tolist())
+    nearest = values.argpartition(KEPT)
+    if values[nearest[KEPT]] == values[nearest[:KEPT]].min():
+        return set(rng.sample(places[values == values[nearest[KEPT]]].tolist(), KEPT))
+    return set(places[nearest[:KEPT]].tolist())
 
 
-def _costs(query: Query, pool: _Pool, overlap: Column, now: float) -> _Costs:
-    prompt, output = query.prompt_tokens, query.expected_output_tokens
-    requests = pool.running + pool.waiting
-    uncached = np.maximum(1.0, prompt - overlap * pool.block_size)
-    missing = np.maximum(0.0, np.ceil(prompt / pool.block_size) - overlap)
-    step_ms = pool.decode_step_ms(requests, pool.context_tokens)
+def _costs(query: Query, members: _Members, now: float) -> _Costs:
+    (kv, role, _), pool, overlap = members[:3]
+    prompt, output, now_ms = query.prompt_tokens, query.expected_output_tokens, pool.decode_ms
+    uncached = np.maximum(1.0, prompt - overlap * kv.block_size)
+    missing = np.maximum(0.0, -(-prompt // kv.block_size) - overlap)
     prompt_ms = pool.compute_ms(uncached, np.floor(uncached * (2 * prompt - uncached) / 2))
-    blocked_ms = _blocked_ms(query, pool, missing)
-    idle_share = np.where(pool.role == _DECODE, IDLE_SHARE, 0.0)
+    steps = np.ceil(uncached / STEP_TOKENS)
+    more_steps = np.ceil((pool.left_tokens + uncached) / STEP_TOKENS) - steps
+    under_way_ms = np.maximum(0.0, pool.step_ms - (now - pool.step_began_at) * 1e3)
+    inflicted_ms: Column | float = 0.0
+    later_ms: Column | float = 0.0
+    if role.decodes:
+        counted = OUTPUT_SHARE * (pool.requests + 1)
+        inflicted_ms = (np.maximum(counted, IDLE_SHARE) if role is Role.DECODE else counted) * prompt_ms
+        later_ms = (OUTPUT_SHARE * output) * (now_ms + pool.more_ms(prompt + output / 2))
+        later_ms = later_ms + _missed_ms(query, pool)
     return _Costs(
         uncached_tokens=uncached,
-        queue_ms=_queued_ms(pool, uncached, step_ms, now) + blocked_ms,
-        prefill_ms=prompt_ms + np.ceil(uncached / STEP_TOKENS) * step_ms,
-        inflicted_ms=np.maximum(OUTPUT_SHARE * (requests + 1), idle_share) * prompt_ms,
+        queue_ms=under_way_ms + pool.left_ms + more_steps * now_ms + _blocked_ms(query, members, missing),
+        prefill_ms=prompt_ms + steps * now_ms,
         transfer_ms=pool.transfer_ms + pool.transfer_block_ms * missing,
-        later_ms=OUTPUT_SHARE
-        * output
-        * pool.decode_step_ms(requests + 1, pool.context_tokens + prompt + output / 2)
-        + _missed_ms(query, pool),
+        inflicted_ms=inflicted_ms,
+        later_ms=later_ms,
     )
 
 
-def _queued_ms(pool: _Pool, uncached: Column, step_ms: Column, now: float) -> Column:
-    step_prompts_ms = pool.compute_ms(pool.step_tokens, pool.step_context_tokens)
-    under_way_ms = np.maximum(0.0, step_ms + step_prompts_ms - (now - pool.step_began_at) * 1e3)
-    left = pool.prefill_tokens - pool.step_tokens
-    left_ms = pool.compute_ms(left, pool.prefill_context_tokens - pool.step_context_tokens)
-    more_steps = np.ceil((left + uncached) / STEP_TOKENS) - np.ceil(uncached / STEP_TOKENS)
-    return under_way_ms + left_ms + more_steps * step_ms
-
-
-def _blocked_ms(query: Query, pool: _Pool, needed_blocks: Column) -> Column | float:
-    stay_tokens = _stay_tokens(query, pool)
-    ahead = np.maximum(0.0, pool.running + pool.waiting + 1 - pool.max_running)
-    ahead[pool.max_running == 0] = 0.0
-    growth = np.floor(GROWTH_SHARE * stay_tokens * pool.running / pool.block_size)
-    growth[pool.role == _PREFILL] = 0.0
-    short = (pool.total_blocks > 0) & (pool.total_blocks - pool.used_blocks - growth < needed_blocks)
-    ahead = np.where(short, np.maximum(ahead, pool.waiting + 1), ahead)
-    if not ahead.any():
+def _blocked_ms(query: Query, members: _Members, needed_blocks: Column) -> Column | float:
+    (kv, role, _), pool = members[:2]
+    stay_tokens, free = _stay_tokens(query, pool), pool.free_blocks
+    ahead = pool.requests + 1 - pool.max_running
+    if role.decodes:
+        free = free - np.floor(GROWTH_SHARE * stay_tokens * pool.running / kv.block_size)
+    short = free < needed_blocks
+    if not short.any() and ahead.max() <= 0.0:
         return 0.0
-    stay_ms = stay_tokens * pool.decode_step_ms(pool.running, pool.context_tokens)
-    stay_ms += pool.running * pool.compute_ms(pool.mean_prompt_tokens, pool.mean_prompt_context_tokens)
-    pull_ms = pool.transfer_ms + pool.transfer_block_ms * needed_blocks
-    stay_ms = np.where(pool.role == _PREFILL, pull_ms, stay_ms)
+    waiting = pool.requests - pool.running
+    ahead = np.maximum(0.0, np.where(short, np.maximum(ahead, waiting + 1), ahead))
+    if role.decodes:
+        decode_ms = pool.decode_ms - pool.decode_request_ms * waiting
+        stay_ms = stay_tokens * decode_ms + pool.running * pool.usual_prompt_ms
+    else:
+        stay_ms = pool.transfer_ms + pool.transfer_block_ms * needed_blocks
     return ahead * stay_ms / np.maximum(1.0, pool.running + pool.held_handoffs)
 
 
 def _stay_tokens(query: Query, pool: _Pool) -> Column:
-    known = pool.mean_output_tokens
-    return np.maximum(1.0, np.where(known == 0, query.expected_output_tokens, known))
+    expected = max(1.0, query.expected_output_tokens)
+    return np.where(pool.output_tokens == 0.0, expected, pool.output_tokens)
 
 
 def _missed_ms(query: Query, pool: _Pool) -> Column | float:
     if not query.slo_itl_ms:
         return 0.0
-    now = pool.running + pool.waiting
-    prompt_ms = pool.compute_ms(pool.mean_prompt_tokens, pool.mean_prompt_context_tokens)
-    stall_ms = prompt_ms / _stay_tokens(query, pool)
+    requests, stall_ms = pool.requests, pool.usual_prompt_ms / _stay_tokens(query, pool)
 
-    def kept(more: int) -> Column:
-        context_tokens = pool.context_tokens + more * query.prompt_tokens
-        itl_ms = (
-            pool.decode_step_ms(now + more, context_tokens) + np.maximum(0.0, now + more - 1) * stall_ms
-        )
+    def kept(itl_ms: Column) -> Column:
         off = (itl_ms / query.slo_itl_ms - 1) / ITL_SPREAD
         return 1 / (1 + np.exp(np.minimum(off, OFF_OBJECTIVE)))
 
-    then = kept(1)
+    before = kept(pool.decode_ms + np.maximum(0.0, requests - 1) * stall_ms)
+    then = kept(pool.decode_ms + pool.more_ms(query.prompt_tokens) + requests * stall_ms)
     miss_ms = MISS_SHARE * pool.compute_ms(*query.usual_prompt)
-    return miss_ms * (now * (kept(0) - then) + 1 - then)
+    return miss_ms * (requests * (before - then) + 1 - then)

@@ -161,7 +161,7 @@ class PrefixIndex:
     def overlaps(self, hashes: Sequence[int]) -> dict[str, int]:
         """For each worker that has block 0: the largest n such that it has all of hashes[:n]."""
         found: dict[str, int] = {}
-        shards, holders, before = self._shards, self._live, None
+        shards, owners, holders, before = self._shards, self._owners, self._live, None
         for depth, key in enumerate(hashes):
             have = shards[key & _SHARD_MASK].get(key, 0)
             if have is before:  # as most blocks of one prefix: `holders` are among them already
@@ -169,12 +169,12 @@ class PrefixIndex:
             before, still = have, have & holders
             if still != holders:
                 if depth:
-                    self._note(holders ^ still, depth, found)
+                    _note(holders ^ still, depth, owners, found)
                 if not still:
                     return found
                 holders = still
         if hashes:
-            self._note(holders, len(hashes), found)
+            _note(holders, len(hashes), owners, found)
         return found
 
     def sweep(self) -> bool:
@@ -239,11 +239,16 @@ class PrefixIndex:
         else:
             self._free.append(slot)  # it left no bits behind
 
-    def _note(self, bits: int, depth: int, found: dict[str, int]) -> None:
-        for slot in _bit_numbers(bits):
-            owner = self._owners[slot]
-            assert owner is not None  # `bits` come from `_live`
-            found[owner] = depth
+
+def _note(bits: int, depth: int, owners: Sequence[str | None], found: dict[str, int]) -> None:
+    """The owners of these slots have so many blocks, and no more. Mostly it is one slot, but of a prefix
+    that hundreds of workers have, each may have another length."""
+    while bits:
+        slot = bits.bit_length() - 1
+        owner = owners[slot]
+        assert owner is not None  # `bits` come from `_live`
+        found[owner] = depth
+        bits ^= 1 << slot
 
 
 def _bit_numbers(bits: int) -> list[int]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from penstock.core import cost_columns
 from penstock.core.costs import OUTPUT_SHARE, Query, costs
-from penstock.core.disagg import Path
+from penstock.core.disagg import Disagg, Path
 from penstock.core.hashing import root_hash, sequence_hashes
 from penstock.core.overlap_check import MIN_OBSERVATIONS
 from penstock.core.placement import Placed, Placement
@@ -172,23 +172,27 @@ def test_columns_have_the_terms_that_costs_gives_for_each_worker(
     columns = pair.few._columns
     assert columns is not None
     for _ in range(2):  # what has changed since a choice is in the next one
-        columns._look_up(pair.cards)
-        columns._pool()
+        columns.few(query, pair.cards, {}, "", Disagg.AUTO, Random(0), NOW)
         for card in pair.rng.sample(pair.cards, pair.rng.choice((0, 1, 5))):
             pair.change(card)
     columns._look_up(pair.cards)
-    pool = columns._pool()
-    terms = cost_columns._costs(query, pool, np.array(overlaps, float), NOW)._asdict()
-    later_ms = terms.pop("later_ms")
-    for place, (card, overlap) in enumerate(zip(pair.cards, overlaps, strict=True)):
-        candidate = pair.few._candidate(card, {card.instance_id: overlap}, NOW)
-        expected = costs(query, candidate)
-        assert {name: column[place] for name, column in terms.items()} == {
-            name: pytest.approx(getattr(expected, name), rel=1e-12) for name in terms
-        }
-        if candidate.role.decodes:
-            later = OUTPUT_SHARE * expected.decode_ms + expected.missed_ms
-            assert later_ms[place] == pytest.approx(later, rel=1e-9)
+    groups = columns._members(np.array(overlaps, float)[columns._order])
+    assert sorted(place for members in groups for place in members.places) == list(range(len(pair.cards)))
+    for members in groups:
+        terms = cost_columns._costs(query, members, NOW)._asdict()
+        if not members.group.role.decodes:
+            assert (terms.pop("later_ms"), terms.pop("inflicted_ms")) == (0.0, 0.0)
+        for number, place in enumerate(members.places):
+            card = pair.cards[place]
+            candidate = pair.few._candidate(card, {card.instance_id: overlaps[place]}, NOW)
+            assert (candidate.kv_format, candidate.role) == members.group[:2]
+            expected = costs(query, candidate)
+            wanted = {name: getattr(expected, name) for name in terms if name != "later_ms"}
+            if candidate.role.decodes:
+                wanted["later_ms"] = OUTPUT_SHARE * expected.decode_ms + expected.missed_ms
+            for name, column in terms.items():
+                rel = 1e-9 if name == "later_ms" else 1e-12
+                assert column[number] == pytest.approx(wanted[name], rel=rel), name
 
 
 @settings(max_examples=300, deadline=None)
