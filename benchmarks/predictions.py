@@ -3,7 +3,8 @@
 Real processes: a frontend over HTTP and workers of one engine. Users have conversations of several turns;
 afterwards the frontend is asked for each request's decision (/v1/explain), which has the phases as they
 were predicted and as the engines reported them. Of each phase the median error is printed, relative to how
-long the phase was.
+long the phase was. A last line says how long the workers waited for cores that others had, which nobody can
+predict: where they waited longer than they computed, the errors are the machine's.
 
     python -m benchmarks.predictions                 sim workers with the step times of Qwen3-32B on 2 H200
     python -m benchmarks.predictions reference       models/tiny on the reference engine
@@ -18,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from benchmarks.processes import start, stop, wait_ready
+from benchmarks.processes import core_time, start, stop, wait_ready
 
 MODEL = "predicted"
 TINY = str(Path(__file__).parent.parent / "models" / "tiny")
@@ -118,8 +120,8 @@ def phase_errors(requests: Iterable[Mapping[str, Any]]) -> dict[str, PhaseErrors
 
 
 @contextlib.contextmanager
-def graph(engine: str, roles: list[str]) -> Iterator[str]:
-    """A frontend and workers; yields the frontend's URL."""
+def graph(engine: str, roles: list[str]) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A frontend and workers; yields the frontend's URL, and the workers."""
     flags, more = ENGINES[engine]
     with tempfile.TemporaryDirectory() as folder:
         common = ["--discovery", f"file:{folder}/discovery"]
@@ -129,8 +131,11 @@ def graph(engine: str, roles: list[str]) -> Iterator[str]:
         log_path = Path(folder) / "log"
         try:
             with log_path.open("w") as log_file:
-                workers.append(start(["frontend", "--http-port", "0", *common], log_file))
-            yield wait_ready(log_path, len(roles), READY_TIMEOUT_S)
+                frontend = start(["frontend", "--http-port", "0", *common], log_file)
+            try:
+                yield wait_ready(log_path, len(roles), READY_TIMEOUT_S), workers
+            finally:
+                stop([frontend])
         finally:
             stop(workers)
 
@@ -205,8 +210,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.engine == "vllm":
         os.environ.update(VLLM_ENVIRONMENT)
-    with graph(options.engine, options.roles.split(",")) as url:
+    with graph(options.engine, options.roles.split(",")) as (url, workers):
+        before = core_time(workers)
         requests = asyncio.run(measure(url, options))
+        cores = core_time(workers).since(before)
     print(f"{options.engine}, {options.roles}, {options.users} users: {len(requests)} requests")
     print("phase        requests  predicted, ms  actual, ms   error    bias")
     for name, its in phase_errors(requests).items():
@@ -214,6 +221,7 @@ def main() -> None:
             f"{name:12s} {its.requests:8d} {its.predicted:14.1f} {its.actual:11.1f}"
             f" {its.error:7.1%} {its.bias:+7.1%}"
         )
+    print(f"the workers computed {cores.computed:.1f} s, and waited {cores.waited:.1f} s for a core")
 
 
 if __name__ == "__main__":
