@@ -35,8 +35,6 @@ from penstock.core.costs import (
     OUTPUT_SHARE,
     STEP_TOKENS,
     Query,
-    compute_ms,
-    step_ms,
 )
 from penstock.core.disagg import Disagg
 from penstock.core.pairing import KvFormat, kv_format
@@ -166,9 +164,13 @@ class CostColumns:
         """What a worker is assumed to have to do, of which its step under way computes so much."""
         load, row = worker.assumed(), self._rows[instance_id]
         rates, requests, length = load.rates, load.running + load.waiting, worker.output_length
-        decode_ms = step_ms(rates, requests, load.context_tokens)
+        # As in core/costs.py, but without calls: this runs for each report of each worker.
+        token_ms, context_ms = rates.prefill_token_ms, rates.prefill_context_ms
+        request_ms, decode_context_ms = rates.decode_request_ms, rates.decode_context_ms
+        decode_ms = rates.step_ms + request_ms * requests + decode_context_ms * load.context_tokens
         tokens, context_tokens = computed
         left_tokens = load.prefill_tokens - tokens
+        left_context_tokens = load.prefill_context_tokens - context_tokens
         self._changed.add(row)
         _LOAD.pack_into(
             self._buffer,
@@ -177,19 +179,19 @@ class CostColumns:
             requests,
             load.total_blocks - load.used_blocks if load.total_blocks else math.inf,
             load.held_handoffs,
-            rates.prefill_token_ms,
-            rates.decode_request_ms,
+            token_ms,
+            request_ms,
             rates.transfer_ms,
             rates.transfer_block_ms,
-            rates.prefill_context_ms,
-            rates.decode_context_ms,
+            context_ms,
+            decode_context_ms,
             decode_ms,
-            compute_ms(rates, worker.prompt_tokens, worker.prompt_context_tokens),
-            length and max(1.0, length),
-            decode_ms + compute_ms(rates, tokens, context_tokens),
+            token_ms * worker.prompt_tokens + context_ms * worker.prompt_context_tokens,
+            1.0 if 0.0 < length < 1.0 else length,
+            decode_ms + token_ms * tokens + context_ms * context_tokens,
             worker.step_began_at if worker.requests else -math.inf,
             left_tokens,
-            compute_ms(rates, left_tokens, load.prefill_context_tokens - context_tokens),
+            token_ms * left_tokens + context_ms * left_context_tokens,
         )
 
     def block_sizes(self, cards: Sequence[Card]) -> set[int]:
