@@ -32,6 +32,7 @@ import penstock
 LIMIT_S = 0.05
 LOOK_S = 0.01
 _NO_SWITCH_S = 60.0  # between two threads, where only one should run
+_SWITCH_S = sys.getswitchinterval()  # at all other times; asked for once, as another watch may be looking
 
 _PACKAGE = str(Path(penstock.__file__).parent)
 _LOCKS = ("/threading.py", "/queue.py", "/concurrent/futures/_base.py")
@@ -151,7 +152,6 @@ def _calls(thread_id: int) -> list[_Call]:
     Python may go on with that thread between any two steps of this one, and what it has left by then is no
     frame any more: following it has crashed the process. So nothing is switched while they are read.
     """
-    interval_s = sys.getswitchinterval()
     sys.setswitchinterval(_NO_SWITCH_S)
     try:
         calls = []
@@ -161,7 +161,7 @@ def _calls(thread_id: int) -> list[_Call]:
             frame = frame.f_back
         return calls
     finally:
-        sys.setswitchinterval(interval_s)
+        sys.setswitchinterval(_SWITCH_S)
 
 
 def _below_the_package(calls: list[_Call]) -> str:
