@@ -109,11 +109,9 @@ def choose(
     soonest = _soonest(query, decoders, here)
     for each in here:
         prefill = prefills.get(each.candidate.kv_format) if prefills else None
-        if prefill is None:
-            plans.append(plan(query, each, None, mode))
-        else:
-            awaits_prefill = prefill.soonest.queue_ms >= soonest.queue_ms
-            plans.append(plan(query, each, prefill.chosen, mode, awaits_prefill=awaits_prefill))
+        first = prefill.chosen if prefill is not None else None
+        awaits_prefill = prefill is not None and prefill.soonest.queue_ms >= soonest.queue_ms
+        plans.append(plan(query, each, first, mode, awaits_prefill=awaits_prefill))
     totals_ms = [it.total_ms for it in plans]
     best = _least(plans, totals_ms, rng)
     if best.first is not None:
